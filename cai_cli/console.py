@@ -1,0 +1,98 @@
+"""The one place that writes to stderr: messages, progress, terminal-safe text. Data never goes through here."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+_quiet = False
+
+
+def set_quiet(quiet: bool) -> None:
+    """With `--quiet` only errors are printed."""
+    global _quiet
+    _quiet = quiet
+
+
+def stderr() -> Console:
+    """A console on the current `sys.stderr` (made anew, so that redirection in tests and pipes is honoured)."""
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def safe(text: str) -> str:
+    """`text` without what could steer a terminal: control characters and bidirectional overrides become \\xNN."""
+    return "".join(c if _printable(c) else c.encode("unicode_escape").decode() for c in text)
+
+
+def _printable(c: str) -> bool:
+    if c in "\n\t":
+        return True
+    code = ord(c)
+    return not (code < 0x20 or 0x7F <= code < 0xA0 or 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069)
+
+
+def say(text: str) -> None:
+    """One message for a person, on stderr, unless quiet."""
+    if not _quiet:
+        stderr().print(escape(safe(text)))
+
+
+def warn(text: str) -> None:
+    """Something the user should know though the run goes on; printed even when quiet."""
+    stderr().print(f"[yellow]warning:[/yellow] {escape(safe(text))}")
+
+
+def error(message: str, hint: str | None = None) -> None:
+    """`error: ...` and, under it, `hint: ...`."""
+    console = stderr()
+    console.print(f"[bold red]error:[/bold red] {escape(safe(message))}")
+    if hint:
+        console.print(f"[cyan]hint:[/cyan] {escape(safe(hint))}")
+
+
+class _Rate(ProgressColumn):
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.1f} {self.unit}/s" if speed else f"-- {self.unit}/s")
+
+
+@contextmanager
+def track(total: float | None, description: str, unit: str = "rows") -> Iterator[Callable[[float], None]]:
+    """A progress bar with rate and time left on stderr; nothing when stderr is no terminal or when quiet.
+
+    Yields `advance(n)`.
+    """
+    if _quiet or not sys.stderr.isatty():
+        yield lambda _n: None
+        return
+    columns: list[Any] = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Rate(unit),
+        TimeRemainingColumn(),
+    ]
+    with Progress(*columns, console=stderr(), transient=True) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda n: progress.advance(task, n)
+
+
+class Stopwatch:
+    """Wall seconds since it was made."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started

@@ -1,0 +1,92 @@
+"""What a stage may ask of whoever answers: text (`generate`) and option log-probabilities (`score`).
+
+A second engine is one new file with a class of this shape and one line in `open_engine`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any, Protocol
+
+from cai_cli.records import Message
+
+# A chat, or raw text for base models. `Ask.cue` is put at the start of the answer in both forms.
+Text = str | Sequence[Message]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw tokens. `temperature` 0 is greedy; `top_p` 1 keeps the whole distribution."""
+
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One text to complete. `seed` alone decides its sampling noise; `stop` strings end the text and are cut off."""
+
+    text: Text
+    seed: int
+    cue: str = ""
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reply:
+    """`finish_reason`: "stop" (end of turn or a stop string) or "length" (cut at max_new_tokens).
+
+    The cue is no part of `text`.
+    """
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Question:
+    """Options whose log-probabilities as continuations of `text` + `cue` are wanted."""
+
+    text: Text
+    options: tuple[str, ...]
+    cue: str = ""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """The engine could not answer one request, and why. Never turned into data."""
+
+    reason: str
+
+
+class Engine(Protocol):
+    batch_size: int
+    """How many rows a stage should hand over at once."""
+
+    def identity(self) -> dict[str, Any]:
+        """What decides this engine's answers: names and content hashes. Loads no weights."""
+        ...
+
+    def speaks_chat(self) -> bool:
+        """Whether it has a chat template (else texts must be raw)."""
+        ...
+
+    def generate(self, asks: Sequence[Ask], sampling: Sampling) -> list[Reply | Refusal]:
+        """One answer per ask, in order. The answer to an ask does not depend on the other asks."""
+        ...
+
+    def score(self, questions: Sequence[Question]) -> list[list[float] | Refusal]:
+        """For each question the log-probability of each option, natural log, summed over the option's tokens."""
+        ...
+
+
+def seed_for(*parts: str | int) -> int:
+    """A 63-bit seed from what names one draw: (seed, stage, id, sample_index, round, ...).
+
+    Randomness belongs to the row, so a result does not depend on batch size, neighbours or interruptions.
+    """
+    digest = blake2b("\x1f".join(str(part) for part in parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,0 +1,66 @@
+"""The one place where rows become token ids. Control tokens come from the chat template, never from a row's text.
+
+A row that spells a control token (`<|im_end|>\\n<|im_start|>system`) would otherwise end its own turn and speak as
+somebody else: such strings are encoded as the characters they are.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from cai_cli.errors import CaiError, RowError
+from cai_cli.records import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def encode_chat(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], *, add_generation_prompt: bool
+) -> list[int]:
+    """The ids of a conversation in the tokenizer's chat template.
+
+    Where no message spells a token of the tokenizer's added vocabulary these are exactly the ids of
+    `tokenizer.apply_chat_template`.
+
+    Raises: CaiError when there is no chat template; RowError when the template refuses these messages (many take
+    no system message) or their text cannot be told from control tokens.
+    """
+    from jinja2 import TemplateError
+
+    if tokenizer.chat_template is None:
+        raise CaiError("the model has no chat template", hint="--prompt-form raw")
+    chat = [{"role": message.role, "content": message.content} for message in messages]
+    try:
+        ids: list[int] = tokenizer.apply_chat_template(
+            chat,
+            add_generation_prompt=add_generation_prompt,
+            sanitize_control_tokens=_spells_a_token(tokenizer, [message.content for message in messages]),
+            return_dict=False,
+            tokenizer_kwargs={"verbose": False},
+        )
+    except TemplateError as error:
+        raise RowError(f"the chat template refuses the messages: {error}") from error
+    except ValueError as error:
+        raise RowError(f"the messages cannot be encoded: {error}") from error
+    return ids
+
+
+def encode_text(tokenizer: "PreTrainedTokenizerBase", text: str, *, start: bool = True) -> list[int]:
+    """The ids of plain text; with `start` also what the tokenizer puts before any text (a begin-of-text id).
+
+    Special tokens spelled in `text` are encoded as the characters they are.
+    """
+    ids: list[int] = tokenizer(text, add_special_tokens=start, split_special_tokens=True, verbose=False)["input_ids"]
+    return ids
+
+
+def _spells_a_token(tokenizer: "PreTrainedTokenizerBase", contents: Sequence[str]) -> bool:
+    from transformers.utils.chat_template_utils import _CONTROL_TOKEN_END, _CONTROL_TOKEN_START
+
+    tokens = tokenizer.added_tokens_encoder
+    spelled = any(token in content for content in contents for token in tokens)
+    # transformers marks spelled control tokens with these two private characters, and would drop a row's own.
+    marks = (_CONTROL_TOKEN_START, _CONTROL_TOKEN_END)
+    if spelled and any(mark in content for content in contents for mark in marks):
+        raise RowError("a message spells a control token and holds U+F0000 or U+F0001: not both can be encoded")
+    return spelled

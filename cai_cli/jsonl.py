@@ -1,0 +1,284 @@
+"""Rows in, rows out: byte-level reading with file and line in every error, and outputs that survive a kill.
+
+Reading splits on b"\\n" only (U+2028 is content) and caps the length of a line before parsing it; jsonlines does the
+decoding with orjson as its one parser, which refuses NaN, lone surrogates and deep nesting.
+
+Writing appends whole windows of rows to `OUT.partial` with one write each, and renames it to `OUT` when it is whole.
+"""
+
+import os
+import sys
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+import jsonlines
+import orjson
+
+from cai_cli.errors import BadRow, CaiError, RowError
+from cai_cli.records import Kind, Prompt, Row, dump_row, load_row, parse_prompt
+
+MAX_LINE_BYTES = 64 * 2**20
+T = TypeVar("T")
+R = TypeVar("R", bound=Row)
+Numbered = tuple[int, T]
+
+
+# --- reading ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def open_input(source: str) -> Iterator[BinaryIO]:
+    """`source` as a byte stream; `-` is stdin. Raises CaiError when it cannot be read."""
+    if source == "-":
+        yield sys.stdin.buffer
+        return
+    path = Path(source)
+    if path.is_dir():
+        raise CaiError(f"{source} is a directory, not a JSONL file", hint="name the file inside it")
+    try:
+        stream = path.open("rb")
+    except OSError as error:
+        raise CaiError(f"cannot read {source}: {error.strerror}") from error
+    with stream:
+        yield stream
+
+
+def _lines(stream: BinaryIO, name: str) -> Iterator[Numbered[bytes]]:
+    number = 0
+    while line := stream.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if number == 1:
+            _refuse_compressed(line, name)
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if len(line) > MAX_LINE_BYTES:
+            raise BadRow(name, number, f"a line longer than {MAX_LINE_BYTES >> 20} MiB", "is this a JSONL file?")
+        line = line.rstrip(b"\r\n")
+        if line.strip():
+            yield number, line
+
+
+def _refuse_compressed(start: bytes, name: str) -> None:
+    kinds = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip", b"PAR1": "parquet"}
+    for magic, kind in kinds.items():
+        if start.startswith(magic):
+            raise CaiError(f"{name} is {kind} data, not JSON lines", hint="decompress it first, or check its ending")
+
+
+def _values(lines: Iterable[Numbered[bytes]], name: str) -> Iterator[Numbered[Any]]:
+    for number, line in lines:
+        try:
+            value = jsonlines.Reader([line], loads=orjson.loads).read(allow_none=True)
+        except jsonlines.InvalidLineError as error:
+            reason = str(error.__cause__ or error)
+            raise BadRow(name, number, f"not JSON: {reason}", "one JSON object a line, UTF-8") from None
+        yield number, value
+
+
+def read_values(source: str) -> Iterator[Numbered[Any]]:
+    """(line number from 1, parsed JSON) of every non-blank line. Raises BadRow at the first that is not JSON."""
+    name = "stdin" if source == "-" else source
+    with open_input(source) as stream:
+        yield from _values(_lines(stream, name), name)
+
+
+def read_rows(source: str, parse: Callable[[object], R]) -> Iterator[Numbered[R]]:
+    """(line number, row) of every line; a line that `parse` refuses raises BadRow with file and line."""
+    name = "stdin" if source == "-" else source
+    for number, value in read_values(source):
+        yield number, _parsed(parse, value, name, number)
+
+
+def _parsed(parse: Callable[[object], R], value: object, name: str, number: int) -> R:
+    try:
+        return parse(value)
+    except RowError as error:
+        raise BadRow(name, number, error.message, error.hint) from None
+
+
+def rows_of(row_type: type[R]) -> Callable[[object], R]:
+    """A parser for `read_rows` of one of our own row types."""
+    return lambda value: load_row(row_type, value)
+
+
+def read_prompts(source: str, kind: Kind | None = None) -> Iterator[Numbered[Prompt]]:
+    """Prompts in any accepted form (`records.parse_prompt`): JSONL, plain text (one prompt a line), parquet, hf://.
+
+    The first line decides between JSONL and plain text, so a broken JSON line later is an error and not a prompt.
+    """
+    name = "stdin" if source == "-" else Path(source).name
+
+    def parse(value: object) -> Prompt:
+        return parse_prompt(value, source=name, kind=kind)
+
+    if source.startswith("hf://") or source.endswith(".parquet"):
+        for number, value in enumerate(_dataset_values(source), start=1):
+            yield number, _parsed(parse, value, source, number)
+        return
+    with open_input(source) as stream:
+        lines = _lines(stream, name)
+        first = next(lines, None)
+        if first is None:
+            return
+        is_json = first[1].lstrip().startswith((b"{", b"[", b'"'))
+        lines = _chain(first, lines)
+        for number, value in _values(lines, name) if is_json else _texts(lines, name):
+            yield number, _parsed(parse, value, name, number)
+
+
+def _chain(first: T, rest: Iterable[T]) -> Iterator[T]:
+    yield first
+    yield from rest
+
+
+def _texts(lines: Iterable[Numbered[bytes]], name: str) -> Iterator[Numbered[str]]:
+    for number, line in lines:
+        try:
+            yield number, line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise BadRow(name, number, f"not UTF-8: {error.reason} at byte {error.start}") from None
+
+
+def _dataset_values(source: str) -> Iterator[dict[str, Any]]:
+    import datasets
+
+    if source.startswith("hf://datasets/"):
+        parts = source.removeprefix("hf://datasets/").split("/")
+        name, files = "/".join(parts[:2]), "/".join(parts[2:]) or None
+        try:
+            data = datasets.load_dataset(name, data_files=files, split="train", streaming=True)
+        except Exception as error:  # the hub client raises many kinds; the user needs one line
+            raise CaiError(f"cannot load {source}: {error}", hint="is the hub reachable from here?") from error
+    else:
+        if not Path(source).is_file():
+            raise CaiError(f"cannot read {source}: no such file")
+        data = datasets.load_dataset("parquet", data_files=source, split="train", streaming=True)
+    for row in data:
+        yield {k: v for k, v in row.items() if v is not None}
+
+
+class KeyTable:
+    """Key -> line number for millions of keys in 12 to 36 bytes each (open addressing on 64-bit hashes).
+
+    Two different keys are taken for one with probability n^2 / 2^65: 3e-8 at a million rows.
+    """
+
+    def __init__(self) -> None:
+        self._resize(1 << 12)
+        self.size = 0
+
+    def _resize(self, slots: int) -> None:
+        self.mask = slots - 1
+        self.hashes = array("Q", bytes(8 * slots))
+        self.lines = array("I", bytes(4 * slots))
+
+    @staticmethod
+    def _hash(key: str) -> int:
+        return int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "little") or 1
+
+    def _slot(self, hashed: int) -> int:
+        slot = hashed & self.mask
+        while self.hashes[slot] not in (0, hashed):
+            slot = (slot + 1) & self.mask
+        return slot
+
+    def add(self, key: str, line: int) -> int | None:
+        """Remember `key`; returns the line it was first added with if it was there already, else None."""
+        slot = self._slot(hashed := self._hash(key))
+        if self.hashes[slot]:
+            return self.lines[slot]
+        self.hashes[slot], self.lines[slot] = hashed, line
+        self.size += 1
+        if self.size * 3 > self.mask * 2:
+            self._grow()
+        return None
+
+    def __contains__(self, key: str) -> bool:
+        return bool(self.hashes[self._slot(self._hash(key))])
+
+    def _grow(self) -> None:
+        hashes, lines = self.hashes, self.lines
+        self._resize(2 * (self.mask + 1))
+        for hashed, line in zip(hashes, lines, strict=True):
+            if hashed:
+                slot = self._slot(hashed)
+                self.hashes[slot], self.lines[slot] = hashed, line
+
+
+# --- writing ----------------------------------------------------------------------------------------------------
+
+
+class AppendFile:
+    """A JSONL file being appended to, a group of rows in one write, synced to disk with every group."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.fd: int | None = None
+
+    def finished_keys(self) -> Iterator[str]:
+        """Cut a torn last line away, then yield the key of every row that is there."""
+        if not self.path.exists():
+            return
+        cut_torn_tail(self.path)
+        for _, value in read_values(str(self.path)):
+            yield row_key(value)
+
+    def append(self, rows: Iterable[Row]) -> None:
+        data = b"".join(dump_row(row) + b"\n" for row in rows)
+        if not data:
+            return
+        try:
+            if self.fd is None:
+                self.fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            view = memoryview(data)
+            while view:
+                view = view[os.write(self.fd, view) :]
+            os.fsync(self.fd)
+        except OSError as error:
+            raise CaiError(
+                f"cannot write {self.path}: {error.strerror}", hint="what is written is kept; run again to go on"
+            ) from error
+
+    def close(self) -> None:
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+
+
+def row_key(value: dict[str, Any]) -> str:
+    """The key of one of our own rows without validating it (see `Row.key`)."""
+    if "key" in value:
+        return str(value["key"])
+    if "sample_index" in value:
+        return f"{value['id']}/{value['sample_index']}"
+    return str(value["id"])
+
+
+def cut_torn_tail(path: Path) -> int:
+    """Truncate `path` after its last whole line; returns how many bytes were cut."""
+    with path.open("r+b") as file:
+        size = end = file.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(0, end - 65536)
+            file.seek(start)
+            newline = file.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                end = start + newline + 1
+                break
+            end = start
+        if end < size:
+            file.truncate(end)
+            os.fsync(file.fileno())
+    return size - end
+
+
+def sync_directory(path: Path) -> None:
+    """Make a rename in `path` survive a power cut."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

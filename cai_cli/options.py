@@ -1,0 +1,47 @@
+"""Options that several commands share, each declared once."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+DEFAULT_MODEL = "smollm2-135m"
+
+Input = Annotated[str, typer.Argument(help="JSONL file, or - for stdin.", show_default=False)]
+Output = Annotated[
+    str, typer.Option("--output", "-o", help="Output JSONL file, or - for stdout.", show_default=True)
+]
+ModelOutput = Annotated[
+    Path, typer.Option("--output", "-o", help="Directory of the finished model.", show_default=False)
+]
+Model = Annotated[
+    str,
+    typer.Option("--model", "-m", help="Directory, Hub name, alias (see `cai models list`) or scripted:FILE."),
+]
+Seed = Annotated[int, typer.Option(help="Every draw comes from this, the stage and the row.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only the first N rows of the input.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start afresh, replacing what is there.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the closing summary as one JSON object.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no messages; errors only.")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Rows asked at once; by default fitted to the device.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+DType = Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16; auto is float32 on CPU.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")]
+TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling; 1 keeps the whole distribution.")]
+Constitution = Annotated[
+    str | None, typer.Option("--constitution", help="YAML file of principles; by default the shipped one.")
+]
+FewShot = Annotated[
+    str | None,
+    typer.Option("--few-shot", help="YAML file with examples, or `none`; by default those of the constitution."),
+]
+Principles = Annotated[
+    str | None, typer.Option("--principles", help="Only these principle ids, separated by commas.")
+]
+MaxPrinciples = Annotated[
+    int | None, typer.Option(min=1, help="Only the first K principles (paper section 3.4).")
+]
+PromptForm = Annotated[
+    str, typer.Option(help="auto, chat (chat template) or raw (text for base models); auto asks the model.")
+]

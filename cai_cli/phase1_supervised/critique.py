@@ -1,0 +1,75 @@
+"""`cai critique`: replies -> replies with a critique (paper section 3.1).
+
+A principle is drawn anew for every row and round. The input may be samples or revisions: a revision is criticised in
+its next round and keeps its history, so rounds can be chained as `critique | revise | critique | revise`.
+"""
+
+from collections.abc import Sequence
+
+from cai_cli import options
+from cai_cli.engines.base import Refusal
+from cai_cli.phase1_supervised.format_checks import critique_problem
+from cai_cli.phase1_supervised.reviser import (
+    Reviser,
+    conversation,
+    history_of,
+    run_revision_stage,
+    sample_or_revision,
+)
+from cai_cli.prompts import critique_request
+from cai_cli.records import Critique, Rejected, Sample, reject
+
+
+def critique(rows: Sequence[Sample], reviser: Reviser) -> list[Critique | Rejected]:
+    """One critique of each row's reply under a drawn principle, in order."""
+    rounds = [len(history_of(row)) + 1 for row in rows]
+    drawn = [reviser.principle_for(row, n) for row, n in zip(rows, rounds, strict=True)]
+    requests = [
+        critique_request(conversation(row), principle.critique, reviser.examples, reviser.form)
+        for row, principle in zip(rows, drawn, strict=True)
+    ]
+    answers = reviser.answers("critique", rows, rounds, requests, lambda _, text: critique_problem(text))
+    outcomes: list[Critique | Rejected] = []
+    for row, n, principle, answer in zip(rows, rounds, drawn, answers, strict=True):
+        if isinstance(answer, Refusal):
+            outcomes.append(reject(row.key, answer.reason, row))
+            continue
+        fields = {name: getattr(row, name) for name in Sample.model_fields}
+        outcomes.append(
+            Critique(
+                **fields,
+                history=history_of(row),
+                round=n,
+                principle_id=principle.id,
+                critique=answer.text.strip(),
+            )
+        )
+    return outcomes
+
+
+def command(
+    input: options.Input,
+    output: options.Output = "-",
+    model: options.Model = options.DEFAULT_MODEL,
+    constitution: options.Constitution = None,
+    few_shot: options.FewShot = None,
+    principles: options.Principles = None,
+    max_principles: options.MaxPrinciples = None,
+    max_new_tokens: options.MaxNewTokens = 256,
+    temperature: options.Temperature = 1.0,
+    top_p: options.TopP = 1.0,
+    prompt_form: options.PromptForm = "auto",
+    seed: options.Seed = 0,
+    limit: options.Limit = None,
+    batch_size: options.BatchSize = None,
+    device: options.Device = "auto",
+    dtype: options.DType = "auto",
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Criticise replies under principles drawn from the constitution.
+
+    INPUT: Sample or Revision rows. Writes Critique rows, for `cai revise`.
+    """
+    run_revision_stage("critique", sample_or_revision, critique, locals())

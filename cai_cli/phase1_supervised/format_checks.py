@@ -1,0 +1,83 @@
+"""What small models do instead of a critique or a revision, and how it is told.
+
+A text that fails a check is asked again with fresh noise, a bounded number of times, then its row is rejected with
+the last reason. Nothing is repaired: a stripped wrapper would hide how often the model misses the format.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from cai_cli.engines.base import Ask, Engine, Refusal, Reply, Sampling, seed_for
+
+ATTEMPTS = 4
+
+_WRAPPER = re.compile(
+    r"""^\W*(sure|certainly|of\ course|okay|ok|absolutely)?\W*
+        ((here\ is|here's|here\ are|this\ is|below\ is)\b[^.\n]{0,80}\b(revis|rewrit|updat|improv|edit|reword|version)\w*
+        |(revised|rewritten|updated|improved)\ (reply|response|answer|version)\b[^.\n]{0,40}:)""",
+    re.IGNORECASE | re.VERBOSE,
+)
+_ABOUT_THE_REPLY = re.compile(
+    r"""^\W*(the|this|that|my|your|the\ assistant's|the\ ai's)\ (last|previous|preceding|original|above|initial|first)?\s*
+        (assistant's\s+)?(reply|response|answer)\ (is|was|does|did|could|should|would|contains?|fails?|lacks?|needs?|
+        encourages?|promotes?|may|might|can|has|had|seems?|appears?|provides?|provided|suggests?|implies)\b""",
+    re.IGNORECASE | re.VERBOSE,
+)
+_LABEL = re.compile(r"^\W*critique\s*:|critique\s?request\s*:|revision\s?request\s*:", re.IGNORECASE)
+_SENTENCE = re.compile(r"[^.!?\n]+[.!?]?")
+
+
+def critique_problem(text: str) -> str | None:
+    """Why `text` is no critique, or None."""
+    if not text.strip():
+        return "empty critique"
+    return _repetition(text, "critique")
+
+
+def revision_problem(text: str, request: str) -> str | None:
+    """Why `text` is no revision, or None. `request` is the revision request it answers."""
+    if not text.strip():
+        return "empty revision"
+    if _LABEL.search(text) or _ABOUT_THE_REPLY.search(text):
+        return "a critique in place of a revision"
+    if _WRAPPER.search(text):
+        return "wrapped revision"
+    if request.strip().lower() in text.lower():
+        return "the request repeated in place of a revision"
+    return _repetition(text, "revision")
+
+
+def _repetition(text: str, what: str) -> str | None:
+    """A sentence of four words or more that stands three times: a closer the model could not leave."""
+    sentences = (s.strip().lower() for s in _SENTENCE.findall(text))
+    counts = Counter(s for s in sentences if len(s.split()) >= 4)
+    return f"repeated sentence in the {what}" if counts and max(counts.values()) >= 3 else None
+
+
+def generate_checked(
+    engine: Engine,
+    asks: Sequence[Ask],
+    sampling: Sampling,
+    problem: Callable[[int, str], str | None],
+) -> list[Reply | Refusal]:
+    """Answers that pass `problem(index, text)`; the others asked again up to ATTEMPTS times in all, each with its
+    own seed. What never passes becomes a Refusal with the last reason; an engine's own Refusal is final."""
+    answers: list[Reply | Refusal] = list(engine.generate(asks, sampling))
+    for attempt in range(1, ATTEMPTS + 1):
+        failed = {
+            index: reason
+            for index, answer in enumerate(answers)
+            if isinstance(answer, Reply) and (reason := problem(index, answer.text))
+        }
+        # A greedy answer is the same every time.
+        if not failed or attempt == ATTEMPTS or sampling.temperature == 0:
+            break
+        again = [
+            Ask(a.text, seed_for(a.seed, "attempt", attempt), a.cue, a.stop) for a in (asks[i] for i in failed)
+        ]
+        for index, answer in zip(failed, engine.generate(again, sampling), strict=True):
+            answers[index] = answer
+    for index, reason in failed.items():
+        answers[index] = Refusal(f"{reason}, {attempt} attempts")
+    return answers

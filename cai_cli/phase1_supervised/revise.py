@@ -1,0 +1,165 @@
+"""`cai revise`: criticised replies -> revised replies (paper section 3.1), and the loop of both (`critique-revise`).
+
+`critique-revise` draws a principle anew each round (default 4, as in the paper). `--no-critique` asks for the
+revision directly (section 3.5). Departure: the paper keeps every revision it gets; here one that is empty, a critique
+in disguise, wrapped or stuck in a loop is asked again and at last rejected with the reason.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from cai_cli import options
+from cai_cli.constitution import CritiquePrinciple
+from cai_cli.engines.base import Refusal
+from cai_cli.errors import CaiError
+from cai_cli.jsonl import rows_of
+from cai_cli.phase1_supervised.critique import critique
+from cai_cli.phase1_supervised.format_checks import revision_problem
+from cai_cli.phase1_supervised.reviser import (
+    Reviser,
+    conversation,
+    history_of,
+    run_revision_stage,
+    sample_or_revision,
+)
+from cai_cli.prompts import assistant, revision_request
+from cai_cli.records import Critique, Rejected, Revision, Sample, Turn, reject
+
+
+def revise(rows: Sequence[Critique], reviser: Reviser) -> list[Revision | Rejected]:
+    """One revision of each criticised reply under the principle of its critique, in order.
+
+    Raises CaiError when a critique was made under a principle that this constitution does not hold.
+    """
+    known = {p.id: p for p in reviser.principles}
+    for row in rows:
+        if row.principle_id not in known:
+            raise CaiError(
+                f"row {row.key!r} was criticised under {row.principle_id!r}, which is not among the principles in use",
+                hint="give the --constitution and --principles that `cai critique` had",
+            )
+    drawn = [known[row.principle_id] for row in rows]
+    return _revised(rows, drawn, [row.critique for row in rows], reviser)
+
+
+def revise_directly(rows: Sequence[Sample], reviser: Reviser) -> list[Revision | Rejected]:
+    """One revision of each reply without a critique (paper section 3.5), under a principle drawn as for a critique."""
+    drawn = [reviser.principle_for(row, len(history_of(row)) + 1) for row in rows]
+    return _revised(rows, drawn, [None] * len(rows), reviser)
+
+
+def _revised(
+    rows: Sequence[Sample], drawn: Sequence[CritiquePrinciple], critiques: Sequence[str | None], reviser: Reviser
+) -> list[Revision | Rejected]:
+    rounds = [len(history_of(row)) + 1 for row in rows]
+    requests = [
+        revision_request(
+            conversation(row),
+            None if said is None else (principle.critique, said),
+            principle.revision,
+            reviser.examples,
+            reviser.form,
+        )
+        for row, principle, said in zip(rows, drawn, critiques, strict=True)
+    ]
+    answers = reviser.answers(
+        "revise", rows, rounds, requests, lambda i, text: revision_problem(text, drawn[i].revision)
+    )
+    outcomes: list[Revision | Rejected] = []
+    for row, n, principle, said, answer in zip(rows, rounds, drawn, critiques, answers, strict=True):
+        if isinstance(answer, Refusal):
+            outcomes.append(reject(row.key, answer.reason, row))
+            continue
+        turn = Turn(round=n, principle_id=principle.id, critique=said, response=row.reply)
+        fields = {name: getattr(row, name) for name in Sample.model_fields}
+        fields |= {"completion": [assistant(answer.text.strip())], "finish_reason": answer.finish_reason}
+        outcomes.append(Revision(**fields, history=[*history_of(row), turn]))
+    return outcomes
+
+
+def critique_revise(
+    rows: Sequence[Sample], reviser: Reviser, *, rounds: int, with_critique: bool
+) -> list[Revision | Rejected]:
+    """`rounds` rounds of critique and revision of each row, in order. A row that fails is rejected as it then stood,
+    with what its earlier rounds gave."""
+    standing: list[Sample | Rejected] = list(rows)
+    for _ in range(rounds):
+        if with_critique:
+            _advance(standing, lambda alive: critique(alive, reviser))
+            _advance(standing, lambda alive: revise(alive, reviser))
+        else:
+            _advance(standing, lambda alive: revise_directly(alive, reviser))
+    return standing  # type: ignore[return-value]
+
+
+def _advance(standing, step) -> None:  # type: ignore[no-untyped-def]
+    alive = [i for i, row in enumerate(standing) if not isinstance(row, Rejected)]
+    for i, outcome in zip(alive, step([standing[i] for i in alive]), strict=True):
+        standing[i] = outcome
+
+
+def command(
+    input: options.Input,
+    output: options.Output = "-",
+    model: options.Model = options.DEFAULT_MODEL,
+    constitution: options.Constitution = None,
+    few_shot: options.FewShot = None,
+    principles: options.Principles = None,
+    max_principles: options.MaxPrinciples = None,
+    max_new_tokens: options.MaxNewTokens = 256,
+    temperature: options.Temperature = 1.0,
+    top_p: options.TopP = 1.0,
+    prompt_form: options.PromptForm = "auto",
+    seed: options.Seed = 0,
+    limit: options.Limit = None,
+    batch_size: options.BatchSize = None,
+    device: options.Device = "auto",
+    dtype: options.DType = "auto",
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Revise criticised replies.
+
+    INPUT: Critique rows, from `cai critique`. Writes Revision rows.
+    """
+    run_revision_stage("revise", rows_of(Critique), revise, locals())
+
+
+def critique_revise_command(
+    input: options.Input,
+    output: options.Output = "-",
+    model: options.Model = options.DEFAULT_MODEL,
+    constitution: options.Constitution = None,
+    few_shot: options.FewShot = None,
+    principles: options.Principles = None,
+    max_principles: options.MaxPrinciples = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of critique and revision, each under a new draw.")] = 4,
+    critique: Annotated[
+        bool, typer.Option("--critique/--no-critique", help="Without: revise directly (paper section 3.5).")
+    ] = True,
+    max_new_tokens: options.MaxNewTokens = 256,
+    temperature: options.Temperature = 1.0,
+    top_p: options.TopP = 1.0,
+    prompt_form: options.PromptForm = "auto",
+    seed: options.Seed = 0,
+    limit: options.Limit = None,
+    batch_size: options.BatchSize = None,
+    device: options.Device = "auto",
+    dtype: options.DType = "auto",
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Criticise and revise replies, round after round.
+
+    INPUT: Sample rows (or Revision rows, to go on from). Writes Revision rows with the history of all rounds.
+    """
+    run_revision_stage(
+        "critique-revise",
+        sample_or_revision,
+        lambda rows, reviser: critique_revise(rows, reviser, rounds=rounds, with_critique=critique),
+        locals(),
+    )

@@ -1,0 +1,117 @@
+"""What critique, revise and critique-revise share: who answers, under which principles, and the run over a file."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from cai_cli.constitution import (
+    CritiqueConstitution,
+    CritiqueExample,
+    CritiquePrinciple,
+    draw,
+    open_constitution,
+    select,
+)
+from cai_cli.engines import open_engine
+from cai_cli.engines.base import Ask, Engine, Refusal, Reply, Sampling, seed_for
+from cai_cli.errors import RowError
+from cai_cli.jsonl import read_rows
+from cai_cli.manifest import hash_input, provenance, settings_of
+from cai_cli.phase1_supervised.format_checks import generate_checked
+from cai_cli.prompts import Form, Request, pick_form
+from cai_cli.records import Critique, Message, Rejected, Revision, Sample, load_row
+from cai_cli.stage import Job, Unit, Units
+
+Work = Callable[[Sequence[Any], "Reviser"], Iterable[Sample | Rejected]]
+
+
+@dataclass(frozen=True)
+class Reviser:
+    """A model that criticises and revises its replies under principles."""
+
+    engine: Engine
+    principles: Sequence[CritiquePrinciple]
+    examples: Sequence[CritiqueExample]
+    form: Form
+    sampling: Sampling
+    seed: int
+
+    def principle_for(self, row: Sample, round: int) -> CritiquePrinciple:
+        """Drawn anew for every row and round; the draw depends on nothing else."""
+        return draw(self.principles, self.seed, "principle", row.id, row.sample_index, round)
+
+    def answers(
+        self,
+        stage: str,
+        rows: Sequence[Sample],
+        rounds: Sequence[int],
+        requests: Sequence[Request],
+        problem: Callable[[int, str], str | None],
+    ) -> list[Reply | Refusal]:
+        """One checked answer per request, each with noise from its own row and round."""
+        asks = [
+            Ask(r.text, seed_for(self.seed, stage, row.id, row.sample_index, round), r.cue, r.stop)
+            for row, round, r in zip(rows, rounds, requests, strict=True)
+        ]
+        return generate_checked(self.engine, asks, self.sampling, problem)
+
+
+def conversation(row: Sample) -> list[Message]:
+    """The prompt and the reply under critique."""
+    return [*row.prompt, *row.completion]
+
+
+def history_of(row: Sample) -> list[Any]:
+    return list(row.history) if isinstance(row, Critique | Revision) else []
+
+
+def sample_or_revision(value: object) -> Sample:
+    """A row whose reply can be criticised. Raises RowError."""
+    if isinstance(value, dict) and "critique" in value:
+        raise RowError("a Critique row, where a Sample or Revision is wanted", hint="`cai revise` takes critiques")
+    return load_row(Revision if isinstance(value, dict) and "history" in value else Sample, value)
+
+
+def run_revision_stage(
+    stage: str, parse: Callable[[object], Sample], work: Work, flags: dict[str, Any]
+) -> None:
+    """Wire one of the three commands, whose options are `flags`, to its files."""
+    loaded = open_constitution(CritiqueConstitution, flags["constitution"], flags["few_shot"])
+    principles = select(loaded.principles, flags["principles"], flags["max_principles"])
+    engine = open_engine(
+        flags["model"], batch_size=flags["batch_size"], device=flags["device"], dtype=flags["dtype"]
+    )
+    source, limit = flags["input"], flags["limit"]
+    inputs = {"samples": hash_input(source)}
+    form = pick_form(flags["prompt_form"], engine)
+    reviser = Reviser(
+        engine,
+        principles,
+        loaded.examples,
+        form,
+        Sampling(flags["max_new_tokens"], flags["temperature"], flags["top_p"]),
+        flags["seed"],
+    )
+
+    def units() -> Units[Sample]:
+        for line, row in islice(read_rows(source, parse), limit):
+            yield Unit(row.key, line, row)
+
+    lines = inputs["samples"].lines
+    Job(
+        provenance=provenance(
+            stage,
+            inputs=inputs,
+            settings=settings_of(flags, prompt_form=form),
+            model=engine.identity(),
+            constitution={"name": loaded.name, "fingerprint": loaded.fingerprint()},
+        ),
+        inputs=inputs,
+        output=flags["output"],
+        overwrite=flags["overwrite"],
+        units=units,
+        work=lambda rows: work(rows, reviser),
+        window=engine.batch_size,
+        total=None if lines is None else min(lines, limit or lines),
+    ).run(as_json=flags["json"])

@@ -1,0 +1,108 @@
+"""`cai sample`: prompts -> replies of a model (paper section 3.1, the initial responses; section 4.1, pairs to compare).
+
+The paper samples at T = 1 without nucleus; so do we by default. Every (prompt, sample_index) draws from its own seed.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Annotated, get_args
+
+import typer
+
+from cai_cli import options
+from cai_cli.engines import open_engine
+from cai_cli.engines.base import Ask, Engine, Refusal, Sampling, seed_for
+from cai_cli.errors import UsageError
+from cai_cli.jsonl import read_prompts
+from cai_cli.manifest import hash_input, provenance, settings_of
+from cai_cli.prompts import Form, assistant, pick_form, reply_request
+from cai_cli.records import Kind, Prompt, Rejected, Sample, conversation_id, reject
+from cai_cli.stage import Job, Unit, Units
+
+SampleUnit = tuple[Prompt, int]
+
+
+def sample(
+    units: Sequence[SampleUnit], engine: Engine, *, sampling: Sampling, form: Form, seed: int
+) -> Iterator[Sample | Rejected]:
+    """One reply per (prompt, sample_index), in order. An empty reply is rejected, as is a prompt that does not fit."""
+    asks = [
+        Ask(r.text, seed_for(seed, "sample", p.id, index), r.cue, r.stop)
+        for p, index in units
+        for r in [reply_request(p.prompt, form)]
+    ]
+    for (prompt, index), reply in zip(units, engine.generate(asks, sampling), strict=True):
+        key = f"{prompt.id}/{index}"
+        if isinstance(reply, Refusal):
+            yield reject(key, reply.reason, prompt)
+        elif not reply.text.strip():
+            yield reject(key, "empty reply", prompt)
+        else:
+            yield Sample(
+                **dict(prompt),
+                sample_index=index,
+                completion=[assistant(reply.text.strip())],
+                finish_reason=reply.finish_reason,
+            )
+
+
+def prompt_units(source: str, kind: Kind | None, n: int, limit: int | None) -> Units[SampleUnit]:
+    """Every prompt n times."""
+    for line, prompt in islice(read_prompts(source, kind), limit):
+        hashed = prompt.id == conversation_id(prompt.prompt)
+        for index in range(n):
+            yield Unit(f"{prompt.id}/{index}", line, (prompt, index), hashed_id=hashed)
+
+
+def pick_kind(kind: str | None) -> Kind | None:
+    """`--kind` as a row holds it. Raises UsageError."""
+    for known in get_args(Kind):
+        if kind == known:
+            return "red-team" if known == "red-team" else "helpful"
+    if kind is not None:
+        raise UsageError(f"--kind must be red-team or helpful, not {kind!r}")
+    return None
+
+
+def command(
+    input: options.Input,
+    output: options.Output = "-",
+    model: options.Model = options.DEFAULT_MODEL,
+    n: Annotated[int, typer.Option("--n", "-n", min=1, help="Replies per prompt.")] = 1,
+    kind: Annotated[str | None, typer.Option(help="red-team or helpful, for rows that do not say.")] = None,
+    max_new_tokens: options.MaxNewTokens = 256,
+    temperature: options.Temperature = 1.0,
+    top_p: options.TopP = 1.0,
+    prompt_form: options.PromptForm = "auto",
+    seed: options.Seed = 0,
+    limit: options.Limit = None,
+    batch_size: options.BatchSize = None,
+    device: options.Device = "auto",
+    dtype: options.DType = "auto",
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Sample replies to prompts.
+
+    INPUT: Prompt rows, {"prompt": ...}, {"messages": ...}, HH-RLHF rows, plain text (one prompt a line), parquet or
+    hf://datasets/OWNER/NAME. Writes Sample rows.
+    """
+    flags = locals()
+    default_kind = pick_kind(kind)
+    engine = open_engine(model, batch_size=batch_size, device=device, dtype=dtype)
+    inputs = {"prompts": hash_input(input)}
+    form = pick_form(prompt_form, engine)
+    settings = settings_of(flags, prompt_form=form)
+    sampling = Sampling(max_new_tokens, temperature, top_p)
+    lines = inputs["prompts"].lines
+    Job(
+        provenance=provenance("sample", inputs=inputs, settings=settings, model=engine.identity()),
+        inputs=inputs,
+        output=output,
+        overwrite=overwrite,
+        units=lambda: prompt_units(input, default_kind, n, limit),
+        work=lambda units: sample(units, engine, sampling=sampling, form=form, seed=seed),
+        window=engine.batch_size,
+        total=None if lines is None else n * min(lines, limit or lines),
+    ).run(as_json=json)

@@ -1,0 +1,284 @@
+"""`cai sft`: fine-tune a language model on its own revisions (paper section 3, the SL-CAI model).
+
+As in the paper, every revision of every round is an example (`--revisions all`), sampled replies to helpful prompts
+are mixed in (`--helpful`), and training is one epoch. Departures: the loss is on the reply only; the paper starts from
+a pretrained model, we from whatever `--model` names; its learning rate (half that of pretraining) means nothing for
+another model, so it is an option; the helpful share is a ratio (the paper has 135k helpful to 183k red-team prompts).
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from cai_cli import console, options
+from cai_cli.engines.base import seed_for
+from cai_cli.engines.chat import encode_chat
+from cai_cli.errors import RowError, UsageError
+from cai_cli.jsonl import read_rows
+from cai_cli.manifest import hash_input, provenance, settings_of
+from cai_cli.prompts import assistant
+from cai_cli.records import Message, Revision, Sample, conversation_id, json_type, load_row, parse_prompt, reject
+from cai_cli.training import (
+    Epochs,
+    GradientAccumulation,
+    LearningRate,
+    Lora,
+    LoraRank,
+    MaxLength,
+    MaxSteps,
+    Metrics,
+    Recipe,
+    SaveSteps,
+    TrainBatchSize,
+    finished_model,
+    fit,
+    held_out_keys,
+    pick_device,
+    quiet_libraries,
+    save_model,
+)
+from cai_cli.training_job import Base, Counts, TrainingJob, rows_digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+COLUMNS = {
+    "epoch": "epoch",
+    "loss": "loss",
+    "learning_rate": "learning_rate",
+    "grad_norm": "grad_norm",
+    "entropy": "entropy",
+    "token_accuracy": "mean_token_accuracy",
+    "tokens": "num_tokens",
+}
+LONG = "longer than --max-length"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One reply to learn, and the row it came from."""
+
+    row: Sample
+    reply: str
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of prompt and reply; the first `prompt_length` of them carry no loss."""
+
+    ids: list[int]
+    prompt_length: int
+
+    def columns(self) -> dict[str, list[int]]:
+        labels = [-100] * self.prompt_length + self.ids[self.prompt_length :]
+        return {"input_ids": self.ids, "labels": labels}
+
+
+def completed_row(value: object) -> Sample:
+    """A row with a prompt and a completion: Sample, Revision, or any {"prompt", "completion"}. Raises RowError."""
+    if isinstance(value, dict) and "critique" in value:
+        raise RowError("a Critique row, whose reply is not revised yet", hint="`cai revise` makes revisions of it")
+    if isinstance(value, dict) and "sample_index" in value:
+        return load_row(Revision if "history" in value else Sample, value)
+    if not isinstance(value, dict) or "completion" not in value:
+        raise RowError("no completion in this row", hint='a row has "prompt" and "completion"')
+    prompt = parse_prompt({k: v for k, v in value.items() if k != "completion"}, source="given")
+    completion = value["completion"]
+    if isinstance(completion, str):
+        completion = [{"role": "assistant", "content": completion}]
+    if not isinstance(completion, list):
+        raise RowError(f"field 'completion' must be text or messages, this is {json_type(completion)}")
+    fields = {"sample_index": 0, "completion": completion, "finish_reason": None}
+    return load_row(Sample, prompt.model_dump() | fields)
+
+
+def examples_of(row: Sample, revisions: Literal["all", "last"]) -> list[Example]:
+    """What a row teaches: its completion and, with `all`, the revisions of the rounds before."""
+    earlier = [turn.response for turn in row.history[1:]] if isinstance(row, Revision) else []
+    replies = [*(earlier if revisions == "all" else []), row.completion[0].content]
+    return [Example(row, reply) for reply in replies]
+
+
+def mix(revisions: Sequence[Example], helpful: Sequence[Example], ratio: float, seed: int) -> list[Example]:
+    """`revisions` and, per revision, `ratio` helpful examples drawn without replacement (all where there are fewer)."""
+    wanted = round(ratio * len(revisions))
+    if len(helpful) <= wanted:
+        return [*revisions, *helpful]
+    rng = random.Random(seed_for(seed, "sft", "helpful"))  # noqa: S311
+    kept = sorted(rng.sample(range(len(helpful)), wanted))
+    return [*revisions, *(helpful[i] for i in kept)]
+
+
+def encode(tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[Message], reply: str) -> Encoded:
+    """Prompt and reply in the chat template. Raises RowError when the template refuses them."""
+    start = encode_chat(tokenizer, prompt, add_generation_prompt=True)
+    ids = encode_chat(tokenizer, [*prompt, assistant(reply)], add_generation_prompt=False)
+    if ids[: len(start)] != start:
+        raise RowError("the chat template does not render the prompt as the start of the conversation")
+    return Encoded(ids, len(start))
+
+
+def encode_all(
+    tokenizer: "PreTrainedTokenizerBase", examples: Sequence[Example], max_length: int, counts: Counts
+) -> list[tuple[Example, Encoded]]:
+    """Every example that can be trained on; the others are rejected into `counts`."""
+    fitting = []
+    for example in examples:
+        try:
+            encoded = encode(tokenizer, example.row.prompt, example.reply)
+        except RowError as error:
+            counts.rejected.append(reject(example.row.key, error.message, example.row))
+            continue
+        if not example.reply.strip():
+            counts.rejected.append(reject(example.row.key, "empty completion", example.row))
+        elif len(encoded.ids) > max_length:
+            counts.rejected.append(reject(example.row.key, LONG, example.row))
+        else:
+            fitting.append((example, encoded))
+    return fitting
+
+
+def sft(
+    base: Path,
+    tokenizer: "PreTrainedTokenizerBase",
+    train: Sequence[Encoded],
+    held_out: Sequence[Encoded],
+    recipe: Recipe,
+    work: Path,
+) -> dict[str, Any]:
+    """Train the model in `base`; the finished one is left in `work/model`. Returns the figures."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    from cai_cli.models import load_causal_lm
+
+    model = load_causal_lm(base, "float32", recipe.device)
+    metrics = Metrics(work / "metrics.jsonl", [*COLUMNS, "held_out_loss"])
+    with quiet_libraries():
+        trainer = SFTTrainer(
+            model=model,
+            processing_class=tokenizer,
+            args=SFTConfig(
+                **recipe.arguments(work), max_length=None, dataset_kwargs={"skip_prepare_dataset": True}
+            ),
+            train_dataset=Dataset.from_list([e.columns() for e in train]),
+            eval_dataset=Dataset.from_list([e.columns() for e in held_out]) if held_out else None,
+            peft_config=recipe.peft_config(),
+        )
+
+        def held_out_loss() -> float | None:
+            return float(trainer.evaluate()["eval_loss"]) if held_out else None
+
+        before = metrics.at(0)
+        if before is None:
+            before = {"held_out_loss": held_out_loss()}
+            metrics.put(0, before)
+        fit(trainer, metrics, COLUMNS, name="sft")
+        steps = int(trainer.state.global_step)
+        after = held_out_loss()
+        metrics.put(steps, {"held_out_loss": after})
+        save_model(finished_model(trainer), tokenizer, work / "model")
+    losses = [row["loss"] for row in metrics.rows if row["loss"] is not None]
+    return {
+        "steps": steps,
+        "loss_before": losses[0],
+        "loss": losses[-1],
+        "held_out_loss_before": before["held_out_loss"],
+        "held_out_loss": after,
+    }
+
+
+def command(
+    input: options.Input,
+    output: options.ModelOutput,
+    model: options.Model = options.DEFAULT_MODEL,
+    helpful: Annotated[
+        str | None, typer.Option(help="JSONL of helpful prompts with completions (`cai sample`), mixed in.")
+    ] = None,
+    helpful_ratio: Annotated[float, typer.Option(min=0.0, help="Helpful examples per revision example.")] = 1.0,
+    revisions: Annotated[
+        str, typer.Option(help="all (as the paper: those of every round) or last (only the final one).")
+    ] = "all",
+    epochs: Epochs = 1.0,
+    max_steps: MaxSteps = None,
+    batch_size: TrainBatchSize = 4,
+    gradient_accumulation: GradientAccumulation = 2,
+    learning_rate: LearningRate = 2e-5,
+    max_length: MaxLength = 1024,
+    lora: Lora = False,
+    lora_rank: LoraRank = 16,
+    eval_share: Annotated[float, typer.Option(min=0.0, max=0.5, help="Share of the prompts held out.")] = 0.05,
+    save_steps: SaveSteps = 100,
+    seed: options.Seed = 0,
+    limit: options.Limit = None,
+    device: options.Device = "auto",
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Fine-tune a model on revisions (supervised constitutional AI).
+
+    INPUT: Revision rows, or any rows with prompt and completion. Writes a model directory.
+    """
+    flags = locals()
+    console.set_quiet(quiet)
+    if revisions not in ("all", "last"):
+        raise UsageError(f"--revisions must be all or last, not {revisions!r}")
+    which: Literal["all", "last"] = "all" if revisions == "all" else "last"
+    base = Base.resolve(model)
+    inputs = {"revisions": hash_input(input)} | ({"helpful": hash_input(helpful)} if helpful else {})
+    rows = [row for _, row in islice(read_rows(input, completed_row), limit)]
+    helpful_rows = [row for _, row in read_rows(helpful, completed_row)] if helpful else []
+    mine = [example for row in rows for example in examples_of(row, which)]
+    theirs = [example for row in helpful_rows for example in examples_of(row, "last")]
+    chosen = mix(mine, theirs, helpful_ratio, seed)
+    counts = Counts()
+    if left := len(mine) + len(theirs) - len(chosen):
+        counts.skipped["beyond --helpful-ratio"] = left
+    if helpful and len(theirs) < round(helpful_ratio * len(mine)):
+        console.say(f"sft: {helpful} holds {len(theirs):,} examples, fewer than --helpful-ratio asks for; all are used")
+
+    from cai_cli.models import load_tokenizer
+
+    tokenizer = load_tokenizer(base.path)
+    fitting = encode_all(tokenizer, chosen, max_length, counts)
+    prompts = [conversation_id(example.row.prompt) for example, _ in fitting]
+    apart = held_out_keys(prompts, eval_share, seed)
+    train = [encoded for (_, encoded), prompt in zip(fitting, prompts, strict=True) if prompt not in apart]
+    held_out = [encoded for (_, encoded), prompt in zip(fitting, prompts, strict=True) if prompt in apart]
+    counts.train, counts.held_out = len(train), len(held_out)
+    where = pick_device(device)
+    recipe = Recipe(
+        batch_size=batch_size,
+        gradient_accumulation=gradient_accumulation,
+        learning_rate=learning_rate,
+        save_steps=save_steps,
+        seed=seed,
+        device=where,
+        lora_rank=lora_rank if lora else None,
+        epochs=epochs,
+        max_steps=max_steps,
+    )
+    settings = settings_of(flags, batch_size=batch_size, precision="float32" if where == "cpu" else "bfloat16")
+    for harmless in ("save_steps", "helpful"):
+        del settings[harmless]
+    TrainingJob(
+        provenance=provenance(
+            "sft",
+            inputs=inputs,
+            settings=settings,
+            model={"fingerprint": base.fingerprint},
+            rows=rows_digest([*rows, *helpful_rows]),
+        ),
+        inputs=inputs,
+        models={"model": base},
+        output=output,
+        overwrite=overwrite,
+        counts=counts,
+        train=lambda work: sft(base.path, tokenizer, train, held_out, recipe, work),
+    ).run(as_json=json)

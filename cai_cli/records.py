@@ -1,0 +1,310 @@
+"""Every JSONL row type, in the order of the road, and the prompt formats accepted without conversion.
+
+Shapes follow TRL's conversational dataset formats, so `datasets.load_dataset("json", data_files=...)` and any TRL
+trainer read every file as it is. Every field is always present, with one type (null allowed where said).
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Self, TypeVar
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cai_cli.errors import RowError
+
+Role = Literal["system", "user", "assistant"]
+Kind = Literal["red-team", "helpful"]
+
+
+class Row(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @property
+    def key(self) -> str:
+        """What makes this row one row of its file; resume and duplicate detection go by it."""
+        raise AssertionError(f"{type(self).__name__} stands in no file of its own")
+
+
+R = TypeVar("R", bound="Row")
+
+
+class Message(Row):
+    role: Role
+    content: str
+
+
+class Prompt(Row):
+    """A conversation that ends with a user turn, waiting for a reply."""
+
+    id: str = Field(min_length=1)
+    prompt: list[Message] = Field(min_length=1)
+    kind: Kind | None = None
+    source: str | None = None
+
+    @model_validator(mode="after")
+    def _ends_with_the_user(self) -> Self:
+        if self.prompt[-1].role != "user":
+            raise ValueError(f"a prompt must end with a user turn, this one ends with {self.prompt[-1].role!r}")
+        if any(m.role == "system" for m in self.prompt[1:]):
+            raise ValueError("a system message can only come first")
+        return self
+
+    @property
+    def key(self) -> str:
+        return self.id
+
+
+class Sample(Prompt):
+    """A prompt with one reply of a model. `finish_reason`: "stop" (end of turn) or "length" (cut at the limit)."""
+
+    sample_index: int = Field(ge=0)
+    completion: list[Message] = Field(min_length=1, max_length=1)
+    finish_reason: str | None
+
+    @model_validator(mode="after")
+    def _completed_by_the_assistant(self) -> Self:
+        if self.completion[0].role != "assistant":
+            raise ValueError("completion must be one assistant message")
+        return self
+
+    @property
+    def key(self) -> str:
+        return f"{self.id}/{self.sample_index}"
+
+    @property
+    def reply(self) -> str:
+        return self.completion[0].content
+
+
+class Turn(Row):
+    """One round of revision: `response` is what was criticised and revised (null critique: revised directly)."""
+
+    round: int = Field(ge=1)
+    principle_id: str
+    critique: str | None
+    response: str
+
+
+class Critique(Sample):
+    """A sample and a critique of its reply. `history` holds the rounds before this one."""
+
+    history: list[Turn]
+    round: int = Field(ge=1)
+    principle_id: str
+    critique: str
+
+
+class Revision(Sample):
+    """A sample whose `completion` is the latest revision; `history[k].response` is what round k+1 revised."""
+
+    history: list[Turn] = Field(min_length=1)
+
+
+class Vote(Row):
+    """One judgement of one pair. `order`: "ab" when `chosen` stood first, "ba" when `rejected` did.
+
+    `p_first` is the probability given to whatever stood first: a judge that only likes the first position shows
+    high values in both orders.
+    """
+
+    principle_id: str
+    method: str
+    order: Literal["ab", "ba"]
+    p_first: float = Field(ge=0, le=1)
+    rationale: str | None
+
+
+class Preference(Row):
+    """A compared pair. `p_chosen` is the mean over votes of the probability of `chosen`, so never under one half."""
+
+    id: str = Field(min_length=1)
+    prompt: list[Message] = Field(min_length=1)
+    chosen: list[Message] = Field(min_length=1, max_length=1)
+    rejected: list[Message] = Field(min_length=1, max_length=1)
+    p_chosen: float = Field(ge=0.5, le=1)
+    votes: list[Vote]
+    source: str | None
+
+    @property
+    def key(self) -> str:
+        return self.id
+
+
+class Rejected(Row):
+    """A row that could not be done, and why. `row` is the input row as JSON text, so that
+    `jq -r .row OUT.rejected.jsonl | cai STAGE - ...` asks again."""
+
+    key_: str = Field(alias="key")
+    reason: str
+    row: str
+
+    @property
+    def key(self) -> str:
+        return self.key_
+
+
+def reject(key: str, reason: str, row: Row) -> Rejected:
+    return Rejected(key=key, reason=reason, row=dump_row(row).decode())
+
+
+def dump_row(row: Row) -> bytes:
+    """One JSON object without the newline; keys in the order of the fields."""
+    return orjson.dumps(row.model_dump(by_alias=True))
+
+
+def load_row(row_type: type[R], value: object) -> R:
+    """A parsed JSON object as `row_type`; raises RowError with the first thing that is wrong."""
+    if not isinstance(value, dict):
+        raise RowError(f"a {row_type.__name__} row must be a JSON object, this is {json_type(value)}")
+    try:
+        return row_type.model_validate(value)
+    except ValidationError as error:
+        raise RowError(_first_problem(row_type, error)) from None
+
+
+def _first_problem(row_type: type[Row], error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "missing":
+        message = f"field {where!r} is missing"
+    elif first["type"] == "extra_forbidden":
+        message = f"unknown field {where!r}"
+    elif where:
+        message = f"field {where!r}: {message[0].lower()}{message[1:]}"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"not a {row_type.__name__} row: {message}{more}"
+
+
+def json_type(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def conversation_id(messages: list[Message]) -> str:
+    """The id of a prompt that came without one: a hash of its canonical JSON."""
+    canonical = orjson.dumps([[m.role, m.content] for m in messages])
+    return hashlib.sha256(canonical).hexdigest()[:16]
+
+
+# --- prompts as they come ---------------------------------------------------------------------------------------
+
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+_ROLES: Mapping[str, Role] = {"Human": "user", "Assistant": "assistant"}
+# What a row may carry beside its prompt without our reading it; any other field is an error, not silently ignored.
+_PROMPT_FIELDS = frozenset({"id", "kind", "source"})
+
+
+def parse_transcript(text: str) -> list[Message]:
+    """The published `\\n\\nHuman: ...\\n\\nAssistant: ...` form as messages; one space after the colon is its own.
+
+    A trailing `\\n\\nAssistant:` (the cue to answer) is an empty assistant turn. Inverse: `render_transcript`.
+    Raises RowError when the text does not start with a turn.
+    """
+    pieces = _TURN.split(text)
+    if pieces[0].strip() or len(pieces) < 3:
+        raise RowError(r"not a transcript: it must start with '\n\nHuman:'")
+    return [
+        Message(role=_ROLES[who], content=said.removeprefix(" "))
+        for who, said in zip(pieces[1::2], pieces[2::2], strict=True)
+    ]
+
+
+def render_transcript(messages: Sequence[Message]) -> str:
+    """`\\n\\nHuman: ...\\n\\nAssistant: ...`; the inverse of `parse_transcript`."""
+    speaker = {"user": "Human", "assistant": "Assistant", "system": "System"}
+    return "".join(f"\n\n{speaker[m.role]}: {m.content}" for m in messages)
+
+
+def joined_turns(messages: list[Message]) -> list[Message]:
+    """Consecutive turns of one speaker joined by a blank line: HH-RLHF holds a few, chat templates refuse them."""
+    joined: list[Message] = []
+    for message in messages:
+        if joined and joined[-1].role == message.role:
+            content = f"{joined[-1].content}\n\n{message.content}"
+            joined[-1] = Message(role=message.role, content=content)
+        else:
+            joined.append(message)
+    return joined
+
+
+def parse_prompt(value: object, *, source: str, kind: Kind | None = None) -> Prompt:
+    """A prompt from any accepted form; `kind` and `source` fill what the row does not say.
+
+    Accepted: plain text (str); {"prompt": "text" or [messages]}; {"messages": [...]}; HH-RLHF {"chosen", "rejected"}
+    (every turn before the last assistant turn). Raises RowError.
+    """
+    if isinstance(value, str):
+        return _make_prompt([Message(role="user", content=value)], {}, source, kind)
+    if not isinstance(value, dict):
+        raise RowError(f"a prompt row must be a JSON object or plain text, this is {json_type(value)}")
+    if "prompt" in value and "completion" in value:
+        return _sample_as_prompt(value)
+    if "chosen" in value and "rejected" in value:
+        messages, used = _human_pair_prompt(value), {"chosen", "rejected", "prompt"}
+    elif "prompt" in value:
+        messages, used = _messages(value["prompt"], "prompt"), {"prompt"}
+    elif "messages" in value:
+        messages, used = _messages(value["messages"], "messages"), {"messages"}
+    else:
+        raise RowError(
+            "no prompt in this row",
+            hint='a row has "prompt" (text or messages), "messages", or HH-RLHF "chosen" and "rejected"',
+        )
+    unknown = sorted(set(value) - used - _PROMPT_FIELDS)
+    if unknown:
+        raise RowError(
+            f"unknown field {unknown[0]!r} in a prompt row", hint=f"known beside the prompt: {sorted(_PROMPT_FIELDS)}"
+        )
+    return _make_prompt(messages, value, source, kind)
+
+
+def _sample_as_prompt(value: dict[str, Any]) -> Prompt:
+    """One of our own later rows (Sample, Critique, Revision): its prompt again."""
+    row_type = Critique if "critique" in value else Revision if "history" in value else Sample
+    row = load_row(row_type, value)
+    return Prompt(id=row.id, prompt=row.prompt, kind=row.kind, source=row.source)
+
+
+def _human_pair_prompt(value: dict[str, Any]) -> list[Message]:
+    if "prompt" in value:  # TRL's explicit-prompt preference form, our Preference rows among them
+        return _messages(value["prompt"], "prompt")
+    if isinstance(value["chosen"], list):
+        messages = _messages(value["chosen"], "chosen")
+    elif isinstance(value["chosen"], str):
+        messages = joined_turns(parse_transcript(value["chosen"]))
+    else:
+        raise RowError(f"field 'chosen' must be a transcript or messages, this is {json_type(value['chosen'])}")
+    while messages and messages[-1].role != "assistant":
+        messages.pop()
+    if len(messages) < 2:
+        raise RowError("field 'chosen' holds no human turn followed by an assistant turn")
+    return messages[:-1]
+
+
+def _messages(value: object, field: str) -> list[Message]:
+    if isinstance(value, str):
+        if value.startswith("\n\nHuman:"):
+            turns = joined_turns(parse_transcript(value))
+            return turns[:-1] if turns[-1].role == "assistant" and not turns[-1].content else turns
+        return [Message(role="user", content=value)]
+    if not isinstance(value, list) or not value:
+        raise RowError(f"field {field!r} must be text or a non-empty list of messages, this is {json_type(value)}")
+    return [load_row(Message, m) for m in value]
+
+
+def _make_prompt(messages: list[Message], value: dict[str, Any], source: str, kind: Kind | None) -> Prompt:
+    if not any(m.content.strip() for m in messages if m.role == "user"):
+        raise RowError("the prompt is empty")
+    given = value.get("id")
+    if isinstance(given, int) and not isinstance(given, bool):
+        given = str(given)
+    fields = {
+        "id": conversation_id(messages) if given is None else given,
+        "prompt": [m.model_dump() for m in messages],
+        "kind": value.get("kind") or kind,
+        "source": value.get("source") or source,
+    }
+    return load_row(Prompt, fields)

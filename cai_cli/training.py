@@ -1,0 +1,298 @@
+"""How the three training stages train: one recipe, exact resume, metrics, and no word from the libraries.
+
+The noise of a step (sampled replies, dropout) comes from (seed, step) alone and the order of the data from the seed,
+so a run that was killed and resumed ends with the parameters of one that was not.
+"""
+
+import json
+import math
+import os
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import orjson
+import typer
+
+from cai_cli import console
+from cai_cli.engines.base import seed_for
+from cai_cli.errors import CaiError, UsageError
+from cai_cli.jsonl import cut_torn_tail
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+T = TypeVar("T")
+
+Epochs = Annotated[float, typer.Option(min=0.0, help="Passes over the rows.")]
+MaxSteps = Annotated[int | None, typer.Option(min=1, help="Stop after this many steps instead of --epochs.")]
+TrainBatchSize = Annotated[int, typer.Option(min=1, help="Rows in one forward pass on one device.")]
+GradientAccumulation = Annotated[int, typer.Option(min=1, help="Forward passes in one step.")]
+LearningRate = Annotated[float, typer.Option(min=0.0, help="Peak learning rate of AdamW.")]
+MaxLength = Annotated[int, typer.Option(min=2, help="Longest row in tokens; longer ones are rejected, never cut.")]
+Lora = Annotated[bool, typer.Option("--lora/--full", help="Train low-rank adapters, merged at the end, or all weights.")]
+LoraRank = Annotated[int, typer.Option(min=1, help="Rank of the adapters, with --lora.")]
+SaveSteps = Annotated[int, typer.Option(min=1, help="Steps between checkpoints, from which a killed run goes on.")]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What every trainer is told. `device` is "cpu" or "cuda"; `lora_rank` None trains all weights."""
+
+    batch_size: int
+    gradient_accumulation: int
+    learning_rate: float
+    save_steps: int
+    seed: int
+    device: str
+    lora_rank: int | None = None
+    epochs: float = 1.0
+    max_steps: int | None = None
+    schedule: str = "linear"
+
+    def arguments(self, work: Path) -> dict[str, Any]:
+        """Keyword arguments for any TRL config. Mixed bfloat16 on cuda, float32 on CPU."""
+        cpu = self.device == "cpu"
+        return {
+            "output_dir": str(work),
+            "per_device_train_batch_size": self.batch_size,
+            "per_device_eval_batch_size": self.batch_size,
+            "gradient_accumulation_steps": self.gradient_accumulation,
+            "learning_rate": self.learning_rate,
+            "lr_scheduler_type": self.schedule,
+            "num_train_epochs": self.epochs,
+            "max_steps": self.max_steps or -1,
+            "save_steps": self.save_steps,
+            "save_total_limit": 2,  # a kill while the newest is being written leaves the one before
+            "logging_steps": 1,
+            "logging_nan_inf_filter": False,
+            "seed": self.seed,
+            "use_cpu": cpu,
+            "bf16": not cpu,
+            "gradient_checkpointing": False,
+            "dataloader_pin_memory": not cpu,
+            "disable_tqdm": True,
+            "report_to": [],
+        }
+
+    def peft_config(self, *, classifier: bool = False) -> Any:
+        """The LoRA config, or None where all weights are trained."""
+        if self.lora_rank is None:
+            return None
+        from peft import LoraConfig, TaskType
+
+        return LoraConfig(
+            r=self.lora_rank,
+            lora_alpha=2 * self.lora_rank,
+            target_modules="all-linear",
+            task_type=TaskType.SEQ_CLS if classifier else TaskType.CAUSAL_LM,
+        )
+
+
+def pick_device(device: str) -> str:
+    """`--device` as torch spells it; auto is cuda where there is one. Raises UsageError, CaiError."""
+    import torch
+
+    if device not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"--device must be auto, cpu or cuda, not {device!r}")
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise CaiError("this machine has no cuda device", hint="`cai doctor` lists this machine's devices")
+    return device
+
+
+def context_window(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> int:
+    """How many tokens the model takes at most."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(min(tokenizer.model_max_length, positions or tokenizer.model_max_length))
+
+
+def held_out_keys(keys: Sequence[str], share: float, seed: int) -> frozenset[str]:
+    """Which of the distinct `keys` are held out: `share` of them, at least one where there are twenty or more.
+
+    The choice is by the hash of (seed, key): rows with one key stay together.
+    """
+    distinct = sorted(set(keys), key=lambda key: (seed_for(seed, "held-out", key), key))
+    count = int(share * len(distinct))
+    if share > 0 and len(distinct) >= 20:
+        count = max(1, count)
+    return frozenset(distinct[:count])
+
+
+# --- one trainer, from its newest checkpoint to its last step ------------------------------------------------------
+
+
+def fit(trainer: Any, metrics: "Metrics", columns: Mapping[str, str], *, name: str) -> None:
+    """Train to the end, going on from the newest complete checkpoint in the trainer's output directory.
+
+    `columns`: name in metrics.jsonl -> name in the trainer's log. Raises CaiError when the loss is no number or the
+    disk is full.
+    """
+    from transformers import PrinterCallback
+
+    checkpoint = newest_checkpoint(Path(trainer.args.output_dir))
+    done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    metrics.cut_after(done)
+    if checkpoint:
+        console.say(f"{name}: going on after step {done:,}")
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_steps_callback(metrics, columns, name))
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except OSError as error:
+        raise CaiError(
+            f"cannot write {trainer.args.output_dir}: {error.strerror or error}",
+            hint="the checkpoints before are kept; run again to go on",
+        ) from error
+
+
+def _steps_callback(metrics: "Metrics", columns: Mapping[str, str], name: str) -> Any:
+    from transformers import TrainerCallback, set_seed
+
+    class Steps(TrainerCallback):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.stack = ExitStack()
+            self.advance = lambda _n: None
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.advance = self.stack.enter_context(console.track(state.max_steps, name, "steps"))
+            self.advance(state.global_step)
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            # A checkpoint restores torch's generators but not those of every library, nor across worker counts.
+            set_seed((seed_for(args.seed, "step", state.global_step) + args.process_index) % 2**32)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.advance(1)
+            if state.global_step >= state.max_steps:
+                control.should_save = False  # the finished model is saved next; a checkpoint would be a third copy
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+            if "loss" not in logs:
+                return
+            if not math.isfinite(logs["loss"]):
+                raise CaiError(
+                    f"the loss is {logs['loss']} at step {state.global_step}", hint="a lower --learning-rate may help"
+                )
+            metrics.put(state.global_step, {ours: logs.get(theirs) for ours, theirs in columns.items()})
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.stack.close()
+
+    return Steps()
+
+
+def finished_model(trainer: Any) -> Any:
+    """The trained model with its adapters, if any, merged into its weights."""
+    from accelerate.utils import is_peft_model
+
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return model.merge_and_unload() if is_peft_model(model) else model
+
+
+def save_model(model: Any, tokenizer: "PreTrainedTokenizerBase", directory: Path) -> None:
+    """Write what `from_pretrained` reads: safetensors, config, tokenizer."""
+    tokenizer.model_max_length = context_window(model, tokenizer)  # unknown is written as 1e30
+    with quiet_libraries():
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+
+
+def newest_checkpoint(work: Path) -> Path | None:
+    """The newest complete checkpoint in `work`; newer ones that are not (killed while saving) are removed."""
+    import shutil
+
+    found = {int(p.name.rpartition("-")[2]): p for p in work.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()}
+    for _, path in sorted(found.items(), reverse=True):
+        if _complete(path):
+            return path
+        shutil.rmtree(path)
+    return None
+
+
+def _complete(checkpoint: Path) -> bool:
+    """Whether every file is there and whole: the state is written last, torch's files are zip archives, and a
+    safetensors file knows its own length."""
+    from safetensors import SafetensorError, safe_open
+
+    weights = sorted(checkpoint.glob("*.safetensors"))
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_bytes())
+        for file in weights:
+            with safe_open(file, framework="pt"):
+                pass
+    except (OSError, ValueError, SafetensorError):
+        return False
+    archives = [checkpoint / name for name in ("optimizer.pt", "scheduler.pt")]
+    archives += sorted(checkpoint.glob("rng_state*.pth"))
+    return bool(weights) and len(archives) > 2 and all(zipfile.is_zipfile(file) for file in archives)
+
+
+class Metrics:
+    """`metrics.jsonl`: one object per step, all with the same keys; what a row lacks is null."""
+
+    def __init__(self, path: Path, names: Sequence[str]) -> None:
+        self.path, self.names = path, tuple(names)
+        self.rows: list[dict[str, Any]] = []
+        if path.exists():
+            cut_torn_tail(path)
+            self.rows = [orjson.loads(line) for line in path.read_bytes().splitlines()]
+
+    def at(self, step: int) -> dict[str, Any] | None:
+        return next((row for row in self.rows if row["step"] == step), None)
+
+    def put(self, step: int, values: Mapping[str, float | None]) -> None:
+        """A row for `step`, or more values for it where it is the last one."""
+        if self.rows and self.rows[-1]["step"] == step:
+            self.rows[-1] |= {k: v for k, v in values.items() if v is not None}
+            self._write_all()
+            return
+        row = {"step": step, **dict.fromkeys(self.names), **values}
+        self.rows.append(row)
+        with self.path.open("ab") as file:
+            file.write(orjson.dumps(row) + b"\n")
+
+    def cut_after(self, step: int) -> None:
+        """Forget the steps after the checkpoint that a run goes on from: they are done again."""
+        self.rows = [row for row in self.rows if row["step"] <= step]
+        self._write_all()
+
+    def _write_all(self) -> None:
+        temporary = self.path.with_name(f"{self.path.name}.tmp")
+        temporary.write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in self.rows))
+        os.replace(temporary, self.path)
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Within it the training libraries print no bar, no log line and no warning, and send no telemetry."""
+    import logging
+
+    from huggingface_hub import constants
+    from transformers.utils import logging as transformers_logging
+
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    constants.HF_HUB_DISABLE_TELEMETRY = True  # read from the environment at import, which may be behind us
+    verbosity = transformers_logging.get_verbosity()
+    loggers = [logging.getLogger(name) for name in ("trl", "accelerate", "peft")]
+    levels = [logger.level for logger in loggers]
+    bars = transformers_logging.is_progress_bar_enabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            transformers_logging.set_verbosity(verbosity)
+            if bars:
+                transformers_logging.enable_progress_bar()
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

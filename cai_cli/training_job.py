@@ -1,0 +1,266 @@
+"""The files of a training stage: OUT is a directory that appears whole, with its manifest beside it.
+
+Work happens in `OUT.partial/` (checkpoints, metrics.jsonl, and at the end model/). What is finished is left alone, an
+output of another run is refused, and a kill at any moment leaves what the same command completes.
+"""
+
+import hashlib
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+import yaml
+
+from cai_cli import console
+from cai_cli.errors import CaiError, UsageError
+from cai_cli.jsonl import AppendFile, sync_directory
+from cai_cli.manifest import InputFile, read_manifest, run_facts, write_json
+from cai_cli.records import Rejected, Row, dump_row
+from cai_cli.stage import finished_summary, one_writer, refuse_input_as_output, refuse_other_run, sidecar
+
+PAPER = "[Constitutional AI](https://arxiv.org/abs/2212.08073)"
+
+
+@dataclass
+class Counts:
+    """Conservation of examples: in = used + rejected + skipped, used = train + held_out."""
+
+    train: int = 0
+    held_out: int = 0
+    rejected: list[Rejected] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    def as_json(self) -> dict[str, Any]:
+        used = self.train + self.held_out
+        reasons = Counter(row.reason for row in self.rejected)
+        return {
+            "in": used + len(self.rejected) + self.skipped.total(),
+            "used": used,
+            "train": self.train,
+            "held_out": self.held_out,
+            "rejected": len(self.rejected),
+            "skipped": self.skipped.total(),
+            "rejected_reasons": dict(sorted(reasons.items())),
+            "skipped_reasons": dict(sorted(self.skipped.items())),
+        }
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model training starts from: its name as given, its directory, the hash of its content."""
+
+    name: str
+    path: Path
+    fingerprint: str
+
+    @classmethod
+    def resolve(cls, name: str) -> "Base":
+        from cai_cli.models import fingerprint, resolve
+
+        path = resolve(name)
+        return cls(name, path, fingerprint(path))
+
+    @property
+    def public_name(self) -> str:
+        """The name without this machine's folders."""
+        return Path(self.name).resolve().name if Path(self.name).is_dir() else self.name
+
+    @property
+    def license(self) -> str | None:
+        """As its card or its `source.json` states it."""
+        source, card = self.path / "source.json", self.path / "README.md"
+        if source.is_file():
+            return str(orjson.loads(source.read_bytes())["license"]).lower()
+        parts = card.read_text(encoding="utf-8").split("---\n", 2) if card.is_file() else []
+        head = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0] else None
+        return head.get("license") if isinstance(head, dict) else None
+
+
+Train = Callable[[Path], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """One run of one training stage. `train(work)` leaves the finished model in `work/model` and returns figures."""
+
+    provenance: dict[str, Any]
+    inputs: Mapping[str, InputFile]
+    models: Mapping[str, Base]
+    output: Path
+    overwrite: bool
+    counts: Counts
+    train: Train
+
+    @property
+    def stage(self) -> str:
+        return str(self.provenance["stage"])
+
+    def run(self, *, as_json: bool) -> dict[str, Any]:
+        """Train what is not trained yet; returns (and prints) the summary. Raises CaiError."""
+        path = self.output
+        if path.name in ("", "-"):
+            raise UsageError("a model is a directory, which cannot go to stdout", hint="-o DIRECTORY")
+        refuse_input_as_output(path, self.inputs)
+        for base in self.models.values():
+            if path.exists() and path.samefile(base.path):
+                raise CaiError(f"{path} is both the model to start from and the output", hint="choose another -o")
+        with one_writer(path):
+            _complete_publishing(path)
+            summary = finished_summary(path, self.provenance, self.overwrite)
+            if summary:
+                summary |= (read_manifest(sidecar(path, "manifest.json")) or {})["figures"]
+            else:
+                summary = self._train(path)
+        print_summary(summary, as_json=as_json)
+        return summary
+
+    def _train(self, path: Path) -> dict[str, Any]:
+        watch = console.Stopwatch()
+        work = self._open_work(path)
+        counts = self.counts.as_json()
+        if not self.counts.train:
+            raise CaiError(
+                f"{self.stage}: no rows to train on ({_counted(counts)})",
+                hint=f"see {sidecar(path, 'rejected.jsonl')}" if self.counts.rejected else None,
+            )
+        try:
+            figures = self.train(work)
+            facts = run_facts(watch.seconds, self.inputs)
+            manifest = {"provenance": self.provenance, "counts": counts, "figures": figures, "run": facts}
+            (work / "model/README.md").write_text(model_card(manifest, self.models), encoding="utf-8")
+            shutil.copyfile(work / "metrics.jsonl", work / "model/metrics.jsonl")
+            _sync_files(work / "model")
+        except OSError as error:
+            raise CaiError(f"cannot write {work}: {error.strerror}", hint="run again to go on") from error
+        write_json(sidecar(path, "partial.manifest.json"), {"status": "finished", **manifest})
+        _complete_publishing(path)
+        return {"stage": self.stage, "status": "finished", "output": str(path), **counts,
+                "seconds": facts["seconds"], **figures}  # fmt: skip
+
+    def _open_work(self, path: Path) -> Path:
+        """`OUT.partial/`, empty or as an earlier run of the same provenance left it."""
+        work, draft = sidecar(path, "partial"), sidecar(path, "partial.manifest.json")
+        recorded = None if self.overwrite else read_manifest(draft)
+        if recorded:
+            refuse_other_run(work, recorded["provenance"], self.provenance)
+        else:
+            if not self.overwrite and work.exists():
+                raise CaiError(
+                    f"{work} is there, but not the manifest that says what made it", hint="--overwrite starts afresh"
+                )
+            _remove_output(path)
+            shutil.rmtree(work, ignore_errors=True)
+            write_json(draft, {"status": "running", "provenance": self.provenance})
+        work.mkdir(exist_ok=True)
+        shutil.rmtree(work / "model", ignore_errors=True)  # of a kill while it was being written
+        rejected = AppendFile(sidecar(path, "rejected.jsonl"))
+        rejected.path.unlink(missing_ok=True)
+        rejected.append(self.counts.rejected)
+        rejected.close()
+        return work
+
+
+def _complete_publishing(path: Path) -> None:
+    """Make a finished model appear: rename it, remove the work, rename its manifest. Killed between any two of
+    these, the next run does the rest."""
+    work, draft = sidecar(path, "partial"), sidecar(path, "partial.manifest.json")
+    manifest = read_manifest(draft)
+    if manifest is None or manifest["status"] != "finished":
+        return
+    if (work / "model").exists():
+        os.replace(work / "model", path)
+    shutil.rmtree(work, ignore_errors=True)
+    os.replace(draft, sidecar(path, "manifest.json"))
+    sync_directory(path.parent)
+
+
+def _remove_output(path: Path) -> None:
+    """Remove what an earlier run made. A directory that cai did not make is never removed. Raises CaiError."""
+    if path.is_dir() and any(path.iterdir()) and not sidecar(path, "manifest.json").exists():
+        raise CaiError(f"{path} is a directory that cai did not make", hint="remove it yourself, or choose another -o")
+    sidecar(path, "manifest.json").unlink(missing_ok=True)
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync_files(directory: Path) -> None:
+    for file in directory.iterdir():
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    sync_directory(directory)
+
+
+def rows_digest(rows: Iterable[Row]) -> dict[str, Any]:
+    """What identifies the rows a model was trained on, read from a file or from stdin."""
+    digest, count = hashlib.sha256(), 0
+    for row in rows:
+        digest.update(dump_row(row) + b"\n")
+        count += 1
+    return {"count": count, "sha256": digest.hexdigest()}
+
+
+def print_summary(summary: dict[str, Any], *, as_json: bool) -> None:
+    """The closing line on stderr, or with `--json` the summary as one object on stdout."""
+    if as_json:
+        print(orjson.dumps(summary).decode())
+        return
+    moved = [
+        f"{name} {summary[f'{name}_before']:.4g} -> {summary[name]:.4g}"
+        for name in ("loss", "accuracy", "reward", "held_out_loss")
+        if summary.get(name) is not None and summary.get(f"{name}_before") is not None
+    ]
+    figures = f"; {', '.join(moved)}" if moved else ""
+    console.say(
+        f"{summary['stage']}: {_counted(summary)}{figures}; {summary['steps']:,} steps "
+        f"in {summary['seconds']:,.1f} s -> {summary['output']}"
+    )
+
+
+def _counted(counts: Mapping[str, Any]) -> str:
+    held_out = f" ({counts['train']:,} trained on + {counts['held_out']:,} held out)" if counts["held_out"] else ""
+    parts = [f"{counts['in']:,} in = {counts['used']:,} used{held_out}"]
+    for name in ("rejected", "skipped"):
+        reasons = ", ".join(f"{count:,} {why}" for why, count in counts[f"{name}_reasons"].items())
+        parts.append(f"{counts[name]:,} {name}" + (f" ({reasons})" if reasons else ""))
+    return " + ".join(parts)
+
+
+def model_card(manifest: Mapping[str, Any], models: Mapping[str, Base]) -> str:
+    """README.md of a finished model: what it was made from, with which settings, and the figures that came out."""
+    provenance, stage = manifest["provenance"], manifest["provenance"]["stage"]
+    base = models["model"]
+    head: dict[str, Any] = {"library_name": "transformers", "tags": ["constitutional-ai", f"cai-{stage}", "trl"]}
+    if base.license:
+        head["license"] = base.license
+    if not Path(base.name).is_dir():
+        head["base_model"] = base.name
+
+    def table(title: str, values: Mapping[str, Any]) -> str:
+        rows = "".join(f"| {name} | {_cell(value)} |\n" for name, value in values.items())
+        return f"## {title}\n\n| | |\n|---|---|\n{rows}\n"
+
+    made_from = {f"{role} `{m.public_name}`": f"`{m.fingerprint}`" for role, m in models.items()}
+    hashes = {f"input `{name}`": f"`{value}`" for name, value in provenance["input"].items() if value}
+    hashes["rows, sha256"] = f"`{provenance['rows']['sha256']}`"
+    return (
+        f"---\n{yaml.safe_dump(head, sort_keys=True)}---\n\n# {stage} of {base.public_name}\n\n"
+        f"Made by `cai {stage}` {provenance['cai']} ({PAPER}).\n\n"
+        + table("Made from", made_from | hashes)
+        + table("Rows", {k: v for k, v in manifest["counts"].items() if not k.endswith("_reasons")})
+        + table("Settings", provenance["settings"])
+        + table("Figures", manifest["figures"])
+        + table("Versions", manifest["run"]["versions"])
+    )
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict) and "value" in value:
+        return f"{value['value']:.3f} (95%: {value['low']:.3f} to {value['high']:.3f}, n = {value['n']})"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
