@@ -51,13 +51,15 @@ class CritiqueExample(Row):
 
 
 class ComparisonExample(Row):
-    """A worked comparison. A null `comparison` takes the principle that is being asked about."""
+    """A worked comparison. A null `comparison` takes the principle that is being asked about; `preamble` is the
+    opening line of a published chain-of-thought prompt where it is not ours."""
 
     messages: list[Message] = Field(min_length=1)
     comparison: str | None = None
     options: list[Text] = Field(min_length=2, max_length=2)
     answer: Literal["A", "B"]
     rationale: str | None = None
+    preamble: str | None = None
 
 
 P = TypeVar("P", CritiquePrinciple, PreferencePrinciple)

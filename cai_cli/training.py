@@ -133,14 +133,11 @@ def fit(trainer: Any, metrics: "Metrics", columns: Mapping[str, str], *, name: s
     `columns`: name in metrics.jsonl -> name in the trainer's log. Raises CaiError when the loss is no number or the
     disk is full.
     """
-    from transformers import PrinterCallback
-
     checkpoint = newest_checkpoint(Path(trainer.args.output_dir))
     done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     metrics.cut_after(done)
     if checkpoint:
         console.say(f"{name}: going on after step {done:,}")
-    trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_steps_callback(metrics, columns, name))
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -149,6 +146,14 @@ def fit(trainer: Any, metrics: "Metrics", columns: Mapping[str, str], *, name: s
             f"cannot write {trainer.args.output_dir}: {error.strerror or error}",
             hint="the checkpoints before are kept; run again to go on",
         ) from error
+
+
+def without_printer(trainer: Any) -> Any:
+    """The trainer, its habit of printing every log row to stdout taken away."""
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def _steps_callback(metrics: "Metrics", columns: Mapping[str, str], name: str) -> Any:

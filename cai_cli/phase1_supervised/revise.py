@@ -5,8 +5,8 @@ revision directly (section 3.5). Departure: the paper keeps every revision it ge
 in disguise, wrapped or stuck in a loop is asked again and at last rejected with the reason.
 """
 
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
 import typer
 
@@ -84,20 +84,14 @@ def critique_revise(
 ) -> list[Revision | Rejected]:
     """`rounds` rounds of critique and revision of each row, in order. A row that fails is rejected as it then stood,
     with what its earlier rounds gave."""
-    standing: list[Sample | Rejected] = list(rows)
-    for _ in range(rounds):
-        if with_critique:
-            _advance(standing, lambda alive: critique(alive, reviser))
-            _advance(standing, lambda alive: revise(alive, reviser))
-        else:
-            _advance(standing, lambda alive: revise_directly(alive, reviser))
-    return standing  # type: ignore[return-value]
-
-
-def _advance(standing, step) -> None:  # type: ignore[no-untyped-def]
-    alive = [i for i, row in enumerate(standing) if not isinstance(row, Rejected)]
-    for i, outcome in zip(alive, step([standing[i] for i in alive]), strict=True):
-        standing[i] = outcome
+    standing: list[Any] = list(rows)
+    steps: list[Callable[[Sequence[Any], Reviser], Sequence[Sample | Rejected]]]
+    steps = [critique, revise] if with_critique else [revise_directly]
+    for step in steps * rounds:
+        alive = [i for i, row in enumerate(standing) if not isinstance(row, Rejected)]
+        for i, outcome in zip(alive, step([standing[i] for i in alive], reviser), strict=True):
+            standing[i] = outcome
+    return standing
 
 
 def command(

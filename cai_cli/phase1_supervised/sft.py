@@ -41,6 +41,7 @@ from cai_cli.training import (
     pick_device,
     quiet_libraries,
     save_model,
+    without_printer,
 )
 from cai_cli.training_job import Base, Counts, TrainingJob, rows_digest
 
@@ -160,15 +161,16 @@ def sft(
     model = load_causal_lm(base, "float32", recipe.device)
     metrics = Metrics(work / "metrics.jsonl", [*COLUMNS, "held_out_loss"])
     with quiet_libraries():
-        trainer = SFTTrainer(
-            model=model,
-            processing_class=tokenizer,
-            args=SFTConfig(
-                **recipe.arguments(work), max_length=None, dataset_kwargs={"skip_prepare_dataset": True}
-            ),
-            train_dataset=Dataset.from_list([e.columns() for e in train]),
-            eval_dataset=Dataset.from_list([e.columns() for e in held_out]) if held_out else None,
-            peft_config=recipe.peft_config(),
+        ready = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
+        trainer = without_printer(
+            SFTTrainer(
+                model=model,
+                processing_class=tokenizer,
+                args=SFTConfig(**recipe.arguments(work), **ready),
+                train_dataset=Dataset.from_list([e.columns() for e in train]),
+                eval_dataset=Dataset.from_list([e.columns() for e in held_out]) if held_out else None,
+                peft_config=recipe.peft_config(),
+            )
         )
 
         def held_out_loss() -> float | None:

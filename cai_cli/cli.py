@@ -1,0 +1,84 @@
+"""The `cai` command: registers the stages, turns a CaiError into one line and an exit code.
+
+Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted, 143 terminated, 141 the reader of stdout went away.
+"""
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from cai_cli import __version__, console, doctor, models, principles_command
+from cai_cli.errors import CaiError
+from cai_cli.phase1_supervised import critique, revise, sample, sft
+from cai_cli.phase2_feedback import label_prefs, rl, train_pm
+from cai_cli.pipeline import run_command
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Constitutional AI from the shell: one subcommand a stage, JSONL in, JSONL out.",
+)
+
+PHASE_1 = "Phase 1, supervised"
+PHASE_2 = "Phase 2, AI feedback"
+ROAD = "The whole road, and around it"
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"cai {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    pass
+
+
+app.command("sample", rich_help_panel=PHASE_1)(sample.command)
+app.command("critique", rich_help_panel=PHASE_1)(critique.command)
+app.command("revise", rich_help_panel=PHASE_1)(revise.command)
+app.command("critique-revise", rich_help_panel=PHASE_1)(revise.critique_revise_command)
+app.command("sft", rich_help_panel=PHASE_1)(sft.command)
+app.command("label-prefs", rich_help_panel=PHASE_2)(label_prefs.command)
+app.command("train-pm", rich_help_panel=PHASE_2)(train_pm.command)
+app.command("rl", rich_help_panel=PHASE_2)(rl.command)
+app.command("run", rich_help_panel=ROAD)(run_command)
+app.command("doctor", rich_help_panel=ROAD)(doctor.command)
+app.add_typer(principles_command.app, name="principles", rich_help_panel=ROAD)
+app.add_typer(models.app, name="models", rich_help_panel=ROAD)
+
+
+def main() -> NoReturn:
+    """Run the command line and exit. SIGTERM unwinds like an interrupt, so that files are left clean."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        app()
+        code: Any = 0
+    except CaiError as error:
+        console.error(error.message, error.hint)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:
+        # The interpreter would complain once more when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    except SystemExit as stop:
+        code = stop.code
+    sys.exit(code)
+
+
+def _terminated(_signal: int, _frame: FrameType | None) -> NoReturn:
+    raise SystemExit(143)
