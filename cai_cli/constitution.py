@@ -117,13 +117,13 @@ def load(source: str | Path) -> AnyConstitution:
     except (OSError, UnicodeDecodeError) as error:
         raise CaiError(f"cannot read constitution {source}: {error}") from error
     try:
-        value = yaml.load(text, Loader=_PlainLoader)  # noqa: S506 - a SafeLoader without aliases
+        value = yaml.load(text, Loader=PlainLoader)  # noqa: S506 - a SafeLoader without aliases
     except yaml.YAMLError as error:
         raise CaiError(f"{source}: not YAML: {' '.join(str(error).split())}") from error
     return check(value, str(source))
 
 
-class _PlainLoader(yaml.SafeLoader):
+class PlainLoader(yaml.SafeLoader):
     """Safe, and without aliases: nested ones grow to gigabytes from a few lines."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:

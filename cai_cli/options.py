@@ -5,12 +5,18 @@ from typing import Annotated
 
 import typer
 
+from cai_cli import console
+
+
+def _quiet(quiet: bool) -> bool:
+    console.set_quiet(quiet)
+    return quiet
+
+
 DEFAULT_MODEL = "smollm2-135m"
 
 Input = Annotated[str, typer.Argument(help="JSONL file, or - for stdin.", show_default=False)]
-Output = Annotated[
-    str, typer.Option("--output", "-o", help="Output JSONL file, or - for stdout.", show_default=True)
-]
+Output = Annotated[str, typer.Option("--output", "-o", help="Output JSONL file, or - for stdout.", show_default=True)]
 ModelOutput = Annotated[
     Path, typer.Option("--output", "-o", help="Directory of the finished model.", show_default=False)
 ]
@@ -22,7 +28,9 @@ Seed = Annotated[int, typer.Option(help="Every draw comes from this, the stage a
 Limit = Annotated[int | None, typer.Option(min=1, help="Only the first N rows of the input.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start afresh, replacing what is there.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the closing summary as one JSON object.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no messages; errors only.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", callback=_quiet, help="No progress, no messages; errors and warnings only.")
+]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Rows asked at once; by default fitted to the device.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 DType = Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16; auto is float32 on CPU.")]
@@ -36,12 +44,8 @@ FewShot = Annotated[
     str | None,
     typer.Option("--few-shot", help="YAML file with examples, or `none`; by default those of the constitution."),
 ]
-Principles = Annotated[
-    str | None, typer.Option("--principles", help="Only these principle ids, separated by commas.")
-]
-MaxPrinciples = Annotated[
-    int | None, typer.Option(min=1, help="Only the first K principles (paper section 3.4).")
-]
+Principles = Annotated[str | None, typer.Option("--principles", help="Only these principle ids, separated by commas.")]
+MaxPrinciples = Annotated[int | None, typer.Option(min=1, help="Only the first K principles (paper section 3.4).")]
 PromptForm = Annotated[
     str, typer.Option(help="auto, chat (chat template) or raw (text for base models); auto asks the model.")
 ]

@@ -134,9 +134,7 @@ def comparison_request(
 
 
 def _choice(conversation: Sequence[Message], comparison: str, options: Sequence[str]) -> str:
-    lettered = "".join(
-        f"\n ({letter}) {fence(text)}" for letter, text in zip(OPTIONS, options, strict=True)
-    )
+    lettered = "".join(f"\n ({letter}) {fence(text)}" for letter, text in zip(OPTIONS, options, strict=True))
     return f"{_PREAMBLE}{render_transcript(conversation)}\n\n\n{comparison} Options:{lettered}"
 
 

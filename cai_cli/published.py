@@ -66,9 +66,7 @@ def _recognise(name: str, value: Any) -> AnyConstitution:
         examples = [_critique_example(text) for text in value]
         return CritiqueConstitution(kind="critique-revision", name=name, examples=examples)
     comparisons = [_groups(_COMPARISON, text)[0] for text in value]
-    principles_ = [
-        PreferencePrinciple(id=f"comparison{i}", comparison=text) for i, text in enumerate(comparisons)
-    ]
+    principles_ = [PreferencePrinciple(id=f"comparison{i}", comparison=text) for i, text in enumerate(comparisons)]
     return PreferenceConstitution(kind="preference", name=name, principles=principles_)
 
 

@@ -152,9 +152,7 @@ class Job(Generic[T]):
                 counts.skipped["same prompt as an earlier line"] += 1
                 continue
             if first is not None:
-                raise BadRow(
-                    name, unit.line, f"id {unit.key!r} was already used on line {first}", "ids must be unique"
-                )
+                raise BadRow(name, unit.line, f"id {unit.key!r} was already used on line {first}", "ids must be unique")
             yield unit
 
 
@@ -286,7 +284,8 @@ def finished_summary(path: Path, provenance: dict[str, Any], overwrite: bool) ->
     manifest = read_manifest(final)
     if manifest is None:
         raise CaiError(
-            f"{path} is there, but no manifest says that cai made it", hint="--overwrite replaces it; or choose another -o"
+            f"{path} is there, but no manifest says that cai made it",
+            hint="--overwrite replaces it; or choose another -o",
         )
     refuse_other_run(path, manifest["provenance"], provenance)
     console.say(f"{path} is already finished; nothing to do (--overwrite makes it anew)")

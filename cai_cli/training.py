@@ -34,7 +34,9 @@ TrainBatchSize = Annotated[int, typer.Option(min=1, help="Rows in one forward pa
 GradientAccumulation = Annotated[int, typer.Option(min=1, help="Forward passes in one step.")]
 LearningRate = Annotated[float, typer.Option(min=0.0, help="Peak learning rate of AdamW.")]
 MaxLength = Annotated[int, typer.Option(min=2, help="Longest row in tokens; longer ones are rejected, never cut.")]
-Lora = Annotated[bool, typer.Option("--lora/--full", help="Train low-rank adapters, merged at the end, or all weights.")]
+Lora = Annotated[
+    bool, typer.Option("--lora/--full", help="Train low-rank adapters, merged at the end, or all weights.")
+]
 LoraRank = Annotated[int, typer.Option(min=1, help="Rank of the adapters, with --lora.")]
 SaveSteps = Annotated[int, typer.Option(min=1, help="Steps between checkpoints, from which a killed run goes on.")]
 
@@ -212,7 +214,9 @@ def newest_checkpoint(work: Path) -> Path | None:
     """The newest complete checkpoint in `work`; newer ones that are not (killed while saving) are removed."""
     import shutil
 
-    found = {int(p.name.rpartition("-")[2]): p for p in work.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()}
+    found = {
+        int(p.name.rpartition("-")[2]): p for p in work.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()
+    }
     for _, path in sorted(found.items(), reverse=True):
         if _complete(path):
             return path

@@ -73,9 +73,7 @@ def generate_checked(
         # A greedy answer is the same every time.
         if not failed or attempt == ATTEMPTS or sampling.temperature == 0:
             break
-        again = [
-            Ask(a.text, seed_for(a.seed, "attempt", attempt), a.cue, a.stop) for a in (asks[i] for i in failed)
-        ]
+        again = [Ask(a.text, seed_for(a.seed, "attempt", attempt), a.cue, a.stop) for a in (asks[i] for i in failed)]
         for index, answer in zip(failed, engine.generate(again, sampling), strict=True):
             answers[index] = answer
     for index, reason in failed.items():

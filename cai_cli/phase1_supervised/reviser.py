@@ -73,15 +73,11 @@ def sample_or_revision(value: object) -> Sample:
     return load_row(Revision if isinstance(value, dict) and "history" in value else Sample, value)
 
 
-def run_revision_stage(
-    stage: str, parse: Callable[[object], Sample], work: Work, flags: dict[str, Any]
-) -> None:
+def run_revision_stage(stage: str, parse: Callable[[object], Sample], work: Work, flags: dict[str, Any]) -> None:
     """Wire one of the three commands, whose options are `flags`, to its files."""
     loaded = open_constitution(CritiqueConstitution, flags["constitution"], flags["few_shot"])
     principles = select(loaded.principles, flags["principles"], flags["max_principles"])
-    engine = open_engine(
-        flags["model"], batch_size=flags["batch_size"], device=flags["device"], dtype=flags["dtype"]
-    )
+    engine = open_engine(flags["model"], batch_size=flags["batch_size"], device=flags["device"], dtype=flags["dtype"])
     source, limit = flags["input"], flags["limit"]
     inputs = {"samples": hash_input(source)}
     form = pick_form(flags["prompt_form"], engine)

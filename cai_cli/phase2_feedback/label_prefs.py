@@ -7,7 +7,7 @@ instead of becoming a preference.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations, groupby, islice
 from typing import Annotated, Literal
@@ -25,7 +25,6 @@ from cai_cli.constitution import (
 )
 from cai_cli.engines import open_engine
 from cai_cli.engines.base import Engine, Question, Refusal
-from cai_cli.errors import UsageError
 from cai_cli.jsonl import read_rows
 from cai_cli.manifest import hash_input, provenance, settings_of
 from cai_cli.phase1_supervised.reviser import sample_or_revision

@@ -1,0 +1,141 @@
+"""`cai run --dry-run`: how many rows and tokens each step would take, before anything runs.
+
+New tokens are an upper bound (every answer as long as allowed); prompt tokens count four characters a token. What
+cannot be known without running (rows that will be rejected) is taken as none.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from cai_cli.constitution import CritiqueConstitution, PreferenceConstitution, open_constitution
+from cai_cli.jsonl import read_prompts
+from cai_cli.pipeline import DATA_STAGES, Step, stage_options
+from cai_cli.records import render_transcript
+
+CHARACTERS_PER_TOKEN = 4
+
+
+@dataclass(frozen=True)
+class Flow:
+    """What leaves a step: rows, replies per prompt, and the mean length of a prompt and of a reply in tokens."""
+
+    rows: int
+    per_prompt: int
+    prompt_tokens: float
+    reply_tokens: float
+    rounds: int = 0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    step: str
+    rows: int
+    requests: int
+    prompt_tokens: int
+    new_tokens: int
+    command: str
+
+
+def estimate(steps: Sequence[Step]) -> list[Estimate]:
+    """One estimate per step, in order."""
+    defaults = stage_options()
+    flows: dict[Path, Flow] = {}
+    estimates = []
+    for step in steps:
+        options = {**defaults[step.command], **step.settings}
+        source = Path(str(options["input"]))
+        flow = flows.get(source) or _flow_of_file(str(source))
+        if options["limit"]:
+            flow = Flow(min(flow.rows, int(options["limit"])), flow.per_prompt, flow.prompt_tokens, flow.reply_tokens)
+        rows, requests, prompt, new, after = _ESTIMATORS[step.command](flow, options)
+        if step.command in DATA_STAGES:
+            flows[step.output] = after
+        estimates.append(Estimate(step.name, rows, requests, round(prompt), round(new), step.shell))
+    return estimates
+
+
+Parts = tuple[int, int, float, float, Flow]
+
+
+def _flow_of_file(source: str) -> Flow:
+    lengths = [len(render_transcript(p.prompt)) / CHARACTERS_PER_TOKEN for _, p in read_prompts(source)]
+    return Flow(len(lengths), 1, sum(lengths) / max(1, len(lengths)), 0.0)
+
+
+def _few_shot_tokens(model: Any, options: dict[str, Any]) -> float:
+    examples = open_constitution(model, options["constitution"], options["few-shot"]).examples
+    return sum(len(e.model_dump_json()) for e in examples) / CHARACTERS_PER_TOKEN
+
+
+def _sample(flow: Flow, options: dict[str, Any]) -> Parts:
+    rows, new = flow.rows * int(options["n"]), int(options["max-new-tokens"])
+    after = Flow(rows, int(options["n"]), flow.prompt_tokens, new)
+    return rows, rows, rows * flow.prompt_tokens, rows * new, after
+
+
+def _revise(flow: Flow, options: dict[str, Any], requests_per_row: int) -> Parts:
+    new = int(options["max-new-tokens"])
+    requests = flow.rows * requests_per_row
+    each = _few_shot_tokens(CritiqueConstitution, options) + flow.prompt_tokens + flow.reply_tokens + new
+    after = Flow(flow.rows, flow.per_prompt, flow.prompt_tokens, new, rounds=int(options.get("rounds", 1)))
+    return flow.rows, requests, requests * each, requests * new, after
+
+
+def _critique_revise(flow: Flow, options: dict[str, Any]) -> Parts:
+    return _revise(flow, options, int(options["rounds"]) * (2 if options["critique"] else 1))
+
+
+def _label(flow: Flow, options: dict[str, Any]) -> Parts:
+    pairs = flow.rows * (flow.per_prompt - 1) // 2
+    requests = pairs * (2 if options["both-orders"] else 1)
+    each = _few_shot_tokens(PreferenceConstitution, options) + flow.prompt_tokens + 2 * flow.reply_tokens
+    after = Flow(pairs, 1, flow.prompt_tokens, flow.reply_tokens)
+    return pairs, requests, requests * each, 0, after
+
+
+def _sft(flow: Flow, options: dict[str, Any]) -> Parts:
+    examples = flow.rows * (max(1, flow.rounds) if options["revisions"] == "all" else 1)
+    tokens = examples * (flow.prompt_tokens + flow.reply_tokens) * float(options["epochs"])
+    return examples, 0, tokens, 0, flow
+
+
+def _train_pm(flow: Flow, options: dict[str, Any]) -> Parts:
+    tokens = 2 * flow.rows * (flow.prompt_tokens + flow.reply_tokens) * float(options["epochs"])
+    return flow.rows, 0, tokens, 0, flow
+
+
+def _rl(flow: Flow, options: dict[str, Any]) -> Parts:
+    replies = int(options["steps"]) * int(options["prompts-per-step"]) * int(options["samples-per-prompt"])
+    return flow.rows, replies, replies * flow.prompt_tokens, replies * int(options["max-new-tokens"]), flow
+
+
+_ESTIMATORS = {
+    "sample": _sample,
+    "critique": lambda flow, options: _revise(flow, options, 1),
+    "revise": lambda flow, options: _revise(flow, options, 1),
+    "critique-revise": _critique_revise,
+    "label-prefs": _label,
+    "sft": _sft,
+    "train-pm": _train_pm,
+    "rl": _rl,
+}
+
+
+def print_estimate(steps: Sequence[Step], *, as_json: bool) -> None:
+    """The plan on stdout: a line of numbers and the command, step by step."""
+    found = estimate(steps)
+    if as_json:
+        print(orjson.dumps([vars(e) for e in found]).decode())
+        return
+    print(f"{'step':<14}{'rows':>10}{'requests':>10}{'prompt tokens':>15}{'new tokens':>12}")
+    for e in found:
+        print(f"{e.step:<14}{e.rows:>10,}{e.requests:>10,}{e.prompt_tokens:>15,}{e.new_tokens:>12,}")
+        print(f"  $ {e.command}")
+    print(
+        f"{'total':<14}{'':>10}{sum(e.requests for e in found):>10,}"
+        f"{sum(e.prompt_tokens for e in found):>15,}{sum(e.new_tokens for e in found):>12,}"
+    )

@@ -1,0 +1,93 @@
+"""The preference model as a function: conversations in, scores out (paper section 4.1).
+
+A score is a logit: the difference of two scores is the log-odds that the first conversation is preferred. The model
+is trained on exactly the ids that `encode_conversation` gives, and must be asked with them.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from cai_cli.engines.chat import encode_chat
+from cai_cli.errors import CaiError
+from cai_cli.records import Message, Preference
+from cai_cli.training import context_window
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Figure = dict[str, Any]
+
+
+def encode_conversation(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> list[int]:
+    """A whole conversation, the judged reply last, with the end of turn of the chat template; raises RowError."""
+    return encode_chat(tokenizer, messages, add_generation_prompt=False)
+
+
+def score_conversations(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    conversations: Sequence[Sequence[Message]],
+    batch_size: int = 16,
+) -> list[float]:
+    """One score (logit) per conversation, in order.
+
+    Raises: CaiError when a conversation does not fit the model or a score is no number; RowError when the chat
+    template refuses one.
+    """
+    return score_ids(model, tokenizer, [encode_conversation(tokenizer, c) for c in conversations], batch_size)
+
+
+def score_ids(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", sequences: Sequence[list[int]], batch_size: int
+) -> list[float]:
+    """As `score_conversations`, for what `encode_conversation` gave. The model is left in evaluation mode."""
+    import torch
+
+    window = context_window(model, tokenizer)
+    longest = max((len(ids) for ids in sequences), default=0)
+    if longest > window:
+        raise CaiError(f"a conversation of {longest} tokens does not fit the preference model's window of {window}")
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    scores = [0.0] * len(sequences)
+    model.eval()
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        width = len(sequences[batch[-1]])
+        ids = torch.full((len(batch), width), tokenizer.pad_token_id)  # type: ignore[arg-type]
+        mask = torch.zeros_like(ids)
+        for row, i in enumerate(batch):  # right padding: the score is read at the last token that is not padding
+            ids[row, : len(sequences[i])] = torch.tensor(sequences[i])
+            mask[row, : len(sequences[i])] = 1
+        with torch.inference_mode():
+            logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits[:, 0]
+        for i, score in zip(batch, logits.float().tolist(), strict=True):
+            if not math.isfinite(score):
+                raise CaiError(f"the preference model gave the score {score}")
+            scores[i] = score
+    return scores
+
+
+def judge_pairs(pairs: Sequence[Preference], chosen: Sequence[float], rejected: Sequence[float]) -> Figure:
+    """How well scores tell `chosen` from `rejected`: soft cross-entropy in nats (`loss`), and `accuracy`.
+
+    Pairs with p_chosen = 0.5 have no right answer and are left out of the accuracy; equal scores count as wrong.
+    """
+    losses, right, decided = [], 0, 0
+    for pair, a, b in zip(pairs, chosen, rejected, strict=True):
+        d = a - b
+        losses.append(math.log1p(math.exp(-abs(d))) + max(-d, 0.0) + (1 - pair.p_chosen) * d)
+        if pair.p_chosen > 0.5:
+            decided += 1
+            right += d > 0
+    return {"loss": sum(losses) / len(losses) if losses else None, "accuracy": wilson(right, decided)}
+
+
+def wilson(right: int, n: int) -> Figure | None:
+    """A share with its 95% Wilson interval; None of nothing."""
+    if n == 0:
+        return None
+    z = 1.959964
+    p, scale = right / n, 1 + z * z / n
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return {"value": p, "low": max(0.0, (middle - half) / scale), "high": min(1.0, (middle + half) / scale), "n": n}

@@ -1,0 +1,234 @@
+"""`cai run FILE.yaml`: the road from one file. Each step is the very command that would run it alone.
+
+    name: quickstart
+    model: smollm2-135m          # for every step that takes --model and does not name one
+    seed: 0
+    steps:
+      samples:   {command: sample, input: red_team.jsonl, n: 2}
+      revisions: {command: critique-revise, input: "@samples", rounds: 2}
+
+`@step` is the output of an earlier step. Files are found beside the YAML file; outputs go to `--out` (runs/NAME).
+"""
+
+import ctypes
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Annotated, Any
+
+import orjson
+import typer
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cai_cli import console, options
+from cai_cli.constitution import PlainLoader
+from cai_cli.errors import CaiError, UsageError
+from cai_cli.manifest import differences, hash_input, read_manifest, write_json
+from cai_cli.stage import one_writer
+
+DATA_STAGES = frozenset({"sample", "critique", "revise", "critique-revise", "label-prefs"})
+TRAINING_STAGES = frozenset({"sft", "train-pm", "rl"})
+PATH_OPTIONS = frozenset({"input", "helpful", "constitution", "few-shot"})
+Value = str | int | float | bool | None
+
+
+class RunFile(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    model: str = options.DEFAULT_MODEL
+    seed: int = 0
+    steps: dict[str, dict[str, Value]] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of the road. `settings` are its options by name, `files` the hashes of what it reads from outside,
+    `needs` the earlier steps it reads from."""
+
+    name: str
+    command: str
+    output: Path
+    settings: Mapping[str, Value]
+    files: Mapping[str, str | None]
+    needs: Sequence["Step"]
+
+    @property
+    def argv(self) -> list[str]:
+        """The command line after `cai`."""
+        words = [self.command, str(self.settings["input"]), "-o", str(self.output)]
+        for name, value in self.settings.items():
+            if name == "input" or value is None:
+                continue
+            if isinstance(value, bool):
+                words.append(f"--{name}" if value else f"--no-{name}")
+            else:
+                words += [f"--{name}", str(value)]
+        return words
+
+    @property
+    def shell(self) -> str:
+        return shlex.join(["cai", *self.argv])
+
+    @property
+    def key(self) -> str:
+        """Changes when this step's settings, its files or any step before it change."""
+        parts = [self.argv, dict(self.files), [n.key for n in self.needs]]
+        return sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+def load_run(path: Path) -> RunFile:
+    """Read and check a run file. Raises CaiError naming the file and the first thing that is wrong."""
+    try:
+        value = yaml.load(path.read_text(encoding="utf-8"), Loader=PlainLoader)  # noqa: S506 - a SafeLoader
+        return RunFile.model_validate(value)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise CaiError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise CaiError(f"{path}: {'.'.join(str(p) for p in first['loc'])}: {first['msg']}") from None
+
+
+def plan(run: RunFile, file: Path, out: Path) -> list[Step]:
+    """The steps in order, checked against the options each command has. Raises UsageError."""
+    known = stage_options()
+    steps: dict[str, Step] = {}
+    for name, given in run.steps.items():
+        where = f"{file}: step {name!r}"
+        command = given.get("command")
+        if command not in known:
+            raise UsageError(f"{where}: no command {command!r}", hint=f"known: {', '.join(sorted(known))}")
+        if not isinstance(given.get("input"), str):
+            raise UsageError(f"{where}: `input` is missing")
+        settings = {k: v for k, v in given.items() if k != "command"}
+        for shared in ("model", "seed"):
+            if shared in known[str(command)]:
+                settings.setdefault(shared, getattr(run, shared))
+        needs: list[Step] = []
+        files: dict[str, str | None] = {}
+        for option, value in settings.items():
+            if option not in known[str(command)]:
+                raise UsageError(
+                    f"{where}: `cai {command}` has no option {option!r}",
+                    hint=f"it has {', '.join(sorted(known[str(command)]))}",
+                )
+            if isinstance(value, str) and value.startswith("@"):
+                if value[1:] not in steps:
+                    raise UsageError(f"{where}: {option}: no earlier step {value[1:]!r}")
+                needs.append(steps[value[1:]])
+                settings[option] = str(steps[value[1:]].output)
+            elif isinstance(value, str) and option in PATH_OPTIONS and value != "none":
+                settings[option] = os.path.relpath(file.parent / value)
+                files[option] = hash_input(str(settings[option])).sha256
+        output = out / (f"{name}.jsonl" if command in DATA_STAGES else name)
+        steps[name] = Step(name, str(command), output, settings, files, needs)
+    return list(steps.values())
+
+
+def stage_options() -> dict[str, dict[str, Any]]:
+    """Stage -> option name (without dashes) -> default, read off the commands themselves."""
+    from cai_cli.cli import app
+
+    commands: Any = typer.main.get_command(app)
+    wired = {"output", "overwrite", "json", "quiet", "help"}
+    return {
+        name: {p.name.replace("_", "-"): p.default for p in commands.commands[name].params if p.name not in wired}
+        for name in DATA_STAGES | TRAINING_STAGES
+    }
+
+
+def execute(steps: Sequence[Step], out: Path, *, quiet: bool) -> list[dict[str, Any]]:
+    """Run what is not done, in order; the state after every step stands in `OUT/run.json`. Raises CaiError."""
+    record_path = out / "run.json"
+    with one_writer(record_path):
+        record = read_manifest(record_path) or {"steps": {}}
+        for step in steps:
+            before = record["steps"].get(step.name)
+            if before and before["key"] == step.key and before["status"] == "done" and step.output.exists():
+                console.say(f"[{step.name}] done already: {step.output}")
+                continue
+            again = bool(before) and before["key"] != step.key
+            if again:
+                _say_why(step, before, steps)
+            entry = {"key": step.key, "argv": step.argv, "settings": dict(step.settings), "files": dict(step.files)}
+            record["steps"][step.name] = {**entry, "status": "running", "seconds": None}
+            write_json(record_path, record)
+            seconds = _run(step, overwrite=again, quiet=quiet)
+            record["steps"][step.name] = {**entry, "status": "done", "seconds": round(seconds, 1)}
+            write_json(record_path, record)
+        return [{"step": s.name, "output": str(s.output), **record["steps"][s.name]} for s in steps]
+
+
+def _say_why(step: Step, before: Mapping[str, Any], steps: Sequence[Step]) -> None:
+    changed = differences(
+        {"settings": before["settings"], "files": before["files"]},
+        {"settings": dict(step.settings), "files": dict(step.files)},
+    )
+    why = "; ".join(changed) or "a step before it changed"
+    after = [s.name for s in steps if step in _ancestors(s)]
+    more = f", and after it {', '.join(after)}" if after else ""
+    console.say(f"[{step.name}] changed since its last run ({why}): running it again{more}")
+
+
+def _ancestors(step: Step) -> list[Step]:
+    return [a for need in step.needs for a in (need, *_ancestors(need))]
+
+
+def _run(step: Step, *, overwrite: bool, quiet: bool) -> float:
+    """The step as a process of its own, ended when this one is. Returns seconds; raises CaiError when it fails."""
+    words = [*step.argv, *(["--overwrite"] if overwrite else []), *(["--quiet"] if quiet else [])]
+    console.say(f"[{step.name}] $ {shlex.join(['cai', *words])}")
+    watch = console.Stopwatch()
+    child = subprocess.Popen([sys.executable, "-m", "cai_cli", *words], preexec_fn=_die_with_parent)  # noqa: S603, PLW1509
+    try:
+        code = child.wait()
+    except BaseException:
+        child.send_signal(signal.SIGTERM)
+        child.wait()
+        raise
+    if code != 0:
+        raise CaiError(
+            f"step {step.name!r} ended with exit code {code}: {step.shell}",
+            hint="mend what it says above, then run the same `cai run` again: it goes on from here",
+        )
+    return watch.seconds
+
+
+def _die_with_parent() -> None:
+    """A killed `cai run` must not leave a step writing on (Linux; elsewhere the lock still guards the output)."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+def run_command(
+    file: Annotated[Path, typer.Argument(help="YAML run file.", show_default=False)],
+    out: Annotated[Path | None, typer.Option("--out", help="Run folder; by default runs/NAME.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print rows, tokens and commands; run nothing.")] = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Run the whole road from one file; run it again to go on where it stopped.
+
+    A step whose settings, inputs or earlier steps changed is run anew, and said so.
+    """
+    loaded = load_run(file)
+    folder = out or Path("runs") / loaded.name
+    steps = plan(loaded, file, folder)
+    if dry_run:
+        from cai_cli.estimate import print_estimate
+
+        print_estimate(steps, as_json=json)
+        return
+    watch = console.Stopwatch()
+    done = execute(steps, folder, quiet=quiet)
+    if json:
+        print(orjson.dumps({"run": loaded.name, "folder": str(folder), "steps": done}).decode())
+    console.say(f"run {loaded.name}: {len(done)} steps in {watch.seconds:,.0f} s -> {folder}")
