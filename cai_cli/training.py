@@ -108,9 +108,9 @@ def pick_device(device: str) -> str:
     return device
 
 
-def context_window(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> int:
-    """How many tokens the model takes at most."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def context_window(config: Any, tokenizer: "PreTrainedTokenizerBase") -> int:
+    """How many tokens a model with this config takes at most."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     return int(min(tokenizer.model_max_length, positions or tokenizer.model_max_length))
 
 
@@ -204,7 +204,7 @@ def finished_model(trainer: Any) -> Any:
 
 def save_model(model: Any, tokenizer: "PreTrainedTokenizerBase", directory: Path) -> None:
     """Write what `from_pretrained` reads: safetensors, config, tokenizer."""
-    tokenizer.model_max_length = context_window(model, tokenizer)  # unknown is written as 1e30
+    tokenizer.model_max_length = context_window(model.config, tokenizer)  # unknown is written as 1e30
     with quiet_libraries():
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)

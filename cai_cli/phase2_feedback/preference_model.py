@@ -44,7 +44,7 @@ def score_ids(
     """As `score_conversations`, for what `encode_conversation` gave. The model is left in evaluation mode."""
     import torch
 
-    window = context_window(model, tokenizer)
+    window = context_window(model.config, tokenizer)
     longest = max((len(ids) for ids in sequences), default=0)
     if longest > window:
         raise CaiError(f"a conversation of {longest} tokens does not fit the preference model's window of {window}")

@@ -11,7 +11,6 @@ beta is a strong pull there.
 """
 
 import random
-from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -22,10 +21,11 @@ import typer
 from cai_cli import console, options
 from cai_cli.engines.base import seed_for
 from cai_cli.engines.chat import encode_chat
-from cai_cli.errors import CaiError, RowError, UsageError
+from cai_cli.errors import RowError, UsageError
 from cai_cli.jsonl import read_prompts
 from cai_cli.manifest import hash_input, provenance, settings_of
 from cai_cli.phase2_feedback.preference_model import encode_conversation, score_conversations
+from cai_cli.prompts import assistant
 from cai_cli.records import Message, Prompt, conversation_id, reject
 from cai_cli.training import (
     LearningRate,
@@ -73,18 +73,21 @@ def prompt_order(count: int, steps: int, per_step: int, seed: int) -> list[int]:
 
 
 def fitting_prompts(
-    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Prompt], room: int, counts: Counts
+    prompts: Sequence[Prompt], policy: Path, preference_model: Path, max_new_tokens: int, counts: Counts
 ) -> list[Prompt]:
-    """The prompts of at most `room` tokens; the others are rejected into `counts`, a repeated one is skipped."""
+    """The prompts that both models can take with a reply of `max_new_tokens`; the others are rejected into `counts`,
+    a repeated one is skipped."""
     fitting, seen = [], set()
+    (tokenizer, window), (judge_tokenizer, judge_window) = map(_tokenizer_and_window, (policy, preference_model))
     for prompt in prompts:
         try:
-            length = len(encode_chat(tokenizer, prompt.prompt, add_generation_prompt=True))
+            asked = len(encode_chat(tokenizer, prompt.prompt, add_generation_prompt=True))
+            judged = len(encode_conversation(judge_tokenizer, [*prompt.prompt, assistant("")]))
         except RowError as error:
             counts.rejected.append(reject(prompt.key, error.message, prompt))
             continue
         same = conversation_id(prompt.prompt)
-        if length > room:
+        if asked + max_new_tokens > window or judged + max_new_tokens > judge_window:
             reason = "prompt and --max-new-tokens do not fit the context window"
             counts.rejected.append(reject(prompt.key, reason, prompt))
         elif same in seen:
@@ -93,6 +96,16 @@ def fitting_prompts(
             seen.add(same)
             fitting.append(prompt)
     return fitting
+
+
+def _tokenizer_and_window(path: Path) -> tuple["PreTrainedTokenizerBase", int]:
+    from transformers import AutoConfig
+
+    from cai_cli.models import load_tokenizer
+
+    tokenizer = load_tokenizer(path)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    return tokenizer, context_window(config, tokenizer)
 
 
 def messages_of(chat: Chat) -> list[Message]:
@@ -174,7 +187,8 @@ def rl(
 
     assert recipe.max_steps  # noqa: S101
     policy, tokenizer = load_causal_lm(base, "float32", recipe.device), load_tokenizer(base)
-    judge, judge_tokenizer = load_reward_model(preference_model, "float32", recipe.device), load_tokenizer(preference_model)
+    judge = load_reward_model(preference_model, "float32", recipe.device)
+    judge_tokenizer = load_tokenizer(preference_model)
     if policy.config._name_or_path != str(base):
         raise AssertionError("the reference model would be loaded from elsewhere")
     trainer_class, config_class = {"rloo": (RLOOTrainer, RLOOConfig), "grpo": (GRPOTrainer, GRPOConfig)}[algorithm]
@@ -262,7 +276,7 @@ def command(
     inputs = {"prompts": hash_input(input)}
     given = [prompt for _, prompt in islice(read_prompts(input), limit)]
     counts = Counts()
-    prompts = _fitting(models, given, max_new_tokens, counts)
+    prompts = fitting_prompts(given, models["model"].path, models["pm"].path, max_new_tokens, counts)
     counts.train = len(prompts)
     where = pick_device(device)
     recipe = Recipe(

@@ -1,0 +1,40 @@
+# make demo: set up, run the whole road on the embedded model, leave a run folder.  make test: set up, test.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup demo test test-all lint docs smoke clean
+
+setup: $(STAMP)
+
+# torch comes first and by its pinned version: a loose request would fetch gigabytes of GPU packages.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/cai run examples/quickstart.yaml
+	@echo "The run folder is runs/quickstart: rows of every stage, sl-cai, pm, rl-cai, and their manifests."
+
+test: setup
+	$(BIN)/pytest
+
+test-all: setup
+	$(BIN)/pytest -m ''
+
+smoke: setup
+	$(BIN)/cai run tests/smoke.yaml --out runs/smoke
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: setup
+	$(BIN)/python -m docs_cli > docs/cli.md
+
+clean:
+	rm -rf $(VENV) runs
