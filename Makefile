@@ -34,7 +34,7 @@ lint: setup
 	$(BIN)/mypy
 
 docs: setup
-	$(BIN)/python -m docs_cli > docs/cli.md
+	$(BIN)/python tests/cli_docs.py > docs/cli.md
 
 clean:
 	rm -rf $(VENV) runs

@@ -15,7 +15,7 @@ def _quiet(quiet: bool) -> bool:
 
 DEFAULT_MODEL = "smollm2-135m"
 
-Input = Annotated[str, typer.Argument(help="JSONL file, or - for stdin.", show_default=False)]
+Input = Annotated[str, typer.Argument(metavar="INPUT", help="JSONL file, or - for stdin.", show_default=False)]
 Output = Annotated[str, typer.Option("--output", "-o", help="Output JSONL file, or - for stdout.", show_default=True)]
 ModelOutput = Annotated[
     Path, typer.Option("--output", "-o", help="Directory of the finished model.", show_default=False)

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# The road of quickstart.yaml as plain shell: every line runs alone, run again it goes on where it stopped.
+# A test holds the two equal.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+cai sample examples/red_team.jsonl -o runs/quickstart/samples.jsonl --limit 24 --max-new-tokens 64 --temperature 0.7 --model smollm2-135m --seed 0
+cai critique runs/quickstart/samples.jsonl -o runs/quickstart/critiques.jsonl --max-new-tokens 64 --temperature 0.7 --model smollm2-135m --seed 0
+cai revise runs/quickstart/critiques.jsonl -o runs/quickstart/revisions-1.jsonl --max-new-tokens 64 --temperature 0.7 --model smollm2-135m --seed 0
+cai critique-revise runs/quickstart/revisions-1.jsonl -o runs/quickstart/revisions.jsonl --rounds 1 --max-new-tokens 64 --temperature 0.7 --model smollm2-135m --seed 0
+cai sample examples/helpful.jsonl -o runs/quickstart/helpful.jsonl --limit 24 --max-new-tokens 64 --temperature 0.7 --model smollm2-135m --seed 0
+cai sft runs/quickstart/revisions.jsonl -o runs/quickstart/sl-cai --helpful runs/quickstart/helpful.jsonl --model smollm2-135m --seed 0
+cai sample examples/red_team.jsonl -o runs/quickstart/pairs.jsonl --model runs/quickstart/sl-cai --n 2 --limit 32 --max-new-tokens 64 --temperature 0.7 --seed 0
+cai label-prefs runs/quickstart/pairs.jsonl -o runs/quickstart/preferences.jsonl --model smollm2-135m --seed 0
+cai train-pm runs/quickstart/preferences.jsonl -o runs/quickstart/pm --model runs/quickstart/sl-cai --seed 0
+cai rl examples/red_team.jsonl -o runs/quickstart/rl-cai --model runs/quickstart/sl-cai --pm runs/quickstart/pm --steps 8 --max-new-tokens 64 --seed 0
+cai sample examples/red_team.jsonl -o runs/quickstart/after.jsonl --model runs/quickstart/rl-cai --limit 24 --max-new-tokens 64 --temperature 0.7 --seed 0

@@ -1,0 +1,85 @@
+"""What is written down is true: README commands run, generated pages are current, the two quickstarts are one road."""
+
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from cli_docs import render
+
+from cai_cli.pipeline import load_run, plan
+
+ROOT = Path(__file__).parent.parent
+
+
+def readme_commands() -> list[str]:
+    """Every command line of the README's `sh` blocks, continuation lines joined."""
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").replace("\n  | ", " | ").splitlines()
+    return [line.partition("    #")[0].strip() for line in lines if line.strip()]
+
+
+def run_shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    return subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_cli_page_is_what_help_says() -> None:
+    assert (ROOT / "docs/cli.md").read_text() == render(), "run `make docs`"
+
+
+def test_the_shell_quickstart_is_the_yaml_quickstart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    file = Path("examples/quickstart.yaml")
+    steps = plan(load_run(file), file, Path("runs/quickstart"))
+    script = Path("examples/quickstart.sh").read_text().splitlines()
+    assert [line for line in script if line.startswith("cai ")] == [step.shell for step in steps]
+
+
+def test_the_readme_names_the_two_make_targets_and_they_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = [line for line in readme_commands() if line.startswith("make ")]
+    assert targets == ["make demo", "make test"]
+    for target in targets:
+        assert re.search(rf"^{target.split()[1]}:", makefile, re.MULTILINE)
+
+
+def test_readme_commands_that_need_no_model_run() -> None:
+    light = [c for c in readme_commands() if re.match(r"cai (principles|models|doctor|run .*--dry-run)", c)]
+    assert len(light) == 6
+    for command in light:
+        done = run_shell(command, ROOT)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+        assert done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_readme_stage_commands_run_on_the_real_model(tmp_path: Path) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    heavy = [c for c in readme_commands() if re.match(r"cai (sample|critique|revise|sft|label-prefs|train-pm|rl)", c)]
+    assert len(heavy) == 8
+    for command in heavy:
+        done = run_shell(command, tmp_path)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+    made = {p.name for p in (tmp_path / "runs/readme").iterdir()}
+    assert {"samples.jsonl", "preferences.jsonl", "sl-cai", "pm", "rl-cai", "piped"} <= made
+
+
+@pytest.mark.slow
+def test_a_wheel_carries_the_principles(tmp_path: Path) -> None:
+    done = run_shell(f"pip wheel --quiet --no-deps -w {tmp_path} {ROOT}", ROOT)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    target = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(target)
+    found = run_shell(
+        f'PYTHONPATH={target} python -c "import cai_cli.constitution as c; print(c.shipped_directory())"', tmp_path
+    )
+    assert Path(found.stdout.strip()) == target / "cai_cli/principles", found.stderr
+    assert {p.name for p in Path(found.stdout.strip()).iterdir()} == {"critique_revision.yaml", "preference.yaml"}
