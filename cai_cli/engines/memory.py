@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+LEAST_SHARED = 16
+
 
 class Memory:
     """The rows of one batch in the cache that transformers itself gives the model: right for every family."""
@@ -18,15 +20,35 @@ class Memory:
         import torch
         from transformers import DynamicCache
 
-        width = max(len(prompt) for prompt in prompts)
-        ids = torch.tensor([[self.pad_id] * (width - len(p)) + list(p) for p in prompts], device=self.model.device)
-        lengths = torch.tensor([len(p) for p in prompts], device=self.model.device)
-        columns = torch.arange(width, device=self.model.device)
-        self.mask = (columns >= width - lengths[:, None]).long()
+        device = self.model.device
+        shared = self._shared(prompts, keep)
         self.cache = DynamicCache(config=self.model.config)
-        positions = (columns - (width - lengths)[:, None]).clamp(min=0)
-        self.lengths = lengths
+        if shared:
+            # What all rows start with (few-shot examples) is run once, then repeated for each row.
+            start = torch.tensor([prompts[0][:shared]], device=device)
+            self.model(input_ids=start, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            self.cache.batch_repeat_interleave(len(prompts))
+        rests = [list(prompt[shared:]) for prompt in prompts]
+        width = max(len(rest) for rest in rests)
+        ids = torch.tensor([[self.pad_id] * (width - len(rest)) + rest for rest in rests], device=device)
+        padding = width - torch.tensor([len(rest) for rest in rests], device=device)
+        columns = torch.arange(width, device=device)
+        own = (columns >= padding[:, None]).long()
+        self.mask = torch.cat([torch.ones(len(rests), shared, dtype=torch.long, device=device), own], dim=1)
+        self.lengths = shared + width - padding
+        positions = shared + (columns - padding[:, None]).clamp(min=0)
         return self._forward(ids, positions, keep)
+
+    def _shared(self, prompts: Sequence[Sequence[int]], keep: int) -> int:
+        """How many ids all prompts start with, less what must be read at their ends; 0 where sharing does not pay or
+        where a sliding window counts columns, padding among them."""
+        layers = getattr(self.model.config.get_text_config(), "layer_types", None) or ["full_attention"]
+        if len(prompts) < 2 or any(kind != "full_attention" for kind in layers):
+            return 0
+        low, high = min(prompts), max(prompts)  # what the two extremes share, all share
+        common = next((i for i, (x, y) in enumerate(zip(low, high, strict=False)) if x != y), min(len(low), len(high)))
+        common = min(common, min(len(p) for p in prompts) - keep)
+        return common if common >= LEAST_SHARED else 0
 
     def step(self, tokens: "Tensor") -> "Tensor":
         """Append one token to each row. The logits (rows, vocabulary) after it."""
