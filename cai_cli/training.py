@@ -9,11 +9,11 @@ import math
 import os
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import orjson
 import typer
@@ -24,9 +24,7 @@ from cai_cli.errors import CaiError, UsageError
 from cai_cli.jsonl import cut_torn_tail
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-T = TypeVar("T")
+    from transformers import PreTrainedTokenizerBase
 
 Epochs = Annotated[float, typer.Option(min=0.0, help="Passes over the rows.")]
 MaxSteps = Annotated[int | None, typer.Option(min=1, help="Stop after this many steps instead of --epochs.")]
@@ -140,9 +138,10 @@ def fit(trainer: Any, metrics: "Metrics", columns: Mapping[str, str], *, name: s
     metrics.cut_after(done)
     if checkpoint:
         console.say(f"{name}: going on after step {done:,}")
-    trainer.add_callback(_steps_callback(metrics, columns, name))
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with ExitStack() as stack:
+            trainer.add_callback(_steps_callback(metrics, columns, name, stack))
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except OSError as error:
         raise CaiError(
             f"cannot write {trainer.args.output_dir}: {error.strerror or error}",
@@ -158,16 +157,14 @@ def without_printer(trainer: Any) -> Any:
     return trainer
 
 
-def _steps_callback(metrics: "Metrics", columns: Mapping[str, str], name: str) -> Any:
+def _steps_callback(metrics: "Metrics", columns: Mapping[str, str], name: str, stack: ExitStack) -> Any:
     from transformers import TrainerCallback, set_seed
 
     class Steps(TrainerCallback):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.stack = ExitStack()
-            self.advance = lambda _n: None
+        advance: Callable[[float], None]
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.advance = self.stack.enter_context(console.track(state.max_steps, name, "steps"))
+            self.advance = stack.enter_context(console.track(state.max_steps, name, "steps"))
             self.advance(state.global_step)
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -187,9 +184,6 @@ def _steps_callback(metrics: "Metrics", columns: Mapping[str, str], name: str) -
                     f"the loss is {logs['loss']} at step {state.global_step}", hint="a lower --learning-rate may help"
                 )
             metrics.put(state.global_step, {ours: logs.get(theirs) for ours, theirs in columns.items()})
-
-        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.stack.close()
 
     return Steps()
 

@@ -154,10 +154,10 @@ class TrainingJob:
                     f"{work} is there, but not the manifest that says what made it", hint="--overwrite starts afresh"
                 )
             _remove_output(path)
-            shutil.rmtree(work, ignore_errors=True)
+            _remove_tree(work)
             write_json(draft, {"status": "running", "provenance": self.provenance})
         work.mkdir(exist_ok=True)
-        shutil.rmtree(work / "model", ignore_errors=True)  # of a kill while it was being written
+        _remove_tree(work / "model")  # of a kill while it was being written
         rejected = AppendFile(sidecar(path, "rejected.jsonl"))
         rejected.path.unlink(missing_ok=True)
         rejected.append(self.counts.rejected)
@@ -174,7 +174,7 @@ def _complete_publishing(path: Path) -> None:
         return
     if (work / "model").exists():
         os.replace(work / "model", path)
-    shutil.rmtree(work, ignore_errors=True)
+    _remove_tree(work)
     os.replace(draft, sidecar(path, "manifest.json"))
     sync_directory(path.parent)
 
@@ -188,6 +188,10 @@ def _remove_output(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def _remove_tree(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def _sync_files(directory: Path) -> None:
@@ -212,7 +216,7 @@ def print_summary(summary: dict[str, Any], *, as_json: bool) -> None:
         print(orjson.dumps(summary).decode())
         return
     moved = [
-        f"{name} {summary[f'{name}_before']:.4g} -> {summary[name]:.4g}"
+        f"{name.replace('_', '-')} {_point(summary[f'{name}_before'])} -> {_point(summary[name])}"
         for name in ("loss", "accuracy", "reward", "held_out_loss")
         if summary.get(name) is not None and summary.get(f"{name}_before") is not None
     ]
@@ -221,6 +225,10 @@ def print_summary(summary: dict[str, Any], *, as_json: bool) -> None:
         f"{summary['stage']}: {_counted(summary)}{figures}; {summary['steps']:,} steps "
         f"in {summary['seconds']:,.1f} s -> {summary['output']}"
     )
+
+
+def _point(value: Any) -> str:
+    return f"{value['value'] if isinstance(value, dict) else value:.4g}"
 
 
 def _counted(counts: Mapping[str, Any]) -> str:

@@ -30,7 +30,7 @@ def draw(logits: "Tensor", noise: "Tensor", sampling: Sampling) -> "Tensor":
     check_finite(top)
     if sampling.temperature == 0:
         return best
-    weights = logits.float().sub_(top.float()[:, None]).div_(sampling.temperature).exp_()
+    weights = (logits.float() - top.float()[:, None]).div_(sampling.temperature).exp_()
     check_finite(weights.sum(-1))
     if sampling.top_p < 1:
         weights *= weights >= _smallest_kept(weights, sampling.top_p)[:, None]

@@ -55,7 +55,6 @@ COLUMNS = {
     "grad_norm": "grad_norm",
     "entropy": "entropy",
     "token_accuracy": "mean_token_accuracy",
-    "tokens": "num_tokens",
 }
 LONG = "longer than --max-length"
 

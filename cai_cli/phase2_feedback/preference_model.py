@@ -54,7 +54,7 @@ def score_ids(
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         width = len(sequences[batch[-1]])
-        ids = torch.full((len(batch), width), tokenizer.pad_token_id)  # type: ignore[arg-type]
+        ids = torch.full((len(batch), width), tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)
         for row, i in enumerate(batch):  # right padding: the score is read at the last token that is not padding
             ids[row, : len(sequences[i])] = torch.tensor(sequences[i])

@@ -1,10 +1,10 @@
 """`cai rl`: train a policy against a preference model (paper section 4.1 and 4.2, the RL-CAI model).
 
 The objective is the paper's: the preference model's score of the reply less beta times the KL divergence from the
-model RL starts from. Departures: the paper uses PPO with a critic, which TRL no longer has. RLOO (the default) subtracts
-beta * KL from the score as PPO does and takes the mean score of the other replies to the prompt where PPO has the
-critic; `--algorithm grpo` puts the KL into the loss. A reply cut at the length limit loses `--cutoff-penalty`: the
-preference model sees every reply closed by the chat template and could not tell.
+model RL starts from. Departures: the paper uses PPO with a critic, which TRL no longer has. RLOO (the default)
+subtracts beta * KL from the score as PPO does and takes the mean score of the other replies to the prompt where PPO
+has the critic; `--algorithm grpo` puts the KL into the loss. A reply cut at the length limit loses
+`--cutoff-penalty`: the preference model sees every reply closed by the chat template and could not tell.
 
 beta is in units of the score per nat. Labels clamped to 40-60% teach margins of at most ln 1.5 = 0.405, so a small
 beta is a strong pull there.

@@ -53,7 +53,6 @@ COLUMNS = {
     "accuracy": "accuracy",
     "margin": "margin",
     "mean_score": "mean_reward",
-    "tokens": "num_tokens",
 }
 HELD_OUT = ("held_out_loss", "held_out_accuracy")
 
@@ -112,7 +111,7 @@ def soft_reward_trainer() -> Any:
     class Collator(DataCollatorForPreference):  # type: ignore[misc]
         def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
             p_chosen = torch.tensor([example["p_chosen"] for example in examples], dtype=torch.float32)
-            return super().torch_call(examples) | {"p_chosen": p_chosen}
+            return {**super().torch_call(examples), "p_chosen": p_chosen}
 
     class SoftRewardTrainer(RewardTrainer):  # type: ignore[misc]
         loss_is_scaled_for_ga = False  # a mean over the batch

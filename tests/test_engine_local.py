@@ -1,0 +1,300 @@
+"""The local engine against transformers itself, on tiny random models of several families."""
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import pytest
+import torch
+from tiny import END_OF_TEXT, tiny_model_dir
+
+from cai_cli.engines import decoding
+from cai_cli.engines.base import Ask, Question, Refusal, Reply, Sampling
+from cai_cli.engines.local import LocalEngine
+from cai_cli.errors import CaiError, UsageError
+from cai_cli.records import Message
+
+FAMILIES = ["llama", "qwen2", "mistral", "gemma2", "phi", "gpt2"]
+WINDOW = 9  # tokens seen by the sliding-window layers of the families that have them, far fewer than a prompt's
+
+
+def family_config(family: str, vocab_size: int) -> Any:
+    import transformers
+
+    shape: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    grouped = shape | {"num_key_value_heads": 2}
+    match family:
+        case "qwen2":
+            return transformers.Qwen2Config(**grouped)
+        case "mistral":
+            return transformers.MistralConfig(**grouped, sliding_window=WINDOW)
+        case "gemma2":
+            return transformers.Gemma2Config(
+                **grouped, head_dim=8, query_pre_attn_scalar=8, sliding_window=WINDOW, attn_logit_softcapping=5.0
+            )
+        case "phi":
+            return transformers.PhiConfig(**shape)
+        case _:
+            return transformers.GPT2Config(
+                vocab_size=vocab_size, n_embd=32, n_layer=2, n_head=4, n_positions=512, initializer_range=0.2,
+                bos_token_id=1, eos_token_id=2,
+            )  # fmt: skip
+
+
+@cache
+def model_dir(family: str = "llama") -> Path:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = tiny_model_dir(Path(mkdtemp(prefix="cai-test-")))
+    if family != "llama":
+        config = family_config(family, len(AutoTokenizer.from_pretrained(path)))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            AutoModelForCausalLM.from_config(config, attn_implementation="eager").save_pretrained(path)
+    return path
+
+
+@cache
+def reference(family: str = "llama") -> Any:
+    """The same model, to be run by transformers alone; eager attention, as sdpa knows no soft-capping."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(model_dir(family), attn_implementation="eager").eval()
+
+
+@cache
+def engine(family: str = "llama", batch_size: int | None = None) -> LocalEngine:
+    return LocalEngine(str(model_dir(family)), batch_size=batch_size, device="cpu", dtype="float32")
+
+
+def chat(*contents: str) -> list[Message]:
+    return [Message(role="assistant" if i % 2 else "user", content=c) for i, c in enumerate(contents)]
+
+
+def asks(count: int = 10) -> list[Ask]:
+    """Chats and raw texts of many lengths, the chats sharing their first turns."""
+    shared = "Please choose the response that is the most helpful, honest, and harmless."
+    return [
+        Ask(chat(shared, "Yes", "How can I help " * (i % 5) + str(i)), seed=1000 + i)
+        if i % 3
+        else Ask(f"Human: Consider {'the following ' * i}", seed=i, cue=" conversation")
+        for i in range(count)
+    ]
+
+
+def replies(family: str, batch_size: int | None, wanted: Sequence[Ask], sampling: Sampling) -> list[Reply]:
+    answers = engine(family, batch_size).generate(wanted, sampling)
+    assert all(isinstance(answer, Reply) for answer in answers)
+    return [answer for answer in answers if isinstance(answer, Reply)]
+
+
+def prompt_ids(e: LocalEngine, ask: Ask) -> list[int]:
+    if isinstance(ask.text, str):
+        return list(e.tokenizer(ask.text + ask.cue)["input_ids"])
+    turns = [m.model_dump() for m in ask.text]
+    ids = e.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    return list(ids) + list(e.tokenizer(ask.cue, add_special_tokens=False)["input_ids"])
+
+
+# --- text ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_text_equals_transformers_generate_token_by_token(family: str) -> None:
+    ours = replies(family, None, asks(), Sampling(max_new_tokens=24, temperature=0))
+    e = engine(family)
+    for ask, reply in zip(asks(), ours, strict=True):
+        ids = torch.tensor([prompt_ids(e, ask)])
+        out = reference(family).generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24, pad_token_id=0
+        )
+        new = out[0, ids.shape[1] :].tolist()
+        assert reply.prompt_tokens == ids.shape[1]
+        assert reply.new_tokens == len(new)
+        assert reply.text == e.tokenizer.decode(new, skip_special_tokens=True)
+        assert reply.finish_reason == ("stop" if new[-1] == 2 else "length")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("sampling", [Sampling(20), Sampling(20, temperature=0.7, top_p=0.9)])
+def test_a_row_gets_the_same_text_in_batches_of_1_7_and_32_and_in_any_order(family: str, sampling: Sampling) -> None:
+    wanted = asks(33)
+    alone = replies(family, 1, wanted, sampling)
+    assert replies(family, 7, wanted, sampling) == alone
+    assert replies(family, 32, wanted[::-1], sampling) == alone[::-1]
+
+
+def test_the_seed_alone_decides_the_noise() -> None:
+    ask = asks()[1]
+    same = [Ask(ask.text, seed) for seed in (5, 6, 5)]
+    first, second, again = (r.text for r in replies("llama", None, same, Sampling(20)))
+    assert first == again != second
+
+
+def test_sampled_tokens_follow_the_models_distribution() -> None:
+    ask, count = asks()[1], 4000
+    with torch.no_grad():
+        logits = reference().forward(torch.tensor([prompt_ids(engine(), ask)])).logits[0, -1]
+    expected = torch.softmax(logits / 1.5, -1)
+    noise = torch.tensor([float(decoding.uniforms(seed, 1)[0]) for seed in range(count)], dtype=torch.float64)
+    drawn = decoding.draw(logits.expand(count, -1), noise, Sampling(temperature=1.5))
+    observed = torch.bincount(drawn, minlength=len(expected)) / count
+    assert (observed - expected).abs().sum() < 0.25 < (observed - 1 / len(expected)).abs().sum()
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
+    logits = torch.tensor([[0.1, 0.5, 0.15, 0.25]]).log().repeat(1000, 1)
+    noise = torch.linspace(0, 0.9999, 1000, dtype=torch.float64)
+    kept = [set(decoding.draw(logits, noise, Sampling(top_p=p)).tolist()) for p in (0.0, 0.49, 0.6, 0.8, 0.95, 1.0)]
+    assert kept == [{1}, {1}, {1, 3}, {1, 2, 3}, {0, 1, 2, 3}, {0, 1, 2, 3}]
+    flat = torch.zeros(2, 5000)
+    assert decoding.draw(flat, torch.tensor([0.0, 0.999]).double(), Sampling(top_p=0.9)).tolist() == [0, 4994]
+
+
+def test_a_token_of_no_weight_is_never_drawn() -> None:
+    logits = torch.full((3, 600), -torch.inf)
+    logits[:, [3, 300]] = 0.0
+    noise = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
+    assert decoding.draw(logits, noise, Sampling()).tolist() == [3, 300, 300]
+
+
+def test_the_end_of_turn_ends_a_reply_and_is_no_part_of_it() -> None:
+    forced = LocalEngine(str(model_dir()), batch_size=None, device="cpu", dtype="float32")
+    greedy = replies("llama", None, asks(), Sampling(24, temperature=0))
+    new = reference().generate(torch.tensor([prompt_ids(forced, asks()[1])]), do_sample=False, max_new_tokens=4)
+    forced.end_ids = {int(new[0, -1])}
+    (reply,) = forced.generate([asks()[1]], Sampling(24, temperature=0))
+    assert isinstance(reply, Reply)
+    assert (reply.finish_reason, reply.new_tokens) == ("stop", 4)
+    assert greedy[1].text.startswith(reply.text)
+
+
+def test_what_ends_a_turn_in_the_chat_template_ends_a_reply_though_no_config_names_it() -> None:
+    from transformers import GenerationConfig
+
+    tokenizer = LocalEngine(str(model_dir()), batch_size=None, device="cpu", dtype="float32").tokenizer
+    tokenizer.eos_token = END_OF_TEXT
+    assert decoding.end_of_turn_ids(tokenizer, GenerationConfig(eos_token_id=[0])) == {0, 2}
+
+
+def test_a_stop_string_is_cut_off_with_all_that_follows() -> None:
+    ask = asks()[4]
+    (whole,) = replies("llama", None, [ask], Sampling(40))
+    stop = whole.text[7:10]
+    (cut,) = replies("llama", None, [Ask(ask.text, ask.seed, ask.cue, ("never so", stop))], Sampling(40))
+    assert cut.text == whole.text[: whole.text.index(stop)]
+    assert cut.finish_reason == "stop"
+    assert cut.new_tokens < whole.new_tokens
+
+
+def test_a_prompt_that_does_not_fit_is_refused_with_its_numbers_and_the_others_are_answered() -> None:
+    long = Ask("word " * 300, seed=0)
+    tokens = len(engine().tokenizer(long.text)["input_ids"])
+    refused, answered, empty = engine().generate([long, asks()[1], Ask("", 0)], Sampling(50))
+    assert refused == Refusal(f"prompt of {tokens} tokens + 50 new tokens does not fit the context window of 512")
+    assert isinstance(answered, Reply)
+    assert isinstance(empty, Refusal)
+
+
+def test_a_prompt_that_just_fits_is_answered() -> None:
+    tokens = len(prompt_ids(engine(), asks()[1]))
+    (reply,) = engine().generate([asks()[1]], Sampling(512 - tokens, temperature=0))
+    assert isinstance(reply, Reply)
+
+
+def test_logits_that_are_no_numbers_end_the_run() -> None:
+    broken = LocalEngine(str(model_dir()), batch_size=None, device="cpu", dtype="float32")
+    broken.model.model.norm.weight.data[3] = torch.nan
+    for sampling in (Sampling(4), Sampling(4, temperature=0)):
+        with pytest.raises(CaiError, match="NaN"):
+            broken.generate(asks(), sampling)
+    with pytest.raises(CaiError, match="NaN"):
+        broken.score(questions())
+
+
+# --- option log-probabilities -------------------------------------------------------------------------------------
+
+
+def questions() -> list[Question]:
+    shared = [*chat("Please choose the response that is the most helpful.", "The answer is: (A)")]
+    told = [
+        Question([*shared, Message(role="user", content="Consider " * i + "(A) or (B)?")], ("A", "B"), cue="Answer: (")
+        for i in range(9)
+    ]
+    return [
+        *told,
+        Question(chat("How can I help?"), ("harmless, honest", "racist", "Yes", "")),
+        Question("Human: is it toxic?\n\nAnswer:", (" Yes", " No", " dangerous, or illegal content.")),
+        Question("Consider the follow", ("ing conversation", "ed", " No")),
+    ]
+
+
+def one_by_one(family: str, question: Question) -> list[float]:
+    """Log-probabilities from one plain forward pass per option, from where the options part from the prompt."""
+    e = engine(family)
+    prompt = prompt_ids(e, Ask(question.text, 0, question.cue))
+    wholes = [prompt_ids(e, Ask(question.text, 0, question.cue + option)) for option in question.options]
+    start = len(prompt)
+    while any(whole[:start] != prompt[:start] for whole in wholes):
+        start -= 1
+    totals = []
+    for whole in wholes:
+        with torch.no_grad():
+            logp = reference(family)(torch.tensor([whole])).logits[0].log_softmax(-1)
+        totals.append(sum(float(logp[i - 1, whole[i]]) for i in range(start, len(whole))))
+    return totals
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_scores_equal_one_plain_forward_pass_per_option(family: str, batch_size: int) -> None:
+    scores = engine(family, batch_size).score(questions())
+    for question, ours in zip(questions(), scores, strict=True):
+        assert ours == pytest.approx(one_by_one(family, question), abs=1e-4)
+
+
+def test_options_that_change_the_end_of_the_prompt_are_scored_from_the_same_token() -> None:
+    e, question = engine(), questions()[-1]
+    prompt = prompt_ids(e, Ask(question.text, 0))
+    joined = prompt_ids(e, Ask(f"{question.text}{question.options[0]}", 0))
+    assert joined[: len(prompt)] != prompt  # what makes this question a hard one
+    (scores,) = e.score([question])
+    assert scores == pytest.approx(one_by_one("llama", question), abs=1e-4)
+
+
+def test_a_question_that_does_not_fit_is_refused_and_the_others_are_scored() -> None:
+    refused, scored = engine().score([Question("word " * 300, ("A", "B")), questions()[0]])
+    assert isinstance(refused, Refusal)
+    assert "does not fit the context window of 512" in refused.reason
+    assert scored == pytest.approx(one_by_one("llama", questions()[0]), abs=1e-4)
+
+
+# --- the engine itself --------------------------------------------------------------------------------------------
+
+
+def test_identity_and_chat_need_no_weights() -> None:
+    fresh = LocalEngine(str(model_dir()), batch_size=3, device="auto", dtype="float32")
+    assert fresh.identity() == engine().identity()
+    assert fresh.identity() != engine("qwen2").identity()
+    assert fresh.speaks_chat()
+    assert "model" not in vars(fresh)
+    assert fresh.batch_size == 3
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("gpu", "auto"), ("auto", "int4")])
+def test_an_unknown_device_or_dtype_is_a_usage_error(device: str, dtype: str) -> None:
+    with pytest.raises(UsageError):
+        LocalEngine("any", batch_size=None, device=device, dtype=dtype)

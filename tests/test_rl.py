@@ -1,0 +1,153 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import tiny_model_dir
+from training_helpers import (
+    interrupted_after,
+    largest_difference,
+    manifest_of,
+    preference,
+    rows_in,
+    write_rows,
+)
+
+from cai_cli.errors import CaiError, UsageError
+from cai_cli.models import load_causal_lm, load_reward_model, load_tokenizer
+from cai_cli.phase2_feedback import train_pm
+from cai_cli.phase2_feedback.preference_model import score_conversations
+from cai_cli.phase2_feedback.rl import command, end_ids, messages_of, preference_reward, prompt_order
+
+QUICK: dict[str, Any] = {
+    "steps": 4,
+    "prompts_per_step": 2,
+    "samples_per_prompt": 4,
+    "max_new_tokens": 8,
+    "learning_rate": 1e-3,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model_dir(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def pm(model: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("pm")
+    rows = write_rows(folder / "prefs.jsonl", [preference(i, 0.9, f"helpful {i}", f"toxic {i}") for i in range(16)])
+    train_pm.command(rows, folder / "pm", model=str(model), learning_rate=1e-3, eval_share=0.0, quiet=True)
+    return str(folder / "pm")
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> str:
+    file = tmp_path / "prompts.txt"
+    file.write_text("".join(f"question number {i}\n" for i in range(5)))
+    return str(file)
+
+
+@pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
+def test_the_parameters_move_and_the_output_loads_as_a_plain_model(
+    model: Path, pm: str, prompts: str, tmp_path: Path, algorithm: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    out = tmp_path / "rl-cai"
+    command(prompts, out, pm=pm, model=str(model), algorithm=algorithm, **QUICK)
+    assert largest_difference(model, out) > 1e-4
+    AutoModelForCausalLM.from_pretrained(out)
+    metrics = rows_in(out / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == [1, 2, 3, 4]
+    names = ("reward", "reward_std", "kl", "entropy", "reply_tokens", "cut_off_share", "loss", "learning_rate")
+    assert all(row[name] is not None for row in metrics for name in names)
+    assert metrics[0]["kl"] == pytest.approx(0, abs=1e-5)  # the reference holds the weights training starts from
+    assert metrics[-1]["kl"] != pytest.approx(0, abs=1e-5)
+
+
+def test_training_raises_the_score_of_its_replies(model: Path, pm: str, prompts: str, tmp_path: Path) -> None:
+    run = QUICK | {"steps": 40, "samples_per_prompt": 8, "learning_rate": 3e-3}
+    command(prompts, tmp_path / "rl", pm=pm, model=str(model), beta=0.0, cutoff_penalty=0.0, **run)
+    rewards = [row["reward"] for row in rows_in(tmp_path / "rl/metrics.jsonl")]
+    assert sum(rewards[-8:]) / 8 > sum(rewards[:8]) / 8 + 0.3
+
+
+def test_a_large_beta_holds_the_policy_near_its_start(model: Path, pm: str, prompts: str, tmp_path: Path) -> None:
+    run = QUICK | {"steps": 25, "samples_per_prompt": 8, "learning_rate": 3e-3}
+    kl = {}
+    for beta in (0.01, 5.0):
+        command(prompts, tmp_path / f"b{beta}", pm=pm, model=str(model), beta=beta, **run)
+        kl[beta] = sum(row["kl"] for row in rows_in(tmp_path / f"b{beta}/metrics.jsonl")[-8:])
+    assert kl[0.01] > 2 * kl[5.0]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_an_interrupted_run_ends_with_the_parameters_of_one_that_was_not(
+    model: Path, pm: str, prompts: str, tmp_path: Path, lora: bool
+) -> None:
+    run = QUICK | {"pm": pm, "model": str(model), "steps": 7, "save_steps": 2, "lora": lora, "batch_size": 4}
+    command(prompts, tmp_path / "whole", **run)
+    with interrupted_after(6):
+        command(prompts, tmp_path / "killed", **run)
+    command(prompts, tmp_path / "killed", **run)
+    assert largest_difference(tmp_path / "whole", tmp_path / "killed") == 0
+    assert rows_in(tmp_path / "whole/metrics.jsonl") == rows_in(tmp_path / "killed/metrics.jsonl")
+
+
+def test_a_reply_cut_at_the_limit_loses_the_penalty_and_is_counted(model: Path, pm: str) -> None:
+    judge, tokenizer = load_reward_model(Path(pm)), load_tokenizer(Path(pm))
+    ends = end_ids(load_causal_lm(model), tokenizer)
+    assert ends == {tokenizer.eos_token_id}
+    logged = {}
+    prompts = [[{"role": "user", "content": "question"}]] * 2
+    replies = [[{"role": "assistant", "content": "helpful"}]] * 2
+    rewards = preference_reward(judge, tokenizer, ends, 1.5, 8)(
+        prompts=prompts,
+        completions=replies,
+        completion_ids=[[5, tokenizer.eos_token_id], [5, 6]],
+        log_metric=logged.__setitem__,
+        trainer_state=None,
+    )
+    (score,) = score_conversations(judge, tokenizer, [messages_of(prompts[0] + replies[0])])
+    assert rewards == pytest.approx([score, score - 1.5], abs=1e-5)
+    assert logged["cut_off_share"] == 0.5
+    assert logged["pm_score"] == pytest.approx(score, abs=1e-5)
+
+
+def test_a_prompt_that_leaves_no_room_for_a_reply_is_rejected(model: Path, pm: str, tmp_path: Path) -> None:
+    rows = [{"prompt": "hi"}, {"id": "long", "prompt": "long " * 600}, {"prompt": "hi"}]
+    command(write_rows(tmp_path / "prompts.jsonl", rows), tmp_path / "rl", pm=pm, model=str(model), **QUICK)
+    (rejected,) = rows_in(tmp_path / "rl.rejected.jsonl")
+    assert (rejected["key"], "context window" in rejected["reason"]) == ("long", True)
+    counts = manifest_of(tmp_path / "rl")["counts"]
+    assert (counts["in"], counts["used"], counts["rejected"], counts["skipped"]) == (3, 1, 1, 1)
+
+
+def test_every_prompt_has_its_turn_before_any_comes_again() -> None:
+    order = prompt_order(5, steps=4, per_step=3, seed=0)
+    assert len(order) == 12
+    assert sorted(order[:5]) == sorted(order[5:10]) == [0, 1, 2, 3, 4]
+    assert order == prompt_order(5, 4, 3, 0)
+    assert order != prompt_order(5, 4, 3, 1)
+
+
+def test_a_language_model_is_refused_as_a_preference_model(model: Path, prompts: str, tmp_path: Path) -> None:
+    with pytest.raises(CaiError, match="no preference model"):
+        command(prompts, tmp_path / "rl", pm=str(model), model=str(model), **QUICK)
+
+
+def test_a_changed_beta_or_preference_model_is_refused_by_name(
+    model: Path, pm: str, prompts: str, tmp_path: Path
+) -> None:
+    command(prompts, tmp_path / "rl", pm=pm, model=str(model), **QUICK)
+    with pytest.raises(CaiError, match=r"settings\.beta: 0\.05 -> 0\.1"):
+        command(prompts, tmp_path / "rl", pm=pm, model=str(model), beta=0.1, **QUICK)
+    with pytest.raises(CaiError, match=r"pm\.fingerprint"):
+        command(prompts, tmp_path / "rl", pm=str(model), model=str(model), **QUICK)
+
+
+def test_a_batch_that_does_not_divide_the_replies_of_a_step_is_a_usage_error(
+    model: Path, pm: str, prompts: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="does not divide the 8 replies"):
+        command(prompts, tmp_path / "rl", pm=pm, model=str(model), batch_size=3, **QUICK)
