@@ -109,14 +109,14 @@ def read_prompts(source: str, kind: Kind | None = None) -> Iterator[Numbered[Pro
 
     The first line decides between JSONL and plain text, so a broken JSON line later is an error and not a prompt.
     """
-    name = "stdin" if source == "-" else Path(source).name
+    name = "stdin" if source == "-" else source
 
     def parse(value: object) -> Prompt:
-        return parse_prompt(value, source=name, kind=kind)
+        return parse_prompt(value, source=Path(name).name, kind=kind)
 
     if source.startswith("hf://") or source.endswith(".parquet"):
-        for number, value in enumerate(_dataset_values(source), start=1):
-            yield number, _parsed(parse, value, source, number)
+        for number, row in enumerate(_dataset_values(source), start=1):
+            yield number, _parsed(parse, row, name, number)
         return
     with open_input(source) as stream:
         lines = _lines(stream, name)
@@ -147,17 +147,16 @@ def _dataset_values(source: str) -> Iterator[dict[str, Any]]:
 
     if source.startswith("hf://datasets/"):
         parts = source.removeprefix("hf://datasets/").split("/")
-        name, files = "/".join(parts[:2]), "/".join(parts[2:]) or None
-        try:
-            data = datasets.load_dataset(name, data_files=files, split="train", streaming=True)
-        except Exception as error:  # the hub client raises many kinds; the user needs one line
-            raise CaiError(f"cannot load {source}: {error}", hint="is the hub reachable from here?") from error
+        name, files, hint = "/".join(parts[:2]), "/".join(parts[2:]) or None, "is the hub reachable from here?"
+    elif Path(source).is_file():
+        name, files, hint = "parquet", source, "is it a parquet file?"
     else:
-        if not Path(source).is_file():
-            raise CaiError(f"cannot read {source}: no such file")
-        data = datasets.load_dataset("parquet", data_files=source, split="train", streaming=True)
-    for row in data:
-        yield {k: v for k, v in row.items() if v is not None}
+        raise CaiError(f"cannot read {source}: no such file")
+    try:
+        for row in datasets.load_dataset(name, data_files=files, split="train", streaming=True):
+            yield {k: v for k, v in row.items() if v is not None}
+    except Exception as error:  # the libraries below raise many kinds; the user needs one line
+        raise CaiError(f"cannot read {source}: {' '.join(str(error).split())}", hint=hint) from error
 
 
 class KeyTable:

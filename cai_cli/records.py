@@ -240,8 +240,8 @@ def parse_prompt(value: object, *, source: str, kind: Kind | None = None) -> Pro
         return _make_prompt([Message(role="user", content=value)], {}, source, kind)
     if not isinstance(value, dict):
         raise RowError(f"a prompt row must be a JSON object or plain text, this is {json_type(value)}")
-    if "prompt" in value and "completion" in value:
-        return _sample_as_prompt(value)
+    if "prompt" in value and ("completion" in value or "votes" in value):
+        return _own_row_as_prompt(value, source, kind)
     if "chosen" in value and "rejected" in value:
         messages, used = _human_pair_prompt(value), {"chosen", "rejected", "prompt"}
     elif "prompt" in value:
@@ -261,15 +261,17 @@ def parse_prompt(value: object, *, source: str, kind: Kind | None = None) -> Pro
     return _make_prompt(messages, value, source, kind)
 
 
-def _sample_as_prompt(value: dict[str, Any]) -> Prompt:
-    """One of our own later rows (Sample, Critique, Revision): its prompt again."""
-    row_type = Critique if "critique" in value else Revision if "history" in value else Sample
+def _own_row_as_prompt(value: dict[str, Any], source: str, kind: Kind | None) -> Prompt:
+    """One of our own later rows (Sample, Critique, Revision, Preference): its prompt again."""
+    row_type: type[Sample | Preference] = Preference
+    if "votes" not in value:
+        row_type = Critique if "critique" in value else Revision if "history" in value else Sample
     row = load_row(row_type, value)
-    return Prompt(id=row.id, prompt=row.prompt, kind=row.kind, source=row.source)
+    return _make_prompt(row.prompt, value, source, kind)
 
 
 def _human_pair_prompt(value: dict[str, Any]) -> list[Message]:
-    if "prompt" in value:  # TRL's explicit-prompt preference form, our Preference rows among them
+    if "prompt" in value:  # TRL's explicit-prompt preference form
         return _messages(value["prompt"], "prompt")
     if isinstance(value["chosen"], list):
         messages = _messages(value["chosen"], "chosen")
@@ -304,7 +306,7 @@ def _make_prompt(messages: list[Message], value: dict[str, Any], source: str, ki
     fields = {
         "id": conversation_id(messages) if given is None else given,
         "prompt": [m.model_dump() for m in messages],
-        "kind": value.get("kind") or kind,
-        "source": value.get("source") or source,
+        "kind": kind if value.get("kind") is None else value["kind"],
+        "source": source if value.get("source") is None else value["source"],
     }
     return load_row(Prompt, fields)

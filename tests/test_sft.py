@@ -63,7 +63,8 @@ def test_an_interrupted_run_ends_with_the_parameters_of_one_that_was_not(
     command(rows, tmp_path / "whole", **run)
     with interrupted_after(7):  # epochs are of 3 steps, the newest checkpoint is of step 6
         command(rows, tmp_path / "killed", **run)
-    assert sorted(p.name for p in (tmp_path / "killed.partial").glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+    saved = sorted(p.name for p in (tmp_path / "killed.partial").glob("checkpoint-*"))
+    assert saved == ["checkpoint-4", "checkpoint-6"]
     assert not (tmp_path / "killed").exists()
     command(rows, tmp_path / "killed", **run)
     assert largest_difference(tmp_path / "whole", tmp_path / "killed") == 0

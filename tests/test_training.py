@@ -58,7 +58,8 @@ def test_only_our_words_are_printed_and_the_summary_conserves_the_rows(
     captured = capsys.readouterr()
     assert captured.out == ""
     (line,) = captured.err.splitlines()
-    assert line.startswith("sft: 31 in = 30 used (27 trained on + 3 held out) + 1 rejected (1 longer than --max-length)")
+    counted = "31 in = 30 used (27 trained on + 3 held out) + 1 rejected (1 longer than --max-length)"
+    assert line.startswith(f"sft: {counted}")
     command(rows, tmp_path / "out", model=str(model), quiet=True, json=True, overwrite=True, **QUICK)
     captured = capsys.readouterr()
     assert captured.err == ""
@@ -76,6 +77,10 @@ def test_a_kill_while_the_output_appears_is_completed_by_the_next_run(
     def die(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
+    def dying_removal(path: Path) -> None:
+        if out.exists():
+            raise KeyboardInterrupt
+
     replaced = {"sidecar written": 0, "renamed": 1, "work removed": 1}[killed_at]
     replace = os.replace
 
@@ -90,7 +95,7 @@ def test_a_kill_while_the_output_appears_is_completed_by_the_next_run(
     with monkeypatch.context() as patch:
         patch.setattr(training_job.os, "replace", dying_replace)
         if killed_at == "renamed":
-            patch.setattr(training_job, "_remove_tree", die)
+            patch.setattr(training_job, "_remove_tree", dying_removal)
         with pytest.raises(KeyboardInterrupt):
             command(rows, out, model=str(model), **QUICK)
     assert out.exists() == (killed_at != "sidecar written")

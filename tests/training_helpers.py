@@ -40,7 +40,9 @@ def revision(number: int, reply: str = "a helpful and honest answer", rounds: in
     }
 
 
-def preference(number: int, p_chosen: float = 0.9, chosen: str = "helpful", rejected: str = "harmful") -> dict[str, Any]:
+def preference(
+    number: int, p_chosen: float = 0.9, chosen: str = "helpful", rejected: str = "harmful"
+) -> dict[str, Any]:
     return {
         "id": f"p{number}",
         "prompt": user(f"question number {number}"),

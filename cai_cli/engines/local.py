@@ -3,11 +3,11 @@
 Rows are encoded by `chat`, drawn by `decoding`. Nothing heavy is loaded before the first request.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cai_cli.engines.base import Ask, Question, Refusal, Reply, Sampling, Text
 from cai_cli.engines.chat import encode_chat, encode_text
@@ -19,6 +19,8 @@ from cai_cli.models import fingerprint, load_causal_lm, load_tokenizer, resolve
 if TYPE_CHECKING:
     from torch import Tensor
 
+T = TypeVar("T")
+LEAST_BATCH = 8
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -95,6 +97,16 @@ class LocalEngine:
                 f"prompt of {prompt} tokens + {new} new tokens does not fit the context window of {self.window}"
             )
 
+    def _batches(self, items: Sequence[T], lengths: Sequence[int]) -> Iterator[Sequence[T]]:
+        """`items` (sorted by length) in batches: at most batch_size of them, and none so mixed that padding would
+        outweigh what a larger batch saves."""
+        start = 0
+        for end in range(1, len(items) + 1):
+            full = end - start == self.batch_size
+            if end == len(items) or full or (end - start >= LEAST_BATCH and lengths[end] > 1.5 * lengths[start]):
+                yield items[start:end]
+                start = end
+
     # --- text -------------------------------------------------------------------------------------------------
 
     def generate(self, asks: Sequence[Ask], sampling: Sampling) -> list[Reply | Refusal]:
@@ -114,8 +126,8 @@ class LocalEngine:
                 rows.append(Row(index, ask, ids))
         rows.sort(key=lambda row: len(row.prompt))
         with torch.inference_mode():
-            for start in range(0, len(rows), self.batch_size):
-                replies |= self._decode(rows[start : start + self.batch_size], sampling)
+            for batch in self._batches(rows, [len(row.prompt) for row in rows]):
+                replies |= self._decode(batch, sampling)
         return [replies[index] for index in range(len(asks))]
 
     def _decode(self, rows: Sequence[Row], sampling: Sampling) -> dict[int, Reply]:
@@ -168,8 +180,7 @@ class LocalEngine:
                 wanted.setdefault(context, []).append(reading)
         contexts = sorted(wanted, key=len)
         with torch.inference_mode():
-            for start in range(0, len(contexts), self.batch_size):
-                batch = contexts[start : start + self.batch_size]
+            for batch in self._batches(contexts, [len(context) for context in contexts]):
                 keep = max(len(reading.tokens) for context in batch for reading in wanted[context])
                 logits = Memory(self.model, self.tokenizer.pad_token_id).prefill(batch, keep)
                 for context, row in zip(batch, logits, strict=True):

@@ -42,8 +42,10 @@ class Memory:
     def _shared(self, prompts: Sequence[Sequence[int]], keep: int) -> int:
         """How many ids all prompts start with, less what must be read at their ends; 0 where sharing does not pay or
         where a sliding window counts columns, padding among them."""
-        layers = getattr(self.model.config.get_text_config(), "layer_types", None) or ["full_attention"]
-        if len(prompts) < 2 or any(kind != "full_attention" for kind in layers):
+        config = self.model.config.get_text_config()
+        layers = getattr(config, "layer_types", None) or ["full_attention"]
+        sliding = getattr(config, "sliding_window", None) or any(kind != "full_attention" for kind in layers)
+        if sliding or len(prompts) < 2:
             return 0
         low, high = min(prompts), max(prompts)  # what the two extremes share, all share
         common = next((i for i, (x, y) in enumerate(zip(low, high, strict=False)) if x != y), min(len(low), len(high)))

@@ -1,0 +1,42 @@
+"""`cai` called in process: the real command line without the half second a new interpreter takes."""
+
+import io
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from cai_cli import console
+from cai_cli.cli import main
+
+
+@dataclass(frozen=True)
+class Done:
+    code: int
+    stdout: str
+    stderr: str
+
+
+Cai = Callable[..., Done]
+
+
+@pytest.fixture
+def cai(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Cai]:
+    """`cai("sample", "in.jsonl", "-o", "out.jsonl", stdin=b"...")`, run in `tmp_path`."""
+    monkeypatch.chdir(tmp_path)
+    on_terminate = signal.getsignal(signal.SIGTERM)
+
+    def call(*words: str, stdin: bytes = b"") -> Done:
+        monkeypatch.setattr(sys, "argv", ["cai", *words])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return Done(int(stop.value.code or 0), *capsys.readouterr())
+
+    yield call
+    signal.signal(signal.SIGTERM, on_terminate)
+    console.set_quiet(False)

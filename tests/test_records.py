@@ -1,0 +1,260 @@
+"""Rows come back as they went out, and every accepted form of a prompt becomes the same row."""
+
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from stage_helpers import sample_row
+
+from cai_cli.errors import RowError
+from cai_cli.jsonl import read_rows, row_key, rows_of
+from cai_cli.records import (
+    Critique,
+    Message,
+    Preference,
+    Prompt,
+    Rejected,
+    Revision,
+    Row,
+    Sample,
+    dump_row,
+    load_row,
+    parse_prompt,
+    parse_transcript,
+    reject,
+    render_transcript,
+)
+
+# No lone surrogates: they are no text, and UTF-8 cannot carry them.
+anything = st.text(st.characters(codec="utf-8")) | st.sampled_from(["\u2028", '"\\"', "😀\x00\x1f", "\r\n", "\ufeff", "{}"])
+ids = anything.filter(bool)
+
+
+def turns(role: str) -> st.SearchStrategy[dict[str, str]]:
+    return st.fixed_dictionaries({"role": st.just(role), "content": anything})
+
+
+prompts = st.tuples(st.lists(turns("system"), max_size=1), st.lists(turns("assistant") | turns("user")), turns("user"))
+prompt_fields: dict[str, st.SearchStrategy[Any]] = {
+    "id": ids,
+    "prompt": prompts.map(lambda parts: [*parts[0], *parts[1], parts[2]]),
+    "kind": st.sampled_from(["red-team", "helpful", None]),
+    "source": st.none() | anything,
+}
+reply = st.lists(turns("assistant"), min_size=1, max_size=1)
+sample_fields = prompt_fields | {
+    "sample_index": st.integers(0, 2**63 - 1),
+    "completion": reply,
+    "finish_reason": st.none() | anything,
+}
+turn = st.fixed_dictionaries(
+    {"round": st.integers(1, 99), "principle_id": anything, "critique": st.none() | anything, "response": anything}
+)
+probability = st.floats(0, 1)
+vote = st.fixed_dictionaries(
+    {
+        "principle_id": anything,
+        "method": anything,
+        "order": st.sampled_from(["ab", "ba"]),
+        "p_first": probability,
+        "rationale": st.none() | anything,
+    }
+)
+ROWS: dict[type[Row], st.SearchStrategy[dict[str, Any]]] = {
+    Prompt: st.fixed_dictionaries(prompt_fields),
+    Sample: st.fixed_dictionaries(sample_fields),
+    Critique: st.fixed_dictionaries(
+        sample_fields
+        | {"history": st.lists(turn), "round": st.integers(1, 99), "principle_id": anything, "critique": anything}
+    ),
+    Revision: st.fixed_dictionaries(sample_fields | {"history": st.lists(turn, min_size=1)}),
+    Preference: st.fixed_dictionaries(
+        {
+            "id": ids,
+            "prompt": prompt_fields["prompt"],
+            "chosen": reply,
+            "rejected": reply,
+            "p_chosen": st.floats(0.5, 1),
+            "votes": st.lists(vote),
+            "source": st.none() | anything,
+        }
+    ),
+    Rejected: st.fixed_dictionaries({"key": ids, "reason": anything, "row": anything}),
+}
+
+
+@given(st.data())
+def test_any_row_comes_back_from_its_line_with_its_key(data: st.DataObject) -> None:
+    row_type = data.draw(st.sampled_from(list(ROWS)))
+    value = data.draw(ROWS[row_type])
+    row = load_row(row_type, value)
+    line = dump_row(row)
+    assert b"\n" not in line
+    assert orjson.loads(line) == value
+    assert load_row(row_type, orjson.loads(line)) == row
+    assert row_key(orjson.loads(line)) == row.key
+
+
+def test_a_file_of_rows_comes_back_whole_whatever_the_text(tmp_path: Path) -> None:
+    texts = ["\u2028\u2029\x85", '"quoted" \\ back', "😀", "tab\tnul\x00", "two\nlines\r\n", " \ufeff "]
+    rows = [Prompt(id=str(i), prompt=[Message(role="user", content=t)]) for i, t in enumerate(texts)]
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"".join(dump_row(row) + b"\n" for row in rows))
+    assert list(read_rows(str(path), rows_of(Prompt))) == list(enumerate(rows, start=1))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"extra": 1}, "unknown field 'extra'"),
+        ({"sample_index": None}, "field 'sample_index'"),
+        ({"sample_index": "0"}, "field 'sample_index'"),
+        ({"sample_index": -1}, "field 'sample_index'"),
+        ({"kind": "harmful"}, "field 'kind'"),
+        ({"prompt": []}, "field 'prompt'"),
+        ({"prompt": [{"role": "assistant", "content": "a"}]}, "must end with a user turn"),
+        ({"prompt": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}, {"role": "user", "content": "c"}]},
+         "a system message can only come first"),
+        ({"completion": [{"role": "user", "content": "a"}]}, "one assistant message"),
+    ],
+)  # fmt: skip
+def test_a_row_that_is_not_one_says_what_is_wrong(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(RowError, match="not a Sample row") as error:
+        load_row(Sample, {**sample_row(1), **change})
+    assert said in error.value.message
+
+
+def test_a_missing_field_is_named_and_the_others_counted() -> None:
+    with pytest.raises(RowError, match=r"field 'completion' is missing \(and 1 more\)"):
+        load_row(Sample, {k: v for k, v in sample_row(1).items() if k not in {"completion", "finish_reason"}})
+
+
+def test_a_preference_below_one_half_is_refused() -> None:
+    row = {
+        "id": "a",
+        "prompt": [{"role": "user", "content": "q"}],
+        "chosen": [{"role": "assistant", "content": "x"}],
+        "rejected": [{"role": "assistant", "content": "y"}],
+        "p_chosen": 0.49,
+        "votes": [],
+        "source": None,
+    }
+    with pytest.raises(RowError, match="p_chosen"):
+        load_row(Preference, row)
+
+
+# --- prompts as they come -------------------------------------------------------------------------------------------
+
+
+def said(prompt: Prompt) -> list[tuple[str, str]]:
+    return [(m.role, m.content) for m in prompt.prompt]
+
+
+def parse(value: object) -> Prompt:
+    return parse_prompt(value, source="here")
+
+
+HH = "\n\nHuman: one\n\nAssistant: two\n\nHuman: three\n\nAssistant: "
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"prompt": "hello"},
+        {"prompt": [{"role": "user", "content": "hello"}]},
+        {"messages": [{"role": "user", "content": "hello"}]},
+        {"prompt": "\n\nHuman: hello\n\nAssistant:"},
+        {"chosen": "\n\nHuman: hello\n\nAssistant: hi", "rejected": "\n\nHuman: hello\n\nAssistant: go away"},
+        {"chosen": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}], "rejected": []},
+    ],
+)
+def test_every_form_of_one_prompt_is_one_row_with_one_id(value: object) -> None:
+    assert parse(value) == parse("hello")
+    assert said(parse(value)) == [("user", "hello")]
+
+
+def test_hh_rlhf_keeps_every_turn_before_the_last_assistant_turn() -> None:
+    prompt = parse({"chosen": f"{HH}good", "rejected": f"{HH}bad"})
+    assert said(prompt) == [("user", "one"), ("assistant", "two"), ("user", "three")]
+
+
+def test_human_turns_after_the_last_reply_are_no_part_of_the_prompt() -> None:
+    assert said(parse({"chosen": f"{HH}good\n\nHuman: bye", "rejected": HH})) == said(
+        parse({"chosen": f"{HH}good", "rejected": HH})
+    )
+
+
+def test_consecutive_turns_of_one_speaker_are_joined() -> None:
+    text = "\n\nHuman: a\n\nHuman: b\n\nAssistant: c"
+    assert said(parse({"chosen": text, "rejected": text})) == [("user", "a\n\nb")]
+
+
+def test_our_own_rows_are_prompts_again() -> None:
+    sample = sample_row(3)
+    assert parse(sample) == load_row(Prompt, {k: sample[k] for k in ("id", "prompt", "kind", "source")})
+    preference = {
+        "id": "p3/0-1",
+        "prompt": sample["prompt"],
+        "chosen": sample["completion"],
+        "rejected": sample["completion"],
+        "p_chosen": 0.7,
+        "votes": [],
+        "source": None,
+    }
+    assert said(parse(preference)) == [("user", "question 3")]
+
+
+def test_what_a_row_says_of_itself_counts_before_what_the_command_line_says() -> None:
+    kept = parse_prompt({"id": 7, "prompt": "q", "kind": "helpful", "source": "mine"}, source="s", kind="red-team")
+    assert (kept.id, kept.kind, kept.source) == ("7", "helpful", "mine")
+    filled = parse_prompt({"prompt": "q"}, source="s", kind="red-team")
+    assert (filled.kind, filled.source) == ("red-team", "s")
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (3, "a number"),
+        (None, "null"),
+        ([], "a list"),
+        ({}, "no prompt in this row"),
+        ({"text": "q"}, "no prompt in this row"),
+        ({"prompt": "q", "lang": "en"}, "unknown field 'lang'"),
+        ({"prompt": "  "}, "the prompt is empty"),
+        ({"prompt": ""}, "the prompt is empty"),
+        ({"prompt": 3}, "a number"),
+        ({"prompt": [{"role": "bot", "content": "q"}]}, "field 'role'"),
+        ({"prompt": [{"role": "user", "content": "q", "name": "x"}]}, "unknown field 'name'"),
+        ({"prompt": "q", "id": True}, "field 'id'"),
+        ({"prompt": "q", "id": ""}, "field 'id'"),
+        ({"prompt": "q", "kind": "evil"}, "field 'kind'"),
+        ({"prompt": "q", "kind": ""}, "field 'kind'"),
+        ({"chosen": "no turns", "rejected": "none"}, "not a transcript"),
+        ({"chosen": "\n\nHuman: only me", "rejected": ""}, "no human turn followed by an assistant turn"),
+        ({"chosen": 1, "rejected": 2}, "a number"),
+        ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, "end with a user turn"),
+    ],
+)
+def test_what_is_no_prompt_is_refused_with_the_reason(value: object, reason: str) -> None:
+    with pytest.raises(RowError) as error:
+        parse(value)
+    assert reason in error.value.message
+
+
+turn_texts = st.text(st.characters(codec="utf-8", exclude_characters="\n"), min_size=1)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["user", "assistant"]), turn_texts), min_size=1))
+def test_a_transcript_parses_back_to_its_turns(pairs: list[tuple[Any, str]]) -> None:
+    messages = [Message(role=role, content=text) for role, text in pairs]
+    assert parse_transcript(render_transcript(messages)) == messages
+
+
+def test_a_rejected_row_holds_the_row_it_was_about_as_json_text() -> None:
+    row = load_row(Sample, sample_row(1))
+    again = load_row(Rejected, orjson.loads(dump_row(reject(row.key, "no", row))))
+    assert (again.key, again.reason) == ("p1/0", "no")
+    assert orjson.loads(again.row) == sample_row(1)
