@@ -23,7 +23,8 @@ _CRITIQUE = re.compile(r"\A\n\nCritiqueRequest: (.+)\n\nCritique:\Z", re.DOTALL)
 _REVISION = re.compile(r"\A\n\nRevisionRequest: (.+)\n\nRevision:\Z", re.DOTALL)
 _COMPARISON = re.compile(r"\A\n(.+) Options:\Z", re.DOTALL)
 _CRITIQUE_EXAMPLE = re.compile(
-    r"\A(.+?)\n\nCritiqueRequest: (.+?)\n\nCritique: (.+?)\n\nRevisionRequest: (.+?)\n\nRevision: (.+?)(?:\n\nHuman:)?\Z",
+    r"\A(.+?)\n\nCritiqueRequest: (.+?)\n\nCritique: (.+?)"
+    r"\n\nRevisionRequest: (.+?)\n\nRevision: (.+?)(?:\n\nHuman:)?\Z",
     re.DOTALL,
 )
 _COT_EXAMPLE = re.compile(

@@ -29,7 +29,9 @@ from cai_cli.records import (
 )
 
 # No lone surrogates: they are no text, and UTF-8 cannot carry them.
-anything = st.text(st.characters(codec="utf-8")) | st.sampled_from(["\u2028", '"\\"', "😀\x00\x1f", "\r\n", "\ufeff", "{}"])
+anything = st.text(st.characters(codec="utf-8")) | st.sampled_from(
+    ["\u2028", '"\\"', "😀\x00\x1f", "\r\n", "\ufeff", "{}"]
+)
 ids = anything.filter(bool)
 
 
@@ -235,7 +237,10 @@ def test_what_a_row_says_of_itself_counts_before_what_the_command_line_says() ->
         ({"chosen": "no turns", "rejected": "none"}, "not a transcript"),
         ({"chosen": "\n\nHuman: only me", "rejected": ""}, "no human turn followed by an assistant turn"),
         ({"chosen": 1, "rejected": 2}, "a number"),
-        ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, "end with a user turn"),
+        (
+            {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+            "end with a user turn",
+        ),
     ],
 )
 def test_what_is_no_prompt_is_refused_with_the_reason(value: object, reason: str) -> None:

@@ -70,9 +70,7 @@ def test_the_loss_is_the_soft_cross_entropy(model: Path, tmp_path: Path) -> None
 def test_held_out_pairs_are_judged_before_and_after(model: Path, tmp_path: Path) -> None:
     rows = [preference(i, 0.95) for i in range(40)]
     out = tmp_path / "pm"
-    command(
-        write_rows(tmp_path / "prefs.jsonl", rows), out, model=str(model), epochs=2, **QUICK | {"eval_share": 0.1}
-    )
+    command(write_rows(tmp_path / "prefs.jsonl", rows), out, model=str(model), epochs=2, **QUICK | {"eval_share": 0.1})
     manifest = manifest_of(out)
     assert (manifest["counts"]["train"], manifest["counts"]["held_out"]) == (36, 4)
     figures = manifest["figures"]
@@ -134,9 +132,7 @@ def test_the_head_comes_from_the_seed(model: Path, tmp_path: Path) -> None:
 def test_long_and_identical_pairs_are_rejected_with_the_reason(model: Path, tmp_path: Path) -> None:
     rows = [preference(i) for i in range(4)]
     rows += [preference(4, rejected="long " * 200), preference(5, chosen="same", rejected="same")]
-    command(
-        write_rows(tmp_path / "prefs.jsonl", rows), tmp_path / "pm", model=str(model), max_length=128, **QUICK
-    )
+    command(write_rows(tmp_path / "prefs.jsonl", rows), tmp_path / "pm", model=str(model), max_length=128, **QUICK)
     rejected = {row["key"]: row["reason"] for row in rows_in(tmp_path / "pm.rejected.jsonl")}
     assert rejected == {"p4": "longer than --max-length", "p5": "chosen and rejected are the same"}
     counts = manifest_of(tmp_path / "pm")["counts"]

@@ -100,5 +100,3 @@ def interrupted_after(step: int) -> Iterator[None]:
         except Interrupted:
             return
     raise AssertionError("the run ended before it was interrupted")
-
-

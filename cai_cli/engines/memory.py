@@ -47,7 +47,7 @@ class Memory:
         sliding = getattr(config, "sliding_window", None) or any(kind != "full_attention" for kind in layers)
         if sliding or len(prompts) < 2:
             return 0
-        low, high = min(prompts), max(prompts)  # what the two extremes share, all share
+        low, high = min(map(list, prompts)), max(map(list, prompts))  # what the two extremes share, all share
         common = next((i for i, (x, y) in enumerate(zip(low, high, strict=False)) if x != y), min(len(low), len(high)))
         common = min(common, min(len(p) for p in prompts) - keep)
         return common if common >= LEAST_SHARED else 0

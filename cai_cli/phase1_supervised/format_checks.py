@@ -14,12 +14,14 @@ ATTEMPTS = 4
 
 _WRAPPER = re.compile(
     r"""^\W*(sure|certainly|of\ course|okay|ok|absolutely)?\W*
-        ((here\ is|here's|here\ are|this\ is|below\ is)\b[^.\n]{0,80}\b(revis|rewrit|updat|improv|edit|reword|version)\w*
+        ((here\ is|here's|here\ are|this\ is|below\ is)\b[^.\n]{0,80}
+            \b(revis|rewrit|updat|improv|edit|reword|version)\w*
         |(revised|rewritten|updated|improved)\ (reply|response|answer|version)\b[^.\n]{0,40}:)""",
     re.IGNORECASE | re.VERBOSE,
 )
 _ABOUT_THE_REPLY = re.compile(
-    r"""^\W*(the|this|that|my|your|the\ assistant's|the\ ai's)\ (last|previous|preceding|original|above|initial|first)?\s*
+    r"""^\W*(the|this|that|my|your|the\ assistant's|the\ ai's)\ 
+        (last|previous|preceding|original|above|initial|first)?\s*
         (assistant's\s+)?(reply|response|answer)\ (is|was|does|did|could|should|would|contains?|fails?|lacks?|needs?|
         encourages?|promotes?|may|might|can|has|had|seems?|appears?|provides?|provided|suggests?|implies)\b""",
     re.IGNORECASE | re.VERBOSE,

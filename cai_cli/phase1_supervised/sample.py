@@ -1,4 +1,4 @@
-"""`cai sample`: prompts -> replies of a model (paper section 3.1, the initial responses; section 4.1, pairs to compare).
+"""`cai sample`: prompts -> replies of a model (paper section 3.1, initial responses; section 4.1, pairs to compare).
 
 The paper samples at T = 1 without nucleus; so do we by default. Every (prompt, sample_index) draws from its own seed.
 """

@@ -290,9 +290,7 @@ def command(
         max_steps=steps,
         schedule="constant",
     )
-    settings = settings_of(
-        flags, batch_size=recipe.batch_size, precision="float32" if where == "cpu" else "bfloat16"
-    )
+    settings = settings_of(flags, batch_size=recipe.batch_size, precision="float32" if where == "cpu" else "bfloat16")
     for harmless in ("save_steps", "pm"):
         del settings[harmless]
     TrainingJob(

@@ -32,7 +32,8 @@ def write_inputs(folder: Path, seconds: float) -> None:
     write(folder / "script.jsonl", script)
     samples = [
         {"id": f"p{i}", "prompt": [{"role": "user", "content": f"question {i}"}], "kind": None, "source": None,
-         "sample_index": k, "completion": [{"role": "assistant", "content": f"reply {k} to {i}"}], "finish_reason": "stop"}
+         "sample_index": k, "completion": [{"role": "assistant", "content": f"reply {k} to {i}"}],
+         "finish_reason": "stop"}
         for i in range(40) for k in range(2)
     ]  # fmt: skip
     write(folder / "samples.jsonl", samples)
@@ -207,7 +208,9 @@ def test_stages_pipe_into_each_other_and_a_reader_that_leaves_makes_no_noise(tmp
         f"{py} sample prompts.jsonl {model} --limit 7 -n 2 | {py} critique-revise - {model} --rounds 1"
         f" | {py} label-prefs - {model} --one-order -o prefs.jsonl"
     )
-    done = subprocess.run(["bash", "-o", "pipefail", "-c", line], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", line], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     counts = json.loads((tmp_path / "prefs.jsonl.manifest.json").read_text())["counts"]
     assert counts["in"] == 7
