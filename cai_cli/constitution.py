@@ -111,25 +111,38 @@ def shipped_directory() -> Path:
 
 def load(source: str | Path) -> AnyConstitution:
     """Read and check one YAML file. Raises CaiError naming the file and the first thing that is wrong."""
-    path = Path(source)
+    return check(load_yaml(source), str(source))
+
+
+def load_yaml(source: str | Path) -> Any:
+    """One YAML document, read with `PlainLoader`. Raises CaiError."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = Path(source).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise CaiError(f"cannot read constitution {source}: {error}") from error
+        raise CaiError(f"cannot read {source}: {error}") from error
     try:
-        value = yaml.load(text, Loader=PlainLoader)  # noqa: S506 - a SafeLoader without aliases
-    except yaml.YAMLError as error:
+        return yaml.load(text, Loader=PlainLoader)  # noqa: S506 - a SafeLoader without aliases
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or a number that cannot be
         raise CaiError(f"{source}: not YAML: {' '.join(str(error).split())}") from error
-    return check(value, str(source))
+    except RecursionError as error:
+        raise CaiError(f"{source}: nested too deeply") from error
 
 
 class PlainLoader(yaml.SafeLoader):
-    """Safe, and without aliases: nested ones grow to gigabytes from a few lines."""
+    """Safe, and without aliases (nested ones grow to gigabytes from a few lines) or keys that stand twice (the first
+    would be lost)."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.events.AliasEvent):
             raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed here")
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if names.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def check(value: object, name: str) -> AnyConstitution:
@@ -139,7 +152,7 @@ def check(value: object, name: str) -> AnyConstitution:
         "critique-revision": CritiqueConstitution,
         "preference": PreferenceConstitution,
     }
-    if kind not in models:
+    if not isinstance(kind, str) or kind not in models:
         raise CaiError(f"{name}: `kind` must be one of {', '.join(SHIPPED)}, not {kind!r}")
     try:
         return models[kind].model_validate(value)

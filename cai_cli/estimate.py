@@ -6,7 +6,6 @@ cannot be known without running (rows that will be rejected) is taken as none.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import orjson
@@ -42,18 +41,18 @@ class Estimate:
 
 def estimate(steps: Sequence[Step]) -> list[Estimate]:
     """One estimate per step, in order."""
-    defaults = stage_options()
-    flows: dict[Path, Flow] = {}
+    known = stage_options()
+    flows: dict[str, Flow] = {}
     estimates = []
     for step in steps:
-        options = {**defaults[step.command], **step.settings}
-        source = Path(str(options["input"]))
-        flow = flows.get(source) or _flow_of_file(str(source))
+        options = {**{name: o.default for name, o in known[step.command].items()}, **step.settings}
+        source = str(options["input"])
+        flow = flows.get(source) or _flow_of_file(source)
         if options["limit"]:
             flow = Flow(min(flow.rows, int(options["limit"])), flow.per_prompt, flow.prompt_tokens, flow.reply_tokens)
         rows, requests, prompt, new, after = _ESTIMATORS[step.command](flow, options)
         if step.command in DATA_STAGES:
-            flows[step.output] = after
+            flows[str(step.output)] = after
         estimates.append(Estimate(step.name, rows, requests, round(prompt), round(new), step.shell))
     return estimates
 

@@ -47,6 +47,11 @@ def open_input(source: str) -> Iterator[BinaryIO]:
         yield stream
 
 
+def shown(source: str) -> str:
+    """`source` as messages name it."""
+    return "stdin" if source == "-" else source
+
+
 def _lines(stream: BinaryIO, name: str) -> Iterator[Numbered[bytes]]:
     number = 0
     while line := stream.readline(MAX_LINE_BYTES + 1):
@@ -80,14 +85,14 @@ def _values(lines: Iterable[Numbered[bytes]], name: str) -> Iterator[Numbered[An
 
 def read_values(source: str) -> Iterator[Numbered[Any]]:
     """(line number from 1, parsed JSON) of every non-blank line. Raises BadRow at the first that is not JSON."""
-    name = "stdin" if source == "-" else source
+    name = shown(source)
     with open_input(source) as stream:
         yield from _values(_lines(stream, name), name)
 
 
 def read_rows(source: str, parse: Callable[[object], R]) -> Iterator[Numbered[R]]:
     """(line number, row) of every line; a line that `parse` refuses raises BadRow with file and line."""
-    name = "stdin" if source == "-" else source
+    name = shown(source)
     for number, value in read_values(source):
         yield number, _parsed(parse, value, name, number)
 
@@ -109,7 +114,7 @@ def read_prompts(source: str, kind: Kind | None = None) -> Iterator[Numbered[Pro
 
     The first line decides between JSONL and plain text, so a broken JSON line later is an error and not a prompt.
     """
-    name = "stdin" if source == "-" else source
+    name = shown(source)
 
     def parse(value: object) -> Prompt:
         return parse_prompt(value, source=Path(name).name, kind=kind)

@@ -37,8 +37,8 @@ class InputFile:
 
 
 def hash_input(source: str) -> InputFile:
-    """Read `source` once for its hash and its number of lines; stdin and hf:// cannot be read twice."""
-    if source == "-" or source.startswith("hf://"):
+    """Read `source` once for its hash and its number of lines; stdin, hf:// and pipes cannot be read twice."""
+    if source == "-" or source.startswith("hf://") or Path(source).is_fifo() or Path(source).is_char_device():
         return InputFile(source, None, None)
     digest, lines = hashlib.sha256(), 0
     try:

@@ -18,34 +18,35 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any
 
 import orjson
 import typer
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cai_cli import console, options
-from cai_cli.constitution import PlainLoader
+from cai_cli.constitution import load_yaml
 from cai_cli.errors import CaiError, UsageError
 from cai_cli.manifest import differences, hash_input, read_manifest, write_json
-from cai_cli.stage import one_writer
+from cai_cli.stage import one_writer, sidecar
 
 DATA_STAGES = frozenset({"sample", "critique", "revise", "critique-revise", "label-prefs"})
 TRAINING_STAGES = frozenset({"sft", "train-pm", "rl"})
 PATH_OPTIONS = frozenset({"input", "helpful", "constitution", "few-shot"})
 Value = str | int | float | bool | None
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"  # of a run or a step: it becomes a file name
 
 
 class RunFile(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    name: str = Field(pattern=NAME)
     model: str = options.DEFAULT_MODEL
     seed: int = 0
-    steps: dict[str, dict[str, Value]] = Field(min_length=1)
+    steps: dict[Annotated[str, Field(pattern=NAME)], dict[str, Value]] = Field(min_length=1)
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,9 @@ class Step:
         for name, value in self.settings.items():
             if name == "input" or value is None:
                 continue
-            if isinstance(value, bool):
-                words.append(f"--{name}" if value else f"--no-{name}")
+            option = stage_options()[self.command][name]
+            if isinstance(value, bool) and option.is_flag:
+                words.append(option.opts[0] if value else option.secondary_opts[0])
             else:
                 words += [f"--{name}", str(value)]
         return words
@@ -87,10 +89,7 @@ class Step:
 def load_run(path: Path) -> RunFile:
     """Read and check a run file. Raises CaiError naming the file and the first thing that is wrong."""
     try:
-        value = yaml.load(path.read_text(encoding="utf-8"), Loader=PlainLoader)  # noqa: S506 - a SafeLoader
-        return RunFile.model_validate(value)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise CaiError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+        return RunFile.model_validate(load_yaml(path))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise CaiError(f"{path}: {'.'.join(str(p) for p in first['loc'])}: {first['msg']}") from None
@@ -124,7 +123,9 @@ def plan(run: RunFile, file: Path, out: Path) -> list[Step]:
                     raise UsageError(f"{where}: {option}: no earlier step {value[1:]!r}")
                 needs.append(steps[value[1:]])
                 settings[option] = str(steps[value[1:]].output)
-            elif isinstance(value, str) and option in PATH_OPTIONS and value != "none":
+            elif (
+                isinstance(value, str) and option in PATH_OPTIONS and value != "none" and not value.startswith("hf://")
+            ):
                 settings[option] = os.path.relpath(file.parent / value)
                 files[option] = hash_input(str(settings[option])).sha256
         output = out / (f"{name}.jsonl" if command in DATA_STAGES else name)
@@ -132,14 +133,15 @@ def plan(run: RunFile, file: Path, out: Path) -> list[Step]:
     return list(steps.values())
 
 
+@cache
 def stage_options() -> dict[str, dict[str, Any]]:
-    """Stage -> option name (without dashes) -> default, read off the commands themselves."""
+    """Stage -> option name (without dashes) -> the option, read off the commands themselves."""
     from cai_cli.cli import app
 
     commands: Any = typer.main.get_command(app)
     wired = {"output", "overwrite", "json", "quiet", "help"}
     return {
-        name: {p.name.replace("_", "-"): p.default for p in commands.commands[name].params if p.name not in wired}
+        name: {p.name.replace("_", "-"): p for p in commands.commands[name].params if p.name not in wired}
         for name in DATA_STAGES | TRAINING_STAGES
     }
 
@@ -157,13 +159,27 @@ def execute(steps: Sequence[Step], out: Path, *, quiet: bool) -> list[dict[str, 
             again = bool(before) and before["key"] != step.key
             if again:
                 _say_why(step, before, steps)
-            entry = {"key": step.key, "argv": step.argv, "settings": dict(step.settings), "files": dict(step.files)}
+            # What is to be replaced: a run interrupted before the step came to it has still to replace it.
+            replaces = _manifests(step.output) if again else before.get("replaces") if before else None
+            entry = {
+                "key": step.key,
+                "argv": step.argv,
+                "settings": dict(step.settings),
+                "files": dict(step.files),
+                "replaces": replaces,
+            }
             record["steps"][step.name] = {**entry, "status": "running", "seconds": None}
             write_json(record_path, record)
-            seconds = _run(step, overwrite=again, quiet=quiet)
+            seconds = _run(step, overwrite=replaces is not None and replaces == _manifests(step.output), quiet=quiet)
             record["steps"][step.name] = {**entry, "status": "done", "seconds": round(seconds, 1)}
             write_json(record_path, record)
         return [{"step": s.name, "output": str(s.output), **record["steps"][s.name]} for s in steps]
+
+
+def _manifests(output: Path) -> list[int | None]:
+    """Tells one making of `output` from another: when its manifests were written (ns), finished or not."""
+    paths = (sidecar(output, ending) for ending in ("manifest.json", "partial.manifest.json"))
+    return [path.stat().st_mtime_ns if path.exists() else None for path in paths]
 
 
 def _say_why(step: Step, before: Mapping[str, Any], steps: Sequence[Step]) -> None:

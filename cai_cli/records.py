@@ -134,7 +134,7 @@ class Preference(Row):
 
 class Rejected(Row):
     """A row that could not be done, and why. `row` is the input row as JSON text, so that
-    `jq -r .row OUT.rejected.jsonl | cai STAGE - ...` asks again."""
+    `jq -r .row OUT.rejected.jsonl | cai STAGE - ...` asks again; of `label-prefs` it is the pair."""
 
     key_: str = Field(alias="key")
     reason: str

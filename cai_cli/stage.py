@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from cai_cli import console
 from cai_cli.errors import BadRow, CaiError
-from cai_cli.jsonl import AppendFile, KeyTable, sync_directory
+from cai_cli.jsonl import AppendFile, KeyTable, shown, sync_directory
 from cai_cli.manifest import InputFile, differences, read_manifest, run_facts, write_json
 from cai_cli.records import Rejected, Row, dump_row
 
@@ -141,7 +141,7 @@ class Job(Generic[T]):
                 "seconds": facts["seconds"]}  # fmt: skip
 
     def _checked(self, units: Units[T], seen: KeyTable, counts: Counts) -> Iterator[Unit[T]]:
-        name = next(iter(self.inputs.values())).name
+        name = shown(next(iter(self.inputs.values())).name)
         for unit in units:
             counts.units += 1
             if isinstance(unit, Skip):

@@ -20,10 +20,12 @@ _WRAPPER = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 _ABOUT_THE_REPLY = re.compile(
-    r"""^\W*(the|this|that|my|your|the\ assistant's|the\ ai's)\ 
-        (last|previous|preceding|original|above|initial|first)?\s*
-        (assistant's\s+)?(reply|response|answer)\ (is|was|does|did|could|should|would|contains?|fails?|lacks?|needs?|
-        encourages?|promotes?|may|might|can|has|had|seems?|appears?|provides?|provided|suggests?|implies)\b""",
+    r"""^\W*
+        ((the|this|that)\ (reply|response)
+        |(the|this|that|my)\ (last|previous|preceding|original|above|initial|first)\ (reply|response|answer)
+        |(your|the\ assistant's|the\ ai's)\ (\w+\ )?(reply|response|answer))
+        \ (is|was|does|did|could|should|would|contains?|fails?|lacks?|needs?|encourages?|promotes?|may|might|can|has|had
+        |seems?|appears?|provides?|provided|suggests?|implies)\b""",
     re.IGNORECASE | re.VERBOSE,
 )
 _LABEL = re.compile(r"^\W*critique\s*:|critique\s?request\s*:|revision\s?request\s*:", re.IGNORECASE)

@@ -82,15 +82,15 @@ def _revised(
 def critique_revise(
     rows: Sequence[Sample], reviser: Reviser, *, rounds: int, with_critique: bool
 ) -> list[Revision | Rejected]:
-    """`rounds` rounds of critique and revision of each row, in order. A row that fails is rejected as it then stood,
-    with what its earlier rounds gave."""
+    """`rounds` rounds of critique and revision of each row, in order. A row that fails in any round is rejected as it
+    came, so that the same command can ask again."""
     standing: list[Any] = list(rows)
     steps: list[Callable[[Sequence[Any], Reviser], Sequence[Sample | Rejected]]]
     steps = [critique, revise] if with_critique else [revise_directly]
     for step in steps * rounds:
         alive = [i for i, row in enumerate(standing) if not isinstance(row, Rejected)]
         for i, outcome in zip(alive, step([standing[i] for i in alive], reviser), strict=True):
-            standing[i] = outcome
+            standing[i] = reject(outcome.key, outcome.reason, rows[i]) if isinstance(outcome, Rejected) else outcome
     return standing
 
 

@@ -25,7 +25,8 @@ from cai_cli.constitution import (
 )
 from cai_cli.engines import open_engine
 from cai_cli.engines.base import Engine, Question, Refusal
-from cai_cli.jsonl import read_rows
+from cai_cli.errors import BadRow
+from cai_cli.jsonl import KeyTable, read_rows, shown
 from cai_cli.manifest import hash_input, provenance, settings_of
 from cai_cli.phase1_supervised.reviser import sample_or_revision
 from cai_cli.prompts import OPTIONS, Form, comparison_request, pick_form
@@ -123,10 +124,21 @@ def first_share(logprobs: Sequence[float]) -> float:
 
 
 def pair_units(source: str, limit: int | None) -> Units[Pair]:
-    """All pairs of the samples of each prompt. Rows of one prompt must stand together, as `cai sample` writes them."""
-    rows = islice(read_rows(source, sample_or_revision), limit)
-    for _, group in groupby(rows, key=lambda numbered: numbered[1].id):
+    """All pairs of the samples of each prompt. Rows of one prompt must stand together, as `cai sample` writes them.
+
+    Raises BadRow where they do not, or where one stands twice: pairs would be missing, or be no pairs.
+    """
+    rows, prompts = islice(read_rows(source, sample_or_revision), limit), KeyTable()
+    name = shown(source)
+    for prompt_id, group in groupby(rows, key=lambda numbered: numbered[1].id):
         samples = list(group)
+        line = samples[0][0]
+        if first := prompts.add(prompt_id, line):
+            raise BadRow(name, line, f"more replies to {prompt_id!r}, after those of line {first}", "sort by id")
+        lines: dict[str, int] = {}
+        for line, sample in samples:
+            if lines.setdefault(sample.key, line) != line:
+                raise BadRow(name, line, f"{sample.key!r} stands on line {lines[sample.key]} already")
         if len(samples) == 1:
             yield Skip("only one reply to the prompt", samples[0][0])
         for (line, a), (_, b) in combinations(samples, 2):

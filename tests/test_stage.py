@@ -1,0 +1,279 @@
+"""What every data stage promises of its files: rows are conserved, nothing is asked twice, nothing is overwritten."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import typer
+from conftest import Cai
+from stage_helpers import manifest_of, rows_in, sample_row, write_rows
+
+from cai_cli.cli import app
+from cai_cli.manifest import HARMLESS_OPTIONS, HASHED_OPTIONS
+from cai_cli.pipeline import DATA_STAGES
+
+ALL = ("--model", "scripted:script.jsonl")
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Path:
+    """Ten prompts, two replies to each, and a script that fails question 3 and ties or refuses nothing else."""
+    write_rows(tmp_path / "prompts.jsonl", ({"id": f"p{i}", "prompt": f"question {i}"} for i in range(10)))
+    write_rows(tmp_path / "samples.jsonl", (sample_row(i, k) for i in range(10) for k in range(2)))
+    script = [{"contains": "question 3", "replies": [""]}, {"replies": ["one.", "two.", "three."], "scores": [-0.1, -3.0]}]
+    write_rows(tmp_path / "script.jsonl", script)
+    return tmp_path
+
+
+WORDS = {
+    "sample": ("sample", "prompts.jsonl", *ALL, "-n", "2"),
+    "critique": ("critique", "samples.jsonl", *ALL),
+    "revise": ("revise", "critiques.jsonl", *ALL),
+    "critique-revise": ("critique-revise", "samples.jsonl", *ALL, "--rounds", "2"),
+    "label-prefs": ("label-prefs", "samples.jsonl", *ALL, "--one-order"),
+}
+
+
+def prepare(stage: str, cai: Cai) -> tuple[str, ...]:
+    if stage == "revise":
+        assert cai(*WORDS["critique"], "-o", "critiques.jsonl").code == 0
+    return WORDS[stage]
+
+
+@pytest.mark.parametrize("stage", WORDS)
+def test_in_is_out_and_rejected_and_skipped_in_manifest_files_and_closing_line(
+    stage: str, cai: Cai, inputs: Path
+) -> None:
+    done = cai(*prepare(stage, cai), "-o", "out.jsonl")
+    assert done.code == 0, done.stderr
+    assert done.stdout == ""
+    counts = manifest_of(inputs / "out.jsonl")["counts"]
+    assert counts["in"] == counts["out"] + counts["rejected"] + counts["skipped"] > 0
+    assert counts["out"] == len(rows_in(inputs / "out.jsonl"))
+    if stage == "revise":  # what failed its critique never came here
+        assert not (inputs / "out.jsonl.rejected.jsonl").exists()
+    else:
+        rejected = rows_in(inputs / "out.jsonl.rejected.jsonl")
+        assert counts["rejected"] == len(rejected) == (1 if stage == "label-prefs" else 2)
+        assert all(json.loads(row["row"])["id"].startswith("p3") for row in rejected)
+        assert sum(counts["rejected_reasons"].values()) == counts["rejected"]
+    line = f"{stage}: {counts['in']} in = {counts['out']} out + {counts['rejected']} rejected"
+    assert line in done.stderr
+    left = {p.name for p in inputs.iterdir() if p.name.startswith("out.jsonl")}
+    assert left <= {"out.jsonl", "out.jsonl.manifest.json", "out.jsonl.rejected.jsonl"}
+
+
+@pytest.mark.parametrize("stage", WORDS)
+def test_every_option_of_a_stage_is_recorded_hashed_or_harmless(stage: str, cai: Cai, inputs: Path) -> None:
+    assert set(WORDS) == DATA_STAGES
+    options = {p.name for p in typer.main.get_command(app).commands[stage].params} - {"help"}  # type: ignore[attr-defined]
+    cai(*prepare(stage, cai), "-o", "out.jsonl")
+    recorded = set(manifest_of(inputs / "out.jsonl")["provenance"]["settings"])
+    assert recorded == options - HARMLESS_OPTIONS - HASHED_OPTIONS
+    assert {"seed", "prompt_form", "limit", "dtype"} <= recorded
+
+
+def test_settings_that_only_say_how_fast_do_not_make_another_run(cai: Cai, inputs: Path) -> None:
+    first = cai(*WORDS["sample"], "-o", "out.jsonl", "--batch-size", "3")
+    again = cai(*WORDS["sample"], "-o", "out.jsonl", "--batch-size", "5", "--device", "cpu")
+    assert (first.code, again.code) == (0, 0)
+    assert "nothing to do" in again.stderr
+
+
+def test_rows_do_not_depend_on_the_batch_size(cai: Cai, inputs: Path) -> None:
+    for stage in ("sample", "critique-revise", "label-prefs"):
+        for name, size in (("a.jsonl", "1"), ("b.jsonl", "64")):
+            assert cai(*WORDS[stage], "-o", name, "--batch-size", size, "--overwrite").code == 0
+        assert (inputs / "a.jsonl").read_bytes() == (inputs / "b.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("stage", "change", "named"),
+    [
+        ("sample", ("--seed", "9"), "settings.seed: 0 -> 9"),
+        ("sample", ("-n", "3"), "settings.n: 2 -> 3"),
+        ("sample", ("--kind", "helpful"), "settings.kind: nothing -> helpful"),
+        ("critique", ("--temperature", "0.1"), "settings.temperature: 1.0 -> 0.1"),
+        ("critique-revise", ("--no-critique",), "settings.critique: True -> False"),
+        ("critique-revise", ("--few-shot", "none"), "constitution.fingerprint: "),
+        ("critique-revise", ("--constitution", "mine.yaml"), "constitution.name: cai-critique-revision -> mine"),
+        ("label-prefs", ("--both-orders",), "settings.both_orders: False -> True"),
+        ("label-prefs", ("--model", "scripted:other.jsonl"), "model.fingerprint: "),
+        ("label-prefs", ("--principles", "least-damage"), "settings.principles: nothing -> least-damage"),
+    ],
+)
+def test_a_finished_output_of_another_run_is_refused_and_kept(
+    stage: str, change: tuple[str, ...], named: str, cai: Cai, inputs: Path
+) -> None:
+    write_rows(inputs / "other.jsonl", [{"replies": ["else"], "scores": [-1.0, -2.0]}])
+    mine = "kind: critique-revision\nname: mine\nprinciples:\n- {id: a, critique: Look., revision: Rewrite.}\n"
+    (inputs / "mine.yaml").write_text(mine)
+    assert cai(*WORDS[stage], "-o", "out.jsonl").code == 0
+    before = (inputs / "out.jsonl").read_bytes()
+    refused = cai(*WORDS[stage], *change, "-o", "out.jsonl")
+    assert refused.code == 1
+    assert named in refused.stderr
+    assert "hint: --overwrite" in refused.stderr
+    assert (inputs / "out.jsonl").read_bytes() == before
+    assert cai(*WORDS[stage], *change, "-o", "out.jsonl", "--overwrite").code == 0
+    assert manifest_of(inputs / "out.jsonl")["counts"]["in"] > 0
+
+
+def test_a_file_cai_did_not_make_is_never_replaced_unasked(cai: Cai, inputs: Path) -> None:
+    for name in ("out.jsonl", "out.jsonl.partial"):
+        (inputs / name).write_text("mine\n")
+        refused = cai(*WORDS["sample"], "-o", "out.jsonl")
+        assert refused.code == 1
+        assert "manifest" in refused.stderr
+        assert (inputs / name).read_text() == "mine\n"
+        (inputs / name).unlink()
+
+
+def test_overwrite_leaves_nothing_of_the_run_before(cai: Cai, inputs: Path) -> None:
+    assert cai(*WORDS["sample"], "-o", "out.jsonl").code == 0
+    assert (inputs / "out.jsonl.rejected.jsonl").exists()
+    assert cai("sample", "prompts.jsonl", *ALL, "--limit", "1", "-o", "out.jsonl", "--overwrite").code == 0
+    assert len(rows_in(inputs / "out.jsonl")) == 1
+    assert not (inputs / "out.jsonl.rejected.jsonl").exists()
+
+
+@pytest.mark.parametrize("moment", ["before the output is renamed", "before the manifest is renamed"])
+def test_a_run_that_dies_while_publishing_is_completed_without_asking_again(
+    moment: str, cai: Cai, inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Died(BaseException):
+        pass
+
+    replace = os.replace
+
+    def die(source: Path, target: Path) -> None:
+        name = Path(target).name
+        if name == ("out.jsonl" if "output" in moment else "out.jsonl.manifest.json"):
+            raise Died
+        replace(source, target)
+
+    assert cai(*WORDS["sample"], "-o", "calm.jsonl").code == 0
+    monkeypatch.setattr(os, "replace", die)
+    with pytest.raises(Died):
+        cai(*WORDS["sample"], "-o", "out.jsonl")
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr("cai_cli.phase1_supervised.sample.sample", None)  # asking again would call it
+    assert cai(*WORDS["sample"], "-o", "out.jsonl").code == 0
+    assert (inputs / "out.jsonl").read_bytes() == (inputs / "calm.jsonl").read_bytes()
+    assert manifest_of(inputs / "out.jsonl")["counts"] == manifest_of(inputs / "calm.jsonl")["counts"]
+    assert not list(inputs.glob("*.partial*"))
+
+
+def test_finished_rows_that_the_input_no_longer_asks_for_are_an_error(
+    cai: Cai, inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = (inputs / "prompts.jsonl").read_bytes()
+    words = ("sample", "-", *ALL, "-o", "out.jsonl", "--batch-size", "2")
+    calls = iter([True, True])
+    from cai_cli.engines.scripted import ScriptedEngine
+
+    answer = ScriptedEngine.generate
+    monkeypatch.setattr(ScriptedEngine, "generate", lambda *a: answer(*a) if next(calls, False) else next(iter(())))
+    with pytest.raises((StopIteration, RuntimeError)):
+        cai(*words, stdin=lines)
+    monkeypatch.setattr(ScriptedEngine, "generate", answer)
+    refused = cai(*words, stdin=lines.split(b"\n", 1)[1])
+    assert refused.code == 1
+    assert "1 finished rows that this input does not ask for" in refused.stderr
+    assert cai(*words, stdin=lines).code == 0
+    assert len(rows_in(inputs / "out.jsonl")) == 9
+
+
+def test_json_prints_one_object_and_it_is_the_manifest_in_short(cai: Cai, inputs: Path) -> None:
+    done = cai(*WORDS["sample"], "-o", "out.jsonl", "--json")
+    summary = json.loads(done.stdout)
+    assert done.stderr == ""
+    counts = manifest_of(inputs / "out.jsonl")["counts"]
+    assert {k: summary[k] for k in counts} == counts
+    assert (summary["stage"], summary["status"], summary["output"]) == ("sample", "finished", "out.jsonl")
+    again = json.loads(cai(*WORDS["sample"], "-o", "out.jsonl", "--json").stdout)
+    assert {**again, "status": "finished"} == summary
+
+
+def test_json_goes_to_stderr_where_rows_go_to_stdout(cai: Cai, inputs: Path) -> None:
+    done = cai("sample", "prompts.jsonl", *ALL, "--limit", "3", "--json")
+    assert len(done.stdout.splitlines()) == 3
+    assert json.loads(done.stderr)["out"] == 3
+
+
+def test_quiet_prints_nothing(cai: Cai, inputs: Path) -> None:
+    done = cai(*WORDS["sample"], "-o", "out.jsonl", "--quiet")
+    assert (done.code, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_rows_on_stdout_are_the_rows_of_the_file_and_what_is_rejected_is_shown_whole(cai: Cai, inputs: Path) -> None:
+    assert cai(*WORDS["sample"], "-o", "out.jsonl").code == 0
+    piped = cai(*WORDS["sample"], "-o", "-", "--quiet")
+    assert piped.stdout.encode() == (inputs / "out.jsonl").read_bytes()
+    shown = [json.loads(line.split("rejected: ", 1)[1]) for line in piped.stderr.splitlines()]
+    assert shown == rows_in(inputs / "out.jsonl.rejected.jsonl")
+
+
+def test_what_is_rejected_can_be_asked_again(cai: Cai, inputs: Path) -> None:
+    write_rows(inputs / "kind.jsonl", [{"replies": ["at last."], "scores": [-1.0, -2.0]}])
+    for stage in ("sample", "critique-revise"):
+        assert cai(*WORDS[stage], "-o", f"{stage}.jsonl").code == 0
+        rejected = rows_in(inputs / f"{stage}.jsonl.rejected.jsonl")
+        again = "".join(row["row"] + "\n" for row in rejected[:1])
+        done = cai(stage, "-", "--model", "scripted:kind.jsonl", stdin=again.encode())
+        assert done.code == 0, done.stderr
+        assert json.loads(done.stdout)["id"] == "p3"
+
+
+def test_an_empty_input_makes_an_empty_output_and_a_warning(cai: Cai, inputs: Path) -> None:
+    (inputs / "prompts.jsonl").write_text("")
+    done = cai(*WORDS["sample"], "-o", "out.jsonl")
+    assert done.code == 0
+    assert "warning: sample: the input holds no rows" in done.stderr
+    assert (inputs / "out.jsonl").read_bytes() == b""
+
+
+def test_a_bad_row_stops_the_run_at_its_line_and_mending_it_starts_another(cai: Cai, inputs: Path) -> None:
+    with (inputs / "prompts.jsonl").open("a") as file:
+        file.write('{"prompt": NaN}\n')
+    words = (*WORDS["sample"], "-o", "out.jsonl", "--batch-size", "4")
+    stopped = cai(*words)
+    assert stopped.code == 1
+    assert "error: prompts.jsonl:11: not JSON" in stopped.stderr
+    assert not (inputs / "out.jsonl").exists()
+    write_rows(inputs / "prompts.jsonl", ({"id": f"p{i}", "prompt": f"question {i}"} for i in range(10)))
+    assert "input.prompts: " in cai(*words).stderr
+    assert cai(*words, "--overwrite").code == 0
+
+
+def test_a_named_pipe_is_read_once_and_whole(cai: Cai, inputs: Path) -> None:
+    import threading
+
+    os.mkfifo(inputs / "pipe")
+    writer = threading.Thread(target=lambda: (inputs / "pipe").write_bytes((inputs / "prompts.jsonl").read_bytes()))
+    writer.start()
+    done = cai("sample", "pipe", *ALL, "-o", "out.jsonl", "--json")
+    writer.join(timeout=10)
+    assert json.loads(done.stdout)["in"] == 10
+
+
+def test_text_that_steers_a_terminal_is_shown_harmless(cai: Cai, inputs: Path) -> None:
+    write_rows(inputs / "prompts.jsonl", [{"prompt": "q", "\x1b[2J\u202e": 1}])
+    shown = cai(*WORDS["sample"], "-o", "out.jsonl").stderr
+    assert "unknown field" in shown
+    assert "\x1b" not in shown
+    assert "\u202e" not in shown
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "rejected.jsonl"])
+def test_every_file_loads_with_datasets(name: str, cai: Cai, inputs: Path) -> None:
+    import datasets
+
+    datasets.disable_progress_bars()
+    for stage in ("sample", "critique", "revise", "critique-revise", "label-prefs"):
+        cai(*prepare(stage, cai), "-o", f"{stage}.jsonl", "--overwrite")
+        path = inputs / (f"{stage}.jsonl" if name == "out.jsonl" else f"{stage}.jsonl.rejected.jsonl")
+        if path.exists():
+            data = datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=str(inputs / "cache"))
+            assert data.to_list() == rows_in(path)
