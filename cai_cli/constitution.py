@@ -189,6 +189,8 @@ def select(principles: Sequence[P], ids: str | None, maximum: int | None) -> lis
     if ids is not None:
         known = {p.id: p for p in principles}
         wanted = [name.strip() for name in ids.split(",") if name.strip()]
+        if not wanted:
+            raise CaiError(f"--principles {ids!r} names no principle")
         for name in wanted:
             if name not in known:
                 raise CaiError(f"no principle {name!r}", hint=f"known: {', '.join(known)}")

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,16 @@ from conftest import Cai
 from stage_helpers import manifest_of, rows_in, sample_row, write_rows
 
 from cai_cli.cli import app
+from cai_cli.engines.base import Ask, Refusal, Reply, Sampling
+from cai_cli.engines.scripted import ScriptedEngine
 from cai_cli.manifest import HARMLESS_OPTIONS, HASHED_OPTIONS
 from cai_cli.pipeline import DATA_STAGES
 
 ALL = ("--model", "scripted:script.jsonl")
+
+
+class Died(BaseException):
+    """Caught by nothing: the process is as good as killed."""
 
 
 @pytest.fixture
@@ -21,7 +28,10 @@ def inputs(tmp_path: Path) -> Path:
     """Ten prompts, two replies to each, and a script that fails question 3 and ties or refuses nothing else."""
     write_rows(tmp_path / "prompts.jsonl", ({"id": f"p{i}", "prompt": f"question {i}"} for i in range(10)))
     write_rows(tmp_path / "samples.jsonl", (sample_row(i, k) for i in range(10) for k in range(2)))
-    script = [{"contains": "question 3", "replies": [""]}, {"replies": ["one.", "two.", "three."], "scores": [-0.1, -3.0]}]
+    script = [
+        {"contains": "question 3", "replies": [""]},
+        {"replies": ["one.", "two.", "three."], "scores": [-0.1, -3.0]},
+    ]
     write_rows(tmp_path / "script.jsonl", script)
     return tmp_path
 
@@ -142,9 +152,6 @@ def test_overwrite_leaves_nothing_of_the_run_before(cai: Cai, inputs: Path) -> N
 def test_a_run_that_dies_while_publishing_is_completed_without_asking_again(
     moment: str, cai: Cai, inputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Died(BaseException):
-        pass
-
     replace = os.replace
 
     def die(source: Path, target: Path) -> None:
@@ -170,12 +177,15 @@ def test_finished_rows_that_the_input_no_longer_asks_for_are_an_error(
 ) -> None:
     lines = (inputs / "prompts.jsonl").read_bytes()
     words = ("sample", "-", *ALL, "-o", "out.jsonl", "--batch-size", "2")
-    calls = iter([True, True])
-    from cai_cli.engines.scripted import ScriptedEngine
+    answer, calls = ScriptedEngine.generate, iter(range(2))
 
-    answer = ScriptedEngine.generate
-    monkeypatch.setattr(ScriptedEngine, "generate", lambda *a: answer(*a) if next(calls, False) else next(iter(())))
-    with pytest.raises((StopIteration, RuntimeError)):
+    def die(self: ScriptedEngine, asks: Sequence[Ask], sampling: Sampling) -> list[Reply | Refusal]:
+        if next(calls, None) is None:
+            raise Died
+        return answer(self, asks, sampling)
+
+    monkeypatch.setattr(ScriptedEngine, "generate", die)
+    with pytest.raises(Died):
         cai(*words, stdin=lines)
     monkeypatch.setattr(ScriptedEngine, "generate", answer)
     refused = cai(*words, stdin=lines.split(b"\n", 1)[1])

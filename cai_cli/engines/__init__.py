@@ -11,7 +11,7 @@ def open_engine(model: str, *, batch_size: int | None, device: str, dtype: str) 
     if model.startswith("scripted:"):
         from cai_cli.engines.scripted import ScriptedEngine
 
-        return ScriptedEngine(model.removeprefix("scripted:"))
+        return ScriptedEngine(model.removeprefix("scripted:"), batch_size or 64)
     from cai_cli.engines.local import LocalEngine
 
     return LocalEngine(model, batch_size=batch_size, device=device, dtype=dtype)

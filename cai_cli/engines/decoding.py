@@ -26,12 +26,11 @@ def draw(logits: "Tensor", noise: "Tensor", sampling: Sampling) -> "Tensor":
 
     Raises: CaiError when a row holds NaN or infinity: a broken model is never sampled from.
     """
-    top, best = logits.max(dim=-1)
+    top = logits.amax(-1)
     check_finite(top)
     if sampling.temperature == 0:
-        return best
+        return logits.argmax(-1)
     weights = (logits.float() - top.float()[:, None]).div_(sampling.temperature).exp_()
-    check_finite(weights.sum(-1))
     if sampling.top_p < 1:
         weights *= weights >= _smallest_kept(weights, sampling.top_p)[:, None]
     return _inverse_cdf(weights, noise)
@@ -51,7 +50,9 @@ def _inverse_cdf(weights: "Tensor", noise: "Tensor") -> "Tensor":
     import torch
 
     rows, vocabulary = weights.shape
-    padded = torch.nn.functional.pad(weights, (0, -vocabulary % _CHUNK)).view(rows, -1, _CHUNK)
+    if vocabulary % _CHUNK:
+        weights = torch.nn.functional.pad(weights, (0, -vocabulary % _CHUNK))
+    padded = weights.view(rows, -1, _CHUNK)
     sums = padded.sum(-1).double().cumsum(-1)
     target = noise[:, None] * sums[:, -1:]
     chunk = torch.searchsorted(sums, target, right=True).clamp_(max=sums.shape[1] - 1)
@@ -64,7 +65,8 @@ def _inverse_cdf(weights: "Tensor", noise: "Tensor") -> "Tensor":
 
 
 def _smallest_kept(weights: "Tensor", top_p: float) -> "Tensor":
-    """Per row the least weight among the likeliest tokens that together first reach `top_p` of the total."""
+    """Per row the least weight among the likeliest tokens that together first reach `top_p` of the total (its equals
+    are all kept)."""
     count = 256
     total = weights.sum(-1, dtype=weights.double().dtype)
     while True:

@@ -3,7 +3,8 @@
 Rows are encoded by `chat`, drawn by `decoding`. Nothing heavy is loaded before the first request.
 """
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ from cai_cli.engines.base import Ask, Question, Refusal, Reply, Sampling, Text
 from cai_cli.engines.chat import encode_chat, encode_text
 from cai_cli.engines.decoding import Row, Writer, check_finite, draw, end_of_turn_ids, uniforms
 from cai_cli.engines.memory import Memory
+from cai_cli.engines.shared import Context, SharedMemory, can_share, common_start, groups
 from cai_cli.errors import RowError, UsageError
 from cai_cli.models import fingerprint, load_causal_lm, load_tokenizer, resolve
 
@@ -76,6 +78,26 @@ class LocalEngine:
     def end_ids(self) -> set[int]:
         return end_of_turn_ids(self.tokenizer, self.model.generation_config)
 
+    @cached_property
+    def shares(self) -> bool:
+        """Whether rows can share what they start with: else each is run whole, as transformers does it."""
+        return can_share(self.model)
+
+    @cached_property
+    def most_tokens(self) -> int:
+        """Tokens whose keys and values may be held at once: they get an eighth of the machine's memory."""
+        import torch
+
+        config = self.model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        token = 2 * int(config.num_hidden_layers) * heads * size * self.model.dtype.itemsize
+        if self.device == "cuda":
+            held = torch.cuda.get_device_properties(0).total_memory
+        else:
+            held = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return int(held // 8 // token)
+
     def identity(self) -> dict[str, Any]:
         return {"engine": "local", "fingerprint": fingerprint(self.path), "dtype": self.dtype}
 
@@ -97,15 +119,24 @@ class LocalEngine:
                 f"prompt of {prompt} tokens + {new} new tokens does not fit the context window of {self.window}"
             )
 
-    def _batches(self, items: Sequence[T], lengths: Sequence[int]) -> Iterator[Sequence[T]]:
-        """`items` (sorted by length) in batches: at most batch_size of them, and none so mixed that padding would
-        outweigh what a larger batch saves."""
-        start = 0
-        for end in range(1, len(items) + 1):
-            full = end - start == self.batch_size
-            if end == len(items) or full or (end - start >= LEAST_BATCH and lengths[end] > 1.5 * lengths[start]):
-                yield items[start:end]
-                start = end
+    def _memory(self, room: int) -> Memory | SharedMemory:
+        """For the rows of one batch, which may grow by `room` tokens each."""
+        kind = SharedMemory if self.shares else Memory
+        return kind(self.model, self.tokenizer.pad_token_id, room)
+
+    def _batches(self, rows: Sequence[T], sizes: Sequence[int]) -> Iterator[Sequence[T]]:
+        """`rows` in batches: no larger than batch_size, than what memory holds of their `sizes` (tokens, ascending),
+        or than where padding to the longest would outweigh what a larger batch saves."""
+        start = total = 0
+        for end, size in enumerate(sizes):
+            count, padded = end - start + 1, (end - start + 1) * size
+            wasteful = count > LEAST_BATCH and padded > 2 * (total + size)
+            if count > 1 and (count > self.batch_size or padded > self.most_tokens or wasteful):
+                yield rows[start:end]
+                start, total = end, 0
+            total += size
+        if rows:
+            yield rows[start:]
 
     # --- text -------------------------------------------------------------------------------------------------
 
@@ -126,7 +157,7 @@ class LocalEngine:
                 rows.append(Row(index, ask, ids))
         rows.sort(key=lambda row: len(row.prompt))
         with torch.inference_mode():
-            for batch in self._batches(rows, [len(row.prompt) for row in rows]):
+            for batch in self._batches(rows, [len(row.prompt) + sampling.max_new_tokens for row in rows]):
                 replies |= self._decode(batch, sampling)
         return [replies[index] for index in range(len(asks))]
 
@@ -138,21 +169,20 @@ class LocalEngine:
         writer = Writer(self.tokenizer, self.end_ids, sampling.max_new_tokens)
         noise = torch.from_numpy(np.stack([uniforms(row.ask.seed, sampling.max_new_tokens) for row in rows]))
         noise = noise.to(self.device)
-        memory = Memory(self.model, self.tokenizer.pad_token_id)
+        memory = self._memory(sampling.max_new_tokens)
         logits = memory.prefill([row.prompt for row in rows], 1)[:, 0]
         live = list(rows)
         for step in range(sampling.max_new_tokens):
             tokens = draw(logits, noise[:, step], sampling)
             for row, token in zip(live, tokens.tolist(), strict=True):
                 writer.add(row, token)
-            going = [place for place, row in enumerate(live) if row.reply is None]
+            going = _closed_up([row.reply is None for row in live])
             if not going:
                 break
             if len(going) < len(live):
                 live = [live[place] for place in going]
-                kept = torch.tensor(going, device=self.device)
-                memory.keep(kept)
-                noise, tokens = noise[kept], tokens[kept]
+                memory.keep(going)
+                noise, tokens = noise[going], tokens[going]
             logits = memory.step(tokens)
         return {row.index: row.reply for row in rows if row.reply is not None}
 
@@ -168,7 +198,7 @@ class LocalEngine:
 
         refused: dict[int, Refusal] = {}
         scores: dict[int, list[float]] = {}
-        wanted: dict[tuple[int, ...], list[Reading]] = {}
+        wanted: dict[Context, list[Reading]] = {}
         for index, question in enumerate(questions):
             try:
                 readings = self._readings(index, question)
@@ -178,21 +208,28 @@ class LocalEngine:
             scores[index] = [0.0] * len(question.options)
             for context, reading in readings:
                 wanted.setdefault(context, []).append(reading)
-        contexts = sorted(wanted, key=len)
         with torch.inference_mode():
-            for batch in self._batches(contexts, [len(context) for context in contexts]):
-                keep = max(len(reading.tokens) for context in batch for reading in wanted[context])
-                logits = Memory(self.model, self.tokenizer.pad_token_id).prefill(batch, keep)
-                for context, row in zip(batch, logits, strict=True):
-                    for reading in wanted[context]:
-                        scores[reading.question][reading.option] = _log_probability(row, reading.tokens)
+            for group in groups(list(wanted)) if self.shares else [list(wanted)]:
+                group.sort(key=len)
+                for batch in self._batches(group, [len(context) for context in group]):
+                    for reading, value in self._read(batch, wanted):
+                        scores[reading.question][reading.option] = value
         return [refused.get(index) or scores[index] for index in range(len(questions))]
 
-    def _readings(self, index: int, question: Question) -> list[tuple[tuple[int, ...], "Reading"]]:
+    def _read(
+        self, batch: Sequence[Context], wanted: Mapping[Context, Sequence["Reading"]]
+    ) -> Iterator[tuple["Reading", float]]:
+        keep = max(len(reading.tokens) for context in batch for reading in wanted[context])
+        logits = self._memory(0).prefill(batch, max(keep, 1))
+        for context, row in zip(batch, logits, strict=True):
+            for reading in wanted[context]:
+                yield reading, _log_probability(row, reading.tokens)
+
+    def _readings(self, index: int, question: Question) -> list[tuple[Context, "Reading"]]:
         """For each option the ids to run the model over, and what to read at the end of them."""
         prompt = self._encode(question.text, question.cue)
         wholes = [self._encode(question.text, question.cue + option) for option in question.options]
-        start = min(_common_prefix(prompt, whole) for whole in wholes)
+        start = min(common_start(prompt, whole) for whole in wholes)
         self._check_fits(start, max(len(whole) for whole in wholes) - start)
         return [
             (tuple(whole[:-1]), Reading(index, option, tuple(whole[start:]))) for option, whole in enumerate(wholes)
@@ -208,9 +245,11 @@ class Reading:
     tokens: tuple[int, ...]
 
 
-def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    pairs = zip(first, second, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+def _closed_up(going: Sequence[bool]) -> list[int]:
+    """The places of those still going, the last ones moved up into the gaps: few rows move."""
+    places = [place for place, goes in enumerate(going) if goes]
+    late = [place for place in places if place >= len(places)]
+    return [place if going[place] else late.pop() for place in range(len(places))]
 
 
 def _log_probability(logits: "Tensor", tokens: Sequence[int]) -> float:

@@ -30,8 +30,8 @@ class Line(Row):
 class ScriptedEngine:
     """Deterministic: the same ask gets the same answer."""
 
-    def __init__(self, file: str) -> None:
-        self.batch_size = 64
+    def __init__(self, file: str, batch_size: int = 64) -> None:
+        self.batch_size = batch_size
         self.lines = [line for _, line in read_rows(file, rows_of(Line))]
         if not self.lines:
             raise CaiError(f"{file} holds no scripted answers")

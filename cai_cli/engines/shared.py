@@ -6,6 +6,7 @@ padding may stand between the shared start and a row's own tokens.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,8 +15,9 @@ if TYPE_CHECKING:
 # Families whose attention passes on what `attend` needs; each is held against transformers in the tests.
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "phi", "phi3"})
 FIXED_ROPE = frozenset({"default", "linear", "llama3", "yarn"})  # the others change with the longest row of a batch
-LEAST_SHARED = 16  # tokens; below, a forward pass of its own costs more than it saves
+LEAST_SHARED = 16  # tokens: about what a forward pass of its own costs
 _ATTENTION = "cai_shared"
+Context = tuple[int, ...]  # ids to run the model over
 _FAR = 1 << 30  # the position of a column that holds no token
 
 
@@ -63,47 +65,56 @@ class SharedMemory:
     def prefill(self, prompts: Sequence[Sequence[int]], keep: int) -> "Tensor":
         """Start with these rows. The logits (rows, keep, vocabulary) at each one's last `keep` tokens.
 
-        Quickest when rows of like length are neighbours.
+        Quickest when rows of like length are neighbours. Rows that are equal are run once.
         """
         import torch
 
-        self._run_prefix(prompts, keep)
+        order = [tuple(prompt) for prompt in prompts]
+        self._run_prefix(order, keep)
         start, device = self.prefix_length, self.model.device
-        lengths = [len(prompt) for prompt in prompts]
+        places = {tuple(prompt): place for place, prompt in enumerate(dict.fromkeys(order))}
+        lengths = [len(prompt) for prompt in places]
         width = max(lengths) - start
-        self.count, self.width, self.used = len(prompts), width + self.room, width
-        self.lengths = torch.tensor(lengths, device=device)
-        self.positions = torch.full((self.count, self.width), _FAR, device=device)
-        ids = torch.full((self.count, width), self.pad_id, device=device)
-        for row, prompt in enumerate(prompts):
-            ids[row, width + start - len(prompt) :] = torch.tensor(prompt[start:], device=device)
-            self.positions[row, width + start - len(prompt) : width] = torch.arange(start, len(prompt), device=device)
+        self.count, self.width, self.used = len(order), width + self.room, width
+        self.positions = torch.full((len(places), self.width), _FAR, device=device)
+        ids = torch.full((len(places), width), self.pad_id, device=device)
+        for prompt, row in places.items():
+            own = slice(width + start - len(prompt), width)
+            ids[row, own] = torch.tensor(prompt[start:], device=device)
+            self.positions[row, own] = torch.arange(start, len(prompt), device=device)
         logits = []
         for rows in self._chunks([length - start for length in lengths]):
             first = width + start - max(lengths[rows])
             for columns in self._spans(first, width, keep):
-                out = self._forward(ids, rows, columns, first, keep)
+                out = self._forward(ids[rows, columns], rows, columns, first, keep)
             logits.append(out)
-        return torch.cat(logits)
+        sources = [places[prompt] for prompt in order]
+        # Backwards, as a row's source stands at its own place or before it.
+        self._copy([(to, source) for to, source in enumerate(sources) if to != source][::-1])
+        self.positions = self.positions[sources]
+        self.lengths = torch.tensor([lengths[source] for source in sources], device=device)
+        whole = torch.cat(logits)
+        return whole if len(places) == len(order) else whole[sources]
 
     def step(self, tokens: "Tensor") -> "Tensor":
         """Append one token to each row. The logits (rows, vocabulary) after it."""
-        column = self.used
-        self.positions[: self.count, column] = self.lengths
+        rows, column = slice(0, self.count), slice(self.used, self.used + 1)
+        self.positions[:, column] = self.lengths[:, None]
         self.lengths = self.lengths + 1
         self.used += 1
-        return self._forward(tokens[:, None], slice(0, self.count), slice(column, column + 1), 0, 1)[:, 0]
+        return self._forward(tokens[:, None], rows, column, 0, 1)[:, 0]
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Row i becomes what row `rows[i]` was; the others are forgotten. Only rows that move are copied."""
-        moved = [(to, source) for to, source in enumerate(rows) if to != source]
+        """Row i becomes what row `rows[i]` was, which stands at its place or after it; the others are forgotten."""
+        self._copy([(to, source) for to, source in enumerate(rows) if to != source])
         self.count = len(rows)
-        for to, source in moved:
+        self.positions, self.lengths = self.positions[list(rows)], self.lengths[list(rows)]
+
+    def _copy(self, moves: Sequence[tuple[int, int]]) -> None:
+        for to, source in moves:
             for keys, values in self.buffers:
                 keys[to, :, : self.used] = keys[source, :, : self.used]
                 values[to, :, : self.used] = values[source, :, : self.used]
-            self.positions[to] = self.positions[source]
-        self.lengths = self.lengths[list(rows)]
 
     # --- running the model ------------------------------------------------------------------------------------
 
@@ -112,7 +123,7 @@ class SharedMemory:
         """Tokens of one forward pass: enough to keep the device busy, few enough for its memory."""
         return 1024 if self.model.device.type == "cpu" else 16384
 
-    def _run_prefix(self, prompts: Sequence[Sequence[int]], keep: int) -> None:
+    def _run_prefix(self, prompts: Sequence[Context], keep: int) -> None:
         shared = min(common_start(min(prompts), max(prompts)), min(len(prompt) for prompt in prompts) - keep)
         if len(prompts) < 2 or shared < LEAST_SHARED:
             return
@@ -139,15 +150,13 @@ class SharedMemory:
             yield slice(start, stop)
 
     def _forward(self, ids: "Tensor", rows: slice, columns: slice, first: int, keep: int) -> "Tensor":
-        """Run `rows` over `columns`, which see their own columns from `first` on. `ids` of a step hold one column."""
+        """Run `ids` (rows, columns), which see their rows' own columns from `first` on."""
         self.rows, self.columns, self.first = rows, columns, first
         self.masks: dict[int | None, tuple[Tensor, Tensor | None]] = {}
-        # Padding columns get any position: nothing looks at them.
         positions = self.positions[rows, columns]
-        inputs = ids[rows, columns] if ids.shape[1] > 1 or columns.stop == 1 else ids[rows]
         logits: Tensor = self.model(
-            input_ids=inputs,
-            position_ids=positions.where(positions != _FAR, 0),
+            input_ids=ids,
+            position_ids=positions.where(positions != _FAR, 0),  # padding may have any: nothing looks at it
             past_key_values=self,
             use_cache=True,
             logits_to_keep=keep,
@@ -229,3 +238,20 @@ def common_start(first: Sequence[int], second: Sequence[int]) -> int:
     """How many items the two start with in common."""
     pairs = zip(first, second, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+
+
+def groups(rows: Sequence[Context]) -> list[list[Context]]:
+    """The rows in groups that each start alike, so that the fewest tokens are run when each start is run once."""
+    return _best_groups(sorted(rows))[1] if rows else []
+
+
+def _best_groups(rows: list[Context]) -> tuple[int, list[list[Context]]]:
+    """The cost in tokens and the groups of sorted `rows`: one group, or the best ones of each next token."""
+    start = min(common_start(rows[0], rows[-1]), min(len(row) for row in rows) - 1)
+    whole = LEAST_SHARED + start + sum(len(row) - start for row in rows)
+    parts = [list(part) for _, part in groupby(rows, key=lambda row: row[start])]
+    if len(parts) == 1:
+        return whole, [rows]
+    best = [_best_groups(part) for part in parts]
+    cost = sum(cost for cost, _ in best)
+    return (cost, [group for _, found in best for group in found]) if cost < whole else (whole, [rows])

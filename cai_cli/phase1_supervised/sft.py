@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from cai_cli import console, options
+from cai_cli.cpu_head import use_plain_head
 from cai_cli.engines.base import seed_for
 from cai_cli.engines.chat import encode_chat
 from cai_cli.errors import RowError, UsageError
@@ -171,6 +172,7 @@ def sft(
                 peft_config=recipe.peft_config(),
             )
         )
+        use_plain_head(trainer)
 
         def held_out_loss() -> float | None:
             return float(trainer.evaluate()["eval_loss"]) if held_out else None

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cai_cli import console, options
+from cai_cli.cpu_head import use_plain_head
 from cai_cli.engines.base import seed_for
 from cai_cli.engines.chat import encode_chat
 from cai_cli.errors import RowError, UsageError
@@ -216,6 +217,7 @@ def rl(
                 peft_config=recipe.peft_config(),
             )
         )
+        use_plain_head(trainer, temperature)
         fit(trainer, metrics, COLUMNS, name="rl")
     save_model(finished_model(trainer), tokenizer, work / "model")
     first, last = metrics.rows[0], metrics.rows[-1]

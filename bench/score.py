@@ -1,0 +1,138 @@
+"""Comparisons a second: 64 two-option questions behind one few-shot prefix of some 590 tokens, ours against a plain
+batched forward pass of transformers over whole prompts (left-padded, in batches of 8, last logits only).
+
+    python bench/score.py [--model smollm2-135m] [--rows 64] [--repeats 3]
+
+Prints one line per paired run, then `ratio score VALUE`: the median over the pairs of their seconds over ours.
+"""
+
+import argparse
+import random
+import time
+from statistics import median
+from typing import Any
+
+from cai_cli.engines.base import Question
+from cai_cli.engines.chat import encode_chat, encode_text
+from cai_cli.engines.local import LocalEngine
+from cai_cli.models import load_causal_lm
+from cai_cli.prompts import OPTIONS
+from cai_cli.records import Message
+
+WORDS = [
+    "people",
+    "often",
+    "ask",
+    "how",
+    "a",
+    "careful",
+    "answer",
+    "can",
+    "help",
+    "without",
+    "doing",
+    "harm",
+    "when",
+    "the",
+    "question",
+    "is",
+    "about",
+    "money",
+    "health",
+    "work",
+    "family",
+    "travel",
+    "food",
+    "law",
+    "music",
+    "history",
+    "and",
+    "what",
+    "to",
+    "say",
+    "next",
+    "in",
+    "plain",
+    "kind",
+    "words",
+]
+BATCH = 8
+
+
+def sentence(rng: random.Random, words: int) -> str:
+    return " ".join(rng.choices(WORDS, k=words)).capitalize() + "."
+
+
+def comparison(rng: random.Random, words: int) -> Message:
+    """Consider a conversation and choose between two replies."""
+    return Message(
+        role="user",
+        content=f"Consider the following conversation between a human and an assistant:\n\nHuman: {sentence(rng, words)}"
+        f"\n\nWhich reply is more helpful, honest and harmless? Options:\n (A) {sentence(rng, words)}"
+        f"\n (B) {sentence(rng, words)}",
+    )
+
+
+def questions(rows: int) -> list[Question]:
+    """`rows` comparisons after the same five worked examples."""
+    rng = random.Random(0)
+    shots: list[Message] = []
+    for i in range(5):
+        shots += [comparison(rng, 22), Message(role="assistant", content=f"The answer is: ({OPTIONS[i % 2]})")]
+    return [
+        Question([*shots, comparison(rng, rng.randint(10, 30))], options=OPTIONS, cue="The answer is: (")
+        for _ in range(rows)
+    ]
+
+
+def plain(model: Any, tokenizer: Any, asked: list[Question]) -> list[list[float]]:
+    import torch
+
+    first = [encode_text(tokenizer, option, start=False)[0] for option in OPTIONS]
+    scores = []
+    for start in range(0, len(asked), BATCH):
+        prompts = []
+        for question in asked[start : start + BATCH]:
+            assert not isinstance(question.text, str)
+            chat = encode_chat(tokenizer, question.text, add_generation_prompt=True)
+            prompts.append(chat + encode_text(tokenizer, question.cue, start=False))
+        batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+        positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        with torch.inference_mode():
+            logits = model(**batch, position_ids=positions, logits_to_keep=1).logits[:, -1]
+        scores += logits.log_softmax(-1)[:, first].tolist()
+    return scores
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--model", default="smollm2-135m")
+    arguments.add_argument("--rows", type=int, default=64)
+    arguments.add_argument("--repeats", type=int, default=3)
+    options = arguments.parse_args()
+    engine = LocalEngine(options.model, batch_size=options.rows, device="cpu", dtype="float32")
+    model, asked = load_causal_lm(engine.path), questions(options.rows)
+    engine.score(asked[:2])  # loads the weights
+    ratios = []
+    for _ in range(options.repeats):
+        started = time.perf_counter()
+        ours = engine.score(asked)
+        ours_s = time.perf_counter() - started
+        theirs = plain(model, engine.tokenizer, asked)
+        theirs_s = time.perf_counter() - started - ours_s
+        gap = max(
+            abs(x - y)
+            for a, b in zip(ours, theirs, strict=True)
+            if isinstance(a, list)
+            for x, y in zip(a, b, strict=True)
+        )
+        print(
+            f"ours {len(asked) / ours_s:.2f}/s, transformers {len(asked) / theirs_s:.2f}/s, "
+            f"largest difference {gap:.1e}"
+        )
+        ratios.append(theirs_s / ours_s)
+    print(f"ratio score {median(ratios):.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""The log-probabilities of a reply on a CPU, without the work TRL's fused head does there.
+
+On a GPU that head is a Triton kernel. On a CPU it is the same arithmetic in many passes over large temporary tensors,
+for every position of the prompt too, with the projection done twice. Here the model's own forward projects only the
+positions from the first reply token on, and autograd does the rest; the memory is that of the plain logits.
+"""
+
+import types
+from typing import Any
+
+
+def use_plain_head(trainer: Any, temperature: float = 1.0) -> None:
+    """Let the policy and the reference model of a TRL trainer compute log-probabilities the plain way, on CPU only."""
+    from accelerate.utils import is_peft_model
+
+    if trainer.args.device.type != "cpu":
+        return
+    policy = trainer.model.get_base_model() if is_peft_model(trainer.model) else trainer.model
+    for model in (policy, getattr(trainer, "ref_model", None)):
+        if model is not None:
+            _patch(model, temperature)
+
+
+def _patch(model: Any, temperature: float) -> None:
+    """Replace what TRL's `add_fused_lm_head` put in the place of `model.forward`; the answers are the same.
+
+    `model(..., labels, fused_lm_head=True)` gives per-token `log_probs`, `entropy` (no gradient) and `is_top1`, each of
+    shape (batch, length - 1), zero where the next token's label is -100.
+    """
+    import torch
+    from trl.trainer.utils import FusedCausalLMOutput
+
+    trl_forward, plain_forward = model.forward, type(model).forward
+
+    def forward(self: Any, *args: Any, fused_lm_head: bool = False, labels: Any = None, **kwargs: Any) -> Any:
+        if not fused_lm_head or labels is None or kwargs.get("output_router_logits"):
+            return trl_forward(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
+        kwargs.pop("num_items_in_batch", None)
+        kwargs["use_cache"] = False
+        targets = labels[:, 1:]
+        mask = targets != -100
+        labelled = mask.any(dim=0).nonzero()
+        keep = int(targets.shape[1] - labelled[0]) if len(labelled) else 1
+        # One position more than there are targets: the last one's next token is not known.
+        logits = plain_forward(self, *args, logits_to_keep=keep + 1, **kwargs).logits[:, :-1].float()
+        kept = mask[:, -keep:]
+        log_p = torch.log_softmax(logits[kept] / temperature, dim=-1)
+        wanted = targets[:, -keep:][kept]
+        with torch.no_grad():
+            entropy = -(log_p.exp() * log_p).sum(-1)
+            top1 = log_p.argmax(-1) == wanted
+
+        def spread(values: Any) -> Any:
+            return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+        return FusedCausalLMOutput(
+            log_probs=spread(log_p.gather(-1, wanted.unsqueeze(-1)).squeeze(-1)),
+            entropy=spread(entropy),
+            is_top1=spread(top1),
+            label_mask=mask,
+        )
+
+    model.forward = types.MethodType(forward, model)

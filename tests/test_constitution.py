@@ -1,0 +1,180 @@
+"""Principles: what is read, what is refused, and a draw that depends on the row alone."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from conftest import Cai
+
+from cai_cli import constitution as con
+from cai_cli.errors import CaiError
+
+SMALL = """\
+kind: critique-revision
+name: small
+principles:
+  - {id: a, theme: harm, critique: "Look: {here}.", revision: Rewrite it.}
+  - {id: b, critique: Look there., revision: Do it again.}
+examples:
+  - messages: [{role: user, content: "why?"}, {role: assistant, content: because.}]
+    critique_request: Any harm?
+    critique: None.
+    revision_request: Redo it.
+    revision: Because of this.
+"""
+COMPARE = """\
+kind: preference
+name: compare
+principles: [{id: c, comparison: "Which is kinder?"}]
+examples:
+  - {messages: [{role: user, content: "who?"}], options: [me, you], answer: A}
+"""
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL)
+    (tmp_path / "compare.yaml").write_text(COMPARE)
+    return path
+
+
+@pytest.mark.parametrize("name", con.SHIPPED.values())
+def test_the_shipped_principles_are_sixteen_with_examples_and_come_back_from_their_dump(
+    name: str, tmp_path: Path
+) -> None:
+    shipped = con.load(con.shipped_directory() / name)
+    assert len(shipped.principles) == 16
+    assert len(shipped.examples) >= 2
+    (tmp_path / "again.yaml").write_text(con.dump(shipped), encoding="utf-8")
+    assert con.load(tmp_path / "again.yaml") == shipped
+
+
+def test_shipped_comparison_examples_teach_no_position() -> None:
+    shipped = con.open_constitution(con.PreferenceConstitution, None, None)
+    counts = Counter(e.answer for e in shipped.examples)
+    assert abs(counts["A"] - counts["B"]) <= 1
+
+
+BOMB = "a: &a [x, x]\nb: &b [*a, *a]\nkind: preference\nname: n\nprinciples: [*b, *b]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (BOMB, "aliases are not allowed"),
+        ("kind: preference\nname: !!python/object/apply:os.system [true]\n", "not YAML"),
+        ("kind: [preference]\n", "`kind` must be one of"),
+        ("kind: other\n", "`kind` must be one of critique-revision, preference, not 'other'"),
+        ("- a\n", "`kind` must be one of"),
+        ("", "`kind` must be one of"),
+        ("kind: preference\nname: [\n", "not YAML"),
+        ("kind: preference\nname: 2024-99-99\n", "not YAML"),
+        ("[" * 5000, "nested too deeply"),
+        ("kind: preference\nname: a\nname: b\n", "key 'name' stands twice"),
+        ("kind: preference\nname: n\nmore: 1\n", "more: Extra inputs are not permitted"),
+        ("kind: preference\nname: n\nprinciples: [{id: a}]\n", "principles.0.comparison: Field required"),
+        ("kind: preference\nname: n\nprinciples: [{id: a, comparison: ''}]\n", "principles.0.comparison"),
+        ("kind: preference\nname: n\nprinciples: [{id: 1, comparison: x}]\n", "principles.0.id"),
+        (
+            "kind: preference\nname: n\nprinciples: [{id: a, comparison: x}, {id: a, comparison: y}]\n",
+            "'a' stands twice",
+        ),
+        (SMALL.replace("role: assistant", "role: user"), "messages must end with the assistant reply"),
+        (COMPARE.replace("answer: A", "answer: C"), "examples.0.answer"),
+        (COMPARE.replace("[me, you]", "[me]"), "examples.0.options"),
+    ],
+)
+def test_what_is_no_constitution_is_refused_in_one_line_naming_the_file(text: str, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(CaiError) as error:
+        con.load(path)
+    assert error.value.message.startswith(f"{path}: ")
+    assert reason in error.value.message
+    assert "\n" not in error.value.message
+
+
+@pytest.mark.parametrize("content", [None, b"kind: \xff\n"])
+def test_a_file_that_cannot_be_read_is_named(content: bytes | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "bad.yaml").write_bytes(content)
+    with pytest.raises(CaiError, match=r"cannot read .*bad\.yaml"):
+        con.load(tmp_path / "bad.yaml")
+
+
+def test_the_fingerprint_is_of_what_decides_prompts(small: Path) -> None:
+    def fingerprint(text: str) -> str:
+        small.write_text(text)
+        return con.load(small).fingerprint()
+
+    same = {fingerprint(SMALL), fingerprint("license: MIT\ndescription: d\n" + SMALL.replace("name: small", "name: n"))}
+    assert len(same) == 1
+    changed = [
+        ("Rewrite it.", "Rewrite it!"), ("Redo it.", "Redo."), ("id: b", "id: c"), ("theme: harm", "theme: hurt"),
+    ]  # fmt: skip
+    assert len(same | {fingerprint(SMALL.replace(*change)) for change in changed}) == 5
+
+
+def test_few_shot_takes_the_examples_of_another_file_or_none(small: Path) -> None:
+    model = con.CritiqueConstitution
+    own = con.open_constitution(model, str(small), None)
+    shipped = con.open_constitution(model, None, None)
+    mixed = con.open_constitution(model, None, str(small))
+    assert (mixed.principles, mixed.examples) == (shipped.principles, own.examples)
+    assert con.open_constitution(model, str(small), "none").examples == []
+    assert len({c.fingerprint() for c in (own, shipped, mixed)}) == 3
+
+
+def test_a_file_of_the_other_kind_or_without_principles_is_refused(small: Path) -> None:
+    compare = str(small.with_name("compare.yaml"))
+    with pytest.raises(CaiError, match="holds preference principles, this stage needs critique-revision"):
+        con.open_constitution(con.CritiqueConstitution, compare, None)
+    with pytest.raises(CaiError, match="holds no critique-revision examples"):
+        con.open_constitution(con.CritiqueConstitution, None, compare)
+    small.write_text("kind: critique-revision\nname: bare\n")
+    with pytest.raises(CaiError, match="holds no principles"):
+        con.open_constitution(con.CritiqueConstitution, str(small), None)
+
+
+def test_principles_are_chosen_by_id_in_the_order_given_or_from_the_first(small: Path) -> None:
+    principles = con.open_constitution(con.CritiqueConstitution, str(small), None).principles
+    assert [p.id for p in con.select(principles, "b, a", None)] == ["b", "a"]
+    assert [p.id for p in con.select(principles, None, 1)] == ["a"]
+    assert [p.id for p in con.select(principles, "b,a", 1)] == ["b"]
+    with pytest.raises(CaiError, match="no principle 'z'") as error:
+        con.select(principles, "a,z", None)
+    assert error.value.hint == "known: a, b"
+    with pytest.raises(CaiError, match="names no principle"):
+        con.select(principles, " , ", None)
+
+
+def test_every_principle_is_drawn_about_equally_often_and_the_same_draw_is_the_same() -> None:
+    principles = con.open_constitution(con.CritiqueConstitution, None, None).principles
+    drawn = [con.draw(principles, 0, "principle", f"row{i}", 0, 1).id for i in range(16 * 200)]
+    counts = Counter(drawn)
+    assert len(counts) == 16
+    assert min(counts.values()) > 140
+    assert max(counts.values()) < 260
+    assert drawn == [con.draw(principles, 0, "principle", f"row{i}", 0, 1).id for i in range(16 * 200)]
+    other = [con.draw(principles, 1, "principle", f"row{i}", 0, 1).id for i in range(16 * 200)]
+    assert sum(a == b for a, b in zip(drawn, other, strict=True)) < 16 * 200 / 8
+
+
+def test_the_principles_command_lists_shows_and_validates(cai: Cai, small: Path) -> None:
+    assert cai("principles", "list", "small.yaml").stdout.split() == [
+        "critique-revision",
+        "a",
+        "harm",
+        "critique-revision",
+        "b",
+    ]
+    shown = cai("principles", "show", "a", "--constitution", "small.yaml")
+    assert shown.stdout == "a  [harm]\n  critique: Look: {here}.\n  revision: Rewrite it.\n"
+    missing = cai("principles", "show", "a", "z", "--constitution", "small.yaml")
+    assert (missing.code, "no principle 'z'" in missing.stderr) == (1, True)
+    valid = cai("principles", "validate", "small.yaml", "compare.yaml")
+    assert valid.stdout.splitlines() == [
+        "small.yaml: ok, critique-revision, 2 principles, 1 examples",
+        "compare.yaml: ok, preference, 1 principles, 1 examples",
+    ]

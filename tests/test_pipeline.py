@@ -1,0 +1,281 @@
+"""`cai run`: the road from one file runs what is not done, and says why it runs anything again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Cai
+from stage_helpers import Json, rows_in, write_rows
+
+from cai_cli.errors import CaiError
+from cai_cli.pipeline import Step, load_run, plan
+
+ROAD = """\
+name: road
+model: scripted:script.jsonl
+seed: 3
+steps:
+  samples: {command: sample, input: prompts.jsonl, n: 2}
+  revisions: {command: critique-revise, input: "@samples", rounds: 1}
+  helpful: {command: sample, input: helpful.txt}
+  preferences: {command: label-prefs, input: "@samples", both-orders: false}
+"""
+STEPS = ["samples", "revisions", "helpful", "preferences"]
+
+
+@pytest.fixture
+def road(tmp_path: Path) -> Path:
+    write_rows(tmp_path / "prompts.jsonl", ({"id": f"p{i}", "prompt": f"question {i}"} for i in range(6)))
+    (tmp_path / "helpful.txt").write_text("how?\nwhy?\n")
+    write_rows(tmp_path / "script.jsonl", [{"replies": ["one.", "two.", "three."], "scores": [-0.1, -3.0]}])
+    (tmp_path / "road.yaml").write_text(ROAD)
+    return tmp_path
+
+
+def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "cai_cli", "run", "road.yaml", "--out", "out", *words],
+        cwd=folder, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def ran(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """The steps whose command was started."""
+    return [line.split("]")[0][1:] for line in done.stderr.splitlines() if "] $ cai " in line]
+
+
+def edit(folder: Path, old: str, new: str) -> None:
+    text = (folder / "road.yaml").read_text()
+    assert old in text
+    (folder / "road.yaml").write_text(text.replace(old, new))
+
+
+def state(folder: Path) -> Json:
+    return json.loads((folder / "out/run.json").read_text())["steps"]  # type: ignore[no-any-return]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in (folder / "out").glob("*.jsonl")}
+
+
+def test_a_road_runs_once_and_after_a_change_only_what_it_touches(road: Path) -> None:
+    first = run(road)
+    assert first.returncode == 0, first.stderr
+    assert ran(first) == STEPS
+    assert {name: s["status"] for name, s in state(road).items()} == dict.fromkeys(STEPS, "done")
+    assert len(rows_in(road / "out/samples.jsonl")) == 12
+    assert rows_in(road / "out/preferences.jsonl")
+    before = contents(road)
+
+    again = run(road)
+    assert ran(again) == []
+    assert again.stderr.count("done already") == 4
+    assert contents(road) == before
+
+    edit(road, "rounds: 1", "rounds: 2")
+    changed = run(road)
+    assert ran(changed) == ["revisions"]
+    assert "settings.rounds: 1 -> 2" in changed.stderr
+    assert contents(road).keys() == before.keys()
+    assert [name for name in before if contents(road)[name] != before[name]] == ["revisions.jsonl"]
+
+    with (road / "prompts.jsonl").open("a") as file:
+        file.write('{"id": "p6", "prompt": "question 6"}\n')
+    grown = run(road)
+    assert ran(grown) == ["samples", "revisions", "preferences"]
+    assert "files.input: " in grown.stderr
+    assert "after it revisions, preferences" in grown.stderr
+    assert "[revisions] changed since its last run (a step before it changed)" in grown.stderr
+    assert len(rows_in(road / "out/samples.jsonl")) == 14
+
+    (road / "out/helpful.jsonl").unlink()
+    assert ran(run(road)) == ["helpful"]
+
+
+def start_and_kill(folder: Path, until: Path, sent: signal.Signals) -> int:
+    """Start the road, send `sent` once `until` holds something; the exit code, after every child is gone."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", "cai_cli", "run", "road.yaml", "--out", "out"], cwd=folder, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while not (until.exists() and until.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    child.send_signal(sent)
+    code = child.wait(timeout=30)
+    lock = until.with_name(until.name.replace(".partial", ".lock"))
+    while _held(lock) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return code
+
+
+def _held(lock: Path) -> bool:
+    from filelock import FileLock, Timeout
+
+    if not lock.exists():
+        return False
+    try:
+        with FileLock(lock, timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
+def test_an_interrupted_step_goes_on_where_it_stopped(sent: signal.Signals, code: int, road: Path) -> None:
+    edit(road, "n: 2", "n: 2, batch-size: 2")
+    (road / "road.yaml").write_text("\n".join((road / "road.yaml").read_text().splitlines()[:5]))  # one step is enough
+    assert run(road).returncode == 0
+    calm = contents(road)
+    write_rows(
+        road / "script.jsonl", [{"replies": ["one.", "two.", "three."], "scores": [-0.1, -3.0], "seconds": 0.05}]
+    )
+    for path in (road / "out").iterdir():
+        path.unlink()
+    partial = road / "out/samples.jsonl.partial"
+    assert start_and_kill(road, partial, sent) == code
+    assert state(road)["samples"]["status"] == "running"
+    kept = partial.read_bytes().count(b"\n")
+    assert 0 < kept < 12
+    done = run(road)
+    assert done.returncode == 0, done.stderr
+    assert f"{kept} rows are finished" in done.stderr
+    assert contents(road) == calm
+
+
+def test_a_change_whose_step_never_came_to_start_is_still_made(road: Path) -> None:
+    assert run(road).returncode == 0
+    edit(road, "rounds: 1", "rounds: 2")
+    script = (road / "script.jsonl").read_text()
+    (road / "script.jsonl").unlink()  # the step fails before it touches its old output
+    assert run(road).returncode == 1
+    (road / "script.jsonl").write_text(script)
+    done = run(road)
+    assert done.returncode == 0, done.stderr
+    assert {len(row["history"]) for row in rows_in(road / "out/revisions.jsonl")} == {2}
+
+
+def test_a_failing_step_stops_the_road_and_names_itself(road: Path) -> None:
+    edit(road, "rounds: 1", "rounds: 1, principles: nonsense")
+    done = run(road)
+    assert done.returncode == 1
+    assert ran(done) == ["samples", "revisions"]
+    assert "no principle 'nonsense'" in done.stderr
+    assert "step 'revisions' ended with exit code 1: cai critique-revise out/samples.jsonl" in done.stderr
+    edit(road, ", principles: nonsense", "")
+    assert ran(run(road)) == ["revisions", "helpful", "preferences"]
+
+
+def test_json_prints_one_object_about_every_step(road: Path) -> None:
+    done = run(road, "--json", "--quiet")
+    assert done.stderr == ""
+    summary = json.loads(done.stdout)
+    assert [(s["step"], s["status"]) for s in summary["steps"]] == [(name, "done") for name in STEPS]
+
+
+def test_a_dry_run_counts_and_writes_nothing(cai: Cai, road: Path) -> None:
+    done = cai("run", "road.yaml", "--dry-run", "--json", "--out", "out")
+    assert done.code == 0, done.stderr
+    found = {e["step"]: e for e in json.loads(done.stdout)}
+    assert {name: (e["rows"], e["requests"], e["new_tokens"]) for name, e in found.items()} == {
+        "samples": (12, 12, 12 * 256),
+        "revisions": (12, 24, 24 * 256),
+        "helpful": (2, 2, 2 * 256),
+        "preferences": (6, 6, 0),
+    }
+    assert found["samples"]["prompt_tokens"] == 12 * len("\n\nHuman: question 0") / 4
+    assert found["preferences"]["prompt_tokens"] > 6 * 2 * 256
+    assert found["preferences"]["command"].endswith("--model scripted:script.jsonl --seed 3")
+    assert not (road / "out").exists()
+    table = cai("run", "road.yaml", "--dry-run", "--out", "out").stdout
+    assert table.count("  $ cai ") == 4
+    assert table.splitlines()[-1].split() == ["total", "44", *table.splitlines()[-1].split()[2:]]
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+
+def planned(folder: Path, steps: str, head: str = "name: n\n") -> list[Step]:
+    path = folder / "run.yaml"
+    path.write_text(f"{head}steps:\n{steps}")
+    return plan(load_run(path), path, Path("out"))
+
+
+def test_settings_become_the_command_line_and_shared_ones_fill_in(road: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(road.parent)
+    head = "name: n\nmodel: m\nseed: 7\n"
+    (first, second, third) = planned(
+        road,
+        "  a: {command: sample, input: prompts.jsonl, n: 2, seed: 1, kind: null}\n"
+        '  b: {command: critique-revise, input: "@a", critique: false, few-shot: none, constitution: road.yaml}\n'
+        '  c: {command: sft, input: "@b", helpful: helpful.txt, lora: false}\n',
+        head,
+    )
+    name = road.name
+    assert first.shell == f"cai sample {name}/prompts.jsonl -o out/a.jsonl --n 2 --seed 1 --model m"
+    assert second.shell == (
+        f"cai critique-revise out/a.jsonl -o out/b.jsonl --no-critique --few-shot none --constitution {name}/road.yaml"
+        " --model m --seed 7"
+    )
+    assert third.shell == f"cai sft out/b.jsonl -o out/c --helpful {name}/helpful.txt --full --model m --seed 7"
+    assert (second.needs, third.needs) == ([first], [second])
+    assert set(second.files) == {"constitution"}
+
+
+def test_a_dataset_on_the_hub_is_no_path_beside_the_file(road: Path) -> None:
+    (step,) = planned(road, "  a: {command: sample, input: 'hf://datasets/owner/name'}\n")
+    assert step.settings["input"] == "hf://datasets/owner/name"
+
+
+@pytest.mark.parametrize(
+    ("steps", "reason"),
+    [
+        ("  a: {command: smaple, input: x}\n", "step 'a': no command 'smaple'"),
+        ("  a: {input: x}\n", "step 'a': no command None"),
+        ("  a: {command: sample}\n", "step 'a': `input` is missing"),
+        ("  a: {command: sample, input: prompts.jsonl, tempreture: 1}\n", "`cai sample` has no option 'tempreture'"),
+        ("  a: {command: sample, input: prompts.jsonl, output: x}\n", "has no option 'output'"),
+        ("  a: {command: sample, input: prompts.jsonl, overwrite: true}\n", "has no option 'overwrite'"),
+        ("  a: {command: sample, input: '@b'}\n  b: {command: sample, input: prompts.jsonl}\n", "no earlier step 'b'"),
+        ("  a: {command: sample, input: '@a'}\n", "no earlier step 'a'"),
+        ("  a: {command: sample, input: none.jsonl}\n", "cannot read"),
+        ("  ../a: {command: sample, input: prompts.jsonl}\n", "../a"),
+        (
+            "  a: {command: sample, input: prompts.jsonl}\n  a: {command: sample, input: prompts.jsonl}\n",
+            "'a' stands twice",
+        ),
+        ("  a: &x {command: sample, input: prompts.jsonl}\n  b: *x\n", "aliases are not allowed"),
+        ("  a: {command: sample, input: [x]}\n", "steps.a.input"),
+        ("  {}\n", "steps"),
+    ],
+)
+def test_a_file_that_cannot_be_run_is_refused_before_anything_runs(steps: str, reason: str, road: Path) -> None:
+    with pytest.raises(CaiError) as error:
+        planned(road, steps)
+    assert reason in error.value.message
+    assert "run.yaml" in error.value.message or reason == "cannot read"
+    assert "\n" not in error.value.message
+
+
+@pytest.mark.parametrize("head", ["name: n\nmore: 1\n", "name: ../n\n", "", "name: n\nseed: x\n"])
+def test_a_bad_head_is_refused_naming_the_file(head: str, road: Path) -> None:
+    with pytest.raises(CaiError, match=r"run\.yaml: "):
+        planned(road, "  a: {command: sample, input: prompts.jsonl}\n", head)
+
+
+def test_a_key_changes_with_settings_files_and_the_steps_before(road: Path) -> None:
+    def keys(steps: str) -> list[str]:
+        return [step.key for step in planned(road, steps)]
+
+    two = "  a: {command: sample, input: prompts.jsonl}\n  b: {command: critique, input: '@a'}\n"
+    before = keys(two)
+    assert keys(two) == before
+    other: list[Any] = keys(two.replace("prompts.jsonl", "prompts.jsonl, n: 2"))
+    assert all(a != b for a, b in zip(before, other, strict=True))
+    os.truncate(road / "prompts.jsonl", 0)
+    assert all(a != b for a, b in zip(before, keys(two), strict=True))
