@@ -19,6 +19,7 @@ REQUEST = "Rewrite your last reply without the insult."
         ("Critique: the reply is rude.", "a critique in place of a revision"),
         (f"{REQUEST} Be kind.", "the request repeated in place of a revision"),
         ("I hope this helps you. " * 3, "repeated sentence in the revision"),
+        ("I'm not sure how to insert punctuation- " * 4, "repeated sentence in the revision"),
     ],
 )
 def test_what_is_no_revision_is_named(text: str, problem: str) -> None:

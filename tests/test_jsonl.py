@@ -42,7 +42,7 @@ def test_a_bad_line_is_an_error_with_its_file_and_line(line: bytes, reason: str,
     assert next(read)[0] == 1
     with pytest.raises(CaiError) as error:
         next(read)
-    assert error.value.message.startswith(("in.jsonl:3: ", f"{path}:3: "))
+    assert error.value.message.startswith(f"{path}:3: ")
     assert reason in error.value.message
     assert "\n" not in error.value.message
 
@@ -73,9 +73,9 @@ def test_compressed_data_is_named_for_what_it_is(start: bytes, kind: str, tmp_pa
 def test_a_directory_and_a_missing_file_are_one_line_each(tmp_path: Path) -> None:
     with pytest.raises(CaiError, match="is a directory"):
         texts(tmp_path)
-    with pytest.raises(CaiError, match="cannot read .*: No such file"):
+    with pytest.raises(CaiError, match=r"cannot read .*: No such file"):
         texts(tmp_path / "none.jsonl")
-    with pytest.raises(CaiError, match="cannot read .*: no such file"):
+    with pytest.raises(CaiError, match=r"cannot read .*: no such file"):
         texts(tmp_path / "none.parquet")
 
 
@@ -174,7 +174,7 @@ def test_reading_many_rows_keeps_none_of_them(tmp_path: Path) -> None:
 
     path = tmp_path / "in.jsonl"
     path.write_bytes(b"".join(b'{"prompt": "%06d%s"}\n' % (i, b"x" * 1000) for i in range(5_000)))
-    list(read_prompts(str(path)).__next__() for _ in range(1))
+    next(read_prompts(str(path)))  # imports and caches are not what is measured
     tracemalloc.start()
     try:
         assert sum(1 for _ in read_prompts(str(path))) == 5_000

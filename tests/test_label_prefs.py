@@ -1,4 +1,4 @@
-"""The arithmetic of labels: orders averaged, votes turned to the chosen reply, a liking for a position no preference."""
+"""The arithmetic of labels: orders averaged, votes turned to the chosen reply, a liking for a place no preference."""
 
 import json
 import math

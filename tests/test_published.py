@@ -23,19 +23,23 @@ INSTRUCTIONS = {
     },
 }
 _TALK = "\n\nHuman: may I?\n\nAssistant: Yes, take it."
-_WORKED = "\n\nCritiqueRequest: Whose is it?\n\nCritique: Not yours.\n\nRevisionRequest: Respect that.\n\nRevision: Ask first."
+_WORKED = (
+    "\n\nCritiqueRequest: Whose is it?\n\nCritique: Not yours."
+    "\n\nRevisionRequest: Respect that.\n\nRevision: Ask first."
+)
 EXAMPLES = [f"{_TALK}{_WORKED}\n\nHuman:", f"{_TALK}\n\nHuman: sure?\n\nAssistant: Sure.{_WORKED}"]
 COMPARISONS = ["\nWhich one is warmer? Options:", "\nWhich one\nis wiser? Options:"]
+_TURNS = "\n\nHuman: one\n\nAssistant: two\n\nHuman: three\n\nAssistant:"
 COMPARED = [
-    {"prompt": "\n\nHuman: one\n\nAssistant: two\n\nHuman: three\n\nAssistant:", "corrects": ["good"], "incorrects": ["bad"]},
+    {"prompt": _TURNS, "corrects": ["good"], "incorrects": ["bad"]},
     {"prompt": "\n\nHuman: four\n\nAssistant:", "corrects": ["right"], "incorrects": ["wrong"]},
-]  # fmt: skip
+]
 
 
 def cot(speaker: str, answer: str) -> str:
     return (
-        f"{speaker}: Consider the following conversation between a human and a helper:\n\nH: one?\n\nA: two.\n\nH: three?"
-        "\n\n{}\n (A) [[[left [1]]]]\n (B) [[[right]]]\n\nAssistant: Let's think step by step: left is \n\nright.\n\n"
+        f"{speaker}: Consider the following conversation between a human and a helper:"
+        "\n\nH: one?\n\nA: two.\n\nH: three?\n\n{}\n (A) [[[left [1]]]]\n (B) [[[right]]]\n\nAssistant: Let's think step by step: left is \n\nright.\n\n"
         f"Human:\nSo the answer is: ({answer})"
     )
 

@@ -118,8 +118,7 @@ def test_a_file_of_rows_comes_back_whole_whatever_the_text(tmp_path: Path) -> No
         ({"kind": "harmful"}, "field 'kind'"),
         ({"prompt": []}, "field 'prompt'"),
         ({"prompt": [{"role": "assistant", "content": "a"}]}, "must end with a user turn"),
-        ({"prompt": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}, {"role": "user", "content": "c"}]},
-         "a system message can only come first"),
+        ({"prompt": [{"role": r, "content": r} for r in ("user", "system", "user")]}, "system message can only come first"),
         ({"completion": [{"role": "user", "content": "a"}]}, "one assistant message"),
     ],
 )  # fmt: skip

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -257,14 +259,9 @@ def test_a_bad_row_stops_the_run_at_its_line_and_mending_it_starts_another(cai: 
     assert cai(*words, "--overwrite").code == 0
 
 
-def test_a_named_pipe_is_read_once_and_whole(cai: Cai, inputs: Path) -> None:
-    import threading
-
-    os.mkfifo(inputs / "pipe")
-    writer = threading.Thread(target=lambda: (inputs / "pipe").write_bytes((inputs / "prompts.jsonl").read_bytes()))
-    writer.start()
-    done = cai("sample", "pipe", *ALL, "-o", "out.jsonl", "--json")
-    writer.join(timeout=10)
+def test_a_process_substitution_is_read_once_and_whole(inputs: Path) -> None:
+    line = f"{sys.executable} -m cai_cli sample <(cat prompts.jsonl) {' '.join(ALL)} -o out.jsonl --json"
+    done = subprocess.run(["bash", "-c", line], cwd=inputs, capture_output=True, text=True, check=True, timeout=60)
     assert json.loads(done.stdout)["in"] == 10
 
 

@@ -53,10 +53,14 @@ def revision_problem(text: str, request: str) -> str | None:
 
 
 def _repetition(text: str, what: str) -> str | None:
-    """A sentence of four words or more that stands three times: a closer the model could not leave."""
+    """A sentence of four words or more that stands three times (a closer the model could not leave), or six words in a
+    row that stand four times (a loop that never comes to a full stop)."""
     sentences = (s.strip().lower() for s in _SENTENCE.findall(text))
     counts = Counter(s for s in sentences if len(s.split()) >= 4)
-    return f"repeated sentence in the {what}" if counts and max(counts.values()) >= 3 else None
+    words = text.lower().split()
+    runs = Counter(tuple(words[i : i + 6]) for i in range(len(words) - 5))
+    looped = max(counts.values(), default=0) >= 3 or max(runs.values(), default=0) >= 4
+    return f"repeated sentence in the {what}" if looped else None
 
 
 def generate_checked(
