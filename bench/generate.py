@@ -27,22 +27,17 @@ ASKS = (
 )
 
 
-def asks(rows: int) -> list[Ask]:
+def chats(rows: int) -> list[list[Message]]:
     rng = random.Random(0)
-    return [
-        Ask([Message(role="user", content=f"{rng.choice(ASKS).format(rng.choice(TOPICS))} ({i})")], seed=i)
-        for i in range(rows)
-    ]
+    texts = [f"{rng.choice(ASKS).format(rng.choice(TOPICS))} ({i})" for i in range(rows)]
+    return [[Message(role="user", content=text)] for text in texts]
 
 
-def generated(model: Any, tokenizer: Any, asked: list[Ask], new_tokens: int, end_ids: set[int]) -> int:
+def generated(model: Any, tokenizer: Any, asked: list[list[Message]], new_tokens: int, end_ids: set[int]) -> int:
     """How many tokens transformers' own loop adds to these prompts."""
     import torch
 
-    prompts = []
-    for ask in asked:
-        assert not isinstance(ask.text, str)
-        prompts.append(encode_chat(tokenizer, ask.text, add_generation_prompt=True))
+    prompts = [encode_chat(tokenizer, chat, add_generation_prompt=True) for chat in asked]
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     torch.manual_seed(0)
     out = model.generate(**batch, do_sample=True, top_k=0, max_new_tokens=new_tokens, eos_token_id=sorted(end_ids))
@@ -58,12 +53,13 @@ def main() -> None:
     arguments.add_argument("--repeats", type=int, default=3)
     options = arguments.parse_args()
     engine = LocalEngine(options.model, batch_size=options.rows, device="cpu", dtype="float32")
-    model, asked, sampling = load_causal_lm(engine.path), asks(options.rows), Sampling(options.new_tokens)
-    engine.generate(asked[:2], Sampling(2))  # loads the weights
+    model, asked, sampling = load_causal_lm(engine.path), chats(options.rows), Sampling(options.new_tokens)
+    asks = [Ask(chat, seed) for seed, chat in enumerate(asked)]
+    engine.generate(asks[:2], Sampling(2))  # loads the weights
     ratios = []
     for _ in range(options.repeats):
         started = time.perf_counter()
-        replies = engine.generate(asked, sampling)
+        replies = engine.generate(asks, sampling)
         ours_s = time.perf_counter() - started
         theirs = generated(model, engine.tokenizer, asked, options.new_tokens, engine.end_ids)
         theirs_s = time.perf_counter() - started - ours_s

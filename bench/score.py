@@ -9,6 +9,7 @@ Prints one line per paired run, then `ratio score VALUE`: the median over the pa
 import argparse
 import random
 import time
+from itertools import chain
 from statistics import median
 from typing import Any
 
@@ -56,6 +57,7 @@ WORDS = [
     "kind",
     "words",
 ]
+CUE = "The answer is: ("
 BATCH = 8
 
 
@@ -67,36 +69,31 @@ def comparison(rng: random.Random, words: int) -> Message:
     """Consider a conversation and choose between two replies."""
     return Message(
         role="user",
-        content=f"Consider the following conversation between a human and an assistant:\n\nHuman: {sentence(rng, words)}"
-        f"\n\nWhich reply is more helpful, honest and harmless? Options:\n (A) {sentence(rng, words)}"
+        content=f"Consider the following conversation between a human and an assistant:\n\nHuman: "
+        f"{sentence(rng, words)}\n\nWhich reply is more helpful, honest and harmless? Options:\n (A) {sentence(rng, words)}"
         f"\n (B) {sentence(rng, words)}",
     )
 
 
-def questions(rows: int) -> list[Question]:
+def chats(rows: int) -> list[list[Message]]:
     """`rows` comparisons after the same five worked examples."""
     rng = random.Random(0)
     shots: list[Message] = []
     for i in range(5):
         shots += [comparison(rng, 22), Message(role="assistant", content=f"The answer is: ({OPTIONS[i % 2]})")]
-    return [
-        Question([*shots, comparison(rng, rng.randint(10, 30))], options=OPTIONS, cue="The answer is: (")
-        for _ in range(rows)
-    ]
+    return [[*shots, comparison(rng, rng.randint(10, 30))] for _ in range(rows)]
 
 
-def plain(model: Any, tokenizer: Any, asked: list[Question]) -> list[list[float]]:
+def plain(model: Any, tokenizer: Any, asked: list[list[Message]]) -> list[list[float]]:
+    """What transformers alone gives for the same questions."""
     import torch
 
     first = [encode_text(tokenizer, option, start=False)[0] for option in OPTIONS]
+    cue = encode_text(tokenizer, CUE, start=False)
+    prompts = [encode_chat(tokenizer, chat, add_generation_prompt=True) + cue for chat in asked]
     scores = []
-    for start in range(0, len(asked), BATCH):
-        prompts = []
-        for question in asked[start : start + BATCH]:
-            assert not isinstance(question.text, str)
-            chat = encode_chat(tokenizer, question.text, add_generation_prompt=True)
-            prompts.append(chat + encode_text(tokenizer, question.cue, start=False))
-        batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+    for start in range(0, len(prompts), BATCH):
+        batch = tokenizer.pad({"input_ids": prompts[start : start + BATCH]}, padding_side="left", return_tensors="pt")
         positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         with torch.inference_mode():
             logits = model(**batch, position_ids=positions, logits_to_keep=1).logits[:, -1]
@@ -111,24 +108,20 @@ def main() -> None:
     arguments.add_argument("--repeats", type=int, default=3)
     options = arguments.parse_args()
     engine = LocalEngine(options.model, batch_size=options.rows, device="cpu", dtype="float32")
-    model, asked = load_causal_lm(engine.path), questions(options.rows)
-    engine.score(asked[:2])  # loads the weights
+    model, asked = load_causal_lm(engine.path), chats(options.rows)
+    questions = [Question(chat, OPTIONS, CUE) for chat in asked]
+    engine.score(questions[:2])  # loads the weights
     ratios = []
     for _ in range(options.repeats):
         started = time.perf_counter()
-        ours = engine.score(asked)
+        ours = engine.score(questions)
         ours_s = time.perf_counter() - started
         theirs = plain(model, engine.tokenizer, asked)
         theirs_s = time.perf_counter() - started - ours_s
-        gap = max(
-            abs(x - y)
-            for a, b in zip(ours, theirs, strict=True)
-            if isinstance(a, list)
-            for x, y in zip(a, b, strict=True)
-        )
+        pairs = zip((x for row in ours if isinstance(row, list) for x in row), chain(*theirs), strict=True)
         print(
             f"ours {len(asked) / ours_s:.2f}/s, transformers {len(asked) / theirs_s:.2f}/s, "
-            f"largest difference {gap:.1e}"
+            f"largest difference {max(abs(x - y) for x, y in pairs):.1e}"
         )
         ratios.append(theirs_s / ours_s)
     print(f"ratio score {median(ratios):.2f}")

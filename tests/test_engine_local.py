@@ -8,15 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny import END_OF_TEXT, tiny_model_dir
 
-from cai_cli.engines import decoding
+from cai_cli.engines import decoding, shared
 from cai_cli.engines.base import Ask, Question, Refusal, Reply, Sampling
 from cai_cli.engines.local import LocalEngine
 from cai_cli.errors import CaiError, UsageError
 from cai_cli.records import Message
 
-FAMILIES = ["llama", "qwen2", "mistral", "gemma2", "phi", "gpt2"]
+FAMILIES = [*sorted(shared.FAMILIES), "gpt2"]
 WINDOW = 9  # tokens seen by the sliding-window layers of the families that have them, far fewer than a prompt's
 
 
@@ -36,22 +38,18 @@ def family_config(family: str, vocab_size: int) -> Any:
         "pad_token_id": 0,
     }
     grouped = shape | {"num_key_value_heads": 2}
-    match family:
-        case "qwen2":
-            return transformers.Qwen2Config(**grouped)
-        case "mistral":
-            return transformers.MistralConfig(**grouped, sliding_window=WINDOW)
-        case "gemma2":
-            return transformers.Gemma2Config(
-                **grouped, head_dim=8, query_pre_attn_scalar=8, sliding_window=WINDOW, attn_logit_softcapping=5.0
-            )
-        case "phi":
-            return transformers.PhiConfig(**shape)
-        case _:
-            return transformers.GPT2Config(
-                vocab_size=vocab_size, n_embd=32, n_layer=2, n_head=4, n_positions=512, initializer_range=0.2,
-                bos_token_id=1, eos_token_id=2,
-            )  # fmt: skip
+    gemma = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": WINDOW, "attn_logit_softcapping": 5.0}
+    gpt2 = {"vocab_size": vocab_size, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, "eos_token_id": 2}
+    kind, settings = {
+        "gemma2": (transformers.Gemma2Config, grouped | gemma),
+        "gpt2": (transformers.GPT2Config, gpt2 | {"initializer_range": 0.2}),
+        "mistral": (transformers.MistralConfig, grouped | {"sliding_window": WINDOW}),
+        "phi": (transformers.PhiConfig, shape),
+        "phi3": (transformers.Phi3Config, grouped | {"sliding_window": WINDOW}),
+        "qwen2": (transformers.Qwen2Config, grouped),
+        "qwen3": (transformers.Qwen3Config, grouped | {"head_dim": 8}),
+    }[family]
+    return kind(**settings)
 
 
 @cache
@@ -282,6 +280,75 @@ def test_a_question_that_does_not_fit_is_refused_and_the_others_are_scored() -> 
     assert isinstance(refused, Refusal)
     assert "does not fit the context window of 512" in refused.reason
     assert scored == pytest.approx(one_by_one("llama", questions()[0]), abs=1e-4)
+
+
+# --- what rows share ----------------------------------------------------------------------------------------------
+
+ids = st.lists(st.integers(3, 5), min_size=1, max_size=12).map(tuple)
+
+
+@given(st.lists(ids, unique=True, max_size=12), st.integers(0, 60))
+def test_groups_hold_every_row_once_and_cost_no_more_than_one_group(rows: list[tuple[int, ...]], more: int) -> None:
+    rows = [(9,) * more + row for row in rows]
+    found = shared.groups(rows)
+    assert sorted(row for group in found for row in group) == sorted(rows)
+
+    def cost(group: list[tuple[int, ...]]) -> int:
+        start = min(shared.common_start(min(group), max(group)), min(map(len, group)) - 1)
+        return shared.LEAST_SHARED + start + sum(len(row) - start for row in group)
+
+    assert sum(map(cost, found)) <= (cost(rows) if rows else 0)
+
+
+def test_rows_of_two_long_starts_are_two_groups() -> None:
+    rows = [(start,) * 40 + (i, i) for start in (3, 4) for i in (5, 6, 7)]
+    assert shared.groups(rows) == [rows[:3], rows[3:]]
+
+
+@pytest.mark.parametrize("family", sorted(shared.FAMILIES))
+@pytest.mark.parametrize("start", [0, 40])
+def test_rows_run_in_small_pieces_equal_whole_forward_passes(
+    family: str, start: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared.SharedMemory, "_budget", 16)
+    generator = torch.Generator().manual_seed(0)
+
+    def some(count: int) -> list[int]:
+        return [int(i) for i in torch.randint(3, 400, (count,), generator=generator)]
+
+    common = some(start)
+    rows = [common + some(count) for count in (3, 4, 7, 20, 37)]
+    rows.insert(2, list(rows[1]))
+    memory = shared.SharedMemory(engine(family).model, 0, 3)
+    assert engine(family).shares
+    with torch.inference_mode():
+        found = memory.prefill(rows, 2)
+        assert memory.prefix_length == start
+        for row, logits in zip(rows, found, strict=True):
+            assert torch.allclose(logits, reference(family)(torch.tensor([row])).logits[0, -2:], atol=1e-4)
+        memory.keep([0, 5, 2])
+        rows = [rows[0], rows[5], rows[2]]
+        for token in (7, 8, 9):
+            rows = [[*row, token] for row in rows]
+            for row, logits in zip(rows, memory.step(torch.tensor([token] * 3)), strict=True):
+                assert torch.allclose(logits, reference(family)(torch.tensor([row])).logits[0, -1], atol=1e-4)
+
+
+def test_a_shared_start_and_equal_prompts_are_run_once() -> None:
+    fresh = LocalEngine(str(model_dir()), batch_size=None, device="cpu", dtype="float32")
+    run: list[int] = []
+    fresh.model.register_forward_pre_hook(
+        lambda _, __, inputs: run.append(inputs["input_ids"].numel()), with_kwargs=True
+    )
+    examples = "Please choose the response that is the most helpful, honest, and harmless. " * 3
+    wanted = [Ask(chat(examples + last), seed) for last in ("Yes", "No") for seed in range(4)]
+    assert len(fresh.generate(wanted, Sampling(1))) == 8
+    assert sum(run) < 1.5 * len(prompt_ids(fresh, wanted[0]))
+
+
+def test_a_family_that_is_not_known_is_run_as_transformers_does() -> None:
+    assert not engine("gpt2").shares
+    assert engine("llama").shares
 
 
 # --- the engine itself --------------------------------------------------------------------------------------------

@@ -121,7 +121,7 @@ class SharedMemory:
     @property
     def _budget(self) -> int:
         """Tokens of one forward pass: enough to keep the device busy, few enough for its memory."""
-        return 1024 if self.model.device.type == "cpu" else 16384
+        return 512 if self.model.device.type == "cpu" else 16384
 
     def _run_prefix(self, prompts: Sequence[Context], keep: int) -> None:
         shared = min(common_start(min(prompts), max(prompts)), min(len(prompt) for prompt in prompts) - keep)
@@ -169,9 +169,11 @@ class SharedMemory:
     def update(self, keys: "Tensor", values: "Tensor", layer: int, *_: Any) -> tuple["Tensor", "Tensor"]:
         """Store what a layer made of the current columns; all that the rows have of their own so far."""
         if layer == len(self.buffers):
-            shape = (self.count, keys.shape[1], self.width)
-            # Zeros, as an unused column's weight of 0 must not meet a NaN.
-            self.buffers.append((keys.new_zeros(*shape, keys.shape[-1]), values.new_zeros(*shape, values.shape[-1])))
+            _, heads, _, size = keys.shape
+            # Zeros, as an unused column's weight of 0 must not meet a NaN. Keys lie column by column in memory: the
+            # product with a few queries reads them a third faster.
+            stored_keys = keys.new_zeros(self.count, heads, size, self.width).transpose(2, 3)
+            self.buffers.append((stored_keys, values.new_zeros(self.count, heads, self.width, values.shape[-1])))
         all_keys, all_values = self.buffers[layer]
         all_keys[self.rows, :, self.columns] = keys
         all_values[self.rows, :, self.columns] = values

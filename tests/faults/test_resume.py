@@ -189,7 +189,14 @@ def test_a_signal_ends_the_run_with_its_code_a_clean_tail_and_no_traceback(
     sent: signal.Signals, code: int, tmp_path: Path
 ) -> None:
     write_inputs(tmp_path, 0.02)
-    child = subprocess.Popen([*CAI, *command("sample")], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    # A shell that starts the tests in the background leaves SIGINT ignored, and children inherit that.
+    child = subprocess.Popen(
+        [*CAI, *command("sample")],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+    )
     partial = tmp_path / "out.jsonl.partial"
     while not (partial.exists() and partial.stat().st_size):
         time.sleep(0.005)
