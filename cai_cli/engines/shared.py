@@ -169,7 +169,7 @@ class SharedMemory:
     def update(self, keys: "Tensor", values: "Tensor", layer: int, *_: Any) -> tuple["Tensor", "Tensor"]:
         """Store what a layer made of the current columns; all that the rows have of their own so far."""
         if layer == len(self.buffers):
-            _, heads, _, size = keys.shape
+            heads, size = keys.shape[1], keys.shape[3]
             # Zeros, as an unused column's weight of 0 must not meet a NaN. Keys lie column by column in memory: the
             # product with a few queries reads them a third faster.
             stored_keys = keys.new_zeros(self.count, heads, size, self.width).transpose(2, 3)
