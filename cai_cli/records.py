@@ -117,7 +117,8 @@ class Vote(Row):
 
 
 class Preference(Row):
-    """A compared pair. `p_chosen` is the mean over votes of the probability of `chosen`, so never under one half."""
+    """A compared pair. `p_chosen` is the mean over votes of the probability of `chosen`, so never under one half; a
+    pair that humans labelled has 1 and no votes. `human`: which of the two humans preferred, where the input says."""
 
     id: str = Field(min_length=1)
     prompt: list[Message] = Field(min_length=1)
@@ -125,6 +126,7 @@ class Preference(Row):
     rejected: list[Message] = Field(min_length=1, max_length=1)
     p_chosen: float = Field(ge=0.5, le=1)
     votes: list[Vote]
+    human: Literal["chosen", "rejected"] | None = None
     source: str | None
 
     @property
@@ -273,17 +275,54 @@ def _own_row_as_prompt(value: dict[str, Any], source: str, kind: Kind | None) ->
 def _human_pair_prompt(value: dict[str, Any]) -> list[Message]:
     if "prompt" in value:  # TRL's explicit-prompt preference form
         return _messages(value["prompt"], "prompt")
-    if isinstance(value["chosen"], list):
-        messages = _messages(value["chosen"], "chosen")
-    elif isinstance(value["chosen"], str):
-        messages = joined_turns(parse_transcript(value["chosen"]))
+    return _conversation(value, "chosen")[:-1]
+
+
+def _conversation(value: dict[str, Any], field: str) -> list[Message]:
+    """`chosen` or `rejected` of an HH-RLHF row up to its last assistant turn, which is the reply."""
+    if isinstance(value[field], list):
+        messages = _messages(value[field], field)
+    elif isinstance(value[field], str):
+        messages = joined_turns(parse_transcript(value[field]))
     else:
-        raise RowError(f"field 'chosen' must be a transcript or messages, this is {json_type(value['chosen'])}")
+        raise RowError(f"field {field!r} must be a transcript or messages, this is {json_type(value[field])}")
     while messages and messages[-1].role != "assistant":
         messages.pop()
     if len(messages) < 2:
-        raise RowError("field 'chosen' holds no human turn followed by an assistant turn")
-    return messages[:-1]
+        raise RowError(f"field {field!r} holds no human turn followed by an assistant turn")
+    return messages
+
+
+def parse_preference(value: object, *, source: str) -> Preference:
+    """A Preference row, or a pair that humans labelled: HH-RLHF `chosen` and `rejected` (transcripts or messages), or
+    TRL's with an explicit `prompt`. Raises RowError."""
+    if not isinstance(value, dict) or "votes" in value or "chosen" not in value or "rejected" not in value:
+        return load_row(Preference, value)
+    prompt = parse_prompt(value, source=source)
+    replies: dict[str, list[dict[str, str]]] = {}
+    for field in ("chosen", "rejected"):
+        whole = "prompt" not in value
+        if whole and _conversation(value, field)[:-1] != prompt.prompt:
+            raise RowError("`chosen` and `rejected` answer different prompts")
+        reply = _conversation(value, field)[-1:] if whole else _reply(value[field], field)
+        replies[field] = [m.model_dump() for m in reply]
+    # Humans may have compared several pairs of replies to one prompt: the id is of the whole comparison.
+    whole_pair = [*prompt.prompt, *(Message.model_validate(m[0]) for m in replies.values())]
+    fields = {
+        "id": conversation_id(whole_pair) if value.get("id") is None else prompt.id,
+        "prompt": [m.model_dump() for m in prompt.prompt],
+        "p_chosen": 1.0,
+        "votes": [],
+        "human": "chosen",
+        "source": prompt.source,
+    }
+    return load_row(Preference, fields | replies)
+
+
+def _reply(value: object, field: str) -> list[Message]:
+    if isinstance(value, str):
+        return [Message(role="assistant", content=value)]
+    return _messages(value, field)
 
 
 def _messages(value: object, field: str) -> list[Message]:

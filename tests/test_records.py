@@ -22,6 +22,7 @@ from cai_cli.records import (
     Sample,
     dump_row,
     load_row,
+    parse_preference,
     parse_prompt,
     parse_transcript,
     reject,
@@ -262,3 +263,25 @@ def test_a_rejected_row_holds_the_row_it_was_about_as_json_text() -> None:
     again = load_row(Rejected, orjson.loads(dump_row(reject(row.key, "no", row))))
     assert (again.key, again.reason) == ("p1/0", "no")
     assert orjson.loads(again.row) == sample_row(1)
+
+
+def test_a_human_labelled_pair_is_a_preference_without_votes() -> None:
+    start = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: "
+    row = parse_preference({"chosen": start + "good", "rejected": start + "bad"}, source="hh")
+    assert [m.content for m in row.prompt] == ["a", "b", "c"]
+    assert (row.chosen[0].content, row.rejected[0].content) == ("good", "bad")
+    assert (row.p_chosen, row.votes, row.human, row.source) == (1.0, [], "chosen", "hh")
+    assert parse_preference(orjson.loads(dump_row(row)), source="other") == row
+
+
+def test_explicit_prompts_and_plain_replies_make_the_same_preference() -> None:
+    told = parse_preference({"prompt": "q", "chosen": "good", "rejected": "bad"}, source="hh")
+    turns = {"prompt": [{"role": "user", "content": "q"}], "chosen": [{"role": "assistant", "content": "good"}]}
+    assert parse_preference({**turns, "rejected": [{"role": "assistant", "content": "bad"}]}, source="hh") == told
+    assert parse_preference({"prompt": "q", "chosen": "good", "rejected": "worse"}, source="hh").id != told.id
+
+
+def test_a_human_pair_with_two_prompts_is_refused() -> None:
+    pair = {"chosen": "\n\nHuman: a\n\nAssistant: x", "rejected": "\n\nHuman: b\n\nAssistant: x"}
+    with pytest.raises(RowError, match="different prompts"):
+        parse_preference(pair, source="hh")
