@@ -126,7 +126,7 @@ class Preference(Row):
     rejected: list[Message] = Field(min_length=1, max_length=1)
     p_chosen: float = Field(ge=0.5, le=1)
     votes: list[Vote]
-    human: Literal["chosen", "rejected"] | None = None
+    human: Literal["chosen", "rejected"] | None
     source: str | None
 
     @property

@@ -82,6 +82,7 @@ ROWS: dict[type[Row], st.SearchStrategy[dict[str, Any]]] = {
             "rejected": reply,
             "p_chosen": st.floats(0.5, 1),
             "votes": st.lists(vote),
+            "human": st.sampled_from([None, "chosen", "rejected"]),
             "source": st.none() | anything,
         }
     ),

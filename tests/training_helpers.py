@@ -50,6 +50,7 @@ def preference(
         "rejected": assistant(rejected),
         "p_chosen": p_chosen,
         "votes": [],
+        "human": None,
         "source": None,
     }
 

@@ -113,6 +113,7 @@ def _preference(
         rejected=pair.b if a_wins else pair.a,
         p_chosen=p_a if a_wins else 1 - p_a,
         votes=votes,
+        human=None,
         source=pair.source,
     )
 
