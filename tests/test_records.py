@@ -205,6 +205,7 @@ def test_our_own_rows_are_prompts_again() -> None:
         "rejected": sample["completion"],
         "p_chosen": 0.7,
         "votes": [],
+        "human": None,
         "source": None,
     }
     assert said(parse(preference)) == [("user", "question 3")]
