@@ -87,7 +87,8 @@ class SharedMemory:
             first = width + start - max(lengths[rows])
             for columns in self._spans(first, width, keep):
                 out = self._forward(ids[rows, columns], rows, columns, first, keep)
-            logits.append(out)
+            # A batch of short rows holds fewer than `keep` columns: zeros stand before them, which nobody reads.
+            logits.append(torch.nn.functional.pad(out, (0, 0, keep - out.shape[1], 0)))
         sources = [places[prompt] for prompt in order]
         # Backwards, as a row's source stands at its own place or before it.
         self._copy([(to, source) for to, source in enumerate(sources) if to != source][::-1])
