@@ -27,11 +27,14 @@ class CritiquePrinciple(Row):
 
 
 class PreferencePrinciple(Row):
-    """Paper section 4.1: by what to choose between two replies."""
+    """Paper section 4.1: by what to choose between two replies. `following` and `breaking` tell a model how to speak
+    so that it would win or lose by this principle (`label-prefs --method contrast`)."""
 
     id: Text
     theme: str | None = None
     comparison: Text
+    following: Text | None = None
+    breaking: Text | None = None
 
 
 class CritiqueExample(Row):

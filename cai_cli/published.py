@@ -17,6 +17,7 @@ from cai_cli.constitution import (
     PreferencePrinciple,
 )
 from cai_cli.errors import CaiError, RowError
+from cai_cli.prompts import cot_example
 from cai_cli.records import Message, parse_transcript, render_transcript
 
 _CRITIQUE = re.compile(r"\A\n\nCritiqueRequest: (.+)\n\nCritique:\Z", re.DOTALL)
@@ -126,18 +127,8 @@ def _cot_example(text: str) -> ComparisonExample:
         rationale=rationale,
         preamble=preamble,
     )
-    _same(render_cot_example(example), text)
+    _same(cot_example(example, "{}"), text)
     return example
-
-
-def render_cot_example(example: ComparisonExample) -> str:
-    """A worked chain-of-thought comparison in the published raw form, `{}` standing for the principle."""
-    turns = "".join(f"\n\n{'H' if m.role == 'user' else 'A'}: {m.content}" for m in example.messages)
-    a, b = example.options
-    return (
-        f"{example.preamble}{turns}\n\n{{}}\n (A) [[[{a}]]]\n (B) [[[{b}]]]\n\n"
-        f"Assistant: Let's think step by step:{example.rationale}\n\nHuman:\nSo the answer is: ({example.answer})"
-    )
 
 
 def _same(rendered: str, published: str) -> None:

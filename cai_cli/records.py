@@ -195,6 +195,10 @@ def conversation_id(messages: list[Message]) -> str:
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES: Mapping[str, Role] = {"Human": "user", "Assistant": "assistant"}
+SPEAKERS: Mapping[Role, str] = {"user": "Human", "assistant": "Assistant", "system": "System"}
+_NAMES = "(Human|Assistant|System|H|A|CritiqueRequest|Critique|RevisionRequest|Revision)"
+_HEADING = re.compile(rf"\n\n( *){_NAMES}:")
+_ESCAPED = re.compile(rf"\n\n ( *){_NAMES}:")
 # What a row may carry beside its prompt without our reading it; any other field is an error, not silently ignored.
 _PROMPT_FIELDS = frozenset({"id", "kind", "source"})
 
@@ -209,15 +213,20 @@ def parse_transcript(text: str) -> list[Message]:
     if pieces[0].strip() or len(pieces) < 3:
         raise RowError(r"not a transcript: it must start with '\n\nHuman:'")
     return [
-        Message(role=_ROLES[who], content=said.removeprefix(" "))
+        Message(role=_ROLES[who], content=_ESCAPED.sub(r"\n\n\1\2:", said.removeprefix(" ")))
         for who, said in zip(pieces[1::2], pieces[2::2], strict=True)
     ]
 
 
-def render_transcript(messages: Sequence[Message]) -> str:
-    """`\\n\\nHuman: ...\\n\\nAssistant: ...`; the inverse of `parse_transcript`."""
-    speaker = {"user": "Human", "assistant": "Assistant", "system": "System"}
-    return "".join(f"\n\n{speaker[m.role]}: {m.content}" for m in messages)
+def render_transcript(messages: Sequence[Message], names: Mapping[Role, str] = SPEAKERS) -> str:
+    """`\\n\\nHuman: ...\\n\\nAssistant: ...`; the inverse of `parse_transcript`. What a message says never becomes a
+    turn of its own."""
+    return "".join(f"\n\n{names[m.role]}: {escape_headings(m.content)}" for m in messages)
+
+
+def escape_headings(text: str) -> str:
+    """`text` with a space before each line that would be read as a turn or as another part of a raw prompt."""
+    return _HEADING.sub(r"\n\n \1\2:", text)
 
 
 def joined_turns(messages: list[Message]) -> list[Message]:

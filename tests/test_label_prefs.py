@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Cai
@@ -12,16 +13,18 @@ from hypothesis import strategies as st
 from stage_helpers import manifest_of, rows_in, sample_row, write_rows
 
 from cai_cli.constitution import PreferencePrinciple
-from cai_cli.engines.base import Engine, Question, Refusal
+from cai_cli.engines.base import Ask, Engine, Question, Refusal, Reply, Sampling
 from cai_cli.engines.scripted import ScriptedEngine
-from cai_cli.phase2_feedback.label_prefs import Labeller, Order, Pair, first_share, label_prefs
-from cai_cli.prompts import assistant, user
+from cai_cli.phase2_feedback.judging import CONTENT_FREE, Judge, Order, sigmoid
+from cai_cli.phase2_feedback.label_prefs import Labeller, label_prefs
+from cai_cli.phase2_feedback.pairs import Pair
+from cai_cli.prompts import assistant, fence, user
 from cai_cli.records import Preference, Rejected
 
 PRINCIPLE = PreferencePrinciple(id="kind", comparison="Which is kinder?")
 
 
-class Judge(ScriptedEngine):
+class Answers(ScriptedEngine):
     """Answers each question with the next of its log-probabilities."""
 
     def __init__(self, *answers: list[float] | Refusal) -> None:
@@ -34,11 +37,17 @@ class Judge(ScriptedEngine):
 
 
 def pair(number: int = 0) -> Pair:
-    return Pair(id=f"p{number}/0-1", prompt=[user("q")], a=[assistant("left")], b=[assistant("right")], source="s")
+    return Pair(
+        id=f"p{number}/0-1", prompt=[user("q")], a=[assistant("left")], b=[assistant("right")], human=None, source="s"
+    )
 
 
-def label(judge: Engine, orders: tuple[Order, ...] = ("ab", "ba"), pairs: int = 1) -> list[Preference | Rejected]:
-    return label_prefs([pair(i) for i in range(pairs)], Labeller(judge, [PRINCIPLE], [], "raw", orders, 0))
+def judge_of(engine: Engine, method: str = "choice", **settings: Any) -> Judge:
+    return Judge(engine, method, [], "raw", 0, Sampling(), **settings)
+
+
+def label(engine: Engine, orders: tuple[Order, ...] = ("ab", "ba"), pairs: int = 1) -> list[Preference | Rejected]:
+    return label_prefs([pair(i) for i in range(pairs)], Labeller(judge_of(engine), [PRINCIPLE], 1, orders))
 
 
 def logs(p: float) -> list[float]:
@@ -48,7 +57,7 @@ def logs(p: float) -> list[float]:
 
 def test_both_orders_are_asked_and_averaged_and_votes_are_turned_to_the_chosen_reply() -> None:
     # First asked left-right: left gets 0.6. Then right-left: right gets 0.9, so left 0.1. Left: 0.35, right wins.
-    judge = Judge(logs(0.6), logs(0.9))
+    judge = Answers(logs(0.6), logs(0.9))
     (row,) = label(judge)
     assert isinstance(row, Preference)
     assert (row.chosen[0].content, row.rejected[0].content) == ("right", "left")
@@ -64,7 +73,7 @@ def test_both_orders_are_asked_and_averaged_and_votes_are_turned_to_the_chosen_r
 
 @given(st.floats(0.001, 0.999))
 def test_a_judge_that_only_likes_a_position_never_makes_a_preference(p: float) -> None:
-    (row,) = label(Judge(logs(p), logs(p)))
+    (row,) = label(Answers(logs(p), logs(p)))
     assert isinstance(row, Rejected)
     assert row.reason == "tie"
     assert json.loads(row.row)["id"] == row.key == "p0/0-1"
@@ -75,7 +84,7 @@ def test_the_chosen_reply_has_at_least_one_half_and_the_votes_say_why(
     answers: list[tuple[list[float], list[float]]], both: bool
 ) -> None:
     orders: tuple[Order, ...] = ("ab", "ba") if both else ("ab",)
-    rows = label(Judge(*(x for two in answers for x in two[: len(orders)])), orders, len(answers))
+    rows = label(Answers(*(x for two in answers for x in two[: len(orders)])), orders, len(answers))
     assert [row.key for row in rows] == [f"p{i}/0-1" for i in range(len(answers))]
     for row in rows:
         if isinstance(row, Preference):
@@ -89,12 +98,12 @@ def test_the_chosen_reply_has_at_least_one_half_and_the_votes_say_why(
 
 @given(st.floats(-1e4, 0), st.floats(-1e4, 0))
 def test_shares_are_probabilities_that_sum_to_one(a: float, b: float) -> None:
-    assert 0 <= first_share([a, b]) <= 1
-    assert first_share([a, b]) + first_share([b, a]) == pytest.approx(1)
+    assert 0 <= sigmoid(a - b) <= 1
+    assert sigmoid(a - b) + sigmoid(b - a) == pytest.approx(1)
 
 
 def test_a_refusal_in_either_order_rejects_the_pair_with_its_reason() -> None:
-    rows = label(Judge(logs(0.9), Refusal("too long"), logs(0.9), logs(0.2)), pairs=2)
+    rows = label(Answers(logs(0.9), Refusal("too long"), logs(0.9), logs(0.2)), pairs=2)
     assert isinstance(rows[0], Rejected)
     assert rows[0].reason == "too long"
     assert isinstance(rows[1], Preference)
@@ -146,3 +155,177 @@ def test_replies_that_stand_apart_or_twice_are_an_error_with_both_lines(
     refused = cai("label-prefs", "samples.jsonl", "--model", "scripted:script.jsonl", "-o", "prefs.jsonl")
     assert refused.code == 1
     assert said in refused.stderr
+
+
+# --- methods, ensembles, and where pairs come from --------------------------------------------------------------------
+
+
+class Reader(ScriptedEngine):
+    """A judge that reads the question: `score_of(text, options)` and `say(text)` are the test's."""
+
+    def __init__(self, score_of: Any = None, say: Any = None) -> None:
+        self.score_of, self.say = score_of, say
+        self.asked: list[Ask] = []
+
+    def score(self, questions: Sequence[Question]) -> list[list[float] | Refusal]:
+        return [self.score_of(f"{q.text}{q.cue}", q.options) for q in questions]
+
+    def generate(self, asks: Sequence[Ask], sampling: Sampling) -> list[Reply | Refusal]:
+        self.asked += asks
+        return [Reply(self.say(f"{a.text}{a.cue}", a.seed), "stop") for a in asks]
+
+
+def leaning(text: str, options: tuple[str, ...]) -> list[float]:
+    """Likes the letter A by 2 nats and the reply `right` by 1."""
+    blank = any(f"(A) {fence(free)}" in text for free in CONTENT_FREE)
+    first_is_right = text.rindex("[[[right]]]") < text.rindex("[[[left]]]") if not blank else None
+    return [2.0 + {True: 1.0, False: -1.0, None: 0.0}[first_is_right], 0.0]
+
+
+def test_calibration_takes_out_the_liking_for_a_letter_and_leaves_the_preference() -> None:
+    labeller = Labeller(judge_of(Reader(leaning), calibrate=True), [PRINCIPLE], 1, ("ab", "ba"))
+    (row,) = label_prefs([pair()], labeller)
+    assert isinstance(row, Preference)
+    assert row.chosen[0].content == "right"
+    assert row.p_chosen == pytest.approx(sigmoid(1.0))
+    assert sorted(v.p_first for v in row.votes) == pytest.approx([sigmoid(-1.0), sigmoid(1.0)])
+    (raw,) = label_prefs([pair()], Labeller(judge_of(Reader(leaning)), [PRINCIPLE], 1, ("ab", "ba")))
+    assert isinstance(raw, Preference)
+    assert all(v.p_first > 0.5 for v in raw.votes)
+
+
+def test_thoughts_are_kept_clamped_and_averaged() -> None:
+    engine = Reader(lambda text, _: [0.0, -9.0] if "left wins" in text else [-9.0, 0.0],
+                    lambda _, seed: " left wins" if seed % 2 else " right wins")  # fmt: skip
+    labeller = Labeller(judge_of(engine, "cot", clamp=(0.4, 0.6)), [PRINCIPLE], 1, ("ab",), samples=5)
+    (row,) = label_prefs([pair()], labeller)
+    assert isinstance(row, Preference)
+    assert len({ask.seed for ask in engine.asked}) == len(row.votes) == 5
+    assert {v.rationale for v in row.votes} <= {"left wins", "right wins"}
+    for vote in row.votes:
+        assert vote.p_first == (0.6 if vote.rationale == "left wins" else 0.4)
+    p_left = math.fsum(v.p_first for v in row.votes) / 5
+    assert row.p_chosen == pytest.approx(max(p_left, 1 - p_left))
+
+
+def test_an_empty_thought_and_an_unreadable_verdict_are_no_votes() -> None:
+    for method, said in (("cot", "empty rationale"), ("verdict", "no verdict in the answer")):
+        engine = Reader(lambda *_: [0.0, -1.0], lambda *_: " ")
+        (row,) = label_prefs([pair()], Labeller(judge_of(engine, method), [PRINCIPLE], 1, ("ab", "ba")))
+        assert isinstance(row, Rejected)
+        assert row.reason == said
+
+
+def test_verdicts_in_words_are_votes_of_zero_or_one() -> None:
+    engine = Reader(say=lambda text, _: "(A)" if text.rindex("[[[left]]]") < text.rindex("[[[right]]]") else "(B)")
+    (row,) = label_prefs([pair()], Labeller(judge_of(engine, "verdict"), [PRINCIPLE], 1, ("ab", "ba")))
+    assert isinstance(row, Preference)
+    assert (row.chosen[0].content, row.p_chosen) == ("left", 1.0)
+    assert [(v.order, v.p_first) for v in row.votes] == [("ab", 1.0), ("ba", 0.0)]
+
+
+def test_a_contrast_is_the_difference_of_the_differences() -> None:
+    principle = PRINCIPLE.model_copy(update={"following": "Be kind.", "breaking": "Be rude."})
+    told = {"Be kind.": [-5.0, -7.0], "Be rude.": [-4.0, -8.0]}  # left: -1, right: +1
+    engine = Reader(lambda text, options: next(v for k, v in told.items() if k in text))
+    (row,) = label_prefs([pair()], Labeller(judge_of(engine, "contrast"), [principle], 1, ("ab",)))
+    assert isinstance(row, Preference)
+    assert row.chosen[0].content == "right"
+    assert row.p_chosen == pytest.approx(sigmoid(2.0))
+
+
+MANY = [PreferencePrinciple(id=f"rule{i}", comparison=f"By rule {i}?") for i in range(5)]
+
+
+def by_rule(text: str, _: Any) -> list[float] | Refusal:
+    """Rule 0 and 1 like `left`, the others `right`; rule 4 answers only when `left` stands first."""
+    rule = int(text[text.rindex("By rule ") + 8])
+    left_first = text.rindex("[[[left]]]") < text.rindex("[[[right]]]")
+    if rule == 4 and not left_first:
+        return Refusal("too long")
+    return [1.0, 0.0] if (rule < 2) == left_first else [0.0, 1.0]
+
+
+def test_votes_are_kept_per_principle_and_order_and_a_half_answered_principle_has_none() -> None:
+    labeller = Labeller(judge_of(Reader(by_rule)), MANY, 5, ("ab", "ba"))
+    (row,) = label_prefs([pair()], labeller)
+    assert isinstance(row, Rejected)  # two against two
+    assert row.reason == "tie"
+    (row,) = label_prefs([pair()], Labeller(judge_of(Reader(by_rule)), MANY[1:], 4, ("ab", "ba")))
+    assert isinstance(row, Preference)
+    assert row.chosen[0].content == "right"
+    assert row.p_chosen == pytest.approx((2 * sigmoid(1) + sigmoid(-1)) / 3)
+    assert sorted((v.principle_id, v.order) for v in row.votes) == [
+        (f"rule{i}", order) for i in (1, 2, 3) for order in ("ab", "ba")
+    ]
+
+
+@given(st.integers(1, 5), st.integers(0, 99))
+def test_the_principles_of_a_pair_are_drawn_without_repetition_and_grow_with_their_number(k: int, number: int) -> None:
+    def drawn(count: int) -> list[str]:
+        labeller = Labeller(judge_of(Reader()), MANY, count, ("ab",))
+        return [c.principle.id for c in labeller.comparisons(pair(number))]
+
+    assert len(set(drawn(k))) == k
+    assert drawn(5)[:k] == drawn(k)
+
+
+def test_every_principle_is_drawn_about_equally_often() -> None:
+    labeller = Labeller(judge_of(Reader()), MANY, 1, ("ab",))
+    drawn = [c.principle.id for i in range(1000) for c in labeller.comparisons(pair(i))]
+    assert all(150 < drawn.count(p.id) < 250 for p in MANY)
+
+
+def human(number: int) -> dict[str, object]:
+    start = f"\n\nHuman: question {number}\n\nAssistant: "
+    return {"chosen": f"{start}good {number}", "rejected": f"{start}bad {number}"}
+
+
+def test_human_pairs_are_labelled_and_say_whom_the_humans_preferred(cai: Cai, tmp_path: Path) -> None:
+    run(cai, tmp_path, [human(i) for i in range(40)], "--one-order")  # the judge likes what stands first
+    rows = rows_in(tmp_path / "prefs.jsonl")
+    assert len(rows) == 40
+    for row in rows:
+        assert row["human"] == ("chosen" if row["chosen"][0]["content"].startswith("good") else "rejected")
+    assert 8 < sum(row["human"] == "chosen" for row in rows) < 32  # the better reply stands on either side
+
+
+def test_a_random_pairing_uses_no_reply_twice(cai: Cai, tmp_path: Path) -> None:
+    run(cai, tmp_path, [sample_row(1, k) for k in range(5)], "--one-order", "--pairs", "random")
+    rows = rows_in(tmp_path / "prefs.jsonl")
+    told = [row[side][0]["content"] for row in rows for side in ("chosen", "rejected")]
+    assert len(told) == len(set(told)) == 4
+
+
+def test_pairs_under_the_confidence_asked_for_are_counted_and_can_be_asked_again(cai: Cai, tmp_path: Path) -> None:
+    counts = run(cai, tmp_path, [human(i) for i in range(3)], "--min-confidence", "0.6")
+    assert counts["rejected_reasons"] == {"tie": 3}
+    again = [json.loads(row["row"]) for row in rows_in(tmp_path / "prefs.jsonl.rejected.jsonl")]
+    counts = run(cai, tmp_path, again, "--one-order", "--min-confidence", "0.95", "--overwrite")
+    assert counts["rejected_reasons"] == {"under --min-confidence": 3}
+    counts = run(cai, tmp_path, again, "--one-order", "--min-confidence", "0.9", "--overwrite")
+    assert (counts["out"], counts["rejected"]) == (3, 0)
+    relabelled = rows_in(tmp_path / "prefs.jsonl")
+    run(cai, tmp_path, relabelled, "--one-order", "--overwrite")
+    assert {row["id"] for row in rows_in(tmp_path / "prefs.jsonl")} == {row["id"] for row in relabelled}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--method", "guess"],
+        ["--pairs", "some"],
+        ["--clamp", "0.6,0.9"],
+        ["--clamp", "x"],
+        ["--principles-per-pair", "0"],
+        ["--principles-per-pair", "17"],
+        ["--cot-samples", "2"],
+        ["--method", "cot", "--calibrate"],
+    ],
+)
+def test_a_way_of_judging_that_is_none_is_a_usage_error(words: list[str], cai: Cai, tmp_path: Path) -> None:
+    write_rows(tmp_path / "samples.jsonl", [sample_row(1, k) for k in range(2)])
+    refused = cai("label-prefs", "samples.jsonl", "--model", "scripted:none", "-o", "prefs.jsonl", *words)
+    assert refused.code == 2
+    assert "error:" in refused.stderr
+    assert not (tmp_path / "prefs.jsonl").exists()

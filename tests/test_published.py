@@ -9,8 +9,8 @@ from conftest import Cai
 
 from cai_cli import constitution as con
 from cai_cli.errors import CaiError
-from cai_cli.prompts import critique_request
-from cai_cli.published import import_published, render_cot_example
+from cai_cli.prompts import cot_example, critique_request
+from cai_cli.published import import_published
 
 INSTRUCTIONS = {
     "rule0": {
@@ -39,7 +39,7 @@ COMPARED = [
 def cot(speaker: str, answer: str) -> str:
     return (
         f"{speaker}: Consider the following conversation between a human and a helper:"
-        "\n\nH: one?\n\nA: two.\n\nH: three?\n\n{}\n (A) [[[left [1]]]]\n (B) [[[right]]]\n\nAssistant: Let's think step by step: left is \n\nright.\n\n"
+        "\n\nH: one?\n\nA: two.\n\nH: three?\n\n{}\n (A) [[[left [1].]]]\n (B) [[[right]]]\n\nAssistant: Let's think step by step: left is \n\nright.\n\n"
         f"Human:\nSo the answer is: ({answer})"
     )
 
@@ -86,9 +86,9 @@ def test_pairs_become_examples_whose_answers_alternate(tmp_path: Path) -> None:
 def test_chain_of_thought_examples_come_back_byte_for_byte(tmp_path: Path) -> None:
     found = import_published(put(tmp_path, COT))
     assert isinstance(found, con.PreferenceConstitution)
-    assert [{"prompt": render_cot_example(e)} for e in found.examples] == COT
+    assert [{"prompt": cot_example(e, "{}")} for e in found.examples] == COT
     assert [e.answer for e in found.examples] == ["A", "B"]
-    assert found.examples[0].options == ["left [1]", "right"]
+    assert found.examples[0].options == ["left [1].", "right"]
 
 
 @pytest.mark.parametrize("value", [INSTRUCTIONS, EXAMPLES, COMPARISONS, COMPARED, COT])

@@ -1,173 +1,183 @@
-"""`cai label-prefs`: samples -> preference pairs labelled by a model under principles (paper section 4.1).
+"""`cai label-prefs`: pairs of replies -> preferences labelled by a model under principles (paper section 4.1).
 
-The feedback model is shown a pair as a multiple-choice question and its label is the normalised log-probability of
-the options, not a parsed letter. One principle is drawn per comparison. Departure: the paper asks once; here every
-pair is asked in both orders by default and the two answers are averaged, so a liking for the first position cancels
-instead of becoming a preference.
+The label is a probability, the mean of votes: one per principle, order and rationale. As in the paper a principle is
+drawn per comparison, `--principles-per-pair` asks under several (the paper: ensembling over principles makes the
+preference model more robust), and a chain of thought is clamped to 40-60%. Departure: the paper asks each question
+once; here every pair is asked in both orders by default, so that a liking for the first position cancels instead of
+becoming a preference, and a principle counts only where all its orders were answered.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations, groupby, islice
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from cai_cli import options
-from cai_cli.constitution import (
-    ComparisonExample,
-    PreferenceConstitution,
-    PreferencePrinciple,
-    draw,
-    open_constitution,
-    select,
-)
+from cai_cli.constitution import PreferenceConstitution, PreferencePrinciple, open_constitution, select
 from cai_cli.engines import open_engine
-from cai_cli.engines.base import Engine, Question, Refusal
-from cai_cli.errors import BadRow
-from cai_cli.jsonl import KeyTable, read_rows, shown
+from cai_cli.engines.base import Refusal, Sampling, seed_for
+from cai_cli.errors import UsageError
 from cai_cli.manifest import hash_input, provenance, settings_of
-from cai_cli.phase1_supervised.reviser import sample_or_revision
-from cai_cli.prompts import OPTIONS, Form, comparison_request, pick_form
-from cai_cli.records import Message, Preference, Rejected, Row, Sample, Vote, reject
-from cai_cli.stage import Job, Skip, Unit, Units
+from cai_cli.phase2_feedback.judging import METHODS, Comparison, Judge, Judgement, Order
+from cai_cli.phase2_feedback.pairs import PAIRINGS, Pair, pair_units
+from cai_cli.prompts import pick_form
+from cai_cli.records import Preference, Rejected, Vote, reject
+from cai_cli.stage import Job
 
-Order = Literal["ab", "ba"]
-
-
-class Pair(Row):
-    """Two replies to one prompt; `id` names the prompt and the two sample indices."""
-
-    id: str
-    prompt: list[Message]
-    a: list[Message]
-    b: list[Message]
-    source: str | None
-
-    @property
-    def key(self) -> str:
-        return self.id
+Answers = Sequence[tuple[Comparison, Judgement | Refusal]]
 
 
 @dataclass(frozen=True)
 class Labeller:
-    """A feedback model that compares replies under principles."""
+    """A judge, the principles it draws from and how often it is asked."""
 
-    engine: Engine
+    judge: Judge
     principles: Sequence[PreferencePrinciple]
-    examples: Sequence[ComparisonExample]
-    form: Form
+    per_pair: int
     orders: tuple[Order, ...]
-    seed: int
+    samples: int = 1
+    min_confidence: float = 0.5
+
+    def comparisons(self, pair: Pair) -> Iterator[Comparison]:
+        """All that is asked about one pair. The principles drawn for it depend on the seed and the pair alone."""
+        drawn = sorted(self.principles, key=lambda p: seed_for(self.judge.seed, "comparison", pair.id, p.id))
+        for principle in drawn[: self.per_pair]:
+            for order in self.orders:
+                for sample in range(self.samples):
+                    yield Comparison(pair, principle, order, sample)
 
 
 def label_prefs(pairs: Sequence[Pair], labeller: Labeller) -> list[Preference | Rejected]:
-    """One preference per pair, in order: `p_chosen` is the mean over the orders asked. Ties are rejected."""
-    asked = [(pair, order) for pair in pairs for order in labeller.orders]
-    drawn = {pair.id: draw(labeller.principles, labeller.seed, "comparison", pair.id) for pair in pairs}
-    questions = []
-    for pair, order in asked:
-        replies = [pair.a[0].content, pair.b[0].content]
-        request = comparison_request(
-            pair.prompt,
-            drawn[pair.id].comparison,
-            replies if order == "ab" else replies[::-1],
-            labeller.examples,
-            labeller.form,
-        )
-        questions.append(Question(request.text, OPTIONS, request.cue))
-    answers = iter(labeller.engine.score(questions))
+    """One preference per pair, in order. A tie, a pair without a vote and one under `min_confidence` are rejected,
+    each with its reason."""
+    asked = [list(labeller.comparisons(pair)) for pair in pairs]
+    answers = iter(labeller.judge.judge([comparison for group in asked for comparison in group]))
     return [
-        _preference(pair, drawn[pair.id].id, labeller.orders, list(islice(answers, len(labeller.orders))))
-        for pair in pairs
+        _preference(pair, [(c, next(answers)) for c in group], labeller)
+        for pair, group in zip(pairs, asked, strict=True)
     ]
 
 
-def _preference(
-    pair: Pair, principle_id: str, orders: Sequence[Order], answers: Sequence[list[float] | Refusal]
-) -> Preference | Rejected:
-    for answer in answers:
-        if isinstance(answer, Refusal):
-            return reject(pair.key, answer.reason, pair)
-    firsts = [first_share(answer) for answer in answers if not isinstance(answer, Refusal)]
-    p_a = math.fsum(p if order == "ab" else 1 - p for order, p in zip(orders, firsts, strict=True)) / len(orders)
+def _preference(pair: Pair, answers: Answers, labeller: Labeller) -> Preference | Rejected:
+    votes: list[tuple[Comparison, Judgement]] = []
+    shares = []
+    for start in range(0, len(answers), len(labeller.orders) * labeller.samples):
+        one_principle = answers[start : start + len(labeller.orders) * labeller.samples]
+        answered = [(c, judgement) for c, judgement in one_principle if isinstance(judgement, Judgement)]
+        of_orders = [[_p_a(c, j) for c, j in answered if c.order == order] for order in labeller.orders]
+        if all(of_orders):
+            votes += answered
+            shares.append(math.fsum(math.fsum(p) / len(p) for p in of_orders) / len(of_orders))
+    if not shares:
+        reason = next(judgement.reason for _, judgement in answers if isinstance(judgement, Refusal))
+        return reject(pair.key, reason, pair)
+    p_a = math.fsum(shares) / len(shares)
     if p_a == 0.5:
         return reject(pair.key, "tie", pair)
+    if max(p_a, 1 - p_a) < labeller.min_confidence:
+        return reject(pair.key, "under --min-confidence", pair)
+    return _labelled(pair, p_a, votes, labeller.judge.method)
+
+
+def _p_a(comparison: Comparison, judgement: Judgement) -> float:
+    return judgement.p_first if comparison.order == "ab" else 1 - judgement.p_first
+
+
+def _labelled(pair: Pair, p_a: float, votes: Sequence[tuple[Comparison, Judgement]], method: str) -> Preference:
     a_wins = p_a > 0.5
-    votes = [
-        # "ab" in a vote means that the chosen reply stood first.
-        Vote(
-            principle_id=principle_id,
-            method="choice",
-            order="ab" if (order == "ab") == a_wins else "ba",
-            p_first=p,
-            rationale=None,
-        )
-        for order, p in zip(orders, firsts, strict=True)
-    ]
     return Preference(
         id=pair.id,
         prompt=pair.prompt,
         chosen=pair.a if a_wins else pair.b,
         rejected=pair.b if a_wins else pair.a,
         p_chosen=p_a if a_wins else 1 - p_a,
-        votes=votes,
-        human=None,
+        votes=[
+            Vote(
+                principle_id=c.principle.id,
+                method=method,
+                # "ab" in a vote means that the chosen reply stood first.
+                order="ab" if (c.order == "ab") == a_wins else "ba",
+                p_first=judgement.p_first,
+                rationale=judgement.rationale,
+            )
+            for c, judgement in votes
+        ],
+        human=None if pair.human is None else "chosen" if (pair.human == "a") == a_wins else "rejected",
         source=pair.source,
     )
 
 
-def first_share(logprobs: Sequence[float]) -> float:
-    """The probability of the first of two options, normalised over both (paper section 4.1), from natural logs."""
-    first, second = logprobs
-    return 1 / (1 + math.exp(min(second - first, 700.0)))
+def pick_per_pair(wanted: str, principles: Sequence[PreferencePrinciple]) -> int:
+    """`--principles-per-pair` as a number. Raises UsageError."""
+    if wanted == "all":
+        return len(principles)
+    if not wanted.isdecimal() or not 1 <= int(wanted) <= len(principles):
+        raise UsageError(
+            f"--principles-per-pair must be all or a number from 1 to {len(principles)}, not {wanted!r}",
+            hint=f"{len(principles)} principles are in use",
+        )
+    return int(wanted)
 
 
-def pair_units(source: str, limit: int | None) -> Units[Pair]:
-    """All pairs of the samples of each prompt. Rows of one prompt must stand together, as `cai sample` writes them.
-
-    Raises BadRow where they do not, or where one stands twice: pairs would be missing, or be no pairs.
-    """
-    rows, prompts = islice(read_rows(source, sample_or_revision), limit), KeyTable()
-    name = shown(source)
-    for prompt_id, group in groupby(rows, key=lambda numbered: numbered[1].id):
-        samples = list(group)
-        line = samples[0][0]
-        if first := prompts.add(prompt_id, line):
-            raise BadRow(name, line, f"more replies to {prompt_id!r}, after those of line {first}", "sort by id")
-        lines: dict[str, int] = {}
-        for line, sample in samples:
-            if lines.setdefault(sample.key, line) != line:
-                raise BadRow(name, line, f"{sample.key!r} stands on line {lines[sample.key]} already")
-        if len(samples) == 1:
-            yield Skip("only one reply to the prompt", samples[0][0])
-        for (line, a), (_, b) in combinations(samples, 2):
-            if a.completion == b.completion:
-                yield Skip("identical replies", line)
-            else:
-                yield Unit(_pair_id(a, b), line, _pair(a, b))
+def pick_clamp(wanted: str | None, method: str) -> tuple[float, float]:
+    """`--clamp LOW,HIGH`; by default 0.4,0.6 for cot (paper section 4.1), else none. Raises UsageError."""
+    if wanted is None:
+        return (0.4, 0.6) if method == "cot" else (0.0, 1.0)
+    try:
+        low, high = (float(part) for part in wanted.split(","))
+    except ValueError:
+        low, high = 1.0, 0.0
+    if not 0 <= low <= 0.5 <= high <= 1:
+        raise UsageError(f"--clamp must be LOW,HIGH with 0 <= LOW <= 0.5 <= HIGH <= 1, not {wanted!r}")
+    return low, high
 
 
-def _pair_id(a: Sample, b: Sample) -> str:
-    return f"{a.id}/{a.sample_index}-{b.sample_index}"
-
-
-def _pair(a: Sample, b: Sample) -> Pair:
-    return Pair(id=_pair_id(a, b), prompt=a.prompt, a=a.completion, b=b.completion, source=a.source)
+def _check(method: str, pairs: str, calibrate: bool, cot_samples: int) -> None:
+    if method not in METHODS:
+        raise UsageError(f"--method must be one of {', '.join(METHODS)}, not {method!r}")
+    if pairs not in PAIRINGS:
+        raise UsageError(f"--pairs must be one of {', '.join(PAIRINGS)}, not {pairs!r}")
+    if calibrate and method != "choice":
+        raise UsageError(
+            "--calibrate takes the liking for a letter out of --method choice; the other methods have none"
+        )
+    if cot_samples > 1 and method != "cot":
+        raise UsageError("--cot-samples needs --method cot")
 
 
 def command(
     input: options.Input,
     output: options.Output = "-",
     model: options.Model = options.DEFAULT_MODEL,
+    method: Annotated[str, typer.Option(help="choice, cot, contrast or verdict.")] = "choice",
     constitution: options.Constitution = None,
     few_shot: options.FewShot = None,
     principles: options.Principles = None,
     max_principles: options.MaxPrinciples = None,
+    principles_per_pair: Annotated[
+        str, typer.Option(help="Principles drawn for each pair, whose votes are averaged: a number, or all.")
+    ] = "1",
+    pairs: Annotated[
+        str, typer.Option(help="Of the replies to one prompt: all pairs, or a random pairing (each reply in one pair).")
+    ] = "all",
     both_orders: Annotated[
         bool, typer.Option("--both-orders/--one-order", help="Ask each pair in both orders and average.")
     ] = True,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate/--no-calibrate", help="Take out the liking for a letter that empty pairs show.")
+    ] = False,
+    clamp: Annotated[
+        str | None, typer.Option(help="LOW,HIGH: limits of each probability; by default 0.4,0.6 for cot, else none.")
+    ] = None,
+    cot_samples: Annotated[int, typer.Option(min=1, help="Chains of thought per question, averaged.")] = 1,
+    min_confidence: Annotated[
+        float, typer.Option(min=0.5, max=1.0, help="Reject pairs whose p_chosen is below this.")
+    ] = 0.5,
+    max_new_tokens: options.MaxNewTokens = 128,
+    temperature: options.Temperature = 1.0,
+    top_p: options.TopP = 1.0,
     prompt_form: options.PromptForm = "auto",
     seed: options.Seed = 0,
     limit: options.Limit = None,
@@ -180,28 +190,36 @@ def command(
 ) -> None:
     """Label pairs of replies with a model's preference.
 
-    INPUT: Sample (or Revision) rows with two or more replies a prompt. Writes Preference rows.
+    INPUT: Sample (or Revision) rows with two or more replies a prompt, or pairs: HH-RLHF rows, Preference rows. Writes
+    Preference rows.
     """
     flags = locals()
+    _check(method, pairs, calibrate, cot_samples)
+    limits = pick_clamp(clamp, method)
     loaded = open_constitution(PreferenceConstitution, constitution, few_shot)
+    chosen = select(loaded.principles, principles, max_principles)
+    per_pair = pick_per_pair(principles_per_pair, chosen)
     engine = open_engine(model, batch_size=batch_size, device=device, dtype=dtype)
     inputs = {"samples": hash_input(input)}
     form = pick_form(prompt_form, engine)
-    orders: tuple[Order, ...] = ("ab", "ba") if both_orders else ("ab",)
-    chosen = select(loaded.principles, principles, max_principles)
-    labeller = Labeller(engine, chosen, loaded.examples, form, orders, seed)
+    # A verdict is read greedily: noise of sampling would be taken for the judge's doubt.
+    sampling = Sampling(max_new_tokens, 0.0 if method == "verdict" else temperature, top_p)
+    judge = Judge(engine, method, loaded.examples, form, seed, sampling, limits, calibrate)
+    # The order in which replies are shown means nothing to a contrast: nobody is shown two.
+    orders: tuple[Order, ...] = ("ab", "ba") if both_orders and method != "contrast" else ("ab",)
+    labeller = Labeller(judge, chosen, per_pair, orders, cot_samples, min_confidence)
     Job(
         provenance=provenance(
             "label-prefs",
             inputs=inputs,
-            settings=settings_of(flags, prompt_form=form),
+            settings=settings_of(flags, prompt_form=form, clamp=list(limits), principles_per_pair=per_pair),
             model=engine.identity(),
             constitution={"name": loaded.name, "fingerprint": loaded.fingerprint()},
         ),
         inputs=inputs,
         output=output,
         overwrite=overwrite,
-        units=lambda: pair_units(input, limit),
-        work=lambda pairs: label_prefs(pairs, labeller),
+        units=lambda: pair_units(input, pairs, seed, limit),
+        work=lambda some: label_prefs(some, labeller),
         window=engine.batch_size,
     ).run(as_json=json)
