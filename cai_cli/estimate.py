@@ -10,7 +10,7 @@ from typing import Any
 
 import orjson
 
-from cai_cli.constitution import CritiqueConstitution, PreferenceConstitution, open_constitution
+from cai_cli.constitution import CritiqueConstitution, PreferenceConstitution, open_constitution, select
 from cai_cli.jsonl import read_prompts
 from cai_cli.pipeline import DATA_STAGES, Step, stage_options
 from cai_cli.records import render_transcript
@@ -89,11 +89,25 @@ def _critique_revise(flow: Flow, options: dict[str, Any]) -> Parts:
 
 
 def _label(flow: Flow, options: dict[str, Any]) -> Parts:
-    pairs = flow.rows * (flow.per_prompt - 1) // 2
-    requests = pairs * (2 if options["both-orders"] else 1)
-    each = _few_shot_tokens(PreferenceConstitution, options) + flow.prompt_tokens + 2 * flow.reply_tokens
+    pairs = flow.rows  # of a file of pairs
+    if flow.per_prompt > 1:
+        pairs = flow.rows * (flow.per_prompt - 1) // 2 if options["pairs"] == "all" else flow.rows // 2
+    method, per_pair = options["method"], str(options["principles-per-pair"])
+    if per_pair == "all":
+        per_pair = str(len(_preference_principles(options)))
+    votes = pairs * int(per_pair) * (2 if options["both-orders"] and method != "contrast" else 1)
+    votes *= int(options["cot-samples"])
+    replies = flow.prompt_tokens + 2 * flow.reply_tokens
+    each = replies if method == "contrast" else _few_shot_tokens(PreferenceConstitution, options) + replies
+    new = int(options["max-new-tokens"]) if method in ("cot", "verdict") else 0
+    texts = 2 * votes if method in ("contrast", "cot") else votes  # both characters; the thoughts, then the letter
     after = Flow(pairs, 1, flow.prompt_tokens, flow.reply_tokens)
-    return pairs, requests, requests * each, 0, after
+    return pairs, texts, texts * each, votes * new, after
+
+
+def _preference_principles(options: dict[str, Any]) -> Sequence[Any]:
+    loaded = open_constitution(PreferenceConstitution, options["constitution"], options["few-shot"])
+    return select(loaded.principles, options["principles"], options["max-principles"])
 
 
 def _sft(flow: Flow, options: dict[str, Any]) -> Parts:
