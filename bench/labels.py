@@ -128,10 +128,11 @@ def main() -> None:
     arguments.add_argument("--methods", default=",".join(METHODS))
     arguments.add_argument("--few-shot", default="none,shipped")
     arguments.add_argument("--constitution")
+    arguments.add_argument("--dtype", default="float32")
     arguments.add_argument("--max-new-tokens", type=int, default=64)
     arguments.add_argument("--principles-per-pair", type=int, default=1)
     options = arguments.parse_args()
-    engine = open_engine(options.model, batch_size=64, device="cpu", dtype="float32")
+    engine = open_engine(options.model, batch_size=64, device="cpu", dtype=options.dtype)
     pairs = list(pairs_in(options.file))[options.skip :][: options.rows]
     label = f"{options.file.rsplit('/')[-1].split('.')[0]}, n = {len(pairs)}"
     print("| pairs | method | few-shot | calibrated | orders | agreement with humans (95%) | picks first | seconds |")

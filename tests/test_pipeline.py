@@ -14,6 +14,7 @@ from conftest import Cai
 from stage_helpers import Json, rows_in, write_rows
 
 from cai_cli.errors import CaiError
+from cai_cli.estimate import estimate
 from cai_cli.pipeline import Step, load_run, plan
 
 ROAD = """\
@@ -279,3 +280,22 @@ def test_a_key_changes_with_settings_files_and_the_steps_before(road: Path) -> N
     assert all(a != b for a, b in zip(before, other, strict=True))
     os.truncate(road / "prompts.jsonl", 0)
     assert all(a != b for a, b in zip(before, keys(two), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "requests", "new_tokens"),
+    [
+        ("both-orders: false", 18, 0),
+        ("principles-per-pair: 2", 18 * 2 * 2, 0),
+        ("principles-per-pair: all, max-principles: 3", 18 * 3 * 2, 0),
+        ("pairs: random, both-orders: false", 9, 0),
+        ("method: contrast", 18 * 2, 0),
+        ("method: cot, cot-samples: 3, max-new-tokens: 10", 18 * 2 * 3 * 2, 18 * 2 * 3 * 10),
+        ("method: verdict, max-new-tokens: 10", 18 * 2, 18 * 2 * 10),
+    ],
+)
+def test_the_plan_counts_what_a_way_of_judging_asks(settings: str, requests: int, new_tokens: int, road: Path) -> None:
+    (road / "six.txt").write_text("".join(f"question {i}\n" for i in range(6)))
+    steps = f"  a: {{command: sample, input: six.txt, n: 3}}\n  b: {{command: label-prefs, input: '@a', {settings}}}\n"
+    found = estimate(planned(road, steps))[1]
+    assert (found.requests, found.new_tokens) == (requests, new_tokens)
