@@ -20,6 +20,7 @@ from cai_cli.engines import open_engine
 from cai_cli.engines.base import Refusal, Sampling
 from cai_cli.phase2_feedback.judging import METHODS, Comparison, Judge, Judgement, sigmoid
 from cai_cli.phase2_feedback.label_prefs import Labeller
+from cai_cli.intake import Intake
 from cai_cli.phase2_feedback.pairs import Pair, pair_units
 from cai_cli.phase2_feedback.preference_model import wilson
 from cai_cli.prompts import assistant, options_of
@@ -33,7 +34,7 @@ def pairs_in(file: str) -> Iterator[Pair]:
     with open(file, "rb") as lines:
         first = orjson.loads(next(lines))
     if "corrects" not in first:
-        yield from (unit.value for unit in pair_units(file, "all", 0, None) if isinstance(unit, Unit))
+        yield from (unit.value for unit in pair_units(Intake(), file, "all", 0, None) if isinstance(unit, Unit))
         return
     for number, line in enumerate(open(file, "rb")):  # noqa: SIM115
         row = orjson.loads(line)

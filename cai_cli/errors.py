@@ -26,6 +26,7 @@ class BadRow(CaiError):
 
     def __init__(self, file: str, line: int, reason: str, hint: str | None = None) -> None:
         super().__init__(f"{file}:{line}: {reason}", hint)
+        self.file, self.line, self.reason = file, line, reason
 
 
 class RowError(CaiError):

@@ -1,17 +1,24 @@
 """Rows in, rows out: byte-level reading with file and line in every error, and outputs that survive a kill.
 
 Reading splits on b"\\n" only (U+2028 is content) and caps the length of a line before parsing it; jsonlines does the
-decoding with orjson as its one parser, which refuses NaN, lone surrogates and deep nesting.
+decoding with orjson as its one parser, which refuses NaN, lone surrogates and deep nesting; a key that stands twice in
+one object is refused too.
 
 Writing appends whole windows of rows to `OUT.partial` with one write each, and renames it to `OUT` when it is whole.
 """
 
+import codecs
+import io
+import json
 import os
+import re
 import sys
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -22,9 +29,15 @@ from cai_cli.errors import BadRow, CaiError, RowError
 from cai_cli.records import Kind, Prompt, Row, dump_row, load_row, parse_prompt
 
 MAX_LINE_BYTES = 64 * 2**20
+KEPT_OF_LONG_LINE = 4096
+COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
+MAGIC = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "zip": b"PK\x03\x04", "parquet": b"PAR1"}
+_KEY_END = re.compile(rb'"[ \t\r]*:')
+S = TypeVar("S")
 T = TypeVar("T")
 R = TypeVar("R", bound=Row)
 Numbered = tuple[int, T]
+OnBad = Callable[[BadRow, bytes], None]
 
 
 # --- reading ----------------------------------------------------------------------------------------------------
@@ -32,7 +45,8 @@ Numbered = tuple[int, T]
 
 @contextmanager
 def open_input(source: str) -> Iterator[BinaryIO]:
-    """`source` as a byte stream; `-` is stdin. Raises CaiError when it cannot be read."""
+    """`source` as a byte stream; `-` is stdin, names in .gz and .zst are decompressed. Raises CaiError when it cannot
+    be read."""
     if source == "-":
         yield sys.stdin.buffer
         return
@@ -44,7 +58,16 @@ def open_input(source: str) -> Iterator[BinaryIO]:
     except OSError as error:
         raise CaiError(f"cannot read {source}: {error.strerror}") from error
     with stream:
-        yield stream
+        yield _decompressed(stream, source) if path.suffix in COMPRESSED else stream
+
+
+def _decompressed(stream: io.BufferedReader, name: str) -> BinaryIO:
+    import pyarrow
+
+    kind = COMPRESSED[Path(name).suffix]
+    if not stream.peek(4).startswith(MAGIC[kind]):
+        raise CaiError(f"{name} is not {kind} data, as its ending says", hint="give it the ending of what it holds")
+    return io.BufferedReader(pyarrow.CompressedInputStream(stream, kind))
 
 
 def shown(source: str) -> str:
@@ -52,56 +75,111 @@ def shown(source: str) -> str:
     return "stdin" if source == "-" else source
 
 
-def _lines(stream: BinaryIO, name: str) -> Iterator[Numbered[bytes]]:
+def stop(error: BadRow, _raw: bytes) -> None:
+    """What becomes of a line that is no row, unless the caller says otherwise: the first one ends the reading."""
+    raise error from None
+
+
+def _lines(stream: BinaryIO, name: str, on_bad: OnBad) -> Iterator[Numbered[bytes]]:
     number = 0
-    while line := stream.readline(MAX_LINE_BYTES + 1):
+    while line := _read(stream, name, MAX_LINE_BYTES + 1):
         number += 1
         if number == 1:
             _refuse_compressed(line, name)
             line = line.removeprefix(b"\xef\xbb\xbf")
         if len(line) > MAX_LINE_BYTES:
-            raise BadRow(name, number, f"a line longer than {MAX_LINE_BYTES >> 20} MiB", "is this a JSONL file?")
+            reason = f"a line longer than {MAX_LINE_BYTES >> 20} MiB (its first {KEPT_OF_LONG_LINE:,} bytes are kept)"
+            kept = line[: codecs.utf_8_decode(line[:KEPT_OF_LONG_LINE], "replace", False)[1]]
+            on_bad(BadRow(name, number, reason, "is this a JSONL file?"), kept)
+            while line and not line.endswith(b"\n"):
+                line = _read(stream, name, 1 << 20)
+            continue
         line = line.rstrip(b"\r\n")
         if line.strip():
             yield number, line
 
 
+def _read(stream: BinaryIO, name: str, size: int) -> bytes:
+    try:
+        return stream.readline(size)
+    except OSError as error:
+        raise CaiError(f"cannot read {name}: {error.strerror or error}", hint="is the file whole?") from error
+
+
 def _refuse_compressed(start: bytes, name: str) -> None:
-    kinds = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip", b"PAR1": "parquet"}
-    for magic, kind in kinds.items():
+    for kind, magic in MAGIC.items():
         if start.startswith(magic):
-            raise CaiError(f"{name} is {kind} data, not JSON lines", hint="decompress it first, or check its ending")
+            raise CaiError(
+                f"{name} is {kind} data, not JSON lines",
+                hint="decompress it first; .gz, .zst and .parquet files are read when they are named so",
+            )
 
 
-def _values(lines: Iterable[Numbered[bytes]], name: str) -> Iterator[Numbered[Any]]:
-    for number, line in lines:
-        try:
-            value = jsonlines.Reader([line], loads=orjson.loads).read(allow_none=True)
-        except jsonlines.InvalidLineError as error:
-            reason = str(error.__cause__ or error)
-            raise BadRow(name, number, f"not JSON: {reason}", "one JSON object a line, UTF-8") from None
-        yield number, value
+def _decode(line: bytes) -> Any:
+    """The JSON value of a line. Raises RowError."""
+    try:
+        value = jsonlines.Reader([line], loads=orjson.loads).read(allow_none=True)
+    except jsonlines.InvalidLineError as error:
+        raise RowError(f"not JSON: {error.__cause__ or error}", "one JSON object a line, UTF-8") from None
+    if len(_KEY_END.findall(line)) > _keys_in(value):
+        _refuse_repeated_keys(line)
+    return value
+
+
+def _keys_in(value: object) -> int:
+    keys, waiting = 0, [value]
+    while waiting:
+        inner = waiting.pop()
+        if isinstance(inner, dict):
+            keys += len(inner)
+            waiting += inner.values()
+        elif isinstance(inner, list):
+            waiting += inner
+    return keys
+
+
+def _refuse_repeated_keys(line: bytes) -> None:
+    """orjson takes the last of two equal keys in silence. Every key ends with a quote and a colon, so a line with no
+    more of those than keys repeats none; only the others come here, to be parsed once more by the slower parser."""
+
+    def distinct(pairs: list[tuple[str, object]]) -> None:
+        for key, count in Counter(key for key, _ in pairs).items():
+            if count > 1:
+                raise RowError(f"field {key!r} stands twice in one object")
+
+    try:
+        json.loads(line, object_pairs_hook=distinct, parse_int=str, parse_float=str)
+    except RecursionError:
+        raise RowError("nested too deeply") from None
 
 
 def read_values(source: str) -> Iterator[Numbered[Any]]:
     """(line number from 1, parsed JSON) of every non-blank line. Raises BadRow at the first that is not JSON."""
+    yield from read_rows(source, lambda value: value)
+
+
+def read_rows(source: str, parse: Callable[[object], T], on_bad: OnBad = stop) -> Iterator[Numbered[T]]:
+    """(line number, row) of every line. A line that is not JSON, or that `parse` refuses with RowError, goes to
+    `on_bad` as a BadRow with file and line, beside its bytes."""
     name = shown(source)
     with open_input(source) as stream:
-        yield from _values(_lines(stream, name), name)
+        yield from _parsed(_lines(stream, name, on_bad), name, lambda line: parse(_decode(line)), on_bad, bytes)
 
 
-def read_rows(source: str, parse: Callable[[object], R]) -> Iterator[Numbered[R]]:
-    """(line number, row) of every line; a line that `parse` refuses raises BadRow with file and line."""
-    name = shown(source)
-    for number, value in read_values(source):
-        yield number, _parsed(parse, value, name, number)
-
-
-def _parsed(parse: Callable[[object], R], value: object, name: str, number: int) -> R:
-    try:
-        return parse(value)
-    except RowError as error:
-        raise BadRow(name, number, error.message, error.hint) from None
+def _parsed(
+    given: Iterable[Numbered[S]],
+    name: str,
+    parse: Callable[[S], T],
+    on_bad: OnBad,
+    raw: Callable[[S], bytes],
+) -> Iterator[Numbered[T]]:
+    for number, value in given:
+        try:
+            row = parse(value)
+        except RowError as error:
+            on_bad(BadRow(name, number, error.message, error.hint), raw(value))
+            continue
+        yield number, row
 
 
 def rows_of(row_type: type[R]) -> Callable[[object], R]:
@@ -109,7 +187,7 @@ def rows_of(row_type: type[R]) -> Callable[[object], R]:
     return lambda value: load_row(row_type, value)
 
 
-def read_prompts(source: str, kind: Kind | None = None) -> Iterator[Numbered[Prompt]]:
+def read_prompts(source: str, kind: Kind | None = None, on_bad: OnBad = stop) -> Iterator[Numbered[Prompt]]:
     """Prompts in any accepted form (`records.parse_prompt`): JSONL, plain text (one prompt a line), parquet, hf://.
 
     The first line decides between JSONL and plain text, so a broken JSON line later is an error and not a prompt.
@@ -120,31 +198,27 @@ def read_prompts(source: str, kind: Kind | None = None) -> Iterator[Numbered[Pro
         return parse_prompt(value, source=Path(name).name, kind=kind)
 
     if source.startswith("hf://") or source.endswith(".parquet"):
-        for number, row in enumerate(_dataset_values(source), start=1):
-            yield number, _parsed(parse, row, name, number)
+        rows = enumerate(_dataset_values(source), start=1)
+        yield from _parsed(rows, name, parse, on_bad, lambda row: orjson.dumps(row, default=str))
         return
     with open_input(source) as stream:
-        lines = _lines(stream, name)
+        lines = _lines(stream, name, on_bad)
         first = next(lines, None)
         if first is None:
             return
-        is_json = first[1].lstrip().startswith((b"{", b"[", b'"'))
-        lines = _chain(first, lines)
-        for number, value in _values(lines, name) if is_json else _texts(lines, name):
-            yield number, _parsed(parse, value, name, number)
+        decode = _decode if first[1].lstrip().startswith((b"{", b"[", b'"')) else _text
+        yield from _parsed(chain([first], lines), name, lambda line: parse(decode(line)), on_bad, bytes)
 
 
-def _chain(first: T, rest: Iterable[T]) -> Iterator[T]:
-    yield first
-    yield from rest
-
-
-def _texts(lines: Iterable[Numbered[bytes]], name: str) -> Iterator[Numbered[str]]:
-    for number, line in lines:
-        try:
-            yield number, line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise BadRow(name, number, f"not UTF-8: {error.reason} at byte {error.start}") from None
+def _text(line: bytes) -> str:
+    """A line of plain text. Raises RowError."""
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RowError(f"not UTF-8: {error.reason} at byte {error.start}") from None
+    if "\0" in text:
+        raise RowError("a NUL byte, which plain text does not hold", "is this UTF-16, or no text at all?")
+    return text
 
 
 def _dataset_values(source: str) -> Iterator[dict[str, Any]]:
@@ -200,8 +274,13 @@ class KeyTable:
             self._grow()
         return None
 
+    def get(self, key: str) -> int | None:
+        """What `key` was added with."""
+        slot = self._slot(self._hash(key))
+        return self.lines[slot] if self.hashes[slot] else None
+
     def __contains__(self, key: str) -> bool:
-        return bool(self.hashes[self._slot(self._hash(key))])
+        return self.get(key) is not None
 
     def _grow(self) -> None:
         hashes, lines = self.hashes, self.lines

@@ -18,22 +18,29 @@ import orjson
 
 from cai_cli import __version__
 from cai_cli.errors import CaiError
+from cai_cli.jsonl import COMPRESSED
 
 Json = Any
 
 # Options that decide where and how fast, never what: they may differ between the runs that share one output.
-HARMLESS_OPTIONS = frozenset({"output", "overwrite", "json", "quiet", "batch_size", "device"})
+HARMLESS_OPTIONS = frozenset({"output", "overwrite", "json", "quiet", "batch_size", "device", "skip_bad", "max_bad"})
 # Options that name something whose content is recorded by its hash.
 HASHED_OPTIONS = frozenset({"input", "model", "constitution", "few_shot"})
 
 
 @dataclass(frozen=True)
 class InputFile:
-    """An input as it was hashed before the run. `sha256` is null for stdin, `lines` counts newlines."""
+    """An input as it was hashed before the run. `sha256` is null for stdin, pipes and hf://; `lines` counts newlines,
+    null where it is compressed."""
 
     name: str
     sha256: str | None
     lines: int | None
+
+    @property
+    def is_pipe(self) -> bool:
+        """Whether it can be read once only."""
+        return self.sha256 is None and not self.name.startswith("hf://")
 
 
 def hash_input(source: str) -> InputFile:
@@ -48,7 +55,8 @@ def hash_input(source: str) -> InputFile:
                 lines += block.count(b"\n")
     except OSError as error:
         raise CaiError(f"cannot read {source}: {error.strerror}") from error
-    return InputFile(source, digest.hexdigest(), lines)
+    plain = Path(source).suffix not in COMPRESSED and not source.endswith(".parquet")
+    return InputFile(source, digest.hexdigest(), lines if plain else None)
 
 
 def settings_of(flags: Mapping[str, Json], **resolved: Json) -> dict[str, Json]:

@@ -26,6 +26,16 @@ Model = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Every draw comes from this, the stage and the row.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Only the first N rows of the input.")]
+SkipBad = Annotated[
+    bool, typer.Option("--skip-bad", help="Go on past lines that are no rows; they are kept in the rejected file.")
+]
+MaxBad = Annotated[int | None, typer.Option(min=0, help="Stop when more than N lines are bad, with --skip-bad.")]
+Shard = Annotated[
+    str | None,
+    typer.Option(
+        "--shard", metavar="I/N", help="Only the Ith of N parts of the input, by prompt id (see `cai merge`)."
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start afresh, replacing what is there.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the closing summary as one JSON object.")]
 Quiet = Annotated[

@@ -31,7 +31,7 @@ from cai_cli import console, options
 from cai_cli.constitution import load_yaml
 from cai_cli.errors import CaiError, UsageError
 from cai_cli.manifest import differences, hash_input, read_manifest, write_json
-from cai_cli.stage import one_writer, sidecar
+from cai_cli.outputs import one_writer, sidecar
 
 DATA_STAGES = frozenset({"sample", "critique", "revise", "critique-revise", "label-prefs"})
 TRAINING_STAGES = frozenset({"sft", "train-pm", "rl"})

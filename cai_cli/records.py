@@ -136,11 +136,30 @@ class Preference(Row):
 
 class Rejected(Row):
     """A row that could not be done, and why. `row` is the input row as JSON text, so that
-    `jq -r .row OUT.rejected.jsonl | cai STAGE - ...` asks again; of `label-prefs` it is the pair."""
+    `jq -r .row OUT.rejected.jsonl | cai STAGE - ...` asks again; of `label-prefs` it is the pair.
+
+    Of a line that was no row, `key` is "line N" and `row` the line as it stood (Latin-1 where it is not UTF-8)."""
 
     key_: str = Field(alias="key")
     reason: str
     row: str
+
+    @property
+    def key(self) -> str:
+        return self.key_
+
+
+def reason_kind(reason: str) -> str:
+    """What rejected rows are counted by: what stands before a colon, after which only details of one row come."""
+    return reason.partition(": ")[0]
+
+
+class Asked(Row):
+    """A unit of work in the order in which it was asked (`OUT.units.jsonl`). `digest`: 32 bits of its content."""
+
+    key_: str = Field(alias="key")
+    line: int
+    digest: int
 
     @property
     def key(self) -> str:

@@ -20,8 +20,8 @@ from cai_cli import console
 from cai_cli.errors import CaiError, UsageError
 from cai_cli.jsonl import AppendFile, sync_directory
 from cai_cli.manifest import InputFile, read_manifest, run_facts, write_json
-from cai_cli.records import Rejected, Row, dump_row
-from cai_cli.stage import finished_summary, one_writer, refuse_input_as_output, refuse_other_run, sidecar
+from cai_cli.outputs import finished_summary, one_writer, refuse_input_as_output, refuse_other_run, sidecar
+from cai_cli.records import Rejected, Row, dump_row, reason_kind
 
 PAPER = "[Constitutional AI](https://arxiv.org/abs/2212.08073)"
 
@@ -37,7 +37,7 @@ class Counts:
 
     def as_json(self) -> dict[str, Any]:
         used = self.train + self.held_out
-        reasons = Counter(row.reason for row in self.rejected)
+        reasons = Counter(reason_kind(row.reason) for row in self.rejected)
         return {
             "in": used + len(self.rejected) + self.skipped.total(),
             "used": used,

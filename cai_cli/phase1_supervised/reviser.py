@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 from cai_cli.constitution import (
@@ -16,7 +15,7 @@ from cai_cli.constitution import (
 from cai_cli.engines import open_engine
 from cai_cli.engines.base import Ask, Engine, Refusal, Reply, Sampling, seed_for
 from cai_cli.errors import RowError
-from cai_cli.jsonl import read_rows
+from cai_cli.intake import Intake
 from cai_cli.manifest import hash_input, provenance, settings_of
 from cai_cli.phase1_supervised.format_checks import generate_checked
 from cai_cli.prompts import Form, Request, pick_form
@@ -78,7 +77,7 @@ def run_revision_stage(stage: str, parse: Callable[[object], Sample], work: Work
     loaded = open_constitution(CritiqueConstitution, flags["constitution"], flags["few_shot"])
     principles = select(loaded.principles, flags["principles"], flags["max_principles"])
     engine = open_engine(flags["model"], batch_size=flags["batch_size"], device=flags["device"], dtype=flags["dtype"])
-    source, limit = flags["input"], flags["limit"]
+    source, limit, intake = flags["input"], flags["limit"], Intake.of(flags)
     inputs = {"samples": hash_input(source)}
     form = pick_form(flags["prompt_form"], engine)
     reviser = Reviser(
@@ -91,7 +90,7 @@ def run_revision_stage(stage: str, parse: Callable[[object], Sample], work: Work
     )
 
     def units() -> Units[Sample]:
-        for line, row in islice(read_rows(source, parse), limit):
+        for line, row in intake.rows(source, parse, limit):
             yield Unit(row.key, line, row)
 
     lines = inputs["samples"].lines
@@ -106,6 +105,7 @@ def run_revision_stage(stage: str, parse: Callable[[object], Sample], work: Work
         inputs=inputs,
         output=flags["output"],
         overwrite=flags["overwrite"],
+        intake=intake,
         units=units,
         work=lambda rows: work(rows, reviser),
         window=engine.batch_size,

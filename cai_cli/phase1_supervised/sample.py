@@ -3,8 +3,7 @@
 The paper samples at T = 1 without nucleus; so do we by default. Every (prompt, sample_index) draws from its own seed.
 """
 
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, get_args
 
 import typer
@@ -13,7 +12,8 @@ from cai_cli import options
 from cai_cli.engines import open_engine
 from cai_cli.engines.base import Ask, Engine, Refusal, Sampling, seed_for
 from cai_cli.errors import UsageError
-from cai_cli.jsonl import read_prompts
+from cai_cli.intake import Intake
+from cai_cli.jsonl import Numbered
 from cai_cli.manifest import hash_input, provenance, settings_of
 from cai_cli.prompts import Form, assistant, pick_form, reply_request
 from cai_cli.records import Kind, Prompt, Rejected, Sample, conversation_id, reject
@@ -46,9 +46,9 @@ def sample(
             )
 
 
-def prompt_units(source: str, kind: Kind | None, n: int, limit: int | None) -> Units[SampleUnit]:
+def prompt_units(prompts: Iterable[Numbered[Prompt]], n: int) -> Units[SampleUnit]:
     """Every prompt n times."""
-    for line, prompt in islice(read_prompts(source, kind), limit):
+    for line, prompt in prompts:
         hashed = prompt.id == conversation_id(prompt.prompt)
         for index in range(n):
             yield Unit(f"{prompt.id}/{index}", line, (prompt, index), hashed_id=hashed)
@@ -76,6 +76,9 @@ def command(
     prompt_form: options.PromptForm = "auto",
     seed: options.Seed = 0,
     limit: options.Limit = None,
+    shard: options.Shard = None,
+    skip_bad: options.SkipBad = False,
+    max_bad: options.MaxBad = None,
     batch_size: options.BatchSize = None,
     device: options.Device = "auto",
     dtype: options.DType = "auto",
@@ -90,6 +93,7 @@ def command(
     """
     flags = locals()
     default_kind = pick_kind(kind)
+    intake = Intake.of(flags)
     engine = open_engine(model, batch_size=batch_size, device=device, dtype=dtype)
     inputs = {"prompts": hash_input(input)}
     form = pick_form(prompt_form, engine)
@@ -101,7 +105,8 @@ def command(
         inputs=inputs,
         output=output,
         overwrite=overwrite,
-        units=lambda: prompt_units(input, default_kind, n, limit),
+        intake=intake,
+        units=lambda: prompt_units(intake.prompts(input, default_kind, limit), n),
         work=lambda units: sample(units, engine, sampling=sampling, form=form, seed=seed),
         window=engine.batch_size,
         total=None if lines is None else n * min(lines, limit or lines),

@@ -9,7 +9,6 @@ another model, so it is an option; the helpful share is a ratio (the paper has 1
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -20,7 +19,7 @@ from cai_cli.cpu_head import use_plain_head
 from cai_cli.engines.base import seed_for
 from cai_cli.engines.chat import encode_chat
 from cai_cli.errors import RowError, UsageError
-from cai_cli.jsonl import read_rows
+from cai_cli.intake import Intake
 from cai_cli.manifest import hash_input, provenance, settings_of
 from cai_cli.prompts import assistant
 from cai_cli.records import Message, Revision, Sample, conversation_id, json_type, load_row, parse_prompt, reject
@@ -219,6 +218,8 @@ def command(
     save_steps: SaveSteps = 100,
     seed: options.Seed = 0,
     limit: options.Limit = None,
+    skip_bad: options.SkipBad = False,
+    max_bad: options.MaxBad = None,
     device: options.Device = "auto",
     overwrite: options.Overwrite = False,
     json: options.Json = False,
@@ -235,12 +236,13 @@ def command(
     which: Literal["all", "last"] = "all" if revisions == "all" else "last"
     base = Base.resolve(model)
     inputs = {"revisions": hash_input(input)} | ({"helpful": hash_input(helpful)} if helpful else {})
-    rows = [row for _, row in islice(read_rows(input, completed_row), limit)]
-    helpful_rows = [row for _, row in read_rows(helpful, completed_row)] if helpful else []
+    intake, intake_helpful = Intake.of(flags), Intake.of(flags)
+    rows = [row for _, row in intake.rows(input, completed_row, limit)]
+    helpful_rows = [row for _, row in intake_helpful.rows(helpful, completed_row)] if helpful else []
     mine = [example for row in rows for example in examples_of(row, which)]
     theirs = [example for row in helpful_rows for example in examples_of(row, "last")]
     chosen = mix(mine, theirs, helpful_ratio, seed)
-    counts = Counts()
+    counts = Counts(rejected=[*intake.take_bad(), *intake_helpful.take_bad()])
     if left := len(mine) + len(theirs) - len(chosen):
         counts.skipped["beyond --helpful-ratio"] = left
     if helpful and len(theirs) < round(helpful_ratio * len(mine)):

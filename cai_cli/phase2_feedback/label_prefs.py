@@ -19,6 +19,7 @@ from cai_cli.constitution import PreferenceConstitution, PreferencePrinciple, op
 from cai_cli.engines import open_engine
 from cai_cli.engines.base import Refusal, Sampling, seed_for
 from cai_cli.errors import UsageError
+from cai_cli.intake import Intake
 from cai_cli.manifest import hash_input, provenance, settings_of
 from cai_cli.phase2_feedback.judging import METHODS, Comparison, Judge, Judgement, Order
 from cai_cli.phase2_feedback.pairs import PAIRINGS, Pair, pair_units
@@ -181,6 +182,9 @@ def command(
     prompt_form: options.PromptForm = "auto",
     seed: options.Seed = 0,
     limit: options.Limit = None,
+    shard: options.Shard = None,
+    skip_bad: options.SkipBad = False,
+    max_bad: options.MaxBad = None,
     batch_size: options.BatchSize = None,
     device: options.Device = "auto",
     dtype: options.DType = "auto",
@@ -194,6 +198,7 @@ def command(
     Preference rows.
     """
     flags = locals()
+    intake = Intake.of(flags)
     _check(method, pairs, calibrate, cot_samples)
     limits = pick_clamp(clamp, method)
     loaded = open_constitution(PreferenceConstitution, constitution, few_shot)
@@ -219,7 +224,8 @@ def command(
         inputs=inputs,
         output=output,
         overwrite=overwrite,
-        units=lambda: pair_units(input, pairs, seed, limit),
+        intake=intake,
+        units=lambda: pair_units(intake, input, pairs, seed, limit),
         work=lambda some: label_prefs(some, labeller),
         window=engine.batch_size,
     ).run(as_json=json)

@@ -6,12 +6,13 @@ come as they are: from HH-RLHF, whose human label is kept beside the model's, or
 
 import random
 from collections.abc import Iterator, Sequence
-from itertools import combinations, groupby, islice
+from itertools import combinations, groupby
 from typing import Any, Literal
 
 from cai_cli.engines.base import seed_for
 from cai_cli.errors import BadRow
-from cai_cli.jsonl import KeyTable, Numbered, read_rows, shown
+from cai_cli.intake import Intake
+from cai_cli.jsonl import KeyTable, Numbered, shown
 from cai_cli.phase1_supervised.reviser import sample_or_revision
 from cai_cli.records import Message, Preference, Row, Sample, conversation_id, load_row, parse_preference
 from cai_cli.stage import Skip, Unit, Units
@@ -34,13 +35,13 @@ class Pair(Row):
         return self.id
 
 
-def pair_units(source: str, pairing: str, seed: int, limit: int | None) -> Units[Pair]:
+def pair_units(intake: Intake, source: str, pairing: str, seed: int, limit: int | None) -> Units[Pair]:
     """The pairs of a file of samples (rows of one prompt must stand together, as `cai sample` writes them) or of pairs.
 
     Raises BadRow where they do not, or where one stands twice: pairs would be missing, or be no pairs.
     """
     rows: Iterator[Numbered[Any]]
-    rows, prompts = islice(read_rows(source, lambda v: _row(v, shown(source), seed)), limit), KeyTable()
+    rows, prompts = intake.rows(source, lambda v: _row(v, shown(source), seed), limit), KeyTable()
     for prompt_id, group in groupby(rows, key=lambda numbered: _prompt_of(numbered[1])):
         if prompt_id is None:
             for line, pair in group:

@@ -12,7 +12,6 @@ beta is a strong pull there.
 
 import random
 from collections.abc import Callable, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,7 +22,7 @@ from cai_cli.cpu_head import use_plain_head
 from cai_cli.engines.base import seed_for
 from cai_cli.engines.chat import encode_chat
 from cai_cli.errors import RowError, UsageError
-from cai_cli.jsonl import read_prompts
+from cai_cli.intake import Intake
 from cai_cli.manifest import hash_input, provenance, settings_of
 from cai_cli.phase2_feedback.preference_model import encode_conversation, score_conversations
 from cai_cli.prompts import assistant
@@ -255,6 +254,8 @@ def command(
     save_steps: SaveSteps = 25,
     seed: options.Seed = 0,
     limit: options.Limit = None,
+    skip_bad: options.SkipBad = False,
+    max_bad: options.MaxBad = None,
     device: options.Device = "auto",
     overwrite: options.Overwrite = False,
     json: options.Json = False,
@@ -276,8 +277,9 @@ def command(
         )
     models = {"model": Base.resolve(model), "pm": Base.resolve(pm)}
     inputs = {"prompts": hash_input(input)}
-    given = [prompt for _, prompt in islice(read_prompts(input), limit)]
-    counts = Counts()
+    intake = Intake.of(flags)
+    given = [prompt for _, prompt in intake.prompts(input, limit=limit)]
+    counts = Counts(rejected=intake.take_bad())
     prompts = fitting_prompts(given, models["model"].path, models["pm"].path, max_new_tokens, counts)
     counts.train = len(prompts)
     where = pick_device(device)

@@ -8,7 +8,6 @@ we start from `--model` (a fresh, seeded scalar head on it) and train on the row
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +15,8 @@ import typer
 
 from cai_cli import console, options
 from cai_cli.errors import RowError
-from cai_cli.jsonl import read_rows, rows_of
+from cai_cli.intake import Intake
+from cai_cli.jsonl import rows_of
 from cai_cli.manifest import hash_input, provenance, settings_of
 from cai_cli.phase2_feedback.preference_model import Figure, encode_conversation, judge_pairs, score_ids
 from cai_cli.records import Preference, conversation_id, reject
@@ -205,6 +205,8 @@ def command(
     save_steps: SaveSteps = 100,
     seed: options.Seed = 0,
     limit: options.Limit = None,
+    skip_bad: options.SkipBad = False,
+    max_bad: options.MaxBad = None,
     device: options.Device = "auto",
     overwrite: options.Overwrite = False,
     json: options.Json = False,
@@ -220,9 +222,10 @@ def command(
 
     base = Base.resolve(model)
     inputs = {"preferences": hash_input(input)}
-    rows = [row for _, row in islice(read_rows(input, rows_of(Preference)), limit)]
+    intake = Intake.of(flags)
+    rows = [row for _, row in intake.rows(input, rows_of(Preference), limit)]
     tokenizer = load_tokenizer(base.path)
-    counts = Counts()
+    counts = Counts(rejected=intake.take_bad())
     pairs = encode_pairs(tokenizer, rows, max_length, counts)
     apart = held_out_keys([conversation_id(pair.row.prompt) for pair in pairs], eval_share, seed)
     train = [pair for pair in pairs if conversation_id(pair.row.prompt) not in apart]

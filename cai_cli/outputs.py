@@ -1,0 +1,121 @@
+"""The files of an output: names beside it, one writer at a time, refusals, and how it appears whole.
+
+Shared by the data stages and the training stages.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import orjson
+from filelock import FileLock, Timeout
+
+from cai_cli import console
+from cai_cli.errors import CaiError
+from cai_cli.jsonl import sync_directory
+from cai_cli.manifest import InputFile, differences, read_manifest
+from cai_cli.records import reason_kind
+
+
+def sidecar(path: Path, ending: str) -> Path:
+    """`OUT.ending`, beside OUT."""
+    return path.with_name(f"{path.name}.{ending}")
+
+
+@contextmanager
+def one_writer(path: Path) -> Iterator[None]:
+    """Hold `OUT.lock` while writing OUT; a second writer is refused at once, a killed holder frees it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(sidecar(path, "lock"), timeout=0)
+        with lock:
+            yield
+            sidecar(path, "lock").unlink(missing_ok=True)
+    except Timeout:
+        raise CaiError(f"another cai is writing {path}", hint="wait for it, or choose another output") from None
+    except PermissionError as error:
+        raise CaiError(f"cannot write beside {path}: {error.strerror}") from error
+
+
+def refuse_input_as_output(path: Path, inputs: Mapping[str, InputFile]) -> None:
+    """Raises CaiError when the output is one of the inputs, by whatever name or link."""
+    for file in inputs.values():
+        if file.name != "-" and path.exists() and Path(file.name).exists() and path.samefile(file.name):
+            raise CaiError(f"{path} is both input and output", hint="choose another -o")
+
+
+def refuse_other_run(path: Path, recorded: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raises CaiError naming each difference when `path` was made by another run than the one wanted."""
+    if changed := differences(recorded, wanted):
+        raise CaiError(
+            f"{path} was made by another run: {'; '.join(changed)}",
+            hint="--overwrite starts afresh; or choose another -o",
+        )
+
+
+def finished_summary(path: Path, provenance: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
+    """The summary of an output that is already whole, or None when there is work to do.
+
+    Raises CaiError when it was made by another run, or by something other than cai.
+    """
+    if overwrite or not path.exists():
+        return None
+    manifest = read_manifest(sidecar(path, "manifest.json"))
+    if manifest is None:
+        raise CaiError(
+            f"{path} is there, but no manifest says that cai made it",
+            hint="--overwrite replaces it; or choose another -o",
+        )
+    refuse_other_run(path, manifest["provenance"], provenance)
+    console.say(f"{path} is already finished; nothing to do (--overwrite makes it anew)")
+    return {
+        "stage": provenance["stage"],
+        "status": "already finished",
+        "output": str(path),
+        **manifest["counts"],
+        "seconds": manifest["run"]["seconds"],
+    }
+
+
+def rejected_reasons(path: Path) -> Counter[str]:
+    """Reason -> how many, of a rejected file (empty where there is none)."""
+    if not path.exists():
+        return Counter()
+    with path.open("rb") as file:
+        return Counter(reason_kind(orjson.loads(line)["reason"]) for line in file)
+
+
+def publish(path: Path) -> None:
+    """Make a data output whose draft manifest says that it is finished appear as OUT: compressed where it is named
+    .zst, its manifest last. Killed between any two steps, the next run does the rest."""
+    draft, partial = sidecar(path, "partial.manifest.json"), sidecar(path, "partial")
+    manifest = read_manifest(draft)
+    if manifest is None or manifest["status"] != "finished":
+        return
+    if partial.exists():
+        if path.suffix == ".zst":
+            _compress(partial, path)
+            partial.unlink()
+        else:
+            os.replace(partial, path)
+    if manifest["provenance"]["settings"].get("shard") is None:
+        sidecar(path, "units.jsonl").unlink(missing_ok=True)
+    os.replace(draft, sidecar(path, "manifest.json"))
+    sync_directory(path.parent)
+
+
+def _compress(plain: Path, path: Path) -> None:
+    import zstandard
+
+    temporary = sidecar(path, "tmp")
+    try:
+        with plain.open("rb") as source, temporary.open("wb") as target:
+            zstandard.ZstdCompressor(write_checksum=True).copy_stream(source, target, read_size=1 << 20)
+            target.flush()
+            os.fsync(target.fileno())
+    except OSError as error:
+        raise CaiError(f"cannot write {temporary}: {error.strerror}", hint="run again to go on") from error
+    os.replace(temporary, path)
