@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from cai_cli import __version__, console, doctor, models, principles_command
+from cai_cli import __version__, console, doctor, merge, models, principles_command
 from cai_cli.errors import CaiError
 from cai_cli.phase1_supervised import critique, revise, sample, sft
 from cai_cli.phase2_feedback import label_prefs, rl, train_pm
@@ -53,6 +53,7 @@ app.command("label-prefs", rich_help_panel=PHASE_2)(label_prefs.command)
 app.command("train-pm", rich_help_panel=PHASE_2)(train_pm.command)
 app.command("rl", rich_help_panel=PHASE_2)(rl.command)
 app.command("run", rich_help_panel=ROAD)(run_command)
+app.command("merge", rich_help_panel=ROAD)(merge.command)
 app.command("doctor", rich_help_panel=ROAD)(doctor.command)
 app.add_typer(principles_command.app, name="principles", rich_help_panel=ROAD)
 app.add_typer(models.app, name="models", rich_help_panel=ROAD)

@@ -310,7 +310,11 @@ class AppendFile:
             yield row_key(value)
 
     def append(self, rows: Iterable[Row]) -> None:
-        data = b"".join(dump_row(row) + b"\n" for row in rows)
+        self.append_lines(dump_row(row) + b"\n" for row in rows)
+
+    def append_lines(self, lines: Iterable[bytes]) -> None:
+        """`lines` with their newlines. Raises CaiError."""
+        data = b"".join(lines)
         if not data:
             return
         try:
