@@ -120,7 +120,10 @@ def _decode(line: bytes) -> Any:
     try:
         value = jsonlines.Reader([line], loads=orjson.loads).read(allow_none=True)
     except jsonlines.InvalidLineError as error:
-        raise RowError(f"not JSON: {error.__cause__ or error}", "one JSON object a line, UTF-8") from None
+        cause = error.__cause__
+        # Its own "line 1" would only confuse: the line of the file is named already.
+        where = f"{cause.msg} at character {cause.pos + 1}" if isinstance(cause, orjson.JSONDecodeError) else cause
+        raise RowError(f"not JSON: {where or error}", "one JSON object a line, UTF-8") from None
     if len(_KEY_END.findall(line)) > _keys_in(value):
         _refuse_repeated_keys(line)
     return value

@@ -86,6 +86,49 @@ def test_every_option_of_a_stage_is_recorded_hashed_or_harmless(stage: str, cai:
     assert {"seed", "prompt_form", "limit", "dtype"} <= recorded
 
 
+# What decides the content of a data stage's output. A new option belongs here, or among the harmless or the hashed
+# ones of cai_cli/manifest.py: someone has to say which.
+CONTENT_OPTIONS = frozenset(
+    [
+        "n",
+        "kind",
+        "rounds",
+        "critique",
+        "both_orders",
+        "principles",
+        "max_principles",
+        "max_new_tokens",
+        "temperature",
+        "top_p",
+        "prompt_form",
+        "seed",
+        "limit",
+        "shard",
+        "dtype",
+    ]
+)
+
+
+@pytest.mark.parametrize("stage", WORDS)
+def test_every_option_of_a_stage_is_classified_by_hand_as_harmless_hashed_or_deciding(stage: str) -> None:
+    options = {p.name for p in typer.main.get_command(app).commands[stage].params} - {"help"}  # type: ignore[attr-defined]
+    classes = (HARMLESS_OPTIONS, HASHED_OPTIONS, CONTENT_OPTIONS)
+    assert {o: sum(o in c for c in classes) for o in options} == dict.fromkeys(options, 1)
+
+
+@pytest.mark.parametrize("change", [("--batch-size", "3"), ("--device", "cpu"), ("--skip-bad", "--max-bad", "3")])
+def test_a_partial_output_goes_on_under_other_harmless_settings(
+    change: tuple[str, ...], cai: Cai, inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("cai_cli.sinks.FileSink.finish", lambda *_: (_ for _ in ()).throw(Died))
+        with pytest.raises(Died):
+            cai(*WORDS["sample"], "-o", "out.jsonl")
+    again = cai(*WORDS["sample"], *change, "-o", "out.jsonl")
+    assert again.code == 0
+    assert "20 rows are finished" in again.stderr
+
+
 def test_settings_that_only_say_how_fast_do_not_make_another_run(cai: Cai, inputs: Path) -> None:
     first = cai(*WORDS["sample"], "-o", "out.jsonl", "--batch-size", "3")
     again = cai(*WORDS["sample"], "-o", "out.jsonl", "--batch-size", "5", "--device", "cpu")
