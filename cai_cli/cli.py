@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from cai_cli import __version__, console, doctor, merge, models, principles_command
+from cai_cli import __version__, console, doctor, merge, models, principles_command, stats, tidy
 from cai_cli.errors import CaiError
 from cai_cli.phase1_supervised import critique, revise, sample, sft
 from cai_cli.phase2_feedback import label_prefs, rl, train_pm
@@ -28,6 +28,7 @@ app = typer.Typer(
 
 PHASE_1 = "Phase 1, supervised"
 PHASE_2 = "Phase 2, AI feedback"
+FILES = "Files of rows"
 ROAD = "The whole road, and around it"
 
 
@@ -53,7 +54,10 @@ app.command("label-prefs", rich_help_panel=PHASE_2)(label_prefs.command)
 app.command("train-pm", rich_help_panel=PHASE_2)(train_pm.command)
 app.command("rl", rich_help_panel=PHASE_2)(rl.command)
 app.command("run", rich_help_panel=ROAD)(run_command)
-app.command("merge", rich_help_panel=ROAD)(merge.command)
+app.command("merge", rich_help_panel=FILES)(merge.command)
+app.command("sort", rich_help_panel=FILES)(tidy.sort_command)
+app.command("dedup", rich_help_panel=FILES)(tidy.dedup_command)
+app.command("stats", rich_help_panel=FILES)(stats.command)
 app.command("doctor", rich_help_panel=ROAD)(doctor.command)
 app.add_typer(principles_command.app, name="principles", rich_help_panel=ROAD)
 app.add_typer(models.app, name="models", rich_help_panel=ROAD)

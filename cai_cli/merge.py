@@ -15,15 +15,15 @@ from typing import Annotated, Any
 import orjson
 import typer
 
-from cai_cli import console, options
+from cai_cli import options
 from cai_cli.errors import CaiError
 from cai_cli.intake import Shard
 from cai_cli.jsonl import open_input, read_rows, row_key, rows_of
-from cai_cli.manifest import InputFile, differences, read_manifest, run_facts
-from cai_cli.outputs import finished_summary, one_writer, publish, sidecar
+from cai_cli.manifest import InputFile, differences, read_manifest
+from cai_cli.outputs import refuse_input_as_output, sidecar
 from cai_cli.records import Asked
+from cai_cli.rewrite import rewrite
 from cai_cli.sinks import Counts, FileSink
-from cai_cli.stage import print_summary
 
 ROWS_A_WRITE = 1000
 Outcome = tuple[int, bool, bytes]
@@ -115,20 +115,15 @@ def check(parts: Sequence[Part]) -> None:
         raise CaiError(f"of {count} shards {len(missing)} are missing: {', '.join(missing)}")
 
 
-def merge(parts: Sequence[Part], sink: FileSink) -> None:
-    """Write the rows of all parts to `sink` in the order of the whole run."""
+def merge(parts: Sequence[Part], sink: FileSink, counts: Counts) -> None:
+    """Write the rows of all parts to `sink` in the order of the whole run, and add up what they counted."""
     outcomes = merge_sorted(*(part.outcomes() for part in parts), key=lambda outcome: outcome[0])
     while group := list(islice(outcomes, ROWS_A_WRITE)):
         sink.rejected.append_lines(row for _, rejected, row in group if rejected)
         sink.partial.append_lines(row for _, rejected, row in group if not rejected)
-
-
-def _added(parts: Sequence[Part]) -> Counts:
-    counts = Counts()
     for part in parts:
         counts.units += part.manifest["counts"]["in"]
         counts.skipped.update(part.manifest["counts"]["skipped_reasons"])
-    return counts
 
 
 def command(
@@ -143,22 +138,19 @@ def command(
     SHARD...: outputs of the same command with --shard 1/N to N/N. The rows, the rejected rows, the counts and the
     provenance are those of a run without --shard, to the byte. A missing or foreign shard is refused by name.
     """
-    watch = console.Stopwatch()
+    refuse_input_as_output(output, {str(path): InputFile(str(path), None, None) for path in shards})
     parts = [Part.open(path) for path in shards]
     check(parts)
-    provenance = {k: v for k, v in parts[0].run.items() if k not in ("rows", "shards")}
-    with one_writer(output):
-        if not overwrite:
-            publish(output)
-        summary = finished_summary(output, provenance, overwrite)
-        if summary is None:
-            sink = FileSink(output, provenance, overwrite)
-            sink.start_afresh()
-            merge(parts, sink)
-            names = parts[0].manifest["run"]["inputs"]
-            facts = run_facts(watch.seconds, {role: InputFile(name, None, None) for role, name in names.items()})
-            counts = _added(parts)
-            sink.finish(counts, parts[0].manifest["rows"], facts)
-            summary = {"stage": provenance["stage"], "status": "finished", "output": str(output), **counts.as_json(),
-                       "seconds": facts["seconds"]}  # fmt: skip
-    print_summary(summary, as_json=json, stdout_is_data=False)
+    whole = parts[0].run
+    rows = whole.pop("rows")
+    del whole["shards"]
+    names = parts[0].manifest["run"]["inputs"]
+    rewrite(
+        output,
+        whole,
+        {role: InputFile(name, whole["input"][role], None) for role, name in names.items()},
+        lambda sink, counts: merge(parts, sink, counts),
+        rows=rows,
+        overwrite=overwrite,
+        as_json=json,
+    )
