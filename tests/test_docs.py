@@ -67,13 +67,17 @@ def test_readme_commands_that_need_no_model_run() -> None:
 @pytest.mark.timeout(1200)
 def test_readme_stage_commands_run_on_the_real_model(tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    heavy = [c for c in readme_commands() if re.match(r"cai (sample|critique|revise|sft|label-prefs|train-pm|rl)", c)]
-    assert len(heavy) == 8
+    heavy = [
+        c
+        for c in readme_commands()
+        if re.match(r"cai (sample|critique|revise|sft|label-prefs|train-pm|rl|merge|sort|dedup|stats)", c)
+    ]
+    assert len(heavy) == 14
     for command in heavy:
         done = run_shell(command, tmp_path)
         assert done.returncode == 0, f"{command}: {done.stderr}"
     made = {p.name for p in (tmp_path / "runs/readme").iterdir()}
-    assert {"samples.jsonl", "preferences.jsonl", "sl-cai", "pm", "rl-cai", "piped"} <= made
+    assert {"samples.jsonl", "preferences.jsonl", "sl-cai", "pm", "rl-cai", "piped", "merged.jsonl"} <= made
 
 
 @pytest.mark.slow
