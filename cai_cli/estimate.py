@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 
 from cai_cli.constitution import CritiqueConstitution, PreferenceConstitution, open_constitution, select
-from cai_cli.jsonl import read_prompts
+from cai_cli.jsonl import read_prompts, stop
 from cai_cli.pipeline import DATA_STAGES, Step, stage_options
 from cai_cli.records import render_transcript
 
@@ -47,7 +47,7 @@ def estimate(steps: Sequence[Step]) -> list[Estimate]:
     for step in steps:
         options = {**{name: o.default for name, o in known[step.command].items()}, **step.settings}
         source = str(options["input"])
-        flow = flows.get(source) or _flow_of_file(source)
+        flow = flows.get(source) or _flow_of_file(source, bool(options["skip-bad"]))
         if options["limit"]:
             flow = Flow(min(flow.rows, int(options["limit"])), flow.per_prompt, flow.prompt_tokens, flow.reply_tokens)
         rows, requests, prompt, new, after = _ESTIMATORS[step.command](flow, options)
@@ -60,8 +60,9 @@ def estimate(steps: Sequence[Step]) -> list[Estimate]:
 Parts = tuple[int, int, float, float, Flow]
 
 
-def _flow_of_file(source: str) -> Flow:
-    lengths = [len(render_transcript(p.prompt)) / CHARACTERS_PER_TOKEN for _, p in read_prompts(source)]
+def _flow_of_file(source: str, skip_bad: bool) -> Flow:
+    prompts = read_prompts(source, on_bad=(lambda _error, _raw: None) if skip_bad else stop)
+    lengths = [len(render_transcript(p.prompt)) / CHARACTERS_PER_TOKEN for _, p in prompts]
     return Flow(len(lengths), 1, sum(lengths) / max(1, len(lengths)), 0.0)
 
 

@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 
 from cai_cli.errors import BadRow, CaiError, UsageError
 from cai_cli.jsonl import MAX_LINE_BYTES, Numbered, read_prompts, read_rows
-from cai_cli.records import Kind, Preference, Prompt, Rejected, dump_row
+from cai_cli.records import Identified, Kind, Prompt, Rejected, dump_row
 
-R = TypeVar("R", bound=Prompt | Preference)
+R = TypeVar("R", bound=Identified)
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Intake:
                 f"more than {self.max_bad:,} bad lines; the last one: {error.message}",
                 hint="mend the input, or allow more with --max-bad",
             )
-        key = f"line {error.line}"  # keys of rows end in numbers after a slash, so none is like this
+        key = f"line {error.line}"
         if self.shard is not None and not self.shard.takes(key):
             return
         reason = f"bad line: {Path(error.file).name}:{error.line}: {error.reason}"

@@ -35,10 +35,19 @@ class Message(Row):
     content: str
 
 
-class Prompt(Row):
-    """A conversation that ends with a user turn, waiting for a reply."""
+class Identified(Row):
+    """A row about one prompt or one pair, which `id` names."""
 
     id: str = Field(min_length=1)
+
+    @property
+    def key(self) -> str:
+        return self.id
+
+
+class Prompt(Identified):
+    """A conversation that ends with a user turn, waiting for a reply."""
+
     prompt: list[Message] = Field(min_length=1)
     kind: Kind | None = None
     source: str | None = None
@@ -50,10 +59,6 @@ class Prompt(Row):
         if any(m.role == "system" for m in self.prompt[1:]):
             raise ValueError("a system message can only come first")
         return self
-
-    @property
-    def key(self) -> str:
-        return self.id
 
 
 class Sample(Prompt):
@@ -116,11 +121,10 @@ class Vote(Row):
     rationale: str | None
 
 
-class Preference(Row):
+class Preference(Identified):
     """A compared pair. `p_chosen` is the mean over votes of the probability of `chosen`, so never under one half; a
     pair that humans labelled has 1 and no votes. `human`: which of the two humans preferred, where the input says."""
 
-    id: str = Field(min_length=1)
     prompt: list[Message] = Field(min_length=1)
     chosen: list[Message] = Field(min_length=1, max_length=1)
     rejected: list[Message] = Field(min_length=1, max_length=1)
@@ -128,10 +132,6 @@ class Preference(Row):
     votes: list[Vote]
     human: Literal["chosen", "rejected"] | None
     source: str | None
-
-    @property
-    def key(self) -> str:
-        return self.id
 
 
 class Rejected(Row):

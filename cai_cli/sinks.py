@@ -115,6 +115,7 @@ class FileSink:
         for written in (self.partial, self.rejected, self.units):
             written.close()
         self.partial.path.touch()
+        self.units.path.touch()  # of an empty shard too; where nothing needs it, it goes when OUT appears
         with self.partial.path.open("rb") as file:
             counts.out = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
         counts.rejected = rejected_reasons(self.rejected.path)

@@ -56,7 +56,8 @@ Work = Callable[[Sequence[T]], Iterable[Outcome]]
 
 @dataclass(frozen=True)
 class Job(Generic[T]):
-    """One run of one stage, from its files to its summary. `units` come in the order of their lines."""
+    """One run of one stage, from its files to its summary. `units` come in the order of their lines
+    (those of one prompt in any order): the shards of a run are merged by line."""
 
     provenance: dict[str, Any]
     inputs: Mapping[str, InputFile]
@@ -105,8 +106,8 @@ class Job(Generic[T]):
         watch, counts = console.Stopwatch(), Counts()
         done, seen = sink.finished(), KeyTable()
         noted = self.intake.shard is not None or any(file.sha256 is None for file in self.inputs.values())
-        matched = 0
-        with console.track(self.total, self.stage) as advance:
+        matched, parts = 0, self.intake.shard.count if self.intake.shard else 1
+        with console.track(self.total and self.total / parts, self.stage) as advance:
             units = self._checked(self.units(), seen, counts)
             # Windows are cut by position in the input, so a resumed run asks in the same company as the first.
             while window := list(islice(units, self.window)):
@@ -123,7 +124,7 @@ class Job(Generic[T]):
             )
         facts = run_facts(watch.seconds, self.inputs)
         sink.finish(counts, self.intake.read(), facts)
-        if counts.units == 0:
+        if counts.units == self.intake.count == 0:  # a shard of a few rows may be empty
             console.warn(f"{self.stage}: the input holds no rows")
         return {"stage": self.stage, "status": "finished", "output": self.output, **counts.as_json(),
                 "seconds": facts["seconds"]}  # fmt: skip

@@ -94,6 +94,15 @@ def test_sixteen_processes_make_sixteen_shards_and_together_the_run_of_one(tmp_p
     assert (tmp_path / "merged.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
+def test_a_shard_without_rows_is_a_shard(cai: Cai, inputs: Path) -> None:
+    words = ("sample", "prompts.jsonl", *SCRIPT, "--limit", "1", "-n", "2")
+    assert cai(*words, "-o", "whole.jsonl").code == 0
+    names = run_shards(cai, words, 3)
+    assert sorted(len(rows_in(inputs / name)) for name in names) == [0, 0, 2]
+    assert cai("merge", *names, "-o", "merged.jsonl").code == 0
+    assert (inputs / "merged.jsonl").read_bytes() == (inputs / "whole.jsonl").read_bytes()
+
+
 def test_a_missing_a_doubled_and_a_foreign_shard_are_refused_by_name(cai: Cai, inputs: Path) -> None:
     names = run_shards(cai, WORDS["sample"], 4)
     missing = cai("merge", names[0], names[2], "-o", "m.jsonl")

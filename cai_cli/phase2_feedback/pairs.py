@@ -14,25 +14,20 @@ from cai_cli.errors import BadRow
 from cai_cli.intake import Intake
 from cai_cli.jsonl import KeyTable, Numbered, shown
 from cai_cli.phase1_supervised.reviser import sample_or_revision
-from cai_cli.records import Message, Preference, Row, Sample, conversation_id, load_row, parse_preference
+from cai_cli.records import Identified, Message, Preference, Sample, conversation_id, load_row, parse_preference
 from cai_cli.stage import Skip, Unit, Units
 
 PAIRINGS = ("all", "random")
 
 
-class Pair(Row):
+class Pair(Identified):
     """Two replies to one prompt, in no order of merit. `human`: which one humans preferred, where the input says."""
 
-    id: str
     prompt: list[Message]
     a: list[Message]
     b: list[Message]
     human: Literal["a", "b"] | None
     source: str | None
-
-    @property
-    def key(self) -> str:
-        return self.id
 
 
 def pair_units(intake: Intake, source: str, pairing: str, seed: int, limit: int | None) -> Units[Pair]:
