@@ -111,7 +111,7 @@ class Judge:
     def _letter_priors(self, principles: Sequence[PreferencePrinciple]) -> dict[str, float]:
         """Principle id -> log-odds of the first letter where both replies say nothing. Raises CaiError."""
         new = {p.id: p for p in principles if p.id not in self._priors}
-        blank = Pair(id="", prompt=[user("N/A")], a=[], b=[], human=None, source=None)
+        blank = Pair(id="blank", prompt=[user("N/A")], a=[], b=[], human=None, source=None)
         questions = [self._question(blank, p, (text, text)) for p in new.values() for text in CONTENT_FREE]
         answers = iter(self.engine.score(questions))
         for name in new:
