@@ -89,8 +89,30 @@ def test_every_option_of_a_stage_is_recorded_hashed_or_harmless(stage: str, cai:
 # What decides the content of a data stage's output. A new option belongs here, or among the harmless or the hashed
 # ones of cai_cli/manifest.py: someone has to say which.
 CONTENT_OPTIONS = frozenset(
-    "n kind rounds critique method both_orders pairs principles_per_pair cot_samples clamp calibrate min_confidence"
-    " principles max_principles max_new_tokens temperature top_p prompt_form seed limit shard dtype".split()
+    [
+        "n",
+        "kind",
+        "rounds",
+        "critique",
+        "method",
+        "both_orders",
+        "pairs",
+        "principles_per_pair",
+        "cot_samples",
+        "clamp",
+        "calibrate",
+        "min_confidence",
+        "principles",
+        "max_principles",
+        "max_new_tokens",
+        "temperature",
+        "top_p",
+        "prompt_form",
+        "seed",
+        "limit",
+        "shard",
+        "dtype",
+    ]
 )
 
 
