@@ -77,7 +77,7 @@ class Stats:
             self.repeated_keys += 1
 
     def _count(self, name: str, value: object) -> None:
-        self.by.setdefault(name, Counter())[str(value)] += 1
+        self.by.setdefault(name, Counter())["null" if value is None else str(value)] += 1
 
     def skip(self, error: BadRow, _raw: bytes) -> None:
         """A line that is no JSON: counted, and the first few named."""
@@ -125,6 +125,8 @@ def _tables(stats: dict[str, Any], unit: str) -> Iterator[str]:
     if stats["bad_lines"]:
         yield f"bad lines {stats['bad_lines']:,}; first: {console.safe(stats['first_bad_lines'][0])}"
     for what in ("keys", "prompts"):
+        if not stats[f"distinct_{what}"]:
+            continue
         yield f"{what} {stats[f'distinct_{what}']:,} distinct, {stats[f'repeated_{what}']:,} repeated"
     for name, counts in stats["by"].items():
         yield f"\n{name}"

@@ -98,7 +98,7 @@ def test_stats_count_rows_repeats_kinds_principles_rounds_and_lengths(cai: Cai, 
     assert (found["rows"], found["bad_lines"], found["distinct_keys"], found["repeated_keys"]) == (11, 1, 11, 0)
     assert found["first_bad_lines"][0].startswith("in.jsonl:12: ")
     assert (found["distinct_prompts"], found["repeated_prompts"]) == (10, 1)
-    assert found["by"]["kind"] == {"helpful": 10, "None": 1}
+    assert found["by"]["kind"] == {"helpful": 10, "null": 1}
     assert found["by"]["rounds"] == {"1": 5, "2": 3, "0": 3}
     assert found["by"]["principle_id"] == {"kind": 11}
     lengths = found["lengths"]["completion"]
