@@ -73,7 +73,7 @@ class Intake:
         return self._shared(islice(read_prompts(source, kind, self._on_bad), limit))
 
     def read(self) -> dict[str, Any]:
-        """What identifies the rows read so far, of all shards, from a file or from stdin."""
+        """What identifies the rows and bad lines read so far, of all shards, from a file or from stdin."""
         return {"count": self.count, "sha256": self.digest.hexdigest()}
 
     def bad_before(self, line: float = math.inf) -> Iterator[Numbered[Rejected]]:
@@ -99,6 +99,7 @@ class Intake:
             hints.append("--skip-bad goes on and keeps such lines in the rejected file")
             raise BadRow(error.file, error.line, error.reason, "; ".join(hints)) from None
         self.bad_count += 1
+        self.digest.update(raw + b"\n")
         if self.max_bad is not None and self.bad_count > self.max_bad:
             raise CaiError(
                 f"more than {self.max_bad:,} bad lines; the last one: {error.message}",
