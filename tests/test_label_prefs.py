@@ -15,7 +15,7 @@ from stage_helpers import manifest_of, rows_in, sample_row, write_rows
 from cai_cli.constitution import PreferencePrinciple
 from cai_cli.engines.base import Ask, Engine, Question, Refusal, Reply, Sampling
 from cai_cli.engines.scripted import ScriptedEngine
-from cai_cli.phase2_feedback.judging import CONTENT_FREE, Judge, Order, sigmoid
+from cai_cli.phase2_feedback.judging import CONTENT_FREE, Judge, Judgement, Order, sigmoid
 from cai_cli.phase2_feedback.label_prefs import Labeller, label_prefs
 from cai_cli.phase2_feedback.pairs import Pair
 from cai_cli.prompts import assistant, fence, user
@@ -192,6 +192,15 @@ def test_calibration_takes_out_the_liking_for_a_letter_and_leaves_the_preference
     (raw,) = label_prefs([pair()], Labeller(judge_of(Reader(leaning)), [PRINCIPLE], 1, ("ab", "ba")))
     assert isinstance(raw, Preference)
     assert all(v.p_first > 0.5 for v in raw.votes)
+
+
+def test_every_principle_has_its_own_liking_for_a_letter() -> None:
+    """Under rule N the judge likes A by N nats, and nothing else."""
+    engine = Reader(lambda text, _: [float(text[text.rindex("By rule ") + 8]), 0.0])
+    labeller = Labeller(judge_of(engine, calibrate=True), MANY, 5, ("ab",))
+    comparisons = list(labeller.comparisons(pair()))
+    answers = labeller.judge.judge(comparisons)
+    assert [a.p_first for a in answers if isinstance(a, Judgement)] == pytest.approx([0.5] * 5)
 
 
 def test_thoughts_are_kept_clamped_and_averaged() -> None:

@@ -116,7 +116,8 @@ class Judge:
         answers = iter(self.engine.score(questions))
         for name in new:
             odds = []
-            for answer, _ in zip(answers, CONTENT_FREE, strict=False):
+            for _ in CONTENT_FREE:
+                answer = next(answers)
                 if isinstance(answer, Refusal):
                     raise CaiError(f"--calibrate: no answer to a content-free pair under {name!r}: {answer.reason}")
                 odds.append(answer[0] - answer[1])
