@@ -14,7 +14,7 @@ import typer
 from cai_cli import __version__, console, doctor, merge, models, principles_command, stats, tidy
 from cai_cli.errors import CaiError
 from cai_cli.phase1_supervised import critique, revise, sample, sft
-from cai_cli.phase2_feedback import label_prefs, rl, train_pm
+from cai_cli.phase2_feedback import label_prefs, rl, score, train_pm
 from cai_cli.pipeline import run_command
 
 app = typer.Typer(
@@ -52,6 +52,7 @@ app.command("critique-revise", rich_help_panel=PHASE_1)(revise.critique_revise_c
 app.command("sft", rich_help_panel=PHASE_1)(sft.command)
 app.command("label-prefs", rich_help_panel=PHASE_2)(label_prefs.command)
 app.command("train-pm", rich_help_panel=PHASE_2)(train_pm.command)
+app.command("score", rich_help_panel=PHASE_2)(score.command)
 app.command("rl", rich_help_panel=PHASE_2)(rl.command)
 app.command("run", rich_help_panel=ROAD)(run_command)
 app.command("merge", rich_help_panel=FILES)(merge.command)

@@ -122,6 +122,10 @@ def _train_pm(flow: Flow, options: dict[str, Any]) -> Parts:
     return flow.rows, 0, tokens, 0, flow
 
 
+def _score(flow: Flow, options: dict[str, Any]) -> Parts:
+    return flow.rows, 0, flow.rows * (flow.prompt_tokens + flow.reply_tokens), 0, flow
+
+
 def _rl(flow: Flow, options: dict[str, Any]) -> Parts:
     replies = int(options["steps"]) * int(options["prompts-per-step"]) * int(options["samples-per-prompt"])
     return flow.rows, replies, replies * flow.prompt_tokens, replies * int(options["max-new-tokens"]), flow
@@ -135,6 +139,7 @@ _ESTIMATORS = {
     "label-prefs": _label,
     "sft": _sft,
     "train-pm": _train_pm,
+    "score": _score,
     "rl": _rl,
 }
 

@@ -24,6 +24,9 @@ Model = Annotated[
     str,
     typer.Option("--model", "-m", help="Directory, Hub name, alias (see `cai models list`) or scripted:FILE."),
 ]
+PreferenceModel = Annotated[
+    str, typer.Option("--pm", help="The preference model, from `cai train-pm`.", show_default=False)
+]
 Seed = Annotated[int, typer.Option(help="Every draw comes from this, the stage and the row.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Only the first N rows of the input.")]
 SkipBad = Annotated[

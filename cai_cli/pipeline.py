@@ -33,9 +33,9 @@ from cai_cli.errors import CaiError, UsageError
 from cai_cli.manifest import differences, hash_input, read_manifest, write_json
 from cai_cli.outputs import one_writer, sidecar
 
-DATA_STAGES = frozenset({"sample", "critique", "revise", "critique-revise", "label-prefs"})
+DATA_STAGES = frozenset({"sample", "critique", "revise", "critique-revise", "label-prefs", "score"})
 TRAINING_STAGES = frozenset({"sft", "train-pm", "rl"})
-PATH_OPTIONS = frozenset({"input", "helpful", "constitution", "few-shot"})
+PATH_OPTIONS = frozenset({"input", "helpful", "mix", "constitution", "few-shot"})
 Value = str | int | float | bool | None
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"  # of a run or a step: it becomes a file name
 

@@ -134,6 +134,28 @@ class Preference(Identified):
     source: str | None
 
 
+class JudgedPair(Identified):
+    """A pair that a preference model was not trained on, with the scores (logits) and lengths of its two replies."""
+
+    source: str | None
+    p_chosen: float = Field(ge=0.5, le=1)
+    chosen_score: float
+    rejected_score: float
+    chosen_tokens: int = Field(ge=0)
+    rejected_tokens: int = Field(ge=0)
+
+    @property
+    def margin(self) -> float:
+        """The log-odds that the preference model gives to `chosen`."""
+        return self.chosen_score - self.rejected_score
+
+
+class Scored(Sample):
+    """A conversation with the score of a preference model: a logit, comparable under one preference model only."""
+
+    score: float
+
+
 class Rejected(Row):
     """A row that could not be done, and why. `row` is the input row as JSON text, so that
     `jq -r .row OUT.rejected.jsonl | cai STAGE - ...` asks again; of `label-prefs` it is the pair.
@@ -294,7 +316,9 @@ def parse_prompt(value: object, *, source: str, kind: Kind | None = None) -> Pro
 def _own_row_as_prompt(value: dict[str, Any], source: str, kind: Kind | None) -> Prompt:
     """One of our own later rows (Sample, Critique, Revision, Preference): its prompt again."""
     row_type: type[Sample | Preference] = Preference
-    if "votes" not in value:
+    if "score" in value:
+        row_type = Scored
+    elif "votes" not in value:
         row_type = Critique if "critique" in value else Revision if "history" in value else Sample
     row = load_row(row_type, value)
     return _make_prompt(row.prompt, value, source, kind)

@@ -7,13 +7,14 @@ so a run that was killed and resumed ends with the parameters of one that was no
 import json
 import math
 import os
+import random
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import orjson
 import typer
@@ -26,6 +27,7 @@ from cai_cli.jsonl import cut_torn_tail
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+T = TypeVar("T")
 Epochs = Annotated[float, typer.Option(min=0.0, help="Passes over the rows.")]
 MaxSteps = Annotated[int | None, typer.Option(min=1, help="Stop after this many steps instead of --epochs.")]
 TrainBatchSize = Annotated[int, typer.Option(min=1, help="Rows in one forward pass on one device.")]
@@ -41,7 +43,10 @@ SaveSteps = Annotated[int, typer.Option(min=1, help="Steps between checkpoints, 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What every trainer is told. `device` is "cpu" or "cuda"; `lora_rank` None trains all weights."""
+    """What every trainer is told. `device` is "cpu" or "cuda"; `lora_rank` None trains all weights.
+
+    `dtype` is that of the forward and backward pass ("auto" or as torch spells it); the weights are float32.
+    """
 
     batch_size: int
     gradient_accumulation: int
@@ -53,9 +58,26 @@ class Recipe:
     epochs: float = 1.0
     max_steps: int | None = None
     schedule: str = "linear"
+    dtype: str = "auto"
+
+    @property
+    def precision(self) -> str:
+        """`dtype`; of auto float32 on CPU, bfloat16 on cuda."""
+        return {"cpu": "float32", "cuda": "bfloat16"}[self.device] if self.dtype == "auto" else self.dtype
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is any step to do: `--epochs 0` has none."""
+        return bool(self.max_steps or self.epochs)
+
+    def autocast(self) -> Any:
+        """The context in which a pass outside the trainer has the precision of those inside."""
+        import torch
+
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bfloat16")
 
     def arguments(self, work: Path) -> dict[str, Any]:
-        """Keyword arguments for any TRL config. Mixed bfloat16 on cuda, float32 on CPU."""
+        """Keyword arguments for any TRL config."""
         cpu = self.device == "cpu"
         return {
             "output_dir": str(work),
@@ -72,7 +94,7 @@ class Recipe:
             "logging_nan_inf_filter": False,
             "seed": self.seed,
             "use_cpu": cpu,
-            "bf16": not cpu,
+            "bf16": self.precision == "bfloat16",
             "gradient_checkpointing": False,
             "dataloader_pin_memory": not cpu,
             "disable_tqdm": True,
@@ -110,6 +132,26 @@ def context_window(config: Any, tokenizer: "PreTrainedTokenizerBase") -> int:
     """How many tokens a model with this config takes at most."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     return int(min(tokenizer.model_max_length, positions or tokenizer.model_max_length))
+
+
+def tokenizer_and_window(path: Path) -> tuple["PreTrainedTokenizerBase", int]:
+    """The tokenizer of the model in `path`, and how many tokens the model takes at most."""
+    from transformers import AutoConfig
+
+    from cai_cli.models import load_tokenizer
+
+    tokenizer = load_tokenizer(path)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    return tokenizer, context_window(config, tokenizer)
+
+
+def mixed(own: Sequence[T], others: Sequence[T], ratio: float, seed: int) -> list[T]:
+    """`own` and, per one of them, `ratio` of the others drawn without replacement (all where there are fewer)."""
+    wanted = round(ratio * len(own))
+    if len(others) <= wanted:
+        return [*own, *others]
+    kept = sorted(random.Random(seed).sample(range(len(others)), wanted))  # noqa: S311
+    return [*own, *(others[i] for i in kept)]
 
 
 def held_out_keys(keys: Sequence[str], share: float, seed: int) -> frozenset[str]:

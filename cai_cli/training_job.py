@@ -242,7 +242,7 @@ def _counted(counts: Mapping[str, Any]) -> str:
 
 def model_card(manifest: Mapping[str, Any], models: Mapping[str, Base]) -> str:
     """README.md of a finished model: what it was made from, with which settings, and the figures that came out."""
-    provenance, stage = manifest["provenance"], manifest["provenance"]["stage"]
+    provenance, stage, figures = manifest["provenance"], manifest["provenance"]["stage"], manifest["figures"]
     base = models["model"]
     head: dict[str, Any] = {"library_name": "transformers", "tags": ["constitutional-ai", f"cai-{stage}", "trl"]}
     if base.license:
@@ -260,15 +260,31 @@ def model_card(manifest: Mapping[str, Any], models: Mapping[str, Base]) -> str:
     return (
         f"---\n{yaml.safe_dump(head, sort_keys=True)}---\n\n# {stage} of {base.public_name}\n\n"
         f"Made by `cai {stage}` {provenance['cai']} ({PAPER}).\n\n"
+        + (f"**{figures['note']}**\n\n" if figures.get("note") else "")
         + table("Made from", made_from | hashes)
         + table("Rows", {k: v for k, v in manifest["counts"].items() if not k.endswith("_reasons")})
         + table("Settings", provenance["settings"])
-        + table("Figures", manifest["figures"])
+        + table("Figures", {k: v for k, v in _flat(figures).items() if k != "note"})
         + table("Versions", manifest["run"]["versions"])
     )
 
 
+def _flat(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures by name, a figure of several parts or of several bins as that many."""
+    flat: dict[str, Any] = {}
+    for name, value in figures.items():
+        if isinstance(value, list):
+            flat |= {f"{name}, bin {k}": part for k, part in enumerate(value, start=1)}
+        elif isinstance(value, dict) and "value" not in value:
+            flat |= {f"{name}, {part}": inner for part, inner in value.items()}
+        else:
+            flat[name] = value
+    return flat
+
+
 def _cell(value: Any) -> str:
-    if isinstance(value, dict) and "value" in value:
+    if isinstance(value, dict) and "value" not in value:
+        return ", ".join(f"{name} {_cell(inner)}" for name, inner in value.items())
+    if isinstance(value, dict):
         return f"{value['value']:.3f} (95%: {value['low']:.3f} to {value['high']:.3f}, n = {value['n']})"
     return f"{value:.6g}" if isinstance(value, float) else str(value)

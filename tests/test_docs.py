@@ -70,9 +70,9 @@ def test_readme_stage_commands_run_on_the_real_model(tmp_path: Path) -> None:
     heavy = [
         c
         for c in readme_commands()
-        if re.match(r"cai (sample|critique|revise|sft|label-prefs|train-pm|rl|merge|sort|dedup|stats)", c)
+        if re.match(r"cai (sample|critique|revise|sft|label-prefs|train-pm|score|rl|merge|sort|dedup|stats)", c)
     ]
-    assert len(heavy) == 14
+    assert len(heavy) == 15
     for command in heavy:
         done = run_shell(command, tmp_path)
         assert done.returncode == 0, f"{command}: {done.stderr}"

@@ -18,8 +18,9 @@ from training_helpers import (
 
 from cai_cli.errors import BadRow, CaiError, RowError
 from cai_cli.models import load_tokenizer
-from cai_cli.phase1_supervised.sft import command, completed_row, encode, examples_of, mix
+from cai_cli.phase1_supervised.sft import command, completed_row, encode, examples_of
 from cai_cli.records import Message, Revision, Sample, load_row
+from cai_cli.training import mixed
 
 
 @pytest.fixture(scope="module")
@@ -154,11 +155,11 @@ def test_helpful_examples_are_drawn_by_ratio_and_the_rest_is_counted(model: Path
 def test_the_helpful_draw_depends_on_the_seed_alone_and_repeats_nothing() -> None:
     mine = examples_of(load_row(Revision, revision(0)), "last") * 5
     theirs = [e for i in range(50) for e in examples_of(load_row(Revision, revision(i, f"h{i}")), "last")]
-    drawn = [e.reply for e in mix(mine, theirs, 2.0, seed=1)[5:]]
+    drawn = [e.reply for e in mixed(mine, theirs, 2.0, seed=1)[5:]]
     assert len(set(drawn)) == 10
-    assert drawn == [e.reply for e in mix(mine, theirs, 2.0, seed=1)[5:]]
-    assert drawn != [e.reply for e in mix(mine, theirs, 2.0, seed=2)[5:]]
-    assert len(mix(mine, theirs[:3], 2.0, seed=1)) == 8
+    assert drawn == [e.reply for e in mixed(mine, theirs, 2.0, seed=1)[5:]]
+    assert drawn != [e.reply for e in mixed(mine, theirs, 2.0, seed=2)[5:]]
+    assert len(mixed(mine, theirs[:3], 2.0, seed=1)) == 8
 
 
 def test_the_loss_is_on_the_reply_and_its_end_of_turn_only(model: Path) -> None:

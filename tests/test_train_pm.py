@@ -1,5 +1,6 @@
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import tiny_model_dir
@@ -9,14 +10,18 @@ from training_helpers import (
     manifest_of,
     preference,
     rows_in,
+    weights,
     write_rows,
 )
 
 from cai_cli.errors import CaiError
 from cai_cli.models import load_reward_model, load_tokenizer
-from cai_cli.phase2_feedback.preference_model import judge_pairs, score_conversations, wilson
-from cai_cli.phase2_feedback.train_pm import command, soft_reward_trainer
-from cai_cli.records import Message, Preference, load_row
+from cai_cli.phase2_feedback.fitted_head import regress
+from cai_cli.phase2_feedback.pm_figures import held_out_figures
+from cai_cli.phase2_feedback.pm_trainer import by_length, soft_reward_trainer
+from cai_cli.phase2_feedback.preference_model import encode_conversation, score_conversations, wilson
+from cai_cli.phase2_feedback.train_pm import command
+from cai_cli.records import JudgedPair, Message, load_row
 
 
 @pytest.fixture(scope="module")
@@ -31,17 +36,103 @@ def conversation(prompt: str, reply: str) -> list[Message]:
     return [Message(role="user", content=prompt), Message(role="assistant", content=reply)]
 
 
-def test_the_model_learns_the_probability_of_its_labels_and_not_just_their_side(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("targets", ["soft", "hard"])
+def test_soft_targets_are_reproduced_and_hard_ones_are_not(model: Path, tmp_path: Path, targets: str) -> None:
     # p = 0.1 stands as the pair the other way round: rows are oriented so that p_chosen >= 0.5.
-    labels = {("dog", "cat"): 0.5, ("red", "blue"): 0.9, ("one", "two"): 0.7, ("low", "high"): 0.9}
+    labels = {("dog", "cat"): 0.5, ("red", "blue"): 0.9, ("low", "high"): 0.9}
     rows = [preference(1, p, *pair) | {"id": f"{k}{pair}"} for k in range(4) for pair, p in labels.items()]
-    out = tmp_path / "pm"
-    command(write_rows(tmp_path / "prefs.jsonl", rows), out, model=str(model), max_steps=200, **QUICK)
+    file, out = write_rows(tmp_path / "prefs.jsonl", rows), tmp_path / "pm"
+    command(file, out, model=str(model), max_steps=300, targets=targets, **QUICK)
     pm, tokenizer = load_reward_model(out), load_tokenizer(out)
-    for (first, second), p in {**labels, ("high", "low"): 0.1}.items():
+
+    def probability(first: str, second: str) -> float:
         chats = [conversation("question number 1", reply) for reply in (first, second)]
         a, b = score_conversations(pm, tokenizer, chats)
-        assert 1 / (1 + math.exp(b - a)) == pytest.approx(p, abs=0.05)
+        return 1 / (1 + math.exp(b - a))
+
+    given = {("red", "blue"): 0.9, ("high", "low"): 0.1} | ({("dog", "cat"): 0.5} if targets == "soft" else {})
+    for pair, p in given.items():
+        assert (abs(probability(*pair) - p) < 0.02) == (targets == "soft"), (pair, probability(*pair))
+    counts = manifest_of(out)["counts"]
+    assert counts["skipped_reasons"] == ({} if targets == "soft" else {"a tie, which has no hard target": 4})
+
+
+def hh(number: int, chosen: str = "helpful", rejected: str = "harmful") -> dict[str, Any]:
+    start = f"\n\nHuman: question number {number}\n\nAssistant: "
+    return {"chosen": start + chosen, "rejected": start + rejected}
+
+
+def test_human_pairs_are_mixed_in_at_the_ratio_and_judged_apart(model: Path, tmp_path: Path) -> None:
+    ai = [preference(i, 0.8) | {"source": "ai"} for i in range(40)]
+    files = (
+        write_rows(tmp_path / "prefs.jsonl", ai),
+        write_rows(tmp_path / "human.jsonl", [hh(100 + i) for i in range(50)]),
+    )
+    run = {"model": str(model), "mix": files[1], "mix_ratio": 0.5, **QUICK | {"eval_share": 0.5}}
+    command(files[0], tmp_path / "pm", epochs=3, **run)
+    manifest = manifest_of(tmp_path / "pm")
+    counts, figures = manifest["counts"], manifest["figures"]
+    assert (counts["in"], counts["used"], counts["skipped_reasons"]) == (90, 60, {"beyond --mix-ratio": 30})
+    assert sum(figures["pairs_by_source"].values()) == counts["train"] == 30
+    apart = figures["accuracy_by_source"]
+    assert set(apart) == {"ai", "human.jsonl"}
+    assert sum(part["n"] for part in apart.values()) == figures["accuracy"]["n"] == 30
+    judged = rows_in(tmp_path / "pm/held_out.jsonl")
+    assert {row["p_chosen"] for row in judged if row["source"] == "human.jsonl"} == {1.0}
+    assert held_out_figures([load_row(JudgedPair, row) for row in judged]).items() <= figures.items()
+    card = (tmp_path / "pm/README.md").read_text()
+    for name in ("accuracy_by_source, ai", "label_entropy", "calibration_curve, bin 1", "length_correlation"):
+        assert f"| {name} |" in card
+    with pytest.raises(CaiError, match=r"settings\.mix_ratio: 0\.5 -> 0\.25"):
+        command(files[0], tmp_path / "pm", epochs=3, **run | {"mix_ratio": 0.25})
+
+
+def test_a_model_at_chance_says_so_on_stderr_on_its_card_and_in_its_figures(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("red", "blue")  # labels without a rule
+    rows = [hh(i, *(words if i % 2 else words[::-1])) for i in range(40)]
+    run = {"model": str(model), "max_steps": 1, **QUICK | {"eval_share": 0.5, "learning_rate": 0.0}}
+    for _ in range(2):  # also of a model that is finished already
+        command(write_rows(tmp_path / "in.jsonl", rows), tmp_path / "pm", quiet=True, **run)
+        assert "cannot be told from a coin" in capsys.readouterr().err
+    assert manifest_of(tmp_path / "pm")["figures"]["at_chance"] is True
+    assert "**The preference model cannot be told from a coin" in (tmp_path / "pm/README.md").read_text()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_lora_trains_and_keeps_its_score_head(model: Path, tmp_path: Path, dtype: str) -> None:
+    rows, out = write_rows(tmp_path / "prefs.jsonl", [preference(i, 0.95) for i in range(40)]), tmp_path / "pm"
+    run = {"model": str(model), "lora": True, "dtype": dtype, **QUICK | {"learning_rate": 3e-3, "eval_share": 0.5}}
+    command(rows, out, epochs=4, **run)
+    head = load_reward_model(model, new_head_seed=0).score.weight.detach()
+    assert float((weights(out)["score.weight"] - head).abs().max()) > 1e-3
+    assert not [name for name in weights(out) if "lora" in name or "modules_to_save" in name]
+    pm, tokenizer = load_reward_model(out), load_tokenizer(out)
+    chats = [conversation("question number 1", reply) for reply in ("helpful", "harmful")]
+    helpful, harmful = score_conversations(pm, tokenizer, chats)
+    assert helpful - harmful > 1
+    assert manifest_of(out)["figures"]["accuracy"]["value"] == 1.0
+    assert manifest_of(out)["provenance"]["settings"]["precision"] == dtype
+
+
+def test_every_epoch_sees_every_pair_once_in_a_new_order_with_its_like() -> None:
+    lengths = [(i * 37) % 101 for i in range(203)]
+    orders = [by_length(lengths, 4, seed=0, epoch=epoch) for epoch in (0, 1)]
+    assert [sorted(order) for order in orders] == [list(range(203))] * 2
+    assert orders[0] != orders[1]
+    assert orders[0] == by_length(lengths, 4, seed=0, epoch=0) != by_length(lengths, 4, seed=1, epoch=0)
+    batches = [orders[0][i : i + 4] for i in range(0, 200, 4)]
+    spread = [max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in batches]
+    assert sum(spread) / len(spread) < 10  # of 60 where they are drawn at random
+    means = [sum(lengths[i] for i in batch) / 4 for batch in batches]
+    assert abs(sum(means[:25]) - sum(means[25:])) / 25 < 30  # of 50 where the long ones come first
+
+
+def test_white_space_around_a_reply_is_not_scored(model: Path) -> None:
+    tokenizer = load_tokenizer(model)
+    plain, padded = (encode_conversation(tokenizer, conversation("hi", reply)) for reply in ("well", " \n well\n\n"))
+    assert plain == padded
 
 
 def test_the_loss_is_the_soft_cross_entropy(model: Path, tmp_path: Path) -> None:
@@ -55,7 +146,7 @@ def test_the_loss_is_the_soft_cross_entropy(model: Path, tmp_path: Path) -> None
         str(tmp_path), max_length=None, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[],
         dataloader_pin_memory=False,
     )  # fmt: skip
-    trainer = soft_reward_trainer()(
+    trainer = soft_reward_trainer(share_prompts=False)(
         model=pm, args=config, processing_class=tokenizer, train_dataset=Dataset.from_list([row])
     )
     (batch,) = trainer.get_train_dataloader()
@@ -91,21 +182,6 @@ def test_pairs_of_one_prompt_are_all_held_out_or_none(model: Path, tmp_path: Pat
     assert manifest_of(tmp_path / "pm")["counts"]["held_out"] == 8
 
 
-def test_ties_are_left_out_of_the_accuracy_and_equal_scores_are_wrong() -> None:
-    pairs = [load_row(Preference, preference(i, p)) for i, p in enumerate([0.5, 0.9, 0.9, 0.9])]
-    figures = judge_pairs(pairs, [1.0, 1.0, 0.0, 2.0], [0.0, 1.0, 1.0, 1.0])
-    assert figures["accuracy"]["n"] == 3
-    assert figures["accuracy"]["value"] == pytest.approx(1 / 3)
-    assert figures["accuracy"]["low"] < 1 / 3 < figures["accuracy"]["high"]
-    assert judge_pairs([], [], []) == {"loss": None, "accuracy": None}
-
-
-def test_a_huge_margin_gives_a_finite_loss() -> None:
-    (pair,) = [load_row(Preference, preference(0, 1.0))]
-    assert judge_pairs([pair], [-2000.0], [2000.0])["loss"] == pytest.approx(4000.0)
-    assert judge_pairs([pair], [2000.0], [-2000.0])["loss"] == pytest.approx(0.0)
-
-
 def test_a_score_depends_on_neither_batch_nor_neighbours(model: Path) -> None:
     pm, tokenizer = load_reward_model(model, new_head_seed=0), load_tokenizer(model)
     chats = [conversation("question " * n, "helpful " * (9 - n)) for n in range(1, 9)]
@@ -139,6 +215,13 @@ def test_long_and_identical_pairs_are_rejected_with_the_reason(model: Path, tmp_
     assert counts["in"] == counts["used"] + counts["rejected"] == 6
 
 
+def test_pairs_beyond_the_models_window_are_rejected_whatever_max_length_says(model: Path, tmp_path: Path) -> None:
+    rows = [preference(0), preference(1, rejected="long " * 600)]
+    command(write_rows(tmp_path / "prefs.jsonl", rows), tmp_path / "pm", model=str(model), max_length=5000, **QUICK)
+    (rejected,) = rows_in(tmp_path / "pm.rejected.jsonl")
+    assert rejected["reason"] == "longer than the model's window of 512"
+
+
 @pytest.mark.parametrize("lora", [False, True])
 def test_an_interrupted_run_ends_with_the_parameters_of_one_that_was_not(
     model: Path, tmp_path: Path, lora: bool
@@ -167,3 +250,43 @@ def test_preference_rows_feed_trls_trainers_unchanged(model: Path, tmp_path: Pat
     )  # fmt: skip
     trainer = getattr(trl, trainer_name)(str(model), args=config, train_dataset=data)
     assert trainer.train().training_loss > 0
+
+
+def test_a_fitted_head_tells_pairs_apart_before_anything_else_is_trained(model: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "prefs.jsonl", [preference(i, 0.8) for i in range(60)])
+    run = {"model": str(model), "fitted_head": True, **QUICK | {"eval_share": 0.5}}
+    command(rows, tmp_path / "head", epochs=0, **run)
+    start, trained = weights(model), weights(tmp_path / "head")
+    assert all(bool((trained[name] == start[name]).all()) for name in start if name in trained)
+    figures = manifest_of(tmp_path / "head")["figures"]
+    assert figures["steps"] == 0
+    assert figures["accuracy"] == figures["head_accuracy"] == wilson(30, 30)
+    assert figures["loss_gap"] < 0.05
+    command(rows, tmp_path / "tuned", max_steps=3, **run)
+    tuned = manifest_of(tmp_path / "tuned")["figures"]
+    assert tuned["held_out_loss_before"] == figures["held_out_loss"] != tuned["held_out_loss"]
+
+
+def test_a_fitted_head_gives_the_probabilities_of_its_labels() -> None:
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    truth, x = rng.normal(size=8), rng.normal(size=(4000, 8))
+    p = 1 / (1 + np.exp(-x @ truth))
+    assert np.abs(regress(x, p, strength=10.0) - truth).max() < 0.02
+    swapped = regress(-x, 1 - p, strength=10.0)  # the same pairs the other way round
+    assert np.abs(swapped - regress(x, p, strength=10.0)).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("run", "problem"),
+    [
+        ({"epochs": 0}, "trains nothing"),
+        ({"targets": "sharp"}, "--targets must be soft or hard"),
+        ({"fitted_head": True}, "pairs of 10 prompts or more, these are of 4"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(model: Path, tmp_path: Path, run: dict[str, Any], problem: str) -> None:
+    rows = write_rows(tmp_path / "prefs.jsonl", [preference(i) for i in range(4)])
+    with pytest.raises(CaiError, match=problem):
+        command(rows, tmp_path / "pm", model=str(model), **QUICK | run)

@@ -6,7 +6,6 @@ a pretrained model, we from whatever `--model` names; its learning rate (half th
 another model, so it is an option; the helpful share is a ratio (the paper has 135k helpful to 183k red-team prompts).
 """
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +37,7 @@ from cai_cli.training import (
     finished_model,
     fit,
     held_out_keys,
+    mixed,
     pick_device,
     quiet_libraries,
     save_model,
@@ -102,16 +102,6 @@ def examples_of(row: Sample, revisions: Literal["all", "last"]) -> list[Example]
     earlier = [turn.response for turn in row.history[1:]] if isinstance(row, Revision) else []
     replies = [*(earlier if revisions == "all" else []), row.completion[0].content]
     return [Example(row, reply) for reply in replies]
-
-
-def mix(revisions: Sequence[Example], helpful: Sequence[Example], ratio: float, seed: int) -> list[Example]:
-    """`revisions` and, per revision, `ratio` helpful examples drawn without replacement (all where there are fewer)."""
-    wanted = round(ratio * len(revisions))
-    if len(helpful) <= wanted:
-        return [*revisions, *helpful]
-    rng = random.Random(seed_for(seed, "sft", "helpful"))  # noqa: S311
-    kept = sorted(rng.sample(range(len(helpful)), wanted))
-    return [*revisions, *(helpful[i] for i in kept)]
 
 
 def encode(tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[Message], reply: str) -> Encoded:
@@ -241,7 +231,7 @@ def command(
     helpful_rows = [row for _, row in intake_helpful.rows(helpful, completed_row)] if helpful else []
     mine = [example for row in rows for example in examples_of(row, which)]
     theirs = [example for row in helpful_rows for example in examples_of(row, "last")]
-    chosen = mix(mine, theirs, helpful_ratio, seed)
+    chosen = mixed(mine, theirs, helpful_ratio, seed_for(seed, "sft", "helpful"))
     counts = Counts(rejected=[*intake.take_bad(), *intake_helpful.take_bad()])
     if left := len(mine) + len(theirs) - len(chosen):
         counts.skipped["beyond --helpful-ratio"] = left

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cai_cli.engines.chat import encode_chat
 from cai_cli.errors import CaiError
-from cai_cli.records import Message, Preference
+from cai_cli.records import Message
 from cai_cli.training import context_window
 
 if TYPE_CHECKING:
@@ -20,8 +20,13 @@ Figure = dict[str, Any]
 
 
 def encode_conversation(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> list[int]:
-    """A whole conversation, the judged reply last, with the end of turn of the chat template; raises RowError."""
-    return encode_chat(tokenizer, messages, add_generation_prompt=False)
+    """A whole conversation, the judged reply last, with the end of turn of the chat template; raises RowError.
+
+    White space around the reply is no part of it: `cai sample` keeps none, and RL is to earn nothing by it.
+    """
+    *prompt, reply = messages
+    judged = Message(role=reply.role, content=reply.content.strip())
+    return encode_chat(tokenizer, [*prompt, judged], add_generation_prompt=False)
 
 
 def score_conversations(
@@ -62,25 +67,15 @@ def score_ids(
         with torch.inference_mode():
             logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits[:, 0]
         for i, score in zip(batch, logits.float().tolist(), strict=True):
-            if not math.isfinite(score):
-                raise CaiError(f"the preference model gave the score {score}")
-            scores[i] = score
+            scores[i] = finite(score)
     return scores
 
 
-def judge_pairs(pairs: Sequence[Preference], chosen: Sequence[float], rejected: Sequence[float]) -> Figure:
-    """How well scores tell `chosen` from `rejected`: soft cross-entropy in nats (`loss`), and `accuracy`.
-
-    Pairs with p_chosen = 0.5 have no right answer and are left out of the accuracy; equal scores count as wrong.
-    """
-    losses, right, decided = [], 0, 0
-    for pair, a, b in zip(pairs, chosen, rejected, strict=True):
-        d = a - b
-        losses.append(math.log1p(math.exp(-abs(d))) + max(-d, 0.0) + (1 - pair.p_chosen) * d)
-        if pair.p_chosen > 0.5:
-            decided += 1
-            right += d > 0
-    return {"loss": sum(losses) / len(losses) if losses else None, "accuracy": wilson(right, decided)}
+def finite(score: float) -> float:
+    """The score itself; raises CaiError when it is no number."""
+    if not math.isfinite(score):
+        raise CaiError(f"the preference model gave the score {score}")
+    return score
 
 
 def wilson(right: int, n: int) -> Figure | None:

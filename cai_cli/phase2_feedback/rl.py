@@ -34,12 +34,12 @@ from cai_cli.training import (
     Metrics,
     Recipe,
     SaveSteps,
-    context_window,
     finished_model,
     fit,
     pick_device,
     quiet_libraries,
     save_model,
+    tokenizer_and_window,
     without_printer,
 )
 from cai_cli.training_job import Base, Counts, TrainingJob, rows_digest
@@ -78,7 +78,7 @@ def fitting_prompts(
     """The prompts that both models can take with a reply of `max_new_tokens`; the others are rejected into `counts`,
     a repeated one is skipped."""
     fitting, seen = [], set()
-    (tokenizer, window), (judge_tokenizer, judge_window) = map(_tokenizer_and_window, (policy, preference_model))
+    (tokenizer, window), (judge_tokenizer, judge_window) = map(tokenizer_and_window, (policy, preference_model))
     for prompt in prompts:
         try:
             asked = len(encode_chat(tokenizer, prompt.prompt, add_generation_prompt=True))
@@ -96,16 +96,6 @@ def fitting_prompts(
             seen.add(same)
             fitting.append(prompt)
     return fitting
-
-
-def _tokenizer_and_window(path: Path) -> tuple["PreTrainedTokenizerBase", int]:
-    from transformers import AutoConfig
-
-    from cai_cli.models import load_tokenizer
-
-    tokenizer = load_tokenizer(path)
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    return tokenizer, context_window(config, tokenizer)
 
 
 def messages_of(chat: Chat) -> list[Message]:
@@ -233,7 +223,7 @@ def rl(
 def command(
     input: options.Input,
     output: options.ModelOutput,
-    pm: Annotated[str, typer.Option("--pm", help="The preference model, from `cai train-pm`.", show_default=False)],
+    pm: options.PreferenceModel,
     model: options.Model = options.DEFAULT_MODEL,
     algorithm: Annotated[str, typer.Option(help="rloo (beta * KL in the reward, as the paper) or grpo.")] = "rloo",
     beta: Annotated[float, typer.Option(min=0.0, help="Weight of the KL divergence from --model.")] = 0.05,

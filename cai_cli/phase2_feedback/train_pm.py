@@ -1,11 +1,13 @@
-"""`cai train-pm`: a preference model from AI-labelled comparisons (paper section 4.1).
+"""`cai train-pm`: a preference model from comparisons (paper sections 4.1 and 4.2).
 
 As in the paper the targets are soft: the loss is the cross-entropy between p_chosen and sigmoid(r_chosen - r_rejected).
 TRL's RewardTrainer knows only hard labels; its loss plus `(1 - p_chosen) * (r_chosen - r_rejected)` is the soft one,
-exactly. Departures: the paper starts from a model pretrained on preferences and mixes in human helpfulness labels;
-we start from `--model` (a fresh, seeded scalar head on it) and train on the rows given, which may be both kinds.
+exactly. As in the paper the harmlessness comparisons of an AI are mixed with helpfulness comparisons of humans
+(`--mix`; the paper has 135k of these to 183k of those). Departure: the paper starts from a model pretrained on
+preferences, we from `--model` with a scalar head that is random (seeded) or fitted first (`--fit-head`).
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +16,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cai_cli import console, options
-from cai_cli.errors import RowError
+from cai_cli.engines.base import seed_for
+from cai_cli.engines.chat import encode_text
+from cai_cli.errors import CaiError, RowError, UsageError
 from cai_cli.intake import Intake
-from cai_cli.jsonl import rows_of
 from cai_cli.manifest import hash_input, provenance, settings_of
-from cai_cli.phase2_feedback.preference_model import Figure, encode_conversation, judge_pairs, score_ids
-from cai_cli.records import Preference, conversation_id, reject
+from cai_cli.phase2_feedback.fitted_head import fit_head
+from cai_cli.phase2_feedback.pm_figures import held_out_figures
+from cai_cli.phase2_feedback.pm_trainer import soft_reward_trainer
+from cai_cli.phase2_feedback.preference_model import Figure, encode_conversation, score_ids
+from cai_cli.phase2_feedback.shared_prompt import score_pairs, take_packed_pairs
+from cai_cli.records import JudgedPair, Preference, conversation_id, dump_row, parse_preference, reject
 from cai_cli.training import (
     Epochs,
     GradientAccumulation,
@@ -35,9 +42,11 @@ from cai_cli.training import (
     finished_model,
     fit,
     held_out_keys,
+    mixed,
     pick_device,
     quiet_libraries,
     save_model,
+    tokenizer_and_window,
     without_printer,
 )
 from cai_cli.training_job import Base, Counts, TrainingJob, rows_digest
@@ -55,85 +64,89 @@ COLUMNS = {
     "mean_score": "mean_reward",
 }
 HELD_OUT = ("held_out_loss", "held_out_accuracy")
+TARGETS = ("soft", "hard")
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A preference and the ids of its two conversations."""
+    """A preference, the ids of its two conversations, and the probability of `chosen` that is trained on."""
 
     row: Preference
     chosen: list[int]
     rejected: list[int]
+    target: float
+
+    @property
+    def ids(self) -> tuple[list[int], list[int]]:
+        return self.chosen, self.rejected
 
     def columns(self) -> dict[str, Any]:
-        return {"chosen_ids": self.chosen, "rejected_ids": self.rejected, "p_chosen": self.row.p_chosen}
+        return {"chosen_ids": self.chosen, "rejected_ids": self.rejected, "p_chosen": self.target}
 
 
 def encode_pairs(
-    tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Preference], max_length: int, counts: Counts
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: Sequence[Preference],
+    max_length: int,
+    counts: Counts,
+    *,
+    window: int,
+    hard: bool,
 ) -> list[Pair]:
-    """Every pair that can be trained on; the others are rejected into `counts`."""
+    """Every pair that can be trained on; the others are rejected into `counts`.
+
+    `window`: how many tokens the model takes. With `hard` the preferred reply has probability 1, and a tie, which has
+    no preferred reply, is skipped.
+    """
+    too_long = "longer than --max-length" if max_length <= window else f"longer than the model's window of {window:,}"
     pairs = []
     for row in rows:
         try:
-            pair = Pair(
-                row,
-                encode_conversation(tokenizer, [*row.prompt, *row.chosen]),
-                encode_conversation(tokenizer, [*row.prompt, *row.rejected]),
-            )
+            ids = [encode_conversation(tokenizer, [*row.prompt, *reply]) for reply in (row.chosen, row.rejected)]
         except RowError as error:
             counts.rejected.append(reject(row.key, error.message, row))
             continue
-        if max(len(pair.chosen), len(pair.rejected)) > max_length:
-            counts.rejected.append(reject(row.key, "longer than --max-length", row))
-        elif pair.chosen == pair.rejected:
+        if max(map(len, ids)) > min(max_length, window):
+            counts.rejected.append(reject(row.key, too_long, row))
+        elif ids[0] == ids[1]:
             counts.rejected.append(reject(row.key, "chosen and rejected are the same", row))
+        elif hard and row.p_chosen == 0.5:
+            counts.skipped["a tie, which has no hard target"] += 1
         else:
-            pairs.append(pair)
+            pairs.append(Pair(row, ids[0], ids[1], 1.0 if hard else row.p_chosen))
     return pairs
 
 
 def judge(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", pairs: Sequence[Pair], batch_size: int
-) -> Figure:
-    """Loss and accuracy of a preference model on pairs."""
-    chosen = score_ids(model, tokenizer, [p.chosen for p in pairs], batch_size)
-    rejected = score_ids(model, tokenizer, [p.rejected for p in pairs], batch_size)
-    return judge_pairs([p.row for p in pairs], chosen, rejected)
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    pairs: Sequence[Pair],
+    batch_size: int,
+    *,
+    share_prompts: bool,
+) -> list[JudgedPair]:
+    """The pairs with the scores a preference model gives."""
+    if share_prompts:
+        chosen, rejected = score_pairs(model, [pair.ids for pair in pairs], batch_size)
+    else:
+        chosen = score_ids(model, tokenizer, [pair.chosen for pair in pairs], batch_size)
+        rejected = score_ids(model, tokenizer, [pair.rejected for pair in pairs], batch_size)
 
+    def tokens(text: str) -> int:
+        return len(encode_text(tokenizer, text, start=False))
 
-def soft_reward_trainer() -> Any:
-    """RewardTrainer with soft targets: its rows carry `p_chosen`, the probability that `chosen` is the better one."""
-    import torch
-    from trl import RewardTrainer
-    from trl.trainer.reward_trainer import DataCollatorForPreference
-
-    class Collator(DataCollatorForPreference):  # type: ignore[misc]
-        def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-            p_chosen = torch.tensor([example["p_chosen"] for example in examples], dtype=torch.float32)
-            return {**super().torch_call(examples), "p_chosen": p_chosen}
-
-    class SoftRewardTrainer(RewardTrainer):  # type: ignore[misc]
-        loss_is_scaled_for_ga = False  # a mean over the batch
-
-        def __init__(self, *, processing_class: Any, **arguments: Any) -> None:
-            collator = Collator(pad_token_id=processing_class.pad_token_id)
-            super().__init__(processing_class=processing_class, data_collator=collator, **arguments)
-
-        def _set_signature_columns_if_needed(self) -> None:
-            self._signature_columns = ["chosen_ids", "rejected_ids", "p_chosen"]
-
-        def compute_loss(
-            self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-        ) -> Any:
-            p_chosen = inputs.pop("p_chosen")
-            loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-            chosen, rejected = torch.chunk(outputs.logits.squeeze(-1), chunks=2)
-            # -log sigmoid(d) + (1 - p) d  =  -p log sigmoid(d) - (1 - p) log sigmoid(-d)
-            loss = loss + ((1 - p_chosen) * (chosen - rejected)).mean()
-            return (loss, outputs) if return_outputs else loss
-
-    return SoftRewardTrainer
+    return [
+        JudgedPair(
+            id=row.id,
+            source=row.source,
+            p_chosen=row.p_chosen,
+            chosen_score=a,
+            rejected_score=b,
+            chosen_tokens=tokens(row.chosen[0].content),
+            rejected_tokens=tokens(row.rejected[0].content),
+        )
+        for row, a, b in zip((pair.row for pair in pairs), chosen, rejected, strict=True)
+    ]
 
 
 def train_pm(
@@ -143,22 +156,78 @@ def train_pm(
     held_out: Sequence[Pair],
     recipe: Recipe,
     work: Path,
+    *,
+    fitted_head: bool,
 ) -> dict[str, Any]:
-    """Train a preference model from the model in `base`; the finished one is left in `work/model`. Returns figures."""
+    """Train a preference model from the model in `base`; the finished one is left in `work/model`, with the scores of
+    the held-out pairs beside it in `held_out.jsonl`. Returns the figures."""
+    from cai_cli.models import load_reward_model
+
+    longest = max([*train, *held_out], key=lambda pair: max(len(pair.chosen), len(pair.rejected)))
+    model = load_reward_model(base, "float32", recipe.device, new_head_seed=recipe.seed)
+    share = take_packed_pairs(model, longest.ids)
+    metrics = Metrics(work / "metrics.jsonl", [*COLUMNS, *HELD_OUT])
+    # Fitted and judged anew also when a run is resumed: it is the untrained model that is loaded here.
+    head = start_head(model, train, recipe, share_prompts=share) if fitted_head else {}
+    before, steps = held_out_figures([]), 0
+    if recipe.trains:
+        with recipe.autocast():
+            before = held_out_figures(judge(model, tokenizer, held_out, recipe.batch_size, share_prompts=share))
+        if metrics.at(0) is None:
+            metrics.put(0, held_out_row(before))
+        model, steps = fine_tune(model, tokenizer, train, recipe, work, metrics, share_prompts=share)
+    save_model(model, tokenizer, work / "model")
+    # Judged as others will load it: training may have run in bfloat16.
+    model = load_reward_model(work / "model", "float32", recipe.device)
+    share = share and take_packed_pairs(model, longest.ids)
+    judged = judge(model, tokenizer, held_out, recipe.batch_size, share_prompts=share)
+    (work / "model/held_out.jsonl").write_bytes(b"".join(dump_row(pair) + b"\n" for pair in judged))
+    figures = held_out_figures(judged)
+    metrics.put(steps, held_out_row(figures))
+    losses = [row["loss"] for row in metrics.rows if row["loss"] is not None]
+    return {
+        "steps": steps,
+        **head,
+        "loss_before": losses[0] if losses else None,
+        "loss": losses[-1] if losses else None,
+        "held_out_loss_before": before["held_out_loss"],
+        "accuracy_before": before["accuracy"],
+        **figures,
+        "pairs_by_source": dict(Counter(pair.row.source or "no source" for pair in train)),
+    }
+
+
+def start_head(model: "PreTrainedModel", train: Sequence[Pair], recipe: Recipe, *, share_prompts: bool) -> Figure:
+    """Give the model a head fitted to the pairs; the figures of its cross-validation. Raises CaiError."""
+    if not share_prompts:
+        raise CaiError("--fit-head needs a decoder whose layers are all full attention", hint="--random-head")
+    with recipe.autocast():
+        return fit_head(
+            model,
+            [pair.ids for pair in train],
+            [pair.target for pair in train],
+            [conversation_id(pair.row.prompt) for pair in train],
+            recipe.batch_size,
+        )
+
+
+def fine_tune(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    train: Sequence[Pair],
+    recipe: Recipe,
+    work: Path,
+    metrics: Metrics,
+    *,
+    share_prompts: bool,
+) -> tuple["PreTrainedModel", int]:
+    """The model after the recipe's steps, and how many they were."""
     from datasets import Dataset
     from trl import RewardConfig
 
-    from cai_cli.models import load_reward_model
-
-    model = load_reward_model(base, "float32", recipe.device, new_head_seed=recipe.seed)
-    metrics = Metrics(work / "metrics.jsonl", [*COLUMNS, *HELD_OUT])
-    # Judged anew also when a run is resumed: it is the untrained model that is loaded here.
-    before = judge(model, tokenizer, held_out, recipe.batch_size)
-    if metrics.at(0) is None:
-        metrics.put(0, held_out_row(before))
     with quiet_libraries():
         trainer = without_printer(
-            soft_reward_trainer()(
+            soft_reward_trainer(share_prompts=share_prompts)(
                 model=model,
                 processing_class=tokenizer,
                 args=RewardConfig(**recipe.arguments(work), max_length=None),
@@ -167,32 +236,38 @@ def train_pm(
             )
         )
         fit(trainer, metrics, COLUMNS, name="train-pm")
-    model = finished_model(trainer)
-    after = judge(model, tokenizer, held_out, recipe.batch_size)
-    steps = int(trainer.state.global_step)
-    metrics.put(steps, held_out_row(after))
-    save_model(model, tokenizer, work / "model")
-    losses = [row["loss"] for row in metrics.rows if row["loss"] is not None]
-    return {
-        "steps": steps,
-        "loss_before": losses[0],
-        "loss": losses[-1],
-        "held_out_loss_before": before["loss"],
-        "held_out_loss": after["loss"],
-        "accuracy_before": before["accuracy"],
-        "accuracy": after["accuracy"],
-    }
+    return finished_model(trainer), int(trainer.state.global_step)
 
 
 def held_out_row(figures: Figure) -> dict[str, float | None]:
     accuracy = figures["accuracy"]
-    return {"held_out_loss": figures["loss"], "held_out_accuracy": accuracy and accuracy["value"]}
+    return {"held_out_loss": figures["held_out_loss"], "held_out_accuracy": accuracy and accuracy["value"]}
+
+
+def read_preferences(intake: Intake, source: str, limit: int | None = None) -> list[Preference]:
+    """Preference rows and pairs that humans labelled; such a pair without a source has the file's name."""
+    name = Path(source).name
+    return [row for _, row in intake.rows(source, lambda value: parse_preference(value, source=name), limit)]
 
 
 def command(
     input: options.Input,
     output: options.ModelOutput,
     model: options.Model = options.DEFAULT_MODEL,
+    mix: Annotated[
+        str | None, typer.Option(help="JSONL of more comparisons, such as human helpfulness labels, mixed in.")
+    ] = None,
+    mix_ratio: Annotated[float, typer.Option(min=0.0, help="Pairs of --mix per pair of INPUT.")] = 1.0,
+    targets: Annotated[
+        str, typer.Option(help="soft (the labels' probabilities, as the paper) or hard (1 for the preferred reply).")
+    ] = "soft",
+    fitted_head: Annotated[
+        bool,
+        typer.Option(
+            "--fit-head/--random-head",
+            help="Start from the head that fits the labels best on the model as it is; --epochs 0 stops there.",
+        ),
+    ] = False,
     epochs: Epochs = 1.0,
     max_steps: MaxSteps = None,
     batch_size: TrainBatchSize = 4,
@@ -208,55 +283,69 @@ def command(
     skip_bad: options.SkipBad = False,
     max_bad: options.MaxBad = None,
     device: options.Device = "auto",
+    dtype: options.DType = "auto",
     overwrite: options.Overwrite = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Train a preference model on comparisons.
 
-    INPUT: Preference rows, from `cai label-prefs`. Writes a model directory.
+    INPUT: Preference rows, from `cai label-prefs`, or pairs that humans labelled (HH-RLHF `chosen` and `rejected`).
+    Writes a model directory, with the scores of the held-out pairs in `held_out.jsonl`.
     """
     flags = locals()
     console.set_quiet(quiet)
-    from cai_cli.models import load_tokenizer
-
+    if targets not in TARGETS:
+        raise UsageError(f"--targets must be soft or hard, not {targets!r}")
+    if not (epochs or max_steps or fitted_head):
+        raise UsageError("--epochs 0 trains nothing", hint="with --fit-head it trains the head alone")
     base = Base.resolve(model)
-    inputs = {"preferences": hash_input(input)}
-    intake = Intake.of(flags)
-    rows = [row for _, row in intake.rows(input, rows_of(Preference), limit)]
-    tokenizer = load_tokenizer(base.path)
-    counts = Counts(rejected=intake.take_bad())
-    pairs = encode_pairs(tokenizer, rows, max_length, counts)
+    inputs = {"preferences": hash_input(input)} | ({"mix": hash_input(mix)} if mix else {})
+    intake, intake_mix = Intake.of(flags), Intake.of(flags)
+    mine = read_preferences(intake, input, limit)
+    theirs = read_preferences(intake_mix, mix) if mix else []
+    rows = mixed(mine, theirs, mix_ratio, seed_for(seed, "train-pm", "mix"))
+    counts = Counts(rejected=[*intake.take_bad(), *intake_mix.take_bad()])
+    if left := len(mine) + len(theirs) - len(rows):
+        counts.skipped["beyond --mix-ratio"] = left
+    if mix and len(theirs) < round(mix_ratio * len(mine)):
+        console.say(f"train-pm: {mix} holds {len(theirs):,} pairs, fewer than --mix-ratio asks for; all are used")
+
+    tokenizer, window = tokenizer_and_window(base.path)
+    pairs = encode_pairs(tokenizer, rows, max_length, counts, window=window, hard=targets == "hard")
     apart = held_out_keys([conversation_id(pair.row.prompt) for pair in pairs], eval_share, seed)
     train = [pair for pair in pairs if conversation_id(pair.row.prompt) not in apart]
     held_out = [pair for pair in pairs if conversation_id(pair.row.prompt) in apart]
     counts.train, counts.held_out = len(train), len(held_out)
-    where = pick_device(device)
     recipe = Recipe(
         batch_size=batch_size,
         gradient_accumulation=gradient_accumulation,
         learning_rate=learning_rate,
         save_steps=save_steps,
         seed=seed,
-        device=where,
+        device=pick_device(device),
         lora_rank=lora_rank if lora else None,
         epochs=epochs,
         max_steps=max_steps,
+        dtype=dtype,
     )
-    settings = settings_of(flags, batch_size=batch_size, precision="float32" if where == "cpu" else "bfloat16")
-    del settings["save_steps"]
-    TrainingJob(
+    settings = settings_of(flags, batch_size=batch_size, precision=recipe.precision)
+    for harmless in ("save_steps", "mix", "dtype"):
+        del settings[harmless]
+    summary = TrainingJob(
         provenance=provenance(
             "train-pm",
             inputs=inputs,
             settings=settings,
             model={"fingerprint": base.fingerprint},
-            rows=rows_digest(rows),
+            rows=rows_digest([*mine, *theirs]),
         ),
         inputs=inputs,
         models={"model": base},
         output=output,
         overwrite=overwrite,
         counts=counts,
-        train=lambda work: train_pm(base.path, tokenizer, train, held_out, recipe, work),
+        train=lambda work: train_pm(base.path, tokenizer, train, held_out, recipe, work, fitted_head=fitted_head),
     ).run(as_json=json)
+    if summary["at_chance"]:
+        console.warn(f"train-pm: {summary['note']}")

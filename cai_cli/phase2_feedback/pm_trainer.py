@@ -1,0 +1,87 @@
+"""TRL's RewardTrainer with soft targets, batches of like length, and the prompt of a pair computed once."""
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from cai_cli.engines.base import seed_for
+from cai_cli.phase2_feedback.shared_prompt import collate, packed
+
+POOL = 16  # batches
+
+
+def by_length(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[int]:
+    """All indices in a new order for every epoch, each `batch_size` after one another of like length.
+
+    Rows are drawn into pools, only within a pool they are sorted, and the batches of all pools are shuffled: no batch
+    is always the same, and no part of an epoch is the long one.
+    """
+    rng = random.Random(seed_for(seed, "train-pm", "order", epoch))  # noqa: S311
+    order = rng.sample(range(len(lengths)), len(lengths))
+    batches = []
+    for start in range(0, len(order), POOL * batch_size):
+        pool = sorted(order[start : start + POOL * batch_size], key=lambda i: lengths[i])
+        batches += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
+    short = [batches.pop(i) for i in reversed(range(len(batches))) if len(batches[i]) < batch_size]
+    rng.shuffle(batches)
+    return [i for batch in (*batches, *short) for i in batch]
+
+
+def soft_reward_trainer(*, share_prompts: bool) -> Any:
+    """RewardTrainer for rows of `chosen_ids`, `rejected_ids` and `p_chosen`, the probability that `chosen` is better.
+
+    With `share_prompts` the model must take packed pairs (`shared_prompt.take_packed_pairs`).
+    """
+    import torch
+    from torch.utils.data import Sampler
+    from trl import RewardTrainer
+    from trl.trainer.reward_trainer import DataCollatorForPreference
+
+    class Collator(DataCollatorForPreference):  # type: ignore[misc]
+        def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+            if share_prompts:
+                pairs = [packed(example["chosen_ids"], example["rejected_ids"]) for example in examples]
+                batch = collate(pairs, self.pad_token_id)
+            else:
+                batch = super().torch_call(examples)
+            return {**batch, "p_chosen": torch.tensor([example["p_chosen"] for example in examples])}
+
+    class ByLength(Sampler[int]):
+        def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+            self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+        def set_epoch(self, epoch: int) -> None:  # accelerate calls it, on a resumed run too
+            self.epoch = epoch
+
+        def __len__(self) -> int:
+            return len(self.lengths)
+
+        def __iter__(self) -> Iterator[int]:
+            return iter(by_length(self.lengths, self.batch_size, self.seed, self.epoch))
+
+    class SoftRewardTrainer(RewardTrainer):  # type: ignore[misc]
+        loss_is_scaled_for_ga = False  # a mean over the batch
+
+        def __init__(self, *, processing_class: Any, **arguments: Any) -> None:
+            collator = Collator(pad_token_id=processing_class.pad_token_id)
+            super().__init__(processing_class=processing_class, data_collator=collator, **arguments)
+
+        def _set_signature_columns_if_needed(self) -> None:
+            self._signature_columns = ["chosen_ids", "rejected_ids", "p_chosen"]
+
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            rows = zip(self.train_dataset["chosen_ids"], self.train_dataset["rejected_ids"], strict=True)
+            lengths = [max(len(chosen), len(rejected)) for chosen, rejected in rows]
+            return ByLength(lengths, self.args.train_batch_size, self.args.seed)
+
+        def compute_loss(
+            self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            p_chosen = inputs.pop("p_chosen")
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+            chosen, rejected = torch.chunk(outputs.logits.squeeze(-1), chunks=2)
+            # -log sigmoid(d) + (1 - p) d  =  -p log sigmoid(d) - (1 - p) log sigmoid(-d)
+            loss = loss + ((1 - p_chosen) * (chosen - rejected)).mean()
+            return (loss, outputs) if return_outputs else loss
+
+    return SoftRewardTrainer
