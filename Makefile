@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-all lint docs smoke clean
+.PHONY: setup demo test test-all server-env lint docs smoke clean
 
 setup: $(STAMP)
 
@@ -22,7 +22,14 @@ demo: setup
 test: setup
 	$(BIN)/pytest
 
-test-all: setup
+# The real server of `pytest -m server`; compiling it takes some minutes, once.
+server-env: .server-venv/.installed
+
+.server-venv/.installed: tests/server_env.py tests/server_requirements.txt | $(STAMP)
+	$(BIN)/python tests/server_env.py
+	touch $@
+
+test-all: setup server-env
 	$(BIN)/pytest -m ''
 
 smoke: setup
@@ -37,4 +44,4 @@ docs: setup
 	$(BIN)/python tests/cli_docs.py > docs/cli.md
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .server-venv runs

@@ -17,6 +17,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
@@ -26,7 +27,7 @@ import jsonlines
 import orjson
 
 from cai_cli.errors import BadRow, CaiError, RowError
-from cai_cli.records import Kind, Prompt, Row, dump_row, load_row, parse_prompt
+from cai_cli.records import Kind, Prompt, Rejected, Row, dump_row, load_row, parse_prompt
 
 MAX_LINE_BYTES = 64 * 2**20
 KEPT_OF_LONG_LINE = 4096
@@ -297,6 +298,14 @@ class KeyTable:
 # --- writing ----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Line:
+    """A row of ours as it stood in a file, whatever its type."""
+
+    key: str
+    data: bytes
+
+
 class AppendFile:
     """A JSONL file being appended to, a group of rows in one write, synced to disk with every group."""
 
@@ -312,8 +321,16 @@ class AppendFile:
         for _, value in read_values(str(self.path)):
             yield row_key(value)
 
-    def append(self, rows: Iterable[Row]) -> None:
-        self.append_lines(dump_row(row) + b"\n" for row in rows)
+    def rows(self) -> Iterator[Line | Rejected]:
+        """Cut a torn last line away, then yield every row that is there."""
+        if not self.path.exists():
+            return
+        cut_torn_tail(self.path)
+        for _, value in read_values(str(self.path)):
+            yield load_row(Rejected, value) if "key" in value else Line(row_key(value), orjson.dumps(value))
+
+    def append(self, rows: Iterable[Row | Line]) -> None:
+        self.append_lines((row.data if isinstance(row, Line) else dump_row(row)) + b"\n" for row in rows)
 
     def append_lines(self, lines: Iterable[bytes]) -> None:
         """`lines` with their newlines. Raises CaiError."""

@@ -22,7 +22,12 @@ ModelOutput = Annotated[
 ]
 Model = Annotated[
     str,
-    typer.Option("--model", "-m", help="Directory, Hub name, alias (see `cai models list`) or scripted:FILE."),
+    typer.Option(
+        "--model",
+        "-m",
+        help="Directory, Hub name, alias (see `cai models list`), openai:NAME with --base-url, vllm:NAME or "
+        "scripted:FILE.",
+    ),
 ]
 PreferenceModel = Annotated[
     str, typer.Option("--pm", help="The preference model, from `cai train-pm`.", show_default=False)
@@ -47,6 +52,26 @@ Quiet = Annotated[
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Rows asked at once; by default fitted to the device.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 DType = Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16; auto is float32 on CPU.")]
+BaseUrl = Annotated[
+    str | None,
+    typer.Option(
+        help="Address of the OpenAI-compatible server of an openai: model, as http://HOST:PORT/v1; the key comes from "
+        "OPENAI_API_KEY."
+    ),
+]
+Concurrency = Annotated[
+    int | None, typer.Option(min=1, max=1000, help="Requests to the server at once; by default 16.")
+]
+Timeout = Annotated[
+    float | None,
+    typer.Option(min=0.1, help="Seconds for one request to the server, its retries included; by default 600."),
+]
+BudgetTokens = Annotated[
+    int | None,
+    typer.Option(min=1, help="Stop, resumably, when this output has taken so many tokens of the server."),
+]
+PriceIn = Annotated[float | None, typer.Option(min=0.0, help="Price of a million prompt tokens, to count the cost.")]
+PriceOut = Annotated[float | None, typer.Option(min=0.0, help="Price of a million new tokens, to count the cost.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")]
 TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling; 1 keeps the whole distribution.")]

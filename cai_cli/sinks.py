@@ -9,12 +9,12 @@ from typing import Any, Protocol
 
 from cai_cli import console
 from cai_cli.errors import CaiError
-from cai_cli.jsonl import AppendFile, KeyTable, cut_torn_tail, read_values
+from cai_cli.jsonl import AppendFile, KeyTable, Line, cut_torn_tail, read_values
 from cai_cli.manifest import read_manifest, write_json
 from cai_cli.outputs import publish, refuse_other_run, rejected_reasons, sidecar
 from cai_cli.records import Asked, Rejected, Row, dump_row, reason_kind
 
-Outcome = Row | Rejected
+Outcome = Row | Rejected | Line
 
 
 @dataclass
@@ -41,6 +41,9 @@ class Sink(Protocol):
     """Where outcomes go."""
 
     def finished(self) -> KeyTable: ...
+    def early(self) -> dict[str, Outcome]: ...
+    def used(self) -> dict[str, Any] | None: ...
+    def stop(self, stranded: Sequence[Outcome], used: dict[str, Any] | None) -> None: ...
     def ask(self, units: Sequence[Asked]) -> None: ...
     def write(self, outcomes: Sequence[Outcome]) -> None: ...
     def finish(self, counts: Counts, rows: dict[str, Any], facts: dict[str, Any]) -> None: ...
@@ -58,10 +61,12 @@ class FileSink:
         self.partial = AppendFile(sidecar(path, "partial"))
         self.rejected = AppendFile(sidecar(path, "rejected.jsonl"))
         self.units = AppendFile(sidecar(path, "units.jsonl"))
+        self.ahead = AppendFile(sidecar(path, "partial.ahead.jsonl"))
+        self.kept: dict[str, Outcome] = {}
         self.digests = KeyTable()
         self.draft = sidecar(path, "partial.manifest.json")
         self.provenance = provenance
-        recorded = None if overwrite else read_manifest(self.draft)
+        self.recorded = recorded = None if overwrite else read_manifest(self.draft)
         if recorded:
             refuse_other_run(self.partial.path, recorded["provenance"], provenance)
         elif not overwrite and self.partial.path.exists():
@@ -74,7 +79,7 @@ class FileSink:
 
     def start_afresh(self) -> None:
         """Remove what earlier runs left and say what this one makes."""
-        files = (self.partial, self.rejected, self.units)
+        files = (self.partial, self.rejected, self.units, self.ahead)
         for stale in (*(f.path for f in files), self.path, sidecar(self.path, "manifest.json")):
             stale.unlink(missing_ok=True)
         write_json(self.draft, {"status": "running", "provenance": self.provenance})
@@ -84,13 +89,31 @@ class FileSink:
         for file in (self.partial, self.rejected):
             for key in file.finished_keys():
                 done.add(key, 0)
-        if done.size:
-            console.say(f"going on with {self.partial.path}: {done.size:,} rows are finished")
+        self.kept = {row.key: row for row in self.ahead.rows() if row.key not in done}
+        if done.size or self.kept:
+            console.say(f"going on with {self.partial.path}: {done.size + len(self.kept):,} rows are finished")
         if self.units.path.exists():
             cut_torn_tail(self.units.path)
             for _, value in read_values(str(self.units.path)):
                 self.digests.add(value["key"], value["digest"])
         return done
+
+    def early(self) -> dict[str, Outcome]:
+        """What an earlier run finished behind a row that it did not: few, as `windows.in_order` bounds them."""
+        return self.kept
+
+    def used(self) -> dict[str, Any] | None:
+        """The usage that an earlier run of this output recorded when it stopped."""
+        return self.recorded.get("usage") if self.recorded else None
+
+    def stop(self, stranded: Sequence[Outcome], used: dict[str, Any] | None) -> None:
+        """Keep what is finished but cannot be appended yet, because a row before it is not."""
+        kept = self.kept | {outcome.key: outcome for outcome in stranded}
+        self.ahead.path.unlink(missing_ok=True)
+        self.ahead.append(kept.values())
+        self.ahead.close()
+        if used:
+            write_json(self.draft, {"status": "running", "provenance": self.provenance, "usage": used})
 
     def ask(self, units: Sequence[Asked]) -> None:
         """Note units before they are answered. Raises CaiError when one was noted before with another content."""
@@ -121,6 +144,7 @@ class FileSink:
         counts.rejected = rejected_reasons(self.rejected.path)
         manifest = {"status": "finished", "provenance": self.provenance, "counts": counts.as_json(), "rows": rows}
         write_json(self.draft, {**manifest, "run": facts})
+        self.ahead.path.unlink(missing_ok=True)
         publish(self.path)
 
 
@@ -134,6 +158,15 @@ class StdoutSink:
     def finished(self) -> KeyTable:
         return KeyTable()
 
+    def early(self) -> dict[str, Outcome]:
+        return {}
+
+    def used(self) -> dict[str, Any] | None:
+        return None
+
+    def stop(self, stranded: Sequence[Outcome], used: dict[str, Any] | None) -> None:
+        """Nothing goes on from a pipe that broke."""
+
     def ask(self, units: Sequence[Asked]) -> None:
         pass
 
@@ -143,7 +176,7 @@ class StdoutSink:
                 self.rejected[reason_kind(outcome.reason)] += 1
                 console.warn(f"rejected: {dump_row(outcome).decode()}")
             else:
-                sys.stdout.buffer.write(dump_row(outcome) + b"\n")
+                sys.stdout.buffer.write((outcome.data if isinstance(outcome, Line) else dump_row(outcome)) + b"\n")
                 self.out += 1
         sys.stdout.buffer.flush()
 

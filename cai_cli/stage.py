@@ -8,6 +8,7 @@ run made is refused, and a kill at any moment leaves files that the same command
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import islice
@@ -17,6 +18,7 @@ from typing import Any, Generic, TypeVar
 import orjson
 
 from cai_cli import console
+from cai_cli.engines.base import Engine
 from cai_cli.errors import BadRow, CaiError, UsageError
 from cai_cli.intake import Intake
 from cai_cli.jsonl import KeyTable, shown
@@ -24,6 +26,7 @@ from cai_cli.manifest import InputFile, read_manifest, run_facts
 from cai_cli.outputs import finished_summary, one_writer, publish, refuse_input_as_output, refuse_other_run, sidecar
 from cai_cli.records import Asked, Rejected
 from cai_cli.sinks import Counts, FileSink, Outcome, Sink, StdoutSink
+from cai_cli.windows import in_order
 
 T = TypeVar("T")
 
@@ -50,6 +53,15 @@ class Skip:
     line: int
 
 
+@dataclass(frozen=True)
+class Worked:
+    """A window done: how many units it held, how many of them earlier runs had finished, and the outcomes to write."""
+
+    units: int
+    before: int
+    outcomes: list[Outcome]
+
+
 Units = Iterator[Unit[T] | Skip]
 Work = Callable[[Sequence[T]], Iterable[Outcome]]
 
@@ -68,6 +80,7 @@ class Job(Generic[T]):
     window: int
     total: int | None = None
     intake: Intake = field(default_factory=Intake)
+    engine: Engine | None = None
 
     @property
     def stage(self) -> str:
@@ -104,30 +117,57 @@ class Job(Generic[T]):
 
     def _work_through(self, sink: Sink) -> dict[str, Any]:
         watch, counts = console.Stopwatch(), Counts()
-        done, seen = sink.finished(), KeyTable()
-        noted = self.intake.shard is not None or any(file.sha256 is None for file in self.inputs.values())
-        matched, parts = 0, self.intake.shard.count if self.intake.shard else 1
-        with console.track(self.total and self.total / parts, self.stage) as advance:
-            units = self._checked(self.units(), seen, counts)
-            # Windows are cut by position in the input, so a resumed run asks in the same company as the first.
-            while window := list(islice(units, self.window)):
-                if noted:
-                    sink.ask([Asked(key=u.key, line=u.line, digest=_digest(u.value)) for u in window])
-                missing = [u for u in window if u.key not in done]
-                matched += len(window) - len(missing)
-                sink.write(self._outcomes(missing))
-                advance(len(window))
-        if matched != done.size:
+        finished = sink.finished(), sink.early()
+        unmatched, parts = finished[0].size + len(finished[1]), self.intake.shard.count if self.intake.shard else 1
+        usage, stranded = self.engine.usage if self.engine else None, list[Worked]()
+        if usage and (recorded := sink.used()):
+            usage.go_on(recorded)
+        groups = in_order(
+            self._windows(sink, counts),
+            lambda window: self._worked(window, *finished),
+            self.engine.workers if self.engine else 1,
+            stranded,
+            self.engine.close if self.engine else lambda: None,
+        )
+        try:
+            with console.track(self.total and self.total / parts, self.stage) as advance, closing(groups):
+                for group in groups:
+                    sink.write([outcome for worked in group for outcome in worked.outcomes])
+                    unmatched -= sum(worked.before for worked in group)
+                    advance(sum(worked.units for worked in group))
+        except BaseException:
+            sink.stop([o for worked in stranded for o in worked.outcomes], usage.as_json() if usage else None)
+            raise
+        finally:
+            if self.engine:
+                self.engine.close()
+        if unmatched:
             raise CaiError(
-                f"{self.output} holds {done.size - matched} finished rows that this input does not ask for",
+                f"{self.output} holds {unmatched} finished rows that this input does not ask for",
                 hint="the input changed since; --overwrite starts afresh",
             )
-        facts = run_facts(watch.seconds, self.inputs)
+        used = {"usage": usage.as_json()} if usage else {}
+        facts = run_facts(watch.seconds, self.inputs) | used
         sink.finish(counts, self.intake.read(), facts)
         if counts.units == self.intake.count == 0:  # a shard of a few rows may be empty
             console.warn(f"{self.stage}: the input holds no rows")
         return {"stage": self.stage, "status": "finished", "output": self.output, **counts.as_json(),
-                "seconds": facts["seconds"]}  # fmt: skip
+                "seconds": facts["seconds"], **used}  # fmt: skip
+
+    def _windows(self, sink: Sink, counts: Counts) -> Iterator[list[Unit[T | Rejected]]]:
+        """Cut by position in the input, so that a resumed run asks in the same company as the first."""
+        noted = self.intake.shard is not None or any(file.sha256 is None for file in self.inputs.values())
+        units = self._checked(self.units(), KeyTable(), counts)
+        while window := list(islice(units, self.window)):
+            if noted:
+                sink.ask([Asked(key=u.key, line=u.line, digest=_digest(u.value)) for u in window])
+            yield window
+
+    def _worked(self, window: Sequence[Unit[T | Rejected]], done: KeyTable, early: Mapping[str, Outcome]) -> Worked:
+        missing = [u for u in window if u.key not in done and u.key not in early]
+        fresh = iter(self._outcomes(missing))
+        outcomes = [early[u.key] if u.key in early else next(fresh) for u in window if u.key not in done]
+        return Worked(len(window), len(window) - len(missing), outcomes)
 
     def _outcomes(self, units: Sequence[Unit[T | Rejected]]) -> list[Outcome]:
         """One per unit, in order; a bad line is its own."""
@@ -175,5 +215,8 @@ def print_summary(summary: dict[str, Any], *, as_json: bool, stdout_is_data: boo
     for name in ("rejected", "skipped"):
         reasons = ", ".join(f"{count:,} {why}" for why, count in summary.get(f"{name}_reasons", {}).items())
         parts.append(f"{summary[name]:,} {name}" + (f" ({reasons})" if reasons else ""))
+    if used := summary.get("usage"):
+        parts[-1] += f"; {used['prompt_tokens']:,} prompt + {used['new_tokens']:,} new tokens"
+        parts[-1] += "" if used["cost"] is None else f" for {used['cost']:,.4f}"
     target = "" if stdout_is_data else f" -> {summary['output']}"
     console.say(f"{summary['stage']}: {' + '.join(parts)} in {summary['seconds']:,.1f} s{target}")

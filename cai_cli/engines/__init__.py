@@ -1,17 +1,44 @@
 """Who answers. `open_engine` turns a model name into an Engine; engines know no stage."""
 
-from cai_cli.engines.base import Engine
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any
+
+from cai_cli.engines.base import Engine, Server
+from cai_cli.errors import UsageError
 
 
-def open_engine(model: str, *, batch_size: int | None, device: str, dtype: str) -> Engine:
-    """The engine for `--model`: `scripted:FILE`, or a directory, alias or Hub name for the local torch engine.
+def open_engine(model: str, *, batch_size: int | None, device: str, dtype: str, server: Server | None = None) -> Engine:
+    """The engine for `--model`: `openai:NAME` on a server, `vllm:NAME`, `scripted:FILE`, or a directory, alias or Hub
+    name for the local torch engine.
 
-    Nothing heavy is loaded before the first request.
+    Nothing heavy is loaded before the first request. Raises: UsageError for options that this engine does not have.
     """
+    server = server or Server()
+    if model.startswith("openai:"):
+        if (batch_size, device, dtype) != (None, "auto", "auto"):
+            raise UsageError("a server has no --batch-size, --device or --dtype", hint="--concurrency N")
+        from cai_cli.engines.endpoint import EndpointEngine
+
+        return EndpointEngine(model.removeprefix("openai:"), server)
+    if given := [name for name, value in asdict(server).items() if value is not None]:
+        raise UsageError(f"--{given[0].replace('_', '-')} is for a server", hint="--model openai:NAME --base-url URL")
     if model.startswith("scripted:"):
         from cai_cli.engines.scripted import ScriptedEngine
 
         return ScriptedEngine(model.removeprefix("scripted:"), batch_size or 64)
+    if model.startswith("vllm:"):
+        from cai_cli.engines.vllm import VllmEngine
+
+        return VllmEngine(model.removeprefix("vllm:"), batch_size=batch_size, device=device, dtype=dtype)
     from cai_cli.engines.local import LocalEngine
 
     return LocalEngine(model, batch_size=batch_size, device=device, dtype=dtype)
+
+
+def engine_of(flags: Mapping[str, Any]) -> Engine:
+    """`open_engine` with the options of a command."""
+    server = Server(**{f.name: flags[f.name] for f in fields(Server)})
+    return open_engine(
+        flags["model"], batch_size=flags["batch_size"], device=flags["device"], dtype=flags["dtype"], server=server
+    )

@@ -3,8 +3,8 @@
 A second engine is one new file with a class of this shape and one line in `open_engine`.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from typing import Any, Protocol
 
@@ -62,9 +62,76 @@ class Refusal:
     reason: str
 
 
+@dataclass(frozen=True)
+class Server:
+    """Where an OpenAI-compatible server is and what it may be asked. None takes the default.
+
+    `timeout`: seconds for one request with its retries. `price_in`, `price_out`: per million tokens, any currency.
+    """
+
+    base_url: str | None = None
+    concurrency: int | None = None
+    timeout: float | None = None
+    budget_tokens: int | None = None
+    price_in: float | None = None
+    price_out: float | None = None
+
+
+@dataclass
+class Usage:
+    """What a server was asked for one output, over all runs that made it. Prices: per million tokens."""
+
+    base_url: str
+    price_in: float | None = None
+    price_out: float | None = None
+    requests: int = 0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    models: list[str] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt_tokens + self.new_tokens
+
+    @property
+    def cost(self) -> float | None:
+        """None unless a price was given."""
+        if self.price_in is None and self.price_out is None:
+            return None
+        return (self.prompt_tokens * (self.price_in or 0) + self.new_tokens * (self.price_out or 0)) / 1e6
+
+    def add(self, model: str, prompt_tokens: int, new_tokens: int) -> bool:
+        """Count one answer; whether it is the first from another model than the answers before."""
+        self.requests += 1
+        self.prompt_tokens += prompt_tokens
+        self.new_tokens += new_tokens
+        if model in self.models:
+            return False
+        self.models.append(model)
+        return len(self.models) > 1
+
+    def go_on(self, recorded: Mapping[str, Any]) -> None:
+        """Start from what an earlier run had used."""
+        self.requests, self.prompt_tokens = recorded["requests"], recorded["prompt_tokens"]
+        self.new_tokens, self.models = recorded["new_tokens"], list(recorded["models"])
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | {"cost": self.cost}
+
+
 class Engine(Protocol):
     batch_size: int
     """How many rows a stage should hand over at once."""
+
+    workers: int = 1
+    """From how many threads it may be handed rows at the same time."""
+
+    usage: Usage | None = None
+    """What has been asked, where that is counted."""
+
+    def close(self) -> None:
+        """Give up what is in flight, for good."""
+        return
 
     def identity(self) -> dict[str, Any]:
         """What decides this engine's answers: names and content hashes. Loads no weights."""

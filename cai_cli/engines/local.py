@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from cai_cli.engines.base import Ask, Question, Refusal, Reply, Sampling, Text
+from cai_cli.engines.base import Ask, Engine, Question, Refusal, Reply, Sampling, Text
 from cai_cli.engines.chat import encode_chat, encode_text
 from cai_cli.engines.decoding import Row, Writer, check_finite, draw, end_of_turn_ids, uniforms
 from cai_cli.engines.memory import Memory
@@ -27,7 +27,7 @@ DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16")
 
 
-class LocalEngine:
+class LocalEngine(Engine):
     """Implements `Engine`. The same ask gets the same text in every batch, but for near-ties in rounding."""
 
     def __init__(self, model: str, *, batch_size: int | None, device: str, dtype: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import Field
 
-from cai_cli.engines.base import Ask, Question, Refusal, Reply, Sampling, Text
+from cai_cli.engines.base import Ask, Engine, Question, Refusal, Reply, Sampling, Text
 from cai_cli.errors import CaiError
 from cai_cli.jsonl import read_rows, rows_of
 from cai_cli.records import Row, render_transcript
@@ -27,7 +27,7 @@ class Line(Row):
     seconds: float = Field(default=0.0, ge=0)
 
 
-class ScriptedEngine:
+class ScriptedEngine(Engine):
     """Deterministic: the same ask gets the same answer."""
 
     def __init__(self, file: str, batch_size: int = 64) -> None:

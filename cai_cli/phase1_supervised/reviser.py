@@ -12,7 +12,7 @@ from cai_cli.constitution import (
     open_constitution,
     select,
 )
-from cai_cli.engines import open_engine
+from cai_cli.engines import engine_of
 from cai_cli.engines.base import Ask, Engine, Refusal, Reply, Sampling, seed_for
 from cai_cli.errors import RowError
 from cai_cli.intake import Intake
@@ -76,7 +76,7 @@ def run_revision_stage(stage: str, parse: Callable[[object], Sample], work: Work
     """Wire one of the three commands, whose options are `flags`, to its files."""
     loaded = open_constitution(CritiqueConstitution, flags["constitution"], flags["few_shot"])
     principles = select(loaded.principles, flags["principles"], flags["max_principles"])
-    engine = open_engine(flags["model"], batch_size=flags["batch_size"], device=flags["device"], dtype=flags["dtype"])
+    engine = engine_of(flags)
     source, limit, intake = flags["input"], flags["limit"], Intake.of(flags)
     inputs = {"samples": hash_input(source)}
     form = pick_form(flags["prompt_form"], engine)
@@ -109,5 +109,6 @@ def run_revision_stage(stage: str, parse: Callable[[object], Sample], work: Work
         units=units,
         work=lambda rows: work(rows, reviser),
         window=engine.batch_size,
+        engine=engine,
         total=None if lines is None else min(lines, limit or lines),
     ).run(as_json=flags["json"])

@@ -9,7 +9,7 @@ from typing import Annotated, get_args
 import typer
 
 from cai_cli import options
-from cai_cli.engines import open_engine
+from cai_cli.engines import engine_of
 from cai_cli.engines.base import Ask, Engine, Refusal, Sampling, seed_for
 from cai_cli.errors import UsageError
 from cai_cli.intake import Intake
@@ -82,6 +82,12 @@ def command(
     batch_size: options.BatchSize = None,
     device: options.Device = "auto",
     dtype: options.DType = "auto",
+    base_url: options.BaseUrl = None,
+    concurrency: options.Concurrency = None,
+    timeout: options.Timeout = None,
+    budget_tokens: options.BudgetTokens = None,
+    price_in: options.PriceIn = None,
+    price_out: options.PriceOut = None,
     overwrite: options.Overwrite = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -94,7 +100,7 @@ def command(
     flags = locals()
     default_kind = pick_kind(kind)
     intake = Intake.of(flags)
-    engine = open_engine(model, batch_size=batch_size, device=device, dtype=dtype)
+    engine = engine_of(flags)
     inputs = {"prompts": hash_input(input)}
     form = pick_form(prompt_form, engine)
     settings = settings_of(flags, prompt_form=form)
@@ -109,5 +115,6 @@ def command(
         units=lambda: prompt_units(intake.prompts(input, default_kind, limit), n),
         work=lambda units: sample(units, engine, sampling=sampling, form=form, seed=seed),
         window=engine.batch_size,
+        engine=engine,
         total=None if lines is None else n * min(lines, limit or lines),
     ).run(as_json=json)

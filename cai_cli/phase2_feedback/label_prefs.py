@@ -16,7 +16,7 @@ import typer
 
 from cai_cli import options
 from cai_cli.constitution import PreferenceConstitution, PreferencePrinciple, open_constitution, select
-from cai_cli.engines import open_engine
+from cai_cli.engines import engine_of
 from cai_cli.engines.base import Refusal, Sampling, seed_for
 from cai_cli.errors import UsageError
 from cai_cli.intake import Intake
@@ -188,6 +188,12 @@ def command(
     batch_size: options.BatchSize = None,
     device: options.Device = "auto",
     dtype: options.DType = "auto",
+    base_url: options.BaseUrl = None,
+    concurrency: options.Concurrency = None,
+    timeout: options.Timeout = None,
+    budget_tokens: options.BudgetTokens = None,
+    price_in: options.PriceIn = None,
+    price_out: options.PriceOut = None,
     overwrite: options.Overwrite = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -204,7 +210,7 @@ def command(
     loaded = open_constitution(PreferenceConstitution, constitution, few_shot)
     chosen = select(loaded.principles, principles, max_principles)
     per_pair = pick_per_pair(principles_per_pair, chosen)
-    engine = open_engine(model, batch_size=batch_size, device=device, dtype=dtype)
+    engine = engine_of(flags)
     inputs = {"samples": hash_input(input)}
     form = pick_form(prompt_form, engine)
     # A verdict is read greedily: noise of sampling would be taken for the judge's doubt.
@@ -228,4 +234,5 @@ def command(
         units=lambda: pair_units(intake, input, pairs, seed, limit),
         work=lambda some: label_prefs(some, labeller),
         window=engine.batch_size,
+        engine=engine,
     ).run(as_json=json)

