@@ -16,6 +16,7 @@ from cai_cli.errors import CaiError
 from cai_cli.phase1_supervised import critique, revise, sample, sft
 from cai_cli.phase2_feedback import label_prefs, rl, train_pm
 from cai_cli.pipeline import run_command
+from cai_cli.report import command as report
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -58,6 +59,7 @@ app.command("merge", rich_help_panel=FILES)(merge.command)
 app.command("sort", rich_help_panel=FILES)(tidy.sort_command)
 app.command("dedup", rich_help_panel=FILES)(tidy.dedup_command)
 app.command("stats", rich_help_panel=FILES)(stats.command)
+app.command("report", rich_help_panel=ROAD)(report.command)
 app.command("doctor", rich_help_panel=ROAD)(doctor.command)
 app.add_typer(principles_command.app, name="principles", rich_help_panel=ROAD)
 app.add_typer(models.app, name="models", rich_help_panel=ROAD)
