@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from cai_cli.constitution import (
@@ -14,7 +15,10 @@ from cai_cli.constitution import (
     select,
 )
 from cai_cli.errors import CaiError
+from cai_cli.jsonl import read_rows, rows_of
+from cai_cli.manifest import read_manifest
 from cai_cli.records import Critique, Preference, Revision, Row
+from cai_cli.stage import sidecar
 
 AnyPrinciple = CritiquePrinciple | PreferencePrinciple
 
@@ -41,25 +45,44 @@ def draws(row: Row) -> list[str]:
 
 def drawn(rows: Iterable[Row], manifest: Mapping[str, Any]) -> Drawn | None:
     """How often each principle was drawn for the rows that `manifest` is of; None where no constitution was used."""
+    return drawn_counts(Counter(principle for row in rows for principle in draws(row)), manifest)
+
+
+def drawn_counts(counts: Counter[str], manifest: Mapping[str, Any]) -> Drawn | None:
+    """As `drawn`, of draws that are counted already."""
     used = manifest.get("provenance", {}).get("constitution")
     if not used:
         return None
-    counts = Counter(principle for row in rows for principle in draws(row))
     known = {p.id: p for p in principles_behind(manifest)}
-    all_ids = sorted(counts.keys() | known.keys(), key=lambda name: (-counts[name], name))
-    return Drawn(
-        manifest["provenance"]["stage"],
-        used["name"],
-        used["fingerprint"],
-        {name: counts[name] for name in all_ids},
-        known,
-    )
+    order = sorted(counts.keys() | known.keys(), key=lambda name: (-counts[name], name))
+    stage = manifest["provenance"]["stage"]
+    return Drawn(stage, used["name"], used["fingerprint"], {name: counts[name] for name in order}, known)
+
+
+def recorded_principles(sources: Iterable[Path]) -> list[dict[str, Any]]:
+    """The principles that shaped files of rows and models, by the manifests beside them: what a training stage puts
+    into its own manifest, so that a model trained on a model trained on revisions still names them."""
+    found: list[dict[str, Any]] = []
+    for source in sources:
+        manifest = read_manifest(sidecar(source, "manifest.json")) or {}
+        used = list(manifest.get("run", {}).get("principles", []))
+        if not used and source.is_file():
+            row_type: type[Row] = (
+                Preference if manifest.get("provenance", {}).get("stage") == "label-prefs" else Revision
+            )
+            rows = (row for _, row in read_rows(str(source), rows_of(row_type)))
+            if behind := drawn(rows, manifest):
+                counts = {name: count for name, count in behind.counts.items() if count}
+                used = [{"stage": behind.stage, "constitution": behind.constitution,
+                         "fingerprint": behind.fingerprint, "drawn": counts}]  # fmt: skip
+        found += [entry for entry in used if entry not in found]
+    return found
 
 
 def principles_behind(manifest: Mapping[str, Any]) -> Sequence[AnyPrinciple]:
     """The principles that could be drawn, if the constitution is still what it was; else none."""
     provenance, argv = manifest["provenance"], list(manifest.get("run", {}).get("argv", []))
-    model = PreferenceConstitution if provenance["stage"] == "label-prefs" else CritiqueConstitution
+    model: Any = PreferenceConstitution if provenance["stage"] == "label-prefs" else CritiqueConstitution
     settings = provenance.get("settings", {})
     try:
         loaded: Any = open_constitution(model, option(argv, "--constitution"), option(argv, "--few-shot"))

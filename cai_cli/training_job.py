@@ -17,6 +17,7 @@ import orjson
 import yaml
 
 from cai_cli import console
+from cai_cli.drawn import recorded_principles
 from cai_cli.errors import CaiError, UsageError
 from cai_cli.jsonl import AppendFile, sync_directory
 from cai_cli.manifest import InputFile, read_manifest, run_facts, write_json
@@ -128,9 +129,11 @@ class TrainingJob:
                 f"{self.stage}: no rows to train on ({_counted(counts)})",
                 hint=f"see {sidecar(path, 'rejected.jsonl')}" if self.counts.rejected else None,
             )
+        sources = [*(Path(file.name) for file in self.inputs.values()), *(base.path for base in self.models.values())]
+        principles = recorded_principles(sources)
         try:
             figures = self.train(work)
-            facts = run_facts(watch.seconds, self.inputs)
+            facts = {**run_facts(watch.seconds, self.inputs), "principles": principles}
             manifest = {"provenance": self.provenance, "counts": counts, "figures": figures, "run": facts}
             (work / "model/README.md").write_text(model_card(manifest, self.models), encoding="utf-8")
             shutil.copyfile(work / "metrics.jsonl", work / "model/metrics.jsonl")
@@ -261,6 +264,11 @@ def model_card(manifest: Mapping[str, Any], models: Mapping[str, Base]) -> str:
         f"---\n{yaml.safe_dump(head, sort_keys=True)}---\n\n# {stage} of {base.public_name}\n\n"
         f"Made by `cai {stage}` {provenance['cai']} ({PAPER}).\n\n"
         + table("Made from", made_from | hashes)
+        + "".join(
+            table(f"Principles of {p['constitution']} ({p['stage']})", {"fingerprint": f"`{p['fingerprint']}`"} | drawn)
+            for p in manifest["run"]["principles"]
+            for drawn in [{f"`{name}`": f"drawn {count:,} times" for name, count in p["drawn"].items()}]
+        )
         + table("Rows", {k: v for k, v in manifest["counts"].items() if not k.endswith("_reasons")})
         + table("Settings", provenance["settings"])
         + table("Figures", manifest["figures"])

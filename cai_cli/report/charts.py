@@ -71,7 +71,8 @@ def _draw(paint: Callable[[Any], None], size: tuple[float, float] = SIZE) -> str
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with mpl.rc_context(dict(STYLE)), warnings.catch_warnings():
+    style: Any = dict(STYLE)
+    with mpl.rc_context(style), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a glyph that matplotlib's own font lacks: the browser has another font
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)
@@ -135,6 +136,8 @@ def _columns(line: Line) -> list[str]:
 def _whole_ticks(axes: Any, values: Sequence[float]) -> None:
     from matplotlib.ticker import MaxNLocator
 
+    if len(set(values)) == 1:
+        axes.set_xlim(values[0] - 1, values[0] + 1)
     if all(float(v).is_integer() for v in values):
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
 
@@ -153,9 +156,7 @@ def histogram(
         axes.set_xlim(edges[0], edges[-1])
         axes.yaxis.get_major_locator().set_params(integer=True)
 
-    rows = [
-        [edges[i], edges[i + 1], *(counts[i] for counts in groups.values())] for i in range(len(edges) - 1)
-    ]
+    rows = [[edges[i], edges[i + 1], *(counts[i] for counts in groups.values())] for i in range(len(edges) - 1)]
     legend = {name: i for i, name in enumerate(groups, start=1)} if len(groups) > 1 else {}
     return Chart(id, title, _draw(paint), ["from", "to", *groups], rows, note, legend)
 

@@ -213,9 +213,7 @@ def _steps(folder: Path, problems: list[str]) -> list[StepFiles]:
     )
 
 
-def _step(
-    folder: Path, file: str, name: str | None, recorded: Mapping[str, Any], problems: list[str]
-) -> StepFiles:
+def _step(folder: Path, file: str, name: str | None, recorded: Mapping[str, Any], problems: list[str]) -> StepFiles:
     final, draft = folder / f"{file}{FINAL}", folder / f"{file}{DRAFT}"
     manifest = _json(final, problems) if final.exists() else _json(draft, problems)
     entry = recorded.get(name, {}) if name else {}

@@ -40,7 +40,8 @@ def render(run: RunFiles) -> str:
         lstrip_blocks=True,
         finalize=_finalize,
     )
-    environment.filters |= {"number": number, "csv": csv_link, "svg": Markup, "share": lambda v: f"{100 * v:.0f}%"}
+    environment.filters |= {"number": number, "csv": csv_link, "svg": Markup, "share": share, "shares": shares,
+                            "interval": interval, "probability": lambda p: f"{100 * p:.1f}%"}  # fmt: skip
     script, style = ((HERE / "templates" / name).read_text(encoding="utf-8") for name in ("script.js", "style.css"))
     return environment.get_template("page.html.j2").render(
         **_sections(run),
@@ -87,7 +88,7 @@ def _sections(run: RunFiles) -> dict[str, Any]:
     return {
         "flows": [(step, summary.flow(step)) for step in run.steps],
         "seconds": sum(step.seconds or 0 for step in run.steps),
-        "tokens": _tokens(run),
+        "costs": _costs(run),
         "missing": summary.missing(run),
         "headlines": summary.headlines(run, figures if compared.total else None),
         "constitutions": summary.constitutions(run),
@@ -111,9 +112,14 @@ def _counted(rows: Iterator[Preference], audit: labels.Audit) -> Iterator[Prefer
         yield row
 
 
-def _tokens(run: RunFiles) -> dict[str, dict[str, int]]:
-    """Step -> tokens, where its manifest counts them."""
-    return {step.name: step.facts["tokens"] for step in run.steps if step.facts.get("tokens")}
+def _costs(run: RunFiles) -> tuple[list[str], list[list[Any]]]:
+    """Seconds of every step, and tokens where a manifest counts them."""
+    names = sorted({name for step in run.steps for name in step.facts.get("tokens") or {}})
+    rows = [
+        [step.name, step.stage, step.seconds, *((step.facts.get("tokens") or {}).get(name) for name in names)]
+        for step in run.steps
+    ]
+    return ["step", "command", "seconds", *(f"{name} tokens" for name in names)], rows
 
 
 def _planes(run: RunFiles) -> list[Chart]:
@@ -163,6 +169,20 @@ def number(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def share(value: float) -> str:
+    return f"{100 * value:.0f}%"
+
+
+def interval(figure: Any) -> str:
+    """The 95% interval and n of a share."""
+    return f"95%: {share(figure['low'])} to {share(figure['high'])}, n = {figure['n']:,}"
+
+
+def shares(figure: Any) -> str:
+    """A share with its interval; a dash where there is none."""
+    return f"{share(figure['value'])} ({interval(figure)})" if figure else "–"
 
 
 def csv_link(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

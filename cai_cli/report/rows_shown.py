@@ -1,7 +1,7 @@
 """The rows the page shows: revision chains, comparisons, and replies of several models to one prompt. Every list says
 how many it shows of how many, and every text that is cut says so."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -105,13 +105,14 @@ def turns(messages: Sequence[Message]) -> list[tuple[str, Text]]:
 
 
 def chains(run: RunFiles, budget: Budget) -> Shown[Chain]:
-    """The chains of the last revision step of each line of steps: what a later one revised again is part of its rows."""
+    """The chains of the last revision steps: what a later one revised again is part of its rows."""
     steps = last_revisions(run)
     shown, total = [], 0
     for row in (row for step in steps for row in run.rows(step, Revision)):
         total += 1
-        if budget.allows(*_texts(row.prompt), *(t for turn in row.history for t in (turn.response, turn.critique or "")),
-                         *(turn.response for turn in row.history), row.reply, row.reply):  # fmt: skip
+        replies = [row.reply, *(turn.response for turn in row.history)]
+        critiques = [turn.critique or "" for turn in row.history]
+        if budget.allows(*_texts(row.prompt), *_cut(replies), *_cut(replies), *_cut(critiques)):
             shown.append(chain(row))
     return Shown(shown, total, [step.output.name for step in steps])
 
@@ -123,7 +124,11 @@ def last_revisions(run: RunFiles) -> list[StepFiles]:
 
 
 def _texts(messages: Sequence[Message]) -> list[str]:
-    return [message.content[:MAX_CHARACTERS] for message in messages]
+    return _cut([message.content for message in messages])
+
+
+def _cut(texts: Sequence[str]) -> list[str]:
+    return [text[:MAX_CHARACTERS] for text in texts]
 
 
 @dataclass(frozen=True)
@@ -182,38 +187,30 @@ def side_by_side(run: RunFiles, budget: Budget) -> Shown[SideBySide] | None:
     the order of the road. None where no two models were asked the same."""
     steps = run.of("sample")
     for last in reversed(steps):
-        rows = {row.id: row for row in run.rows(last, Sample) if row.sample_index == 0}
-        asked = {name: found for name, found in _asked(run, steps, set(rows)).items() if found}
+        rows = {row.id: row.prompt for row in run.rows(last, Sample)}
+        asked = _asked(run, steps, rows.keys())
         if len(asked) > 1:
             break
     else:
         return None
+    common = [key for key in rows if sum(key in found for found in asked.values()) > 1]
     shown = []
-    for key, row in rows.items():
-        replies = {name: found.get(key) for name, found in asked.items()}
-        if sum(reply is not None for reply in replies.values()) < 2:
-            continue
-        texts = [sample.reply[:MAX_CHARACTERS] for sample in replies.values() if sample]
-        if budget.allows(*_texts(row.prompt), *texts):
-            shown.append(
-                SideBySide(key, turns(row.prompt), {name: sample and _reply(sample) for name, sample in replies.items()})
-            )
-    total = sum(sum(key in found for found in asked.values()) > 1 for key in rows)
-    return Shown(shown, total, [s.output.name for s in steps if model_label(run, s) in asked])
+    for key in common:
+        found = {name: replies.get(key) for name, replies in asked.items()}
+        if budget.allows(*_texts(rows[key]), *(text.text.text for text in found.values() if text)):
+            shown.append(SideBySide(key, turns(rows[key]), found))
+    sources = [step.output.name for step in steps if model_label(run, step) in asked]
+    return Shown(shown, len(common), sources)
 
 
-def _reply(sample: Sample) -> Reply:
-    return Reply(clip(sample.reply), sample.finish_reason == "length")
-
-
-def _asked(run: RunFiles, steps: Sequence[StepFiles], wanted: set[str]) -> dict[str, dict[str, Sample]]:
-    """Model -> prompt id -> its first reply, for the prompts wanted."""
-    found: dict[str, dict[str, Sample]] = {}
+def _asked(run: RunFiles, steps: Sequence[StepFiles], wanted: Collection[str]) -> dict[str, dict[str, Reply]]:
+    """Model -> prompt id -> its first reply, for the prompts wanted; models asked none of them are left out."""
+    found: dict[str, dict[str, Reply]] = {}
     for step in steps:
-        replies = found.setdefault(model_label(run, step), {})
-        for row in run.rows(step, Sample):
-            if row.sample_index == 0 and row.id in wanted:
-                replies.setdefault(row.id, row)
+        rows = (row for row in run.rows(step, Sample) if row.sample_index == 0 and row.id in wanted)
+        for row in rows:
+            replies = found.setdefault(model_label(run, step), {})
+            replies.setdefault(row.id, Reply(clip(row.reply), row.finish_reason == "length"))
     return found
 
 

@@ -1,4 +1,6 @@
 // Filters: a search over the text of the items and selects over their attributes. Without script all items are shown.
+const FIRST = 10; // items shown before "Show all"
+
 for (const box of document.querySelectorAll("[data-filter]")) {
   const items = [...box.querySelectorAll("[data-item]")];
   const texts = items.map((item) => item.textContent.toLowerCase());
@@ -8,6 +10,9 @@ for (const box of document.querySelectorAll("[data-filter]")) {
   const output = bar.querySelector("output");
   const open = bar.querySelector("[data-open]");
   const none = box.querySelector(".none");
+  const more = box.querySelector(".more-items");
+  const moreButton = more.querySelector("[data-more]");
+  let limit = FIRST;
 
   const apply = () => {
     const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
@@ -15,9 +20,11 @@ for (const box of document.querySelectorAll("[data-filter]")) {
     items.forEach((item, i) => {
       const fits = words.every((word) => texts[i].includes(word)) && selects.every(
         (select) => !select.value || JSON.parse(item.dataset[select.dataset.by]).includes(select.value));
-      item.hidden = !fits;
       shown += fits;
+      item.hidden = !fits || shown > limit;
     });
+    more.hidden = shown <= limit;
+    moreButton.textContent = `Show all ${shown}`;
     output.textContent = `${shown} of ${items.length} ${output.dataset.what}`;
     none.hidden = shown > 0;
   };
@@ -32,6 +39,13 @@ for (const box of document.querySelectorAll("[data-filter]")) {
     label();
   });
   items.forEach((item) => item.addEventListener("toggle", label));
+  moreButton.addEventListener("click", () => {
+    limit = Infinity;
+    const next = items.find((item) => item.hidden);
+    apply();
+    label();
+    if (next) next.querySelector("summary").focus();
+  });
   none.querySelector("[data-clear]").addEventListener("click", () => {
     search.value = "";
     selects.forEach((select) => { select.value = ""; });
@@ -40,5 +54,6 @@ for (const box of document.querySelectorAll("[data-filter]")) {
     search.focus();
   });
   bar.hidden = false;
+  apply();
   label();
 }
