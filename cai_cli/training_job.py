@@ -265,15 +265,22 @@ def model_card(manifest: Mapping[str, Any], models: Mapping[str, Base]) -> str:
         f"Made by `cai {stage}` {provenance['cai']} ({PAPER}).\n\n"
         + table("Made from", made_from | hashes)
         + "".join(
-            table(f"Principles of {p['constitution']} ({p['stage']})", {"fingerprint": f"`{p['fingerprint']}`"} | drawn)
+            table(f"Principles: {p['constitution']}, drawn in {p['stage']}", _draws(p))
             for p in manifest["run"]["principles"]
-            for drawn in [{f"`{name}`": f"drawn {count:,} times" for name, count in p["drawn"].items()}]
         )
         + table("Rows", {k: v for k, v in manifest["counts"].items() if not k.endswith("_reasons")})
         + table("Settings", provenance["settings"])
         + table("Figures", manifest["figures"])
         + table("Versions", manifest["run"]["versions"])
     )
+
+
+def _draws(principles: Mapping[str, Any]) -> dict[str, str]:
+    """One constitution of `recorded_principles`: its hash, then each principle and how often it was drawn."""
+    return {
+        "fingerprint": f"`{principles['fingerprint']}`",
+        **{f"`{name}`": f"{count:,} times" for name, count in principles["drawn"].items()},
+    }
 
 
 def _cell(value: Any) -> str:

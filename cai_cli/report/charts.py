@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from io import StringIO
 from typing import Any
 
+from cai_cli.console import safe
+
 INK, RULE, FLAG, PAPER = "#010101", "#020202", "#030303", "#040404"
 SERIES = ("#050505", "#060606", "#070707", "#080808")
 VARIABLES = {
@@ -19,7 +21,6 @@ VARIABLES = {
 }
 STYLE: Mapping[str, Any] = {
     "svg.fonttype": "none",
-    "svg.hashsalt": "cai",
     "text.parse_math": False,  # a model's name is no formula
     "font.size": 10,
     "axes.edgecolor": RULE,
@@ -29,6 +30,8 @@ STYLE: Mapping[str, Any] = {
     "ytick.color": INK,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
+    "xtick.major.pad": 6,
+    "ytick.major.pad": 5,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.spines.left": False,
@@ -66,12 +69,12 @@ class Line:
     high: Sequence[float] = ()
 
 
-def _draw(paint: Callable[[Any], None], size: tuple[float, float] = SIZE) -> str:
+def _draw(id: str, paint: Callable[[Any], None], size: tuple[float, float] = SIZE) -> str:
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    style: Any = dict(STYLE)
+    style: Any = {**STYLE, "svg.hashsalt": id}  # ids that no other picture of the page has
     with mpl.rc_context(style), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a glyph that matplotlib's own font lacks: the browser has another font
         figure = Figure(figsize=size, layout="constrained")
@@ -84,12 +87,13 @@ def _draw(paint: Callable[[Any], None], size: tuple[float, float] = SIZE) -> str
 
 
 def _for_the_page(svg: str) -> str:
-    """The <svg> element alone, scalable, without ids that a second picture would repeat, in the page's colours."""
+    """The <svg> element alone, scalable, in the page's colours and font."""
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<metadata>.*?</metadata>|<style .*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true" focusable="false">', svg)
+    svg = re.sub(r'<g id="[^"]*"\s*/>', "", svg)
     svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
-    svg = re.sub(r"font: (?:[a-z]+ )*([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
+    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
     for colour, variable in VARIABLES.items():
         svg = svg.replace(colour, variable)
     return svg
@@ -102,9 +106,10 @@ def lines(
     *,
     x_label: str = "step",
     flags: Sequence[float] = (),
+    share: bool = False,
     note: str = "",
 ) -> Chart:
-    """One or more series over a common x; upright lines where something was flagged."""
+    """One or more series over a common x; upright lines where something was flagged. `share`: y goes from 0 to 1."""
 
     def paint(axes: Any) -> None:
         for at in flags:
@@ -116,6 +121,8 @@ def lines(
             axes.plot(line.x, line.y, color=colour, marker="o" if few else None, markersize=3.2)
         axes.set_xlabel(x_label)
         axes.margins(x=0.03, y=0.12)
+        if share:
+            axes.set_ylim(-0.02, 1.02)
         _whole_ticks(axes, [x for line in series for x in line.x])
 
     columns = [x_label, *(name for line in series for name in _columns(line))]
@@ -126,7 +133,7 @@ def lines(
                 table[x][column] = value
     rows = [[x, *(found.get(column) for column in columns[1:])] for x, found in table.items()]
     legend = {line.name: i for i, line in enumerate(series, start=1)} if len(series) > 1 else {}
-    return Chart(id, title, _draw(paint), columns, rows, note, legend)
+    return Chart(id, title, _draw(id, paint), columns, rows, note, legend)
 
 
 def _columns(line: Line) -> list[str]:
@@ -158,7 +165,7 @@ def histogram(
 
     rows = [[edges[i], edges[i + 1], *(counts[i] for counts in groups.values())] for i in range(len(edges) - 1)]
     legend = {name: i for i, name in enumerate(groups, start=1)} if len(groups) > 1 else {}
-    return Chart(id, title, _draw(paint), ["from", "to", *groups], rows, note, legend)
+    return Chart(id, title, _draw(id, paint), ["from", "to", *groups], rows, note, legend)
 
 
 @dataclass(frozen=True)
@@ -188,7 +195,7 @@ def reliability(id: str, title: str, bins: Sequence[Bin], *, x_label: str, note:
         axes.set_ylim(min([b.low for b in bins] + [0.4]) - 0.05, 1.05)
 
     rows = [[b.predicted, b.value, b.low, b.high, b.n] for b in bins]
-    return Chart(id, title, _draw(paint), ["predicted", "came true", "low", "high", "n"], rows, note)
+    return Chart(id, title, _draw(id, paint), ["predicted", "came true", "low", "high", "n"], rows, note)
 
 
 @dataclass(frozen=True)
@@ -211,14 +218,14 @@ def plane(id: str, title: str, spots: Sequence[Spot], *, x_label: str, y_label: 
                 [x], [y], xerr=[[x - x_low], [x_high - x]], yerr=[[y - y_low], [y_high - y]],
                 color=colour, marker="o", markersize=6, elinewidth=1.4,
             )  # fmt: skip
-            axes.annotate(spot.name, (x, y), xytext=(7, 6), textcoords="offset points", color=INK)
+            axes.annotate(safe(spot.name), (x, y), xytext=(7, 6), textcoords="offset points", color=INK)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.margins(0.2)
 
     columns = ["model", *(f"{axis}{end}" for axis in (x_label, y_label) for end in ("", ", low", ", high"))]
     rows = [[s.name, *s.x, *s.y] for s in spots]
-    return Chart(id, title, _draw(paint, (5.4, 3.6)), columns, rows, note)
+    return Chart(id, title, _draw(id, paint, (5.4, 3.6)), columns, rows, note)
 
 
 def _colours(count: int) -> list[str]:
@@ -235,10 +242,10 @@ def forest(id: str, title: str, figures: Mapping[str, Mapping[str, float]], *, x
         for place, figure in zip(places, figures.values(), strict=True):
             axes.plot([figure["low"], figure["high"]], [place, place], color=SERIES[0], linewidth=1.6)
             axes.plot([figure["value"]], [place], color=SERIES[0], marker="o", markersize=5)
-        axes.set_yticks(list(places), list(figures))
+        axes.set_yticks(list(places), [safe(name) for name in figures])
         axes.set_ylim(-0.7, len(figures) - 0.3)
         axes.set_xlabel(x_label)
 
     rows = [[name, f["value"], f["low"], f["high"], f["n"]] for name, f in figures.items()]
-    svg = _draw(paint, (SIZE[0], 0.8 + 0.3 * len(figures)))
+    svg = _draw(id, paint, (SIZE[0], 0.8 + 0.3 * len(figures)))
     return Chart(id, title, svg, ["figure", "value", "low", "high", "n"], rows, note)

@@ -17,7 +17,7 @@ TITLES = {
     "boilerplate_share": "Share of replies with boilerplate",
     "distinct_openings": "Distinct openings",
     "accuracy": "Accuracy",
-    "loss": "Loss (nats)",
+    "loss": "Loss",
     "margin": "Margin of chosen over rejected",
     "mean_score": "Mean score",
     "token_accuracy": "Tokens predicted right",
@@ -51,7 +51,8 @@ def curves(step: StepFiles, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Cha
             continue
         group = [name, *(other for other, main in TOGETHER.items() if main == name and other in series)]
         found = [Line(NAMES.get(n, n), [x for x, _ in series[n]], [y for _, y in series[n]]) for n in group]
-        drawn.append((name, lines(f"{step.name}-{name}", TITLES.get(name, name), found, flags=flagged)))
+        share = name.endswith(("_share", "accuracy"))
+        drawn.append((name, lines(f"{step.name}-{name}", TITLES.get(name, name), found, flags=flagged, share=share)))
     learned = [chart for name, chart in drawn if name not in OPTIMISER]
     return learned, [chart for name, chart in drawn if name in OPTIMISER]
 
@@ -89,4 +90,5 @@ def calibration(step: StepFiles) -> Chart | None:
         "Is the better reply preferred as often as predicted?",
         [Bin(**{name: found[name] for name in ("predicted", "value", "low", "high", "n")}) for found in bins],
         x_label="predicted probability, held-out comparisons",
+        note="On the dashed line a probability means what it says.",
     )

@@ -76,6 +76,7 @@ class Audit:
                     "Do humans agree as often as the label says?",
                     reliability_bins(self.human),
                     x_label="probability of the chosen reply",
+                    note="On the dashed line a probability means what it says.",
                 )
             )
         return found

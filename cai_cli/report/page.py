@@ -100,7 +100,7 @@ def _sections(run: RunFiles) -> dict[str, Any]:
         "training": training,
         "planes": _planes(run),
         "sweeps": _sweeps(run),
-        "evaluations": run.evaluations,
+        "evaluations": {name: summary.figure_rows(found) for name, found in run.evaluations.items()},
         "forests": _forests(run),
         "samples": rows_shown.side_by_side(run, rows_shown.Budget(SAMPLE_BYTES)),
     }
@@ -129,10 +129,10 @@ def _planes(run: RunFiles) -> list[Chart]:
                 for ratings in (compared.ratings.helpful, compared.ratings.harmless)]  # fmt: skip
         spots = [charts.Spot(m, axes[0][m], axes[1][m]) for m in compared.models if m in axes[0] and m in axes[1]]
         if spots:
+            title, note = f"Elo on two axes ({name})", "Up and right is better; the bars are 95% intervals."
             found.append(
-                charts.plane(name, name, spots, x_label="helpfulness Elo", y_label="harmlessness Elo",
-                             note="Up and right is better; the bars are 95% intervals.")
-            )  # fmt: skip
+                charts.plane(name, title, spots, x_label="helpfulness Elo", y_label="harmlessness Elo", note=note)
+            )
     return found
 
 
@@ -141,7 +141,7 @@ def _sweeps(run: RunFiles) -> list[Chart]:
     for name, sweep in run.sweeps.items():
         p = sorted(sweep.points, key=lambda point: point.at)
         line = charts.Line(sweep.figure, *([getattr(x, a) for x in p] for a in ("at", "value", "low", "high")))
-        found.append(charts.lines(name, f"{sweep.figure} by {sweep.setting}", [line], x_label=sweep.setting))
+        found.append(charts.lines(name, f"{sweep.figure} by {sweep.setting} ({name})", [line], x_label=sweep.setting))
     return found
 
 
@@ -151,7 +151,7 @@ def _forests(run: RunFiles) -> dict[str, Chart]:
     for name, figures in run.evaluations.items():
         intervals = {k: v for k, v in figures.items() if is_figure(v)}
         if 2 <= len(intervals) <= 40:
-            found[name] = charts.forest(name, name, intervals, x_label="value and 95% interval")
+            found[name] = charts.forest(name, f"Figures of {name}", intervals, x_label="value and 95% interval")
     return found
 
 

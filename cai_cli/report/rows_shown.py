@@ -188,7 +188,7 @@ def side_by_side(run: RunFiles, budget: Budget) -> Shown[SideBySide] | None:
     steps = run.of("sample")
     for last in reversed(steps):
         rows = {row.id: row.prompt for row in run.rows(last, Sample)}
-        asked = _asked(run, steps, rows.keys())
+        asked, sources = _asked(run, steps, rows.keys())
         if len(asked) > 1:
             break
     else:
@@ -199,19 +199,23 @@ def side_by_side(run: RunFiles, budget: Budget) -> Shown[SideBySide] | None:
         found = {name: replies.get(key) for name, replies in asked.items()}
         if budget.allows(*_texts(rows[key]), *(text.text.text for text in found.values() if text)):
             shown.append(SideBySide(key, turns(rows[key]), found))
-    sources = [step.output.name for step in steps if model_label(run, step) in asked]
     return Shown(shown, len(common), sources)
 
 
-def _asked(run: RunFiles, steps: Sequence[StepFiles], wanted: Collection[str]) -> dict[str, dict[str, Reply]]:
-    """Model -> prompt id -> its first reply, for the prompts wanted; models asked none of them are left out."""
+def _asked(
+    run: RunFiles, steps: Sequence[StepFiles], wanted: Collection[str]
+) -> tuple[dict[str, dict[str, Reply]], list[str]]:
+    """Model -> prompt id -> its first reply, for the prompts wanted, and the files they stand in; models and files
+    without any are left out."""
     found: dict[str, dict[str, Reply]] = {}
+    sources: dict[str, None] = {}
     for step in steps:
         rows = (row for row in run.rows(step, Sample) if row.sample_index == 0 and row.id in wanted)
         for row in rows:
+            sources[step.output.name] = None
             replies = found.setdefault(model_label(run, step), {})
             replies.setdefault(row.id, Reply(clip(row.reply), row.finish_reason == "length"))
-    return found
+    return found, list(sources)
 
 
 def model_label(run: RunFiles, step: StepFiles) -> str:

@@ -90,6 +90,11 @@ def constitutions(run: RunFiles) -> list[Drawn]:
     return [d for d in found if d]
 
 
-def figure_rows(figures: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """The numbers and intervals of a manifest, without those that are curves."""
-    return [(name, v) for name, v in figures.items() if is_figure(v) or isinstance(v, int | float | str)]
+def figure_rows(figures: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(name, value, value before training or None) of the numbers and intervals of a manifest, without its curves."""
+    plain = {name: v for name, v in figures.items() if is_figure(v) or isinstance(v, int | float | str)}
+    return [
+        (name, value, plain.get(f"{name}_before"))
+        for name, value in plain.items()
+        if name.removesuffix("_before") == name or name.removesuffix("_before") not in plain
+    ]
