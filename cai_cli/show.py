@@ -123,6 +123,13 @@ def name_of(row: Mapping[str, Json], line: int) -> str:
     return row_key(dict(row)) if "id" in row or "key" in row else f"line {line}"
 
 
+class Out(Console):
+    """A console that says when its reader went away, instead of ending the program."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 @contextmanager
 def pager() -> Iterator[Console]:
     """A console on the user's $PAGER (else `less`) on a terminal, on stdout elsewhere or where there is no pager."""
@@ -133,11 +140,11 @@ def pager() -> Iterator[Console]:
     try:
         process = subprocess.Popen(words, stdin=subprocess.PIPE, text=True, env={"LESS": "FRX", **os.environ})  # noqa: S603
     except (OSError, IndexError):
-        yield Console(highlight=False)
+        yield Out(highlight=False)
         return
     stdin: Any = process.stdin
     try:
-        yield Console(file=stdin, force_terminal=True, width=Console().width, highlight=False)
+        yield Out(file=stdin, force_terminal=True, width=Console().width, highlight=False)
         stdin.close()
     except BrokenPipeError:
         pass  # the reader has seen enough
@@ -146,7 +153,7 @@ def pager() -> Iterator[Console]:
 
 
 def _plain(file: TextIO) -> Console:
-    return Console(file=file, force_terminal=False, no_color=True, highlight=False, soft_wrap=True)
+    return Out(file=file, force_terminal=False, no_color=True, highlight=False, soft_wrap=True)
 
 
 def command(
