@@ -181,15 +181,22 @@ def make_run(folder: Path, *, rows: int = 30, hostile: bool = False, long: int =
           manifest("critique-revise", data_counts(rows), inputs={"samples": "runs/samples.jsonl"}, constitution=named[0]))  # fmt: skip
     write_model(folder / "sl-cai", [{"step": i, "loss": 3 - i / 10, "token_accuracy": i / 20, "learning_rate": 1e-5} for i in range(1, 12)],
                 manifest("sft", training_counts(rows), figures={"steps": 11, "loss_before": 2.9, "loss": 1.9}))  # fmt: skip
-    write(folder / "preferences.jsonl", [preference(i, compare_ids, rng, texts) for i in range(rows)],
-          manifest("label-prefs", data_counts(rows, tie=3), constitution=named[1]))  # fmt: skip
+    labelled = manifest("label-prefs", data_counts(rows, tie=3), constitution=named[1])
+    labelled["run"]["usage"] = {
+        "base_url": "http://x",
+        "requests": 66,
+        "prompt_tokens": 12_345,
+        "new_tokens": 66,
+        "cost": None,
+    }
+    write(folder / "preferences.jsonl", [preference(i, compare_ids, rng, texts) for i in range(rows)], labelled)
     accuracy = {"value": 0.7, "low": 0.55, "high": 0.82, "n": 40}
     bins = [
-        {"predicted": p, "value": v, "low": v - 0.15, "high": min(1, v + 0.12), "n": 8}
+        {"from": p - 0.05, "to": p + 0.05, "confidence": p, "label": v, "n": 8}
         for p, v in ((0.55, 0.5), (0.7, 0.66), (0.9, 0.81))
     ]
     write_model(folder / "pm", [{"step": i, "accuracy": 0.5 + i / 40, "loss": 0.7 - i / 100, "held_out_loss": 0.7 if i == 1 else 0.66 if i == 9 else None} for i in range(1, 10)],
-                manifest("train-pm", training_counts(rows), figures={"steps": 9, "accuracy_before": {**accuracy, "value": 0.5}, "accuracy": accuracy, "reliability": bins}))  # fmt: skip
+                manifest("train-pm", training_counts(rows), figures={"steps": 9, "accuracy_before": {**accuracy, "value": 0.5}, "accuracy": accuracy, "at_chance": False, "accuracy_by_source": {"made": accuracy}, "calibration_curve": bins, "note": "A note on the model."}))  # fmt: skip
     write_model(folder / "rl-cai", rl_metrics(rng),
                 manifest("rl", training_counts(rows), figures={"steps": 60, "reward_before": 0.01, "reward": 0.98}))  # fmt: skip
     write(folder / "after.jsonl", [sample(i, HOSTILE[i % len(HOSTILE)] if hostile else sentence(rng)) for i in range(rows)],

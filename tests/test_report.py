@@ -162,6 +162,16 @@ def test_the_numbers_of_every_picture_can_be_read_and_downloaded(plain: tuple[st
     assert downloads["models.compare.json.csv"].splitlines()[1].startswith("start,1500.0,1470.0,1530.0,")
 
 
+def test_figures_costs_and_notes_of_the_manifests_are_on_the_page(plain: tuple[str, Page]) -> None:
+    text = squeezed(plain[1].text)
+    assert "accuracy 0.5 (95%: 0.55 to 0.82, n = 40) → 0.7 (95%: 0.55 to 0.82, n = 40)" in text
+    assert "accuracy by source.made 0.7 (95%: 0.55 to 0.82, n = 40)" in text
+    assert "A note on the model." in text
+    assert "Does the label agree as often as the model predicts?" in text
+    assert "step command seconds requests prompt tokens new tokens cost" in text
+    assert "preferences label-prefs 12.5 66 12,345 66 –" in text
+
+
 def test_columns_no_one_named_yet_are_drawn_under_their_own_name(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "made")
     path = folder / "rl-cai/metrics.jsonl"
@@ -333,9 +343,9 @@ def test_the_audit_tells_a_judge_of_positions_from_a_judge_of_replies() -> None:
         figures = audit.figures()
         assert figures["flip_rate"]
         assert (figures["flip_rate"]["value"], figures["flip_rate"]["n"]) == (flip, 8)
-        assert figures["first_position_share"]
-        assert (figures["first_position_share"]["value"], figures["first_position_share"]["n"]) == (first, 16)
-    assert positional.figures()["agreement_with_humans"] is None
+        assert figures["first_picks"]
+        assert (figures["first_picks"]["value"], figures["first_picks"]["n"]) == (first, 16)
+    assert positional.figures()["agreement"] is None
     assert len(positional.charts()) == 2
     assert len(honest.charts()) == 3
 
@@ -346,7 +356,7 @@ def test_a_pair_asked_in_one_order_cannot_flip() -> None:
 
 def test_reliability_bins_hold_every_prediction_once() -> None:
     bins = labels.reliability_bins([(0.5, True), (0.55, False), (0.99, True), (1.0, True)])
-    assert [(b.predicted, b.value, b.n) for b in bins] == [(0.525, 0.5, 2), (0.995, 1.0, 2)]
+    assert [(b["confidence"], b["right"]["value"], b["n"]) for b in bins] == [(0.525, 0.5, 2), (0.995, 1.0, 2)]
 
 
 def test_a_chain_holds_each_round_against_the_one_before(tmp_path: Path) -> None:

@@ -170,29 +170,27 @@ def histogram(
 
 @dataclass(frozen=True)
 class Bin:
-    """Of `n` predictions with the mean `predicted`, the share `value` came true (95% interval)."""
+    """Of `n` predictions with the mean `predicted`, the share `value` came true (95% interval, where there is one)."""
 
     predicted: float
     value: float
-    low: float
-    high: float
     n: int
+    low: float | None = None
+    high: float | None = None
 
 
 def reliability(id: str, title: str, bins: Sequence[Bin], *, x_label: str, note: str = "") -> Chart:
     """Predicted probability against what came true; on the diagonal a probability means what it says."""
 
     def paint(axes: Any) -> None:
-        start = min([b.predicted for b in bins] + [0.5])
-        axes.plot([start, 1], [start, 1], color=INK, linewidth=1, linestyle=(0, (3, 3)))
-        errors = [[b.value - b.low for b in bins], [b.high - b.value for b in bins]]
-        axes.errorbar(
-            [b.predicted for b in bins], [b.value for b in bins], yerr=errors,
-            color=SERIES[0], marker="o", markersize=4, elinewidth=1.2,
-        )  # fmt: skip
+        axes.plot([0.5, 1], [0.5, 1], color=INK, linewidth=1, linestyle=(0, (3, 3)))
+        axes.plot([b.predicted for b in bins], [b.value for b in bins], color=SERIES[0], marker="o", markersize=4)
+        for b in bins:
+            if b.low is not None and b.high is not None:
+                axes.plot([b.predicted, b.predicted], [b.low, b.high], color=SERIES[0], linewidth=1.2)
         axes.set_xlabel(x_label)
-        axes.set_xlim(start - 0.03, 1.03)
-        axes.set_ylim(min([b.low for b in bins] + [0.4]) - 0.05, 1.05)
+        axes.set_xlim(0.47, 1.03)
+        axes.set_ylim(min([0.45, *(b.value if b.low is None else b.low for b in bins)]) - 0.05, 1.05)
 
     rows = [[b.predicted, b.value, b.low, b.high, b.n] for b in bins]
     return Chart(id, title, _draw(id, paint), ["predicted", "came true", "low", "high", "n"], rows, note)

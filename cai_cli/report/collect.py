@@ -63,6 +63,11 @@ class StepFiles:
         return self.manifest.get("run") or {}
 
     @property
+    def usage(self) -> Mapping[str, Any]:
+        """Requests, tokens and cost, where its engine counted them."""
+        return self.facts.get("usage") or {}
+
+    @property
     def seconds(self) -> float | None:
         seconds = self.facts.get("seconds", self.recorded.get("seconds"))
         return None if seconds is None else float(seconds)

@@ -81,14 +81,14 @@ def flags(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, str]]:
 
 
 def calibration(step: StepFiles) -> Chart | None:
-    """The reliability curve a preference model's manifest carries (`figures.reliability`), if it does."""
-    bins = step.figures.get("reliability")
-    if not bins:
+    """The reliability curve that a preference model's manifest carries (`figures.calibration_curve`), if it does."""
+    curve = step.figures.get("calibration_curve")
+    if not curve:
         return None
     return reliability(
-        f"{step.name}-reliability",
-        "Is the better reply preferred as often as predicted?",
-        [Bin(**{name: found[name] for name in ("predicted", "value", "low", "high", "n")}) for found in bins],
+        f"{step.name}-calibration",
+        "Does the label agree as often as the model predicts?",
+        [Bin(b["confidence"], b["label"], b["n"]) for b in curve],
         x_label="predicted probability, held-out comparisons",
         note="On the dashed line a probability means what it says.",
     )

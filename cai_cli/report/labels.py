@@ -38,12 +38,14 @@ class Audit:
             self.both_orders += 1
             self.flipped += len({(vote.p_first > 0.5) == (vote.order == "ab") for vote in row.votes}) > 1
 
-    def figures(self) -> dict[str, dict[str, Any] | None]:
-        """Each {"value", "low", "high", "n"} (95% Wilson), None where nothing can be said."""
+    def figures(self) -> dict[str, Any]:
+        """Shares as {"value", "low", "high", "n"} (95% Wilson; None where nothing can be said), and the reliability
+        curve: bins of confidence with the share of labels that humans agree with."""
         return {
             "flip_rate": wilson(self.flipped, self.both_orders),
-            "first_position_share": wilson(self.first_won, self.votes),
-            "agreement_with_humans": wilson(sum(right for _, right in self.human), len(self.human)),
+            "first_picks": wilson(self.first_won, self.votes),
+            "agreement": wilson(sum(right for _, right in self.human), len(self.human)),
+            "reliability": reliability_bins(self.human),
         }
 
     def charts(self) -> list[Chart]:
@@ -69,12 +71,15 @@ class Audit:
                 x_label="probability of the chosen reply",
             ),
         ]
-        if self.human:
+        if bins := self.figures()["reliability"]:
             found.append(
                 reliability(
                     "labels-reliability",
                     "Do humans agree as often as the label says?",
-                    reliability_bins(self.human),
+                    [
+                        Bin(b["confidence"], b["right"]["value"], b["n"], b["right"]["low"], b["right"]["high"])
+                        for b in bins
+                    ],
                     x_label="probability of the chosen reply",
                     note="On the dashed line a probability means what it says.",
                 )
@@ -89,16 +94,14 @@ def audit(rows: Iterable[Preference]) -> Audit:
     return counted
 
 
-def reliability_bins(predictions: Sequence[tuple[float, bool]], count: int = 5) -> list[Bin]:
-    """(probability, came true) in `count` equal bins over [0.5, 1]; empty ones are left out."""
-    binned: dict[int, list[tuple[float, bool]]] = {}
-    for p, true in predictions:
-        binned.setdefault(min(count - 1, int((p - 0.5) * 2 * count)), []).append((p, true))
+def reliability_bins(labelled: Sequence[tuple[float, bool]], count: int = 5) -> list[dict[str, Any]]:
+    """(p_chosen, humans agree) in `count` equal bins over [0.5, 1]; empty ones are left out."""
     bins = []
-    for _, found in sorted(binned.items()):
-        share = wilson(sum(true for _, true in found), len(found))
-        if share:
-            bins.append(Bin(predicted=sum(p for p, _ in found) / len(found), **share))
+    for k in range(count):
+        found = [(p, right) for p, right in labelled if min(count - 1, int((p - 0.5) * 2 * count)) == k]
+        if found:
+            right = wilson(sum(right for _, right in found), len(found))
+            bins.append({"n": len(found), "confidence": sum(p for p, _ in found) / len(found), "right": right})
     return bins
 
 

@@ -25,6 +25,7 @@ from cai_cli.report.collect import RunFiles, is_figure
 
 # How much of the page each list may take, in bytes: with five lists full it stays under 5 MB.
 CHAIN_BYTES, COMPARISON_BYTES, SAMPLE_BYTES = 1_600_000, 700_000, 900_000
+USAGE = ("requests", "prompt_tokens", "new_tokens", "cost")
 HERE = Path(__file__).parent
 
 
@@ -82,6 +83,7 @@ def _sections(run: RunFiles) -> dict[str, Any]:
                 "charts": [*learned, calibrated] if calibrated else learned,
                 "optimiser": optimiser,
                 "flags": curves.flags(rows),
+                "note": step.figures.get("note"),
                 "last": rows[-1]["step"] if rows else None,
             }
         )
@@ -113,13 +115,10 @@ def _counted(rows: Iterator[Preference], audit: labels.Audit) -> Iterator[Prefer
 
 
 def _costs(run: RunFiles) -> tuple[list[str], list[list[Any]]]:
-    """Seconds of every step, and tokens where a manifest counts them."""
-    names = sorted({name for step in run.steps for name in step.facts.get("tokens") or {}})
-    rows = [
-        [step.name, step.stage, step.seconds, *((step.facts.get("tokens") or {}).get(name) for name in names)]
-        for step in run.steps
-    ]
-    return ["step", "command", "seconds", *(f"{name} tokens" for name in names)], rows
+    """Seconds of every step, and where an engine counts them its tokens and what they cost."""
+    counted = [name for name in USAGE if any(name in step.usage for step in run.steps)]
+    rows = [[step.name, step.stage, step.seconds, *(step.usage.get(name) for name in counted)] for step in run.steps]
+    return ["step", "command", "seconds", *(name.replace("_", " ") for name in counted)], rows
 
 
 def _planes(run: RunFiles) -> list[Chart]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from cai_cli.drawn import Drawn, drawn
 from cai_cli.records import Critique, Preference, Revision, Row
-from cai_cli.report.collect import RunFiles, StepFiles, is_figure
+from cai_cli.report.collect import RunFiles, StepFiles, flat_figures, is_figure
 from cai_cli.report.rows_shown import last_revisions
 
 # What a whole road has, and the command that adds what is not there.
@@ -91,8 +91,8 @@ def constitutions(run: RunFiles) -> list[Drawn]:
 
 
 def figure_rows(figures: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(name, value, value before training or None) of the numbers and intervals of a manifest, without its curves."""
-    plain = {name: v for name, v in figures.items() if is_figure(v) or isinstance(v, int | float | str)}
+    """(name, value, value before training or None) of every number and interval of a manifest, by dotted name."""
+    plain = dict(flat_figures(figures))
     return [
         (name, value, plain.get(f"{name}_before"))
         for name, value in plain.items()
