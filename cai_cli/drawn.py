@@ -34,6 +34,16 @@ class Drawn:
     counts: Mapping[str, int]
     principles: Mapping[str, AnyPrinciple]
 
+    def recorded(self) -> dict[str, Any]:
+        """As a manifest holds it."""
+        counts = {name: count for name, count in self.counts.items() if count}
+        return {
+            "stage": self.stage,
+            "constitution": self.constitution,
+            "fingerprint": self.fingerprint,
+            "drawn": counts,
+        }
+
 
 def draws(row: Row) -> list[str]:
     """The principle of every draw behind a row: one a round, or one a comparison (asked in both orders it is one)."""
@@ -66,15 +76,10 @@ def recorded_principles(sources: Iterable[Path]) -> list[dict[str, Any]]:
     for source in sources:
         manifest = read_manifest(sidecar(source, "manifest.json")) or {}
         used = list(manifest.get("run", {}).get("principles", []))
-        if not used and source.is_file():
-            row_type: type[Row] = (
-                Preference if manifest.get("provenance", {}).get("stage") == "label-prefs" else Revision
-            )
-            rows = (row for _, row in read_rows(str(source), rows_of(row_type)))
-            if behind := drawn(rows, manifest):
-                counts = {name: count for name, count in behind.counts.items() if count}
-                used = [{"stage": behind.stage, "constitution": behind.constitution,
-                         "fingerprint": behind.fingerprint, "drawn": counts}]  # fmt: skip
+        if not used and "constitution" in manifest.get("provenance", {}):
+            row_type: type[Row] = Preference if manifest["provenance"]["stage"] == "label-prefs" else Revision
+            behind = drawn((row for _, row in read_rows(str(source), rows_of(row_type))), manifest)
+            used = [behind.recorded()] if behind else []
         found += [entry for entry in used if entry not in found]
     return found
 
@@ -99,7 +104,7 @@ def principles_behind(manifest: Mapping[str, Any]) -> Sequence[AnyPrinciple]:
 def option(command: Sequence[str], *names: str) -> str | None:
     """The value of an option on a command line (`--name value` or `--name=value`); the last one counts."""
     found = None
-    for word, value in zip(command, [*command[1:], ""], strict=True):
+    for word, value in zip(command, [*command[1:], ""], strict=False):
         if word in names:
             found = value
         elif word.partition("=")[0] in names:
