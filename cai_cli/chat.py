@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -95,9 +96,11 @@ def command(
     One line is one turn. /reset starts the conversation afresh, /quit ends it.
     """
     partners = []
-    for name in [model] if second is None else [model, second]:
+    given = [model] if second is None else [model, second]
+    short = [Path(name).name if Path(name).is_dir() else name for name in given]
+    for name, label in zip(given, short if len(set(short)) == len(given) else given, strict=True):
         engine = open_engine(name, batch_size=1, device=device, dtype=dtype)
-        partners.append(Partner(name, engine, pick_form(prompt_form, engine)))
+        partners.append(Partner(label, engine, pick_form(prompt_form, engine)))
     sampling = Sampling(max_new_tokens, temperature, top_p)
     console.say(f"chat with {' and '.join(p.name for p in partners)}: {HELP}")
     for line in lines():

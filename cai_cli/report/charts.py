@@ -223,7 +223,7 @@ def plane(id: str, title: str, spots: Sequence[Spot], *, x_label: str, y_label: 
 
     columns = ["model", *(f"{axis}{end}" for axis in (x_label, y_label) for end in ("", ", low", ", high"))]
     rows = [[s.name, *s.x, *s.y] for s in spots]
-    return Chart(id, title, _draw(id, paint, (5.4, 3.6)), columns, rows, note)
+    return Chart(id, title, _draw(id, paint, (SIZE[0], 3.2)), columns, rows, note)
 
 
 def _colours(count: int) -> list[str]:

@@ -153,8 +153,9 @@ class RunFiles:
             for _, row in read_rows(str(step.files), rows_of(row_type)):
                 yield row
         except CaiError as error:
-            if step.files == step.output:
-                self.problems.append(f"{error.message}; the rows from there on are not in this report")
+            problem = f"{error.message}; the rows from there on are not in this report"
+            if step.files == step.output and problem not in self.problems:  # a file is read more than once
+                self.problems.append(problem)
 
     def metrics(self, step: StepFiles) -> list[dict[str, Any]]:
         """The rows of a training step's metrics.jsonl, finished or not."""
