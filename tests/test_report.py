@@ -341,13 +341,19 @@ def test_the_audit_tells_a_judge_of_positions_from_a_judge_of_replies() -> None:
     honest = labels.audit([pair(0.9, [vote("ab", 0.9), vote("ba", 0.1)], "chosen")] * 8)
     for audit, flip, first in ((positional, 1.0, 1.0), (honest, 0.0, 0.5)):
         figures = audit.figures()
-        assert figures["flip_rate"]
         assert (figures["flip_rate"]["value"], figures["flip_rate"]["n"]) == (flip, 8)
-        assert figures["first_picks"]
         assert (figures["first_picks"]["value"], figures["first_picks"]["n"]) == (first, 16)
     assert positional.figures()["agreement"] is None
     assert len(positional.charts()) == 2
     assert len(honest.charts()) == 3
+
+
+def test_each_principle_of_a_pair_can_flip_by_itself() -> None:
+    steady = [vote("ab", 0.8), vote("ba", 0.3)]
+    swayed = [{**v, "principle_id": "q"} for v in (vote("ab", 0.8), vote("ba", 0.9), vote("ba", 0.2), vote("ba", 0.7))]
+    half = [{**v, "principle_id": "r"} for v in (vote("ab", 0.5), vote("ba", 0.9))]
+    figures = labels.audit([pair(0.6, steady + swayed + half)]).figures()
+    assert (figures["flip_rate"]["value"], figures["flip_rate"]["n"]) == (0.5, 2)
 
 
 def test_a_pair_asked_in_one_order_cannot_flip() -> None:

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 from cai_cli.phase2_feedback.preference_model import wilson
-from cai_cli.records import Preference
+from cai_cli.records import Preference, Vote
 from cai_cli.report.charts import Bin, Chart, histogram, reliability
 
 BINS = 10
@@ -34,9 +35,9 @@ class Audit:
             self.votes += 1
             self.first_won += vote.p_first > 0.5
             self.first.setdefault(vote.order, [0] * BINS)[_bin(vote.p_first)] += 1
-        if {vote.order for vote in row.votes} == {"ab", "ba"}:
-            self.both_orders += 1
-            self.flipped += len({(vote.p_first > 0.5) == (vote.order == "ab") for vote in row.votes}) > 1
+        flipped = flips(row.votes)
+        self.both_orders += len(flipped)
+        self.flipped += sum(flipped)
 
     def figures(self) -> dict[str, Any]:
         """Shares as {"value", "low", "high", "n"} (95% Wilson; None where nothing can be said), and the reliability
@@ -92,6 +93,19 @@ def audit(rows: Iterable[Preference]) -> Audit:
     for row in rows:
         counted.add(row)
     return counted
+
+
+def flips(votes: Sequence[Vote]) -> list[bool]:
+    """Of each principle asked in both orders: whether the verdict changed with the order. One half is no verdict."""
+    found = []
+    for principle in dict.fromkeys(vote.principle_id for vote in votes):
+        means = []
+        for order in ("ab", "ba"):
+            firsts = [v.p_first for v in votes if v.principle_id == principle and v.order == order]
+            means.append(fmean(p if order == "ab" else 1 - p for p in firsts) if firsts else 0.5)
+        if 0.5 not in means:
+            found.append((means[0] > 0.5) != (means[1] > 0.5))
+    return found
 
 
 def reliability_bins(labelled: Sequence[tuple[float, bool]], count: int = 5) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from markupsafe import escape
 from cai_cli.console import safe
 from cai_cli.records import Message, Preference, Revision, Sample, Vote
 from cai_cli.report.collect import RunFiles, StepFiles
+from cai_cli.report.labels import flips
 from cai_cli.report.words import Comparison, compare_words
 
 MAX_CHARACTERS = 6_000  # of one text; a longer one is cut, and says so
@@ -149,8 +150,8 @@ class Compared:
 
     @property
     def flipped(self) -> bool:
-        """Whether the verdict went with the position: another reply won in each order."""
-        return len({(vote.p_first > 0.5) == (vote.order == "ab") for vote in self.votes}) > 1
+        """Whether under some principle another reply won in each order."""
+        return any(flips(self.votes))
 
 
 def compared(row: Preference) -> Compared:
