@@ -17,8 +17,8 @@ from cai_cli.constitution import (
 from cai_cli.errors import CaiError
 from cai_cli.jsonl import read_rows, rows_of
 from cai_cli.manifest import read_manifest
+from cai_cli.outputs import sidecar
 from cai_cli.records import Critique, Preference, Revision, Row
-from cai_cli.stage import sidecar
 
 AnyPrinciple = CritiquePrinciple | PreferencePrinciple
 

@@ -23,7 +23,7 @@ from cai_cli import console, options
 from cai_cli.errors import UsageError
 from cai_cli.jsonl import read_values, row_key
 from cai_cli.manifest import read_manifest
-from cai_cli.stage import sidecar
+from cai_cli.outputs import sidecar
 
 Json = Any
 Block = tuple[str, str, str]  # label, text, style of the label

@@ -267,6 +267,20 @@ def test_a_road_run_from_the_shell_has_no_run_file_and_is_reported_all_the_same(
     assert "60 draws" in page.text
 
 
+def test_a_compressed_output_is_read_as_it_is(tmp_path: Path) -> None:
+    import zstandard
+
+    folder = make_run(tmp_path / "made")
+    (folder / "run.json").unlink()
+    plain = folder / "revisions.jsonl"
+    (folder / "revisions.jsonl.zst").write_bytes(zstandard.compress(plain.read_bytes()))
+    plain.unlink()
+    (folder / "revisions.jsonl.manifest.json").rename(folder / "revisions.jsonl.zst.manifest.json")
+    text, page = drawn(folder)
+    assert "All 30 chains of revisions.jsonl.zst" in squeezed(page.text)
+    assert ">revisions<" in text
+
+
 def test_what_cannot_be_read_is_named_with_file_and_line_and_the_rest_is_drawn(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,11 +17,12 @@ from cai_cli.drawn import option
 from cai_cli.errors import CaiError
 from cai_cli.jsonl import read_rows, rows_of
 from cai_cli.manifest import read_manifest
+from cai_cli.outputs import sidecar
 from cai_cli.records import Row
-from cai_cli.stage import sidecar
 
 R = TypeVar("R", bound=Row)
 T = TypeVar("T", bound="Result")
+TRAINING = ("sft", "train-pm", "rl")
 FINAL, DRAFT = ".manifest.json", ".partial.manifest.json"
 Status = Literal["done", "unfinished", "missing"]
 
@@ -44,7 +45,7 @@ class StepFiles:
 
     @property
     def is_model(self) -> bool:
-        return self.output.suffix != ".jsonl"
+        return self.stage in TRAINING
 
     @property
     def provenance(self) -> Mapping[str, Any]:
@@ -230,7 +231,9 @@ def _step(folder: Path, file: str, name: str | None, recorded: Mapping[str, Any]
     elif not output.exists() and not sidecar(output, "partial").exists():
         status = "missing"
     stage = (manifest or {}).get("provenance", {}).get("stage") or next(iter(entry.get("argv", [])), "unknown")
-    return StepFiles(name or file.removesuffix(".jsonl"), stage, status, output, manifest or {}, entry)
+    return StepFiles(
+        name or file.removesuffix(".zst").removesuffix(".jsonl"), stage, status, output, manifest or {}, entry
+    )
 
 
 def _json(path: Path, problems: list[str]) -> dict[str, Any] | None:

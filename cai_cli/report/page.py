@@ -21,7 +21,7 @@ from cai_cli.console import safe
 from cai_cli.records import Preference
 from cai_cli.report import charts, curves, labels, rows_shown, summary
 from cai_cli.report.charts import Chart
-from cai_cli.report.collect import RunFiles, is_figure
+from cai_cli.report.collect import TRAINING, RunFiles, is_figure
 
 # How much of the page each list may take, in bytes: with five lists full it stays under 5 MB.
 CHAIN_BYTES, COMPARISON_BYTES, SAMPLE_BYTES = 1_600_000, 700_000, 900_000
@@ -72,7 +72,7 @@ def _sections(run: RunFiles) -> dict[str, Any]:
     )
     figures = audit.figures()
     training = []
-    for step in run.of("sft", "train-pm", "rl"):
+    for step in run.of(*TRAINING):
         rows = run.metrics(step)
         learned, optimiser = curves.curves(step, rows)
         calibrated = curves.calibration(step)
