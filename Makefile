@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/cai run examples/quickstart.yaml
-	@echo "The run folder is runs/quickstart: rows of every stage, sl-cai, pm, rl-cai, and their manifests."
+	@echo "Open runs/quickstart/report.html; beside it are the rows of every stage, sl-cai, pm, rl-cai, and their manifests."
 
 test: setup
 	$(BIN)/pytest

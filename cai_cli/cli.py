@@ -11,11 +11,25 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from cai_cli import __version__, console, doctor, merge, models, principles_command, stats, tidy
+from cai_cli import (
+    __version__,
+    chat,
+    console,
+    doctor,
+    export,
+    merge,
+    models,
+    principles_command,
+    push,
+    show,
+    stats,
+    tidy,
+)
 from cai_cli.errors import CaiError
 from cai_cli.phase1_supervised import critique, revise, sample, sft
 from cai_cli.phase2_feedback import label_prefs, rl, score, train_pm
 from cai_cli.pipeline import run_command
+from cai_cli.report import command as report
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -59,6 +73,11 @@ app.command("merge", rich_help_panel=FILES)(merge.command)
 app.command("sort", rich_help_panel=FILES)(tidy.sort_command)
 app.command("dedup", rich_help_panel=FILES)(tidy.dedup_command)
 app.command("stats", rich_help_panel=FILES)(stats.command)
+app.command("report", rich_help_panel=ROAD)(report.command)
+app.command("show", rich_help_panel=FILES)(show.command)
+app.command("chat", rich_help_panel=ROAD)(chat.command)
+app.command("export", rich_help_panel=FILES)(export.command)
+app.command("push", rich_help_panel=FILES)(push.command)
 app.command("doctor", rich_help_panel=ROAD)(doctor.command)
 app.add_typer(principles_command.app, name="principles", rich_help_panel=ROAD)
 app.add_typer(models.app, name="models", rich_help_panel=ROAD)

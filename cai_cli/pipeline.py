@@ -32,6 +32,7 @@ from cai_cli.constitution import load_yaml
 from cai_cli.errors import CaiError, UsageError
 from cai_cli.manifest import differences, hash_input, read_manifest, write_json
 from cai_cli.outputs import one_writer, sidecar
+from cai_cli.report.command import report_at_the_end
 
 DATA_STAGES = frozenset({"sample", "critique", "revise", "critique-revise", "label-prefs", "score"})
 TRAINING_STAGES = frozenset({"sft", "train-pm", "rl"})
@@ -233,7 +234,8 @@ def run_command(
 ) -> None:
     """Run the whole road from one file; run it again to go on where it stopped.
 
-    A step whose settings, inputs or earlier steps changed is run anew, and said so.
+    A step whose settings, inputs or earlier steps changed is run anew, and said so. Ends with the report
+    (`cai report`).
     """
     loaded = load_run(file)
     folder = out or Path("runs") / loaded.name
@@ -245,6 +247,8 @@ def run_command(
         return
     watch = console.Stopwatch()
     done = execute(steps, folder, quiet=quiet)
+    report = report_at_the_end(folder)
     if json:
-        print(orjson.dumps({"run": loaded.name, "folder": str(folder), "steps": done}).decode())
+        summary = {"run": loaded.name, "folder": str(folder), "report": report and str(report), "steps": done}
+        print(orjson.dumps(summary).decode())
     console.say(f"run {loaded.name}: {len(done)} steps in {watch.seconds:,.0f} s -> {folder}")

@@ -17,6 +17,7 @@ import orjson
 import yaml
 
 from cai_cli import console
+from cai_cli.drawn import recorded_principles
 from cai_cli.errors import CaiError, UsageError
 from cai_cli.jsonl import AppendFile, sync_directory
 from cai_cli.manifest import InputFile, read_manifest, run_facts, write_json
@@ -128,9 +129,11 @@ class TrainingJob:
                 f"{self.stage}: no rows to train on ({_counted(counts)})",
                 hint=f"see {sidecar(path, 'rejected.jsonl')}" if self.counts.rejected else None,
             )
+        sources = [*(Path(file.name) for file in self.inputs.values()), *(base.path for base in self.models.values())]
+        principles = recorded_principles(sources)
         try:
             figures = self.train(work)
-            facts = run_facts(watch.seconds, self.inputs)
+            facts = {**run_facts(watch.seconds, self.inputs), "principles": principles}
             manifest = {"provenance": self.provenance, "counts": counts, "figures": figures, "run": facts}
             (work / "model/README.md").write_text(model_card(manifest, self.models), encoding="utf-8")
             shutil.copyfile(work / "metrics.jsonl", work / "model/metrics.jsonl")
@@ -262,6 +265,10 @@ def model_card(manifest: Mapping[str, Any], models: Mapping[str, Base]) -> str:
         f"Made by `cai {stage}` {provenance['cai']} ({PAPER}).\n\n"
         + (f"**{figures['note']}**\n\n" if figures.get("note") else "")
         + table("Made from", made_from | hashes)
+        + "".join(
+            table(f"Principles: {p['constitution']}, drawn in {p['stage']}", _draws(p))
+            for p in manifest["run"]["principles"]
+        )
         + table("Rows", {k: v for k, v in manifest["counts"].items() if not k.endswith("_reasons")})
         + table("Settings", provenance["settings"])
         + table("Figures", {k: v for k, v in _flat(figures).items() if k != "note"})
@@ -280,6 +287,14 @@ def _flat(figures: Mapping[str, Any]) -> dict[str, Any]:
         else:
             flat[name] = value
     return flat
+
+
+def _draws(principles: Mapping[str, Any]) -> dict[str, str]:
+    """One constitution of `recorded_principles`: its hash, then each principle and how often it was drawn."""
+    return {
+        "fingerprint": f"`{principles['fingerprint']}`",
+        **{f"`{name}`": f"{count:,} times" for name, count in principles["drawn"].items()},
+    }
 
 
 def _cell(value: Any) -> str:

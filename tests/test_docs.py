@@ -70,18 +70,22 @@ def test_readme_stage_commands_run_on_the_real_model(tmp_path: Path) -> None:
     heavy = [
         c
         for c in readme_commands()
-        if re.match(r"cai (sample|critique|revise|sft|label-prefs|train-pm|score|rl|merge|sort|dedup|stats)", c)
+        if re.match(
+            r"cai (sample|critique|revise|sft|label-prefs|train-pm|score|rl|merge|sort|dedup|stats|report|show|export)",
+            c,
+        )
     ]
-    assert len(heavy) == 15
+    assert len(heavy) == 18
     for command in heavy:
         done = run_shell(command, tmp_path)
         assert done.returncode == 0, f"{command}: {done.stderr}"
     made = {p.name for p in (tmp_path / "runs/readme").iterdir()}
-    assert {"samples.jsonl", "preferences.jsonl", "sl-cai", "pm", "rl-cai", "piped", "merged.jsonl"} <= made
+    wanted = {"samples.jsonl", "preferences.jsonl", "sl-cai", "pm", "rl-cai", "piped", "merged.jsonl", "report.html"}
+    assert wanted | {"dataset"} <= made
 
 
 @pytest.mark.slow
-def test_a_wheel_carries_the_principles(tmp_path: Path) -> None:
+def test_a_wheel_carries_the_principles_and_the_report_s_templates(tmp_path: Path) -> None:
     done = run_shell(f"pip wheel --quiet --no-deps -w {tmp_path} {ROOT}", ROOT)
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
@@ -92,3 +96,5 @@ def test_a_wheel_carries_the_principles(tmp_path: Path) -> None:
     )
     assert Path(found.stdout.strip()) == target / "cai_cli/principles", found.stderr
     assert {p.name for p in Path(found.stdout.strip()).iterdir()} == {"critique_revision.yaml", "preference.yaml"}
+    templates = {p.name for p in (target / "cai_cli/report/templates").iterdir()}
+    assert templates == {"page.html.j2", "macros.html.j2", "style.css", "script.js"}

@@ -177,6 +177,17 @@ def test_json_prints_one_object_about_every_step(road: Path) -> None:
     assert done.stderr == ""
     summary = json.loads(done.stdout)
     assert [(s["step"], s["status"]) for s in summary["steps"]] == [(name, "done") for name in STEPS]
+    assert summary["report"] == "out/report.html"
+    assert "4 of 4 steps done" in (road / "out/report.html").read_text()
+
+
+def test_a_report_that_cannot_be_drawn_is_said_and_the_run_is_done_all_the_same(road: Path) -> None:
+    (road / "out/report.html").mkdir(parents=True)
+    done = run(road, "--json")
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["report"] is None
+    assert "the run is done, but its report could not be drawn: cannot write out/report.html" in done.stderr
+    assert "hint: cai report out" in done.stderr
 
 
 def test_a_dry_run_counts_and_writes_nothing(cai: Cai, road: Path) -> None:

@@ -1,0 +1,63 @@
+"""`cai report RUN`: the command, and what `cai run` calls at its end."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import orjson
+import typer
+
+from cai_cli import console, options
+from cai_cli.errors import CaiError, UsageError
+
+
+def write_report(folder: Path, output: Path | None = None) -> Path:
+    """Draw the report of a run folder into `output` (by default FOLDER/report.html). Raises CaiError."""
+    path = output or folder / "report.html"
+    if path.suffix not in (".html", ".htm"):
+        raise UsageError(f"{path} is no .html file", hint="-o page.html")
+    from cai_cli.report.collect import read_run
+    from cai_cli.report.page import render
+
+    run = read_run(folder)
+    page = render(run)
+    for problem in run.problems:
+        console.warn(problem)
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(page, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise CaiError(f"cannot write {path}: {error.strerror}", hint="choose another -o") from error
+    return path
+
+
+def report_at_the_end(folder: Path) -> Path | None:
+    """The report of a run that has just ended; whatever goes wrong with the drawing, the run itself is done."""
+    try:
+        path = write_report(folder)
+    except Exception as error:  # a page must not turn a finished run into a failed one
+        reason = error.message if isinstance(error, CaiError) else f"{type(error).__name__}: {error}"
+        console.error(f"the run is done, but its report could not be drawn: {reason}", f"cai report {folder}")
+        return None
+    console.say(f"report: {path}")
+    return path
+
+
+def command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="HTML file; by default RUN/report.html.")
+    ] = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Draw a run as one HTML page that needs no network.
+
+    Works on an unfinished run too: it shows what is there and says what is missing.
+    """
+    path = write_report(run, output)
+    if json:
+        print(orjson.dumps({"run": str(run), "output": str(path), "bytes": path.stat().st_size}).decode())
+    console.say(f"report: {path} ({path.stat().st_size / 1e6:.1f} MB)")

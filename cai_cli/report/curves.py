@@ -1,0 +1,94 @@
+"""Training curves: every column of numbers in a metrics.jsonl, those a reader wants first in front."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from cai_cli.report.charts import Bin, Chart, Line, lines, reliability
+from cai_cli.report.collect import StepFiles
+
+# What a column means and its unit; one that is not here is shown under its own name.
+TITLES = {
+    "reward": "Preference model's score",
+    "watch_score": "Score of the watcher, which training never sees",
+    "kl": "KL from the start model (nats)",
+    "reply_tokens": "Length of replies (tokens)",
+    "cut_off_share": "Share of replies cut off",
+    "evasive_share": "Share of evasive replies",
+    "boilerplate_share": "Share of replies with boilerplate",
+    "distinct_openings": "Distinct openings",
+    "accuracy": "Accuracy",
+    "loss": "Loss",
+    "margin": "Margin of chosen over rejected",
+    "mean_score": "Mean score",
+    "token_accuracy": "Tokens predicted right",
+    "entropy": "Entropy (nats a token)",
+    "reward_std": "Spread of the scores in a step",
+    "learning_rate": "Learning rate",
+    "grad_norm": "Gradient norm",
+    "epoch": "Epoch",
+}
+# Drawn as the second line in the picture of another column, which has the same unit.
+TOGETHER = {"held_out_loss": "loss", "held_out_accuracy": "accuracy", "shaped_reward": "reward"}
+NAMES = {
+    "loss": "in training",
+    "accuracy": "in training",
+    "held_out_loss": "held out",
+    "held_out_accuracy": "held out",
+    "reward": "score",
+    "shaped_reward": "score less penalties",
+}
+OPTIMISER = ("learning_rate", "grad_norm", "epoch")
+
+
+def curves(step: StepFiles, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Chart], list[Chart]]:
+    """(what was learned, how the optimiser went): one picture a column."""
+    series = {name: points for name in _columns(rows) if (points := list(_points(rows, name)))}
+    flagged = [float(at) for at, _ in flags(rows)]
+    order = [*(name for name in TITLES if name in series), *(name for name in series if name not in TITLES)]
+    drawn = []
+    for name in order:
+        if TOGETHER.get(name) in series:
+            continue
+        group = [name, *(other for other, main in TOGETHER.items() if main == name and other in series)]
+        found = [Line(NAMES.get(n, n), [x for x, _ in series[n]], [y for _, y in series[n]]) for n in group]
+        share = name.endswith(("_share", "accuracy"))
+        drawn.append((name, lines(f"{step.name}-{name}", TITLES.get(name, name), found, flags=flagged, share=share)))
+    learned = [chart for name, chart in drawn if name not in OPTIMISER]
+    return learned, [chart for name, chart in drawn if name in OPTIMISER]
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [name for name in dict.fromkeys(key for row in rows for key in row) if name != "step"]
+
+
+def _points(rows: Sequence[Mapping[str, Any]], name: str) -> Iterator[tuple[float, float]]:
+    for row in rows:
+        value = row.get(name)
+        if isinstance(value, int | float) and not isinstance(value, bool) and isinstance(row.get("step"), int):
+            yield row["step"], value
+
+
+def flags(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, str]]:
+    """(step, what) wherever a monitor raised a flag: a column that is true, or whose name says Goodhart and which
+    holds something."""
+    found = []
+    for row in rows:
+        for name, value in row.items():
+            if value is True or ("goodhart" in name and value):
+                what = name if isinstance(value, bool | int | float) else f"{name}: {value}"
+                found.append((int(row["step"]), what))
+    return found
+
+
+def calibration(step: StepFiles) -> Chart | None:
+    """The reliability curve that a preference model's manifest carries (`figures.calibration_curve`), if it does."""
+    curve = step.figures.get("calibration_curve")
+    if not curve:
+        return None
+    return reliability(
+        f"{step.name}-calibration",
+        "Does the label agree as often as the model predicts?",
+        [Bin(b["confidence"], b["label"], b["n"]) for b in curve],
+        x_label="predicted probability, held-out comparisons",
+        note="On the dashed line a probability means what it says.",
+    )
