@@ -39,9 +39,17 @@ def family_config(family: str, vocab_size: int) -> Any:
     }
     grouped = shape | {"num_key_value_heads": 2}
     gemma = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": WINDOW, "attn_logit_softcapping": 5.0}
+    gemma3 = {
+        "head_dim": 8,
+        "query_pre_attn_scalar": 8,
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention"],
+    }
     gpt2 = {"vocab_size": vocab_size, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, "eos_token_id": 2}
     kind, settings = {
+        "gemma": (transformers.GemmaConfig, grouped | {"head_dim": 8}),
         "gemma2": (transformers.Gemma2Config, grouped | gemma),
+        "gemma3_text": (transformers.Gemma3TextConfig, grouped | gemma3),
         "gpt2": (transformers.GPT2Config, gpt2 | {"initializer_range": 0.2}),
         "mistral": (transformers.MistralConfig, grouped | {"sliding_window": WINDOW}),
         "phi": (transformers.PhiConfig, shape),
@@ -318,20 +326,29 @@ def test_rows_run_in_small_pieces_equal_whole_forward_passes(
 
     common = some(start)
     rows = [common + some(count) for count in (3, 4, 7, 20, 37)]
-    rows.insert(2, list(rows[1]))
-    memory = shared.SharedMemory(engine(family).model, 0, 3)
+    rows.insert(2, rows[1])
+    plain = reference(family)
+    memory = shared.SharedMemory(engine(family).model, tuple(common), 3)
     assert engine(family).shares
+
+    def join(new: list[list[int]]) -> None:
+        found = list(memory.add([tuple(row) for row in new], [2] * len(new)))
+        for row, logits in zip(new, found, strict=True):
+            assert torch.allclose(logits, plain(torch.tensor([row])).logits[0, -2:], atol=1e-4)
+
     with torch.inference_mode():
-        found = memory.prefill(rows, 2)
-        assert memory.prefix_length == start
-        for row, logits in zip(rows, found, strict=True):
-            assert torch.allclose(logits, reference(family)(torch.tensor([row])).logits[0, -2:], atol=1e-4)
+        join(rows)
         memory.keep([0, 5, 2])
         rows = [rows[0], rows[5], rows[2]]
         for token in (7, 8, 9):
             rows = [[*row, token] for row in rows]
-            for row, logits in zip(rows, memory.step(torch.tensor([token] * 3)), strict=True):
-                assert torch.allclose(logits, reference(family)(torch.tensor([row])).logits[0, -1], atol=1e-4)
+            for row, logits in zip(rows, memory.step(torch.tensor([token] * len(rows))), strict=True):
+                assert torch.allclose(logits, plain(torch.tensor([row])).logits[0, -1], atol=1e-4)
+            others = [common + some(count) for count in (50, 5)]
+            join(others)
+            rows += others
+            memory.keep([4, 1, 2, 3] if len(rows) == 5 else range(len(rows)))
+            rows = [rows[i] for i in (4, 1, 2, 3)] if len(rows) == 5 else rows
 
 
 def test_a_shared_start_and_equal_prompts_are_run_once() -> None:
@@ -346,8 +363,14 @@ def test_a_shared_start_and_equal_prompts_are_run_once() -> None:
     assert sum(run) < 1.5 * len(prompt_ids(fresh, wanted[0]))
 
 
-def test_a_family_that_is_not_known_is_run_as_transformers_does() -> None:
-    assert not engine("gpt2").shares
+def test_a_family_that_is_not_known_is_run_as_transformers_does_and_says_so_once(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fresh = LocalEngine(str(model_dir("gpt2")), batch_size=None, device="cpu", dtype="float32")
+    for _ in range(2):
+        fresh.generate(asks(2), Sampling(2))
+    assert capsys.readouterr().err.count("models of type gpt2 are run by transformers' own loop") == 1
+    assert not fresh.shares
     assert engine("llama").shares
 
 
