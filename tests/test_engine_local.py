@@ -143,6 +143,37 @@ def test_a_row_gets_the_same_text_in_batches_of_1_7_and_32_and_in_any_order(fami
     assert replies(family, 32, wanted[::-1], sampling) == alone[::-1]
 
 
+def test_a_waiting_row_takes_the_place_of_a_finished_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    live: list[int] = []
+    step = shared.SharedMemory.step
+    monkeypatch.setattr(
+        shared.SharedMemory, "step", lambda memory, tokens: (live.append(len(tokens)), step(memory, tokens))[1]
+    )
+    wanted = [Ask(ask.text, ask.seed, ask.cue, stop=("e",) if i % 2 else ()) for i, ask in enumerate(asks(12))]
+    answers = replies("llama", 4, wanted, Sampling(24))
+    lengths = [answer.new_tokens for answer in answers]
+    assert min(lengths) < 12 < max(lengths)
+    assert sum(live) == sum(lengths) - len(lengths)  # the first token of each comes with its prompt
+    assert len(live) < 1.5 * sum(live) / 4
+    assert max(live) == 4
+
+
+def test_rows_wait_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = replies("llama", None, asks(), Sampling(20))
+    small = LocalEngine(str(model_dir()), batch_size=None, device="cpu", dtype="float32")
+    vars(small)["most_tokens"] = 300
+    made: list[int] = []
+    reserve = shared.SharedMemory._reserve
+
+    def watched(memory: shared.SharedMemory, rows: int, columns: int) -> None:
+        reserve(memory, rows, columns)
+        made.append(memory.capacity[0] * memory.capacity[1])
+
+    monkeypatch.setattr(shared.SharedMemory, "_reserve", watched)
+    assert small.generate(asks(), Sampling(20)) == alone
+    assert max(made) <= 300
+
+
 def test_the_seed_alone_decides_the_noise() -> None:
     ask = asks()[1]
     same = [Ask(ask.text, seed) for seed in (5, 6, 5)]

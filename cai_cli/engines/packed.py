@@ -19,7 +19,8 @@ def pack_linears(model: Any) -> None:
 
     import torch
 
-    ready = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
+    onednn: Any = torch.backends.mkldnn
+    ready = onednn.is_available() and platform.machine() in ("x86_64", "AMD64")
     if not ready or model.device.type != "cpu" or model.dtype != torch.float32:
         return
 

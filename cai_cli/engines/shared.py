@@ -1,8 +1,8 @@
 """Running many rows that start alike: what they share is run once and kept once, and rows come and go one by one.
 
 The tokens of one forward pass lie end to end with no padding, whichever rows they belong to (as in vLLM). Each row
-attends to the shared start and to its own tokens in two products of which one softmax is made (as in cascade
-attention), grouped query heads as rows of their key head.
+attends to the shared start and to its own tokens in two products under one softmax (much as in cascade attention),
+grouped query heads as rows of their key head.
 """
 
 from collections.abc import Iterator, Sequence
@@ -75,7 +75,7 @@ class _Pass:
     def by_row(self, flat: "Tensor") -> "Tensor":
         """(heads, tokens, size) as (rows, heads, most, size), zeros behind the rows that have fewer tokens."""
         if sum(self.counts) == len(self.counts) * self.most:
-            return flat.unflatten(1, (len(self.counts), self.most)).transpose(0, 1)
+            return flat.view(flat.shape[0], len(self.counts), self.most, -1).transpose(0, 1)
         padded = flat.new_zeros(len(self.counts), self.most, flat.shape[0], flat.shape[2])
         padded[self._places] = flat.transpose(0, 1)
         return padded.transpose(1, 2)
@@ -183,8 +183,8 @@ class SharedMemory:
             wanted = torch.cat([torch.arange(end - keep, end) for end, keep in zip(ends, kept, strict=True)])
             moved = [(place + row, start, end) for row, start, end in pieces]
             logits = self._forward(tokens.to(self.model.device), moved, wanted.to(self.model.device))
-            for (row, _, end), part in zip(pieces, logits.split(kept), strict=True):
-                parts.append(part)
+            for (row, _, end), keep, last in zip(pieces, kept, accumulate(kept), strict=True):
+                parts.append(logits[last - keep : last])
                 if end == len(rows[row]):
                     yield torch.cat(parts)
                     parts = []
@@ -241,32 +241,28 @@ class SharedMemory:
     ) -> "Tensor":
         """Attention of `query` (1, heads, tokens, size), already scaled, over the shared start and `keys`, `values`
         (rows, key heads, seen, size): (1, tokens, heads, size)."""
+        import torch
+
         by_row = self.now.by_row(query[0])
         rows, heads, new, size = by_row.shape
         key_heads = keys.shape[1]
         grouped = by_row.reshape(rows, key_heads, -1, size)  # (rows, key heads, group * new, size)
         own_mask, prefix_mask = self._mask(window)
-        own = _scores(grouped.flatten(0, 1), keys.flatten(0, 1), softcap).view(rows, heads, new, -1)
-        own = own.add_(own_mask).view(rows, key_heads, heads // key_heads * new, -1)
-        if not self.prefix:
-            weights = own.softmax(-1).to(values.dtype)
-            out = (weights.flatten(0, 1) @ values.flatten(0, 1)).view(rows, heads, new, -1)
-            return self.now.flat(out)[None]
-
-        start_keys, start_values = self.prefix[layer]
-        by_head = grouped.transpose(0, 1).reshape(key_heads, -1, size)
-        start = _scores(by_head, start_keys, softcap)
-        if prefix_mask is not None:
-            start.view(key_heads, rows, -1, new, len(self.start)).add_(prefix_mask[None])
-        swap = (key_heads, rows, heads // key_heads * new)
-        top = own.amax(-1).maximum(start.amax(-1).view(swap).transpose(0, 1))
-        own = own.sub_(top[..., None]).exp_()
-        start = start.sub_(top.transpose(0, 1).reshape(key_heads, -1, 1)).exp_()
-        total = own.sum(-1) + start.sum(-1).view(swap).transpose(0, 1)
-        from_start = (start.to(values.dtype) @ start_values).view(*swap, -1).transpose(0, 1)
-        from_own = (own.to(values.dtype).flatten(0, 1) @ values.flatten(0, 1)).view(from_start.shape)
-        out = (from_own + from_start) / total[..., None]
-        return self.now.flat(out.to(values.dtype).view(rows, heads, new, -1))[None]
+        scores = _scores(grouped.flatten(0, 1), keys.flatten(0, 1), softcap).view(rows, heads, new, -1)
+        scores = scores.add_(own_mask).view(rows, key_heads, heads // key_heads * new, -1)
+        shared = len(self.start)
+        if shared:
+            by_head = grouped.transpose(0, 1).reshape(key_heads, -1, size)
+            start = _scores(by_head, self.prefix[layer][0], softcap).view(key_heads, rows, -1, shared).transpose(0, 1)
+            if prefix_mask is not None:
+                start = (start.reshape(rows, heads, new, shared) + prefix_mask).view(start.shape)
+            scores = torch.cat([start, scores], -1)
+        weights = scores.softmax(-1).to(values.dtype)
+        out = torch.bmm(weights[..., shared:].flatten(0, 1), values.flatten(0, 1)).view(rows, key_heads, -1, size)
+        if shared:
+            by_head = weights[..., :shared].transpose(0, 1).reshape(key_heads, -1, shared)
+            out += torch.bmm(by_head, self.prefix[layer][1]).view(key_heads, rows, -1, size).transpose(0, 1)
+        return self.now.flat(out.view(rows, heads, new, -1))[None]
 
     def _mask(self, window: int | None) -> tuple["Tensor", "Tensor | None"]:
         """What to add to the scores of own tokens (rows, 1, new, seen) and, where a window may hide some of the
