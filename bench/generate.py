@@ -1,15 +1,17 @@
-"""Tokens a second: 64 replies of at most 128 tokens at temperature 1, ours against `model.generate` of transformers
-with all rows in one left-padded batch.
+"""Tokens a second: 64 replies of at most 128 tokens at temperature 1 to conversations like those of HH-RLHF, ours
+against `model.generate` of transformers at its best batch size (left-padded, rows of like length together).
 
-    python bench/generate.py [--model smollm2-135m] [--rows 64] [--new-tokens 128] [--repeats 3]
+    python bench/generate.py [--model smollm2-135m] [--rows 64] [--new-tokens 128] [--repeats 3] [--batches 8 16 32 64]
 
-Prints one line per paired run, then `ratio generate VALUE`: the median over the pairs of our tokens a second over
-theirs. Only tokens of replies count, up to and with the one that ends a turn.
+First each of their batch sizes is tried once; one line per paired run at the best of them follows, then the shares of
+the machine's matmul peak that our prefill and our decoding reach, then `ratio generate VALUE`: the median over the
+pairs of our tokens a second over theirs. Only tokens of replies count, up to and with the one that ends a turn.
 """
 
 import argparse
 import random
 import time
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
@@ -20,29 +22,81 @@ from cai_cli.models import load_causal_lm
 from cai_cli.records import Message
 
 TOPICS = ("saving money", "a sore back", "an old piano", "moving abroad", "a noisy neighbour", "learning to cook")
-ASKS = (
+OPENINGS = (
     "Can you give me some advice about {}?",
     "I have been thinking a lot about {} lately, and I would like to know what you would do in my place.",
-    "Write a short story about {} in which two friends who have not met for years disagree, and then make up.",
+    "My sister says that I know nothing about {}. What should I tell her?",
+)
+ANSWERS = (
+    "I'm sorry to hear that. What exactly is it about {} that worries you?",
+    "There is a lot to say about {}. Most people begin with something small, see how it goes for a week or two, and "
+    "only then decide whether they want to go on. It helps to write down what you have tried, and to ask somebody who "
+    "has done it before. Is there anything in particular that you would like to know?",
+)
+FOLLOW_UPS = (
+    "Why is that?",
+    "I don't really think that this is true. A friend of mine has done it quite differently for years, and she is "
+    "happier with {} than anybody else I know.",
+    "Okay, but how do I do that without anybody noticing it?",
 )
 
 
 def chats(rows: int) -> list[list[Message]]:
-    rng = random.Random(0)
-    texts = [f"{rng.choice(ASKS).format(rng.choice(TOPICS))} ({i})" for i in range(rows)]
-    return [[Message(role="user", content=text)] for text in texts]
+    """Conversations of one to four turns of the user, some 120 tokens on average with a long tail, as in HH-RLHF."""
+    rng, asked = random.Random(0), []
+    for _ in range(rows):
+        topic = rng.choice(TOPICS)
+        texts = [rng.choice(OPENINGS)]
+        for _ in range(rng.choice((0, 0, 0, 0, 1, 1, 2, 2, 3))):
+            texts += [" ".join(rng.choices(ANSWERS, k=rng.choice((1, 1, 1, 2)))), rng.choice(FOLLOW_UPS)]
+        turns = [(("user", "assistant")[i % 2], text.replace("{}", topic)) for i, text in enumerate(texts)]
+        asked.append([Message(role=role, content=text) for role, text in turns])
+    return asked
 
 
-def generated(model: Any, tokenizer: Any, asked: list[list[Message]], new_tokens: int, end_ids: set[int]) -> int:
+def generated(model: Any, tokenizer: Any, prompts: Sequence[list[int]], new: int, ends: set[int], batch: int) -> int:
     """How many tokens transformers' own loop adds to these prompts."""
     import torch
 
-    prompts = [encode_chat(tokenizer, chat, add_generation_prompt=True) for chat in asked]
-    batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     torch.manual_seed(0)
-    out = model.generate(**batch, do_sample=True, top_k=0, max_new_tokens=new_tokens, eos_token_id=sorted(end_ids))
-    rows = out[:, batch["input_ids"].shape[1] :].tolist()
-    return sum(next((i + 1 for i, token in enumerate(row) if token in end_ids), len(row)) for row in rows)
+    total, prompts = 0, sorted(prompts, key=len)
+    for start in range(0, len(prompts), batch):
+        padded = tokenizer.pad({"input_ids": prompts[start : start + batch]}, padding_side="left", return_tensors="pt")
+        out = model.generate(**padded, do_sample=True, top_k=0, max_new_tokens=new, eos_token_id=sorted(ends))
+        rows = out[:, padded["input_ids"].shape[1] :].tolist()
+        total += sum(next((i + 1 for i, token in enumerate(row) if token in ends), len(row)) for row in rows)
+    return total
+
+
+def timed(work: Callable[..., Any], *given: Any) -> tuple[Any, float]:
+    started = time.perf_counter()
+    result = work(*given)
+    return result, time.perf_counter() - started
+
+
+def peak_flops() -> float:
+    """Floating point operations a second of the quickest large float32 product here: torch's own, or a packed layer."""
+    import torch
+
+    from cai_cli.engines.packed import pack_linears
+
+    size = 2048
+    x, layer = torch.randn(size, size), torch.nn.Linear(size, size, bias=False)
+    packed: Any = torch.nn.Sequential(layer)
+    packed.device, packed.dtype = torch.device("cpu"), torch.float32
+    pack_linears(packed)
+    with torch.inference_mode():
+        best = min(timed(work, x)[1] for work in (layer, packed) for _ in range(8))
+    return float(2 * size**3 / best)
+
+
+def flops(model: Any, tokens: int, logits: int, seen: float) -> float:
+    """What it takes to run `tokens` tokens that see `seen` each on average, with logits for some of them."""
+    config = model.config
+    head = config.vocab_size * config.hidden_size
+    layers = sum(p.numel() for name, p in model.model.layers.named_parameters() if p.dim() == 2)
+    attention = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * seen
+    return float(2 * (tokens * (layers + attention) + logits * head))
 
 
 def main() -> None:
@@ -51,21 +105,40 @@ def main() -> None:
     arguments.add_argument("--rows", type=int, default=64)
     arguments.add_argument("--new-tokens", type=int, default=128)
     arguments.add_argument("--repeats", type=int, default=3)
+    arguments.add_argument("--batches", type=int, nargs="+", default=[8, 16, 32, 64])
     options = arguments.parse_args()
     engine = LocalEngine(options.model, batch_size=options.rows, device="cpu", dtype="float32")
     model, asked, sampling = load_causal_lm(engine.path), chats(options.rows), Sampling(options.new_tokens)
+    prompts = [encode_chat(engine.tokenizer, chat, add_generation_prompt=True) for chat in asked]
+    mean = sum(map(len, prompts)) / len(prompts)
     asks = [Ask(chat, seed) for seed, chat in enumerate(asked)]
     engine.generate(asks[:2], Sampling(2))  # loads the weights
-    ratios = []
+    theirs_given = (model, engine.tokenizer, prompts, options.new_tokens, engine.end_ids)
+    speeds = {}
+    for batch in options.batches if len(options.batches) > 1 else ():
+        found, seconds = timed(generated, *theirs_given, batch)
+        speeds[batch] = found / seconds
+        print(f"transformers, batches of {batch}: {speeds[batch]:.0f} tok/s", flush=True)
+    best = max(speeds, key=lambda batch: speeds[batch], default=options.batches[0])
+    print(f"{options.rows} prompts of {mean:.0f} tokens on average; transformers in batches of {best}")
+    ratios, prefill_shares, decode_shares = [], [], []
     for _ in range(options.repeats):
-        started = time.perf_counter()
-        replies = engine.generate(asks, sampling)
-        ours_s = time.perf_counter() - started
-        theirs = generated(model, engine.tokenizer, asked, options.new_tokens, engine.end_ids)
-        theirs_s = time.perf_counter() - started - ours_s
+        peak = peak_flops()
+        _, prefill_s = timed(engine.generate, asks, Sampling(1))
+        replies, ours_s = timed(engine.generate, asks, sampling)
+        theirs, theirs_s = timed(generated, *theirs_given, best)
         ours = sum(reply.new_tokens for reply in replies if isinstance(reply, Reply))
-        print(f"ours {ours / ours_s:.0f} tok/s ({ours}), transformers {theirs / theirs_s:.0f} tok/s ({theirs})")
         ratios.append(ours / ours_s / (theirs / theirs_s))
+        prefill = flops(model, sum(map(len, prompts)), len(prompts), mean / 2)
+        prefill_shares.append(prefill / prefill_s / peak)
+        decode = flops(model, ours - len(asks), ours - len(asks), mean + ours / len(asks) / 2)
+        decode_shares.append(decode / (ours_s - prefill_s) / peak)
+        print(
+            f"ours {ours / ours_s:.0f} tok/s ({ours}; decoding alone {ours / (ours_s - prefill_s):.0f}), "
+            f"transformers {theirs / theirs_s:.0f} tok/s ({theirs}), peak {peak / 1e9:.0f} GFLOP/s",
+            flush=True,
+        )
+    print(f"share of the matmul peak: prefill {median(prefill_shares):.0%}, decoding {median(decode_shares):.0%}")
     print(f"ratio generate {median(ratios):.2f}")
 
 

@@ -39,9 +39,17 @@ def family_config(family: str, vocab_size: int) -> Any:
     }
     grouped = shape | {"num_key_value_heads": 2}
     gemma = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": WINDOW, "attn_logit_softcapping": 5.0}
+    gemma3 = {
+        "head_dim": 8,
+        "query_pre_attn_scalar": 8,
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention"],
+    }
     gpt2 = {"vocab_size": vocab_size, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, "eos_token_id": 2}
     kind, settings = {
+        "gemma": (transformers.GemmaConfig, grouped | {"head_dim": 8}),
         "gemma2": (transformers.Gemma2Config, grouped | gemma),
+        "gemma3_text": (transformers.Gemma3TextConfig, grouped | gemma3),
         "gpt2": (transformers.GPT2Config, gpt2 | {"initializer_range": 0.2}),
         "mistral": (transformers.MistralConfig, grouped | {"sliding_window": WINDOW}),
         "phi": (transformers.PhiConfig, shape),
@@ -133,6 +141,37 @@ def test_a_row_gets_the_same_text_in_batches_of_1_7_and_32_and_in_any_order(fami
     alone = replies(family, 1, wanted, sampling)
     assert replies(family, 7, wanted, sampling) == alone
     assert replies(family, 32, wanted[::-1], sampling) == alone[::-1]
+
+
+def test_a_waiting_row_takes_the_place_of_a_finished_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    live: list[int] = []
+    step = shared.SharedMemory.step
+    monkeypatch.setattr(
+        shared.SharedMemory, "step", lambda memory, tokens: (live.append(len(tokens)), step(memory, tokens))[1]
+    )
+    wanted = [Ask(ask.text, ask.seed, ask.cue, stop=("e",) if i % 2 else ()) for i, ask in enumerate(asks(12))]
+    answers = replies("llama", 4, wanted, Sampling(24))
+    lengths = [answer.new_tokens for answer in answers]
+    assert min(lengths) < 12 < max(lengths)
+    assert sum(live) == sum(lengths) - len(lengths)  # the first token of each comes with its prompt
+    assert len(live) < 1.5 * sum(live) / 4
+    assert max(live) == 4
+
+
+def test_rows_wait_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = replies("llama", None, asks(), Sampling(20))
+    small = LocalEngine(str(model_dir()), batch_size=None, device="cpu", dtype="float32")
+    vars(small)["most_tokens"] = 300
+    made: list[int] = []
+    reserve = shared.SharedMemory._reserve
+
+    def watched(memory: shared.SharedMemory, rows: int, columns: int) -> None:
+        reserve(memory, rows, columns)
+        made.append(memory.capacity[0] * memory.capacity[1])
+
+    monkeypatch.setattr(shared.SharedMemory, "_reserve", watched)
+    assert small.generate(asks(), Sampling(20)) == alone
+    assert max(made) <= 300
 
 
 def test_the_seed_alone_decides_the_noise() -> None:
@@ -318,20 +357,29 @@ def test_rows_run_in_small_pieces_equal_whole_forward_passes(
 
     common = some(start)
     rows = [common + some(count) for count in (3, 4, 7, 20, 37)]
-    rows.insert(2, list(rows[1]))
-    memory = shared.SharedMemory(engine(family).model, 0, 3)
+    rows.insert(2, rows[1])
+    plain = reference(family)
+    memory = shared.SharedMemory(engine(family).model, tuple(common), 3)
     assert engine(family).shares
+
+    def join(new: list[list[int]]) -> None:
+        found = list(memory.add([tuple(row) for row in new], [2] * len(new)))
+        for row, logits in zip(new, found, strict=True):
+            assert torch.allclose(logits, plain(torch.tensor([row])).logits[0, -2:], atol=1e-4)
+
     with torch.inference_mode():
-        found = memory.prefill(rows, 2)
-        assert memory.prefix_length == start
-        for row, logits in zip(rows, found, strict=True):
-            assert torch.allclose(logits, reference(family)(torch.tensor([row])).logits[0, -2:], atol=1e-4)
+        join(rows)
         memory.keep([0, 5, 2])
         rows = [rows[0], rows[5], rows[2]]
         for token in (7, 8, 9):
             rows = [[*row, token] for row in rows]
-            for row, logits in zip(rows, memory.step(torch.tensor([token] * 3)), strict=True):
-                assert torch.allclose(logits, reference(family)(torch.tensor([row])).logits[0, -1], atol=1e-4)
+            for row, logits in zip(rows, memory.step(torch.tensor([token] * len(rows))), strict=True):
+                assert torch.allclose(logits, plain(torch.tensor([row])).logits[0, -1], atol=1e-4)
+            others = [common + some(count) for count in (50, 5)]
+            join(others)
+            rows += others
+            memory.keep([4, 1, 2, 3] if len(rows) == 5 else range(len(rows)))
+            rows = [rows[i] for i in (4, 1, 2, 3)] if len(rows) == 5 else rows
 
 
 def test_a_shared_start_and_equal_prompts_are_run_once() -> None:
@@ -346,8 +394,14 @@ def test_a_shared_start_and_equal_prompts_are_run_once() -> None:
     assert sum(run) < 1.5 * len(prompt_ids(fresh, wanted[0]))
 
 
-def test_a_family_that_is_not_known_is_run_as_transformers_does() -> None:
-    assert not engine("gpt2").shares
+def test_a_family_that_is_not_known_is_run_as_transformers_does_and_says_so_once(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fresh = LocalEngine(str(model_dir("gpt2")), batch_size=None, device="cpu", dtype="float32")
+    for _ in range(2):
+        fresh.generate(asks(2), Sampling(2))
+    assert capsys.readouterr().err.count("models of type gpt2 are run by transformers' own loop") == 1
+    assert not fresh.shares
     assert engine("llama").shares
 
 

@@ -26,11 +26,11 @@ def draw(logits: "Tensor", noise: "Tensor", sampling: Sampling) -> "Tensor":
 
     Raises: CaiError when a row holds NaN or infinity: a broken model is never sampled from.
     """
-    top = logits.amax(-1)
-    check_finite(top)
     if sampling.temperature == 0:
+        check_finite(logits.amax(-1))
         return logits.argmax(-1)
-    weights = (logits.float() - top.float()[:, None]).div_(sampling.temperature).exp_()
+    weights = (logits.float() / sampling.temperature).softmax(-1)
+    check_finite(weights[:, 0])  # one NaN or infinity among a row's logits makes all of its weights NaN
     if sampling.top_p < 1:
         weights *= weights >= _smallest_kept(weights, sampling.top_p)[:, None]
     return _inverse_cdf(weights, noise)
@@ -81,11 +81,12 @@ def _smallest_kept(weights: "Tensor", top_p: float) -> "Tensor":
 
 @dataclass
 class Row:
-    """One reply as it grows. `index` is its place among the asks; `prompt` its ids."""
+    """One reply as it grows. `index` is its place among the asks; `prompt` its ids; `noise[i]` draws `new[i]`."""
 
     index: int
     ask: Ask
-    prompt: list[int]
+    prompt: tuple[int, ...]
+    noise: Sequence[float]
     new: list[int] = field(default_factory=list)
     reply: Reply | None = None
 

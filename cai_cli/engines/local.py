@@ -8,21 +8,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
+from cai_cli import console
 from cai_cli.engines.base import Ask, Engine, Question, Refusal, Reply, Sampling, Text
 from cai_cli.engines.chat import encode_chat, encode_text
 from cai_cli.engines.decoding import Row, Writer, check_finite, draw, end_of_turn_ids, uniforms
 from cai_cli.engines.memory import Memory
-from cai_cli.engines.shared import Context, SharedMemory, can_share, common_start, groups
+from cai_cli.engines.packed import pack_linears
+from cai_cli.engines.shared import Context, SharedMemory, can_share, common_start, groups, shared_start
 from cai_cli.errors import RowError, UsageError
 from cai_cli.models import fingerprint, load_causal_lm, load_tokenizer, resolve
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-T = TypeVar("T")
-LEAST_BATCH = 8
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -66,7 +66,9 @@ class LocalEngine(Engine):
 
     @cached_property
     def model(self) -> Any:
-        return load_causal_lm(self.path, dtype=self.dtype, device=self.device)
+        model = load_causal_lm(self.path, dtype=self.dtype, device=self.device)
+        pack_linears(model)
+        return model
 
     @cached_property
     def window(self) -> int:
@@ -81,7 +83,11 @@ class LocalEngine(Engine):
     @cached_property
     def shares(self) -> bool:
         """Whether rows can share what they start with: else each is run whole, as transformers does it."""
-        return can_share(self.model)
+        shares = can_share(self.model)
+        if not shares:
+            kind = self.model.config.model_type
+            console.warn(f"{self._name}: models of type {kind} are run by transformers' own loop, which is slower")
+        return shares
 
     @cached_property
     def most_tokens(self) -> int:
@@ -119,24 +125,17 @@ class LocalEngine(Engine):
                 f"prompt of {prompt} tokens + {new} new tokens does not fit the context window of {self.window}"
             )
 
-    def _memory(self, room: int) -> Memory | SharedMemory:
-        """For the rows of one batch, which may grow by `room` tokens each."""
-        kind = SharedMemory if self.shares else Memory
-        return kind(self.model, self.tokenizer.pad_token_id, room)
+    def _memory(self, start: Context, room: int) -> Memory | SharedMemory:
+        """For rows that begin with `start` and may grow by `room` tokens each."""
+        pad_id = self.tokenizer.pad_token_id
+        return SharedMemory(self.model, start, room) if self.shares else Memory(self.model, pad_id)
 
-    def _batches(self, rows: Sequence[T], sizes: Sequence[int]) -> Iterator[Sequence[T]]:
-        """`rows` in batches: no larger than batch_size, than what memory holds of their `sizes` (tokens, ascending),
-        or than where padding to the longest would outweigh what a larger batch saves."""
-        start = total = 0
-        for end, size in enumerate(sizes):
-            count, padded = end - start + 1, (end - start + 1) * size
-            wasteful = count > LEAST_BATCH and padded > 2 * (total + size)
-            if count > 1 and (count > self.batch_size or padded > self.most_tokens or wasteful):
-                yield rows[start:end]
-                start, total = end, 0
-            total += size
-        if rows:
-            yield rows[start:]
+    def _fitting(self, sizes: Sequence[int], live: Sequence[int] = ()) -> int:
+        """How many of the rows of these `sizes` (tokens, descending) can join those of the sizes `live`: no more than
+        batch_size, nor than memory holds when each has room for the longest; one if there is none yet."""
+        widest = max([*live, *sizes[:1]])
+        held = min(self.batch_size, self.most_tokens // widest)
+        return min(len(sizes), max(held - len(live), 0 if live else 1))
 
     # --- text -------------------------------------------------------------------------------------------------
 
@@ -154,37 +153,47 @@ class LocalEngine(Engine):
             except RowError as error:
                 replies[index] = Refusal(error.message)
             else:
-                rows.append(Row(index, ask, ids))
-        rows.sort(key=lambda row: len(row.prompt))
+                rows.append(Row(index, ask, tuple(ids), uniforms(ask.seed, sampling.max_new_tokens)))
         with torch.inference_mode():
-            for batch in self._batches(rows, [len(row.prompt) + sampling.max_new_tokens for row in rows]):
-                replies |= self._decode(batch, sampling)
+            replies |= self._decode(rows, sampling)
         return [replies[index] for index in range(len(asks))]
 
     def _decode(self, rows: Sequence[Row], sampling: Sampling) -> dict[int, Reply]:
-        """Grow every row to its end; replies by the index of their ask."""
-        import numpy as np
+        """Grow every row to its end, the longest first: when one ends, the next one takes its place. Replies by the
+        index of their ask."""
         import torch
 
         writer = Writer(self.tokenizer, self.end_ids, sampling.max_new_tokens)
-        noise = torch.from_numpy(np.stack([uniforms(row.ask.seed, sampling.max_new_tokens) for row in rows]))
-        noise = noise.to(self.device)
-        memory = self._memory(sampling.max_new_tokens)
-        logits = memory.prefill([row.prompt for row in rows], 1)[:, 0]
-        live = list(rows)
-        for step in range(sampling.max_new_tokens):
-            tokens = draw(logits, noise[:, step], sampling)
+        start = shared_start([row.prompt for row in rows], [1] * len(rows)) if self.shares else ()
+        memory = self._memory(start, sampling.max_new_tokens)
+        waiting = sorted(rows, key=lambda row: (len(row.prompt), row.prompt))
+        live: list[Row] = []
+        tokens = torch.empty(0)
+        while live or waiting:
+            logits = [memory.step(tokens)] if live else []
+            joining = self._joining(waiting, live, sampling, memory.joins)
+            if joining:
+                logits += memory.add([row.prompt for row in joining], [1] * len(joining))
+                live += joining
+            noise = torch.tensor([row.noise[len(row.new)] for row in live], dtype=torch.float64, device=self.device)
+            tokens = draw(torch.cat(logits), noise, sampling)
             for row, token in zip(live, tokens.tolist(), strict=True):
                 writer.add(row, token)
             going = _closed_up([row.reply is None for row in live])
-            if not going:
-                break
             if len(going) < len(live):
                 live = [live[place] for place in going]
                 memory.keep(going)
-                noise, tokens = noise[going], tokens[going]
-            logits = memory.step(tokens)
+                tokens = tokens[going]
         return {row.index: row.reply for row in rows if row.reply is not None}
+
+    def _joining(self, waiting: list[Row], live: Sequence[Row], sampling: Sampling, joins: bool) -> list[Row]:
+        """Take the rows out of `waiting` (the longest at the end) that have a place now."""
+        free = self.batch_size - len(live)
+        if live and (not joins or free < self.batch_size / 8):  # few at a time cost more passes
+            return []
+        sizes = [len(row.prompt) + sampling.max_new_tokens for row in reversed(waiting)]
+        count = self._fitting(sizes, [len(row.prompt) + sampling.max_new_tokens for row in live]) if waiting else 0
+        return [waiting.pop() for _ in range(count)]
 
     # --- option log-probabilities -----------------------------------------------------------------------------
 
@@ -210,20 +219,24 @@ class LocalEngine(Engine):
                 wanted.setdefault(context, []).append(reading)
         with torch.inference_mode():
             for group in groups(list(wanted)) if self.shares else [list(wanted)]:
-                group.sort(key=len)
-                for batch in self._batches(group, [len(context) for context in group]):
-                    for reading, value in self._read(batch, wanted):
-                        scores[reading.question][reading.option] = value
+                for reading, value in self._read(group, wanted):
+                    scores[reading.question][reading.option] = value
         return [refused.get(index) or scores[index] for index in range(len(questions))]
 
     def _read(
-        self, batch: Sequence[Context], wanted: Mapping[Context, Sequence["Reading"]]
+        self, group: Sequence[Context], wanted: Mapping[Context, Sequence["Reading"]]
     ) -> Iterator[tuple["Reading", float]]:
-        keep = max(len(reading.tokens) for context in batch for reading in wanted[context])
-        logits = self._memory(0).prefill(batch, max(keep, 1))
-        for context, row in zip(batch, logits, strict=True):
-            for reading in wanted[context]:
-                yield reading, _log_probability(row, reading.tokens)
+        waiting = sorted(group, key=len, reverse=True)
+        keeps = [max(1, *(len(reading.tokens) for reading in wanted[context])) for context in waiting]
+        memory = self._memory(shared_start(waiting, keeps) if self.shares else (), 0)
+        at = 0
+        while at < len(waiting):
+            batch = slice(at, at + self._fitting([len(context) for context in waiting[at:]]))
+            for context, logits in zip(waiting[batch], memory.add(waiting[batch], keeps[batch]), strict=True):
+                for reading in wanted[context]:
+                    yield reading, _log_probability(logits, reading.tokens)
+            memory.keep([])
+            at = batch.stop
 
     def _readings(self, index: int, question: Question) -> list[tuple[Context, "Reading"]]:
         """For each option the ids to run the model over, and what to read at the end of them."""

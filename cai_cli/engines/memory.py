@@ -1,6 +1,6 @@
 """Running any model over many rows at once, as transformers does it; `shared` is quicker for the families it knows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,21 +10,24 @@ if TYPE_CHECKING:
 class Memory:
     """The rows of one batch in the cache that transformers itself gives the model: right for every family."""
 
-    def __init__(self, model: Any, pad_id: int, room: int) -> None:  # `room`: as for SharedMemory; this one grows
+    joins = False  # rows come all at once, when there are none
+
+    def __init__(self, model: Any, pad_id: int) -> None:
         self.model, self.pad_id = model, pad_id
 
-    def prefill(self, prompts: Sequence[Sequence[int]], keep: int) -> "Tensor":
-        """Start with these rows. The logits (rows, keep, vocabulary) at each one's last `keep` tokens."""
+    def add(self, rows: Sequence[Sequence[int]], keeps: Sequence[int]) -> Iterator["Tensor"]:
+        """Start with these rows. For each the logits (keep, vocabulary) at its last `keep` tokens, in order."""
         import torch
         from transformers import DynamicCache
 
-        width, device = max(len(prompt) for prompt in prompts), self.model.device
-        ids = torch.tensor([[self.pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-        self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        width, device = max(len(row) for row in rows), self.model.device
+        ids = torch.tensor([[self.pad_id] * (width - len(row)) + list(row) for row in rows], device=device)
+        self.lengths = torch.tensor([len(row) for row in rows], device=device)
         positions = torch.arange(width, device=device) - (width - self.lengths)[:, None]
         self.mask = (positions >= 0).long()
         self.cache = DynamicCache(config=self.model.config)
-        return self._forward(ids, positions.clamp(min=0), keep)
+        logits = self._forward(ids, positions.clamp(min=0), max(keeps))
+        yield from (row[len(row) - keep :] for row, keep in zip(logits, keeps, strict=True))
 
     def step(self, tokens: "Tensor") -> "Tensor":
         """Append one token to each row. The logits (rows, vocabulary) after it."""
@@ -39,7 +42,7 @@ class Memory:
         """Row i becomes what row `rows[i]` was; the others are forgotten."""
         import torch
 
-        kept = torch.tensor(rows, device=self.model.device)
+        kept = torch.tensor(rows, dtype=torch.long, device=self.model.device)
         self.cache.batch_select_indices(kept)
         self.mask, self.lengths = self.mask[kept], self.lengths[kept]
 

@@ -1,0 +1,68 @@
+"""The same row with the same seed: whether its tokens are equal in batches of 1, 7 and 32, on a real model in float32.
+
+    python bench/determinism.py [--model smollm2-135m] [--rows 32] [--new-tokens 64]
+
+Where two replies part, the row's noise is held against the interval of the cumulative distribution that belongs to the
+token drawn alone: within 1e-4 of either end it is a near-tie, which rounding decides. Prints `ratio determinism VALUE`:
+the share of replies that are equal, near-ties counted as equal. Exit status 1 if it is less than 1.
+"""
+
+import argparse
+import sys
+
+from generate import chats
+
+from cai_cli.engines.base import Ask, Sampling
+from cai_cli.engines.chat import encode_chat
+from cai_cli.engines.decoding import Row, uniforms
+from cai_cli.engines.local import LocalEngine
+
+NEAR = 1e-4
+
+
+def distance(engine: LocalEngine, alone: Row, other: Row) -> float:
+    """How far the noise of the first token in which two replies differ is from the ends of that token's interval."""
+    import torch
+
+    at = next(i for i, (a, b) in enumerate(zip(alone.new, other.new, strict=False)) if a != b)
+    with torch.inference_mode():
+        (logits,) = engine._memory((), 0).add([alone.prompt + tuple(alone.new[:at])], [1])
+    ends = torch.nn.functional.pad(logits[0].double().softmax(-1).cumsum(-1), (1, 0))
+    interval = ends[alone.new[at] : alone.new[at] + 2]
+    return float((interval - float(alone.noise[at])).abs().min())
+
+
+def main() -> None:
+    import torch
+
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--model", default="smollm2-135m")
+    arguments.add_argument("--rows", type=int, default=32)
+    arguments.add_argument("--new-tokens", type=int, default=64)
+    options = arguments.parse_args()
+    engine = LocalEngine(options.model, batch_size=1, device="cpu", dtype="float32")
+    sampling = Sampling(options.new_tokens)
+    found: list[list[Row]] = []
+    for batch_size in (1, 7, 32):
+        engine.batch_size = batch_size
+        rows = []
+        for seed, chat in enumerate(chats(options.rows)):
+            prompt = tuple(encode_chat(engine.tokenizer, chat, add_generation_prompt=True))
+            rows.append(Row(seed, Ask(chat, seed), prompt, uniforms(seed, options.new_tokens)))
+        with torch.inference_mode():
+            engine._decode(rows, sampling)
+        found.append(rows)
+        print(f"batches of {batch_size}: {sum(len(row.new) for row in rows)} tokens", flush=True)
+    equal = near = 0
+    for others in found[1:]:
+        for alone, other in zip(found[0], others, strict=True):
+            equal += alone.new == other.new
+            near += alone.new != other.new and distance(engine, alone, other) < NEAR
+    total = options.rows * (len(found) - 1)
+    print(f"{equal} of {total} replies equal to those of rows alone, {near} near-ties")
+    print(f"ratio determinism {(equal + near) / total:.4f}")
+    sys.exit(equal + near < total)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Our engine against other ones on the same work: the replies of `generate.py` and the comparisons of `score.py`, given
+to each as token ids. A peer lives in an environment of its own and is skipped where that is not there:
+
+    python -m venv .peers/openvino && .peers/openvino/bin/pip install openvino-genai
+    optimum-cli export openvino --model MODEL_DIR --weight-format fp32 .peers/openvino/model   # of optimum-intel
+    python -m venv .peers/llama && .peers/llama/bin/pip install llama-cpp-python               # .peers/llama/model.gguf
+
+    python bench/peers.py [--model smollm2-135m] [--peers .peers] [--rows 64] [--new-tokens 128] [--repeats 3]
+
+OpenVINO GenAI runs all rows in its ContinuousBatchingPipeline, in float32, with prefix caching; it answers a comparison
+by its likeliest next token. llama.cpp runs one row after the other, as its Python package does, in the precision of the
+GGUF file. Prints one line per paired run and, for each peer and work, `ratio NAME VALUE`: the median of our speed over
+theirs.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+Work = Callable[[list[list[int]], int], int]  # prompts, new tokens -> how many tokens were made
+
+
+def openvino(home: Path) -> Work:
+    import numpy as np
+    import openvino as ov
+    import openvino_genai as genai
+
+    scheduler = genai.SchedulerConfig()
+    scheduler.cache_size = 4  # GB
+    scheduler.enable_prefix_caching = True
+    exact = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+    pipeline = genai.ContinuousBatchingPipeline(str(home / "model"), scheduler, "CPU", exact)
+
+    def run(prompts: list[list[int]], new: int) -> int:
+        config = genai.GenerationConfig(max_new_tokens=new, do_sample=new > 1, temperature=1.0, top_p=1.0)
+        config.set_eos_token_id(pipeline.get_tokenizer().get_eos_token_id())
+        ids = [ov.Tensor(np.array([prompt], dtype=np.int64)) for prompt in prompts]
+        results = pipeline.generate(ids, [config] * len(ids))
+        return sum(len(result.m_generation_ids[0]) for result in results)
+
+    return run
+
+
+def llama(home: Path) -> Work:
+    import llama_cpp
+
+    model = llama_cpp.Llama(str(home / "model.gguf"), n_ctx=2048, verbose=False)
+
+    def run(prompts: list[list[int]], new: int) -> int:
+        made = [
+            model.create_completion(prompt, max_tokens=new, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
+            for prompt in prompts
+        ]
+        return sum(one["usage"]["completion_tokens"] for one in made)
+
+    return run
+
+
+PEERS = {"openvino": openvino, "llama": llama}
+
+
+def work(name: str, home: Path) -> None:
+    """In the peer's environment: for each line of stdin, a work as JSON, one line of [tokens, seconds]."""
+    run = PEERS[name](home)
+    for line in sys.stdin:
+        job = json.loads(line)
+        started = time.perf_counter()
+        tokens = run(job["prompts"], job["new"])
+        print("peer", json.dumps([tokens, time.perf_counter() - started]), flush=True)
+
+
+class Peer:
+    """A peer at work in its own environment."""
+
+    def __init__(self, name: str, home: Path) -> None:
+        command = [str(home / "bin" / "python"), __file__, "--work", name, "--peers", str(home.parent)]
+        self.process: Any = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __call__(self, prompts: list[list[int]], new: int) -> tuple[int, float]:
+        self.process.stdin.write(json.dumps({"prompts": prompts, "new": new}) + "\n")
+        self.process.stdin.flush()
+        answer = next(line for line in self.process.stdout if line.startswith("peer "))
+        tokens, seconds = json.loads(answer.removeprefix("peer "))
+        return tokens, seconds
+
+
+def compare(options: argparse.Namespace) -> None:
+    import generate
+    import score
+
+    from cai_cli.engines.base import Ask, Question, Reply, Sampling
+    from cai_cli.engines.chat import encode_chat, encode_text
+    from cai_cli.engines.local import LocalEngine
+    from cai_cli.prompts import OPTIONS
+
+    engine = LocalEngine(options.model, batch_size=options.rows, device="cpu", dtype="float32")
+    chats, comparisons = generate.chats(options.rows), score.chats(options.rows)
+    cue = encode_text(engine.tokenizer, score.CUE, start=False)
+    prompts = [encode_chat(engine.tokenizer, chat, add_generation_prompt=True) for chat in chats]
+    judged = [encode_chat(engine.tokenizer, chat, add_generation_prompt=True) + cue for chat in comparisons]
+    asks = [Ask(chat, seed) for seed, chat in enumerate(chats)]
+    questions = [Question(chat, OPTIONS, score.CUE) for chat in comparisons]
+    engine.score(questions[:2])  # loads the weights
+    for name in PEERS:
+        home = options.peers / name
+        if not (home / "bin" / "python").exists():
+            print(f"{name}: skipped, no {home / 'bin' / 'python'}")
+            continue
+        peer = Peer(name, home)
+        peer(prompts[:2], 2)
+        ratios: dict[str, list[float]] = {"generate": [], "score": []}
+        for _ in range(options.repeats):
+            replies, ours_s = generate.timed(engine.generate, asks, Sampling(options.new_tokens))
+            ours = sum(reply.new_tokens for reply in replies if isinstance(reply, Reply)) / ours_s
+            theirs, theirs_s = peer(prompts, options.new_tokens)
+            ratios["generate"].append(ours / (theirs / theirs_s))
+            _, scored_s = generate.timed(engine.score, questions)
+            _, judged_s = peer(judged, 1)
+            ratios["score"].append(judged_s / scored_s)
+            print(
+                f"ours {ours:.0f} tok/s, {len(judged) / scored_s:.2f} comparisons/s; "
+                f"{name} {theirs / theirs_s:.0f} tok/s ({theirs}), {len(judged) / judged_s:.2f} comparisons/s",
+                flush=True,
+            )
+        peer.process.stdin.close()
+        peer.process.wait()
+        for kind, values in ratios.items():
+            print(f"ratio {name}-{kind} {median(values):.2f}")
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--model", default="smollm2-135m")
+    arguments.add_argument("--peers", type=Path, default=Path(".peers"))
+    arguments.add_argument("--rows", type=int, default=64)
+    arguments.add_argument("--new-tokens", type=int, default=128)
+    arguments.add_argument("--repeats", type=int, default=3)
+    arguments.add_argument("--work", choices=PEERS, help=argparse.SUPPRESS)
+    options = arguments.parse_args()
+    if options.work:
+        work(options.work, options.peers / options.work)
+    else:
+        compare(options)
+
+
+if __name__ == "__main__":
+    main()
