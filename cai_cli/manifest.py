@@ -25,7 +25,7 @@ Json = Any
 # Options that decide where and how fast, never what: they may differ between the runs that share one output.
 HARMLESS_OPTIONS = frozenset({"output", "overwrite", "json", "quiet", "batch_size", "device", "skip_bad", "max_bad"})
 # Options that name something whose content is recorded by its hash.
-HASHED_OPTIONS = frozenset({"input", "model", "constitution", "few_shot"})
+HASHED_OPTIONS = frozenset({"input", "model", "constitution", "few_shot", "helpful", "mix", "pm"})
 
 
 @dataclass(frozen=True)
