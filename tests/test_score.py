@@ -4,12 +4,15 @@ from unittest.mock import patch
 
 import orjson
 import pytest
+import typer
 from conftest import Cai
 from tiny import tiny_model_dir
 from training_helpers import manifest_of, preference, revision, rows_in, write_rows
 
+from cai_cli.cli import app
 from cai_cli.errors import BadRow, CaiError
 from cai_cli.jsonl import read_prompts
+from cai_cli.manifest import HARMLESS_OPTIONS, HASHED_OPTIONS
 from cai_cli.models import load_reward_model, load_tokenizer
 from cai_cli.phase2_feedback import score as stage
 from cai_cli.phase2_feedback import train_pm
@@ -124,3 +127,9 @@ def test_scores_come_through_a_pipe(pm: Path, cai: Cai) -> None:
     assert (done.code, done.stderr) == (0, "")
     row = json.loads(done.stdout)
     assert (row["id"], row["sample_index"], isinstance(row["score"], float)) == ("7", 0, True)
+
+
+def test_every_option_is_classified_by_hand_as_harmless_hashed_or_deciding() -> None:
+    options = {p.name for p in typer.main.get_command(app).commands["score"].params} - {"help"}  # type: ignore[attr-defined]
+    classes = (HARMLESS_OPTIONS, HASHED_OPTIONS, {"limit", "shard"})
+    assert {o: sum(o in c for c in classes) for o in options} == dict.fromkeys(options, 1)

@@ -260,8 +260,7 @@ def command(
         max_steps=max_steps,
     )
     settings = settings_of(flags, batch_size=batch_size, precision="float32" if where == "cpu" else "bfloat16")
-    for harmless in ("save_steps", "helpful"):
-        del settings[harmless]
+    del settings["save_steps"]
     TrainingJob(
         provenance=provenance(
             "sft",

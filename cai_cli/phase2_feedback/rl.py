@@ -285,8 +285,7 @@ def command(
         schedule="constant",
     )
     settings = settings_of(flags, batch_size=recipe.batch_size, precision="float32" if where == "cpu" else "bfloat16")
-    for harmless in ("save_steps", "pm"):
-        del settings[harmless]
+    del settings["save_steps"]
     TrainingJob(
         provenance=provenance(
             "rl",

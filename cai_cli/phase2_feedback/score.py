@@ -109,14 +109,14 @@ def command(
     intake = Intake.of(flags)
     inputs = {"conversations": hash_input(input)}
     base, lines, at_once = Base.resolve(pm), inputs["conversations"].lines, batch_size or 16
-    settings = settings_of(flags)
-    del settings["pm"]
 
     from cai_cli.models import load_reward_model, load_tokenizer
 
     model, tokenizer = load_reward_model(base.path, device=pick_device(device)), load_tokenizer(base.path)
     Job(
-        provenance=provenance("score", inputs=inputs, settings=settings, pm={"fingerprint": base.fingerprint}),
+        provenance=provenance(
+            "score", inputs=inputs, settings=settings_of(flags), pm={"fingerprint": base.fingerprint}
+        ),
         inputs=inputs,
         output=output,
         overwrite=overwrite,

@@ -330,8 +330,8 @@ def command(
         dtype=dtype,
     )
     settings = settings_of(flags, batch_size=batch_size, precision=recipe.precision)
-    for harmless in ("save_steps", "mix", "dtype"):
-        del settings[harmless]
+    for name in ("save_steps", "dtype"):  # harmless; in `precision`
+        del settings[name]
     summary = TrainingJob(
         provenance=provenance(
             "train-pm",
