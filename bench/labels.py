@@ -22,10 +22,10 @@ from cai_cli.intake import Intake
 from cai_cli.phase2_feedback.judging import METHODS, Comparison, Judge, Judgement, sigmoid
 from cai_cli.phase2_feedback.label_prefs import Labeller
 from cai_cli.phase2_feedback.pairs import Pair, pair_units
-from cai_cli.phase2_feedback.preference_model import wilson
 from cai_cli.prompts import assistant, options_of
 from cai_cli.records import parse_transcript
 from cai_cli.stage import Unit
+from cai_cli.statistics import wilson
 
 _QUESTION = re.compile(r"\A\n\nConsider [^\n]+:(\n\nHuman:.+?)\n\n\n([^\n]+) Options:\n \(A\) ", re.DOTALL)
 

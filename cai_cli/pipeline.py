@@ -172,9 +172,19 @@ def execute(steps: Sequence[Step], out: Path, *, quiet: bool) -> list[dict[str, 
             record["steps"][step.name] = {**entry, "status": "running", "seconds": None}
             write_json(record_path, record)
             seconds = _run(step, overwrite=replaces is not None and replaces == _manifests(step.output), quiet=quiet)
-            record["steps"][step.name] = {**entry, "status": "done", "seconds": round(seconds, 1)}
+            record["steps"][step.name] = {**entry, "status": "done", "seconds": round(seconds, 1), **_judged(step)}
             write_json(record_path, record)
         return [{"step": s.name, "output": str(s.output), **record["steps"][s.name]} for s in steps]
+
+
+def _judged(step: Step) -> dict[str, Any]:
+    """Of a step that labels: whether its labels can be trusted (true, false, null: not known) and why."""
+    if step.command != "label-prefs":
+        return {}
+    from cai_cli.evaluate.agreement import audit_file
+
+    found = audit_file(str(step.output))
+    return {"labels": {"trusted": found["trusted"], "reason": found["reason"]}}
 
 
 def _manifests(output: Path) -> list[int | None]:
@@ -251,4 +261,7 @@ def run_command(
     if json:
         summary = {"run": loaded.name, "folder": str(folder), "report": report and str(report), "steps": done}
         print(orjson.dumps(summary).decode())
+    for step in done:
+        if step.get("labels", {}).get("trusted") is False:
+            console.warn(f"the labels of step {step['step']!r} are not to be trusted: {step['labels']['reason']}")
     console.say(f"run {loaded.name}: {len(done)} steps in {watch.seconds:,.0f} s -> {folder}")

@@ -12,8 +12,8 @@ from typing import Literal, get_args
 
 from cai_cli.constitution import ComparisonExample, CritiqueExample, PreferencePrinciple
 from cai_cli.engines.base import Engine, Text
-from cai_cli.errors import UsageError
-from cai_cli.records import Message, Role, escape_headings, render_transcript
+from cai_cli.errors import RowError, UsageError
+from cai_cli.records import Message, Role, escape_headings, parse_transcript, render_transcript
 
 Form = Literal["chat", "raw"]
 RAW_STOPS = ("\n\nHuman:", "\n\nAssistant:", "\n\nCritiqueRequest:", "\n\nRevisionRequest:")
@@ -216,15 +216,20 @@ def _spoken_by(character: str, conversation: Sequence[Message], form: Form) -> R
 
 
 def _choice(conversation: Sequence[Message], comparison: str, options: Sequence[str]) -> str:
-    return f"{_PREAMBLE}{render_transcript(conversation)}\n\n\n{comparison} Options:{_lettered(options)}"
+    return _asked(conversation, comparison, [fence(text) for text in options])
+
+
+def _asked(conversation: Sequence[Message], comparison: str, fenced: Sequence[str]) -> str:
+    return f"{_PREAMBLE}{render_transcript(conversation)}\n\n\n{comparison} Options:{_lettered(fenced)}"
 
 
 def _cot_choice(preamble: str, conversation: Sequence[Message], comparison: str, options: Sequence[str]) -> str:
-    return f"{preamble}{render_transcript(conversation, _COT_SPEAKERS)}\n\n{comparison}{_lettered(options)}"
+    lettered = _lettered([fence(text) for text in options])
+    return f"{preamble}{render_transcript(conversation, _COT_SPEAKERS)}\n\n{comparison}{lettered}"
 
 
-def _lettered(options: Sequence[str]) -> str:
-    return "".join(f"\n ({letter}) {fence(text)}" for letter, text in zip(OPTIONS, options, strict=True))
+def _lettered(fenced: Sequence[str]) -> str:
+    return "".join(f"\n ({letter}) {text}" for letter, text in zip(OPTIONS, fenced, strict=True))
 
 
 def fence(text: str) -> str:
@@ -256,3 +261,45 @@ def _last_option(text: str, letter: str) -> tuple[str, str]:
     if len(inner) >= 2 and inner[0] == inner[-1] == "\n":
         inner = inner[1:-1]
     return text[: start - len(opening)], inner
+
+
+# --- the published evaluation questions ---------------------------------------------------------------------------
+
+_PUBLISHED_CUE = "The answer is:"
+
+
+def evaluation_request(prompt: str, form: Form) -> Request:
+    """A published multiple-choice question as it stands, answered by one of its options (` (A)`); in a chat it is a
+    user turn, and the cue it ends with starts the answer."""
+    if form == "raw":
+        return Request(prompt)
+    question = prompt.removesuffix(_PUBLISHED_CUE)
+    return Request([user(question.strip("\n"))], cue=_PUBLISHED_CUE if question != prompt else "")
+
+
+def published_comparison(conversation: Sequence[Message], comparison: str, options: Sequence[str]) -> str:
+    """The prompt of a published HHH question: our raw comparison, but for the brackets, which are always three."""
+    return f"\n\n{_asked(conversation, comparison, [f'[[[{text}]]]' for text in options])}\n\n{_PUBLISHED_CUE}"
+
+
+_PUBLISHED = re.compile(
+    rf"\n\n{_PREAMBLE}(.+)\n\n\n(.+) Options:\n \(A\) \[\[\[(.*)\]\]\]\n \(B\) \[\[\[(.*)\]\]\]\n\n{_PUBLISHED_CUE}",
+    re.DOTALL,
+)
+
+
+def take_apart(prompt: str) -> tuple[list[Message], str, list[str]]:
+    """Conversation, comparison and options of a published HHH prompt; inverse of `published_comparison`.
+
+    Raises RowError when it has another form, does not come back together byte for byte, or could be taken apart in
+    more than one way (three brackets do not keep a reply from closing them).
+    """
+    found = _PUBLISHED.fullmatch(prompt)
+    if not found:
+        raise RowError("not a published comparison of two replies")
+    conversation, comparison, *options = parse_transcript(found[1]), found[2], found[3], found[4]
+    if published_comparison(conversation, comparison, options) != prompt:
+        raise RowError("not a published comparison: taken apart it does not come back together")
+    if prompt.count(" Options:\n (A) [[[") > 1 or prompt.count("]]]\n (B) [[[") > 1:
+        raise RowError("a reply that holds the marks between the options: they cannot be told apart")
+    return conversation, comparison, options

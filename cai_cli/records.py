@@ -156,9 +156,69 @@ class Scored(Sample):
     score: float
 
 
+class EvaluationQuestion(Identified):
+    """A question of the published evaluations (HHH and others): `corrects` and `incorrects` are the answers that may
+    follow `prompt`; `text_correct`, `text_incorrect` the same as whole conversations, for a preference model."""
+
+    prompt: str = Field(min_length=1)
+    corrects: list[str] = Field(min_length=1)
+    incorrects: list[str] = Field(min_length=1)
+    text_correct: str | None = None
+    text_incorrect: str | None = None
+    source: str | None = None
+
+    @model_validator(mode="after")
+    def _options_differ(self) -> Self:
+        if not all(self.options) or len(set(self.options)) < len(self.options):
+            raise ValueError("the options must differ, and none may be empty")
+        return self
+
+    @property
+    def options(self) -> list[str]:
+        """In the order of their letters, as the prompt shows them."""
+        return sorted([*self.corrects, *self.incorrects])
+
+
+def parse_question(value: object) -> EvaluationQuestion:
+    """An EvaluationQuestion row; one that has no id, as published, is named by the hash of what it says. Raises
+    RowError."""
+    if isinstance(value, dict) and value.get("id") is None:
+        value = {**value, "id": content_hash(value)}
+    return load_row(EvaluationQuestion, value)
+
+
+def content_hash(value: object) -> str:
+    """Names a row without an id: a hash of its canonical JSON."""
+    return hashlib.sha256(orjson.dumps(value, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
+
+
+class Asking(Row):
+    """A question as it was put once: its options, which of them are correct, the normalised probability of each."""
+
+    options: list[str]
+    correct: list[bool]
+    p: list[float]
+
+
+class EvaluationResult(Identified):
+    """How a model answered one question. `p_correct`: mean over askings; `right`: the likeliest option is correct;
+    a tie with an incorrect one is not right."""
+
+    askings: list[Asking] = Field(min_length=1)
+    p_correct: float = Field(ge=0, le=1)
+    right: bool
+    tie: bool
+    source: str | None
+
+
+# Why a pair with votes is rejected by `label-prefs`.
+TIE, UNSURE = "tie", "under --min-confidence"
+
+
 class Rejected(Row):
     """A row that could not be done, and why. `row` is the input row as JSON text, so that
-    `jq -r .row OUT.rejected.jsonl | cai STAGE - ...` asks again; of `label-prefs` it is the pair.
+    `jq -r .row OUT.rejected.jsonl | cai STAGE - ...` asks again; of `label-prefs` it is the pair, and for the reasons
+    `TIE` and `UNSURE` the Preference it would have been, with its votes.
 
     Of a line that was no row, `key` is "line N" and `row` the line as it stood (Latin-1 where it is not UTF-8)."""
 

@@ -88,10 +88,15 @@ class Job(Generic[T]):
 
     def run(self, *, as_json: bool) -> dict[str, Any]:
         """Do what is not done yet; returns (and prints) the summary. Raises CaiError."""
-        to_stdout = self.output == "-"
-        summary = self._work_through(StdoutSink()) if to_stdout else self._fill(Path(self.output))
-        print_summary(summary, as_json=as_json, stdout_is_data=to_stdout)
+        summary = self.complete()
+        print_summary(summary, as_json=as_json, stdout_is_data=self.output == "-")
         return summary
+
+    def complete(self, sink: Sink | None = None) -> dict[str, Any]:
+        """As `run`, for a stage that has more to say in its summary; `sink` takes the outcomes in place of a file."""
+        if sink or self.output == "-":
+            return self._work_through(sink or StdoutSink())
+        return self._fill(Path(self.output))
 
     def _fill(self, path: Path) -> dict[str, Any]:
         if path.suffix == ".gz":
@@ -218,5 +223,5 @@ def print_summary(summary: dict[str, Any], *, as_json: bool, stdout_is_data: boo
     if used := summary.get("usage"):
         parts[-1] += f"; {used['prompt_tokens']:,} prompt + {used['new_tokens']:,} new tokens"
         parts[-1] += "" if used["cost"] is None else f" for {used['cost']:,.4f}"
-    target = "" if stdout_is_data else f" -> {summary['output']}"
+    target = "" if stdout_is_data or not summary["output"] else f" -> {summary['output']}"
     console.say(f"{summary['stage']}: {' + '.join(parts)} in {summary['seconds']:,.1f} s{target}")

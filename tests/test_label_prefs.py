@@ -338,3 +338,32 @@ def test_a_way_of_judging_that_is_none_is_a_usage_error(words: list[str], cai: C
     assert refused.code == 2
     assert "error:" in refused.stderr
     assert not (tmp_path / "prefs.jsonl").exists()
+
+
+def test_what_was_rejected_keeps_its_votes_and_can_be_asked_again(cai: Cai, tmp_path: Path) -> None:
+    run(cai, tmp_path, [sample_row(1, k) for k in range(2)])
+    (tie,) = rows_in(tmp_path / "prefs.jsonl.rejected.jsonl")
+    row = json.loads(tie["row"])
+    assert (row["p_chosen"], [v["order"] for v in row["votes"]]) == (0.5, ["ba", "ab"])
+    again = cai(
+        "label-prefs", "-", "--model", "scripted:script.jsonl", "--one-order", stdin=(tie["row"] + "\n").encode()
+    )
+    assert (again.code, json.loads(again.stdout)["id"]) == (0, tie["key"])
+
+
+def test_every_labelling_ends_with_the_audit_of_its_labels(cai: Cai, tmp_path: Path) -> None:
+    write_rows(tmp_path / "samples.jsonl", [sample_row(i, k) for i in range(8) for k in range(2)])
+    write_rows(tmp_path / "script.jsonl", [{"scores": [-0.1, -3.0]}])
+    words = ("label-prefs", "samples.jsonl", "--model", "scripted:script.jsonl", "--one-order", "--json")
+    filed = cai(*words, "-o", "prefs.jsonl")
+    assert "warning: do not trust these labels: asked in one order only, the judge picks the first reply in 100.0%" in (
+        filed.stderr
+    )
+    found = json.loads(filed.stdout)
+    assert (found["out"], found["audit"]["trusted"], found["audit"]["first_picks"]["value"]) == (8, False, 1)
+    piped = cai(*words)
+    assert json.loads(piped.stderr.splitlines()[0])["audit"] == found["audit"]
+    assert (
+        cai("eval", "agreement", "prefs.jsonl", "--json").stdout
+        == json.dumps(found["audit"], separators=(",", ":")) + "\n"
+    )

@@ -174,8 +174,15 @@ def test_a_failing_step_stops_the_road_and_names_itself(road: Path) -> None:
 
 def test_json_prints_one_object_about_every_step(road: Path) -> None:
     done = run(road, "--json", "--quiet")
-    assert done.stderr == ""
+    # That the labels are worthless is said even when quiet, by the step and once more at the end.
+    by_step, at_the_end = done.stderr.splitlines()
+    why = "asked in one order only, the judge picks the first reply in 100.0%"
+    assert by_step.startswith(f"warning: do not trust these labels: {why}")
+    assert at_the_end.startswith(f"warning: the labels of step 'preferences' are not to be trusted: {why}")
     summary = json.loads(done.stdout)
+    assert summary["steps"][3]["labels"]["trusted"] is False
+    assert state(road)["preferences"]["labels"] == summary["steps"][3]["labels"]
+    assert "labels" not in state(road)["samples"]
     assert [(s["step"], s["status"]) for s in summary["steps"]] == [(name, "done") for name in STEPS]
     assert summary["report"] == "out/report.html"
     assert "4 of 4 steps done" in (road / "out/report.html").read_text()

@@ -4,8 +4,8 @@ import random
 import pytest
 
 from cai_cli.phase2_feedback.pm_figures import calibration, held_out_figures, length_correlation, loss_figures, note
-from cai_cli.phase2_feedback.preference_model import wilson
 from cai_cli.records import JudgedPair
+from cai_cli.statistics import wilson
 
 
 def pair(

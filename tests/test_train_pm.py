@@ -19,9 +19,10 @@ from cai_cli.models import load_reward_model, load_tokenizer
 from cai_cli.phase2_feedback.fitted_head import regress
 from cai_cli.phase2_feedback.pm_figures import held_out_figures
 from cai_cli.phase2_feedback.pm_trainer import by_length, soft_reward_trainer
-from cai_cli.phase2_feedback.preference_model import encode_conversation, score_conversations, wilson
+from cai_cli.phase2_feedback.preference_model import encode_conversation, score_conversations
 from cai_cli.phase2_feedback.train_pm import command
 from cai_cli.records import JudgedPair, Message, load_row
+from cai_cli.statistics import wilson
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from cai_cli.errors import CaiError
-from cai_cli.phase2_feedback.preference_model import Figure, wilson
 from cai_cli.phase2_feedback.shared_prompt import read_pairs
+from cai_cli.statistics import wilson
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -40,7 +40,7 @@ def fit_head(
     targets: Sequence[float],
     prompts: Sequence[str],
     batch_size: int,
-) -> Figure:
+) -> dict[str, Any]:
     """Give `model` the head that fits `targets` (the probability of the first of each pair) best.
 
     How strongly it is held back is chosen by cross-validation in which the pairs of one prompt stay together; returns

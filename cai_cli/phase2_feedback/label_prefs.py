@@ -19,13 +19,15 @@ from cai_cli.constitution import PreferenceConstitution, PreferencePrinciple, op
 from cai_cli.engines import engine_of
 from cai_cli.engines.base import Refusal, Sampling, seed_for
 from cai_cli.errors import UsageError
+from cai_cli.evaluate.agreement import Tally, audit_file, say_audit
 from cai_cli.intake import Intake
 from cai_cli.manifest import hash_input, provenance, settings_of
 from cai_cli.phase2_feedback.judging import METHODS, Comparison, Judge, Judgement, Order
 from cai_cli.phase2_feedback.pairs import PAIRINGS, Pair, pair_units
 from cai_cli.prompts import pick_form
-from cai_cli.records import Preference, Rejected, Vote, reject
-from cai_cli.stage import Job
+from cai_cli.records import TIE, UNSURE, Preference, Rejected, Vote, reject
+from cai_cli.sinks import Outcome, StdoutSink
+from cai_cli.stage import Job, print_summary
 
 Answers = Sequence[tuple[Comparison, Judgement | Refusal]]
 
@@ -75,11 +77,13 @@ def _preference(pair: Pair, answers: Answers, labeller: Labeller) -> Preference 
         reason = next(judgement.reason for _, judgement in answers if isinstance(judgement, Refusal))
         return reject(pair.key, reason, pair)
     p_a = math.fsum(shares) / len(shares)
+    labelled = _labelled(pair, p_a, votes, labeller.judge.method)
+    # Rejected with their votes: to the audit a tie is often a judge that changed its mind.
     if p_a == 0.5:
-        return reject(pair.key, "tie", pair)
-    if max(p_a, 1 - p_a) < labeller.min_confidence:
-        return reject(pair.key, "under --min-confidence", pair)
-    return _labelled(pair, p_a, votes, labeller.judge.method)
+        return reject(pair.key, TIE, labelled)
+    if labelled.p_chosen < labeller.min_confidence:
+        return reject(pair.key, UNSURE, labelled)
+    return labelled
 
 
 def _p_a(comparison: Comparison, judgement: Judgement) -> float:
@@ -219,7 +223,7 @@ def command(
     # The order in which replies are shown means nothing to a contrast: nobody is shown two.
     orders: tuple[Order, ...] = ("ab", "ba") if both_orders and method != "contrast" else ("ab",)
     labeller = Labeller(judge, chosen, per_pair, orders, cot_samples, min_confidence)
-    Job(
+    job = Job(
         provenance=provenance(
             "label-prefs",
             inputs=inputs,
@@ -235,4 +239,24 @@ def command(
         work=lambda some: label_prefs(some, labeller),
         window=engine.batch_size,
         engine=engine,
-    ).run(as_json=json)
+    )
+    heard = AuditedStdout() if output == "-" else None
+    summary = job.complete(heard)
+    found = heard.tally.audit() if heard else audit_file(output)
+    print_summary({**summary, "audit": found}, as_json=json, stdout_is_data=output == "-")
+    if summary["out"] or summary["rejected"]:
+        say_audit(found)
+
+
+class AuditedStdout(StdoutSink):
+    """Rows to stdout, added up in passing: they cannot be read again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tally = Tally()
+
+    def write(self, outcomes: Sequence[Outcome]) -> None:
+        for outcome in outcomes:
+            if isinstance(outcome, Preference | Rejected):
+                self.tally.add(outcome)
+        super().write(outcomes)

@@ -8,14 +8,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from cai_cli.phase2_feedback.preference_model import Figure, wilson
 from cai_cli.records import JudgedPair
+from cai_cli.statistics import Figure, wilson
 
 BINS = 5
 RESAMPLES = 1000
 
 
-def held_out_figures(pairs: Sequence[JudgedPair]) -> Figure:
+def held_out_figures(pairs: Sequence[JudgedPair]) -> dict[str, Any]:
     """Every figure of the held-out pairs by name; a figure that cannot be had of these pairs is None."""
     overall = accuracy(pairs)
     chance = overall["low"] <= 0.5 <= overall["high"] if overall else None
@@ -55,7 +55,7 @@ def by_source(pairs: Sequence[JudgedPair]) -> dict[str, Figure | None]:
     return {name: accuracy([p for p in pairs if (p.source or "no source") == name]) for name in sources}
 
 
-def loss_figures(pairs: Sequence[JudgedPair]) -> Figure:
+def loss_figures(pairs: Sequence[JudgedPair]) -> dict[str, Any]:
     """Mean cross-entropy in nats, the mean entropy of the labels, which no model can go below, and the gap."""
     if not pairs:
         return {"held_out_loss": None, "label_entropy": None, "loss_gap": None}
@@ -75,7 +75,7 @@ def binary_entropy(p: float) -> float:
     return -sum(q * math.log(q) for q in (p, 1 - p) if q > 0)
 
 
-def calibration(pairs: Sequence[JudgedPair]) -> Figure:
+def calibration(pairs: Sequence[JudgedPair]) -> dict[str, Any]:
     """The reliability curve and its expected calibration error.
 
     A pair counts from the side the model prefers: its confidence, sigmoid(|d|) in [0.5, 1], against the label's
@@ -100,7 +100,7 @@ def _label_of_preferred(pair: JudgedPair) -> float:
     return pair.p_chosen if pair.margin > 0 else 1 - pair.p_chosen
 
 
-def score_figures(pairs: Sequence[JudgedPair]) -> Figure:
+def score_figures(pairs: Sequence[JudgedPair]) -> dict[str, Any]:
     """Mean and standard deviation of the scores of all replies, and their rank correlation with the reply's length."""
     from statistics import fmean, pstdev
 

@@ -6,7 +6,7 @@ is trained on exactly the ids that `encode_conversation` gives, and must be aske
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cai_cli.engines.chat import encode_chat
 from cai_cli.errors import CaiError
@@ -15,8 +15,6 @@ from cai_cli.training import context_window
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Figure = dict[str, Any]
 
 
 def encode_conversation(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> list[int]:
@@ -76,13 +74,3 @@ def finite(score: float) -> float:
     if not math.isfinite(score):
         raise CaiError(f"the preference model gave the score {score}")
     return score
-
-
-def wilson(right: int, n: int) -> Figure | None:
-    """A share with its 95% Wilson interval; None of nothing."""
-    if n == 0:
-        return None
-    z = 1.959964
-    p, scale = right / n, 1 + z * z / n
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return {"value": p, "low": max(0.0, (middle - half) / scale), "high": min(1.0, (middle + half) / scale), "n": n}

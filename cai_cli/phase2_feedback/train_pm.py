@@ -24,7 +24,7 @@ from cai_cli.manifest import hash_input, provenance, settings_of
 from cai_cli.phase2_feedback.fitted_head import fit_head
 from cai_cli.phase2_feedback.pm_figures import held_out_figures
 from cai_cli.phase2_feedback.pm_trainer import soft_reward_trainer
-from cai_cli.phase2_feedback.preference_model import Figure, encode_conversation, score_ids
+from cai_cli.phase2_feedback.preference_model import encode_conversation, score_ids
 from cai_cli.phase2_feedback.shared_prompt import score_pairs, take_packed_pairs
 from cai_cli.records import JudgedPair, Preference, conversation_id, dump_row, parse_preference, reject
 from cai_cli.training import (
@@ -197,7 +197,9 @@ def train_pm(
     }
 
 
-def start_head(model: "PreTrainedModel", train: Sequence[Pair], recipe: Recipe, *, share_prompts: bool) -> Figure:
+def start_head(
+    model: "PreTrainedModel", train: Sequence[Pair], recipe: Recipe, *, share_prompts: bool
+) -> dict[str, Any]:
     """Give the model a head fitted to the pairs; the figures of its cross-validation. Raises CaiError."""
     if not share_prompts:
         raise CaiError("--fit-head needs a decoder whose layers are all full attention", hint="--random-head")
@@ -239,7 +241,7 @@ def fine_tune(
     return finished_model(trainer), int(trainer.state.global_step)
 
 
-def held_out_row(figures: Figure) -> dict[str, float | None]:
+def held_out_row(figures: dict[str, Any]) -> dict[str, float | None]:
     accuracy = figures["accuracy"]
     return {"held_out_loss": figures["held_out_loss"], "held_out_accuracy": accuracy and accuracy["value"]}
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from cai_cli.phase2_feedback.preference_model import wilson
 from cai_cli.records import Preference, Vote
 from cai_cli.report.charts import Bin, Chart, histogram, reliability
+from cai_cli.statistics import wilson
 
 BINS = 10
 

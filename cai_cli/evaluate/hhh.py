@@ -1,0 +1,355 @@
+"""`cai eval hhh`: the published multiple-choice evaluations (paper section 2 and appendix B).
+
+A language model answers with the option whose log-probability after the prompt is highest, normalised over the
+options; a preference model with the conversation it scores higher. Departure: `--both-orders` puts each comparison a
+second time with the two replies exchanged and averages, so that a liking for a letter cannot count as knowledge.
+
+A tie counts as wrong, and is counted.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
+
+import typer
+
+from cai_cli import console, options
+from cai_cli.engines import engine_of
+from cai_cli.engines.base import Engine, Question, Refusal
+from cai_cli.errors import RowError, UsageError
+from cai_cli.intake import Intake
+from cai_cli.jsonl import Numbered, read_rows, rows_of
+from cai_cli.manifest import hash_input, provenance, settings_of
+from cai_cli.phase2_feedback.preference_model import encode_conversation, score_ids
+from cai_cli.prompts import Form, evaluation_request, pick_form, published_comparison, take_apart
+from cai_cli.records import (
+    Asking,
+    EvaluationQuestion,
+    EvaluationResult,
+    Message,
+    Rejected,
+    content_hash,
+    joined_turns,
+    parse_question,
+    parse_transcript,
+    reason_kind,
+    reject,
+)
+from cai_cli.sinks import Outcome, StdoutSink
+from cai_cli.stage import Job, Unit, Units, print_summary
+from cai_cli.statistics import SHARE, Figure, mean_figure, wilson
+from cai_cli.training import context_window, pick_device
+from cai_cli.training_job import Base
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PM_BATCH = 16
+
+
+class Judge(Protocol):
+    """Who answers: a language model or a preference model."""
+
+    def check(self, question: EvaluationQuestion) -> None:
+        """Raises RowError when the question cannot be put to it."""
+        ...
+
+    def ask(self, questions: Sequence[EvaluationQuestion]) -> list[list[Asking] | Refusal]:
+        """One or more askings of each question, in order."""
+        ...
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """Asked for the log-probability of each option as the continuation of the prompt."""
+
+    engine: Engine
+    form: Form
+    both_orders: bool
+
+    def check(self, question: EvaluationQuestion) -> None:
+        if self.both_orders:
+            exchanged(question)
+
+    def ask(self, questions: Sequence[EvaluationQuestion]) -> list[list[Asking] | Refusal]:
+        put = [[q, exchanged(q)] if self.both_orders else [q] for q in questions]
+        answers = iter(self.engine.score([self._question(asked) for group in put for asked in group]))
+        return [_askings(group, list(islice(answers, len(group)))) for group in put]
+
+    def _question(self, question: EvaluationQuestion) -> Question:
+        request = evaluation_request(question.prompt, self.form)
+        return Question(request.text, tuple(question.options), request.cue)
+
+
+def _askings(put: Sequence[EvaluationQuestion], answers: Sequence[list[float] | Refusal]) -> list[Asking] | Refusal:
+    askings = []
+    for question, answer in zip(put, answers, strict=True):
+        if isinstance(answer, Refusal):
+            return answer
+        correct = [option in question.corrects for option in question.options]
+        askings.append(Asking(options=question.options, correct=correct, p=normalised(answer)))
+    return askings
+
+
+def normalised(logprobs: Sequence[float]) -> list[float]:
+    """Probabilities over the options alone (paper section 4.1), from natural logs."""
+    top = max(logprobs)
+    weights = [math.exp(value - top) for value in logprobs]
+    return [weight / math.fsum(weights) for weight in weights]
+
+
+def exchanged(question: EvaluationQuestion) -> EvaluationQuestion:
+    """The same comparison with its two replies the other way round. Raises RowError."""
+    if len(question.corrects) != 1 or len(question.incorrects) != 1:
+        raise RowError(f"{len(question.options)} options, two are wanted", hint="leave out --both-orders")
+    try:
+        conversation, comparison, replies = take_apart(question.prompt)
+    except RowError as error:
+        raise RowError(error.message, hint="leave out --both-orders") from None
+    prompt = published_comparison(conversation, comparison, replies[::-1])
+    changed = {"prompt": prompt, "corrects": question.incorrects, "incorrects": question.corrects}
+    return question.model_copy(update=changed)
+
+
+@dataclass(frozen=True)
+class PreferenceModel:
+    """Asked for the scores of the two conversations."""
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    batch_size: int
+
+    def check(self, question: EvaluationQuestion) -> None:
+        _conversations(question)
+
+    def ask(self, questions: Sequence[EvaluationQuestion]) -> list[list[Asking] | Refusal]:
+        encoded = [self._encode(question) for question in questions]
+        fitting = [ids for pair in encoded if not isinstance(pair, Refusal) for ids in pair]
+        scores = iter(score_ids(self.model, self.tokenizer, fitting, self.batch_size))
+        return [e if isinstance(e, Refusal) else [_of_scores(next(scores), next(scores))] for e in encoded]
+
+    def _encode(self, question: EvaluationQuestion) -> list[list[int]] | Refusal:
+        try:
+            pair = [encode_conversation(self.tokenizer, c) for c in _conversations(question)]
+        except RowError as error:
+            return Refusal(error.message)
+        longest, window = max(map(len, pair)), context_window(self.model.config, self.tokenizer)
+        if longest > window:
+            return Refusal(f"does not fit the context window of {window}: {longest} tokens")
+        return pair
+
+
+def _conversations(question: EvaluationQuestion) -> list[list[Message]]:
+    texts = (question.text_correct, question.text_incorrect)
+    if None in texts:
+        raise RowError("no text_correct and text_incorrect: a preference model needs both")
+    return [joined_turns(parse_transcript(text)) for text in texts if text is not None]
+
+
+def _of_scores(correct: float, incorrect: float) -> Asking:
+    return Asking(options=["text_correct", "text_incorrect"], correct=[True, False], p=normalised([correct, incorrect]))
+
+
+# --- results ------------------------------------------------------------------------------------------------------
+
+
+def hhh(questions: Sequence[EvaluationQuestion], judge: Judge) -> list[EvaluationResult | Rejected]:
+    """One result per question, in order."""
+    return [
+        reject(question.key, askings.reason, question) if isinstance(askings, Refusal) else _result(question, askings)
+        for question, askings in zip(questions, judge.ask(questions), strict=True)
+    ]
+
+
+def _result(question: EvaluationQuestion, askings: list[Asking]) -> EvaluationResult:
+    # By how much the likeliest correct option leads the likeliest incorrect one, over all askings.
+    lead = math.fsum(max(_p_of(asking, True)) - max(_p_of(asking, False)) for asking in askings)
+    return EvaluationResult(
+        id=question.key,
+        askings=askings,
+        p_correct=min(1.0, math.fsum(p for asking in askings for p in _p_of(asking, True)) / len(askings)),
+        right=lead > 0,
+        tie=lead == 0,
+        source=question.source,
+    )
+
+
+def _p_of(asking: Asking, correct: bool) -> list[float]:
+    return [p for p, is_correct in zip(asking.p, asking.correct, strict=True) if is_correct == correct]
+
+
+def summarise(results: Sequence[EvaluationResult]) -> dict[str, Any]:
+    """Accuracy with its 95% Wilson interval, overall and by source; `chance`: the mean share of correct options;
+    `letters`: how often each option was picked, a liking for one shows here."""
+    picks = Counter(pick for r in results for asking in r.askings if (pick := _pick(asking)) is not None)
+    letters = sorted({option for r in results for asking in r.askings for option in asking.options})
+    sources = sorted({r.source for r in results if r.source is not None})
+    accuracy, chance = _accuracy(results), _chance(results)
+    return {
+        "accuracy": accuracy,
+        "chance": chance,
+        "above_chance": accuracy and accuracy["low"] > chance,
+        "p_correct": mean_figure([r.p_correct for r in results], SHARE),
+        "ties": sum(r.tie for r in results),
+        "letters": {letter.strip(" ()"): wilson(picks[letter], picks.total()) for letter in letters},
+        "by_source": {source: _accuracy([r for r in results if r.source == source]) for source in sources},
+    }
+
+
+def _accuracy(results: Sequence[EvaluationResult]) -> Figure | None:
+    return wilson(sum(r.right for r in results), len(results))
+
+
+def _chance(results: Sequence[EvaluationResult]) -> float:
+    shares = [sum(r.askings[0].correct) / len(r.askings[0].correct) for r in results]
+    return math.fsum(shares) / max(1, len(shares))
+
+
+def _pick(asking: Asking) -> str | None:
+    top = max(asking.p)
+    return asking.options[asking.p.index(top)] if asking.p.count(top) == 1 else None
+
+
+def words(found: dict[str, Any]) -> Iterator[str]:
+    """The summary for a person, line by line."""
+    accuracy: Figure | None = found["accuracy"]
+    if accuracy is None:
+        yield "no question was answered"
+        return
+    where = "above" if found["above_chance"] else "below" if accuracy["high"] < found["chance"] else None
+    verdict = f"{where} chance" if where else "cannot be told from chance"
+    yield f"accuracy {_said(accuracy)} of {accuracy['n']:,} questions; chance {found['chance']:.1%}: {verdict}"
+    yield f"probability of the correct option {_said(found['p_correct'])}; {found['ties']:,} ties, counted as wrong"
+    for name, part in (("picked", found["letters"]), ("accuracy on", found["by_source"])):
+        for key, figure in part.items():
+            if figure:
+                yield f"{name} {console.safe(key)}: {_said(figure)}, n = {figure['n']:,}"
+
+
+def _said(figure: Figure) -> str:
+    return f"{figure['value']:.1%} ({figure['low']:.1%} to {figure['high']:.1%})"
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+
+
+class Kept(StdoutSink):
+    """Results kept for the summary, and printed where the output is stdout."""
+
+    def __init__(self, shown: bool) -> None:
+        super().__init__()
+        self.shown = shown
+        self.results: list[EvaluationResult] = []
+
+    def write(self, outcomes: Sequence[Outcome]) -> None:
+        self.results += [o for o in outcomes if isinstance(o, EvaluationResult)]
+        if self.shown:
+            super().write(outcomes)
+            return
+        self.out = len(self.results)
+        self.rejected.update(reason_kind(o.reason) for o in outcomes if isinstance(o, Rejected))
+
+
+def _units(questions: Iterator[Numbered[EvaluationQuestion]]) -> Units[EvaluationQuestion]:
+    for line, question in questions:
+        unnamed = question.model_dump(exclude={"id"}, exclude_unset=True)
+        yield Unit(question.id, line, question, hashed_id=question.id == content_hash(unnamed))
+
+
+def _preference_model(path: Path, batch_size: int, device: str) -> PreferenceModel:
+    from cai_cli.models import load_reward_model, load_tokenizer
+
+    return PreferenceModel(load_reward_model(path, device=pick_device(device)), load_tokenizer(path), batch_size)
+
+
+def command(
+    input: Annotated[
+        str, typer.Argument(metavar="FILE", help="Published evaluation file, or - for stdin.", show_default=False)
+    ],
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Also write a row a question: JSONL file, or - for stdout.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help=f"Language model that answers; by default {options.DEFAULT_MODEL}."),
+    ] = None,
+    pm: Annotated[str | None, typer.Option("--pm", help="Preference model that scores, from `cai train-pm`.")] = None,
+    both_orders: Annotated[
+        bool, typer.Option("--both-orders/--one-order", help="Put each comparison of two replies in both orders.")
+    ] = False,
+    prompt_form: options.PromptForm = "auto",
+    limit: options.Limit = None,
+    batch_size: options.BatchSize = None,
+    device: options.Device = "auto",
+    dtype: options.DType = "auto",
+    base_url: options.BaseUrl = None,
+    concurrency: options.Concurrency = None,
+    timeout: options.Timeout = None,
+    budget_tokens: options.BudgetTokens = None,
+    price_in: options.PriceIn = None,
+    price_out: options.PriceOut = None,
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Accuracy on the published evaluations: HHH, and others of their form with two or more options.
+
+    FILE: rows with `prompt`, `corrects`, `incorrects`, and for --pm `text_correct` and `text_incorrect`.
+    """
+    flags = locals() | {"model": model or options.DEFAULT_MODEL}
+    settings = settings_of(flags)
+    del settings["pm"]
+    if pm and (model or both_orders):
+        raise UsageError("--pm scores whole conversations: it takes neither --model nor --both-orders")
+    judge: Judge
+    engine: Engine | None = None
+    if pm:
+        base, window = Base.resolve(pm), 4 * (batch_size or PM_BATCH)
+        judge = _preference_model(base.path, batch_size or PM_BATCH, device)
+        identity: dict[str, Any] = {"engine": "preference model", "fingerprint": base.fingerprint}
+    else:
+        engine = engine_of(flags)
+        form = settings["prompt_form"] = pick_form(prompt_form, engine)
+        judge, window, identity = LanguageModel(engine, form, both_orders), engine.batch_size, engine.identity()
+    inputs = {"questions": hash_input(input)}
+    intake = Intake()
+
+    def parse(value: object) -> EvaluationQuestion:
+        question = parse_question(value)
+        judge.check(question)
+        return question
+
+    job = Job(
+        provenance=provenance("eval hhh", inputs=inputs, settings=settings, model=identity),
+        inputs=inputs,
+        output=output or "",
+        overwrite=overwrite,
+        intake=intake,
+        units=lambda: _units(intake.rows(input, parse, limit)),
+        work=lambda questions: hhh(questions, judge),
+        window=window,
+        total=inputs["questions"].lines,
+        engine=engine,
+    )
+    if output and output != "-":
+        summary = job.complete()
+        results = [row for _, row in read_rows(output, rows_of(EvaluationResult))]
+    else:
+        kept = Kept(shown=output == "-")
+        summary, results = job.complete(kept), kept.results
+    _report({**summary, **summarise(results)}, output, as_json=json)
+
+
+def _report(summary: dict[str, Any], output: str | None, *, as_json: bool) -> None:
+    print_summary(summary, as_json=as_json, stdout_is_data=output == "-")
+    if as_json:
+        return
+    for line in words(summary):
+        if output == "-":
+            console.say(line)
+        else:
+            print(line)
