@@ -29,10 +29,12 @@ WORDS = {
     "critique-revise": ["--rounds", "1", "--few-shot", "none"],
     "label-prefs": ["--few-shot", "none", "--one-order"],
 }
-SCRIPT = {
-    "replies": ["".join(f"This is sentence {i} of a reply of some length. " for i in range(8))],
-    "scores": [-0.3, -1.5],
-}
+REPLY = (
+    "It helps to start small and to say plainly what is known. Then ask which of the two costs more, and for whom. Most "
+    "people find that a short list, kept by hand, does better than any plan. Where there is doubt, somebody who has done "
+    "this before will see at once what a beginner misses. Nothing here needs to be decided today; sleep on it."
+)
+SCRIPT = {"replies": [REPLY], "scores": [-0.3, -1.5]}
 
 
 def rows_for(stage: str, count: int) -> Iterator[dict[str, object]]:
@@ -73,9 +75,10 @@ def measure(folder: Path, stage: str, count: int, ending: str) -> tuple[float, f
     ]
     started = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-c", MEASURED, *words, *WORDS[stage]], stderr=subprocess.PIPE, text=True, check=True
+        [sys.executable, "-c", MEASURED, *words, *WORDS[stage], "--json"], capture_output=True, text=True, check=True
     )
     seconds = time.perf_counter() - started
+    assert json.loads(done.stdout)["rejected"] == 0, "rejected rows are another work"
     source.unlink()
     return count / seconds, int(done.stderr.split()[-1]) / 1024
 

@@ -78,7 +78,7 @@ def test_in_is_out_and_rejected_and_skipped_in_manifest_files_and_closing_line(
 
 @pytest.mark.parametrize("stage", WORDS)
 def test_every_option_of_a_stage_is_recorded_hashed_or_harmless(stage: str, cai: Cai, inputs: Path) -> None:
-    assert set(WORDS) == DATA_STAGES
+    assert set(WORDS) == DATA_STAGES - {"score"}  # which has no script to answer for its model: see test_score.py
     options = {p.name for p in typer.main.get_command(app).commands[stage].params} - {"help"}  # type: ignore[attr-defined]
     cai(*prepare(stage, cai), "-o", "out.jsonl")
     recorded = set(manifest_of(inputs / "out.jsonl")["provenance"]["settings"])
@@ -116,7 +116,7 @@ CONTENT_OPTIONS = frozenset(
 )
 
 
-@pytest.mark.parametrize("stage", WORDS)
+@pytest.mark.parametrize("stage", sorted(DATA_STAGES))
 def test_every_option_of_a_stage_is_classified_by_hand_as_harmless_hashed_or_deciding(stage: str) -> None:
     options = {p.name for p in typer.main.get_command(app).commands[stage].params} - {"help"}  # type: ignore[attr-defined]
     classes = (HARMLESS_OPTIONS, HASHED_OPTIONS, CONTENT_OPTIONS)
