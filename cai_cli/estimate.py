@@ -128,6 +128,8 @@ def _score(flow: Flow, options: dict[str, Any]) -> Parts:
 
 def _rl(flow: Flow, options: dict[str, Any]) -> Parts:
     replies = int(options["steps"]) * int(options["prompts-per-step"]) * int(options["samples-per-prompt"])
+    checks = 1 + -(-int(options["steps"]) // int(options["monitor-every"]))
+    replies += checks * max(16, min(int(options["held-out"]), flow.rows // 2))
     return flow.rows, replies, replies * flow.prompt_tokens, replies * int(options["max-new-tokens"]), flow
 
 

@@ -156,6 +156,19 @@ class Scored(Sample):
     score: float
 
 
+class PolicySample(Scored):
+    """A scored reply of the policy that `cai rl` trains, to a held-out prompt after `step` steps (0: before any).
+    `watch_score`: what the watcher gave it, null without one."""
+
+    step: int = Field(ge=0)
+    reply_tokens: int = Field(ge=0)
+    watch_score: float | None
+
+    @property
+    def key(self) -> str:
+        return f"{self.id}/{self.sample_index}/{self.step}"
+
+
 class EvaluationQuestion(Identified):
     """A question of the published evaluations (HHH and others): `corrects` and `incorrects` are the answers that may
     follow `prompt`; `text_correct`, `text_incorrect` the same as whole conversations, for a preference model."""
@@ -374,10 +387,10 @@ def parse_prompt(value: object, *, source: str, kind: Kind | None = None) -> Pro
 
 
 def _own_row_as_prompt(value: dict[str, Any], source: str, kind: Kind | None) -> Prompt:
-    """One of our own later rows (Sample, Critique, Revision, Preference): its prompt again."""
+    """One of our own later rows (Sample, Critique, Revision, Preference, PolicySample): its prompt again."""
     row_type: type[Sample | Preference] = Preference
     if "score" in value:
-        row_type = Scored
+        row_type = PolicySample if "watch_score" in value else Scored
     elif "votes" not in value:
         row_type = Critique if "critique" in value else Revision if "history" in value else Sample
     row = load_row(row_type, value)

@@ -23,6 +23,7 @@ from cai_cli import console
 from cai_cli.engines.base import seed_for
 from cai_cli.errors import CaiError, UsageError
 from cai_cli.jsonl import cut_torn_tail
+from cai_cli.manifest import settings_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,6 +60,7 @@ class Recipe:
     max_steps: int | None = None
     schedule: str = "linear"
     dtype: str = "auto"
+    report_to: str | None = None
 
     @property
     def precision(self) -> str:
@@ -98,8 +100,13 @@ class Recipe:
             "gradient_checkpointing": False,
             "dataloader_pin_memory": not cpu,
             "disable_tqdm": True,
-            "report_to": [],
+            "report_to": [self.report_to] if self.report_to else [],
         }
+
+    def settings(self, flags: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of a training command that decide what comes out, for its provenance."""
+        decisive = {name: value for name, value in flags.items() if name != "save_steps"}
+        return settings_of(decisive, batch_size=self.batch_size, precision=self.precision)
 
     def peft_config(self, *, classifier: bool = False) -> Any:
         """The LoRA config, or None where all weights are trained."""
@@ -291,7 +298,7 @@ class Metrics:
     def at(self, step: int) -> dict[str, Any] | None:
         return next((row for row in self.rows if row["step"] == step), None)
 
-    def put(self, step: int, values: Mapping[str, float | None]) -> None:
+    def put(self, step: int, values: Mapping[str, float | str | None]) -> None:
         """A row for `step`, or more values for it where it is the last one."""
         if self.rows and self.rows[-1]["step"] == step:
             self.rows[-1] |= {k: v for k, v in values.items() if v is not None}

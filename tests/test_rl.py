@@ -15,9 +15,12 @@ from training_helpers import (
 
 from cai_cli.errors import CaiError, UsageError
 from cai_cli.models import load_causal_lm, load_reward_model, load_tokenizer
-from cai_cli.phase2_feedback import preference_model, rl, train_pm
+from cai_cli.phase2_feedback import preference_model, train_pm, watchers
 from cai_cli.phase2_feedback.preference_model import score_conversations
-from cai_cli.phase2_feedback.rl import command, end_ids, messages_of, preference_reward, prompt_order
+from cai_cli.phase2_feedback.rl import command, end_ids, messages_of, preference_reward
+from cai_cli.phase2_feedback.rl_monitor import Scale
+from cai_cli.phase2_feedback.rl_prompts import prompt_order
+from cai_cli.phase2_feedback.watchers import preference_score
 from cai_cli.records import Preference, load_row
 from cai_cli.training_job import Counts
 
@@ -61,18 +64,20 @@ def test_the_parameters_move_and_the_output_loads_as_a_plain_model(
     assert largest_difference(model, out) > 1e-4
     AutoModelForCausalLM.from_pretrained(out)
     metrics = rows_in(out / "metrics.jsonl")
-    assert [row["step"] for row in metrics] == [1, 2, 3, 4]
+    assert [row["step"] for row in metrics] == [0, 1, 2, 3, 4]
     names = ("reward", "reward_std", "kl", "entropy", "reply_tokens", "cut_off_share", "loss", "learning_rate")
-    assert all(row[name] is not None for row in metrics for name in names)
-    assert metrics[0]["kl"] == pytest.approx(0, abs=1e-5)  # the reference holds the weights training starts from
+    assert all(row[name] is not None for row in metrics[1:] for name in names)
+    assert metrics[1]["kl"] == pytest.approx(0, abs=1e-5)  # the reference holds the weights training starts from
     assert metrics[-1]["kl"] != pytest.approx(0, abs=1e-5)
 
 
 def test_training_raises_the_score_of_its_replies(model: Path, pm: str, prompts: str, tmp_path: Path) -> None:
-    run = QUICK | {"steps": 40, "samples_per_prompt": 8, "learning_rate": 3e-3}
+    run = QUICK | {"steps": 40, "samples_per_prompt": 8, "learning_rate": 1e-2}
     command(prompts, tmp_path / "rl", pm=pm, model=str(model), beta=0.0, cutoff_penalty=0.0, **run)
-    rewards = [row["reward"] for row in rows_in(tmp_path / "rl/metrics.jsonl")]
-    assert sum(rewards[-8:]) / 8 > sum(rewards[:8]) / 8 + 0.3
+    metrics = rows_in(tmp_path / "rl/metrics.jsonl")
+    rewards = [row["reward"] for row in metrics if row["reward"] is not None]
+    assert sum(rewards[-8:]) / 8 > sum(rewards[:8]) / 8 + 0.5
+    assert metrics[-1]["pm_score"] > metrics[0]["pm_score"] + 0.5
 
 
 def test_a_large_beta_holds_the_policy_near_its_start(model: Path, pm: str, prompts: str, tmp_path: Path) -> None:
@@ -104,7 +109,8 @@ def test_a_reply_cut_at_the_limit_loses_the_penalty_and_is_counted(model: Path, 
     logged = {}
     prompts = [[{"role": "user", "content": "question"}]] * 2
     replies = [[{"role": "assistant", "content": "helpful"}]] * 2
-    rewards = preference_reward(judge, tokenizer, ends, 1.5, 8)(
+    reward = preference_reward(preference_score(Path(pm), "cpu"), Scale(-1.0, 0.5), ends, 1.5)
+    rewards = reward(
         prompts=prompts,
         completions=replies,
         completion_ids=[[5, tokenizer.eos_token_id], [5, 6]],
@@ -112,9 +118,10 @@ def test_a_reply_cut_at_the_limit_loses_the_penalty_and_is_counted(model: Path, 
         trainer_state=None,
     )
     (score,) = score_conversations(judge, tokenizer, [messages_of(prompts[0] + replies[0])])
-    assert rewards == pytest.approx([score, score - 1.5], abs=1e-5)
+    standardised = (score + 1.0) / 0.5
+    assert rewards == pytest.approx([standardised, standardised - 1.5], abs=1e-4)
     assert logged["cut_off_share"] == 0.5
-    assert logged["pm_score"] == pytest.approx(score, abs=1e-5)
+    assert logged["score"] == pytest.approx(standardised, abs=1e-4)
 
 
 def test_rl_scores_the_very_tokens_that_the_preference_model_is_trained_on(
@@ -125,7 +132,7 @@ def test_rl_scores_the_very_tokens_that_the_preference_model_is_trained_on(
         {"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}, {"role": "assistant", "content": "a"},
     ])]  # fmt: skip
     scored, asked = [], []
-    score, reward = preference_model.score_ids, rl.score_conversations
+    score, reward = preference_model.score_ids, watchers.score_conversations
 
     def seen(*arguments: Any) -> list[float]:
         scored.extend(arguments[2])
@@ -135,11 +142,13 @@ def test_rl_scores_the_very_tokens_that_the_preference_model_is_trained_on(
         asked.extend(conversations)
         return reward(judge, tokenizer, conversations, batch_size)
 
-    with patch.object(preference_model, "score_ids", seen), patch.object(rl, "score_conversations", conversations_seen):
-        command(
-            write_rows(tmp_path / "p.jsonl", rows), tmp_path / "rl", pm=pm, model=str(model), **QUICK | {"steps": 2}
-        )
-    assert len(scored) == len(asked) == 16
+    file = write_rows(tmp_path / "p.jsonl", rows)
+    with (
+        patch.object(preference_model, "score_ids", seen),
+        patch.object(watchers, "score_conversations", conversations_seen),
+    ):
+        command(file, tmp_path / "rl", pm=pm, model=str(model), **QUICK | {"steps": 2})
+    assert len(scored) == len(asked) == 48  # of two steps and two checks, one prompt each
     # The same conversations as preferences, each against another reply.
     preferences = [
         load_row(Preference, preference(i) | {
@@ -156,12 +165,13 @@ def test_rl_scores_the_very_tokens_that_the_preference_model_is_trained_on(
 
 
 def test_a_prompt_that_leaves_no_room_for_a_reply_is_rejected(model: Path, pm: str, tmp_path: Path) -> None:
-    rows = [{"prompt": "hi"}, {"id": "long", "prompt": "long " * 600}, {"prompt": "hi"}]
+    rows = [{"prompt": "hi"}, {"id": "long", "prompt": "long " * 600}, {"prompt": "hi"}, {"prompt": "ho"}]
     command(write_rows(tmp_path / "prompts.jsonl", rows), tmp_path / "rl", pm=pm, model=str(model), **QUICK)
     (rejected,) = rows_in(tmp_path / "rl.rejected.jsonl")
     assert (rejected["key"], "context window" in rejected["reason"]) == ("long", True)
     counts = manifest_of(tmp_path / "rl")["counts"]
-    assert (counts["in"], counts["used"], counts["rejected"], counts["skipped"]) == (3, 1, 1, 1)
+    assert (counts["in"], counts["train"], counts["held_out"]) == (4, 1, 1)
+    assert (counts["rejected"], counts["skipped"]) == (1, 1)
 
 
 def test_every_prompt_has_its_turn_before_any_comes_again() -> None:

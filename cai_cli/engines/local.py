@@ -249,6 +249,14 @@ class LocalEngine(Engine):
         ]
 
 
+def engine_around(model: Any, tokenizer: Any, batch_size: int) -> LocalEngine:
+    """An engine that answers with `model` as it is now, such as one in training. It is run as transformers runs it:
+    rows that share what they start with would need its attention switched over. It has no `identity`."""
+    engine = LocalEngine("", batch_size=batch_size, device=model.device.type, dtype="auto")
+    engine.model, engine.tokenizer, engine.shares = model, tokenizer, False
+    return engine
+
+
 @dataclass(frozen=True)
 class Reading:
     """An option of a question: its ids, the last of which follows the context it is read from."""

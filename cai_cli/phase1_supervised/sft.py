@@ -19,7 +19,7 @@ from cai_cli.engines.base import seed_for
 from cai_cli.engines.chat import encode_chat
 from cai_cli.errors import RowError, UsageError
 from cai_cli.intake import Intake
-from cai_cli.manifest import hash_input, provenance, settings_of
+from cai_cli.manifest import hash_input, provenance
 from cai_cli.prompts import assistant
 from cai_cli.records import Message, Revision, Sample, conversation_id, json_type, load_row, parse_prompt, reject
 from cai_cli.training import (
@@ -247,25 +247,22 @@ def command(
     train = [encoded for (_, encoded), prompt in zip(fitting, prompts, strict=True) if prompt not in apart]
     held_out = [encoded for (_, encoded), prompt in zip(fitting, prompts, strict=True) if prompt in apart]
     counts.train, counts.held_out = len(train), len(held_out)
-    where = pick_device(device)
     recipe = Recipe(
         batch_size=batch_size,
         gradient_accumulation=gradient_accumulation,
         learning_rate=learning_rate,
         save_steps=save_steps,
         seed=seed,
-        device=where,
+        device=pick_device(device),
         lora_rank=lora_rank if lora else None,
         epochs=epochs,
         max_steps=max_steps,
     )
-    settings = settings_of(flags, batch_size=batch_size, precision="float32" if where == "cpu" else "bfloat16")
-    del settings["save_steps"]
     TrainingJob(
         provenance=provenance(
             "sft",
             inputs=inputs,
-            settings=settings,
+            settings=recipe.settings(flags),
             model={"fingerprint": base.fingerprint},
             rows=rows_digest([*rows, *helpful_rows]),
         ),

@@ -1,32 +1,50 @@
 """`cai rl`: train a policy against a preference model (paper section 4.1 and 4.2, the RL-CAI model).
 
 The objective is the paper's: the preference model's score of the reply less beta times the KL divergence from the
-model RL starts from. Departures: the paper uses PPO with a critic, which TRL no longer has. RLOO (the default)
-subtracts beta * KL from the score as PPO does and takes the mean score of the other replies to the prompt where PPO
-has the critic; `--algorithm grpo` puts the KL into the loss. A reply cut at the length limit loses
-`--cutoff-penalty`: the preference model sees every reply closed by the chat template and could not tell.
+model RL starts from, on red-team prompts mixed with helpful ones. Departures: the paper uses PPO with a critic, which
+TRL no longer has. RLOO (the default) subtracts beta * KL from the score as PPO does and takes the mean score of the
+other replies to the prompt where PPO has the critic; `--algorithm grpo` puts the KL into the loss. A reply cut at the
+length limit loses `--cutoff-penalty`: the preference model sees every reply closed by the chat template and could not
+tell.
 
-beta is in units of the score per nat. Labels clamped to 40-60% teach margins of at most ln 1.5 = 0.405, so a small
-beta is a strong pull there.
+Scores are standardised: in their unit the start model's replies to the held-out prompts have mean 0 and standard
+deviation 1 (both constants stand in the manifest). beta, in that unit per nat, and the penalty then mean the same for
+every preference model, also for one whose labels were clamped to 40-60% and whose margins are at most ln 1.5 = 0.405.
+
+Every `--monitor-every` steps the policy answers the held-out prompts: `rl_monitor` says what is measured, `goodhart`
+when the preference model is no longer a measure.
 """
 
-import random
+import os
+import shutil
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cai_cli import console, options
 from cai_cli.cpu_head import use_plain_head
-from cai_cli.engines.base import seed_for
+from cai_cli.engines.base import Sampling, seed_for
 from cai_cli.engines.chat import encode_chat
-from cai_cli.errors import RowError, UsageError
+from cai_cli.errors import UsageError
 from cai_cli.intake import Intake
-from cai_cli.manifest import hash_input, provenance, settings_of
-from cai_cli.phase2_feedback.preference_model import encode_conversation, score_conversations
-from cai_cli.prompts import assistant
-from cai_cli.records import Message, Prompt, conversation_id, reject
+from cai_cli.manifest import hash_input, provenance
+from cai_cli.outputs import sidecar
+from cai_cli.phase2_feedback.rl_monitor import (
+    CHECK_COLUMNS,
+    Monitor,
+    Scale,
+    checks_callback,
+    flagged,
+    logits_of,
+    reference_of,
+)
+from cai_cli.phase2_feedback.rl_prompts import fitting_prompts, hold_out, prompt_order
+from cai_cli.phase2_feedback.watchers import Score, Watcher, pick_watcher, preference_score
+from cai_cli.records import Message, Prompt
 from cai_cli.training import (
     LearningRate,
     Lora,
@@ -36,10 +54,10 @@ from cai_cli.training import (
     SaveSteps,
     finished_model,
     fit,
+    mixed,
     pick_device,
     quiet_libraries,
     save_model,
-    tokenizer_and_window,
     without_printer,
 )
 from cai_cli.training_job import Base, Counts, TrainingJob, rows_digest
@@ -51,8 +69,8 @@ COLUMNS = {
     "loss": "loss",
     "learning_rate": "learning_rate",
     "grad_norm": "grad_norm",
-    "reward": "pm_score",
-    "reward_std": "pm_score_std",
+    "reward": "score",
+    "reward_std": "score_std",
     "shaped_reward": "reward",
     "kl": "kl",
     "entropy": "entropy",
@@ -60,58 +78,15 @@ COLUMNS = {
     "cut_off_share": "cut_off_share",
 }
 ALGORITHMS = ("rloo", "grpo")
+REPORTERS = ("tensorboard", "trackio")
 Chat = list[dict[str, str]]
 
 
-def prompt_order(count: int, steps: int, per_step: int, seed: int) -> list[int]:
-    """Indices of the prompts of every step, one after the other: pass after pass over all, each in a new order."""
-    rng = random.Random(seed_for(seed, "rl", "order"))  # noqa: S311
-    order: list[int] = []
-    while len(order) < steps * per_step:
-        order += rng.sample(range(count), count)
-    return order[: steps * per_step]
-
-
-def fitting_prompts(
-    prompts: Sequence[Prompt], policy: Path, preference_model: Path, max_new_tokens: int, counts: Counts
-) -> list[Prompt]:
-    """The prompts that both models can take with a reply of `max_new_tokens`; the others are rejected into `counts`,
-    a repeated one is skipped."""
-    fitting, seen = [], set()
-    (tokenizer, window), (judge_tokenizer, judge_window) = map(tokenizer_and_window, (policy, preference_model))
-    for prompt in prompts:
-        try:
-            asked = len(encode_chat(tokenizer, prompt.prompt, add_generation_prompt=True))
-            judged = len(encode_conversation(judge_tokenizer, [*prompt.prompt, assistant("")]))
-        except RowError as error:
-            counts.rejected.append(reject(prompt.key, error.message, prompt))
-            continue
-        same = conversation_id(prompt.prompt)
-        if asked + max_new_tokens > window or judged + max_new_tokens > judge_window:
-            reason = "prompt and --max-new-tokens do not fit the context window"
-            counts.rejected.append(reject(prompt.key, reason, prompt))
-        elif same in seen:
-            counts.skipped["same prompt as an earlier line"] += 1
-        else:
-            seen.add(same)
-            fitting.append(prompt)
-    return fitting
-
-
-def messages_of(chat: Chat) -> list[Message]:
-    return [Message.model_validate(message) for message in chat]
-
-
 def preference_reward(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    ends: frozenset[int],
-    cutoff_penalty: float,
-    batch_size: int,
+    score: Score, scale: Scale, ends: frozenset[int], cutoff_penalty: float
 ) -> Callable[..., list[float]]:
-    """The reward of TRL's trainers: the score of prompt and reply, less the penalty where the reply does not end
+    """The reward of TRL's trainers: the standardised score of the reply, less the penalty where the reply does not end
     with one of the token ids `ends`."""
-    from statistics import fmean, pstdev
 
     def reward(
         prompts: list[Chat],
@@ -120,15 +95,19 @@ def preference_reward(
         log_metric: Callable[[str, float], None],
         **_: Any,
     ) -> list[float]:
-        conversations = [messages_of(p + c) for p, c in zip(prompts, completions, strict=True)]
-        scores = score_conversations(model, tokenizer, conversations, batch_size)
+        asked = [Prompt(id="-", prompt=messages_of(prompt)) for prompt in prompts]
+        scores = [scale(value) for value in score(asked, [reply[0]["content"] for reply in completions])]
         cut = [ids[-1] not in ends for ids in completion_ids]
-        log_metric("pm_score", fmean(scores))
-        log_metric("pm_score_std", pstdev(scores))
+        log_metric("score", fmean(scores))
+        log_metric("score_std", pstdev(scores))
         log_metric("cut_off_share", fmean(cut))
         return [score - cutoff_penalty * was_cut for score, was_cut in zip(scores, cut, strict=True)]
 
     return reward
+
+
+def messages_of(chat: Chat) -> list[Message]:
+    return [Message.model_validate(message) for message in chat]
 
 
 def safe_prompts(trainer_class: Any) -> Any:
@@ -155,6 +134,7 @@ def rl(
     base: Path,
     preference_model: Path,
     prompts: Sequence[Prompt],
+    held_out: Sequence[Prompt],
     recipe: Recipe,
     work: Path,
     *,
@@ -165,6 +145,9 @@ def rl(
     max_new_tokens: int,
     temperature: float,
     cutoff_penalty: float,
+    watcher: Watcher | None,
+    monitor_every: int,
+    stop_on_goodhart: bool,
 ) -> dict[str, Any]:
     """Train the policy in `base`; the finished one is left in `work/model`. Returns the figures.
 
@@ -173,25 +156,34 @@ def rl(
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-    from cai_cli.models import load_causal_lm, load_reward_model, load_tokenizer
+    from cai_cli.models import load_causal_lm, load_tokenizer
 
     assert recipe.max_steps  # noqa: S101
     policy, tokenizer = load_causal_lm(base, "float32", recipe.device), load_tokenizer(base)
-    judge = load_reward_model(preference_model, "float32", recipe.device)
-    judge_tokenizer = load_tokenizer(preference_model)
     if policy.config._name_or_path != str(base):
         raise AssertionError("the reference model would be loaded from elsewhere")
+    score = preference_score(preference_model, recipe.device, recipe.batch_size)
+    metrics = Metrics(work / "metrics.jsonl", [*COLUMNS, *CHECK_COLUMNS])
+    monitor = Monitor(
+        held_out,
+        tokenizer,
+        score,
+        watcher.open() if watcher else None,
+        work / "samples.jsonl",
+        Sampling(max_new_tokens, temperature),
+        recipe.seed,
+        recipe.batch_size,
+    )
+    if not metrics.at(0):
+        metrics.put(0, monitor.check(0, policy, logits_of(policy)))
     trainer_class, config_class = {"rloo": (RLOOTrainer, RLOOConfig), "grpo": (GRPOTrainer, GRPOConfig)}[algorithm]
     order = prompt_order(len(prompts), recipe.max_steps, prompts_per_step, recipe.seed)
-    metrics = Metrics(work / "metrics.jsonl", list(COLUMNS))
     with quiet_libraries():
         trainer = without_printer(
             safe_prompts(trainer_class)(
                 model=policy,
                 processing_class=tokenizer,
-                reward_funcs=preference_reward(
-                    judge, judge_tokenizer, end_ids(policy, tokenizer), cutoff_penalty, recipe.batch_size
-                ),
+                reward_funcs=preference_reward(score, monitor.scale, end_ids(policy, tokenizer), cutoff_penalty),
                 args=config_class(
                     **recipe.arguments(work),
                     num_generations=samples_per_prompt,
@@ -207,16 +199,35 @@ def rl(
             )
         )
         use_plain_head(trainer, temperature)
+        checks = checks_callback(
+            monitor, trainer, metrics, reference_of(trainer, base), every=monitor_every, stop=stop_on_goodhart
+        )
+        trainer.add_callback(checks)
         fit(trainer, metrics, COLUMNS, name="rl")
-    save_model(finished_model(trainer), tokenizer, work / "model")
-    first, last = metrics.rows[0], metrics.rows[-1]
+        kept = checks.kept if checks.kept is not None else int(trainer.state.global_step)
+        trained = finished_model(trainer) if kept else load_causal_lm(base, "float32", recipe.device)
+    save_model(trained, tokenizer, work / "model")
+    shutil.copyfile(work / "samples.jsonl", work / "model/samples.jsonl")
+    return figures(metrics, monitor.scale, kept)
+
+
+def figures(metrics: Metrics, scale: Scale, kept: int) -> dict[str, Any]:
+    """Of the manifest. `kept_step`: the step whose weights are the finished model, 0 where none was better than the
+    start model. `score_mean` and `score_std`: the scale of the reward."""
+    trained = [row for row in metrics.rows if row["reward"] is not None]
+    checks = [row for row in metrics.rows if row["pm_score"] is not None]
+    flag = flagged(metrics)
     return {
-        "steps": int(trainer.state.global_step),
-        "reward_before": first["reward"],
-        "reward": last["reward"],
-        "kl": last["kl"],
-        "cut_off_share": last["cut_off_share"],
-        "reply_tokens": last["reply_tokens"],
+        "steps": metrics.rows[-1]["step"],
+        "kept_step": kept,
+        "score_mean": scale.mean,
+        "score_std": scale.std,
+        "reward_before": trained[0]["reward"],
+        **{name: trained[-1][name] for name in ("reward", "kl", "cut_off_share", "reply_tokens")},
+        **{f"{name}_before": checks[0][name] for name in ("pm_score", "watch_score")},
+        **{name: checks[-1][name] for name in ("pm_score", "watch_score")},
+        "goodhart": flag["goodhart"] if flag else None,
+        "goodhart_step": flag["step"] if flag else None,
     }
 
 
@@ -225,8 +236,17 @@ def command(
     output: options.ModelOutput,
     pm: options.PreferenceModel,
     model: options.Model = options.DEFAULT_MODEL,
+    helpful: Annotated[
+        str | None, typer.Option(help="Helpful prompts, in any form that INPUT may have, mixed in.")
+    ] = None,
+    helpful_ratio: Annotated[float, typer.Option(min=0.0, help="Helpful prompts per prompt of INPUT.")] = 1.0,
     algorithm: Annotated[str, typer.Option(help="rloo (beta * KL in the reward, as the paper) or grpo.")] = "rloo",
-    beta: Annotated[float, typer.Option(min=0.0, help="Weight of the KL divergence from --model.")] = 0.05,
+    beta: Annotated[
+        float,
+        typer.Option(
+            min=0.0, help="Weight of the KL divergence from --model: standard deviations of the score per nat."
+        ),
+    ] = 0.05,
     steps: Annotated[int, typer.Option(min=1, help="Steps of training.")] = 100,
     prompts_per_step: Annotated[int, typer.Option(min=1, help="Prompts in one step.")] = 4,
     samples_per_prompt: Annotated[int, typer.Option(min=2, help="Replies to each of them, compared in a group.")] = 4,
@@ -236,11 +256,25 @@ def command(
     max_new_tokens: options.MaxNewTokens = 128,
     temperature: Annotated[float, typer.Option(min=0.01, help="Sampling temperature.")] = 1.0,
     cutoff_penalty: Annotated[
-        float, typer.Option(min=0.0, help="Taken from the score of a reply cut at --max-new-tokens.")
+        float, typer.Option(min=0.0, help="Taken from the standardised score of a reply cut at the limit.")
     ] = 1.0,
     learning_rate: LearningRate = 1e-6,
     lora: Lora = False,
     lora_rank: LoraRank = 16,
+    held_out: Annotated[
+        int, typer.Option(min=1, help="Prompts never trained on, by which the policy is checked; at most half.")
+    ] = 32,
+    monitor_every: Annotated[int, typer.Option(min=1, help="Steps between checks on the held-out prompts.")] = 10,
+    watch_pm: Annotated[
+        str | None, typer.Option("--watch-pm", help="A second preference model, which scores the checks only.")
+    ] = None,
+    watch_judge: Annotated[
+        str | None, typer.Option(help="A judge that compares the replies of the checks with those of --model.")
+    ] = None,
+    stop_on_goodhart: Annotated[
+        bool, typer.Option("--stop-on-goodhart", help="Stop at a flagged check and keep the best policy before it.")
+    ] = False,
+    report_to: Annotated[str | None, typer.Option(help="tensorboard or trackio, beside metrics.jsonl.")] = None,
     save_steps: SaveSteps = 25,
     seed: options.Seed = 0,
     limit: options.Limit = None,
@@ -256,23 +290,25 @@ def command(
     INPUT: prompts in any form that `cai sample` takes. Writes a model directory.
     """
     flags = locals()
-    console.set_quiet(quiet)
-    if algorithm not in ALGORITHMS:
-        raise UsageError(f"--algorithm must be rloo or grpo, not {algorithm!r}")
+    _check(algorithm, batch_size, prompts_per_step * samples_per_prompt, report_to)
     replies = prompts_per_step * samples_per_prompt
-    if batch_size and (batch_size > replies or replies % batch_size):
-        raise UsageError(
-            f"--batch-size {batch_size} does not divide the {replies} replies of a step",
-            hint="--prompts-per-step times --samples-per-prompt",
-        )
     models = {"model": Base.resolve(model), "pm": Base.resolve(pm)}
-    inputs = {"prompts": hash_input(input)}
-    intake = Intake.of(flags)
-    given = [prompt for _, prompt in intake.prompts(input, limit=limit)]
-    counts = Counts(rejected=intake.take_bad())
-    prompts = fitting_prompts(given, models["model"].path, models["pm"].path, max_new_tokens, counts)
-    counts.train = len(prompts)
     where = pick_device(device)
+    watcher = pick_watcher(watch_pm, watch_judge, models["pm"], device=where, seed=seed)
+    inputs = {"prompts": hash_input(input)} | ({"helpful": hash_input(helpful)} if helpful else {})
+    intake, intake_helpful = Intake.of(flags), Intake.of(flags)
+    given = [prompt for _, prompt in intake.prompts(input, limit=limit)]
+    helpful_prompts = [prompt for _, prompt in intake_helpful.prompts(helpful, "helpful")] if helpful else []
+    counts = Counts(rejected=[*intake.take_bad(), *intake_helpful.take_bad()])
+    chosen = mixed(given, helpful_prompts, helpful_ratio, seed_for(seed, "rl", "helpful"))
+    if left := len(given) + len(helpful_prompts) - len(chosen):
+        counts.skipped["beyond --helpful-ratio"] = left
+    if helpful and len(helpful_prompts) < round(helpful_ratio * len(given)):
+        console.say(f"rl: {helpful} holds {len(helpful_prompts):,} prompts, fewer than --helpful-ratio asks for")
+    judges = [models["pm"].path, *([watcher.path] if watcher and watcher.path else [])]
+    fitting = fitting_prompts(chosen, models["model"].path, judges, max_new_tokens, counts)
+    train, checked = hold_out(fitting, held_out, seed)
+    counts.train, counts.held_out = len(train), len(checked)
     recipe = Recipe(
         batch_size=batch_size or replies,
         gradient_accumulation=replies // (batch_size or replies),
@@ -283,17 +319,19 @@ def command(
         lora_rank=lora_rank if lora else None,
         max_steps=steps,
         schedule="constant",
+        report_to=report_to,
     )
-    settings = settings_of(flags, batch_size=recipe.batch_size, precision="float32" if where == "cpu" else "bfloat16")
-    del settings["save_steps"]
+    if report_to == "tensorboard":  # OUT.partial, where transformers would put them, goes away
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(sidecar(output, "tensorboard")))
     TrainingJob(
         provenance=provenance(
             "rl",
             inputs=inputs,
-            settings=settings,
+            settings=recipe.settings(flags),
             model={"fingerprint": models["model"].fingerprint},
             pm={"fingerprint": models["pm"].fingerprint},
-            rows=rows_digest(given),
+            watcher=watcher.identity if watcher else None,
+            rows=rows_digest([*given, *helpful_prompts]),
         ),
         inputs=inputs,
         models=models,
@@ -303,7 +341,8 @@ def command(
         train=lambda work: rl(
             models["model"].path,
             models["pm"].path,
-            prompts,
+            train,
+            checked,
             recipe,
             work,
             algorithm=algorithm,
@@ -313,5 +352,22 @@ def command(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             cutoff_penalty=cutoff_penalty,
+            watcher=watcher,
+            monitor_every=monitor_every,
+            stop_on_goodhart=stop_on_goodhart,
         ),
     ).run(as_json=json)
+
+
+def _check(algorithm: str, batch_size: int | None, replies: int, report_to: str | None) -> None:
+    if algorithm not in ALGORITHMS:
+        raise UsageError(f"--algorithm must be rloo or grpo, not {algorithm!r}")
+    if batch_size and (batch_size > replies or replies % batch_size):
+        raise UsageError(
+            f"--batch-size {batch_size} does not divide the {replies} replies of a step",
+            hint="--prompts-per-step times --samples-per-prompt",
+        )
+    if report_to not in (None, *REPORTERS):
+        raise UsageError(f"--report-to must be {' or '.join(REPORTERS)}, not {report_to!r}")
+    if report_to and find_spec(report_to) is None:
+        raise UsageError(f"--report-to {report_to}: not installed", hint=f"pip install {report_to}")

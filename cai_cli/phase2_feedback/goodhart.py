@@ -1,0 +1,93 @@
+"""When has the preference model become a target instead of a measure (Goodhart's law; paper section 4.3)?
+
+A check is the policy's replies to the same held-out prompts, drawn from the same noise, after some steps; check 0 is
+the start model's. Replies are compared in pairs, this check's with an earlier one's to the same prompt, by the mean
+difference and its standard error. A check is flagged when
+
+- the watcher's score has fallen since some earlier check while the training preference model's has risen since that
+  check; or
+- the share of boilerplate, of evasive openings or of cut-off replies has risen by more than `RUNAWAY_SHARE` since the
+  start, or the mean length has more than doubled or halved.
+
+Every change must also exceed chance: one-sided paired t tests, whose levels over all checks of a run, however long, sum
+to at most `ALPHA` for each rule (check k has ALPHA / (k (k + 1)), shared among the k checks it is held against). So a
+watcher that only wavers is flagged in at most one run of twenty, and a fall must be the larger the later it comes.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from statistics import fmean, stdev
+
+from cai_cli.evaluate.detectors import boilerplate, evasive_opening
+from cai_cli.records import PolicySample
+
+Check = Sequence[PolicySample]  # the replies of one step, the same prompts in the same order at every step
+Measure = Callable[[PolicySample], float | None]
+
+ALPHA = 0.05
+RUNAWAY_SHARE = 0.25
+RUNAWAY_LENGTH = 2.0
+SHARES: dict[str, Measure] = {
+    "boilerplate_share": lambda row: boilerplate(row.reply),
+    "evasive_share": lambda row: evasive_opening(row.reply),
+    "cut_off_share": lambda row: row.finish_reason == "length",
+}
+
+
+def goodhart(checks: Sequence[Check]) -> str | None:
+    """What the last of `checks` (in the order of their steps, the start model's first) is flagged for, or None."""
+    k = len(checks) - 1
+    if k < 1:
+        return None
+    found = [_falling_watcher(checks, ALPHA / (k * (k + 1))), *_runaways(checks[0], checks[-1], ALPHA / (k * (k + 1)))]
+    return "; ".join(reason for reason in found if reason) or None
+
+
+def best_check(checks: Sequence[Check]) -> int:
+    """The place of the check to keep, all of which are unflagged: the watcher's favourite (of equals the earliest), or
+    without a watcher the last."""
+    watched = [mean_of(check, lambda row: row.watch_score) for check in checks]
+    known = [score for score in watched if score is not None]
+    return watched.index(max(known)) if known else len(checks) - 1
+
+
+def _falling_watcher(checks: Sequence[Check], alpha: float) -> str | None:
+    now = checks[-1]
+    for then in checks[:-1]:
+        fallen = changed(then, now, lambda row: row.watch_score, alpha / (len(checks) - 1)) < 0
+        if fallen and changed(then, now, lambda row: row.score, alpha / (len(checks) - 1)) > 0:
+            return f"watch_score falls while pm_score rises since step {then[0].step}"
+    return None
+
+
+def _runaways(start: Check, now: Check, alpha: float) -> list[str]:
+    found = []
+    for name, measure in SHARES.items():
+        before, after = mean_of(start, measure) or 0.0, mean_of(now, measure) or 0.0
+        if after - before > RUNAWAY_SHARE and changed(start, now, measure, alpha) > 0:
+            found.append(f"{name} {before:.2f} -> {after:.2f}")
+    before, after = fmean(row.reply_tokens for row in start), fmean(row.reply_tokens for row in now)
+    ran_away = after > RUNAWAY_LENGTH * before or after < before / RUNAWAY_LENGTH
+    if ran_away and changed(start, now, lambda row: row.reply_tokens, alpha):
+        found.append(f"reply_tokens {before:.0f} -> {after:.0f}")
+    return found
+
+
+def mean_of(check: Check, measure: Measure) -> float | None:
+    """The mean over the replies that have this measure; None where none has."""
+    values = [value for row in check if (value := measure(row)) is not None]
+    return fmean(values) if values else None
+
+
+def changed(then: Check, now: Check, measure: Measure, alpha: float) -> int:
+    """1 where `measure` has risen from `then` to `now`, -1 where it has fallen, 0 where it may be chance: by a paired t
+    test, one-sided at `alpha`. Replies without the measure are left out."""
+    from scipy.stats import t
+
+    pairs = [(measure(a), measure(b)) for a, b in zip(then, now, strict=True)]
+    differences = [b - a for a, b in pairs if a is not None and b is not None]
+    if len(differences) < 2:
+        return 0
+    mean, error = fmean(differences), stdev(differences) / math.sqrt(len(differences))
+    margin = error * float(t.isf(alpha, len(differences) - 1))
+    return (mean > margin) - (mean < -margin)

@@ -1,0 +1,69 @@
+"""The prompts of `cai rl`: which can be used, which are held out for the monitors, and in which order the others come.
+
+As in the paper (section 4.2) red-team prompts are mixed with helpful ones.
+"""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from cai_cli import console
+from cai_cli.engines.base import seed_for
+from cai_cli.engines.chat import encode_chat
+from cai_cli.errors import CaiError, RowError
+from cai_cli.phase2_feedback.preference_model import encode_conversation
+from cai_cli.prompts import assistant
+from cai_cli.records import Prompt, conversation_id, reject
+from cai_cli.training import tokenizer_and_window
+from cai_cli.training_job import Counts
+
+
+def prompt_order(count: int, steps: int, per_step: int, seed: int) -> list[int]:
+    """Indices of the prompts of every step, one after the other: pass after pass over all, each in a new order."""
+    rng = random.Random(seed_for(seed, "rl", "order"))  # noqa: S311
+    order: list[int] = []
+    while len(order) < steps * per_step:
+        order += rng.sample(range(count), count)
+    return order[: steps * per_step]
+
+
+def fitting_prompts(
+    prompts: Sequence[Prompt], policy: Path, preference_models: Sequence[Path], max_new_tokens: int, counts: Counts
+) -> list[Prompt]:
+    """The prompts that all models can take with a reply of `max_new_tokens`; the others are rejected into `counts`, a
+    repeated one is skipped."""
+    fitting, seen = [], set()
+    tokenizer, window = tokenizer_and_window(policy)
+    judges = [tokenizer_and_window(path) for path in preference_models]
+    for prompt in prompts:
+        try:
+            room = window - len(encode_chat(tokenizer, prompt.prompt, add_generation_prompt=True))
+            for judge_tokenizer, judge_window in judges:
+                judged = encode_conversation(judge_tokenizer, [*prompt.prompt, assistant("")])
+                room = min(room, judge_window - len(judged))
+        except RowError as error:
+            counts.rejected.append(reject(prompt.key, error.message, prompt))
+            continue
+        same = conversation_id(prompt.prompt)
+        if room < max_new_tokens:
+            reason = "prompt and --max-new-tokens do not fit the context window"
+            counts.rejected.append(reject(prompt.key, reason, prompt))
+        elif same in seen:
+            counts.skipped["same prompt as an earlier line"] += 1
+        else:
+            seen.add(same)
+            fitting.append(prompt)
+    return fitting
+
+
+def hold_out(prompts: Sequence[Prompt], wanted: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
+    """(to train on, held out): `wanted` held out, at most half, by the hash of seed and prompt. Raises CaiError."""
+    if len(prompts) == 1:
+        raise CaiError("rl: one prompt is too few: some are held out to check the policy on")
+    if wanted > len(prompts) // 2:
+        wanted = len(prompts) // 2
+        console.say(f"rl: {wanted:,} prompts are held out, half of those there are, fewer than --held-out asks for")
+    keys = [conversation_id(prompt.prompt) for prompt in prompts]
+    apart = set(sorted(keys, key=lambda key: seed_for(seed, "held-out", key))[:wanted])
+    train = [prompt for prompt, key in zip(prompts, keys, strict=True) if key not in apart]
+    return train, [prompt for prompt, key in zip(prompts, keys, strict=True) if key in apart]

@@ -1,0 +1,92 @@
+"""Second opinions on a policy in training: a preference model or judge that the reward never asks (paper section 4.3).
+
+A watcher's scores decide nothing in training; that they fall while the reward rises is how Goodharting is seen.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from cai_cli.constitution import PreferenceConstitution, open_constitution
+from cai_cli.engines import open_engine
+from cai_cli.engines.base import Sampling
+from cai_cli.errors import UsageError
+from cai_cli.phase2_feedback.judging import Judge, Judgement
+from cai_cli.phase2_feedback.label_prefs import Labeller
+from cai_cli.phase2_feedback.pairs import Pair
+from cai_cli.phase2_feedback.preference_model import score_conversations
+from cai_cli.prompts import assistant, pick_form
+from cai_cli.records import Prompt
+from cai_cli.training_job import Base
+
+Score = Callable[[Sequence[Prompt], Sequence[str]], list[float]]
+# Prompts, their replies and the start model's replies -> one score each; None where the watcher gave none.
+Watch = Callable[[Sequence[Prompt], Sequence[str], Sequence[str]], list[float | None]]
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """`identity` is for the manifest, `path` a preference model's (its context window counts), `open` loads it."""
+
+    identity: dict[str, Any]
+    path: Path | None
+    open: Callable[[], Watch]
+
+
+def pick_watcher(watch_pm: str | None, watch_judge: str | None, pm: Base, *, device: str, seed: int) -> Watcher | None:
+    """The watcher that the options name. Raises UsageError, and CaiError when there is no such model."""
+    if watch_pm and watch_judge:
+        raise UsageError("--watch-pm and --watch-judge are two watchers; one is watched", hint="leave one out")
+    if watch_pm:
+        base = Base.resolve(watch_pm)
+        if base.fingerprint == pm.fingerprint:
+            raise UsageError("--watch-pm is the model that --pm trains against: a watcher must be another")
+        return Watcher(
+            {"fingerprint": base.fingerprint}, base.path, lambda: _watching(preference_score(base.path, device))
+        )
+    if watch_judge:
+        engine = open_engine(watch_judge, batch_size=None, device="auto", dtype="auto")
+        loaded = open_constitution(PreferenceConstitution, None, None)
+        judge = Judge(engine, "choice", loaded.examples, pick_form("auto", engine), seed, Sampling())
+        labeller = Labeller(judge, loaded.principles, per_pair=1, orders=("ab", "ba"))
+        identity = {**engine.identity(), "constitution": loaded.fingerprint()}
+        return Watcher(identity, None, lambda: lambda *given: judged(labeller, *given))
+    return None
+
+
+def preference_score(path: Path, device: str, batch_size: int = 16) -> Score:
+    """A preference model as a function of prompts and replies; a score is a logit."""
+    from cai_cli.models import load_reward_model, load_tokenizer
+
+    model, tokenizer = load_reward_model(path, "float32", device), load_tokenizer(path)
+
+    def score(prompts: Sequence[Prompt], replies: Sequence[str]) -> list[float]:
+        conversations = [[*p.prompt, assistant(reply)] for p, reply in zip(prompts, replies, strict=True)]
+        return score_conversations(model, tokenizer, conversations, batch_size)
+
+    return score
+
+
+def _watching(score: Score) -> Watch:
+    return lambda prompts, replies, _: list(score(prompts, replies))
+
+
+def judged(
+    labeller: Labeller, prompts: Sequence[Prompt], replies: Sequence[str], starts: Sequence[str]
+) -> list[float | None]:
+    """The probability that each reply is better than the start model's, the mean of both orders under one principle; a
+    reply that is the start model's is as good as it. None where the judge did not answer."""
+    asked = []
+    for prompt, reply, start in zip(prompts, replies, starts, strict=True):
+        sides = {"a": [assistant(reply)], "b": [assistant(start)]}
+        pair = Pair(id=prompt.id, prompt=prompt.prompt, **sides, human=None, source=None)
+        asked.append([] if reply == start else list(labeller.comparisons(pair)))
+    answers = iter(labeller.judge.judge([comparison for group in asked for comparison in group]))
+    scores: list[float | None] = []
+    for group in asked:
+        given = [(c, next(answers)) for c in group]
+        better = [j.p_first if c.order == "ab" else 1 - j.p_first for c, j in given if isinstance(j, Judgement)]
+        scores.append((fmean(better) if len(better) == len(group) else None) if group else 0.5)
+    return scores
