@@ -28,7 +28,7 @@ HARMLESS_OPTIONS = frozenset(
      "base_url", "concurrency", "timeout", "budget_tokens", "price_in", "price_out"}
 )  # fmt: skip
 # Options that name something whose content is recorded by its hash.
-HASHED_OPTIONS = frozenset({"input", "model", "constitution", "few_shot", "helpful", "mix", "pm"})
+HASHED_OPTIONS = frozenset({"input", "model", "judge", "constitution", "few_shot", "helpful", "mix", "pm"})
 
 
 @dataclass(frozen=True)
