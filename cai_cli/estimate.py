@@ -168,11 +168,12 @@ def print_estimate(steps: Sequence[Step], *, as_json: bool) -> None:
     if as_json:
         print(orjson.dumps([vars(e) for e in found]).decode())
         return
-    print(f"{'step':<14}{'rows':>10}{'requests':>10}{'prompt tokens':>15}{'new tokens':>12}")
+    wide = max(14, *(len(e.step) + 1 for e in found))
+    print(f"{'step':<{wide}}{'rows':>10}{'requests':>10}{'prompt tokens':>15}{'new tokens':>12}")
     for e in found:
-        print(f"{e.step:<14}{e.rows:>10,}{e.requests:>10,}{e.prompt_tokens:>15,}{e.new_tokens:>12,}")
+        print(f"{e.step:<{wide}}{e.rows:>10,}{e.requests:>10,}{e.prompt_tokens:>15,}{e.new_tokens:>12,}")
         print(f"  $ {e.command}")
     print(
-        f"{'total':<14}{'':>10}{sum(e.requests for e in found):>10,}"
+        f"{'total':<{wide}}{'':>10}{sum(e.requests for e in found):>10,}"
         f"{sum(e.prompt_tokens for e in found):>15,}{sum(e.new_tokens for e in found):>12,}"
     )

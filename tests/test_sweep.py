@@ -224,3 +224,28 @@ def test_the_variants_of_a_numbered_sweep_become_a_curve(tmp_path: Path) -> None
         {"at": 10.0, "value": 0.0, "low": -1.0, "high": 1.0, "n": 9},
     ]
     assert curves(figures(*models), [])[name]["figure"] == "Elo, harmless"
+
+
+ABLATIONS = sorted((Path(__file__).parent.parent / "examples/ablations").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", ABLATIONS, ids=lambda file: file.stem)
+def test_each_of_the_paper_s_ablations_can_be_planned_and_compares_all_its_variants(file: Path, cai: Cai) -> None:
+    done = cai("run", str(file), "--dry-run", "--json")
+    assert done.code == 0, done.stderr
+    found = {e["step"]: e["command"] for e in json.loads(done.stdout)}
+    gathered = "after" if file.stem == "labels" else "revisions"
+    variants = [name for name in found if name.startswith(f"{gathered}@")]
+    assert len(variants) >= 3
+    assert all(f"{variant}.jsonl" in found["compare"] for variant in variants)
+
+
+def test_the_ablations_judge_on_prompts_that_nothing_in_them_trains_on() -> None:
+    examples = Path(__file__).parent.parent / "examples"
+    held_out = {row["id"] for row in rows_in(examples / "evaluation.jsonl")}
+    assert len(held_out) == 32
+    for file in ABLATIONS:
+        for name, given in load_run(file).steps.items():
+            if not str(given["input"]).startswith(("@", "['@", "../evaluation")):
+                used = rows_in((file.parent / str(given["input"])).resolve())[: int(str(given["limit"]))]
+                assert not held_out & {row["id"] for row in used}, name
