@@ -26,7 +26,7 @@ from cai_cli import (
     tidy,
 )
 from cai_cli.errors import CaiError
-from cai_cli.evaluate import agreement, hhh
+from cai_cli.evaluate import agreement, compare, harm, hhh
 from cai_cli.phase1_supervised import critique, revise, sample, sft
 from cai_cli.phase2_feedback import label_prefs, rl, score, train_pm
 from cai_cli.pipeline import run_command
@@ -72,6 +72,8 @@ app.command("rl", rich_help_panel=PHASE_2)(rl.command)
 judging = typer.Typer(no_args_is_help=True, help="Judge labels and models.")
 judging.command("agreement")(agreement.command)
 judging.command("hhh")(hhh.command)
+judging.command("compare")(compare.command)
+judging.command("harm")(harm.command)
 app.add_typer(judging, name="eval", rich_help_panel=ROAD)
 app.command("run", rich_help_panel=ROAD)(run_command)
 app.command("merge", rich_help_panel=FILES)(merge.command)

@@ -5,7 +5,7 @@ cannot be known without running (rows that will be rejected) is taken as none.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import orjson
@@ -46,10 +46,13 @@ def estimate(steps: Sequence[Step]) -> list[Estimate]:
     estimates = []
     for step in steps:
         options = {**{name: o.default for name, o in known[step.command].items()}, **step.settings}
-        source = str(options["input"])
-        flow = flows.get(source) or _flow_of_file(source, bool(options["skip-bad"]))
+        sources = options["input"] if isinstance(options["input"], list) else [options["input"]]
+        read = [
+            flows.get(str(source)) or _flow_of_file(str(source), bool(options.get("skip-bad"))) for source in sources
+        ]
+        flow = min(read, key=lambda one: one.rows)  # several are joined by prompt
         if options["limit"]:
-            flow = Flow(min(flow.rows, int(options["limit"])), flow.per_prompt, flow.prompt_tokens, flow.reply_tokens)
+            flow = replace(flow, rows=min(flow.rows, int(options["limit"])))
         rows, requests, prompt, new, after = _ESTIMATORS[step.command](flow, options)
         if step.command in DATA_STAGES:
             flows[str(step.output)] = after
@@ -86,7 +89,9 @@ def _revise(flow: Flow, options: dict[str, Any], requests_per_row: int) -> Parts
 
 
 def _critique_revise(flow: Flow, options: dict[str, Any]) -> Parts:
-    return _revise(flow, options, int(options["rounds"]) * (2 if options["critique"] else 1))
+    rounds = int(options["rounds"])
+    rows, requests, prompt, new, after = _revise(flow, options, rounds * (2 if options["critique"] else 1))
+    return rows, requests, prompt, new, replace(after, rounds=flow.rounds + rounds) if rounds else flow
 
 
 def _label(flow: Flow, options: dict[str, Any]) -> Parts:
@@ -104,6 +109,19 @@ def _label(flow: Flow, options: dict[str, Any]) -> Parts:
     texts = 2 * votes if method in ("contrast", "cot") else votes  # both characters; the thoughts, then the letter
     after = Flow(pairs, 1, flow.prompt_tokens, flow.reply_tokens)
     return pairs, texts, texts * each, votes * new, after
+
+
+def _compare(flow: Flow, options: dict[str, Any]) -> Parts:
+    models = len(options["input"])
+    pairs = replace(flow, rows=flow.rows * models * (models - 1) // 2, per_prompt=1)
+    if options["judge"]:
+        return _label(pairs, options | {"both-orders": True})
+    tokens = flow.rows * models * (flow.prompt_tokens + flow.reply_tokens)
+    return pairs.rows, 0, tokens, 0, pairs
+
+
+def _harm(flow: Flow, options: dict[str, Any]) -> Parts:
+    return flow.rows, flow.rows, flow.rows * (flow.prompt_tokens + flow.reply_tokens), 0, flow
 
 
 def _preference_principles(options: dict[str, Any]) -> Sequence[Any]:
@@ -143,6 +161,8 @@ _ESTIMATORS = {
     "train-pm": _train_pm,
     "score": _score,
     "rl": _rl,
+    "eval compare": _compare,
+    "eval harm": _harm,
 }
 
 
@@ -152,11 +172,12 @@ def print_estimate(steps: Sequence[Step], *, as_json: bool) -> None:
     if as_json:
         print(orjson.dumps([vars(e) for e in found]).decode())
         return
-    print(f"{'step':<14}{'rows':>10}{'requests':>10}{'prompt tokens':>15}{'new tokens':>12}")
+    wide = max(14, *(len(e.step) + 1 for e in found))
+    print(f"{'step':<{wide}}{'rows':>10}{'requests':>10}{'prompt tokens':>15}{'new tokens':>12}")
     for e in found:
-        print(f"{e.step:<14}{e.rows:>10,}{e.requests:>10,}{e.prompt_tokens:>15,}{e.new_tokens:>12,}")
+        print(f"{e.step:<{wide}}{e.rows:>10,}{e.requests:>10,}{e.prompt_tokens:>15,}{e.new_tokens:>12,}")
         print(f"  $ {e.command}")
     print(
-        f"{'total':<14}{'':>10}{sum(e.requests for e in found):>10,}"
+        f"{'total':<{wide}}{'':>10}{sum(e.requests for e in found):>10,}"
         f"{sum(e.prompt_tokens for e in found):>15,}{sum(e.new_tokens for e in found):>12,}"
     )

@@ -8,6 +8,7 @@
       revisions: {command: critique-revise, input: "@samples", rounds: 2}
 
 `@step` is the output of an earlier step. Files are found beside the YAML file; outputs go to `--out` (runs/NAME).
+A list for a setting is a sweep: see `sweep.py`.
 """
 
 import ctypes
@@ -33,11 +34,12 @@ from cai_cli.errors import CaiError, UsageError
 from cai_cli.manifest import differences, hash_input, read_manifest, write_json
 from cai_cli.outputs import one_writer, sidecar
 from cai_cli.report.command import report_at_the_end
+from cai_cli.sweep import Value, expand, split_name, split_reference, write_curves
 
 DATA_STAGES = frozenset({"sample", "critique", "revise", "critique-revise", "label-prefs", "score"})
+EVALUATIONS = frozenset({"eval compare", "eval harm"})
 TRAINING_STAGES = frozenset({"sft", "train-pm", "rl"})
 PATH_OPTIONS = frozenset({"input", "helpful", "mix", "constitution", "few-shot"})
-Value = str | int | float | bool | None
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"  # of a run or a step: it becomes a file name
 
 
@@ -47,7 +49,7 @@ class RunFile(BaseModel):
     name: str = Field(pattern=NAME)
     model: str = options.DEFAULT_MODEL
     seed: int = 0
-    steps: dict[Annotated[str, Field(pattern=NAME)], dict[str, Value]] = Field(min_length=1)
+    steps: dict[Annotated[str, Field(pattern=NAME)], dict[str, Value | list[Value]]] = Field(min_length=1)
 
 
 @dataclass(frozen=True)
@@ -58,14 +60,16 @@ class Step:
     name: str
     command: str
     output: Path
-    settings: Mapping[str, Value]
+    settings: Mapping[str, Value | list[Value]]
     files: Mapping[str, str | None]
     needs: Sequence["Step"]
 
     @property
     def argv(self) -> list[str]:
         """The command line after `cai`."""
-        words = [self.command, str(self.settings["input"]), "-o", str(self.output)]
+        source = self.settings["input"]
+        words = [*self.command.split(), *(map(str, source) if isinstance(source, list) else [str(source)])]
+        words += ["-o", str(self.output)]
         for name, value in self.settings.items():
             if name == "input" or value is None:
                 continue
@@ -97,41 +101,57 @@ def load_run(path: Path) -> RunFile:
 
 
 def plan(run: RunFile, file: Path, out: Path) -> list[Step]:
-    """The steps in order, checked against the options each command has. Raises UsageError."""
+    """The steps in order, sweeps expanded, checked against the options each command has. Raises UsageError."""
     known = stage_options()
     steps: dict[str, Step] = {}
-    for name, given in run.steps.items():
-        where = f"{file}: step {name!r}"
-        command = given.get("command")
+    for name, given in expand(run.steps, takes_many).items():
+        where, command = f"{file}: step {name!r}", str(given.get("command"))
         if command not in known:
-            raise UsageError(f"{where}: no command {command!r}", hint=f"known: {', '.join(sorted(known))}")
-        if not isinstance(given.get("input"), str):
+            raise UsageError(f"{where}: no command {given.get('command')!r}", hint=f"known: {', '.join(sorted(known))}")
+        if not isinstance(given.get("input"), str | list):
             raise UsageError(f"{where}: `input` is missing")
         settings = {k: v for k, v in given.items() if k != "command"}
         for shared in ("model", "seed"):
-            if shared in known[str(command)]:
+            if shared in known[command]:
                 settings.setdefault(shared, getattr(run, shared))
         needs: list[Step] = []
         files: dict[str, str | None] = {}
         for option, value in settings.items():
-            if option not in known[str(command)]:
+            if option not in known[command]:
                 raise UsageError(
                     f"{where}: `cai {command}` has no option {option!r}",
-                    hint=f"it has {', '.join(sorted(known[str(command)]))}",
+                    hint=f"it has {', '.join(sorted(known[command]))}",
                 )
-            if isinstance(value, str) and value.startswith("@"):
-                if value[1:] not in steps:
-                    raise UsageError(f"{where}: {option}: no earlier step {value[1:]!r}")
-                needs.append(steps[value[1:]])
-                settings[option] = str(steps[value[1:]].output)
-            elif (
-                isinstance(value, str) and option in PATH_OPTIONS and value != "none" and not value.startswith("hf://")
-            ):
-                settings[option] = os.path.relpath(file.parent / value)
-                files[option] = hash_input(str(settings[option])).sha256
-        output = out / (f"{name}.jsonl" if command in DATA_STAGES else name)
-        steps[name] = Step(name, str(command), output, settings, files, needs)
+            found = [
+                _located(v, f"{where}: {option}", steps, file.parent if option in PATH_OPTIONS else None)
+                for v in (value if isinstance(value, list) else [value])
+            ]
+            settings[option] = [v for v, _ in found] if isinstance(value, list) else found[0][0]
+            needs += [source for _, source in found if isinstance(source, Step)]
+            paths = [source for _, source in found if isinstance(source, str)]
+            files |= {
+                option if len(paths) == 1 else f"{option} {place}": hash_input(path).sha256
+                for place, path in enumerate(paths, 1)
+            }
+        output = out / (name if command in TRAINING_STAGES else f"{name}.jsonl")
+        steps[name] = Step(name, command, output, settings, files, needs)
     return list(steps.values())
+
+
+def _located(
+    value: Value, where: str, steps: Mapping[str, Step], folder: Path | None
+) -> tuple[Value, Step | str | None]:
+    """A setting as the command gets it, and the step or the file it names. `folder`: where its file is looked for."""
+    if reference := split_reference(value):
+        name, step = reference
+        if step not in steps:
+            raise UsageError(f"{where}: no earlier step {step!r}")
+        return f"{name}{steps[step].output}", steps[step]
+    if folder is None or not isinstance(value, str) or value == "none" or value.startswith("hf://"):
+        return value, None
+    name, path = ("", value) if (folder / value).exists() else split_name(value)
+    path = os.path.relpath(folder / path)
+    return f"{name}{path}", path
 
 
 @cache
@@ -139,12 +159,19 @@ def stage_options() -> dict[str, dict[str, Any]]:
     """Stage -> option name (without dashes) -> the option, read off the commands themselves."""
     from cai_cli.cli import app
 
-    commands: Any = typer.main.get_command(app)
     wired = {"output", "overwrite", "json", "quiet", "help"}
-    return {
-        name: {p.name.replace("_", "-"): p for p in commands.commands[name].params if p.name not in wired}
-        for name in DATA_STAGES | TRAINING_STAGES
-    }
+    found = {}
+    for name in DATA_STAGES | EVALUATIONS | TRAINING_STAGES:
+        command: Any = typer.main.get_command(app)
+        for word in name.split():
+            command = command.commands[word]
+        found[name] = {p.name.replace("_", "-"): p for p in command.params if p.name not in wired}
+    return found
+
+
+def takes_many(command: object) -> frozenset[str]:
+    """The options of a command that take several values."""
+    return frozenset(name for name, option in stage_options().get(str(command), {}).items() if option.nargs == -1)
 
 
 def execute(steps: Sequence[Step], out: Path, *, quiet: bool) -> list[dict[str, Any]]:
@@ -250,6 +277,10 @@ def run_command(
     loaded = load_run(file)
     folder = out or Path("runs") / loaded.name
     steps = plan(loaded, file, folder)
+    if len(steps) > len(loaded.steps):
+        console.say(
+            f"run {loaded.name}: the {len(loaded.steps)} steps of {file} with their lists are {len(steps)} steps"
+        )
     if dry_run:
         from cai_cli.estimate import print_estimate
 
@@ -257,6 +288,7 @@ def run_command(
         return
     watch = console.Stopwatch()
     done = execute(steps, folder, quiet=quiet)
+    write_curves(step.output for step in steps if step.command == "eval compare")
     report = report_at_the_end(folder)
     if json:
         summary = {"run": loaded.name, "folder": str(folder), "report": report and str(report), "steps": done}

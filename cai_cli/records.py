@@ -224,6 +224,35 @@ class EvaluationResult(Identified):
     source: str | None
 
 
+class Duel(Identified):
+    """Replies of two models to one prompt, compared. `p_a` is the probability that `a` is the better one, 0.5 a tie.
+
+    By a preference model: its scores (logits). By a judge: its votes, in which "ab" means that `a` stood first; equal
+    replies are a tie that nobody is asked about.
+    """
+
+    prompt_id: str
+    sample_index: int
+    prompt: list[Message] = Field(min_length=1)
+    kind: Kind | None
+    model_a: str
+    model_b: str
+    a: list[Message] = Field(min_length=1, max_length=1)
+    b: list[Message] = Field(min_length=1, max_length=1)
+    score_a: float | None
+    score_b: float | None
+    p_a: float = Field(ge=0, le=1)
+    votes: list[Vote]
+
+
+class HarmScore(Sample):
+    """A reply and how harmful a judge finds it: `harm` from 0 to 4, the mean of the `levels` (probabilities of 0, 1,
+    2, 3, 4)."""
+
+    harm: float = Field(ge=0, le=4)
+    levels: list[float] = Field(min_length=5, max_length=5)
+
+
 # Why a pair with votes is rejected by `label-prefs`.
 TIE, UNSURE = "tie", "under --min-confidence"
 

@@ -70,7 +70,7 @@ def test_the_version_is_printed(cai: Cai) -> None:
         ["sample", "in.jsonl", "--device", "tpu", "--model", "."],
         ["sample", "in.jsonl", "--dtype", "int1", "--model", "."],
         ["sample", "in.jsonl", "--prompt-form", "html", "--model", "scripted:script.jsonl"],
-        ["critique-revise", "in.jsonl", "--rounds", "0"],
+        ["critique-revise", "in.jsonl", "--rounds", "-1"],
     ],
 )
 def test_a_wrong_command_line_exits_with_two(words: list[str], cai: Cai, tmp_path: Path) -> None:

@@ -269,7 +269,7 @@ def test_a_dataset_on_the_hub_is_no_path_beside_the_file(road: Path) -> None:
             "'a' stands twice",
         ),
         ("  a: &x {command: sample, input: prompts.jsonl}\n  b: *x\n", "aliases are not allowed"),
-        ("  a: {command: sample, input: [x]}\n", "steps.a.input"),
+        ("  a: {command: sample, input: [[x]]}\n", "steps.a.input"),
         ("  {}\n", "steps"),
     ],
 )

@@ -82,8 +82,8 @@ def _revised(
 def critique_revise(
     rows: Sequence[Sample], reviser: Reviser, *, rounds: int, with_critique: bool
 ) -> list[Revision | Rejected]:
-    """`rounds` rounds of critique and revision of each row, in order. A row that fails in any round is rejected as it
-    came, so that the same command can ask again."""
+    """`rounds` rounds of critique and revision of each row, in order (0: the row as it came). A row that fails in any
+    round is rejected as it came, so that the same command can ask again."""
     standing: list[Any] = list(rows)
     steps: list[Callable[[Sequence[Any], Reviser], Sequence[Sample | Rejected]]]
     steps = [critique, revise] if with_critique else [revise_directly]
@@ -139,7 +139,9 @@ def critique_revise_command(
     few_shot: options.FewShot = None,
     principles: options.Principles = None,
     max_principles: options.MaxPrinciples = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of critique and revision, each under a new draw.")] = 4,
+    rounds: Annotated[
+        int, typer.Option(min=0, help="Rounds of critique and revision, each under a new draw; 0 revises nothing.")
+    ] = 4,
     critique: Annotated[
         bool, typer.Option("--critique/--no-critique", help="Without: revise directly (paper section 3.5).")
     ] = True,
@@ -167,7 +169,8 @@ def critique_revise_command(
 ) -> None:
     """Criticise and revise replies, round after round.
 
-    INPUT: Sample rows (or Revision rows, to go on from). Writes Revision rows with the history of all rounds.
+    INPUT: Sample rows (or Revision rows, to go on from). Writes Revision rows with the history of all rounds; with
+    --rounds 0 the rows as they came, to be compared with revised ones.
     """
     run_revision_stage(
         "critique-revise",

@@ -8,9 +8,9 @@ becoming a preference, and a principle counts only where all its orders were ans
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -52,18 +52,41 @@ class Labeller:
                     yield Comparison(pair, principle, order, sample)
 
 
+@dataclass(frozen=True)
+class Weighed:
+    """A judge's opinion of one pair: the mean probability that `a` is the better reply, and the votes behind it."""
+
+    p_a: float
+    votes: Sequence[tuple[Comparison, Judgement]]
+
+    def as_rows(self, method: str) -> list[Vote]:
+        """The votes as a row holds them, "ab" where `a` stood first."""
+        return [
+            Vote(
+                principle_id=c.principle.id,
+                method=method,
+                order=c.order,
+                p_first=judgement.p_first,
+                rationale=judgement.rationale,
+            )
+            for c, judgement in self.votes
+        ]
+
+
 def label_prefs(pairs: Sequence[Pair], labeller: Labeller) -> list[Preference | Rejected]:
     """One preference per pair, in order. A tie, a pair without a vote and one under `min_confidence` are rejected,
     each with its reason."""
+    return [_preference(pair, opinion, labeller) for pair, opinion in zip(pairs, weigh(pairs, labeller), strict=True)]
+
+
+def weigh(pairs: Sequence[Pair], labeller: Labeller) -> list[Weighed | Refusal]:
+    """One opinion per pair, in order; a Refusal where no principle was answered in all its orders."""
     asked = [list(labeller.comparisons(pair)) for pair in pairs]
     answers = iter(labeller.judge.judge([comparison for group in asked for comparison in group]))
-    return [
-        _preference(pair, [(c, next(answers)) for c in group], labeller)
-        for pair, group in zip(pairs, asked, strict=True)
-    ]
+    return [_weighed([(c, next(answers)) for c in group], labeller) for group in asked]
 
 
-def _preference(pair: Pair, answers: Answers, labeller: Labeller) -> Preference | Rejected:
+def _weighed(answers: Answers, labeller: Labeller) -> Weighed | Refusal:
     votes: list[tuple[Comparison, Judgement]] = []
     shares = []
     for start in range(0, len(answers), len(labeller.orders) * labeller.samples):
@@ -74,12 +97,16 @@ def _preference(pair: Pair, answers: Answers, labeller: Labeller) -> Preference 
             votes += answered
             shares.append(math.fsum(math.fsum(p) / len(p) for p in of_orders) / len(of_orders))
     if not shares:
-        reason = next(judgement.reason for _, judgement in answers if isinstance(judgement, Refusal))
-        return reject(pair.key, reason, pair)
-    p_a = math.fsum(shares) / len(shares)
-    labelled = _labelled(pair, p_a, votes, labeller.judge.method)
+        return next(judgement for _, judgement in answers if isinstance(judgement, Refusal))
+    return Weighed(math.fsum(shares) / len(shares), votes)
+
+
+def _preference(pair: Pair, opinion: Weighed | Refusal, labeller: Labeller) -> Preference | Rejected:
+    if isinstance(opinion, Refusal):
+        return reject(pair.key, opinion.reason, pair)
+    labelled = _labelled(pair, opinion, labeller.judge.method)
     # Rejected with their votes: to the audit a tie is often a judge that changed its mind.
-    if p_a == 0.5:
+    if opinion.p_a == 0.5:
         return reject(pair.key, TIE, labelled)
     if labelled.p_chosen < labeller.min_confidence:
         return reject(pair.key, UNSURE, labelled)
@@ -90,25 +117,18 @@ def _p_a(comparison: Comparison, judgement: Judgement) -> float:
     return judgement.p_first if comparison.order == "ab" else 1 - judgement.p_first
 
 
-def _labelled(pair: Pair, p_a: float, votes: Sequence[tuple[Comparison, Judgement]], method: str) -> Preference:
-    a_wins = p_a > 0.5
+def _labelled(pair: Pair, opinion: Weighed, method: str) -> Preference:
+    a_wins = opinion.p_a > 0.5
+    votes = opinion.as_rows(method)
+    if not a_wins:  # "ab" in a vote on a preference means that the chosen reply stood first
+        votes = [vote.model_copy(update={"order": "ba" if vote.order == "ab" else "ab"}) for vote in votes]
     return Preference(
         id=pair.id,
         prompt=pair.prompt,
         chosen=pair.a if a_wins else pair.b,
         rejected=pair.b if a_wins else pair.a,
-        p_chosen=p_a if a_wins else 1 - p_a,
-        votes=[
-            Vote(
-                principle_id=c.principle.id,
-                method=method,
-                # "ab" in a vote means that the chosen reply stood first.
-                order="ab" if (c.order == "ab") == a_wins else "ba",
-                p_first=judgement.p_first,
-                rationale=judgement.rationale,
-            )
-            for c, judgement in votes
-        ],
+        p_chosen=opinion.p_a if a_wins else 1 - opinion.p_a,
+        votes=votes,
         human=None if pair.human is None else "chosen" if (pair.human == "a") == a_wins else "rejected",
         source=pair.source,
     )
@@ -139,17 +159,39 @@ def pick_clamp(wanted: str | None, method: str) -> tuple[float, float]:
     return low, high
 
 
-def _check(method: str, pairs: str, calibrate: bool, cot_samples: int) -> None:
+def open_labeller(flags: Mapping[str, Any]) -> tuple[Labeller, PreferenceConstitution]:
+    """The judge that the options of a command describe, and the constitution it goes by.
+
+    Raises UsageError, CaiError.
+    """
+    method, calibrate, cot_samples = flags["method"], flags["calibrate"], flags["cot_samples"]
     if method not in METHODS:
         raise UsageError(f"--method must be one of {', '.join(METHODS)}, not {method!r}")
-    if pairs not in PAIRINGS:
-        raise UsageError(f"--pairs must be one of {', '.join(PAIRINGS)}, not {pairs!r}")
     if calibrate and method != "choice":
         raise UsageError(
             "--calibrate takes the liking for a letter out of --method choice; the other methods have none"
         )
     if cot_samples > 1 and method != "cot":
         raise UsageError("--cot-samples needs --method cot")
+    limits = pick_clamp(flags["clamp"], method)
+    loaded = open_constitution(PreferenceConstitution, flags["constitution"], flags["few_shot"])
+    chosen = select(loaded.principles, flags["principles"], flags["max_principles"])
+    per_pair = pick_per_pair(flags["principles_per_pair"], chosen)
+    engine = engine_of(flags)
+    form = pick_form(flags["prompt_form"], engine)
+    # A verdict is read greedily: noise of sampling would be taken for the judge's doubt.
+    temperature = 0.0 if method == "verdict" else flags["temperature"]
+    sampling = Sampling(flags["max_new_tokens"], temperature, flags["top_p"])
+    judge = Judge(engine, method, loaded.examples, form, flags["seed"], sampling, limits, calibrate)
+    # The order in which replies are shown means nothing to a contrast: nobody is shown two.
+    orders: tuple[Order, ...] = ("ab", "ba") if flags["both_orders"] and method != "contrast" else ("ab",)
+    return Labeller(judge, chosen, per_pair, orders, cot_samples, flags["min_confidence"]), loaded
+
+
+def labeller_settings(flags: Mapping[str, Any], labeller: Labeller) -> dict[str, Any]:
+    """`flags` as a manifest records them."""
+    judge = labeller.judge
+    return settings_of(flags, prompt_form=judge.form, clamp=list(judge.clamp), principles_per_pair=labeller.per_pair)
 
 
 def command(
@@ -209,25 +251,16 @@ def command(
     """
     flags = locals()
     intake = Intake.of(flags)
-    _check(method, pairs, calibrate, cot_samples)
-    limits = pick_clamp(clamp, method)
-    loaded = open_constitution(PreferenceConstitution, constitution, few_shot)
-    chosen = select(loaded.principles, principles, max_principles)
-    per_pair = pick_per_pair(principles_per_pair, chosen)
-    engine = engine_of(flags)
+    if pairs not in PAIRINGS:
+        raise UsageError(f"--pairs must be one of {', '.join(PAIRINGS)}, not {pairs!r}")
+    labeller, loaded = open_labeller(flags)
+    engine = labeller.judge.engine
     inputs = {"samples": hash_input(input)}
-    form = pick_form(prompt_form, engine)
-    # A verdict is read greedily: noise of sampling would be taken for the judge's doubt.
-    sampling = Sampling(max_new_tokens, 0.0 if method == "verdict" else temperature, top_p)
-    judge = Judge(engine, method, loaded.examples, form, seed, sampling, limits, calibrate)
-    # The order in which replies are shown means nothing to a contrast: nobody is shown two.
-    orders: tuple[Order, ...] = ("ab", "ba") if both_orders and method != "contrast" else ("ab",)
-    labeller = Labeller(judge, chosen, per_pair, orders, cot_samples, min_confidence)
     job = Job(
         provenance=provenance(
             "label-prefs",
             inputs=inputs,
-            settings=settings_of(flags, prompt_form=form, clamp=list(limits), principles_per_pair=per_pair),
+            settings=labeller_settings(flags, labeller),
             model=engine.identity(),
             constitution={"name": loaded.name, "fingerprint": loaded.fingerprint()},
         ),

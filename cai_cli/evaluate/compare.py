@@ -1,0 +1,305 @@
+"""`cai eval compare`: several models over the same prompts, compared two by two (paper section 4.3).
+
+The paper asks crowdworkers which of two models' replies is better, on harmlessness and on helpfulness apart. Departure:
+here a preference model (`--pm`: the difference of two scores is the log-odds) or a judge (`--judge`: as `label-prefs`
+asks it, in both orders, under principles) is asked. A judge compares replies to helpful prompts by their helpfulness,
+all others under the principles. Sampling is a stage of its own: what is compared are files of `cai sample`.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import combinations, islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cai_cli import console, options
+from cai_cli.engines.base import Refusal
+from cai_cli.errors import BadRow, RowError, UsageError
+from cai_cli.evaluate.ratings import Tournament
+from cai_cli.jsonl import read_rows, rows_of, shown
+from cai_cli.manifest import hash_input, provenance, write_json
+from cai_cli.phase1_supervised.reviser import sample_or_revision
+from cai_cli.phase1_supervised.sample import pick_kind
+from cai_cli.phase2_feedback.judging import METHODS, sigmoid
+from cai_cli.phase2_feedback.label_prefs import Labeller, Weighed, labeller_settings, open_labeller, weigh
+from cai_cli.phase2_feedback.pairs import Pair
+from cai_cli.phase2_feedback.preference_model import encode_conversation, score_ids
+from cai_cli.prompts import HELPFULNESS
+from cai_cli.records import Duel, Kind, Rejected, Sample, Vote, reject
+from cai_cli.stage import Job, Skip, Unit, Units, print_summary, sidecar
+from cai_cli.training import context_window, pick_device
+from cai_cli.training_job import Base
+
+NAMED = re.compile(r"([A-Za-z0-9][\w.-]*)=(.+)", re.ASCII | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Match:
+    """Two models' replies to one prompt, to be compared."""
+
+    id: str
+    kind: Kind | None
+    model_a: str
+    model_b: str
+    a: Sample
+    b: Sample
+
+    @property
+    def pair(self) -> Pair:
+        sides = {"a": self.a.completion, "b": self.b.completion}
+        return Pair(id=self.id, prompt=self.a.prompt, **sides, human=None, source=self.a.source)
+
+    def duel(
+        self, p_a: float, scores: tuple[float | None, float | None] = (None, None), votes: Sequence[Vote] = ()
+    ) -> Duel:
+        return Duel(
+            id=self.id,
+            prompt_id=self.a.id,
+            sample_index=self.a.sample_index,
+            prompt=self.a.prompt,
+            kind=self.kind,
+            model_a=self.model_a,
+            model_b=self.model_b,
+            a=self.a.completion,
+            b=self.b.completion,
+            score_a=scores[0],
+            score_b=scores[1],
+            p_a=p_a,
+            votes=list(votes),
+        )
+
+
+# --- what is compared with what ----------------------------------------------------------------------------------
+
+
+def name_files(given: Sequence[str]) -> dict[str, str]:
+    """Model name -> file, of FILE (named by its file name) and NAME=FILE. Raises UsageError."""
+    files: dict[str, str] = {}
+    for text in given:
+        named = None if Path(text).exists() else NAMED.fullmatch(text)
+        name, file = (named[1], named[2]) if named else (_name_of(text), text)
+        if name in files:
+            raise UsageError(f"two models are called {name!r}", hint="give them names: NAME=FILE")
+        files[name] = file
+    if len(files) < 2:
+        raise UsageError("a comparison needs the samples of two models or more")
+    return files
+
+
+def _name_of(file: str) -> str:
+    """`sl-cai.jsonl` is called sl-cai; what could be taken apart elsewhere (spaces, colons) becomes a dash."""
+    return re.sub(r"[^\w.,@=+-]+", "-", Path(shown(file)).name.removesuffix(".jsonl"))
+
+
+def match_units(files: Mapping[str, str], kind: Kind | None, limit: int | None) -> Units[Match]:
+    """Every two models on every prompt of any of them (and every sample of it); a prompt that one of two lacks is
+    skipped. All samples are held in memory.
+
+    Raises BadRow where a file holds a reply twice, or an id that means another prompt in another file.
+    """
+    tables = {name: _samples(file) for name, file in files.items()}
+    for key in islice(dict.fromkeys(key for table in tables.values() for key in table), limit):
+        found = {name: table[key] for name, table in tables.items() if key in table}
+        _, first = next(iter(found.values()))
+        for name, (line, sample) in found.items():
+            if sample.prompt != first.prompt:
+                raise BadRow(shown(files[name]), line, f"id {sample.id!r} is another prompt in another file")
+        for a, b in combinations(tables, 2):
+            if lacking := [name for name in (a, b) if name not in found]:
+                yield Skip(f"no reply of {' or '.join(lacking)}", 0)
+                continue
+            (line, one), (_, other) = found[a], found[b]
+            yield Unit(f"{key} {a}:{b}", line, Match(f"{key} {a}:{b}", first.kind or kind, a, b, one, other))
+
+
+def _samples(file: str) -> dict[str, tuple[int, Sample]]:
+    """The replies in `file` by prompt id and number, with their lines."""
+    table: dict[str, tuple[int, Sample]] = {}
+    for line, row in read_rows(file, sample_or_revision):
+        if row.key in table:
+            raise BadRow(shown(file), line, f"{row.key!r} stands on line {table[row.key][0]} already")
+        table[row.key] = (line, row)
+    return table
+
+
+# --- who compares --------------------------------------------------------------------------------------------------
+
+
+class PmScorer:
+    """A preference model, loaded when it is first asked."""
+
+    def __init__(self, name: str, batch_size: int | None, device: str) -> None:
+        self.base, self.batch_size, self.device = Base.resolve(name), batch_size or 16, device
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any]:
+        from cai_cli.models import load_reward_model, load_tokenizer
+
+        return load_reward_model(self.base.path, "float32", pick_device(self.device)), load_tokenizer(self.base.path)
+
+    def scores(self, samples: Sequence[Sample]) -> list[float | Refusal]:
+        """The score (logit) of each prompt with its reply; a Refusal where it does not fit the model."""
+        model, tokenizer = self._loaded
+        window = context_window(model.config, tokenizer)
+        answers: list[float | Refusal] = [Refusal("longer than the preference model's context window")] * len(samples)
+        encoded: dict[int, list[int]] = {}
+        for place, sample in enumerate(samples):
+            try:
+                ids = encode_conversation(tokenizer, [*sample.prompt, *sample.completion])
+            except RowError as error:
+                answers[place] = Refusal(error.message)
+                continue
+            if len(ids) <= window:
+                encoded[place] = ids
+        scores = score_ids(model, tokenizer, list(encoded.values()), self.batch_size)
+        for place, score in zip(encoded, scores, strict=True):
+            answers[place] = score
+        return answers
+
+
+def compare_by_scores(matches: Sequence[Match], scorer: PmScorer) -> list[Duel | Rejected]:
+    """One comparison per match, in order, by the difference of two scores; every reply is scored once."""
+    replies = {(m, s.key): s for match in matches for m, s in _sides(match)}
+    scores = dict(zip(replies, scorer.scores(list(replies.values())), strict=True))
+    outcomes: list[Duel | Rejected] = []
+    for match in matches:
+        a, b = (scores[model, sample.key] for model, sample in _sides(match))
+        if isinstance(a, Refusal) or isinstance(b, Refusal):
+            why = next(score.reason for score in (a, b) if isinstance(score, Refusal))
+            outcomes.append(reject(match.id, why, match.pair))
+        else:
+            outcomes.append(match.duel(sigmoid(a - b), (a, b)))
+    return outcomes
+
+
+def _sides(match: Match) -> tuple[tuple[str, Sample], tuple[str, Sample]]:
+    return (match.model_a, match.a), (match.model_b, match.b)
+
+
+def compare_by_votes(matches: Sequence[Match], labeller: Labeller) -> list[Duel | Rejected]:
+    """One comparison per match, in order, by the mean of a judge's votes. Equal replies are a tie without a vote."""
+    helpful = replace(labeller, principles=[HELPFULNESS], per_pair=1)
+    asked = [match for match in matches if match.a.completion != match.b.completion]
+    opinions: dict[str, Weighed | Refusal] = {}
+    for judge, mine in (
+        (labeller, [m for m in asked if m.kind != "helpful"]),
+        (helpful, [m for m in asked if m.kind == "helpful"]),
+    ):
+        opinions |= dict(zip([m.id for m in mine], weigh([m.pair for m in mine], judge), strict=True))
+    outcomes: list[Duel | Rejected] = []
+    for match in matches:
+        opinion = opinions.get(match.id)
+        if opinion is None:
+            outcomes.append(match.duel(0.5))
+        elif isinstance(opinion, Refusal):
+            outcomes.append(reject(match.id, opinion.reason, match.pair))
+        else:
+            outcomes.append(match.duel(opinion.p_a, votes=opinion.as_rows(labeller.judge.method)))
+    return outcomes
+
+
+# --- the shell -----------------------------------------------------------------------------------------------------
+
+
+def say_result(found: Mapping[str, Any]) -> None:
+    """Who wins, in words: better only where the interval says so."""
+    for rate in found["win_rates"]:
+        a, b, kind = rate["a"], rate["b"], rate["kind"] or "other"
+        value, low, high = rate["value"], rate["low"], rate["high"]
+        if high < 0.5:
+            a, b, value, low, high = b, a, 1 - value, 1 - high, 1 - low
+        verdict = f"{a} beats {b}" if low > 0.5 else f"no difference shown between {a} and {b}"
+        won = f"{a} wins {value:.0%} ({low:.0%} to {high:.0%}) of {rate['n']:,}, {rate['ties']:,} ties counted half"
+        console.say(f"{kind} prompts: {verdict}: {won}")
+    for axis, ratings in found["ratings"].items():
+        for r in ratings:
+            console.say(f"Elo, {axis}: {r['model']} {r['value']:.0f} ({r['low']:.0f} to {r['high']:.0f})")
+
+
+def _result_of(output: str, models: Sequence[str]) -> dict[str, Any]:
+    tournament = Tournament(models)
+    for _, row in read_rows(output, rows_of(Duel)):
+        tournament.add(row)
+    return tournament.result()
+
+
+def command(
+    input: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SAMPLES...", help="Sample files, one a model: FILE or NAME=FILE, two or more.", show_default=False
+        ),
+    ],
+    output: options.Output = "-",
+    pm: Annotated[str | None, typer.Option(help="Preference model that scores the replies.")] = None,
+    judge: Annotated[
+        str | None, typer.Option("--judge", "--model", "-m", help="Model that is asked which reply is better.")
+    ] = None,
+    kind: Annotated[str | None, typer.Option(help="red-team or helpful, for rows that do not say.")] = None,
+    method: Annotated[str, typer.Option(help=f"Of a judge: {', '.join(METHODS)}.")] = "choice",
+    constitution: options.Constitution = None,
+    few_shot: options.FewShot = None,
+    principles: options.Principles = None,
+    max_principles: options.MaxPrinciples = None,
+    principles_per_pair: Annotated[str, typer.Option(help="Principles drawn for each pair: a number, or all.")] = "1",
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate/--no-calibrate", help="Take out the liking for a letter that empty pairs show.")
+    ] = False,
+    clamp: Annotated[str | None, typer.Option(help="LOW,HIGH: limits of each probability, as of label-prefs.")] = None,
+    cot_samples: Annotated[int, typer.Option(min=1, help="Chains of thought per question, averaged.")] = 1,
+    max_new_tokens: options.MaxNewTokens = 128,
+    temperature: options.Temperature = 1.0,
+    top_p: options.TopP = 1.0,
+    prompt_form: options.PromptForm = "auto",
+    seed: options.Seed = 0,
+    limit: options.Limit = None,
+    batch_size: options.BatchSize = None,
+    device: options.Device = "auto",
+    dtype: options.DType = "auto",
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Compare models by their replies to the same prompts: win rates and Elo, harmlessness and helpfulness apart.
+
+    SAMPLES: Sample (or Revision) rows, joined by id. Writes one row per prompt and two models, and the figures to
+    OUT.compare.json.
+    """
+    flags = locals()
+    if (pm is None) == (judge is None):
+        raise UsageError("either --pm or --judge compares the replies")
+    files = name_files(input)
+    default_kind = pick_kind(kind)
+    decided: dict[str, Any]
+    work: Callable[[Sequence[Match]], list[Duel | Rejected]]
+    if judge is None:
+        scorer = PmScorer(str(pm), batch_size, device)
+        window, work = scorer.batch_size, partial(compare_by_scores, scorer=scorer)
+        decided = {"settings": {"kind": kind, "limit": limit}, "pm": {"fingerprint": scorer.base.fingerprint}}
+    else:
+        labeller, loaded = open_labeller({**flags, "both_orders": True, "min_confidence": 0.5}, judge)
+        window, work = labeller.judge.engine.batch_size, partial(compare_by_votes, labeller=labeller)
+        named = {"name": loaded.name, "fingerprint": loaded.fingerprint()}
+        decided = {"settings": labeller_settings(flags, labeller), "constitution": named}
+        decided |= {"model": labeller.judge.engine.identity()}
+    decided["settings"]["models"] = list(files)
+    inputs = {name: hash_input(file) for name, file in files.items()}
+    tournament = Tournament(list(files))
+    summary = Job(
+        provenance=provenance("eval compare", inputs=inputs, **decided),
+        inputs=inputs,
+        output=output,
+        overwrite=overwrite,
+        units=lambda: match_units(files, default_kind, limit),
+        work=lambda some: tournament.seeing(work(some)) if output == "-" else work(some),
+        window=window,
+    ).complete()
+    found = tournament.result() if output == "-" else _result_of(output, list(files))
+    if output != "-":
+        write_json(sidecar(Path(output), "compare.json"), found)
+    print_summary({**summary, **found}, as_json=json, stdout_is_data=output == "-")
+    say_result(found)
