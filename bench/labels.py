@@ -18,12 +18,12 @@ import orjson
 from cai_cli.constitution import PreferenceConstitution, open_constitution
 from cai_cli.engines import open_engine
 from cai_cli.engines.base import Refusal, Sampling
+from cai_cli.forms import parse_transcript
 from cai_cli.intake import Intake
 from cai_cli.phase2_feedback.judging import METHODS, Comparison, Judge, Judgement, sigmoid
 from cai_cli.phase2_feedback.label_prefs import Labeller
 from cai_cli.phase2_feedback.pairs import Pair, pair_units
 from cai_cli.prompts import assistant, options_of
-from cai_cli.records import parse_transcript
 from cai_cli.stage import Unit
 from cai_cli.statistics import wilson
 

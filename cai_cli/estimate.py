@@ -11,9 +11,9 @@ from typing import Any
 import orjson
 
 from cai_cli.constitution import CritiqueConstitution, PreferenceConstitution, open_constitution, select
+from cai_cli.forms import render_transcript
 from cai_cli.jsonl import read_prompts, stop
 from cai_cli.pipeline import DATA_STAGES, Step, stage_options
-from cai_cli.records import render_transcript
 
 CHARACTERS_PER_TOKEN = 4
 

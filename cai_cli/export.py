@@ -21,10 +21,11 @@ import typer
 from cai_cli import __version__, console, options
 from cai_cli.drawn import Drawn, drawn_counts, draws
 from cai_cli.errors import CaiError, UsageError
+from cai_cli.forms import parse_preference, parse_prompt
 from cai_cli.jsonl import read_rows, read_values, rows_of, shown
 from cai_cli.manifest import hash_input, read_manifest
 from cai_cli.outputs import one_writer, sidecar
-from cai_cli.records import Critique, Preference, Prompt, Revision, Row, Sample, parse_preference, parse_prompt
+from cai_cli.records import Critique, Preference, Prompt, Revision, Row, Sample
 
 PAPER = "[Constitutional AI](https://arxiv.org/abs/2212.08073)"
 USED_BY: Mapping[type[Row], str] = {

@@ -27,7 +27,8 @@ import jsonlines
 import orjson
 
 from cai_cli.errors import BadRow, CaiError, RowError
-from cai_cli.records import Kind, Prompt, Rejected, Row, dump_row, load_row, parse_prompt
+from cai_cli.forms import parse_prompt
+from cai_cli.records import Kind, Prompt, Rejected, Row, dump_row, load_row
 
 MAX_LINE_BYTES = 64 * 2**20
 KEPT_OF_LONG_LINE = 4096
@@ -192,7 +193,7 @@ def rows_of(row_type: type[R]) -> Callable[[object], R]:
 
 
 def read_prompts(source: str, kind: Kind | None = None, on_bad: OnBad = stop) -> Iterator[Numbered[Prompt]]:
-    """Prompts in any accepted form (`records.parse_prompt`): JSONL, plain text (one prompt a line), parquet, hf://.
+    """Prompts in any accepted form (`forms.parse_prompt`): JSONL, plain text (one prompt a line), parquet, hf://.
 
     The first line decides between JSONL and plain text, so a broken JSON line later is an error and not a prompt.
     """

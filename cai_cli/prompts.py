@@ -13,7 +13,8 @@ from typing import Literal, get_args
 from cai_cli.constitution import ComparisonExample, CritiqueExample, PreferencePrinciple
 from cai_cli.engines.base import Engine, Text
 from cai_cli.errors import RowError, UsageError
-from cai_cli.records import Message, Role, escape_headings, parse_transcript, render_transcript
+from cai_cli.forms import escape_headings, parse_transcript, render_transcript
+from cai_cli.records import Message, Role
 
 Form = Literal["chat", "raw"]
 RAW_STOPS = ("\n\nHuman:", "\n\nAssistant:", "\n\nCritiqueRequest:", "\n\nRevisionRequest:")

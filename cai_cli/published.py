@@ -17,8 +17,9 @@ from cai_cli.constitution import (
     PreferencePrinciple,
 )
 from cai_cli.errors import CaiError, RowError
+from cai_cli.forms import parse_transcript, render_transcript
 from cai_cli.prompts import cot_example
-from cai_cli.records import Message, parse_transcript, render_transcript
+from cai_cli.records import Message
 
 _CRITIQUE = re.compile(r"\A\n\nCritiqueRequest: (.+)\n\nCritique:\Z", re.DOTALL)
 _REVISION = re.compile(r"\A\n\nRevisionRequest: (.+)\n\nRevision:\Z", re.DOTALL)

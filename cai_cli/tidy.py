@@ -16,9 +16,10 @@ import typer
 
 from cai_cli import options
 from cai_cli.errors import RowError
+from cai_cli.forms import parse_prompt
 from cai_cli.jsonl import KeyTable, read_rows
 from cai_cli.manifest import hash_input, provenance
-from cai_cli.records import conversation_id, json_type, parse_prompt
+from cai_cli.records import conversation_id, json_type
 from cai_cli.rewrite import rewrite
 from cai_cli.sinks import Counts, FileSink
 from cai_cli.stats import texts_of

@@ -289,9 +289,9 @@ def pm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_preference_model_answers_by_the_scores_that_it_gives_the_conversations(
     cai: Cai, files: Path, pm: Path
 ) -> None:
+    from cai_cli.forms import parse_transcript
     from cai_cli.models import load_reward_model, load_tokenizer
     from cai_cli.phase2_feedback.preference_model import score_conversations
-    from cai_cli.records import parse_transcript
 
     rows = [*published(8), {**published(1)[0], "id": "same", "text_incorrect": published(1)[0]["text_correct"]}]
     rows.append({**published(1)[0], "id": "long", "text_correct": f"\n\nHuman: hi\n\nAssistant: {'xy ' * 600}"})

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from cai_cli.constitution import ComparisonExample, CritiqueExample, PreferencePrinciple
 from cai_cli.engines.scripted import ScriptedEngine
 from cai_cli.errors import UsageError
+from cai_cli.forms import parse_transcript
 from cai_cli.prompts import (
     RAW_STOPS,
     Form,
@@ -26,7 +27,7 @@ from cai_cli.prompts import (
     verdict_of,
     verdict_request,
 )
-from cai_cli.records import Message, parse_transcript
+from cai_cli.records import Message
 
 TALK = [user("how?"), assistant("like so.")]
 WORKED = CritiqueExample(

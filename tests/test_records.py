@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from stage_helpers import sample_row
 
 from cai_cli.errors import RowError
+from cai_cli.forms import parse_preference, parse_prompt, parse_transcript, render_transcript
 from cai_cli.jsonl import read_rows, row_key, rows_of
 from cai_cli.records import (
     Critique,
@@ -22,11 +23,7 @@ from cai_cli.records import (
     Sample,
     dump_row,
     load_row,
-    parse_preference,
-    parse_prompt,
-    parse_transcript,
     reject,
-    render_transcript,
 )
 
 # No lone surrogates: they are no text, and UTF-8 cannot carry them.

@@ -21,6 +21,7 @@ from cai_cli import console, options
 from cai_cli.engines import engine_of
 from cai_cli.engines.base import Engine, Question, Refusal
 from cai_cli.errors import RowError, UsageError
+from cai_cli.forms import joined_turns, parse_transcript
 from cai_cli.intake import Intake
 from cai_cli.jsonl import Numbered, read_rows, rows_of
 from cai_cli.manifest import hash_input, provenance, settings_of
@@ -33,9 +34,7 @@ from cai_cli.records import (
     Message,
     Rejected,
     content_hash,
-    joined_turns,
     parse_question,
-    parse_transcript,
     reason_kind,
     reject,
 )

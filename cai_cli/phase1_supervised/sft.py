@@ -18,10 +18,11 @@ from cai_cli.cpu_head import use_plain_head
 from cai_cli.engines.base import seed_for
 from cai_cli.engines.chat import encode_chat
 from cai_cli.errors import RowError, UsageError
+from cai_cli.forms import parse_prompt
 from cai_cli.intake import Intake
 from cai_cli.manifest import hash_input, provenance
 from cai_cli.prompts import assistant
-from cai_cli.records import Message, Revision, Sample, conversation_id, json_type, load_row, parse_prompt, reject
+from cai_cli.records import Message, Revision, Sample, conversation_id, json_type, load_row, reject
 from cai_cli.training import (
     Epochs,
     GradientAccumulation,

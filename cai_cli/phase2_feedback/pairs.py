@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 from cai_cli.engines.base import seed_for
 from cai_cli.errors import BadRow
+from cai_cli.forms import parse_preference
 from cai_cli.intake import Intake
 from cai_cli.jsonl import KeyTable, Numbered, shown
 from cai_cli.phase1_supervised.reviser import sample_or_revision
-from cai_cli.records import Identified, Message, Preference, Sample, conversation_id, load_row, parse_preference
+from cai_cli.records import Identified, Message, Preference, Sample, conversation_id, load_row
 from cai_cli.stage import Skip, Unit, Units
 
 PAIRINGS = ("all", "random")

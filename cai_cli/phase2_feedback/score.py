@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 from cai_cli import options
 from cai_cli.errors import RowError
+from cai_cli.forms import parse_preference
 from cai_cli.intake import Intake
 from cai_cli.manifest import hash_input, provenance, settings_of
 from cai_cli.phase1_supervised.sft import completed_row
 from cai_cli.phase2_feedback.preference_model import encode_conversation, score_ids
-from cai_cli.records import Preference, Rejected, Sample, Scored, conversation_id, parse_preference, reject
+from cai_cli.records import Preference, Rejected, Sample, Scored, conversation_id, reject
 from cai_cli.stage import Job, Unit, Units
 from cai_cli.training import context_window, pick_device
 from cai_cli.training_job import Base

@@ -19,6 +19,7 @@ from cai_cli import console, options
 from cai_cli.engines.base import seed_for
 from cai_cli.engines.chat import encode_text
 from cai_cli.errors import CaiError, RowError, UsageError
+from cai_cli.forms import parse_preference
 from cai_cli.intake import Intake
 from cai_cli.manifest import hash_input, provenance, settings_of
 from cai_cli.phase2_feedback.fitted_head import fit_head
@@ -26,7 +27,7 @@ from cai_cli.phase2_feedback.pm_figures import held_out_figures
 from cai_cli.phase2_feedback.pm_trainer import soft_reward_trainer
 from cai_cli.phase2_feedback.preference_model import encode_conversation, score_ids
 from cai_cli.phase2_feedback.shared_prompt import score_pairs, take_packed_pairs
-from cai_cli.records import JudgedPair, Preference, conversation_id, dump_row, parse_preference, reject
+from cai_cli.records import JudgedPair, Preference, conversation_id, dump_row, reject
 from cai_cli.training import (
     Epochs,
     GradientAccumulation,
