@@ -301,7 +301,6 @@ def command(
     """
     flags = locals() | {"model": model or options.DEFAULT_MODEL}
     settings = settings_of(flags)
-    del settings["pm"]
     if pm and (model or both_orders):
         raise UsageError("--pm scores whole conversations: it takes neither --model nor --both-orders")
     judge: Judge
