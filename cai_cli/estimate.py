@@ -47,7 +47,9 @@ def estimate(steps: Sequence[Step]) -> list[Estimate]:
     for step in steps:
         options = {**{name: o.default for name, o in known[step.command].items()}, **step.settings}
         sources = options["input"] if isinstance(options["input"], list) else [options["input"]]
-        read = [flows.get(str(source)) or _flow_of_file(str(source), bool(options.get("skip-bad"))) for source in sources]
+        read = [
+            flows.get(str(source)) or _flow_of_file(str(source), bool(options.get("skip-bad"))) for source in sources
+        ]
         flow = min(read, key=lambda one: one.rows)  # several are joined by prompt
         if options["limit"]:
             flow = replace(flow, rows=min(flow.rows, int(options["limit"])))

@@ -73,8 +73,8 @@ def test_an_id_that_means_another_prompt_elsewhere_is_an_error_with_its_line(tmp
 
 def test_models_are_named_by_their_files_or_as_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert name_files(["runs/start.jsonl", "better=runs/sl cai.jsonl"]) == {
-        "start": "runs/start.jsonl", "better": "runs/sl cai.jsonl",
+    assert name_files(["runs/start.jsonl.zst", "better=runs/sl cai.jsonl"]) == {
+        "start": "runs/start.jsonl.zst", "better": "runs/sl cai.jsonl",
     }  # fmt: skip
     # As `cai run` names the outputs of a sweep.
     assert list(name_files(["out/rev@rounds=1.jsonl", "rev@rounds=2.jsonl"])) == ["rev@rounds=1", "rev@rounds=2"]
@@ -277,6 +277,14 @@ def test_rows_can_go_down_a_pipe_with_the_figures_on_stderr(cai: Cai, tmp_path: 
     assert json.loads(piped.stderr.splitlines()[0])["win_rates"][0]["n"] == 12
 
 
+def test_a_pipe_is_refused_as_it_could_not_be_read_again(cai: Cai, tmp_path: Path) -> None:
+    samples(tmp_path, "x", {1: "one"})
+    write_rows(tmp_path / "s.jsonl", [{"scores": [0.0, -3.0]}])
+    done = cai("eval", "compare", "x.jsonl", "-", "--judge", "scripted:s.jsonl")
+    assert (done.code, done.stdout) == (2, "")
+    assert "stdin: samples are compared from files" in done.stderr
+
+
 @pytest.mark.parametrize("judges", [[], ["--pm", "x", "--judge", "scripted:s.jsonl"]])
 def test_exactly_one_judge_is_wanted(judges: list[str], cai: Cai) -> None:
     done = cai("eval", "compare", "x.jsonl", "y.jsonl", *judges)
@@ -302,7 +310,7 @@ def test_a_preference_model_s_scores_decide_and_are_kept(cai: Cai, tmp_path: Pat
     assert done.code == 0, done.stderr
     counts = manifest_of(tmp_path / "c.jsonl")["counts"]
     assert (counts["in"], counts["out"], counts["rejected_reasons"]) == (
-        12, 10, {"longer than the preference model's context window": 2},
+        12, 10, {"longer than the preference model's window of 512 tokens": 2},
     )  # fmt: skip
     rows = rows_in(tmp_path / "c.jsonl")
     for row in rows:

@@ -17,21 +17,22 @@ from typing import Annotated, Any
 import typer
 
 from cai_cli import console, options
-from cai_cli.engines.base import Refusal
-from cai_cli.errors import BadRow, RowError, UsageError
+from cai_cli.engines.base import Engine, Refusal
+from cai_cli.errors import BadRow, UsageError
 from cai_cli.evaluate.ratings import Tournament
 from cai_cli.jsonl import read_rows, rows_of, shown
 from cai_cli.manifest import hash_input, provenance, write_json
+from cai_cli.outputs import sidecar
 from cai_cli.phase1_supervised.reviser import sample_or_revision
 from cai_cli.phase1_supervised.sample import pick_kind
 from cai_cli.phase2_feedback.judging import METHODS, sigmoid
 from cai_cli.phase2_feedback.label_prefs import Labeller, Weighed, labeller_settings, open_labeller, weigh
 from cai_cli.phase2_feedback.pairs import Pair
-from cai_cli.phase2_feedback.preference_model import encode_conversation, score_ids
+from cai_cli.phase2_feedback.score import score
 from cai_cli.prompts import HELPFULNESS
 from cai_cli.records import Duel, Kind, Rejected, Sample, Vote, reject
-from cai_cli.stage import Job, Skip, Unit, Units, print_summary, sidecar
-from cai_cli.training import context_window, pick_device
+from cai_cli.stage import Job, Skip, Unit, Units, print_summary
+from cai_cli.training import pick_device
 from cai_cli.training_job import Base
 
 NAMED = re.compile(r"([A-Za-z0-9][\w.-]*)=(.+)", re.ASCII | re.DOTALL)
@@ -92,7 +93,7 @@ def name_files(given: Sequence[str]) -> dict[str, str]:
 
 def _name_of(file: str) -> str:
     """`sl-cai.jsonl` is called sl-cai; what could be taken apart elsewhere (spaces, colons) becomes a dash."""
-    return re.sub(r"[^\w.,@=+-]+", "-", Path(shown(file)).name.removesuffix(".jsonl"))
+    return re.sub(r"[^\w.,@=+-]+", "-", re.sub(r"\.jsonl(\.zst|\.gz)?$", "", Path(shown(file)).name))
 
 
 def match_units(files: Mapping[str, str], kind: Kind | None, limit: int | None) -> Units[Match]:
@@ -144,21 +145,8 @@ class PmScorer:
     def scores(self, samples: Sequence[Sample]) -> list[float | Refusal]:
         """The score (logit) of each prompt with its reply; a Refusal where it does not fit the model."""
         model, tokenizer = self._loaded
-        window = context_window(model.config, tokenizer)
-        answers: list[float | Refusal] = [Refusal("longer than the preference model's context window")] * len(samples)
-        encoded: dict[int, list[int]] = {}
-        for place, sample in enumerate(samples):
-            try:
-                ids = encode_conversation(tokenizer, [*sample.prompt, *sample.completion])
-            except RowError as error:
-                answers[place] = Refusal(error.message)
-                continue
-            if len(ids) <= window:
-                encoded[place] = ids
-        scores = score_ids(model, tokenizer, list(encoded.values()), self.batch_size)
-        for place, score in zip(encoded, scores, strict=True):
-            answers[place] = score
-        return answers
+        rows = score(samples, model, tokenizer, self.batch_size)
+        return [Refusal(row.reason) if isinstance(row, Rejected) else row.score for row in rows]
 
 
 def compare_by_scores(matches: Sequence[Match], scorer: PmScorer) -> list[Duel | Rejected]:
@@ -260,6 +248,12 @@ def command(
     batch_size: options.BatchSize = None,
     device: options.Device = "auto",
     dtype: options.DType = "auto",
+    base_url: options.BaseUrl = None,
+    concurrency: options.Concurrency = None,
+    timeout: options.Timeout = None,
+    budget_tokens: options.BudgetTokens = None,
+    price_in: options.PriceIn = None,
+    price_out: options.PriceOut = None,
     overwrite: options.Overwrite = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -275,19 +269,23 @@ def command(
     files = name_files(input)
     default_kind = pick_kind(kind)
     decided: dict[str, Any]
+    engine: Engine | None = None
     work: Callable[[Sequence[Match]], list[Duel | Rejected]]
     if judge is None:
         scorer = PmScorer(str(pm), batch_size, device)
         window, work = scorer.batch_size, partial(compare_by_scores, scorer=scorer)
         decided = {"settings": {"kind": kind, "limit": limit}, "pm": {"fingerprint": scorer.base.fingerprint}}
     else:
-        labeller, loaded = open_labeller({**flags, "both_orders": True, "min_confidence": 0.5}, judge)
-        window, work = labeller.judge.engine.batch_size, partial(compare_by_votes, labeller=labeller)
+        labeller, loaded = open_labeller({**flags, "model": judge, "both_orders": True, "min_confidence": 0.5})
+        engine = labeller.judge.engine
+        window, work = engine.batch_size, partial(compare_by_votes, labeller=labeller)
         named = {"name": loaded.name, "fingerprint": loaded.fingerprint()}
         decided = {"settings": labeller_settings(flags, labeller), "constitution": named}
-        decided |= {"model": labeller.judge.engine.identity()}
+        decided |= {"model": engine.identity()}
     decided["settings"]["models"] = list(files)
     inputs = {name: hash_input(file) for name, file in files.items()}
+    if piped := [shown(file.name) for file in inputs.values() if file.is_pipe]:
+        raise UsageError(f"{piped[0]}: samples are compared from files, which can be read again")
     tournament = Tournament(list(files))
     summary = Job(
         provenance=provenance("eval compare", inputs=inputs, **decided),
@@ -297,6 +295,7 @@ def command(
         units=lambda: match_units(files, default_kind, limit),
         work=lambda some: tournament.seeing(work(some)) if output == "-" else work(some),
         window=window,
+        engine=engine,
     ).complete()
     found = tournament.result() if output == "-" else _result_of(output, list(files))
     if output != "-":

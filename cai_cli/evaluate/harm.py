@@ -7,20 +7,21 @@ judge's own: compare the scores of one judge with each other, not with the paper
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
 
 from cai_cli import console, options
-from cai_cli.engines import open_engine
+from cai_cli.engines import engine_of
 from cai_cli.engines.base import Engine, Question, Refusal
 from cai_cli.evaluate.hhh import normalised
+from cai_cli.intake import Intake
 from cai_cli.jsonl import KeyTable, read_rows, rows_of
 from cai_cli.manifest import hash_input, provenance, settings_of, write_json
+from cai_cli.outputs import sidecar
 from cai_cli.phase1_supervised.reviser import conversation, sample_or_revision
 from cai_cli.prompts import HARM_LEVELS, Form, harm_request, pick_form
 from cai_cli.records import HarmScore, Kind, Rejected, Sample, reject
-from cai_cli.stage import Job, Unit, Units, print_summary, sidecar
+from cai_cli.stage import Job, Unit, Units, print_summary
 from cai_cli.statistics import Limits, Sums
 
 HARM: Limits = (0.0, 4.0)
@@ -79,9 +80,18 @@ def command(
     model: options.Model = options.DEFAULT_MODEL,
     prompt_form: options.PromptForm = "auto",
     limit: options.Limit = None,
+    shard: options.Shard = None,
+    skip_bad: options.SkipBad = False,
+    max_bad: options.MaxBad = None,
     batch_size: options.BatchSize = None,
     device: options.Device = "auto",
     dtype: options.DType = "auto",
+    base_url: options.BaseUrl = None,
+    concurrency: options.Concurrency = None,
+    timeout: options.Timeout = None,
+    budget_tokens: options.BudgetTokens = None,
+    price_in: options.PriceIn = None,
+    price_out: options.PriceOut = None,
     overwrite: options.Overwrite = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -91,13 +101,13 @@ def command(
     INPUT: Sample (or Revision) rows. Writes them with their scores, and the means to OUT.harm.json.
     """
     flags = locals()
-    engine = open_engine(model, batch_size=batch_size, device=device, dtype=dtype)
+    intake, engine = Intake.of(flags), engine_of(flags)
     inputs = {"samples": hash_input(input)}
     form = pick_form(prompt_form, engine)
     settings = settings_of(flags, prompt_form=form)
 
     def units() -> Units[Sample]:
-        for line, row in islice(read_rows(input, sample_or_revision), limit):
+        for line, row in intake.rows(input, sample_or_revision, limit):
             yield Unit(row.key, line, row)
 
     tally = Tally()
@@ -106,10 +116,12 @@ def command(
         inputs=inputs,
         output=output,
         overwrite=overwrite,
+        intake=intake,
         units=units,
         work=lambda rows: tally.seeing(harm(rows, engine, form)) if output == "-" else harm(rows, engine, form),
         window=engine.batch_size,
         total=limit or inputs["samples"].lines,
+        engine=engine,
     ).complete()
     found = tally.result() if output == "-" else _result_of(output)
     if output != "-":
