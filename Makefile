@@ -19,8 +19,9 @@ demo: setup
 	$(BIN)/cai run examples/quickstart.yaml
 	@echo "Open runs/quickstart/report.html; beside it are the rows of every stage, sl-cai, pm, rl-cai, and their manifests."
 
+# One thread a worker: two torch processes that each want both cores slow each other tenfold.
 test: setup
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 # The real server of `pytest -m server`; compiling it takes some minutes, once.
 server-env: .server-venv/.installed

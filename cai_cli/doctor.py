@@ -4,7 +4,6 @@ import importlib.util
 import os
 import shutil
 import sys
-from importlib.metadata import PackageNotFoundError, version
 
 import orjson
 
@@ -40,6 +39,8 @@ def checks() -> list[Check]:
 
 
 def _package(name: str) -> Check:
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return _check(name, True, version(name))
     except PackageNotFoundError:

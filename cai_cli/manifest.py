@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +101,8 @@ def _shown(value: Json) -> str:
 
 def run_facts(seconds: float, inputs: Mapping[str, InputFile]) -> Json:
     """What is worth knowing about the run but decides no row: command line, time, versions, input names."""
+    from importlib.metadata import version
+
     return {
         "argv": ["cai", *sys.argv[1:]],
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),

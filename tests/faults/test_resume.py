@@ -172,7 +172,7 @@ def test_a_changed_input_is_refused_and_a_finished_output_left_alone(tmp_path: P
 
 
 def test_a_second_writer_is_refused_at_once_and_a_killed_holder_frees_the_lock(tmp_path: Path) -> None:
-    write_inputs(tmp_path, 0.05)
+    write_inputs(tmp_path, 0.12)
     child = subprocess.Popen([*CAI, *command("sample")], cwd=tmp_path, stderr=subprocess.DEVNULL)
     while not (tmp_path / "out.jsonl.partial.manifest.json").exists():
         time.sleep(0.005)
