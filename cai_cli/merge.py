@@ -87,7 +87,13 @@ class _Rows:
     def take(self) -> bytes:
         """The row at hand; the next one comes to hand."""
         row, self.row = self.row, next(self.lines, b"")
-        self.key = row_key(orjson.loads(self.row)) if self.row else None
+        try:
+            self.key = row_key(orjson.loads(self.row)) if self.row else None
+        except (orjson.JSONDecodeError, KeyError, TypeError):
+            raise CaiError(
+                f"{self.path}: a line that no run wrote: {self.row[:40]!r}",
+                hint="the file was changed since; make it anew",
+            ) from None
         return row
 
 

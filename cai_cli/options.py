@@ -32,7 +32,7 @@ Model = Annotated[
 PreferenceModel = Annotated[
     str, typer.Option("--pm", help="The preference model, from `cai train-pm`.", show_default=False)
 ]
-Seed = Annotated[int, typer.Option(help="Every draw comes from this, the stage and the row.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Every draw comes from this, the stage and the row.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Only the first N rows of the input.")]
 SkipBad = Annotated[
     bool, typer.Option("--skip-bad", help="Go on past lines that are no rows; they are kept in the rejected file.")

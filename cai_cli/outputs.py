@@ -14,14 +14,16 @@ import orjson
 from filelock import FileLock, Timeout
 
 from cai_cli import console
-from cai_cli.errors import CaiError
+from cai_cli.errors import CaiError, UsageError
 from cai_cli.jsonl import sync_directory
 from cai_cli.manifest import InputFile, differences, read_manifest
 from cai_cli.records import reason_kind
 
 
 def sidecar(path: Path, ending: str) -> Path:
-    """`OUT.ending`, beside OUT."""
+    """`OUT.ending`, beside OUT. Raises UsageError where OUT is no name of a file (`.`, `/`)."""
+    if not path.name:
+        raise UsageError(f"{path} names no output", hint="-o FILE")
     return path.with_name(f"{path.name}.{ending}")
 
 
@@ -88,6 +90,20 @@ def rejected_reasons(path: Path) -> Counter[str]:
         return Counter(reason_kind(orjson.loads(line)["reason"]) for line in file)
 
 
+def set_aside(path: Path) -> None:
+    """Keep a finished output as `OUT.old` with its sidecars while another is made in its place."""
+    if not path.exists():
+        return
+    for file in _finished_files(path):
+        if file.exists():
+            os.replace(file, sidecar(file, "old"))
+    console.say(f"{path} is kept as {sidecar(path, 'old')} until the new one is whole")
+
+
+def _finished_files(path: Path) -> tuple[Path, Path, Path]:
+    return path, sidecar(path, "manifest.json"), sidecar(path, "rejected.jsonl")
+
+
 def publish(path: Path) -> None:
     """Make a data output whose draft manifest says that it is finished appear as OUT: compressed where it is named
     .zst, its manifest last. Killed between any two steps, the next run does the rest."""
@@ -104,6 +120,8 @@ def publish(path: Path) -> None:
     if manifest["provenance"]["settings"].get("shard") is None:
         sidecar(path, "units.jsonl").unlink(missing_ok=True)
     os.replace(draft, sidecar(path, "manifest.json"))
+    for file in _finished_files(path):
+        sidecar(file, "old").unlink(missing_ok=True)
     sync_directory(path.parent)
 
 

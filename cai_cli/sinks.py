@@ -11,7 +11,7 @@ from cai_cli import console
 from cai_cli.errors import CaiError
 from cai_cli.jsonl import AppendFile, KeyTable, Line, cut_torn_tail, read_values
 from cai_cli.manifest import read_manifest, write_json
-from cai_cli.outputs import publish, refuse_other_run, rejected_reasons, sidecar
+from cai_cli.outputs import publish, refuse_other_run, rejected_reasons, set_aside, sidecar
 from cai_cli.records import Asked, Rejected, Row, dump_row, reason_kind
 
 Outcome = Row | Rejected | Line
@@ -78,10 +78,11 @@ class FileSink:
             self.start_afresh()
 
     def start_afresh(self) -> None:
-        """Remove what earlier runs left and say what this one makes."""
-        files = (self.partial, self.rejected, self.units, self.ahead)
-        for stale in (*(f.path for f in files), self.path, sidecar(self.path, "manifest.json")):
-            stale.unlink(missing_ok=True)
+        """Remove what earlier runs left unfinished and say what this one makes. A finished output steps aside until
+        the new one is whole."""
+        set_aside(self.path)
+        for file in (self.partial, self.rejected, self.units, self.ahead):
+            file.path.unlink(missing_ok=True)
         write_json(self.draft, {"status": "running", "provenance": self.provenance})
 
     def finished(self) -> KeyTable:

@@ -101,6 +101,8 @@ class Job(Generic[T]):
     def _fill(self, path: Path) -> dict[str, Any]:
         if path.suffix == ".gz":
             raise UsageError(f"{path}: outputs are compressed as .zst only")
+        if path.is_dir():
+            raise UsageError(f"{path} is a directory, and rows go to a file", hint="-o FILE")
         refuse_input_as_output(path, self.inputs)
         with one_writer(path):
             if not self.overwrite:
@@ -156,6 +158,8 @@ class Job(Generic[T]):
         sink.finish(counts, self.intake.read(), facts)
         if counts.units == self.intake.count == 0:  # a shard of a few rows may be empty
             console.warn(f"{self.stage}: the input holds no rows")
+        elif counts.units and not counts.out:
+            console.warn(f"{self.stage}: of {counts.units:,} rows nothing came out; the closing line says why")
         return {"stage": self.stage, "status": "finished", "output": self.output, **counts.as_json(),
                 "seconds": facts["seconds"], **used}  # fmt: skip
 

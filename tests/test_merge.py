@@ -171,3 +171,19 @@ def test_every_id_is_in_exactly_one_shard(prompt_id: str, count: int) -> None:
 def test_a_shard_that_is_none_is_a_usage_error(text: str) -> None:
     with pytest.raises(UsageError, match="I/N"):
         Shard.parse(text)
+
+
+def test_a_shard_with_a_line_that_no_run_wrote_is_refused_by_name(cai: Cai, tmp_path: Path) -> None:
+    write_rows(tmp_path / "script.jsonl", [{"replies": ["yes"]}])
+    (tmp_path / "prompts.txt").write_text("".join(f"question {i}\n" for i in range(8)))
+    for i in (1, 2):
+        out = f"s{i}.jsonl"
+        assert (
+            cai("sample", "prompts.txt", "-o", out, "--shard", f"{i}/2", "--model", "scripted:script.jsonl").code == 0
+        )
+    with (tmp_path / "s1.jsonl").open("a") as file:
+        file.write("x\n")
+    refused = cai("merge", "s1.jsonl", "s2.jsonl", "-o", "whole.jsonl")
+    assert refused.code == 1
+    assert "s1.jsonl" in refused.stderr
+    assert "Traceback" not in refused.stderr

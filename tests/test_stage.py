@@ -334,3 +334,43 @@ def test_every_file_loads_with_datasets(name: str, cai: Cai, inputs: Path) -> No
         if path.exists():
             data = datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=str(inputs / "cache"))
             assert data.to_list() == rows_in(path)
+
+
+@pytest.mark.parametrize("output", [".", "/", ".."])
+def test_an_output_that_is_no_file_is_a_usage_error(output: str, cai: Cai, tmp_path: Path) -> None:
+    write_rows(tmp_path / "script.jsonl", [{"replies": ["yes"]}])
+    (tmp_path / "prompts.txt").write_text("why?\n")
+    refused = cai("sample", "prompts.txt", "-o", output, "--model", "scripted:script.jsonl")
+    assert (refused.code, refused.stdout) == (2, "")
+    assert "-o FILE" in refused.stderr
+
+
+def test_a_seed_that_no_generator_takes_is_a_usage_error_and_leaves_nothing(cai: Cai, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("why?\n")
+    for seed in ("-1", str(2**32), str(10**30)):
+        assert cai("sample", "prompts.txt", "-o", "out.jsonl", "--seed", seed).code == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["prompts.txt"]
+
+
+def test_a_run_of_which_nothing_comes_out_says_so(cai: Cai, tmp_path: Path) -> None:
+    write_rows(tmp_path / "script.jsonl", [{"replies": [" "]}])
+    (tmp_path / "prompts.txt").write_text("why?\n")
+    done = cai("sample", "prompts.txt", "-o", "out.jsonl", "--model", "scripted:script.jsonl")
+    assert done.code == 0
+    assert "of 1 rows nothing came out" in done.stderr
+
+
+def test_an_overwritten_output_is_kept_until_the_new_one_is_whole(cai: Cai, tmp_path: Path) -> None:
+    write_rows(tmp_path / "script.jsonl", [{"replies": ["yes"]}])
+    words = ("-o", "out.jsonl", "--model", "scripted:script.jsonl", "--overwrite")
+    (tmp_path / "prompts.txt").write_text("why?\n")
+    assert cai("sample", "prompts.txt", *words).code == 0
+    before = {p.name: p.read_bytes() for p in tmp_path.glob("out.jsonl*")}
+    (tmp_path / "bad.jsonl").write_text('{"prompt": 1}\n')
+    assert cai("sample", "bad.jsonl", *words).code == 1
+    assert cai("sample", "bad.jsonl", *words).code == 1
+    assert (tmp_path / "out.jsonl.old").read_bytes() == before["out.jsonl"]
+    assert (tmp_path / "out.jsonl.manifest.json.old").read_bytes() == before["out.jsonl.manifest.json"]
+    assert cai("sample", "prompts.txt", *words).code == 0
+    assert (tmp_path / "out.jsonl").read_bytes() == before["out.jsonl"]
+    assert {p.name for p in tmp_path.glob("out.jsonl*")} == set(before)
