@@ -169,6 +169,12 @@ def test_a_win_rate_counts_ties_half_and_stands_within_its_interval() -> None:
     assert 0.5 < rate["low"] < 0.65 < rate["high"] < 0.8
 
 
+def test_five_wins_of_six_claim_nothing() -> None:
+    (rate,) = result([duel(i, 0.9 if i else 0.1) for i in range(6)])["win_rates"]
+    assert rate["value"] == pytest.approx(5 / 6)
+    assert rate["low"] < 0.5
+
+
 def test_the_rating_of_two_models_is_the_paper_s_elo_of_their_win_rate() -> None:
     found = rating(result([duel(i, 0.9 if i % 4 else 0.1) for i in range(4000)]))
     assert sum(found.values()) == pytest.approx(2000)

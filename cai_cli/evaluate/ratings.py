@@ -6,7 +6,8 @@ updating game by game as in chess would make them depend on the order of the row
 every two models are given one tie more than they have, so that a model that always wins has a finite rating.
 
 Prompts of kind red-team are the harmlessness axis, those of kind helpful the helpfulness axis; other prompts stand in
-the win rates alone. Intervals are bootstraps over prompts: comparisons over one prompt hang together.
+the win rates alone. Intervals are bootstraps over prompts: comparisons over one prompt hang together. That of a win
+rate is Wilson's where that is wider, as it is for a few prompts.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from cai_cli.jsonl import KeyTable
 from cai_cli.records import Duel, Kind
-from cai_cli.statistics import Figure, Limits, Sums
+from cai_cli.statistics import Figure, Limits, Sums, wilson
 
 if TYPE_CHECKING:
     from cai_cli.statistics import Numbers
@@ -75,7 +76,7 @@ class Tournament:
         for kind in sorted(self.sums, key=str, reverse=True):
             sums = self.sums[kind]
             for i, j in self.pairs:
-                if figure := sums.share(f"won {i} {j}", f"n {i} {j}"):
+                if figure := _of_few(sums, f"won {i} {j}", f"n {i} {j}"):
                     ties = round(sums.total(f"ties {i} {j}"))
                     yield {"a": self.models[i], "b": self.models[j], "kind": kind, **figure, "ties": ties}
 
@@ -103,6 +104,19 @@ class Tournament:
 
     def _named(self, figures: Iterator[Figure | None]) -> list[dict[str, Any]]:
         return [{"model": m, **figure} for m, figure in zip(self.models, figures, strict=True) if figure]
+
+
+def _of_few(sums: Sums, won: str, count: str) -> Figure | None:
+    """The share with the wider of two intervals: that of the bootstrap, and Wilson's over prompts. Of a few prompts the
+    bootstrap alone is too sure: five wins of six are no proof."""
+    figure = sums.share(won, count)
+    if figure is None:
+        return None
+    prompts = sum(n > 0 for n in sums.table[:, sums.columns[count]].tolist())
+    apart = wilson(figure["value"] * prompts, prompts)
+    if apart:
+        figure["low"], figure["high"] = min(figure["low"], apart["low"]), max(figure["high"], apart["high"])
+    return figure
 
 
 def _bradley_terry(named: Mapping[str, "Numbers"], pairs: Sequence[tuple[int, int]], models: int) -> "Numbers":
