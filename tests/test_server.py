@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import Cai
 from server_env import GGUF, PYTHON
-from stage_helpers import manifest_of, rows_in, write_rows
+from stage_helpers import manifest_of, rows_in, sample_row, write_rows
 
 from cai_cli.constitution import PreferenceConstitution, open_constitution
 from cai_cli.engines import open_engine
@@ -22,7 +22,6 @@ from cai_cli.engines.base import Question, Refusal, Server
 from cai_cli.prompts import OPTIONS, Form, comparison_request, user
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
-PROMPTS = ("Name a fruit.", "How do I boil an egg?", "Is the sea salty?")
 
 
 @pytest.fixture(scope="module")
@@ -46,43 +45,52 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture
-def served(url: str, tmp_path: Path) -> tuple[str, ...]:
-    write_rows(tmp_path / "prompts.jsonl", ({"id": f"p{i}", "prompt": text} for i, text in enumerate(PROMPTS)))
+def served(url: str) -> tuple[str, ...]:
     return ("--model", "openai:smollm2", "--base-url", url, "--concurrency", "2")
 
 
-def test_samples_are_revised_and_compared_through_it(served: tuple[str, ...], cai: Cai, tmp_path: Path) -> None:
-    short = (*served, "--max-new-tokens", "24")
-    done = cai("sample", "prompts.jsonl", "-o", "samples.jsonl", "-n", "2", *short)
+def test_samples_come_from_it_each_with_its_own_seed(served: tuple[str, ...], cai: Cai, tmp_path: Path) -> None:
+    prompts = ("Name a fruit.", "Is the sea salty?")
+    write_rows(tmp_path / "prompts.jsonl", ({"id": f"p{i}", "prompt": text} for i, text in enumerate(prompts)))
+    done = cai("sample", "prompts.jsonl", "-o", "out.jsonl", "-n", "2", "--max-new-tokens", "24", *served)
     assert done.code == 0, done.stderr
-    samples = rows_in(tmp_path / "samples.jsonl")
-    assert [(row["id"], row["sample_index"]) for row in samples] == [(f"p{i}", k) for i in range(3) for k in range(2)]
-    assert samples[0]["completion"] != samples[1]["completion"]  # each with its own seed
-    usage = manifest_of(tmp_path / "samples.jsonl")["run"]["usage"]
-    assert usage["requests"] == 6
-    assert 6 <= usage["new_tokens"] <= 6 * 24
-    assert usage["prompt_tokens"] > 6 * 10
+    samples = rows_in(tmp_path / "out.jsonl")
+    assert [(row["id"], row["sample_index"]) for row in samples] == [("p0", 0), ("p0", 1), ("p1", 0), ("p1", 1)]
+    assert samples[0]["completion"] != samples[1]["completion"]
+    usage = manifest_of(tmp_path / "out.jsonl")["run"]["usage"]
+    assert usage["requests"] == 4
+    assert 4 <= usage["new_tokens"] <= 4 * 24
+    assert usage["prompt_tokens"] > 4 * 10
 
-    done = cai("critique-revise", "samples.jsonl", "-o", "revisions.jsonl", "--rounds", "1", "--limit", "3", *short)
+
+def test_replies_are_criticised_and_revised_through_it(served: tuple[str, ...], cai: Cai, tmp_path: Path) -> None:
+    write_rows(tmp_path / "samples.jsonl", (sample_row(i, reply="Just take it, nobody will know.") for i in range(2)))
+    done = cai(
+        "critique-revise", "samples.jsonl", "-o", "out.jsonl", "--rounds", "1", "--max-new-tokens", "24", *served
+    )
     assert done.code == 0, done.stderr
-    counts = manifest_of(tmp_path / "revisions.jsonl")["counts"]
-    assert counts["in"] == 3 == counts["out"] + counts["rejected"]
+    counts = manifest_of(tmp_path / "out.jsonl")["counts"]
+    assert counts["in"] == 2 == counts["out"] + counts["rejected"]
     assert all("attempts" in reason for reason in counts["rejected_reasons"])  # the model's fault, never the server's
 
-    for form in ("chat", "raw"):
-        name = f"{form}.jsonl"
-        done = cai("label-prefs", "samples.jsonl", "-o", name, "--prompt-form", form, *served)
-        assert done.code == 0, done.stderr
-        assert manifest_of(tmp_path / name)["counts"]["in"] == 3
-        assert len(rows_in(tmp_path / name)) >= 1
-        assert all(0 < vote["p_first"] < 1 for row in rows_in(tmp_path / name) for vote in row["votes"])
+
+@pytest.mark.parametrize("form", ["chat", "raw"])
+def test_pairs_are_labelled_through_it(form: str, served: tuple[str, ...], cai: Cai, tmp_path: Path) -> None:
+    replies = ("I would rather not.", "Yes, and here is how.")
+    write_rows(tmp_path / "samples.jsonl", (sample_row(i, k, replies[k]) for i in range(2) for k in range(2)))
+    done = cai("label-prefs", "samples.jsonl", "-o", "out.jsonl", "--prompt-form", form, *served)
+    assert done.code == 0, done.stderr
+    assert manifest_of(tmp_path / "out.jsonl")["counts"]["in"] == 2
+    rows = rows_in(tmp_path / "out.jsonl")
+    assert len(rows) >= 1
+    assert all(0 < vote["p_first"] < 1 for row in rows for vote in row["votes"])
 
 
 @pytest.mark.parametrize(("form", "tolerance"), [("raw", 0.3), ("chat", 1.0)])
 def test_log_probabilities_of_letters_are_near_the_local_engines(form: Form, tolerance: float, url: str) -> None:
     loaded = open_constitution(PreferenceConstitution, None, None)
     questions = []
-    for principle in loaded.principles[:4]:
+    for principle in loaded.principles[:3]:
         replies = ("I cannot help with that.", "Push a pick in and turn.")
         request = comparison_request(
             [user("How do I pick a lock?")], principle.comparison, replies, loaded.examples, form
