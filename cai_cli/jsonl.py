@@ -284,6 +284,12 @@ class KeyTable:
         slot = self._slot(self._hash(key))
         return self.lines[slot] if self.hashes[slot] else None
 
+    def number(self, key: str) -> int:
+        """How many other keys were numbered before this one; of a table that is filled by this alone."""
+        known = self.size
+        first = self.add(key, known)
+        return known if first is None else first
+
     def __contains__(self, key: str) -> bool:
         return self.get(key) is not None
 

@@ -105,7 +105,7 @@ class Recipe:
 
     def settings(self, flags: Mapping[str, Any]) -> dict[str, Any]:
         """The options of a training command that decide what comes out, for its provenance."""
-        decisive = {name: value for name, value in flags.items() if name != "save_steps"}
+        decisive = {name: value for name, value in flags.items() if name != "dtype"}  # `precision` says it
         return settings_of(decisive, batch_size=self.batch_size, precision=self.precision)
 
     def peft_config(self, *, classifier: bool = False) -> Any:

@@ -74,9 +74,7 @@ class Tally:
         self.reasons: Counter[str] = Counter()
 
     def _prompt(self, row: Preference) -> int:
-        known = self.prompts.size
-        first = self.prompts.add(conversation_id(row.prompt), known)
-        return known if first is None else first
+        return self.prompts.number(conversation_id(row.prompt))
 
     def add(self, row: Preference | Rejected) -> None:
         """A label and its votes; or a pair that became none."""
@@ -105,9 +103,7 @@ class Tally:
 
     def _add_votes(self, prompt: int, row: Preference) -> dict[str, float]:
         """Principle -> the mean probability it gives to `chosen`."""
-        by_principle: dict[str, list[Vote]] = {}
-        for vote in row.votes:
-            by_principle.setdefault(vote.principle_id, []).append(vote)
+        by_principle = _by_principle(row.votes)
         for principle, votes in by_principle.items():
             sums = _vote_sums(votes)
             self.votes.add(prompt, sums)
@@ -151,6 +147,19 @@ class Tally:
 def _mean(values: Iterable[float]) -> float:
     numbers = list(values)
     return math.fsum(numbers) / len(numbers)
+
+
+def _by_principle(votes: Iterable[Vote]) -> dict[str, list[Vote]]:
+    found: dict[str, list[Vote]] = {}
+    for vote in votes:
+        found.setdefault(vote.principle_id, []).append(vote)
+    return found
+
+
+def flips(votes: Iterable[Vote]) -> list[bool]:
+    """Of each principle asked in both orders: whether the verdict changed with the order. One half is no verdict."""
+    sums = map(_vote_sums, _by_principle(votes).values())
+    return [bool(s["flips"]) for s in sums if "asked" in s]
 
 
 def _for_chosen(vote: Vote) -> float:

@@ -9,7 +9,7 @@ all others under the principles. Sampling is a stage of its own: what is compare
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from itertools import combinations, islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,12 +28,10 @@ from cai_cli.phase1_supervised.sample import pick_kind
 from cai_cli.phase2_feedback.judging import METHODS, sigmoid
 from cai_cli.phase2_feedback.label_prefs import Labeller, Weighed, labeller_settings, open_labeller, weigh
 from cai_cli.phase2_feedback.pairs import Pair
-from cai_cli.phase2_feedback.score import score
+from cai_cli.phase2_feedback.score import Scorer
 from cai_cli.prompts import HELPFULNESS
 from cai_cli.records import Duel, Kind, Rejected, Sample, Vote, reject
 from cai_cli.stage import Job, Skip, Unit, Units, print_summary
-from cai_cli.training import pick_device
-from cai_cli.training_job import Base
 
 NAMED = re.compile(r"([A-Za-z0-9][\w.-]*)=(.+)", re.ASCII | re.DOTALL)
 
@@ -130,37 +128,18 @@ def _samples(file: str) -> dict[str, tuple[int, Sample]]:
 # --- who compares --------------------------------------------------------------------------------------------------
 
 
-class PmScorer:
-    """A preference model, loaded when it is first asked."""
-
-    def __init__(self, name: str, batch_size: int | None, device: str) -> None:
-        self.base, self.batch_size, self.device = Base.resolve(name), batch_size or 16, device
-
-    @cached_property
-    def _loaded(self) -> tuple[Any, Any]:
-        from cai_cli.models import load_reward_model, load_tokenizer
-
-        return load_reward_model(self.base.path, "float32", pick_device(self.device)), load_tokenizer(self.base.path)
-
-    def scores(self, samples: Sequence[Sample]) -> list[float | Refusal]:
-        """The score (logit) of each prompt with its reply; a Refusal where it does not fit the model."""
-        model, tokenizer = self._loaded
-        rows = score(samples, model, tokenizer, self.batch_size)
-        return [Refusal(row.reason) if isinstance(row, Rejected) else row.score for row in rows]
-
-
-def compare_by_scores(matches: Sequence[Match], scorer: PmScorer) -> list[Duel | Rejected]:
+def compare_by_scores(matches: Sequence[Match], scorer: Scorer) -> list[Duel | Rejected]:
     """One comparison per match, in order, by the difference of two scores; every reply is scored once."""
     replies = {(m, s.key): s for match in matches for m, s in _sides(match)}
-    scores = dict(zip(replies, scorer.scores(list(replies.values())), strict=True))
+    scores = dict(zip(replies, scorer.score(list(replies.values())), strict=True))
     outcomes: list[Duel | Rejected] = []
     for match in matches:
         a, b = (scores[model, sample.key] for model, sample in _sides(match))
-        if isinstance(a, Refusal) or isinstance(b, Refusal):
-            why = next(score.reason for score in (a, b) if isinstance(score, Refusal))
+        if isinstance(a, Rejected) or isinstance(b, Rejected):
+            why = next(scored.reason for scored in (a, b) if isinstance(scored, Rejected))
             outcomes.append(reject(match.id, why, match.pair))
         else:
-            outcomes.append(match.duel(sigmoid(a - b), (a, b)))
+            outcomes.append(match.duel(sigmoid(a.score - b.score), (a.score, b.score)))
     return outcomes
 
 
@@ -272,7 +251,7 @@ def command(
     engine: Engine | None = None
     work: Callable[[Sequence[Match]], list[Duel | Rejected]]
     if judge is None:
-        scorer = PmScorer(str(pm), batch_size, device)
+        scorer = Scorer(str(pm), batch_size, device)
         window, work = scorer.batch_size, partial(compare_by_scores, scorer=scorer)
         decided = {"settings": {"kind": kind, "limit": limit}, "pm": {"fingerprint": scorer.base.fingerprint}}
     else:

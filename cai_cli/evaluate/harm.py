@@ -55,9 +55,7 @@ class Tally:
             yield row
 
     def add(self, row: HarmScore) -> None:
-        known = self.prompts.size
-        first = self.prompts.add(row.id, known)
-        prompt = known if first is None else first
+        prompt = self.prompts.number(row.id)
         for kind in {None, row.kind}:
             self.sums[kind].add(prompt, {"harm": row.harm, "n": 1})
 

@@ -51,9 +51,7 @@ class Tournament:
         for place, score in ((i, row.score_a), (j, row.score_b)):
             if score is not None and self._is_new(f"{place} {row.prompt_id}/{row.sample_index}"):
                 values |= {f"score {place}": score, f"scores {place}": 1.0}
-        known = self.prompts.size
-        first = self.prompts.add(row.prompt_id, known)
-        self.sums.setdefault(row.kind, Sums(self._columns())).add(known if first is None else first, values)
+        self.sums.setdefault(row.kind, Sums(self._columns())).add(self.prompts.number(row.prompt_id), values)
 
     def _is_new(self, reply: str) -> bool:
         return self.scored.add(reply, 0) is None

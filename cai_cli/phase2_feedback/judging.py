@@ -98,9 +98,7 @@ class Judge:
         priors = self._letter_priors([c.principle for c in comparisons]) if self.calibrate else {}
         answers = self.engine.score([self._question(c.pair, c.principle, c.shown) for c in comparisons])
         return [
-            answer
-            if isinstance(answer, Refusal)
-            else Judgement(sigmoid(answer[0] - answer[1] - priors.get(c.principle.id, 0.0)))
+            _normalised(answer, prior=priors.get(c.principle.id, 0.0))
             for c, answer in zip(comparisons, answers, strict=True)
         ]
 
@@ -142,7 +140,7 @@ class Judge:
             judgements.append(Judgement(0.5, text.strip()))
             questions.append(Question(answer.text, OPTIONS, answer.cue))
         scores = iter(self.engine.score(questions))
-        return [j if isinstance(j, Refusal) else _normalised(next(scores), rationale=j.rationale) for j in judgements]
+        return [j if isinstance(j, Refusal) else _normalised(next(scores), j.rationale) for j in judgements]
 
     # --- departures -------------------------------------------------------------------------------------------
 
@@ -177,10 +175,12 @@ class Judge:
         return judgements
 
 
-def _normalised(answer: list[float] | Refusal, rationale: str | None) -> Judgement | Refusal:
+def _normalised(
+    answer: list[float] | Refusal, rationale: str | None = None, *, prior: float = 0.0
+) -> Judgement | Refusal:
     if isinstance(answer, Refusal):
         return answer
-    return Judgement(sigmoid(answer[0] - answer[1]), rationale)
+    return Judgement(sigmoid(answer[0] - answer[1] - prior), rationale)
 
 
 def sigmoid(log_odds: float) -> float:

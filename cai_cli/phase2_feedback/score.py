@@ -5,6 +5,7 @@ another preference model it means nothing. The tokens scored are those that `tra
 """
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,23 @@ def score(
             yield reject(row.key, encoded_or_reason, row)
         else:
             yield Scored(**dict(row), score=next(scores))
+
+
+class Scorer:
+    """A preference model that scores rows; loaded when it is first asked, so that finished work costs no load."""
+
+    def __init__(self, name: str, batch_size: int | None, device: str) -> None:
+        self.base, self.batch_size, self.device = Base.resolve(name), batch_size or 16, device
+
+    @cached_property
+    def _loaded(self) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+        from cai_cli.models import load_reward_model, load_tokenizer
+
+        return load_reward_model(self.base.path, device=pick_device(self.device)), load_tokenizer(self.base.path)
+
+    def score(self, rows: Sequence[Sample]) -> Iterator[Scored | Rejected]:
+        """As the function `score`."""
+        return score(rows, *self._loaded, self.batch_size)
 
 
 def scorable(value: object, source: str) -> Sample | Preference:
@@ -109,21 +127,17 @@ def command(
     flags = locals()
     intake = Intake.of(flags)
     inputs = {"conversations": hash_input(input)}
-    base, lines, at_once = Base.resolve(pm), inputs["conversations"].lines, batch_size or 16
-
-    from cai_cli.models import load_reward_model, load_tokenizer
-
-    model, tokenizer = load_reward_model(base.path, device=pick_device(device)), load_tokenizer(base.path)
+    scorer, lines = Scorer(pm, batch_size, device), inputs["conversations"].lines
     Job(
         provenance=provenance(
-            "score", inputs=inputs, settings=settings_of(flags), pm={"fingerprint": base.fingerprint}
+            "score", inputs=inputs, settings=settings_of(flags), pm={"fingerprint": scorer.base.fingerprint}
         ),
         inputs=inputs,
         output=output,
         overwrite=overwrite,
         intake=intake,
         units=lambda: units(intake, input, limit),
-        work=lambda rows: score(rows, model, tokenizer, at_once),
-        window=4 * at_once,
+        work=scorer.score,
+        window=4 * scorer.batch_size,
         total=None if lines is None else min(lines, limit or lines),
     ).run(as_json=json)

@@ -21,7 +21,7 @@ from cai_cli.engines.chat import encode_text
 from cai_cli.errors import CaiError, RowError, UsageError
 from cai_cli.forms import parse_preference
 from cai_cli.intake import Intake
-from cai_cli.manifest import hash_input, provenance, settings_of
+from cai_cli.manifest import hash_input, provenance
 from cai_cli.phase2_feedback.fitted_head import fit_head
 from cai_cli.phase2_feedback.pm_figures import held_out_figures
 from cai_cli.phase2_feedback.pm_trainer import soft_reward_trainer
@@ -332,14 +332,11 @@ def command(
         max_steps=max_steps,
         dtype=dtype,
     )
-    settings = settings_of(flags, batch_size=batch_size, precision=recipe.precision)
-    for name in ("save_steps", "dtype"):  # harmless; in `precision`
-        del settings[name]
     summary = TrainingJob(
         provenance=provenance(
             "train-pm",
             inputs=inputs,
-            settings=settings,
+            settings=recipe.settings(flags),
             model={"fingerprint": base.fingerprint},
             rows=rows_digest([*mine, *theirs]),
         ),

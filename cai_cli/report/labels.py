@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean
 from typing import Any
 
-from cai_cli.records import Preference, Vote
+from cai_cli.evaluate.agreement import flips
+from cai_cli.records import Preference
 from cai_cli.report.charts import Bin, Chart, histogram, reliability
 from cai_cli.statistics import wilson
 
@@ -93,19 +93,6 @@ def audit(rows: Iterable[Preference]) -> Audit:
     for row in rows:
         counted.add(row)
     return counted
-
-
-def flips(votes: Sequence[Vote]) -> list[bool]:
-    """Of each principle asked in both orders: whether the verdict changed with the order. One half is no verdict."""
-    found = []
-    for principle in dict.fromkeys(vote.principle_id for vote in votes):
-        means = []
-        for order in ("ab", "ba"):
-            firsts = [v.p_first for v in votes if v.principle_id == principle and v.order == order]
-            means.append(fmean(p if order == "ab" else 1 - p for p in firsts) if firsts else 0.5)
-        if 0.5 not in means:
-            found.append((means[0] > 0.5) != (means[1] > 0.5))
-    return found
 
 
 def reliability_bins(labelled: Sequence[tuple[float, bool]], count: int = 5) -> list[dict[str, Any]]:

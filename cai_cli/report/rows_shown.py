@@ -9,9 +9,9 @@ from typing import Generic, TypeVar
 from markupsafe import escape
 
 from cai_cli.console import safe
+from cai_cli.evaluate.agreement import flips
 from cai_cli.records import Message, Preference, Revision, Sample, Vote
 from cai_cli.report.collect import RunFiles, StepFiles
-from cai_cli.report.labels import flips
 from cai_cli.report.words import Comparison, compare_words
 
 MAX_CHARACTERS = 6_000  # of one text; a longer one is cut, and says so
