@@ -10,7 +10,7 @@ import os
 import random
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,11 +166,16 @@ def held_out_keys(keys: Sequence[str], share: float, seed: int) -> frozenset[str
 
     The choice is by the hash of (seed, key): rows with one key stay together.
     """
-    distinct = sorted(set(keys), key=lambda key: (seed_for(seed, "held-out", key), key))
+    distinct = set(keys)
     count = int(share * len(distinct))
     if share > 0 and len(distinct) >= 20:
         count = max(1, count)
-    return frozenset(distinct[:count])
+    return apart(distinct, count, seed)
+
+
+def apart(keys: Iterable[str], count: int, seed: int) -> frozenset[str]:
+    """`count` of `keys`, chosen by the hash of (seed, key)."""
+    return frozenset(sorted(keys, key=lambda key: (seed_for(seed, "held-out", key), key))[:count])
 
 
 # --- one trainer, from its newest checkpoint to its last step ------------------------------------------------------

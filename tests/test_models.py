@@ -17,7 +17,7 @@ import torch
 from tiny import tiny_model_dir
 from typer.testing import CliRunner
 
-from cai_cli import model_files, models
+from cai_cli import models
 from cai_cli.errors import CaiError, UsageError
 
 
@@ -408,10 +408,8 @@ def test_models_path_fetches_nothing_and_says_how_to(cache: Path) -> None:
 
 @pytest.mark.slow
 def test_the_real_alias_answers_a_plain_question(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()  # back to the user's own cache: this test fetches nothing
-    path = model_files.cached_alias(models.ALIASES["smollm2-135m"])
-    if path is None:
-        pytest.skip("smollm2-135m is not in the cache: `cai models fetch smollm2-135m`")
+    monkeypatch.undo()  # back to the user's own cache
+    path = models.resolve("smollm2-135m")
     model, tokenizer = models.load_causal_lm(path), models.load_tokenizer(path)
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")

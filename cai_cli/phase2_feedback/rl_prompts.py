@@ -14,7 +14,7 @@ from cai_cli.errors import CaiError, RowError
 from cai_cli.phase2_feedback.preference_model import encode_conversation
 from cai_cli.prompts import assistant
 from cai_cli.records import Prompt, conversation_id, reject
-from cai_cli.training import tokenizer_and_window
+from cai_cli.training import apart, tokenizer_and_window
 from cai_cli.training_job import Counts
 
 
@@ -64,6 +64,6 @@ def hold_out(prompts: Sequence[Prompt], wanted: int, seed: int) -> tuple[list[Pr
         wanted = len(prompts) // 2
         console.say(f"rl: {wanted:,} prompts are held out, half of those there are, fewer than --held-out asks for")
     keys = [conversation_id(prompt.prompt) for prompt in prompts]
-    apart = set(sorted(keys, key=lambda key: seed_for(seed, "held-out", key))[:wanted])
-    train = [prompt for prompt, key in zip(prompts, keys, strict=True) if key not in apart]
-    return train, [prompt for prompt, key in zip(prompts, keys, strict=True) if key in apart]
+    held = apart(keys, wanted, seed)
+    train = [prompt for prompt, key in zip(prompts, keys, strict=True) if key not in held]
+    return train, [prompt for prompt, key in zip(prompts, keys, strict=True) if key in held]

@@ -6,15 +6,14 @@ A watcher's scores decide nothing in training; that they fall while the reward r
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from cai_cli.constitution import PreferenceConstitution, open_constitution
 from cai_cli.engines import open_engine
 from cai_cli.engines.base import Sampling
 from cai_cli.errors import UsageError
-from cai_cli.phase2_feedback.judging import Judge, Judgement
-from cai_cli.phase2_feedback.label_prefs import Labeller
+from cai_cli.phase2_feedback.judging import Judge
+from cai_cli.phase2_feedback.label_prefs import Labeller, Weighed, weigh
 from cai_cli.phase2_feedback.pairs import Pair
 from cai_cli.phase2_feedback.preference_model import score_conversations
 from cai_cli.prompts import assistant, pick_form
@@ -78,15 +77,10 @@ def judged(
 ) -> list[float | None]:
     """The probability that each reply is better than the start model's, the mean of both orders under one principle; a
     reply that is the start model's is as good as it. None where the judge did not answer."""
-    asked = []
+    pairs = []
     for prompt, reply, start in zip(prompts, replies, starts, strict=True):
-        sides = {"a": [assistant(reply)], "b": [assistant(start)]}
-        pair = Pair(id=prompt.id, prompt=prompt.prompt, **sides, human=None, source=None)
-        asked.append([] if reply == start else list(labeller.comparisons(pair)))
-    answers = iter(labeller.judge.judge([comparison for group in asked for comparison in group]))
-    scores: list[float | None] = []
-    for group in asked:
-        given = [(c, next(answers)) for c in group]
-        better = [j.p_first if c.order == "ab" else 1 - j.p_first for c, j in given if isinstance(j, Judgement)]
-        scores.append((fmean(better) if len(better) == len(group) else None) if group else 0.5)
-    return scores
+        if reply != start:
+            sides = {"a": [assistant(reply)], "b": [assistant(start)]}
+            pairs.append(Pair(id=prompt.id, prompt=prompt.prompt, **sides, human=None, source=None))
+    opinions = (opinion.p_a if isinstance(opinion, Weighed) else None for opinion in weigh(pairs, labeller))
+    return [0.5 if reply == start else next(opinions) for reply, start in zip(replies, starts, strict=True)]
