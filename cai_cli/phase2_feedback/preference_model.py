@@ -18,13 +18,17 @@ if TYPE_CHECKING:
 
 
 def encode_conversation(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> list[int]:
-    """A whole conversation, the judged reply last, with the end of turn of the chat template; raises RowError.
+    """A whole conversation, the judged reply last, up to the end of turn of the chat template; raises RowError.
 
-    White space around the reply is no part of it: `cai sample` keeps none, and RL is to earn nothing by it.
+    White space around the reply is no part of it: `cai sample` keeps none, and RL is to earn nothing by it. Nor is
+    white space that a template sets after the end of turn: the model says more about a reply where the turn ends.
     """
     *prompt, reply = messages
     judged = Message(role=reply.role, content=reply.content.strip())
-    return encode_chat(tokenizer, [*prompt, judged], add_generation_prompt=False)
+    ids = encode_chat(tokenizer, [*prompt, judged], add_generation_prompt=False)
+    while tokenizer.decode(ids[-1]).isspace():
+        del ids[-1]
+    return ids
 
 
 def score_conversations(
