@@ -306,6 +306,22 @@ def test_a_random_pairing_uses_no_reply_twice(cai: Cai, tmp_path: Path) -> None:
     assert len(told) == len(set(told)) == 4
 
 
+def test_best_vs_rest_pairs_the_reply_of_the_highest_score_with_each_other(cai: Cai, tmp_path: Path) -> None:
+    scores = {1: [0.5, 2.0, -1.0, 2.0], 2: [3.0, 1.0]}
+    rows = [sample_row(number, k) | {"score": x} for number, line in scores.items() for k, x in enumerate(line)]
+    run(cai, tmp_path, rows, "--pairs", "best-vs-rest", "--one-order")
+    assert [row["id"] for row in rows_in(tmp_path / "prefs.jsonl")] == ["p1/0-1", "p1/1-2", "p1/1-3", "p2/0-1"]
+
+
+def test_best_vs_rest_wants_a_score_of_every_reply(cai: Cai, tmp_path: Path) -> None:
+    write_rows(tmp_path / "pairs.jsonl", [sample_row(1, 0) | {"score": 1.0}, sample_row(1, 1)])
+    write_rows(tmp_path / "script.jsonl", [{"scores": [-0.1, -3.0]}])
+    done = cai("label-prefs", "pairs.jsonl", "--model", "scripted:script.jsonl", "--pairs", "best-vs-rest")
+    assert done.code == 1
+    assert "pairs.jsonl:2: no score" in done.stderr
+    assert "cai score" in done.stderr
+
+
 def test_pairs_under_the_confidence_asked_for_are_counted_and_can_be_asked_again(cai: Cai, tmp_path: Path) -> None:
     counts = run(cai, tmp_path, [human(i) for i in range(3)], "--min-confidence", "0.6")
     assert counts["rejected_reasons"] == {"tie": 3}

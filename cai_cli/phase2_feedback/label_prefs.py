@@ -207,7 +207,11 @@ def command(
         str, typer.Option(help="Principles drawn for each pair, whose votes are averaged: a number, or all.")
     ] = "1",
     pairs: Annotated[
-        str, typer.Option(help="Of the replies to one prompt: all pairs, or a random pairing (each reply in one pair).")
+        str,
+        typer.Option(
+            help="Of the replies to one prompt: all pairs, a random pairing (each reply in one pair), or best-vs-rest"
+            " (rows of `cai score`)."
+        ),
     ] = "all",
     both_orders: Annotated[
         bool, typer.Option("--both-orders/--one-order", help="Ask each pair in both orders and average.")

@@ -15,10 +15,10 @@ from cai_cli.forms import parse_preference
 from cai_cli.intake import Intake
 from cai_cli.jsonl import KeyTable, Numbered, shown
 from cai_cli.phase1_supervised.reviser import sample_or_revision
-from cai_cli.records import Identified, Message, Preference, Sample, conversation_id, load_row
+from cai_cli.records import Identified, Message, Preference, Sample, Scored, conversation_id, load_row
 from cai_cli.stage import Skip, Unit, Units
 
-PAIRINGS = ("all", "random")
+PAIRINGS = ("all", "random", "best-vs-rest")
 
 
 class Pair(Identified):
@@ -51,7 +51,7 @@ def pair_units(intake: Intake, source: str, pairing: str, seed: int, limit: int 
         _refuse_twice(samples, shown(source))
         if len(samples) == 1:
             yield Skip("only one reply to the prompt", samples[0][0])
-        for (line, one), (_, other) in _chosen_pairs(samples, pairing, seed):
+        for (line, one), (_, other) in _chosen_pairs(samples, pairing, seed, shown(source)):
             yield _unit(line, _pair(one, other))
 
 
@@ -67,6 +67,8 @@ def _row(value: object, source: str, seed: int) -> Sample | Pair:
             return load_row(Pair, value)
         if "chosen" in value:
             return _sides(parse_preference(value, source=source), seed)
+    if isinstance(value, dict) and "score" in value:
+        return load_row(Scored, value)
     return sample_or_revision(value)
 
 
@@ -93,12 +95,26 @@ def _refuse_twice(samples: Sequence[Numbered[Sample]], name: str) -> None:
             raise BadRow(name, line, f"{sample.key!r} stands on line {lines[sample.key]} already")
 
 
+def _score(sample: Numbered[Sample], name: str) -> float:
+    line, row = sample
+    if not isinstance(row, Scored):
+        hint = "`cai score` gives each reply the score of a preference model"
+        raise BadRow(name, line, "no score, by which --pairs best-vs-rest knows the best reply", hint)
+    return row.score
+
+
 def _chosen_pairs(
-    samples: Sequence[Numbered[Sample]], pairing: str, seed: int
+    samples: Sequence[Numbered[Sample]], pairing: str, seed: int, name: str
 ) -> Iterator[tuple[Numbered[Sample], Numbered[Sample]]]:
-    """All pairs; or a random pairing in which no reply stands twice (of an odd number one stays alone)."""
+    """All pairs; or a random pairing in which no reply stands twice (of an odd number one stays alone); or the reply of
+    the highest score (the first of equal ones) with each other."""
     if pairing == "all":
         yield from combinations(samples, 2)
+        return
+    if pairing == "best-vs-rest":
+        scores = [_score(sample, name) for sample in samples]
+        best = scores.index(max(scores))
+        yield from ((samples[min(best, i)], samples[max(best, i)]) for i in range(len(samples)) if i != best)
         return
     rng = random.Random(seed_for(seed, "pairs", samples[0][1].id))  # noqa: S311
     order = rng.sample(range(len(samples)), len(samples) - len(samples) % 2)
