@@ -18,6 +18,7 @@ from typing import Any
 from cai_cli.engines.base import Ask, Reply, Sampling
 from cai_cli.engines.chat import encode_chat
 from cai_cli.engines.local import LocalEngine
+from cai_cli.engines.shared import shared_start
 from cai_cli.models import load_causal_lm
 from cai_cli.records import Message
 
@@ -111,6 +112,9 @@ def main() -> None:
     model, asked, sampling = load_causal_lm(engine.path), chats(options.rows), Sampling(options.new_tokens)
     prompts = [encode_chat(engine.tokenizer, chat, add_generation_prompt=True) for chat in asked]
     mean = sum(map(len, prompts)) / len(prompts)
+    distinct = {tuple(prompt) for prompt in prompts}
+    shared = len(shared_start(list(distinct), [1] * len(distinct)))
+    run_once = shared + sum(len(prompt) - shared for prompt in distinct)  # what our prefill runs, as it shares
     asks = [Ask(chat, seed) for seed, chat in enumerate(asked)]
     engine.generate(asks[:2], Sampling(2))  # loads the weights
     theirs_given = (model, engine.tokenizer, prompts, options.new_tokens, engine.end_ids)
@@ -129,7 +133,7 @@ def main() -> None:
         theirs, theirs_s = timed(generated, *theirs_given, best)
         ours = sum(reply.new_tokens for reply in replies if isinstance(reply, Reply))
         ratios.append(ours / ours_s / (theirs / theirs_s))
-        prefill = flops(model, sum(map(len, prompts)), len(prompts), mean / 2)
+        prefill = flops(model, run_once, len(distinct), mean / 2)
         prefill_shares.append(prefill / prefill_s / peak)
         decode = flops(model, ours - len(asks), ours - len(asks), mean + ours / len(asks) / 2)
         decode_shares.append(decode / (ours_s - prefill_s) / peak)

@@ -29,7 +29,8 @@ def draw(logits: "Tensor", noise: "Tensor", sampling: Sampling) -> "Tensor":
     if sampling.temperature == 0:
         check_finite(logits.amax(-1))
         return logits.argmax(-1)
-    weights = (logits.float() / sampling.temperature).softmax(-1)
+    scaled = logits if sampling.temperature == 1 else logits.float() / sampling.temperature
+    weights = scaled.float().softmax(-1)
     check_finite(weights[:, 0])  # one NaN or infinity among a row's logits makes all of its weights NaN
     if sampling.top_p < 1:
         weights *= weights >= _smallest_kept(weights, sampling.top_p)[:, None]
