@@ -350,33 +350,22 @@ def pair(p_chosen: float, votes: list[dict[str, Any]], human: str | None = None)
     })  # fmt: skip
 
 
+def audited(rows: list[Preference]) -> tuple[dict[str, Any], list[charts.Chart]]:
+    audit = labels.Audit()
+    for row in rows:
+        audit.add(row)
+    figures = audit.tally.audit()
+    return figures, audit.charts(figures)
+
+
 def test_the_audit_tells_a_judge_of_positions_from_a_judge_of_replies() -> None:
-    positional = labels.audit([pair(0.52, [vote("ab", 0.9), vote("ba", 0.86)])] * 8)
-    honest = labels.audit([pair(0.9, [vote("ab", 0.9), vote("ba", 0.1)], "chosen")] * 8)
-    for audit, flip, first in ((positional, 1.0, 1.0), (honest, 0.0, 0.5)):
-        figures = audit.figures()
-        assert (figures["flip_rate"]["value"], figures["flip_rate"]["n"]) == (flip, 8)
-        assert (figures["first_picks"]["value"], figures["first_picks"]["n"]) == (first, 16)
-    assert positional.figures()["agreement"] is None
-    assert len(positional.charts()) == 2
-    assert len(honest.charts()) == 3
-
-
-def test_each_principle_of_a_pair_can_flip_by_itself() -> None:
-    steady = [vote("ab", 0.8), vote("ba", 0.3)]
-    swayed = [{**v, "principle_id": "q"} for v in (vote("ab", 0.8), vote("ba", 0.9), vote("ba", 0.2), vote("ba", 0.7))]
-    half = [{**v, "principle_id": "r"} for v in (vote("ab", 0.5), vote("ba", 0.9))]
-    figures = labels.audit([pair(0.6, steady + swayed + half)]).figures()
-    assert (figures["flip_rate"]["value"], figures["flip_rate"]["n"]) == (0.5, 2)
-
-
-def test_a_pair_asked_in_one_order_cannot_flip() -> None:
-    assert labels.audit([pair(0.9, [vote("ab", 0.9)])]).figures()["flip_rate"] is None
-
-
-def test_reliability_bins_hold_every_prediction_once() -> None:
-    bins = labels.reliability_bins([(0.5, True), (0.55, False), (0.99, True), (1.0, True)])
-    assert [(b["confidence"], b["right"]["value"], b["n"]) for b in bins] == [(0.525, 0.5, 2), (0.995, 1.0, 2)]
+    positional, its_charts = audited([pair(0.52, [vote("ab", 0.9), vote("ba", 0.86)])] * 8)
+    honest, honest_charts = audited([pair(0.9, [vote("ab", 0.9), vote("ba", 0.1)], "chosen")] * 8)
+    for figures, flip, first in ((positional, 1.0, 1.0), (honest, 0.0, 0.5)):
+        assert figures["flip_rate"]["value"] == flip
+        assert figures["first_picks"]["value"] == first
+    assert (positional["agreement"], len(its_charts)) == (None, 2)
+    assert [chart.id for chart in honest_charts] == ["labels-first", "labels-p-chosen", "labels-reliability"]
 
 
 def test_a_chain_holds_each_round_against_the_one_before(tmp_path: Path) -> None:

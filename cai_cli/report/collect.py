@@ -18,7 +18,7 @@ from cai_cli.errors import CaiError
 from cai_cli.jsonl import read_rows, rows_of
 from cai_cli.manifest import read_manifest
 from cai_cli.outputs import sidecar
-from cai_cli.records import Row
+from cai_cli.records import Rejected, Row
 
 R = TypeVar("R", bound=Row)
 T = TypeVar("T", bound="Result")
@@ -148,14 +148,21 @@ class RunFiles:
     def rows(self, step: StepFiles, row_type: type[R]) -> Iterator[R]:
         """The rows of a step up to the first that cannot be read, which becomes a problem. The last line of an
         unfinished file may be torn; that is none."""
-        if not step.files.exists():
+        return self._rows(step.files, row_type, finished=step.files == step.output)
+
+    def rejected(self, step: StepFiles) -> Iterator[Rejected]:
+        """As `rows`, those that the step rejected."""
+        return self._rows(sidecar(step.output, "rejected.jsonl"), Rejected, finished=step.files == step.output)
+
+    def _rows(self, path: Path, row_type: type[R], *, finished: bool) -> Iterator[R]:
+        if not path.exists():
             return
         try:
-            for _, row in read_rows(str(step.files), rows_of(row_type)):
+            for _, row in read_rows(str(path), rows_of(row_type)):
                 yield row
         except CaiError as error:
             problem = f"{error.message}; the rows from there on are not in this report"
-            if step.files == step.output and problem not in self.problems:  # a file is read more than once
+            if finished and problem not in self.problems:  # a file is read more than once
                 self.problems.append(problem)
 
     def metrics(self, step: StepFiles) -> list[dict[str, Any]]:

@@ -70,7 +70,9 @@ def _sections(run: RunFiles) -> dict[str, Any]:
     compared = rows_shown.comparisons(
         counted, rows_shown.Budget(COMPARISON_BYTES), [step.output.name for step in preferences]
     )
-    figures = audit.figures()
+    for refused in chain.from_iterable(map(run.rejected, preferences)):
+        audit.add(refused)
+    figures = audit.tally.audit()
     training = []
     for step in run.of(*TRAINING):
         rows = run.metrics(step)
@@ -98,7 +100,7 @@ def _sections(run: RunFiles) -> dict[str, Any]:
         "compared": compared,
         "audit": audit,
         "label_figures": figures,
-        "label_charts": audit.charts(),
+        "label_charts": audit.charts(figures),
         "training": training,
         "planes": _planes(run),
         "sweeps": _sweeps(run),
