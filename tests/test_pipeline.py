@@ -15,7 +15,7 @@ from stage_helpers import Json, rows_in, write_rows
 
 from cai_cli.errors import CaiError
 from cai_cli.estimate import estimate
-from cai_cli.pipeline import Step, load_run, plan
+from cai_cli.pipeline import Step, load_run, plan, stage_options
 
 ROAD = """\
 name: road
@@ -317,3 +317,9 @@ def test_the_plan_counts_what_a_way_of_judging_asks(settings: str, requests: int
     steps = f"  a: {{command: sample, input: six.txt, n: 3}}\n  b: {{command: label-prefs, input: '@a', {settings}}}\n"
     found = estimate(planned(road, steps))[1]
     assert (found.requests, found.new_tokens) == (requests, new_tokens)
+
+
+def test_an_option_has_one_name_in_the_shell_and_in_a_run_file() -> None:
+    for stage, known in stage_options().items():
+        for name, option in known.items():
+            assert option.param_type_name == "argument" or f"--{name}" in option.opts, (stage, name, option.opts)

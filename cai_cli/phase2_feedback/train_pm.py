@@ -264,7 +264,7 @@ def command(
     targets: Annotated[
         str, typer.Option(help="soft (the labels' probabilities, as the paper) or hard (1 for the preferred reply).")
     ] = "soft",
-    fitted_head: Annotated[
+    fit_head: Annotated[
         bool,
         typer.Option(
             "--fit-head/--random-head",
@@ -300,7 +300,7 @@ def command(
     console.set_quiet(quiet)
     if targets not in TARGETS:
         raise UsageError(f"--targets must be soft or hard, not {targets!r}")
-    if not (epochs or max_steps or fitted_head):
+    if not (epochs or max_steps or fit_head):
         raise UsageError("--epochs 0 trains nothing", hint="with --fit-head it trains the head alone")
     base = Base.resolve(model)
     inputs = {"preferences": hash_input(input)} | ({"mix": hash_input(mix)} if mix else {})
@@ -345,7 +345,7 @@ def command(
         output=output,
         overwrite=overwrite,
         counts=counts,
-        train=lambda work: train_pm(base.path, tokenizer, train, held_out, recipe, work, fitted_head=fitted_head),
+        train=lambda work: train_pm(base.path, tokenizer, train, held_out, recipe, work, fitted_head=fit_head),
     ).run(as_json=json)
     if summary["at_chance"]:
         console.warn(f"train-pm: {summary['note']}")
