@@ -160,6 +160,12 @@ def test_a_refusal_rejects_the_question_with_its_reason() -> None:
     assert (refused.reason, refused.key) == ("too long", question().key)
 
 
+def test_an_answer_that_is_no_number_rejects_the_question() -> None:
+    (rejected,) = ask([question()], Answers({"A": math.nan, "B": 0.5}))
+    assert isinstance(rejected, Rejected)
+    assert rejected.reason == "the log-probabilities of the options are no numbers"
+
+
 def test_the_summary_counts_ties_as_wrong_and_shows_letters_and_sources() -> None:
     engine = Answers({"A": 0.5, "B": 0.5})
     tied = answered(*ask([question("A", source="x")], engine))

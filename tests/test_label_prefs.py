@@ -203,6 +203,12 @@ def test_every_principle_has_its_own_liking_for_a_letter() -> None:
     assert [a.p_first for a in answers if isinstance(a, Judgement)] == pytest.approx([0.5] * 5)
 
 
+def test_an_answer_that_is_no_number_is_no_vote() -> None:
+    (row,) = label(Answers([math.nan, -1.0]), orders=("ab",))
+    assert isinstance(row, Rejected)
+    assert row.reason == "the judge's log-probabilities are no numbers"
+
+
 def test_thoughts_are_kept_clamped_and_averaged() -> None:
     engine = Reader(lambda text, _: [0.0, -9.0] if "left wins" in text else [-9.0, 0.0],
                     lambda _, seed: " left wins" if seed % 2 else " right wins")  # fmt: skip

@@ -89,6 +89,8 @@ def _askings(put: Sequence[EvaluationQuestion], answers: Sequence[list[float] | 
     for question, answer in zip(put, answers, strict=True):
         if isinstance(answer, Refusal):
             return answer
+        if any(map(math.isnan, answer)):
+            return Refusal("the log-probabilities of the options are no numbers")
         correct = [option in question.corrects for option in question.options]
         askings.append(Asking(options=question.options, correct=correct, p=normalised(answer)))
     return askings

@@ -89,6 +89,8 @@ class Judge:
     def _clamped(self, answer: Judgement | Refusal) -> Judgement | Refusal:
         if isinstance(answer, Refusal):
             return answer
+        if math.isnan(answer.p_first):  # a comparison with it is false: it would become the lower limit
+            return Refusal("the judge's log-probabilities are no numbers")
         low, high = self.clamp
         return Judgement(min(high, max(low, answer.p_first)), answer.rationale)
 
