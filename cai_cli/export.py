@@ -22,7 +22,7 @@ from cai_cli import __version__, console, options
 from cai_cli.drawn import Drawn, drawn_counts, draws
 from cai_cli.errors import CaiError, UsageError
 from cai_cli.forms import parse_preference, parse_prompt
-from cai_cli.jsonl import read_rows, read_values, rows_of, shown
+from cai_cli.jsonl import origin, read_rows, read_values, rows_of, shown
 from cai_cli.manifest import hash_input, read_manifest
 from cai_cli.outputs import one_writer, sidecar
 from cai_cli.records import Critique, Preference, Prompt, Revision, Row, Sample
@@ -46,11 +46,11 @@ def kind_of(source: str) -> tuple[type[Row], Callable[[object], Row]]:
     if {"reason", "row"} <= fields:
         raise CaiError(f"{source} holds rejected rows, which are no data", hint="export the file beside it")
     if {"chosen", "rejected"} <= fields:
-        return Preference, lambda value: parse_preference(value, source=Path(source).name)
+        return Preference, lambda value: parse_preference(value, source=origin(source))
     for field_name, row_type in (("critique", Critique), ("history", Revision), ("sample_index", Sample)):
         if field_name in fields:
             return row_type, rows_of(row_type)
-    return Prompt, lambda value: parse_prompt(value, source=Path(source).name)
+    return Prompt, lambda value: parse_prompt(value, source=origin(source))
 
 
 def features(row_type: type[Row]) -> Any:

@@ -77,6 +77,11 @@ def shown(source: str) -> str:
     return "stdin" if source == "-" else source
 
 
+def origin(source: str) -> str:
+    """The `source` of rows that name none: their file without its folders, which are this machine's."""
+    return Path(shown(source)).name
+
+
 def stop(error: BadRow, _raw: bytes) -> None:
     """What becomes of a line that is no row, unless the caller says otherwise: the first one ends the reading."""
     raise error from None
@@ -200,7 +205,7 @@ def read_prompts(source: str, kind: Kind | None = None, on_bad: OnBad = stop) ->
     name = shown(source)
 
     def parse(value: object) -> Prompt:
-        return parse_prompt(value, source=Path(name).name, kind=kind)
+        return parse_prompt(value, source=origin(source), kind=kind)
 
     if source.startswith("hf://") or source.endswith(".parquet"):
         rows = enumerate(_dataset_values(source), start=1)

@@ -305,6 +305,16 @@ def test_human_pairs_are_labelled_and_say_whom_the_humans_preferred(cai: Cai, tm
     assert 8 < sum(row["human"] == "chosen" for row in rows) < 32  # the better reply stands on either side
 
 
+def test_pairs_without_a_source_have_the_name_of_their_file_without_its_folders(cai: Cai, tmp_path: Path) -> None:
+    write_rows(tmp_path / "human.jsonl", [human(1)])
+    write_rows(tmp_path / "script.jsonl", [{"scores": [-0.1, -3.0]}])
+    words = ("--model", "scripted:script.jsonl", "--one-order", "--quiet")
+    (row,) = map(json.loads, cai("label-prefs", str(tmp_path / "human.jsonl"), *words).stdout.splitlines())
+    assert row["source"] == "human.jsonl"
+    piped = cai("label-prefs", "-", *words, stdin=(tmp_path / "human.jsonl").read_bytes())
+    assert json.loads(piped.stdout)["source"] == "stdin"
+
+
 def test_a_random_pairing_uses_no_reply_twice(cai: Cai, tmp_path: Path) -> None:
     run(cai, tmp_path, [sample_row(1, k) for k in range(5)], "--one-order", "--pairs", "random")
     rows = rows_in(tmp_path / "prefs.jsonl")

@@ -13,7 +13,7 @@ from cai_cli.engines.base import seed_for
 from cai_cli.errors import BadRow
 from cai_cli.forms import parse_preference
 from cai_cli.intake import Intake
-from cai_cli.jsonl import KeyTable, Numbered, shown
+from cai_cli.jsonl import KeyTable, Numbered, origin, shown
 from cai_cli.phase1_supervised.reviser import sample_or_revision
 from cai_cli.records import Identified, Message, Preference, Sample, Scored, conversation_id, load_row
 from cai_cli.stage import Skip, Unit, Units
@@ -37,7 +37,7 @@ def pair_units(intake: Intake, source: str, pairing: str, seed: int, limit: int 
     Raises BadRow where they do not, or where one stands twice: pairs would be missing, or be no pairs.
     """
     rows: Iterator[Numbered[Any]]
-    rows, prompts = intake.rows(source, lambda v: _row(v, shown(source), seed), limit), KeyTable()
+    rows, prompts = intake.rows(source, lambda v: _row(v, origin(source), seed), limit), KeyTable()
     for prompt_id, group in groupby(rows, key=lambda numbered: _prompt_of(numbered[1])):
         if prompt_id is None:
             for line, pair in group:

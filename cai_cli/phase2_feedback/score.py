@@ -6,13 +6,13 @@ another preference model it means nothing. The tokens scored are those that `tra
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cai_cli import options
 from cai_cli.errors import RowError
 from cai_cli.forms import parse_preference
 from cai_cli.intake import Intake
+from cai_cli.jsonl import origin
 from cai_cli.manifest import hash_input, provenance, settings_of
 from cai_cli.phase1_supervised.sft import completed_row
 from cai_cli.phase2_feedback.preference_model import encode_conversation, score_ids
@@ -99,7 +99,7 @@ def _hash(row: Sample | Preference) -> str:
 
 def units(intake: Intake, source: str, limit: int | None) -> Units[Sample]:
     """Every conversation of the file, by (id, sample_index)."""
-    name = Path(source).name
+    name = origin(source)
     for line, row in intake.rows(source, lambda value: scorable(value, name), limit):
         for conversation in conversations(row):
             yield Unit(conversation.key, line, conversation, hashed_id=row.id == _hash(row))

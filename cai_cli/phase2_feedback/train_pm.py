@@ -21,6 +21,7 @@ from cai_cli.engines.chat import encode_text
 from cai_cli.errors import CaiError, RowError, UsageError
 from cai_cli.forms import parse_preference
 from cai_cli.intake import Intake
+from cai_cli.jsonl import origin
 from cai_cli.manifest import hash_input, provenance
 from cai_cli.phase2_feedback.fitted_head import fit_head
 from cai_cli.phase2_feedback.pm_figures import held_out_figures
@@ -249,7 +250,7 @@ def held_out_row(figures: dict[str, Any]) -> dict[str, float | None]:
 
 def read_preferences(intake: Intake, source: str, limit: int | None = None) -> list[Preference]:
     """Preference rows and pairs that humans labelled; such a pair without a source has the file's name."""
-    name = Path(source).name
+    name = origin(source)
     return [row for _, row in intake.rows(source, lambda value: parse_preference(value, source=name), limit)]
 
 
