@@ -197,7 +197,7 @@ class Job(Generic[T]):
             elif (first := seen.add(unit.key, unit.line)) is None:
                 yield unit  # type: ignore[misc]
             elif unit.hashed_id:
-                counts.skipped["same prompt as an earlier line"] += 1
+                counts.skipped["the same as an earlier line"] += 1
             else:
                 name = shown(next(iter(self.inputs.values())).name)
                 raise BadRow(name, unit.line, f"id {unit.key!r} was already used on line {first}", "ids must be unique")

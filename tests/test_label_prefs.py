@@ -315,8 +315,14 @@ def test_pairs_without_a_source_have_the_name_of_their_file_without_its_folders(
     assert json.loads(piped.stdout)["source"] == "stdin"
 
 
+def test_a_pair_that_stands_twice_is_skipped_and_not_called_a_prompt(cai: Cai, tmp_path: Path) -> None:
+    counts = run(cai, tmp_path, [human(1), human(1)], "--one-order")
+    assert (counts["out"], counts["skipped_reasons"]) == (1, {"the same as an earlier line": 1})
+
+
 def test_a_random_pairing_uses_no_reply_twice(cai: Cai, tmp_path: Path) -> None:
-    run(cai, tmp_path, [sample_row(1, k) for k in range(5)], "--one-order", "--pairs", "random")
+    counts = run(cai, tmp_path, [sample_row(1, k) for k in range(5)], "--one-order", "--pairs", "random")
+    assert (counts["in"], counts["skipped_reasons"]) == (3, {"no partner in a random pairing": 1})
     rows = rows_in(tmp_path / "prefs.jsonl")
     told = [row[side][0]["content"] for row in rows for side in ("chosen", "rejected")]
     assert len(told) == len(set(told)) == 4
@@ -362,6 +368,7 @@ def test_pairs_under_the_confidence_asked_for_are_counted_and_can_be_asked_again
         ["--principles-per-pair", "17"],
         ["--cot-samples", "2"],
         ["--method", "cot", "--calibrate"],
+        ["--method", "contrast", "--few-shot", "examples.yaml"],
     ],
 )
 def test_a_way_of_judging_that_is_none_is_a_usage_error(words: list[str], cai: Cai, tmp_path: Path) -> None:

@@ -168,9 +168,9 @@ def open_labeller(flags: Mapping[str, Any]) -> tuple[Labeller, PreferenceConstit
     if method not in METHODS:
         raise UsageError(f"--method must be one of {', '.join(METHODS)}, not {method!r}")
     if calibrate and method != "choice":
-        raise UsageError(
-            "--calibrate takes the liking for a letter out of --method choice; the other methods have none"
-        )
+        raise UsageError(f"--calibrate needs --method choice, not {method}")
+    if method == "contrast" and flags["few_shot"] not in (None, "none"):
+        raise UsageError("--method contrast shows the judge no examples, so --few-shot would do nothing")
     if cot_samples > 1 and method != "cot":
         raise UsageError("--cot-samples needs --method cot")
     limits = pick_clamp(flags["clamp"], method)

@@ -51,8 +51,12 @@ def pair_units(intake: Intake, source: str, pairing: str, seed: int, limit: int 
         _refuse_twice(samples, shown(source))
         if len(samples) == 1:
             yield Skip("only one reply to the prompt", samples[0][0])
-        for (line, one), (_, other) in _chosen_pairs(samples, pairing, seed, shown(source)):
+        paired = list(_chosen_pairs(samples, pairing, seed, shown(source)))
+        for (line, one), (_, other) in paired:
             yield _unit(line, _pair(one, other))
+        taken = {line for pair in paired for line, _ in pair}
+        if paired:
+            yield from (Skip("no partner in a random pairing", line) for line, _ in samples if line not in taken)
 
 
 def _prompt_of(row: Sample | Pair) -> str | None:
