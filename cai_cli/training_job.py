@@ -218,11 +218,12 @@ def print_summary(summary: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         print(orjson.dumps(summary).decode())
         return
-    moved = [
-        f"{name.replace('_', '-')} {_point(summary[f'{name}_before'])} -> {_point(summary[name])}"
-        for name in ("loss", "accuracy", "reward", "held_out_loss")
-        if summary.get(name) is not None and summary.get(f"{name}_before") is not None
-    ]
+    moved = []
+    for name in ("loss", "accuracy", "reward", "held_out_loss"):
+        if summary.get(name) is not None:
+            before = summary.get(f"{name}_before")
+            start = "" if before is None else f"{_point(before)} -> "
+            moved.append(f"{name.replace('_', '-')} {start}{_point(summary[name])}")
     figures = f"; {', '.join(moved)}" if moved else ""
     console.say(
         f"{summary['stage']}: {_counted(summary)}{figures}; {summary['steps']:,} steps "

@@ -21,8 +21,9 @@ from cai_cli.phase2_feedback.pm_figures import held_out_figures
 from cai_cli.phase2_feedback.pm_trainer import by_length, soft_reward_trainer
 from cai_cli.phase2_feedback.preference_model import encode_conversation, score_conversations
 from cai_cli.phase2_feedback.train_pm import command
-from cai_cli.records import JudgedPair, Message, load_row
+from cai_cli.records import JudgedPair, Message, conversation_id, load_row
 from cai_cli.statistics import wilson
+from cai_cli.training import held_out_keys
 
 
 @pytest.fixture(scope="module")
@@ -236,6 +237,22 @@ def test_an_interrupted_run_ends_with_the_parameters_of_one_that_was_not(
     assert largest_difference(tmp_path / "whole", tmp_path / "killed") == 0
     assert rows_in(tmp_path / "whole/metrics.jsonl") == rows_in(tmp_path / "killed/metrics.jsonl")
     assert manifest_of(tmp_path / "whole")["figures"] == manifest_of(tmp_path / "killed")["figures"]
+
+
+def test_a_model_worse_than_chance_and_one_nobody_tested_say_so_on_stderr(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = {"model": str(model), "fitted_head": True, "epochs": 0, **QUICK | {"eval_share": 0.0}}
+    command(write_rows(tmp_path / "prefs.jsonl", [preference(i) for i in range(60)]), tmp_path / "pm", **run)
+    assert "nothing here says what the model learned" in capsys.readouterr().err
+    # What is held out is chosen by the hash of the prompt alone: those labels are turned round.
+    prompts = [conversation_id([Message(role="user", content=f"question number {i}")]) for i in range(60)]
+    apart = held_out_keys(prompts, 0.5, 0)
+    rows = [preference(i, 0.9, *(("b", "a") if p in apart else ("a", "b"))) for i, p in enumerate(prompts)]
+    command(write_rows(tmp_path / "turned.jsonl", rows), tmp_path / "worse", **run | {"eval_share": 0.5})
+    said = capsys.readouterr().err
+    assert "warning: train-pm: The preference model is wrong more often than a coin" in said
+    assert "; accuracy 0, " in said  # a head that is fitted alone has no figure before
 
 
 @pytest.mark.parametrize("trainer_name", ["RewardTrainer", "DPOTrainer"])

@@ -348,5 +348,5 @@ def command(
         counts=counts,
         train=lambda work: train_pm(base.path, tokenizer, train, held_out, recipe, work, fitted_head=fit_head),
     ).run(as_json=json)
-    if summary["at_chance"]:
+    if summary["note"]:
         console.warn(f"train-pm: {summary['note']}")
