@@ -43,9 +43,12 @@ class Shard:
 
 
 class Intake:
-    """Reads a stage's input rows; `bad` holds the bad lines met and not yet taken away, by line number."""
+    """Reads a stage's input rows; `bad` holds the bad lines met and not yet taken away, by line number.
 
-    def __init__(self, shard: str | None = None, *, skip_bad: bool = False, max_bad: int | None = None) -> None:
+    `skip_bad` None: the command has no such option to speak of.
+    """
+
+    def __init__(self, shard: str | None = None, *, skip_bad: bool | None = False, max_bad: int | None = None) -> None:
         if max_bad is not None and not skip_bad:
             raise UsageError("--max-bad bounds what --skip-bad lets pass", hint="give both")
         self.shard = Shard.parse(shard) if shard else None
@@ -96,8 +99,9 @@ class Intake:
     def _on_bad(self, error: BadRow, raw: bytes) -> None:
         if not self.skip_bad:
             hints = [error.hint] if error.hint else []
-            hints.append("--skip-bad goes on and keeps such lines in the rejected file")
-            raise BadRow(error.file, error.line, error.reason, "; ".join(hints)) from None
+            if self.skip_bad is not None:
+                hints.append("--skip-bad goes on and keeps such lines in the rejected file")
+            raise BadRow(error.file, error.line, error.reason, "; ".join(hints) or None) from None
         self.bad_count += 1
         self.digest.update(raw + b"\n")
         if self.max_bad is not None and self.bad_count > self.max_bad:

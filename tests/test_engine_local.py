@@ -243,7 +243,7 @@ def test_a_prompt_that_does_not_fit_is_refused_with_its_numbers_and_the_others_a
     long = Ask("word " * 300, seed=0)
     tokens = len(engine().tokenizer(long.text)["input_ids"])
     refused, answered, empty = engine().generate([long, asks()[1], Ask("", 0)], Sampling(50))
-    assert refused == Refusal(f"prompt of {tokens} tokens + 50 new tokens does not fit the context window of 512")
+    assert refused == Refusal(f"does not fit the context window of 512: {tokens} tokens + 50 new ones")
     assert isinstance(answered, Reply)
     assert isinstance(empty, Refusal)
 

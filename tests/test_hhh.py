@@ -187,6 +187,9 @@ def test_the_words_say_whether_it_is_chance() -> None:
     assert first_line(25, 50).endswith("chance 50.0%: cannot be told from chance")
     assert first_line(45, 50).endswith("above chance")
     assert first_line(5, 50).endswith("below chance")
+    assert first_line(0, 50).endswith("below chance")
+    tied = answered(*ask([question(id=str(i)) for i in range(50)], Answers({"A": 0.5, "B": 0.5})))
+    assert next(iter(words(summarise(tied)))).endswith("cannot be told from chance")  # though each tie is wrong
     assert list(words(summarise([]))) == ["no question was answered"]
 
 
@@ -267,6 +270,7 @@ def test_a_bad_row_is_named_with_file_and_line(change: Json, more: list[str], sa
     changed = {**second, **change}
     write_rows(files / "hhh.jsonl", [first, changed, {**third, **({"id": "x"} if "id" in change else {})}])
     done = cai(*WORDS, *more)
+    assert "--skip-bad" not in done.stderr  # which `eval hhh` does not have
     assert done.code == 1
     assert said in done.stderr
 

@@ -121,9 +121,8 @@ class LocalEngine(Engine):
         if prompt == 0:
             raise RowError("the prompt is empty: it has not one token")
         if prompt + new > self.window:
-            raise RowError(
-                f"prompt of {prompt} tokens + {new} new tokens does not fit the context window of {self.window}"
-            )
+            # What differs from row to row stands after the colon: rejected rows are counted by what is before it.
+            raise RowError(f"does not fit the context window of {self.window}: {prompt} tokens + {new} new ones")
 
     def _memory(self, start: Context, room: int) -> Memory | SharedMemory:
         """For rows that begin with `start` and may grow by `room` tokens each."""

@@ -66,7 +66,7 @@ class VllmEngine(Engine):
             ids = encode_chat(self.tokenizer, text, add_generation_prompt=True)
             ids += encode_text(self.tokenizer, continuation, start=False)
         if not ids or len(ids) + new > self.window:
-            raise RowError(f"prompt of {len(ids)} tokens + {new} new tokens does not fit 1 to {self.window}")
+            raise RowError(f"does not fit 1 to {self.window} tokens: {len(ids)} tokens + {new} new ones")
         return ids
 
     def _run(self, prompts: Sequence[Sequence[int]], params: Sequence[Mapping[str, Any]]) -> list[Any]:

@@ -221,7 +221,7 @@ def words(found: dict[str, Any]) -> Iterator[str]:
     if accuracy is None:
         yield "no question was answered"
         return
-    where = "above" if found["above_chance"] else "below" if accuracy["high"] < found["chance"] else None
+    where = "above" if found["above_chance"] else "below" if _below_chance(found) else None
     verdict = f"{where} chance" if where else "cannot be told from chance"
     yield f"accuracy {_said(accuracy)} of {accuracy['n']:,} questions; chance {found['chance']:.1%}: {verdict}"
     yield f"probability of the correct option {_said(found['p_correct'])}; {found['ties']:,} ties, counted as wrong"
@@ -229,6 +229,14 @@ def words(found: dict[str, Any]) -> Iterator[str]:
         for key, figure in part.items():
             if figure:
                 yield f"{name} {console.safe(key)}: {_said(figure)}, n = {figure['n']:,}"
+
+
+def _below_chance(found: dict[str, Any]) -> bool:
+    """Whether the answers are worse than a draw of lots. A tie is no knowledge, but no knowledge of the contrary
+    either: it has the right answer by chance."""
+    accuracy, chance = found["accuracy"], found["chance"]
+    drawn = wilson(accuracy["value"] * accuracy["n"] + chance * found["ties"], accuracy["n"])
+    return bool(drawn and drawn["high"] < chance)
 
 
 def _said(figure: Figure) -> str:
@@ -316,7 +324,7 @@ def command(
         form = settings["prompt_form"] = pick_form(prompt_form, engine)
         judge, window, identity = LanguageModel(engine, form, both_orders), engine.batch_size, engine.identity()
     inputs = {"questions": hash_input(input)}
-    intake = Intake()
+    intake = Intake(skip_bad=None)
 
     def parse(value: object) -> EvaluationQuestion:
         question = parse_question(value)
