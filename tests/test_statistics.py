@@ -105,7 +105,7 @@ def test_one_cluster_alone_says_nothing_about_the_spread() -> None:
 
 def test_rows_that_all_say_the_same_have_wilsons_interval_not_none() -> None:
     found = mean_figure([1.0] * 10, SHARE)
-    assert found == wilson(10, 10)
+    assert found == pytest.approx(wilson(10, 10))
     assert found is not None
     assert found["low"] == pytest.approx(0.722, abs=1e-3)
 
@@ -129,4 +129,22 @@ def test_what_two_judges_share_cancels_in_their_difference() -> None:
     assert found["value"] == pytest.approx(a.mean() - b.mean())
     spread = 2 * 1.96 * (a - b).std() / math.sqrt(200)
     assert found["high"] - found["low"] == pytest.approx(spread, rel=0.1)
-    assert paired_difference([1.0, 0.0], [1.0, 0.0]) == {"value": 0, "low": 0, "high": 0, "n": 2}
+    same = [float(i % 2) for i in range(100)]
+    alike = paired_difference(same, same)
+    assert alike == {
+        "value": 0,
+        "low": pytest.approx(-0.074, abs=1e-3),
+        "high": pytest.approx(0.074, abs=1e-3),
+        "n": 100,
+    }
+
+
+@pytest.mark.parametrize("n", [5, 6, 8, 10, 15, 20, 29])
+def test_a_coin_is_hardly_ever_told_from_a_coin(n: int) -> None:
+    """How often the lower end of the interval lies above one half; of four coins that are alike it always does."""
+    by_chance = 0.0
+    for heads in range(n + 1):
+        found = mean_figure([1.0] * heads + [0.0] * (n - heads), SHARE)
+        assert found is not None
+        by_chance += math.comb(n, heads) / 2**n * (found["low"] > 0.5)
+    assert by_chance < 0.036
