@@ -198,6 +198,20 @@ def test_the_calibration_error_is_the_mean_distance_of_confidence_and_share_righ
     ]
 
 
+def test_rows_of_one_id_are_counted_and_said_to_be() -> None:
+    found = audit([steady(1), steady(1), steady(2)], [reject("p2", "too long", user("x"))])
+    assert (found["pairs"], found["repeated"]) == (3, 2)
+    assert "2 rows have the id of an earlier row, and are counted like the others" in found["notes"]
+    assert audit([steady(1), steady(2)])["repeated"] == 0
+
+
+def test_each_order_has_one_say_however_many_thoughts_it_lost() -> None:
+    # 0.6 three times in one order, 0.2 once in the other: 0.4 for chosen, where the plain mean is one half.
+    votes = [("kind", "ab", 0.6), ("kind", "ab", 0.6), ("kind", "ab", 0.6), ("kind", "ba", 0.8)]
+    found = audit([pref(1, *votes, p_chosen=0.5, human="chosen")])
+    assert values(found["principles"]["kind"], "agreement") == [(0.0, 1)]
+
+
 def test_a_liking_for_length_shows_whichever_way_the_replies_are_named() -> None:
     long, short = "x" * 100, "x" * 10
     likes = [pref(i, ("kind", "ab", 0.6 + i / 100), replies=(long, short)) for i in range(20)]

@@ -54,7 +54,7 @@ PRINCIPLE_SUMS = (*VOTE_SUMS, "pairs", "human", "right")
 
 def audit(rows: Iterable[Preference], rejected: Iterable[Rejected] = ()) -> Audit:
     """Every figure of the votes on `rows`, whether the labels can be trusted (true, false, or null: not known) and
-    the reason, in plain words. Memory: 12 to 36 bytes a prompt."""
+    the reason, in plain words. Memory: 12 to 36 bytes a row, and as much a prompt."""
     tally = Tally()
     for row in rows:
         tally.add(row)
@@ -67,7 +67,7 @@ class Tally:
     """The sums that the figures are made of, by prompt, while rows come."""
 
     def __init__(self) -> None:
-        self.prompts = KeyTable()
+        self.prompts, self.ids, self.rows = KeyTable(), KeyTable(), 0
         self.pairs, self.votes = Sums(PAIR_SUMS), Sums(VOTE_SUMS)
         self.principles: dict[str, Sums] = {}
         self.human_only = 0
@@ -78,6 +78,8 @@ class Tally:
 
     def add(self, row: Preference | Rejected) -> None:
         """A label and its votes; or a pair that became none."""
+        self.rows += 1
+        self.ids.add(row.key, self.rows)
         if isinstance(row, Rejected):
             self._add_rejected(row)
         elif row.votes:
@@ -108,7 +110,7 @@ class Tally:
             sums = _vote_sums(votes)
             self.votes.add(prompt, sums)
             self.principles.setdefault(principle, Sums(PRINCIPLE_SUMS)).add(prompt, {"pairs": 1, **sums})
-        return {principle: _mean(_for_chosen(v) for v in votes) for principle, votes in by_principle.items()}
+        return {principle: _verdict(votes) for principle, votes in by_principle.items()}
 
     def audit(self) -> Audit:
         """The figures of what was added."""
@@ -122,6 +124,7 @@ class Tally:
             "pairs": round(pairs.total("pairs")),
             "votes": round(votes.total("votes")),
             "human_only": self.human_only,
+            "repeated": self.rows - self.ids.size,
             "ties": self.reasons[TIE],
             "rejected": {why: n for why, n in sorted(self.reasons.items()) if why != TIE},
             "agreement": pairs.share("right", "human"),
@@ -160,6 +163,12 @@ def flips(votes: Iterable[Vote]) -> list[bool]:
     """Of each principle asked in both orders: whether the verdict changed with the order. One half is no verdict."""
     sums = map(_vote_sums, _by_principle(votes).values())
     return [bool(s["flips"]) for s in sums if "asked" in s]
+
+
+def _verdict(votes: Sequence[Vote]) -> float:
+    """The probability of `chosen`, each order counted once: of one some thoughts may have been refused."""
+    orders = ([_for_chosen(v) for v in votes if v.order == order] for order in ("ab", "ba"))
+    return _mean(_mean(order) for order in orders if order)
 
 
 def _for_chosen(vote: Vote) -> float:
@@ -304,7 +313,7 @@ def _notes(found: Audit) -> list[str]:
     if first := found["first_picks"]:
         notes.append(
             f"the judge picked the first reply in {_said(first)} of {first['n']:,} asks"
-            + ("" if _is_biased(first) else ": no liking for a position shows")
+            + ("" if _is_biased(first) else ", which may be no liking for a position")
         )
     if content := found["content"]:
         position, noise = abs(found["position"]["value"]), found["noise"]["value"]
@@ -312,6 +321,8 @@ def _notes(found: Audit) -> list[str]:
         notes.append(f"{shares}, {noise:.1%} by chance")
     if (longer := found["longer_chosen"]) and _is_biased(longer):
         notes.append(f"the longer reply won in {_said(longer)} of pairs of unequal length")
+    if found["repeated"]:
+        notes.append(f"{found['repeated']:,} rows have the id of an earlier row, and are counted like the others")
     if failures := sum(found["rejected"].values()):
         notes.append(f"{failures:,} pairs have no label beside {found['ties']:,} ties, for the reasons counted")
     return notes
