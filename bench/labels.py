@@ -57,7 +57,7 @@ def agreement(pairs: Sequence[Pair], p_a: Sequence[float | None]) -> str:
     for pair, p in zip(pairs, p_a, strict=True):
         if p is not None:
             right += 0.5 if p == 0.5 else float((p > 0.5) == (pair.human == "a"))
-    figure = wilson(round(right), len(pairs))
+    figure = wilson(right, len(pairs))
     assert figure
     mark = " *" if figure["low"] > 0.5 or figure["high"] < 0.5 else ""
     return f"{right / len(pairs):.3f} ({figure['low']:.3f} to {figure['high']:.3f}){mark}"

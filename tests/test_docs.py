@@ -11,6 +11,7 @@ import pytest
 from cli_docs import render
 
 from cai_cli.pipeline import load_run, plan
+from cai_cli.statistics import wilson
 
 ROOT = Path(__file__).parent.parent
 
@@ -99,3 +100,17 @@ def test_a_wheel_carries_the_principles_and_the_report_s_templates(tmp_path: Pat
     assert {p.name for p in Path(found.stdout.strip()).iterdir()} == {"critique_revision.yaml", "preference.yaml"}
     templates = {p.name for p in (target / "cai_cli/report/templates").iterdir()}
     assert templates == {"page.html.j2", "macros.html.j2", "style.css", "script.js"}
+
+
+def test_the_intervals_of_the_table_of_labels_are_wilsons_of_its_shares() -> None:
+    table = (ROOT / "docs/labels.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| (?:HH-RLHF|HHH), n = (\d+) \|.* (\S+) \((\S+) to (\S+)\)( \*)? \| \S+ \|$", table, re.MULTILINE
+    )
+    assert len(rows) > 20
+    for number, share, low, high, mark in rows:
+        n = int(number)
+        figure = wilson(round(2 * n * float(share)) / 2, n)  # a tie is half right
+        assert figure is not None
+        assert (float(low), float(high)) == pytest.approx((figure["low"], figure["high"]), abs=1.1e-3), (share, n)
+        assert bool(mark) == (figure["low"] > 0.5 or figure["high"] < 0.5)
