@@ -195,6 +195,8 @@ def select(principles: Sequence[P], ids: str | None, maximum: int | None) -> lis
         if not wanted:
             raise CaiError(f"--principles {ids!r} names no principle")
         for name in wanted:
+            if wanted.count(name) > 1:
+                raise CaiError(f"--principles names {name!r} twice")
             if name not in known:
                 raise CaiError(f"no principle {name!r}", hint=f"known: {', '.join(known)}")
         chosen = [known[name] for name in wanted]

@@ -288,6 +288,14 @@ def test_in_one_order_a_liking_for_the_first_place_is_in_the_labels() -> None:
     assert verdict([*first, *second]) == (None, "no human labels and one order only: agreement is unknown")
 
 
+def test_a_contrast_has_no_first_place_to_like() -> None:
+    rows = [pref(i, ("kind", "ab", 0.8)) for i in range(45)]
+    contrasts = [r.model_copy(update={"votes": [r.votes[0].model_copy(update={"method": "contrast"})]}) for r in rows]
+    found = audit(contrasts)
+    assert found["first_picks"] is found["position"] is None
+    assert (found["trusted"], found["reason"]) == (None, "no human labels and one order only: agreement is unknown")
+
+
 def test_a_judge_of_ties_alone_is_not_trusted_and_nothing_is_not_known() -> None:
     tie = reject("p1", "tie", pref(1, ("kind", "ab", 0.8), ("kind", "ba", 0.8)))
     assert verdict([], [tie]) == (False, "no pair has a preference: 1 ties")

@@ -147,6 +147,8 @@ def test_principles_are_chosen_by_id_in_the_order_given_or_from_the_first(small:
     assert error.value.hint == "known: a, b"
     with pytest.raises(CaiError, match="names no principle"):
         con.select(principles, " , ", None)
+    with pytest.raises(CaiError, match="names 'a' twice"):  # its votes would count twice
+        con.select(principles, "a,b,a", None)
 
 
 def test_every_principle_is_drawn_about_equally_often_and_the_same_draw_is_the_same() -> None:

@@ -181,7 +181,8 @@ def _half_at_one_half(p: float) -> float:
 
 def _vote_sums(votes: Sequence[Vote]) -> dict[str, float]:
     """Of one principle's votes on one pair; several votes in one order (sampled rationales) are one ask of it."""
-    decided = [vote.p_first for vote in votes if vote.p_first != 0.5]
+    # A contrast is shown no two replies, so none of them is in a place that could be liked.
+    decided = [vote.p_first for vote in votes if vote.p_first != 0.5 and vote.method != "contrast"]
     sums = {
         "votes": len(votes),
         "p_first": math.fsum(vote.p_first for vote in votes),
