@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+NO_TEMPLATE = "commands that ask a model take --prompt-form raw; those that train or score need a chat template"
+
+
 def encode_chat(
     tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], *, add_generation_prompt: bool
 ) -> list[int]:
@@ -28,7 +31,7 @@ def encode_chat(
     from jinja2 import TemplateError
 
     if tokenizer.chat_template is None:
-        raise CaiError("the model has no chat template", hint="--prompt-form raw")
+        raise CaiError("the model has no chat template", hint=NO_TEMPLATE)
     chat = [{"role": message.role, "content": message.content} for message in messages]
     try:
         ids: list[int] = tokenizer.apply_chat_template(
