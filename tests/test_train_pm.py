@@ -242,7 +242,7 @@ def test_an_interrupted_run_ends_with_the_parameters_of_one_that_was_not(
 def test_a_model_worse_than_chance_and_one_nobody_tested_say_so_on_stderr(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = {"model": str(model), "fitted_head": True, "epochs": 0, **QUICK | {"eval_share": 0.0}}
+    run = {"model": str(model), "fit_head": True, "epochs": 0, **QUICK | {"eval_share": 0.0}}
     command(write_rows(tmp_path / "prefs.jsonl", [preference(i) for i in range(60)]), tmp_path / "pm", **run)
     assert "nothing here says what the model learned" in capsys.readouterr().err
     # What is held out is chosen by the hash of the prompt alone: those labels are turned round.
@@ -272,7 +272,7 @@ def test_preference_rows_feed_trls_trainers_unchanged(model: Path, tmp_path: Pat
 
 def test_a_fitted_head_tells_pairs_apart_before_anything_else_is_trained(model: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "prefs.jsonl", [preference(i, 0.8) for i in range(60)])
-    run = {"model": str(model), "fitted_head": True, **QUICK | {"eval_share": 0.5}}
+    run = {"model": str(model), "fit_head": True, **QUICK | {"eval_share": 0.5}}
     command(rows, tmp_path / "head", epochs=0, **run)
     start, trained = weights(model), weights(tmp_path / "head")
     assert all(bool((trained[name] == start[name]).all()) for name in start if name in trained)
@@ -301,7 +301,7 @@ def test_a_fitted_head_gives_the_probabilities_of_its_labels() -> None:
     [
         ({"epochs": 0}, "trains nothing"),
         ({"targets": "sharp"}, "--targets must be soft or hard"),
-        ({"fitted_head": True}, "pairs of 10 prompts or more, these are of 4"),
+        ({"fit_head": True}, "pairs of 10 prompts or more, these are of 4"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(model: Path, tmp_path: Path, run: dict[str, Any], problem: str) -> None:
