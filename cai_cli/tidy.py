@@ -3,12 +3,13 @@
 Sorting writes sorted runs of a bounded size to disk and merges them; de-duplication keeps a hash of each prompt.
 """
 
+import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from heapq import merge
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import orjson
@@ -19,6 +20,7 @@ from cai_cli.errors import RowError
 from cai_cli.forms import parse_prompt
 from cai_cli.jsonl import KeyTable, read_rows
 from cai_cli.manifest import hash_input, provenance
+from cai_cli.outputs import sidecar
 from cai_cli.records import conversation_id, json_type
 from cai_cli.rewrite import rewrite
 from cai_cli.sinks import Counts, FileSink
@@ -110,6 +112,17 @@ def _write(sink: FileSink, lines: Iterator[bytes]) -> None:
         sink.partial.append_lines(group)
 
 
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """An empty folder while within. Its name is known, so that what a killed run left there is found and removed."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 Output = Annotated[Path, typer.Option("--output", "-o", help="Output JSONL file.", show_default=False)]
 
 
@@ -128,8 +141,8 @@ def sort_command(
     inputs = {"rows": hash_input(input)}
 
     def fill(sink: FileSink, counts: Counts) -> None:
-        with TemporaryDirectory(dir=output.parent, prefix=f"{output.name}.sort-") as folder:
-            _write(sink, sorted_lines(_counted(input, _object, counts), sort_key(by), Path(folder)))
+        with _scratch(sidecar(output, "sort")) as folder:
+            _write(sink, sorted_lines(_counted(input, _object, counts), sort_key(by), folder))
 
     made = provenance("sort", inputs=inputs, settings={"by": by.value})
     rewrite(output, made, inputs, fill, overwrite=overwrite, as_json=json)
