@@ -94,7 +94,7 @@ def set_aside(path: Path) -> None:
     """Keep a finished output as `OUT.old` with its sidecars while another is made in its place."""
     if not path.exists():
         return
-    for file in _finished_files(path):
+    for file in reversed(_finished_files(path)):  # OUT last: as long as it stands, a killed run has this still to do
         if file.exists():
             os.replace(file, sidecar(file, "old"))
     console.say(f"{path} is kept as {sidecar(path, 'old')} until the new one is whole")

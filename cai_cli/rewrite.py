@@ -28,8 +28,7 @@ def rewrite(
     watch, counts = console.Stopwatch(), Counts()
     refuse_input_as_output(path, inputs)
     with one_writer(path):
-        if not overwrite:
-            publish(path)
+        publish(path)
         summary = finished_summary(path, provenance, overwrite)
         if summary and rows is None and any(file.is_pipe for file in inputs.values()):
             raise CaiError(f"{path} is there, and what comes through a pipe may be something else", "--overwrite")

@@ -105,8 +105,7 @@ class Job(Generic[T]):
             raise UsageError(f"{path} is a directory, and rows go to a file", hint="-o FILE")
         refuse_input_as_output(path, self.inputs)
         with one_writer(path):
-            if not self.overwrite:
-                publish(path)
+            publish(path)
             done = finished_summary(path, self.provenance, self.overwrite)
             if done is None:
                 return self._work_through(FileSink(path, self.provenance, self.overwrite))

@@ -4,6 +4,7 @@ forks for each run. A run is a process of its own: it can be traced, killed, den
 `strace` does the injecting: it is attached to a run before its first step, and kills or fails it at its Nth call.
 """
 
+import fcntl
 import json
 import os
 import resource
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,6 +109,17 @@ def until(what: Callable[[], bool], seconds: float = 30) -> None:
     while not what():
         assert time.monotonic() < deadline, "it did not come about"
         time.sleep(0.002)
+
+
+def held(folder: Path) -> bool:
+    """Whether any process still writes an output in `folder`."""
+    for lock in folder.glob("*.lock"):
+        with suppress(FileNotFoundError), lock.open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+    return False
 
 
 def files_of(folder: Path, pattern: str = "out.jsonl*") -> dict[str, Any]:

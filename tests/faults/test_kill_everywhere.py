@@ -2,13 +2,16 @@
 run left alone, whatever stands at the output's name is whole, and nothing is left beside it."""
 
 import json
+import os
 import random
+import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from forked import Ended, Forks, clear, files_of, needs_strace
+from forked import Forks, clear, files_of, held, needs_strace, until
 from stage_helpers import Json, sample_row, write_rows
 
 CALLS = ("fsync", "write", "rename", "unlink", "ftruncate", "mkdir", "openat")
@@ -61,6 +64,8 @@ def write_inputs(folder: Path, seconds: float) -> None:
 
 
 def prepare(forks: Forks, folder: Path) -> None:
+    clear(folder, "critiques.jsonl*")
+    clear(folder, "shard*")
     first = [(*STAGES["critique"], "-o", "critiques.jsonl")]
     first += [(*STAGES["a shard"][:-1], f"{i}/2", "-o", f"shard{i}.jsonl") for i in (1, 2)]
     for line in first:
@@ -76,13 +81,14 @@ def before(stage: str, forks: Forks, folder: Path) -> None:
 
 
 def assert_whole_or_absent(stage: str, folder: Path, calm: Json, old: Json) -> None:
-    """What stands at the output's name is whole; an output that is being replaced is whole at one name or the other."""
-    name = OUTPUT[stage]
-    now = files_of(folder)
+    """What stands at the output's name is whole; an output that is being replaced is whole, with its manifest and what it
+    rejected, at one name or the other."""
+    name, now = OUTPUT[stage], files_of(folder)
     assert now.get(name) in (None, calm[name], old.get(name))
-    if old and now.get(name) != calm[name]:
-        for file in (name, f"{name}.rejected.jsonl"):
-            assert old[file] in (now.get(file), now.get(f"{file}.old"))
+    if not old or now.get(name) == calm[name]:
+        return
+    kept = {file: now.get(f"{file}.old", now.get(file)) for file in old}
+    assert kept in (old, {file: calm[file] for file in old})
 
 
 def kill_at_every(call: str, stage: str, forks: Forks, folder: Path) -> int:
@@ -101,6 +107,9 @@ def kill_at_every(call: str, stage: str, forks: Forks, folder: Path) -> int:
             return kills
         assert killed.code == -9
         assert_whole_or_absent(stage, folder, calm, old)
+        if stage == "overwritten" and call == "rename":
+            forks.run_injected(*words(stage), cwd=folder, inject="write:signal=SIGKILL:when=3")
+            assert_whole_or_absent(stage, folder, calm, old)
         again = forks.run(*words(stage), cwd=folder)
         assert again.code == 0, (nth, again)
         assert files_of(folder) == calm, nth
@@ -126,3 +135,74 @@ def test_a_kill_before_any_change_of_a_file_changes_no_byte_in_the_end(
     assert kills["rename"] >= 3
     with capsys.disabled():
         print(f"\n{stage}: {sum(kills.values())} kills ({kills})")
+
+
+@pytest.mark.faults
+def test_a_hundred_kills_at_random_moments_change_no_byte_in_the_end(
+    forks: Forks, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_inputs(folder, 0.005)
+    prepare(forks, folder)
+    moments, landed = random.Random(6), 0
+    for stage in ("sample", "critique", "revise", "critique-revise", "label-prefs"):
+        clear(folder)
+        started = time.monotonic()
+        assert forks.run(*words(stage), cwd=folder).code == 0
+        took, calm = time.monotonic() - started, files_of(folder)
+        for _ in range(20):
+            clear(folder)
+            pid = forks.start(*words(stage), cwd=folder)
+            time.sleep(moments.uniform(0, took))
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            landed += forks.wait().code == -9
+            assert_whole_or_absent(stage, folder, calm, {})
+            again = forks.run(*words(stage), cwd=folder)
+            assert again.code == 0, again
+            assert files_of(folder) == calm
+    assert landed >= 80
+    with capsys.disabled():
+        print(f"\nrandom moments: {landed} of 100 kills before the end")
+
+
+ROAD = """\
+name: road
+model: scripted:script.jsonl
+steps:
+  samples: {command: sample, input: prompts.jsonl, n: 2, batch-size: 3, skip-bad: true}
+  preferences: {command: label-prefs, input: "@samples", both-orders: false}
+"""
+
+
+@needs_strace
+@pytest.mark.faults
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("who", ["the road alone", "the road or a step"])
+@pytest.mark.parametrize("call", ["fsync", "rename", "write"])
+def test_a_kill_of_a_road_or_of_its_steps_changes_no_byte_in_the_end(
+    who: str, call: str, forks: Forks, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "road.yaml").write_text(ROAD)
+    road = ("run", "road.yaml", "--out", "out")
+
+    def results() -> Json:
+        return {k: v for k, v in files_of(folder / "out", "*").items() if k not in ("run.json", "report.html")}
+
+    assert forks.run(*road, cwd=folder).code == 0
+    calm, kills = results(), 0
+    for kills in range(60):
+        clear(folder, "out")
+        inject = f"{call}:signal=SIGKILL:when={1 + kills * (3 if call == 'write' else 1)}"
+        killed = forks.run_injected(*road, cwd=folder, inject=inject, children=who != "the road alone")
+        if killed.code == 0:
+            break
+        until(lambda: not held(folder / "out"))
+        again = forks.run(*road, cwd=folder)
+        assert again.code == 0, again
+        assert results() == calm, kills
+        state = json.loads((folder / "out/run.json").read_bytes())["steps"]
+        assert {step["status"] for step in state.values()} == {"done"}
+        assert (folder / "out/report.html").read_bytes().endswith(b"</html>")
+    assert kills >= 3
+    with capsys.disabled():
+        print(f"\n{who}: {kills} kills at {call}")
