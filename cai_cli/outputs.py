@@ -29,17 +29,21 @@ def sidecar(path: Path, ending: str) -> Path:
 
 @contextmanager
 def one_writer(path: Path) -> Iterator[None]:
-    """Hold `OUT.lock` while writing OUT; a second writer is refused at once, a killed holder frees it."""
+    """Hold `OUT.lock` while writing OUT; a second writer is refused at once, a killed holder frees it. Raises CaiError."""
+    lock = FileLock(sidecar(path, "lock"), timeout=0)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(sidecar(path, "lock"), timeout=0)
-        with lock:
-            yield
-            sidecar(path, "lock").unlink(missing_ok=True)
+        Path(lock.lock_file).touch()  # where no file can be made, FileLock would wait for one
+        lock.acquire()
     except Timeout:
         raise CaiError(f"another cai is writing {path}", hint="wait for it, or choose another output") from None
-    except PermissionError as error:
-        raise CaiError(f"cannot write beside {path}: {error.strerror}") from error
+    except OSError as error:
+        raise CaiError(f"cannot write {path}: {error.strerror}", hint="choose another -o") from error
+    try:
+        yield
+        Path(lock.lock_file).unlink(missing_ok=True)
+    finally:
+        lock.release()
 
 
 def refuse_input_as_output(path: Path, inputs: Mapping[str, InputFile]) -> None:

@@ -1,0 +1,85 @@
+"""SIGKILL while a checkpoint is written and while the finished model appears: the last whole checkpoint is gone on
+from, and the parameters in the end are those of a run left alone."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from forked import Forks, clear, needs_strace
+from tiny import tiny_model_dir
+from training_helpers import largest_difference, manifest_of, preference, revision, rows_in, write_rows
+
+CALLS = ("write", "writev", "openat", "mkdir", "rename", "fsync", "unlink")
+RECIPE = ("--max-steps", "5", "--save-steps", "2", "--batch-size", "4", "--gradient-accumulation", "1",
+          "--eval-share", "0", "--device", "cpu", "--model", "model", "-o", "out")  # fmt: skip
+RUNS = {"sft": ("sft", "revisions.jsonl", *RECIPE), "train-pm": ("train-pm", "preferences.jsonl", *RECIPE)}
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    made = Forks(
+        "cai_cli.models", "datasets", "trl.trainer.sft_trainer", "trl.trainer.reward_trainer",
+        "transformers.models.llama.modeling_llama",
+    )  # fmt: skip
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny_model_dir(tmp_path / "model")
+    write_rows(tmp_path / "revisions.jsonl", [revision(i, f"answer {i * 7}") for i in range(8)])
+    write_rows(tmp_path / "preferences.jsonl", [preference(i, chosen=f"helpful {i}") for i in range(8)])
+    return tmp_path
+
+
+def kills_of(log: Path, every: int) -> list[str]:
+    """One injection for every `every`th call that touches the checkpoint of step 4, and for every sync and rename of
+    the output."""
+    seen: Counter[str] = Counter()
+    saving, publishing = [], []
+    for line in log.read_text(errors="replace").splitlines():
+        if not (found := re.match(r"(\w+)\(", line)):
+            continue
+        seen[found[1]] += 1
+        inject = f"{found[1]}:signal=SIGKILL:when={seen[found[1]]}"
+        if "checkpoint-4" in line and "O_RDONLY" not in line:
+            saving.append(inject)
+        elif found[1] in ("fsync", "rename") and "metrics" not in line:
+            publishing.append(inject)
+    assert len(saving) > 30
+    return [*saving[::every], saving[-1], *publishing]
+
+
+@needs_strace
+@pytest.mark.faults
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("stage", "every"), [("sft", 7), ("train-pm", 20)])
+def test_a_kill_during_a_checkpoint_or_at_the_end_leads_to_the_same_parameters(
+    stage: str, every: int, forks: Forks, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = folder / "out"
+    done = forks.run_injected(*RUNS[stage], cwd=folder, inject=",".join(CALLS), log=folder / "log")
+    assert done.code == 0, done
+    for name in ("out", "out.manifest.json"):
+        (folder / name).rename(folder / name.replace("out", "calm"))
+    injections = kills_of(folder / "log", every)
+    for inject in injections:
+        clear(folder, "out*")
+        killed = forks.run_injected(*RUNS[stage], cwd=folder, inject=inject)
+        assert killed.code == -9, (inject, killed)
+        checkpoints = sorted(path.name for path in folder.glob("out.partial/checkpoint-*"))
+        again = forks.run(*RUNS[stage], cwd=folder)
+        assert again.code == 0, (inject, again)
+        if checkpoints:
+            in_saving = "checkpoint-4" in checkpoints and not (folder / "out.partial").exists()
+            assert f"{stage}: going on after step " in again.stderr or in_saving, (inject, again)
+        assert largest_difference(folder / "calm", out) == 0, inject
+        assert rows_in(folder / "calm/metrics.jsonl") == rows_in(out / "metrics.jsonl")
+        assert manifest_of(out)["counts"] == manifest_of(folder / "calm")["counts"]
+        left = {path.name for path in folder.glob("out*")}
+        assert left == {"out", "out.manifest.json"}, inject
+    with capsys.disabled():
+        print(f"\n{stage}: {len(injections)} kills")
