@@ -95,9 +95,9 @@ def main() -> NoReturn:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     signal.signal(signal.SIGTERM, _terminated)
+    _open_closed_streams()
     try:
-        app()
-        code: Any = 0
+        code = _run()
     except CaiError as error:
         console.error(error.message, error.hint)
         code = error.exit_code
@@ -114,6 +114,37 @@ def main() -> NoReturn:
     except SystemExit as stop:
         code = stop.code
     sys.exit(code)
+
+
+def _run() -> Any:
+    """The command; returns its exit code with stdout flushed, so that what cannot be written is an error like others."""
+    try:
+        app()
+    except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError):  # typer would leave with 1
+            raise stop.__context__ from None
+        sys.stdout.flush()
+        return stop.code
+    return 0
+
+
+def _open_closed_streams() -> None:
+    """A stream that came closed (`>&-`) is none to Python, and the next file opened would get its number. Reading or
+    writing rows there is to fail; messages have nowhere to go."""
+    if sys.stdin is None:
+        sys.stdin = _null(0, os.O_WRONLY, "r")
+    if sys.stdout is None:
+        sys.stdout = _null(1, os.O_RDONLY, "w")
+    if sys.stderr is None:
+        sys.stderr = _null(2, os.O_WRONLY, "w")
+
+
+def _null(number: int, flags: int, mode: str) -> Any:
+    fd = os.open(os.devnull, flags)
+    if fd != number:
+        os.dup2(fd, number)
+        os.close(fd)
+    return open(number, mode, encoding="utf-8", closefd=False)
 
 
 def _give_up_stdout() -> None:
