@@ -122,6 +122,8 @@ def plan(run: RunFile, file: Path, out: Path) -> list[Step]:
                     f"{where}: `cai {command}` has no option {option!r}",
                     hint=f"it has {', '.join(sorted(known[command]))}",
                 )
+            if option != "input" and value is not None:
+                _check_value(known[command][option], value, f"{where}: {option}")
             found = [
                 _located(v, f"{where}: {option}", steps, file.parent if option in PATH_OPTIONS else None)
                 for v in (value if isinstance(value, list) else [value])
@@ -136,6 +138,18 @@ def plan(run: RunFile, file: Path, out: Path) -> list[Step]:
         output = out / (name if command in TRAINING_STAGES else f"{name}.jsonl")
         steps[name] = Step(name, command, output, settings, files, needs)
     return list(steps.values())
+
+
+def _check_value(option: Any, value: Value | list[Value], where: str) -> None:
+    """Raises UsageError where the command would refuse `value` for `option`."""
+    if option.is_flag:
+        if not isinstance(value, bool):
+            raise UsageError(f"{where}: must be true or false, not {value!r}")
+        return
+    try:
+        option.process_value(typer.Context(_command_line()), str(value))
+    except typer.BadParameter as error:
+        raise UsageError(f"{where}: {error.message}") from None
 
 
 def _located(
@@ -155,14 +169,19 @@ def _located(
 
 
 @cache
-def stage_options() -> dict[str, dict[str, Any]]:
-    """Stage -> option name (without dashes) -> the option, read off the commands themselves."""
+def _command_line() -> Any:
     from cai_cli.cli import app
 
+    return typer.main.get_command(app)
+
+
+@cache
+def stage_options() -> dict[str, dict[str, Any]]:
+    """Stage -> option name (without dashes) -> the option, read off the commands themselves."""
     wired = {"output", "overwrite", "json", "quiet", "help"}
     found = {}
     for name in DATA_STAGES | EVALUATIONS | TRAINING_STAGES:
-        command: Any = typer.main.get_command(app)
+        command = _command_line()
         for word in name.split():
             command = command.commands[word]
         found[name] = {p.name.replace("_", "-"): p for p in command.params if p.name not in wired}

@@ -12,15 +12,22 @@ import orjson
 import typer
 
 from cai_cli import console, options
-from cai_cli.errors import BadRow
+from cai_cli.errors import BadRow, RowError
 from cai_cli.jsonl import KeyTable, read_rows, row_key
-from cai_cli.records import reason_kind
+from cai_cli.records import json_type, reason_kind
 
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 COUNTED = ("kind", "source", "finish_reason", "human")
 TEXTS = ("prompt", "completion", "critique", "chosen", "rejected")
 BINS = 10  # of p_chosen, which lies between 0.5 and 1
 SHOWN = 12  # lines of one table on the terminal
+
+
+def row_object(value: object) -> dict[str, Any]:
+    """Any row is an object. Raises RowError, as the stages do."""
+    if not isinstance(value, dict):
+        raise RowError(f"a row must be a JSON object, this is {json_type(value)}")
+    return value
 
 
 class Measure(Protocol):
@@ -80,7 +87,7 @@ class Stats:
         self.by.setdefault(name, Counter())["null" if value is None else str(value)] += 1
 
     def skip(self, error: BadRow, _raw: bytes) -> None:
-        """A line that is no JSON: counted, and the first few named."""
+        """A line that is no row: counted, and the first few named."""
         self.bad_lines += 1
         if len(self.bad) < SHOWN:
             self.bad.append(error.message)
@@ -146,6 +153,11 @@ def _tables(stats: dict[str, Any], unit: str) -> Iterator[str]:
             yield f"  {bin['from']:.2f} {bin['rows']:>12,}  {'#' * round(40 * bin['rows'] / most)}"
 
 
+def _row(value: object) -> object:
+    """An object, or a prompt as bare text."""
+    return value if isinstance(value, str) else row_object(value)
+
+
 def _token_counter(model: str) -> Measure:
     from cai_cli.models import load_tokenizer, resolve
 
@@ -160,11 +172,11 @@ def command(
 ) -> None:
     """Say what a JSONL file holds.
 
-    INPUT: rows of any stage, or any JSONL. Counts rows, lines that are no JSON, what repeats, kinds, sources, reasons,
+    INPUT: rows of any stage, or any JSONL. Counts rows, lines that are no rows, what repeats, kinds, sources, reasons,
     rounds and principles; quantiles of the lengths of texts; the histogram of p_chosen.
     """
     stats = Stats(len if tokenizer is None else _token_counter(tokenizer))
-    for line, value in read_rows(input, lambda value: value, stats.skip):
+    for line, value in read_rows(input, _row, stats.skip):
         stats.add(line, value)
     found = stats.as_json()
     unit = "characters" if tokenizer is None else f"tokens of {tokenizer}"

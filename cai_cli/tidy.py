@@ -16,15 +16,14 @@ import orjson
 import typer
 
 from cai_cli import options
-from cai_cli.errors import RowError
 from cai_cli.forms import parse_prompt
 from cai_cli.jsonl import KeyTable, read_rows
 from cai_cli.manifest import hash_input, provenance
 from cai_cli.outputs import sidecar
-from cai_cli.records import conversation_id, json_type
+from cai_cli.records import conversation_id
 from cai_cli.rewrite import rewrite
 from cai_cli.sinks import Counts, FileSink
-from cai_cli.stats import texts_of
+from cai_cli.stats import row_object, texts_of
 
 RUN_BYTES = 64 * 2**20
 LINES_A_WRITE = 1000
@@ -90,15 +89,9 @@ def distinct_lines(rows: Iterable[Any], counts: Counts) -> Iterator[bytes]:
             counts.skipped["same prompt as an earlier line"] += 1
 
 
-def _object(value: object) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise RowError(f"a row must be a JSON object, this is {json_type(value)}")
-    return value
-
-
 def _with_prompt(value: object) -> dict[str, Any]:
     parse_prompt(value, source="")
-    return _object(value)
+    return row_object(value)
 
 
 def _counted(source: str, parse: Callable[[object], dict[str, Any]], counts: Counts) -> Iterator[dict[str, Any]]:
@@ -142,7 +135,7 @@ def sort_command(
 
     def fill(sink: FileSink, counts: Counts) -> None:
         with _scratch(sidecar(output, "sort")) as folder:
-            _write(sink, sorted_lines(_counted(input, _object, counts), sort_key(by), folder))
+            _write(sink, sorted_lines(_counted(input, row_object, counts), sort_key(by), folder))
 
     made = provenance("sort", inputs=inputs, settings={"by": by.value})
     rewrite(output, made, inputs, fill, overwrite=overwrite, as_json=json)

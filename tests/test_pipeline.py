@@ -263,6 +263,9 @@ def test_a_dataset_on_the_hub_is_no_path_beside_the_file(road: Path) -> None:
         ("  a: {command: sample, input: '@b'}\n  b: {command: sample, input: prompts.jsonl}\n", "no earlier step 'b'"),
         ("  a: {command: sample, input: '@a'}\n", "no earlier step 'a'"),
         ("  a: {command: sample, input: none.jsonl}\n", "cannot read"),
+        ("  a: {command: sample, input: prompts.jsonl, n: banana}\n", "step 'a': n: Input should be a valid integer"),
+        ("  a: {command: sample, input: prompts.jsonl, n: 0}\n", "step 'a': n: Input should be greater than or equal"),
+        ("  a: {command: sample, input: prompts.jsonl, skip-bad: 7}\n", "skip-bad: must be true or false, not 7"),
         ("  ../a: {command: sample, input: prompts.jsonl}\n", "../a"),
         (
             "  a: {command: sample, input: prompts.jsonl}\n  a: {command: sample, input: prompts.jsonl}\n",

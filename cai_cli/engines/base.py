@@ -25,12 +25,14 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Ask:
-    """One text to complete. `seed` alone decides its sampling noise; `stop` strings end the text and are cut off."""
+    """One text to complete. `seed` alone decides its sampling noise; `stop` strings end the text and are cut off.
+    `row` is the key of the row that it is asked for, for messages."""
 
     text: Text
     seed: int
     cue: str = ""
     stop: tuple[str, ...] = ()
+    row: str = ""
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,12 @@ class Reply:
 
 @dataclass(frozen=True)
 class Question:
-    """Options whose log-probabilities as continuations of `text` + `cue` are wanted."""
+    """Options whose log-probabilities as continuations of `text` + `cue` are wanted. `row` as of an Ask."""
 
     text: Text
     options: tuple[str, ...]
     cue: str = ""
+    row: str = ""
 
 
 @dataclass(frozen=True)

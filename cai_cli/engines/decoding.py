@@ -20,28 +20,31 @@ def uniforms(seed: int, count: int) -> Any:
     return np.random.Generator(np.random.Philox(key=seed)).random(count)
 
 
-def draw(logits: "Tensor", noise: "Tensor", sampling: Sampling) -> "Tensor":
+def draw(logits: "Tensor", noise: "Tensor", sampling: Sampling, names: Sequence[str] = ()) -> "Tensor":
     """One token id per row of `logits` (rows, vocabulary): the inverse of the cumulative distribution at `noise`
     (rows,), or the most likely token at temperature 0.
 
-    Raises: CaiError when a row holds NaN or infinity: a broken model is never sampled from.
+    Raises: CaiError when a row holds NaN or infinity, by its name: a broken model is never sampled from.
     """
     if sampling.temperature == 0:
-        check_finite(logits.amax(-1))
+        check_finite(logits.amax(-1), names)
         return logits.argmax(-1)
     scaled = logits if sampling.temperature == 1 else logits.float() / sampling.temperature
     weights = scaled.float().softmax(-1)
-    check_finite(weights[:, 0])  # one NaN or infinity among a row's logits makes all of its weights NaN
+    check_finite(weights[:, 0], names)  # one NaN or infinity among a row's logits makes all of its weights NaN
     if sampling.top_p < 1:
         weights *= weights >= _smallest_kept(weights, sampling.top_p)[:, None]
     return _inverse_cdf(weights, noise)
 
 
-def check_finite(values: "Tensor") -> None:
-    """Raises: CaiError unless every value is a finite number."""
-    if not bool(values.isfinite().all()):
+def check_finite(values: "Tensor", names: Sequence[str] = ()) -> None:
+    """Raises: CaiError unless every value is a finite number; it names the first row that has another."""
+    finite = values.isfinite()
+    if not bool(finite.all()):
+        name = names[finite.tolist().index(False)] if names else ""
+        at = f" at row {name!r}" if name else ""
         raise CaiError(
-            "the model's logits hold NaN or infinity: its weights are broken or overflow in this dtype",
+            f"the model's logits hold NaN or infinity{at}: its weights are broken or overflow in this dtype",
             hint="--dtype float32, or train with a smaller learning rate",
         )
 

@@ -175,7 +175,7 @@ class LocalEngine(Engine):
                 logits += memory.add([row.prompt for row in joining], [1] * len(joining))
                 live += joining
             noise = torch.tensor([row.noise[len(row.new)] for row in live], dtype=torch.float64, device=self.device)
-            tokens = draw(torch.cat(logits), noise, sampling)
+            tokens = draw(torch.cat(logits), noise, sampling, [row.ask.row for row in live])
             for row, token in zip(live, tokens.tolist(), strict=True):
                 writer.add(row, token)
             going = _closed_up([row.reply is None for row in live])
@@ -233,7 +233,7 @@ class LocalEngine(Engine):
             batch = slice(at, at + self._fitting([len(context) for context in waiting[at:]]))
             for context, logits in zip(waiting[batch], memory.add(waiting[batch], keeps[batch]), strict=True):
                 for reading in wanted[context]:
-                    yield reading, _log_probability(logits, reading.tokens)
+                    yield reading, _log_probability(logits, reading)
             memory.keep([])
             at = batch.stop
 
@@ -244,7 +244,7 @@ class LocalEngine(Engine):
         start = min(common_start(prompt, whole) for whole in wholes)
         self._check_fits(start, max(len(whole) for whole in wholes) - start)
         return [
-            (tuple(whole[:-1]), Reading(index, option, tuple(whole[start:]))) for option, whole in enumerate(wholes)
+            (tuple(whole[:-1]), Reading(index, option, tuple(whole[start:]), question.row)) for option, whole in enumerate(wholes)
         ]
 
 
@@ -263,6 +263,7 @@ class Reading:
     question: int
     option: int
     tokens: tuple[int, ...]
+    row: str
 
 
 def _closed_up(going: Sequence[bool]) -> list[int]:
@@ -272,13 +273,15 @@ def _closed_up(going: Sequence[bool]) -> list[int]:
     return [place if going[place] else late.pop() for place in range(len(places))]
 
 
-def _log_probability(logits: "Tensor", tokens: Sequence[int]) -> float:
-    """Summed over `tokens`, the log-probability of each at its place in the last rows of `logits` (n, vocabulary)."""
+def _log_probability(logits: "Tensor", reading: Reading) -> float:
+    """Summed over the reading's tokens, the log-probability of each at its place in the last rows of `logits`
+    (n, vocabulary)."""
     import torch
 
+    tokens = reading.tokens
     if not tokens:
         return 0.0
     logp = logits[-len(tokens) :].float().log_softmax(-1)
     total = logp.gather(1, torch.tensor(tokens, device=logp.device)[:, None]).sum()
-    check_finite(total)
+    check_finite(total[None], [reading.row])
     return float(total)

@@ -81,7 +81,7 @@ class LanguageModel:
 
     def _question(self, question: EvaluationQuestion) -> Question:
         request = evaluation_request(question.prompt, self.form)
-        return Question(request.text, tuple(question.options), request.cue)
+        return Question(request.text, tuple(question.options), request.cue, question.id)
 
 
 def _askings(put: Sequence[EvaluationQuestion], answers: Sequence[list[float] | Refusal]) -> list[Asking] | Refusal:

@@ -7,6 +7,7 @@ the last reason. Nothing is repaired: a stripped wrapper would hide how often th
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from cai_cli.engines.base import Ask, Engine, Refusal, Reply, Sampling, seed_for
 
@@ -81,7 +82,7 @@ def generate_checked(
         # A greedy answer is the same every time.
         if not failed or attempt == ATTEMPTS or sampling.temperature == 0:
             break
-        again = [Ask(a.text, seed_for(a.seed, "attempt", attempt), a.cue, a.stop) for a in (asks[i] for i in failed)]
+        again = [replace(a, seed=seed_for(a.seed, "attempt", attempt)) for a in (asks[i] for i in failed)]
         for index, answer in zip(failed, engine.generate(again, sampling), strict=True):
             answers[index] = answer
     for index, reason in failed.items():

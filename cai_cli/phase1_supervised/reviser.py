@@ -50,7 +50,7 @@ class Reviser:
     ) -> list[Reply | Refusal]:
         """One checked answer per request, each with noise from its own row and round."""
         asks = [
-            Ask(r.text, seed_for(self.seed, stage, row.id, row.sample_index, round), r.cue, r.stop)
+            Ask(r.text, seed_for(self.seed, stage, row.id, row.sample_index, round), r.cue, r.stop, row.key)
             for row, round, r in zip(rows, rounds, requests, strict=True)
         ]
         return generate_checked(self.engine, asks, self.sampling, problem)

@@ -27,7 +27,7 @@ def sample(
 ) -> Iterator[Sample | Rejected]:
     """One reply per (prompt, sample_index), in order. An empty reply is rejected, as is a prompt that does not fit."""
     asks = [
-        Ask(r.text, seed_for(seed, "sample", p.id, index), r.cue, r.stop)
+        Ask(r.text, seed_for(seed, "sample", p.id, index), r.cue, r.stop, f"{p.id}/{index}")
         for p, index in units
         for r in [reply_request(p.prompt, form)]
     ]

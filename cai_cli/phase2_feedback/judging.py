@@ -106,7 +106,7 @@ class Judge:
 
     def _question(self, pair: Pair, principle: PreferencePrinciple, shown: tuple[str, str]) -> Question:
         request = comparison_request(pair.prompt, principle.comparison, shown, self.examples, self.form)
-        return Question(request.text, OPTIONS, request.cue)
+        return Question(request.text, OPTIONS, request.cue, pair.key)
 
     def _letter_priors(self, principles: Sequence[PreferencePrinciple]) -> dict[str, float]:
         """Principle id -> log-odds of the first letter where both replies say nothing. Raises CaiError."""
@@ -129,18 +129,21 @@ class Judge:
             rationale_request(c.pair.prompt, c.principle.comparison, c.shown, self.examples, self.form)
             for c in comparisons
         ]
-        asks = [Ask(r.text, c.seed(self.seed), r.cue, r.stop) for c, r in zip(comparisons, requests, strict=True)]
+        asks = [
+            Ask(r.text, c.seed(self.seed), r.cue, r.stop, c.pair.key)
+            for c, r in zip(comparisons, requests, strict=True)
+        ]
         thoughts = self.engine.generate(asks, self.sampling)
         judgements: list[Judgement | Refusal] = []
         questions = []
-        for request, thought in zip(requests, thoughts, strict=True):
+        for c, request, thought in zip(comparisons, requests, thoughts, strict=True):
             if isinstance(thought, Refusal) or not thought.text.strip():
                 judgements.append(thought if isinstance(thought, Refusal) else Refusal("empty rationale"))
                 continue
             text = thought.text.rstrip()
             answer = answer_after(text, request, self.form)
             judgements.append(Judgement(0.5, text.strip()))
-            questions.append(Question(answer.text, OPTIONS, answer.cue))
+            questions.append(Question(answer.text, OPTIONS, answer.cue, c.pair.key))
         scores = iter(self.engine.score(questions))
         return [j if isinstance(j, Refusal) else _normalised(next(scores), j.rationale) for j in judgements]
 
@@ -148,7 +151,7 @@ class Judge:
 
     def _contrast(self, comparisons: Sequence[Comparison]) -> list[Judgement | Refusal]:
         questions = [
-            Question(request.text, c.shown, request.cue)
+            Question(request.text, c.shown, request.cue, c.pair.key)
             for c in comparisons
             for request in contrast_requests(c.pair.prompt, c.principle, self.form)
         ]
@@ -166,7 +169,7 @@ class Judge:
         asks = []
         for c in comparisons:
             r = verdict_request(c.pair.prompt, c.principle.comparison, c.shown, self.examples, self.form)
-            asks.append(Ask(r.text, c.seed(self.seed), r.cue, r.stop))
+            asks.append(Ask(r.text, c.seed(self.seed), r.cue, r.stop, c.pair.key))
         judgements: list[Judgement | Refusal] = []
         for reply in self.engine.generate(asks, self.sampling):
             if isinstance(reply, Refusal):

@@ -46,9 +46,14 @@ def score_conversations(
 
 
 def score_ids(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", sequences: Sequence[list[int]], batch_size: int
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    sequences: Sequence[list[int]],
+    batch_size: int,
+    names: Sequence[str] = (),
 ) -> list[float]:
-    """As `score_conversations`, for what `encode_conversation` gave. The model is left in evaluation mode."""
+    """As `score_conversations`, for what `encode_conversation` gave. The model is left in evaluation mode. `names`: of
+    the sequences, for messages."""
     import torch
 
     window = context_window(model.config, tokenizer)
@@ -69,12 +74,13 @@ def score_ids(
         with torch.inference_mode():
             logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits[:, 0]
         for i, score in zip(batch, logits.float().tolist(), strict=True):
-            scores[i] = finite(score)
+            scores[i] = finite(score, names[i] if names else None)
     return scores
 
 
-def finite(score: float) -> float:
+def finite(score: float, name: str | None = None) -> float:
     """The score itself; raises CaiError when it is no number."""
     if not math.isfinite(score):
-        raise CaiError(f"the preference model gave the score {score}")
+        at = f" at row {name!r}" if name else ""
+        raise CaiError(f"the preference model gave the score {score}{at}: its weights are broken")
     return score

@@ -38,7 +38,9 @@ def score(
             ids.append(encoded if fits else f"longer than the preference model's window of {window:,} tokens")
         except RowError as error:
             ids.append(error.message)
-    scores = iter(score_ids(model, tokenizer, [e for e in ids if not isinstance(e, str)], batch_size))
+    fitting = [(row.key, encoded) for row, encoded in zip(rows, ids, strict=True) if not isinstance(encoded, str)]
+    names, sequences = [key for key, _ in fitting], [encoded for _, encoded in fitting]
+    scores = iter(score_ids(model, tokenizer, sequences, batch_size, names))
     for row, encoded_or_reason in zip(rows, ids, strict=True):
         if isinstance(encoded_or_reason, str):
             yield reject(row.key, encoded_or_reason, row)
