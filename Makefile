@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-all server-env lint docs smoke clean
+.PHONY: setup demo test faults soak test-all server-env lint docs smoke clean
 
 setup: $(STAMP)
 
@@ -22,6 +22,14 @@ demo: setup
 # One thread a worker: two torch processes that each want both cores slow each other tenfold.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
+# Everything that can happen to a long run, done to it for real; the last line is `N passed, N failed`.
+faults: setup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist load -m '' tests/faults
+
+# Half an hour against a server of which one answer in a hundred fails.
+soak: setup
+	CAI_SOAK_SECONDS=1800 $(BIN)/pytest -m '' tests/faults/test_soak.py
 
 # The real server of `pytest -m server`; compiling it takes some minutes, once.
 server-env: .server-venv/.installed

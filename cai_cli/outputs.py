@@ -41,8 +41,8 @@ def one_writer(path: Path) -> Iterator[None]:
         raise CaiError(f"cannot write {path}: {error.strerror}", hint="choose another -o") from error
     try:
         yield
-        Path(lock.lock_file).unlink(missing_ok=True)
     finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
 
 

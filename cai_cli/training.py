@@ -152,6 +152,11 @@ def tokenizer_and_window(path: Path) -> tuple["PreTrainedTokenizerBase", int]:
     return tokenizer, context_window(config, tokenizer)
 
 
+def too_long_for(max_length: int, window: int) -> str:
+    """Why a row of more tokens than either is rejected."""
+    return "longer than --max-length" if max_length <= window else f"longer than the model's window of {window:,}"
+
+
 def mixed(own: Sequence[T], others: Sequence[T], ratio: float, seed: int) -> list[T]:
     """`own` and, per one of them, `ratio` of the others drawn without replacement (all where there are fewer)."""
     wanted = round(ratio * len(own))

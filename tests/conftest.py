@@ -13,6 +13,14 @@ from cai_cli import console
 from cai_cli.cli import main
 
 
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """The last line of every run says what `make faults` promises: N passed, N failed."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter and not hasattr(config, "workerinput"):
+        count = {name: len(reporter.stats.get(name, ())) for name in ("passed", "failed", "error")}
+        print(f"{count['passed']} passed, {count['failed'] + count['error']} failed")
+
+
 @dataclass(frozen=True)
 class Done:
     code: int

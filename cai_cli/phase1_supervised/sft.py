@@ -42,6 +42,8 @@ from cai_cli.training import (
     pick_device,
     quiet_libraries,
     save_model,
+    tokenizer_and_window,
+    too_long_for,
     without_printer,
 )
 from cai_cli.training_job import Base, Counts, TrainingJob, rows_digest
@@ -57,7 +59,6 @@ COLUMNS = {
     "entropy": "entropy",
     "token_accuracy": "mean_token_accuracy",
 }
-LONG = "longer than --max-length"
 
 
 @dataclass(frozen=True)
@@ -115,10 +116,11 @@ def encode(tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[Message], repl
 
 
 def encode_all(
-    tokenizer: "PreTrainedTokenizerBase", examples: Sequence[Example], max_length: int, counts: Counts
+    tokenizer: "PreTrainedTokenizerBase", examples: Sequence[Example], max_length: int, counts: Counts, *, window: int
 ) -> list[tuple[Example, Encoded]]:
-    """Every example that can be trained on; the others are rejected into `counts`."""
-    fitting = []
+    """Every example that can be trained on; the others are rejected into `counts`. `window`: how many tokens the model
+    takes."""
+    fitting, too_long = [], too_long_for(max_length, window)
     for example in examples:
         try:
             encoded = encode(tokenizer, example.row.prompt, example.reply)
@@ -127,8 +129,8 @@ def encode_all(
             continue
         if not example.reply.strip():
             counts.rejected.append(reject(example.row.key, "empty completion", example.row))
-        elif len(encoded.ids) > max_length:
-            counts.rejected.append(reject(example.row.key, LONG, example.row))
+        elif len(encoded.ids) > min(max_length, window):
+            counts.rejected.append(reject(example.row.key, too_long, example.row))
         else:
             fitting.append((example, encoded))
     return fitting
@@ -239,10 +241,8 @@ def command(
     if helpful and len(theirs) < round(helpful_ratio * len(mine)):
         console.say(f"sft: {helpful} holds {len(theirs):,} examples, fewer than --helpful-ratio asks for; all are used")
 
-    from cai_cli.models import load_tokenizer
-
-    tokenizer = load_tokenizer(base.path)
-    fitting = encode_all(tokenizer, chosen, max_length, counts)
+    tokenizer, window = tokenizer_and_window(base.path)
+    fitting = encode_all(tokenizer, chosen, max_length, counts, window=window)
     prompts = [conversation_id(example.row.prompt) for example, _ in fitting]
     apart = held_out_keys(prompts, eval_share, seed)
     train = [encoded for (_, encoded), prompt in zip(fitting, prompts, strict=True) if prompt not in apart]

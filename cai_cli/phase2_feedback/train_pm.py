@@ -49,6 +49,7 @@ from cai_cli.training import (
     quiet_libraries,
     save_model,
     tokenizer_and_window,
+    too_long_for,
     without_printer,
 )
 from cai_cli.training_job import Base, Counts, TrainingJob, rows_digest
@@ -100,8 +101,7 @@ def encode_pairs(
     `window`: how many tokens the model takes. With `hard` the preferred reply has probability 1, and a tie, which has
     no preferred reply, is skipped.
     """
-    too_long = "longer than --max-length" if max_length <= window else f"longer than the model's window of {window:,}"
-    pairs = []
+    pairs, too_long = [], too_long_for(max_length, window)
     for row in rows:
         try:
             ids = [encode_conversation(tokenizer, [*row.prompt, *reply]) for reply in (row.chosen, row.rejected)]

@@ -89,7 +89,7 @@ def cut_at_every_byte(ending: str, stage: str, cai: Cai, folder: Path, every: in
     calm = files_of(folder)
     clear(folder)
     # As late as can be, so that two rows at least stand in the file that is torn.
-    calls = 12
+    calls = 30
     while True:
         clear(folder)
         try:
