@@ -117,7 +117,7 @@ def main() -> NoReturn:
 
 
 def _run() -> Any:
-    """The command; returns its exit code with stdout flushed, so that what cannot be written is an error like others."""
+    """The command; returns its exit code, stdout flushed: what cannot be written is an error like others."""
     try:
         app()
     except SystemExit as stop:

@@ -29,7 +29,10 @@ def sidecar(path: Path, ending: str) -> Path:
 
 @contextmanager
 def one_writer(path: Path) -> Iterator[None]:
-    """Hold `OUT.lock` while writing OUT; a second writer is refused at once, a killed holder frees it. Raises CaiError."""
+    """Hold `OUT.lock` while writing OUT; a second writer is refused at once, a killed holder frees it.
+
+    Raises CaiError.
+    """
     lock = FileLock(sidecar(path, "lock"), timeout=0)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

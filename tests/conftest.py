@@ -12,6 +12,21 @@ import pytest
 from cai_cli import console
 from cai_cli.cli import main
 
+Ran = Callable[[str], None]
+
+
+@pytest.fixture
+def ran(record_property: Callable[[str, object], None]) -> Ran:
+    """`ran("72 kills")`: what a test of faults was put to, told at the end of the run."""
+    return lambda text: record_property("ran", text)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for report in terminalreporter.stats.get("passed", ()):
+        for name, text in report.user_properties:
+            if name == "ran":
+                terminalreporter.write_line(f"{Path(report.nodeid.split('::')[0]).stem}: {text}")
+
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     """The last line of every run says what `make faults` promises: N passed, N failed."""

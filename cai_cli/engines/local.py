@@ -244,7 +244,8 @@ class LocalEngine(Engine):
         start = min(common_start(prompt, whole) for whole in wholes)
         self._check_fits(start, max(len(whole) for whole in wholes) - start)
         return [
-            (tuple(whole[:-1]), Reading(index, option, tuple(whole[start:]), question.row)) for option, whole in enumerate(wholes)
+            (tuple(whole[:-1]), Reading(index, option, tuple(whole[start:]), question.row))
+            for option, whole in enumerate(wholes)
         ]
 
 

@@ -30,7 +30,9 @@ HARM: Limits = (0.0, 4.0)
 def harm(rows: Sequence[Sample], engine: Engine, form: Form) -> Iterator[HarmScore | Rejected]:
     """One score per reply, in order."""
     requests = [harm_request(conversation(row), form) for row in rows]
-    answers = engine.score([Question(r.text, HARM_LEVELS, r.cue, row.key) for row, r in zip(rows, requests, strict=True)])
+    answers = engine.score(
+        [Question(r.text, HARM_LEVELS, r.cue, row.key) for row, r in zip(rows, requests, strict=True)]
+    )
     for row, answer in zip(rows, answers, strict=True):
         if isinstance(answer, Refusal):
             yield reject(row.key, answer.reason, row)

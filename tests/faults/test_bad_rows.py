@@ -255,3 +255,31 @@ def test_the_limit_counts_rows_and_not_bad_lines(cai: Cai, folder: Path) -> None
     write_prompts(folder, lines[0], b"{", *lines[1:])
     assert cai("sample", "in.jsonl", *SCRIPT, "-o", "out.jsonl", "--skip-bad", "--limit", "2").code == 0
     assert manifest_of(folder / "out.jsonl")["counts"]["in"] == 3
+
+
+READERS = {
+    "sort": ("sort", "in.jsonl", "-o", "out.jsonl"),
+    "dedup": ("dedup", "in.jsonl", "-o", "out.jsonl"),
+    "show": ("show", "in.jsonl"),
+    "stats": ("stats", "in.jsonl"),
+    "export": ("export", "in.jsonl", "-o", "out"),
+    "critique": ("critique", "in.jsonl", *SCRIPT, "-o", "out.jsonl"),
+    "label-prefs": ("label-prefs", "in.jsonl", *SCRIPT, "-o", "out.jsonl"),
+    "eval agreement": ("eval", "agreement", "in.jsonl"),
+}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("what", BAD)
+@pytest.mark.parametrize("reader", READERS)
+def test_whatever_reads_rows_says_of_a_bad_line_where_it_stands(reader: str, what: str, cai: Cai, folder: Path) -> None:
+    line, _ = BAD[what]
+    write_prompts(folder, json.dumps(sample_row(0)).encode(), line)
+    done = cai(*READERS[reader])  # anything but an error of ours would come out of here as a traceback
+    said = done.stderr + done.stdout
+    if done.code == 0:  # a reader that needs no more of a row than what it shows
+        assert reader in ("sort", "dedup", "show", "stats"), said
+        return
+    assert done.code == 1
+    assert "in.jsonl:" in done.stderr
+    assert not (folder / "out.jsonl").exists()

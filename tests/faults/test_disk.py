@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import Ran
 from forked import NOBODY, Ended, Forks, clear, files_of, needs_strace, until
 from stage_helpers import Json, sample_row, write_rows
 
@@ -55,7 +56,7 @@ def folder(tmp_path: Path) -> Path:
 def open_folder() -> Iterator[Path]:
     """A folder that every user may pass through, which pytest's own are not."""
     with tempfile.TemporaryDirectory(prefix="cai-faults-", ignore_cleanup_errors=True) as name:
-        os.chmod(name, 0o755)
+        Path(name).chmod(0o755)
         yield write_inputs(Path(name))
 
 
@@ -64,10 +65,12 @@ def open_folder() -> Iterator[Path]:
 
 @needs_strace
 @pytest.mark.faults
-@pytest.mark.parametrize("error", ["write:error=ENOSPC", "fsync:error=EIO", "rename:error=ENOSPC", "openat:error=EROFS"])
+@pytest.mark.parametrize(
+    "error", ["write:error=ENOSPC", "fsync:error=EIO", "rename:error=ENOSPC", "openat:error=EROFS"]
+)
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_call_that_fails_is_one_line_of_error_and_the_same_command_goes_on(
-    stage: str, error: str, forks: Forks, folder: Path, capsys: pytest.CaptureFixture[str]
+    stage: str, error: str, forks: Forks, folder: Path, ran: Ran
 ) -> None:
     assert forks.run(*STAGES[stage], cwd=folder).code == 0
     calm, failures = files_of(folder), 0
@@ -89,8 +92,7 @@ def test_a_call_that_fails_is_one_line_of_error_and_the_same_command_goes_on(
         assert again.code == 0, (nth, again)
         assert files_of(folder) == calm, nth
     assert failures >= 3
-    with capsys.disabled():
-        print(f"\n{stage}: {failures} of {error}")
+    ran(f"{stage}: {failures} of {error}")
 
 
 @needs_strace
@@ -110,7 +112,9 @@ def test_a_disk_that_fills_up_in_the_middle_is_one_line_and_nothing_is_lost(fork
 def test_a_small_file_system_that_fills_up_stops_the_run_resumably(forks: Forks, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(disk)], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(disk)], capture_output=True, check=False
+    )
     if mounted.returncode:
         pytest.skip("NOT ALLOWED TO MOUNT: no small file system can be filled")
     try:
@@ -183,7 +187,8 @@ def as_nobody(forks: Forks, folder: Path, *words: str) -> Ended:
 
 
 @pytest.mark.parametrize(
-    "output", ["out.jsonl", "new/out.jsonl", "/proc/out.jsonl", "/dev/null/out.jsonl", "/sys/out.jsonl", "prompts.jsonl/o"]
+    "output",
+    ["out.jsonl", "new/out.jsonl", "/proc/out.jsonl", "/dev/null/out.jsonl", "/sys/out.jsonl", "prompts.jsonl/o"],
 )
 def test_a_place_that_may_not_be_written_is_one_line_that_names_it(
     output: str, forks: Forks, open_folder: Path
@@ -194,7 +199,8 @@ def test_a_place_that_may_not_be_written_is_one_line_that_names_it(
         refused.assert_is_one_error()
         assert "another cai" not in refused.stderr
         assert re.match(
-            rf"error: cannot write {output}: (Permission denied|No such file|Not a directory|File exists|Read-only)", refused.stderr
+            rf"error: cannot write {output}: (Permission denied|No such file|Not a directory|File exists|Read-only)",
+            refused.stderr,
         )
 
 
@@ -253,7 +259,11 @@ def test_an_output_that_is_the_input_is_refused_by_whatever_name(
         (folder / "link.jsonl").symlink_to(folder / source)
     if way == "a hard link":
         os.link(folder / source, folder / "link.jsonl")
-    output = {"its name": source, "another spelling": f"./side/../{folder.name}/{source}", "a linked folder": f"side/{source}"}
+    output = {
+        "its name": source,
+        "another spelling": f"./side/../{folder.name}/{source}",
+        "a linked folder": f"side/{source}",
+    }
     words = ("dedup", source) if stage == "dedup" else STAGES[stage][:-2]
     before = (folder / source).read_bytes()
     for more in ((), ("--overwrite",)):

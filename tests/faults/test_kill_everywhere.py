@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from conftest import Ran
 from forked import Forks, clear, files_of, held, needs_strace, until
 from stage_helpers import Json, sample_row, write_rows
 
@@ -127,20 +128,17 @@ def test_a_kill_before_any_sync_or_rename_of_sampling_changes_no_byte(call: str,
 @pytest.mark.faults
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_kill_before_any_change_of_a_file_changes_no_byte_in_the_end(
-    stage: str, forks: Forks, folder: Path, capsys: pytest.CaptureFixture[str]
+    stage: str, forks: Forks, folder: Path, ran: Ran
 ) -> None:
     kills = {call: kill_at_every(call, stage, forks, folder) for call in CALLS}
     assert kills["fsync"] >= 4
     assert kills["write"] >= 4
     assert kills["rename"] >= 3
-    with capsys.disabled():
-        print(f"\n{stage}: {sum(kills.values())} kills ({kills})")
+    ran(f"{stage}: {sum(kills.values())} kills ({kills})")
 
 
 @pytest.mark.faults
-def test_a_hundred_kills_at_random_moments_change_no_byte_in_the_end(
-    forks: Forks, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_hundred_kills_at_random_moments_change_no_byte_in_the_end(forks: Forks, folder: Path, ran: Ran) -> None:
     write_inputs(folder, 0.005)
     prepare(forks, folder)
     moments, landed = random.Random(6), 0
@@ -161,8 +159,7 @@ def test_a_hundred_kills_at_random_moments_change_no_byte_in_the_end(
             assert again.code == 0, again
             assert files_of(folder) == calm
     assert landed >= 80
-    with capsys.disabled():
-        print(f"\nrandom moments: {landed} of 100 kills before the end")
+    ran(f"random moments: {landed} of 100 kills before the end")
 
 
 ROAD = """\
@@ -180,7 +177,7 @@ steps:
 @pytest.mark.parametrize("who", ["the road alone", "the road or a step"])
 @pytest.mark.parametrize("call", ["fsync", "rename", "write"])
 def test_a_kill_of_a_road_or_of_its_steps_changes_no_byte_in_the_end(
-    who: str, call: str, forks: Forks, folder: Path, capsys: pytest.CaptureFixture[str]
+    who: str, call: str, forks: Forks, folder: Path, ran: Ran
 ) -> None:
     (folder / "road.yaml").write_text(ROAD)
     road = ("run", "road.yaml", "--out", "out")
@@ -204,5 +201,4 @@ def test_a_kill_of_a_road_or_of_its_steps_changes_no_byte_in_the_end(
         assert {step["status"] for step in state.values()} == {"done"}
         assert (folder / "out/report.html").read_bytes().endswith(b"</html>")
     assert kills >= 3
-    with capsys.disabled():
-        print(f"\n{who}: {kills} kills at {call}")
+    ran(f"{who}: {kills} kills at {call}")

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from forked import Forks, clear, needs_strace
+from conftest import Ran
+from forked import Forks, clear, files_of, needs_strace
+from stage_helpers import sample_row
 from tiny import tiny_model_dir
 from training_helpers import largest_difference, manifest_of, preference, revision, rows_in, write_rows
 
@@ -58,7 +60,7 @@ def kills_of(log: Path, every: int) -> list[str]:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("stage", "every"), [("sft", 7), ("train-pm", 20)])
 def test_a_kill_during_a_checkpoint_or_at_the_end_leads_to_the_same_parameters(
-    stage: str, every: int, forks: Forks, folder: Path, capsys: pytest.CaptureFixture[str]
+    stage: str, every: int, forks: Forks, folder: Path, ran: Ran
 ) -> None:
     out = folder / "out"
     assert forks.run(*RUNS[stage], cwd=folder).code == 0
@@ -81,5 +83,29 @@ def test_a_kill_during_a_checkpoint_or_at_the_end_leads_to_the_same_parameters(
         assert manifest_of(out)["counts"] == manifest_of(folder / "calm")["counts"]
         left = {path.name for path in folder.glob("out*")}
         assert left == {"out", "out.manifest.json"}, inject
-    with capsys.disabled():
-        print(f"\n{stage}: {len(injections)} kills")
+    ran(f"{stage}: {len(injections)} kills")
+
+
+@needs_strace
+@pytest.mark.faults
+@pytest.mark.timeout(600)
+def test_a_kill_while_rows_are_scored_changes_no_byte_in_the_end(forks: Forks, folder: Path, ran: Ran) -> None:
+    done = forks.run(*RUNS["train-pm"][:-1], "pm", cwd=folder)
+    assert done.code == 0, done
+    write_rows(folder / "samples.jsonl", [sample_row(i) for i in range(12)])
+    words = ("score", "samples.jsonl", "--pm", "pm", "-o", "out.jsonl", "--batch-size", "1", "--device", "cpu")
+    assert forks.run(*words, cwd=folder).code == 0
+    calm, kills = files_of(folder), 0
+    for call in ("fsync", "write", "rename"):
+        for nth in range(1, 50):
+            clear(folder)
+            killed = forks.run_injected(*words, cwd=folder, inject=f"{call}:signal=SIGKILL:when={nth}")
+            if killed.code == 0:
+                break
+            kills += 1
+            assert files_of(folder).get("out.jsonl") in (None, calm["out.jsonl"])
+            again = forks.run(*words, cwd=folder)
+            assert again.code == 0, (call, nth, again)
+            assert files_of(folder) == calm, (call, nth)
+    assert kills > 10
+    ran(f"score: {kills} kills")

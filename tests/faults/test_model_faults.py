@@ -96,7 +96,15 @@ def test_a_reply_that_was_cut_off_is_kept_and_says_so_itself(cai: Cai, folder: P
 
 # --- a judge ------------------------------------------------------------------------------------------------------
 
-UNDECIDED = ["Neither.", "Both are equally good.", "", "I cannot choose between them.", "Option C", "A and B", "(A) or (B)?"]
+UNDECIDED = [
+    "Neither.",
+    "Both are equally good.",
+    "",
+    "I cannot choose between them.",
+    "Option C",
+    "A and B",
+    "(A) or (B)?",
+]
 
 
 @pytest.mark.parametrize("said", UNDECIDED)
@@ -123,7 +131,9 @@ def test_a_judge_that_is_undecided_in_one_order_only_gives_no_vote_at_all(cai: C
     assert said
 
 
-@pytest.mark.parametrize("logprobs", [None, {"content": []}, {"content": [{"token": "C", "logprob": -0.1, "top_logprobs": []}]}])
+@pytest.mark.parametrize(
+    "logprobs", [None, {"content": []}, {"content": [{"token": "C", "logprob": -0.1, "top_logprobs": []}]}]
+)
 def test_a_judge_whose_letters_are_not_among_the_likeliest_gives_no_vote(
     logprobs: Json | None, cai: Cai, folder: Path
 ) -> None:
@@ -166,7 +176,9 @@ def test_logits_that_are_no_numbers_stop_the_run_and_name_the_row(value: float, 
         assert "error: the model's logits hold NaN or infinity at row 'p" in stopped.stderr
         assert len(stopped.stderr.splitlines()) <= 2
         assert not (folder / "out.jsonl").exists()
-    stopped = cai("label-prefs", "samples.jsonl", "--model", "broken", "-o", "prefs.jsonl", "--limit", "2", "--one-order")
+    stopped = cai(
+        "label-prefs", "samples.jsonl", "--model", "broken", "-o", "prefs.jsonl", "--limit", "2", "--one-order"
+    )
     assert stopped.code == 1
     assert "logits hold NaN or infinity at row 'p" in stopped.stderr
     assert "Traceback" not in stopped.stderr

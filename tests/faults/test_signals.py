@@ -71,7 +71,9 @@ def alive(session: int) -> list[str]:
     "sent", [(signal.SIGINT,), (signal.SIGTERM,), (signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGTERM),
              (signal.SIGINT, signal.SIGTERM)], ids=lambda sent: " and ".join(s.name for s in sent)
 )  # fmt: skip
-@pytest.mark.parametrize("stage", ["sample", *(pytest.param(s, marks=pytest.mark.faults) for s in ("critique-revise", "label-prefs"))])
+@pytest.mark.parametrize(
+    "stage", ["sample", *(pytest.param(s, marks=pytest.mark.faults) for s in ("critique-revise", "label-prefs"))]
+)
 def test_a_signal_or_two_end_a_stage_with_its_code_and_whole_lines(
     stage: str, sent: tuple[signal.Signals, ...], folder: Path
 ) -> None:

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import Ran
 from loopback import Loopback, Request, cut, error, good, reset
 from stage_helpers import manifest_of
 
@@ -21,9 +22,7 @@ REFUSED_EVERY = 97  # prompts the server will not have, each asked once and reje
 
 @pytest.mark.faults
 @pytest.mark.timeout(SECONDS + 300)
-def test_one_failure_in_a_hundred_answers_costs_no_row_and_nothing_piles_up(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_one_failure_in_a_hundred_answers_costs_no_row_and_nothing_piles_up(tmp_path: Path, ran: Ran) -> None:
     dice, lock = random.Random(1), threading.Lock()
     failed = 0
 
@@ -41,7 +40,18 @@ def test_one_failure_in_a_hundred_answers_costs_no_row_and_nothing_piles_up(
         return good(request)
 
     with Loopback(behave) as server:
-        words = ("sample", "-", "-o", "out.jsonl", "--model", "openai:m", "--base-url", server.url, "--concurrency", "8")
+        words = (
+            "sample",
+            "-",
+            "-o",
+            "out.jsonl",
+            "--model",
+            "openai:m",
+            "--base-url",
+            server.url,
+            "--concurrency",
+            "8",
+        )
         with (tmp_path / "stderr").open("w") as stderr_file:
             child = subprocess.Popen(
                 [sys.executable, "-m", "cai_cli", *words], cwd=tmp_path, stdin=subprocess.PIPE, stderr=stderr_file
@@ -75,9 +85,7 @@ def test_one_failure_in_a_hundred_answers_costs_no_row_and_nothing_piles_up(
     for what, place, slack in (("file descriptors", 0, 6), ("threads", 1, 1), ("MiB", 2, 24)):
         before, after = (statistics.median(sample[place] for sample in part) for part in (early, late))
         assert after <= before + slack, f"{what}: {before} -> {after}"
-    with capsys.disabled():
-        print(f"\n{asked:,} rows in {SECONDS:.0f} s, {failed} failures; descriptors, threads, MiB: "
-              f"{early[0]} -> {late[-1]}")  # fmt: skip
+    ran(f"{asked:,} rows in {SECONDS:.0f} s, {failed} failures; descriptors, threads, MiB: {early[0]} -> {late[-1]}")
 
 
 def watch(child: subprocess.Popen[bytes], seen: list[tuple[int, int, int]]) -> None:

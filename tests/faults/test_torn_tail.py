@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from conftest import Cai
+from conftest import Cai, Ran
 from forked import clear, files_of
 from stage_helpers import Json, sample_row, write_rows
 
@@ -127,9 +127,8 @@ def test_every_stage_goes_on_from_files_cut_anywhere(
     cai: Cai,
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    ran: Ran,
 ) -> None:
     monkeypatch.setattr("typer.main.get_command", cache(typer.main.get_command))
     places = cut_at_every_byte(ending, stage, cai, folder, every=1 if (ending, stage) in EVERY_BYTE else 11)
-    with capsys.disabled():
-        print(f"\n{stage}: out.jsonl{ending} cut at {places} places")
+    ran(f"{stage}: out.jsonl{ending} cut at {places} places")

@@ -168,7 +168,20 @@ def test_rows_to_train_on_are_used_whole_or_rejected_and_counted(
     else:
         of_pair = train_pm.Pair.columns
         monkeypatch.setattr(train_pm.Pair, "columns", lambda self: trained.append(self.chosen) or of_pair(self))  # type: ignore[func-returns-value]
-    words = (stage, "in.jsonl", "--model", "model", "-o", "out", "--device", "cpu", "--max-steps", "1", "--eval-share", "0")
+    words = (
+        stage,
+        "in.jsonl",
+        "--model",
+        "model",
+        "-o",
+        "out",
+        "--device",
+        "cpu",
+        "--max-steps",
+        "1",
+        "--eval-share",
+        "0",
+    )
     done = cai(*words, "--max-length", str(WINDOW), "--json")
     assert done.code == 0, done.stderr
     counts = manifest_of(folder / "out")["counts"]
@@ -199,7 +212,20 @@ def test_a_max_length_beyond_the_window_does_not_let_longer_rows_in(stage: str, 
                    "p_chosen": 0.9, "votes": [], "human": None, "source": None}  # fmt: skip
         rows.append(row)
     write_rows(folder / "in.jsonl", rows)
-    words = (stage, "in.jsonl", "--model", "model", "-o", "out", "--device", "cpu", "--max-steps", "1", "--eval-share", "0")
+    words = (
+        stage,
+        "in.jsonl",
+        "--model",
+        "model",
+        "-o",
+        "out",
+        "--device",
+        "cpu",
+        "--max-steps",
+        "1",
+        "--eval-share",
+        "0",
+    )
     done = cai(*words, "--max-length", "100000", "--json")
     assert done.code == 0, done.stderr
     counts = manifest_of(folder / "out")["counts"]
