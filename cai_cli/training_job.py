@@ -17,6 +17,7 @@ import orjson
 import yaml
 
 from cai_cli import console
+from cai_cli.constitution import parse_yaml
 from cai_cli.drawn import recorded_principles
 from cai_cli.errors import CaiError, UsageError
 from cai_cli.jsonl import AppendFile, sync_directory
@@ -73,13 +74,19 @@ class Base:
 
     @property
     def license(self) -> str | None:
-        """As its card or its `source.json` states it."""
+        """As its `source.json` or its card states it; None where a stranger's files state nothing that can be read."""
         source, card = self.path / "source.json", self.path / "README.md"
-        if source.is_file():
-            return str(orjson.loads(source.read_bytes())["license"]).lower()
-        parts = card.read_text(encoding="utf-8").split("---\n", 2) if card.is_file() else []
-        head = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0] else None
-        return head.get("license") if isinstance(head, dict) else None
+        head: Any = None
+        try:
+            if source.is_file():
+                head = orjson.loads(source.read_bytes())
+            elif card.is_file():
+                parts = card.read_text(encoding="utf-8").split("---\n", 2)
+                head = parse_yaml(parts[1], str(card)) if len(parts) == 3 and not parts[0] else None
+        except (CaiError, ValueError):
+            return None
+        stated = head.get("license") if isinstance(head, dict) else None
+        return stated.lower() if isinstance(stated, str) else None
 
 
 Train = Callable[[Path], dict[str, Any]]
