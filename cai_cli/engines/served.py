@@ -166,9 +166,11 @@ class Client:
         try:
             answer = Answer.model_validate_json(content)
         except ValidationError:
-            start = self._short(content[:200].decode("utf-8", "replace"))
+            start = self._short(content.decode("utf-8", "replace"))
             hint = "does --base-url end as the server wants it (usually /v1)?"
             raise _Failure(f"the reply is no completion: {start!r}", hint, retried=True) from None
+        if len(self.key) >= console.SHORTEST_SECRET and self.key in answer.model_dump_json():
+            raise RowError(f"the reply holds the key in {KEY_VARIABLE}")
         if not _same_model(self.model, answer.model):
             raise _Failure(
                 f"asked for the model {self.model!r}, answered as {self._short(str(answer.model))!r}",
