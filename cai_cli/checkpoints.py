@@ -1,7 +1,7 @@
 """The checkpoints a killed training run goes on from: sealed when they are whole, checked before one is loaded.
 
-The seal is a list of the sha256 of every file, written last, so a checkpoint without one is of a kill while it was being
-saved. It tells what was lost or changed since. A stranger who writes a whole checkpoint can seal it too: against that
+The seal is a list of the sha256 of every file, written last: a checkpoint without one was being saved when the run was
+killed. It tells what was lost or changed since. A stranger who writes a whole checkpoint can seal it too: against that
 stands that torch reads what is pickled in it (optimizer.pt, rng_state.pth) with `weights_only`, which runs no code.
 """
 

@@ -30,6 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cai_cli import console, options
 from cai_cli.constitution import load_yaml
+from cai_cli.engines.served import checked_url
 from cai_cli.errors import CaiError, UsageError
 from cai_cli.manifest import differences, hash_input, read_manifest, write_json
 from cai_cli.outputs import one_writer, sidecar
@@ -114,6 +115,8 @@ def plan(run: RunFile, file: Path, out: Path) -> list[Step]:
         for shared in ("model", "seed"):
             if shared in known[command]:
                 settings.setdefault(shared, getattr(run, shared))
+        if isinstance(url := settings.get("base-url"), str):
+            checked_url(url)  # before run.json records it
         needs: list[Step] = []
         files: dict[str, str | None] = {}
         for option, value in settings.items():

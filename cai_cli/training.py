@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError  # noqa: S403
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import orjson

@@ -114,10 +114,8 @@ def test_code_beside_a_model_stays_unread_in_every_command(stage: str, cai: Cai,
     (stranger / "canary.py").write_text(f"open({str(trace)!r}, 'w').close()\nCanary = None\n")
     for name in ("config.json", "tokenizer_config.json"):
         config = json.loads((stranger / name).read_text()) | {"model_type": "canary", "tokenizer_class": "Canary"}
-        config["auto_map"] = {
-            auto: "canary.Canary"
-            for auto in ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification")
-        } | {"AutoTokenizer": ["canary.Canary", "canary.Canary"]}
+        autos = ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification")
+        config["auto_map"] = dict.fromkeys(autos, "canary.Canary") | {"AutoTokenizer": ["canary.Canary"] * 2}
         (stranger / name).write_text(json.dumps(config))
     done = cai(*words(stage))
     assert "Traceback" not in done.stderr
