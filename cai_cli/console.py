@@ -33,6 +33,11 @@ def safe(text: str) -> str:
     return "".join(c if _printable(c) else c.encode("unicode_escape").decode() for c in text)
 
 
+def safe_json(line: bytes) -> bytes:
+    """A line of JSON with each of those characters as \\uXXXX: it means the same."""
+    return "".join(c if _printable(c) else f"\\u{ord(c):04x}" for c in line.decode()).encode()
+
+
 def redacted(text: str) -> str:
     """`text` with the name of its environment variable in place of every key."""
     for name in SECRETS:

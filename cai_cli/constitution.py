@@ -123,7 +123,7 @@ def load_yaml(source: str | Path) -> Any:
     try:
         with open(source, encoding="utf-8") as file:
             text = file.read(MAX_YAML + 1)
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a name that no file has
         raise CaiError(f"cannot read {source}: {error}") from error
     if len(text) > MAX_YAML:
         raise CaiError(f"{source}: longer than {MAX_YAML:,} characters", hint="is this a file of principles or a run?")

@@ -145,6 +145,8 @@ def _located(
     value: Value, where: str, steps: Mapping[str, Step], folder: Path | None
 ) -> tuple[Value, Step | str | None]:
     """A setting as the command gets it, and the step or the file it names. `folder`: where its file is looked for."""
+    if isinstance(value, str) and "\0" in value:
+        raise UsageError(f"{where}: {value!r} holds a NUL character, which no command line can")
     if reference := split_reference(value):
         name, step = reference
         if step not in steps:
