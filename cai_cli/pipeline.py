@@ -35,7 +35,7 @@ from cai_cli.errors import CaiError, UsageError
 from cai_cli.manifest import differences, hash_input, read_manifest, write_json
 from cai_cli.outputs import one_writer, sidecar
 from cai_cli.report.command import report_at_the_end
-from cai_cli.sweep import Value, expand, split_name, split_reference, write_curves
+from cai_cli.sweep import LONGEST_NAME, Value, expand, split_name, split_reference, write_curves
 
 DATA_STAGES = frozenset({"sample", "critique", "revise", "critique-revise", "label-prefs", "score"})
 EVALUATIONS = frozenset({"eval compare", "eval harm"})
@@ -47,7 +47,7 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"  # of a run or a step: it becomes a file 
 class RunFile(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(pattern=NAME)
+    name: str = Field(pattern=NAME, max_length=LONGEST_NAME)
     model: str = options.DEFAULT_MODEL
     seed: int = 0
     steps: dict[Annotated[str, Field(pattern=NAME)], dict[str, Value | list[Value]]] = Field(min_length=1)

@@ -50,8 +50,17 @@ def test_a_bad_line_is_an_error_with_its_file_and_line(line: bytes, reason: str,
 def test_plain_text_that_is_not_utf8_is_an_error_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "in.txt"
     path.write_bytes(b"one\ncaf\xe9\n")
-    with pytest.raises(CaiError, match=r"in\.txt:2: not UTF-8"):
+    with pytest.raises(CaiError, match=r"in\.txt:2: not UTF-8: unexpected end of data at byte 3"):
         texts(path)
+
+
+def test_plain_text_with_a_nul_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "in.txt"
+    path.write_bytes(b"one\ntw\0o\n")
+    with pytest.raises(CaiError) as error:
+        texts(path)
+    assert error.value.message == f"{path}:2: a NUL byte, which plain text does not hold"
+    assert error.value.hint == "is this UTF-16, or no text at all?"
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,18 @@ def test_a_raw_revision_request_goes_on_from_the_critique() -> None:
         f"{_EXAMPLE_START}{_EXAMPLE_CRITIQUE}{_EXAMPLE_END}{_TALK}"
         "\n\nCritiqueRequest: What is wrong?\n\nCritique: Too short.\n\nRevisionRequest: Lengthen it."
     )
-    assert asked.cue == "\n\nRevision:"
+    assert (asked.cue, asked.stop) == ("\n\nRevision:", RAW_STOPS)
+
+
+def test_examples_stand_one_after_the_other_with_nothing_between() -> None:
+    whole, short = _EXAMPLE_START + _EXAMPLE_CRITIQUE + _EXAMPLE_END, _EXAMPLE_START + _EXAMPLE_END
+    for text, example in (
+        (critique_request(TALK, "x", [WORKED] * 2, "raw").text, whole),
+        (revision_request(TALK, ("x", "y"), "z", [WORKED] * 2, "raw").text, whole),
+        (revision_request(TALK, None, "z", [WORKED] * 2, "raw").text, short),
+    ):
+        assert isinstance(text, str)
+        assert text.startswith(example * 2 + _TALK)
 
 
 def test_a_revision_without_critique_shows_none_anywhere() -> None:

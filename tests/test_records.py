@@ -15,12 +15,14 @@ from cai_cli.jsonl import read_rows, row_key, rows_of
 from cai_cli.records import (
     Critique,
     Message,
+    PolicySample,
     Preference,
     Prompt,
     Rejected,
     Revision,
     Row,
     Sample,
+    Scored,
     dump_row,
     load_row,
     reject,
@@ -206,6 +208,30 @@ def test_our_own_rows_are_prompts_again() -> None:
         "source": None,
     }
     assert said(parse(preference)) == [("user", "question 3")]
+
+
+TURN = {"round": 1, "principle_id": "p", "critique": None, "response": "r"}
+
+
+@pytest.mark.parametrize(
+    ("more", "row_type"),
+    [
+        ({"history": [TURN]}, Revision),
+        ({"history": [], "round": 1, "principle_id": "p", "critique": "c"}, Critique),
+        ({"score": 0.5}, Scored),
+        ({"score": 0.5, "step": 3, "reply_tokens": 7, "watch_score": None}, PolicySample),
+    ],
+)
+def test_every_later_row_is_a_prompt_again_and_checked_as_the_row_it_is(
+    more: dict[str, Any], row_type: type[Row]
+) -> None:
+    row = sample_row(3) | more
+    assert parse(row) == parse(sample_row(3))
+    with pytest.raises(RowError, match=f"not a {row_type.__name__} row: unknown field 'other'"):
+        parse(row | {"other": 1})
+    for name in more:
+        with pytest.raises(RowError):
+            parse(row | {name: {}})
 
 
 def test_what_a_row_says_of_itself_counts_before_what_the_command_line_says() -> None:
