@@ -41,14 +41,13 @@ def tree(folder: Path) -> set[str]:
 
 @pytest.fixture
 def room(tmp_path: Path, cai: Cai) -> Iterator[Path]:
-    """A folder two levels down, in which everything happens; what stands above and at the root stays as it was."""
+    """A folder two levels down, in which everything happens; what stands above and at the root stays empty."""
     inside = tmp_path / "deep/deeper"
     inside.mkdir(parents=True)
     write_rows(inside / "script.jsonl", [{"replies": ["one.", "two.", "three."], "scores": [-0.1, -3.0]}])
     os.chdir(inside)
-    before = tree(tmp_path) - tree(inside), set(os.listdir("/tmp")), set(os.listdir(Path.home()))  # noqa: S108
     yield inside
-    assert {p for p in tree(tmp_path) if not p.startswith("deep")} == {p for p in before[0] if not p.startswith("deep")}
+    assert {p for p in tree(tmp_path) if not p.startswith("deep/deeper/")} == {"deep", "deep/deeper"}
     assert not Path("/tmp/cai-canary").exists()  # noqa: S108
     assert not (Path.home() / "x").exists()
 
