@@ -133,7 +133,7 @@ def load_yaml(source: str | Path) -> Any:
 def parse_yaml(text: str, name: str) -> Any:
     """One YAML document, read with `PlainLoader`. Raises CaiError."""
     try:
-        return yaml.load(text, Loader=PlainLoader)  # noqa: S506 - a SafeLoader without aliases
+        return yaml.load(text, Loader=PlainLoader)  # noqa: S506 - a SafeLoader without aliases  # nosec B506
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or a number that cannot be
         raise CaiError(f"{name}: not YAML: {' '.join(str(error).split())}") from error
     except RecursionError as error:

@@ -148,7 +148,7 @@ def tokenizer_and_window(path: Path) -> tuple["PreTrainedTokenizerBase", int]:
     from cai_cli.models import load_tokenizer
 
     tokenizer = load_tokenizer(path)
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)  # nosec B615
     return tokenizer, context_window(config, tokenizer)
 
 
