@@ -20,6 +20,7 @@ from cai_cli import console
 from cai_cli.constitution import parse_yaml
 from cai_cli.drawn import recorded_principles
 from cai_cli.errors import CaiError, UsageError
+from cai_cli.export import cell
 from cai_cli.jsonl import AppendFile, sync_directory
 from cai_cli.manifest import InputFile, read_manifest, run_facts, write_json
 from cai_cli.outputs import finished_summary, one_writer, refuse_input_as_output, refuse_other_run, sidecar
@@ -261,7 +262,7 @@ def model_card(manifest: Mapping[str, Any], models: Mapping[str, Base]) -> str:
         head["base_model"] = base.name
 
     def table(title: str, values: Mapping[str, Any]) -> str:
-        rows = "".join(f"| {name} | {_cell(value)} |\n" for name, value in values.items())
+        rows = "".join(f"| {cell(name)} | {_cell(value)} |\n" for name, value in values.items())
         return f"## {title}\n\n| | |\n|---|---|\n{rows}\n"
 
     made_from = {f"{role} `{m.public_name}`": f"`{m.fingerprint}`" for role, m in models.items()}
@@ -309,4 +310,4 @@ def _cell(value: Any) -> str:
         return ", ".join(f"{name} {_cell(inner)}" for name, inner in value.items())
     if isinstance(value, dict):
         return f"{value['value']:.3f} (95%: {value['low']:.3f} to {value['high']:.3f}, n = {value['n']})"
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    return cell(value)

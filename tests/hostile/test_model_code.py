@@ -21,6 +21,7 @@ from training_helpers import interrupted_after, largest_difference, preference, 
 
 from cai_cli.checkpoints import SEAL, newest_checkpoint, seal
 from cai_cli.errors import CaiError
+from cai_cli.training_job import Base, model_card
 
 MODELS = ("sft", "train-pm", "rl", "score", "sample")
 TRAINING = ("--epochs", "3", "--save-steps", "2", "--batch-size", "4", "--eval-share", "0")
@@ -229,6 +230,19 @@ def test_a_seal_that_is_no_list_is_a_changed_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-1" / SEAL).write_bytes(b"\xff\x00 ../../x\n")
     with pytest.raises(CaiError, match="is not as it was"):
         newest_checkpoint(tmp_path)
+
+
+def test_no_principle_or_setting_breaks_out_of_a_model_s_card(stranger: Path) -> None:
+    evil = "p` |\n\n<script>x</script> \x1b[31m [x](javascript:y)"
+    manifest = {
+        "provenance": {"stage": "sft", "cai": "0", "input": {evil: "ab"}, "rows": {"sha256": "ab"}, "settings": {evil: evil}},
+        "counts": {"in": 1}, "figures": {evil: {"value": 1.0, "low": 0.0, "high": 1.0, "n": 1}},
+        "run": {"principles": [{"constitution": "c", "stage": "s", "fingerprint": "f", "drawn": {evil: 3}}], "versions": {}},
+    }  # fmt: skip
+    card = model_card(manifest, {"model": Base("base", stranger, "ab")})
+    assert "<script>" not in card
+    assert "\x1b" not in card
+    assert card.count(r"p` \| \<script\>x\</script\>") == 5
 
 
 def test_a_stranger_s_card_cannot_stop_a_training_nor_state_what_is_no_license(
