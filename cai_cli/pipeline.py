@@ -30,7 +30,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cai_cli import console, options
 from cai_cli.constitution import load_yaml
-from cai_cli.engines.served import checked_url
 from cai_cli.errors import CaiError, UsageError
 from cai_cli.manifest import differences, hash_input, read_manifest, write_json
 from cai_cli.outputs import one_writer, sidecar
@@ -103,6 +102,8 @@ def load_run(path: Path) -> RunFile:
 
 def plan(run: RunFile, file: Path, out: Path) -> list[Step]:
     """The steps in order, sweeps expanded, checked against the options each command has. Raises UsageError."""
+    from cai_cli.engines.served import checked_url
+
     known = stage_options()
     steps: dict[str, Step] = {}
     for name, given in expand(run.steps, takes_many).items():
