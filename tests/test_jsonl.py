@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from stage_helpers import write_rows
 
 from cai_cli import jsonl
-from cai_cli.errors import CaiError
-from cai_cli.jsonl import KeyTable, cut_torn_tail, read_prompts, read_values
+from cai_cli.errors import BadRow, CaiError
+from cai_cli.jsonl import KeyTable, cut_torn_tail, read_prompts, read_rows, read_values
 
 
 def texts(path: Path) -> list[str]:
@@ -191,3 +191,21 @@ def test_reading_many_rows_keeps_none_of_them(tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     assert peak < 500_000 < os.path.getsize(path)
+
+
+@pytest.mark.parametrize("number", ["1" * 5_000, "0." + "1" * 5_000, "1e400", "-" + "9" * 5_000])
+def test_a_number_of_any_length_beside_what_looks_like_a_key_is_read_or_a_bad_line(number: str, tmp_path: Path) -> None:
+    """The parser that looks for repeated keys is Python's, which refuses to convert so many digits."""
+    path = tmp_path / "in.jsonl"
+    path.write_text(f'{{"a": "\\": ", "n": {number}}}\n')
+    bad: list[BadRow] = []
+    rows = list(read_rows(str(path), lambda value: value, lambda error, _: bad.append(error)))
+    assert len(rows) + len(bad) == 1
+    path.write_text(f'{{"a": "\\": ", "a": {number if "." in number else 7}}}\n')
+    with pytest.raises(BadRow, match="field 'a' stands twice"):
+        list(read_values(str(path)))
+
+
+def test_a_key_keeps_the_number_it_was_given_first() -> None:
+    table = KeyTable()
+    assert [table.number(key) for key in ("a", "b", "a", "c", "b", "a")] == [0, 1, 0, 2, 1, 0]
