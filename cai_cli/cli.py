@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted, 143 terminated, 141 the 
 import os
 import signal
 import sys
+import traceback
 from types import FrameType
 from typing import Annotated, Any, NoReturn
 
@@ -113,6 +114,9 @@ def main() -> NoReturn:
         code = 1
     except SystemExit as stop:
         code = stop.code
+    except Exception:
+        console.bug(traceback.format_exc())
+        code = 1
     sys.exit(code)
 
 

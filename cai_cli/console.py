@@ -1,5 +1,6 @@
 """The one place that writes to stderr: messages, progress, terminal-safe text. Data never goes through here."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 _quiet = False
+SECRETS = ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # environment variables
+SHORTEST_SECRET = 12  # characters: what servers without keys are given (`none`, `EMPTY`) is a word, and no secret
 
 
 def set_quiet(quiet: bool) -> None:
@@ -30,6 +33,23 @@ def safe(text: str) -> str:
     return "".join(c if _printable(c) else c.encode("unicode_escape").decode() for c in text)
 
 
+def safe_json(line: bytes) -> bytes:
+    """A line of JSON with each of those characters as \\uXXXX: it means the same."""
+    return "".join(c if _printable(c) else f"\\u{ord(c):04x}" for c in line.decode()).encode()
+
+
+def redacted(text: str) -> str:
+    """`text` with the name of its environment variable in place of every key."""
+    for name in SECRETS:
+        if len(secret := os.environ.get(name, "").strip()) >= SHORTEST_SECRET:
+            text = text.replace(secret, f"[{name}]")
+    return text
+
+
+def _shown(text: str) -> str:
+    return escape(safe(redacted(text)))
+
+
 def _printable(c: str) -> bool:
     if c in "\n\t":
         return True
@@ -40,20 +60,26 @@ def _printable(c: str) -> bool:
 def say(text: str) -> None:
     """One message for a person, on stderr, unless quiet."""
     if not _quiet:
-        stderr().print(escape(safe(text)))
+        stderr().print(_shown(text))
 
 
 def warn(text: str) -> None:
     """Something the user should know though the run goes on; printed even when quiet."""
-    stderr().print(f"[yellow]warning:[/yellow] {escape(safe(text))}")
+    stderr().print(f"[yellow]warning:[/yellow] {_shown(text)}")
 
 
 def error(message: str, hint: str | None = None) -> None:
     """`error: ...` and, under it, `hint: ...`."""
     console = stderr()
-    console.print(f"[bold red]error:[/bold red] {escape(safe(message))}")
+    console.print(f"[bold red]error:[/bold red] {_shown(message)}")
     if hint:
-        console.print(f"[cyan]hint:[/cyan] {escape(safe(hint))}")
+        console.print(f"[cyan]hint:[/cyan] {_shown(hint)}")
+
+
+def bug(trace: str) -> None:
+    """An error that nobody foresaw: its traceback, which may quote rows and answers of servers."""
+    stderr().print(_shown(trace.rstrip()))
+    error("this is a bug of cai: please report the lines above", "what is written is kept; run the same again to go on")
 
 
 class _Rate(ProgressColumn):

@@ -15,6 +15,7 @@ from cai_cli.records import Message, Row
 
 SHIPPED = {"critique-revision": "critique_revision.yaml", "preference": "preference.yaml"}
 Text = Annotated[str, Field(min_length=1)]
+MAX_YAML = 1 << 20  # characters; their parser takes far more memory than they do
 
 
 class CritiquePrinciple(Row):
@@ -118,17 +119,25 @@ def load(source: str | Path) -> AnyConstitution:
 
 
 def load_yaml(source: str | Path) -> Any:
+    """The YAML document in a file of at most `MAX_YAML` characters. Raises CaiError."""
+    try:
+        with open(source, encoding="utf-8") as file:
+            text = file.read(MAX_YAML + 1)
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a name that no file has
+        raise CaiError(f"cannot read {source}: {error}") from error
+    if len(text) > MAX_YAML:
+        raise CaiError(f"{source}: longer than {MAX_YAML:,} characters", hint="is this a file of principles or a run?")
+    return parse_yaml(text, str(source))
+
+
+def parse_yaml(text: str, name: str) -> Any:
     """One YAML document, read with `PlainLoader`. Raises CaiError."""
     try:
-        text = Path(source).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CaiError(f"cannot read {source}: {error}") from error
-    try:
-        return yaml.load(text, Loader=PlainLoader)  # noqa: S506 - a SafeLoader without aliases
+        return yaml.load(text, Loader=PlainLoader)  # noqa: S506 - a SafeLoader without aliases  # nosec B506
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or a number that cannot be
-        raise CaiError(f"{source}: not YAML: {' '.join(str(error).split())}") from error
+        raise CaiError(f"{name}: not YAML: {' '.join(str(error).split())}") from error
     except RecursionError as error:
-        raise CaiError(f"{source}: nested too deeply") from error
+        raise CaiError(f"{name}: nested too deeply") from error
 
 
 class PlainLoader(yaml.SafeLoader):

@@ -10,6 +10,7 @@ from typing import Any
 
 import orjson
 
+from cai_cli import console
 from cai_cli.constitution import CritiqueConstitution, PreferenceConstitution, open_constitution, select
 from cai_cli.forms import render_transcript
 from cai_cli.jsonl import read_prompts, stop
@@ -176,7 +177,7 @@ def print_estimate(steps: Sequence[Step], *, as_json: bool) -> None:
     print(f"{'step':<{wide}}{'rows':>10}{'requests':>10}{'prompt tokens':>15}{'new tokens':>12}")
     for e in found:
         print(f"{e.step:<{wide}}{e.rows:>10,}{e.requests:>10,}{e.prompt_tokens:>15,}{e.new_tokens:>12,}")
-        print(f"  $ {e.command}")
+        print(console.safe(f"  $ {e.command}"))
     print(
         f"{'total':<{wide}}{'':>10}{sum(e.requests for e in found):>10,}"
         f"{sum(e.prompt_tokens for e in found):>15,}{sum(e.new_tokens for e in found):>12,}"

@@ -242,7 +242,7 @@ def _dataset_values(source: str) -> Iterator[dict[str, Any]]:
     else:
         raise CaiError(f"cannot read {source}: no such file")
     try:
-        for row in datasets.load_dataset(name, data_files=files, split="train", streaming=True):
+        for row in datasets.load_dataset(name, data_files=files, split="train", streaming=True):  # nosec B615
             yield {k: v for k, v in row.items() if v is not None}
     except Exception as error:  # the libraries below raise many kinds; the user needs one line
         raise CaiError(f"cannot read {source}: {' '.join(str(error).split())}", hint=hint) from error

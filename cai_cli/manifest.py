@@ -20,6 +20,7 @@ from cai_cli.errors import CaiError
 from cai_cli.jsonl import COMPRESSED
 
 Json = Any
+OBJECTS = frozenset({"provenance", "counts", "run", "figures", "steps"})  # in a manifest or run.json
 
 # Options that decide where and how fast, never what: they may differ between the runs that share one output.
 HARMLESS_OPTIONS = frozenset(
@@ -116,13 +117,17 @@ def run_facts(seconds: float, inputs: Mapping[str, InputFile]) -> Json:
 
 
 def read_manifest(path: Path) -> Json | None:
-    """The manifest at `path`, or None where there is none. Raises CaiError when it is not readable JSON."""
+    """The manifest at `path`, or None where there is none. Raises CaiError when it is no JSON object of objects."""
     try:
-        return orjson.loads(path.read_bytes())
+        value = orjson.loads(path.read_bytes())
     except FileNotFoundError:
         return None
     except (OSError, orjson.JSONDecodeError) as error:
         raise CaiError(f"{path}: not a readable manifest ({error})", hint="--overwrite starts afresh") from error
+    parts = [value, *(value[name] for name in OBJECTS & value.keys())] if isinstance(value, dict) else [value]
+    if not all(isinstance(part, dict) for part in parts):
+        raise CaiError(f"{path}: not a readable manifest (not a JSON object)", hint="--overwrite starts afresh")
+    return value
 
 
 def write_json(path: Path, value: Json) -> None:

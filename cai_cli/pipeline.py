@@ -34,7 +34,7 @@ from cai_cli.errors import CaiError, UsageError
 from cai_cli.manifest import differences, hash_input, read_manifest, write_json
 from cai_cli.outputs import one_writer, sidecar
 from cai_cli.report.command import report_at_the_end
-from cai_cli.sweep import Value, expand, split_name, split_reference, write_curves
+from cai_cli.sweep import LONGEST_NAME, Value, expand, split_name, split_reference, write_curves
 
 DATA_STAGES = frozenset({"sample", "critique", "revise", "critique-revise", "label-prefs", "score"})
 EVALUATIONS = frozenset({"eval compare", "eval harm"})
@@ -46,7 +46,7 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"  # of a run or a step: it becomes a file 
 class RunFile(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(pattern=NAME)
+    name: str = Field(pattern=NAME, max_length=LONGEST_NAME)
     model: str = options.DEFAULT_MODEL
     seed: int = 0
     steps: dict[Annotated[str, Field(pattern=NAME)], dict[str, Value | list[Value]]] = Field(min_length=1)
@@ -102,6 +102,8 @@ def load_run(path: Path) -> RunFile:
 
 def plan(run: RunFile, file: Path, out: Path) -> list[Step]:
     """The steps in order, sweeps expanded, checked against the options each command has. Raises UsageError."""
+    from cai_cli.engines.served import checked_url
+
     known = stage_options()
     steps: dict[str, Step] = {}
     for name, given in expand(run.steps, takes_many).items():
@@ -114,6 +116,8 @@ def plan(run: RunFile, file: Path, out: Path) -> list[Step]:
         for shared in ("model", "seed"):
             if shared in known[command]:
                 settings.setdefault(shared, getattr(run, shared))
+        if isinstance(url := settings.get("base-url"), str):
+            checked_url(url)  # before run.json records it
         needs: list[Step] = []
         files: dict[str, str | None] = {}
         for option, value in settings.items():
@@ -156,6 +160,8 @@ def _located(
     value: Value, where: str, steps: Mapping[str, Step], folder: Path | None
 ) -> tuple[Value, Step | str | None]:
     """A setting as the command gets it, and the step or the file it names. `folder`: where its file is looked for."""
+    if isinstance(value, str) and "\0" in value:
+        raise UsageError(f"{where}: {value!r} holds a NUL character, which no command line can")
     if reference := split_reference(value):
         name, step = reference
         if step not in steps:

@@ -9,7 +9,7 @@ import typer
 
 from cai_cli import constitution as con
 from cai_cli import options
-from cai_cli.console import say
+from cai_cli.console import safe, say
 from cai_cli.errors import CaiError
 from cai_cli.published import import_published
 
@@ -37,7 +37,7 @@ def list_command(files: Files = None, json: options.Json = False) -> None:
         return
     for c in loaded:
         for p in c.principles:
-            print(f"{c.kind:<18} {p.id:<28} {p.theme or ''}".rstrip())
+            print(safe(f"{c.kind:<18} {p.id:<28} {p.theme or ''}".rstrip()))
 
 
 @app.command()
@@ -54,9 +54,9 @@ def show(
             if ids and p.id not in ids:
                 continue
             found.add(p.id)
-            print(p.id + (f"  [{p.theme}]" if p.theme else ""))
+            print(safe(p.id + (f"  [{p.theme}]" if p.theme else "")))
             for name, text in _texts(p):
-                print(f"  {name}: {text}")
+                print(safe(f"  {name}: {text}"))
     if missing := [i for i in ids or [] if i not in found]:
         raise CaiError(f"no principle {missing[0]!r}", hint="`cai principles list` shows them")
 

@@ -177,7 +177,8 @@ class StdoutSink:
                 self.rejected[reason_kind(outcome.reason)] += 1
                 console.warn(f"rejected: {dump_row(outcome).decode()}")
             else:
-                sys.stdout.buffer.write((outcome.data if isinstance(outcome, Line) else dump_row(outcome)) + b"\n")
+                line = outcome.data if isinstance(outcome, Line) else dump_row(outcome)
+                sys.stdout.buffer.write((console.safe_json(line) if sys.stdout.isatty() else line) + b"\n")
                 self.out += 1
         sys.stdout.buffer.flush()
 

@@ -4,22 +4,22 @@ The noise of a step (sampled replies, dropout) comes from (seed, step) alone and
 so a run that was killed and resumed ends with the parameters of one that was not.
 """
 
-import json
 import math
 import os
 import random
 import warnings
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import orjson
 import typer
 
 from cai_cli import console
+from cai_cli.checkpoints import newest_checkpoint, seal
 from cai_cli.engines.base import seed_for
 from cai_cli.errors import CaiError, UsageError
 from cai_cli.jsonl import cut_torn_tail
@@ -148,7 +148,7 @@ def tokenizer_and_window(path: Path) -> tuple["PreTrainedTokenizerBase", int]:
     from cai_cli.models import load_tokenizer
 
     tokenizer = load_tokenizer(path)
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)  # nosec B615
     return tokenizer, context_window(config, tokenizer)
 
 
@@ -189,8 +189,8 @@ def apart(keys: Iterable[str], count: int, seed: int) -> frozenset[str]:
 def fit(trainer: Any, metrics: "Metrics", columns: Mapping[str, str], *, name: str) -> None:
     """Train to the end, going on from the newest complete checkpoint in the trainer's output directory.
 
-    `columns`: name in metrics.jsonl -> name in the trainer's log. Raises CaiError when the loss is no number or the
-    disk is full.
+    `columns`: name in metrics.jsonl -> name in the trainer's log. Raises CaiError when the checkpoint was changed since
+    it was saved or holds more than numbers, the loss is no number or the disk is full.
     """
     checkpoint = newest_checkpoint(Path(trainer.args.output_dir))
     done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
@@ -201,6 +201,11 @@ def fit(trainer: Any, metrics: "Metrics", columns: Mapping[str, str], *, name: s
         with ExitStack() as stack:
             trainer.add_callback(_steps_callback(metrics, columns, name, stack))
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except UnpicklingError as error:  # torch's, of whatever is more than numbers
+        raise CaiError(
+            f"{checkpoint} cannot be loaded: it holds pickled objects, which could run code",
+            hint="--overwrite starts afresh",
+        ) from error
     except OSError as error:
         raise CaiError(
             f"cannot write {trainer.args.output_dir}: {error.strerror or error}",
@@ -217,6 +222,7 @@ def without_printer(trainer: Any) -> Any:
 
 
 def _steps_callback(metrics: "Metrics", columns: Mapping[str, str], name: str, stack: ExitStack) -> Any:
+    from accelerate import PartialState
     from transformers import TrainerCallback, set_seed
 
     class Steps(TrainerCallback):  # type: ignore[misc]
@@ -234,6 +240,11 @@ def _steps_callback(metrics: "Metrics", columns: Mapping[str, str], name: str, s
             self.advance(1)
             if state.global_step >= state.max_steps:
                 control.should_save = False  # the finished model is saved next; a checkpoint would be a third copy
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            PartialState().wait_for_everyone()  # every process has a file of its own in the checkpoint
+            if state.is_world_process_zero:
+                seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
             if "loss" not in logs:
@@ -261,38 +272,6 @@ def save_model(model: Any, tokenizer: "PreTrainedTokenizerBase", directory: Path
     with quiet_libraries():
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
-
-
-def newest_checkpoint(work: Path) -> Path | None:
-    """The newest complete checkpoint in `work`; newer ones that are not (killed while saving) are removed."""
-    import shutil
-
-    found = {
-        int(p.name.rpartition("-")[2]): p for p in work.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()
-    }
-    for _, path in sorted(found.items(), reverse=True):
-        if _complete(path):
-            return path
-        shutil.rmtree(path)
-    return None
-
-
-def _complete(checkpoint: Path) -> bool:
-    """Whether every file is there and whole: the state is written last, torch's files are zip archives, and a
-    safetensors file knows its own length."""
-    from safetensors import SafetensorError, safe_open
-
-    weights = sorted(checkpoint.glob("*.safetensors"))
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_bytes())
-        for file in weights:
-            with safe_open(file, framework="pt"):
-                pass
-    except (OSError, ValueError, SafetensorError):
-        return False
-    archives = [checkpoint / name for name in ("optimizer.pt", "scheduler.pt")]
-    archives += sorted(checkpoint.glob("rng_state*.pth"))
-    return bool(weights) and len(archives) > 2 and all(zipfile.is_zipfile(file) for file in archives)
 
 
 class Metrics:

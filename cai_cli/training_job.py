@@ -17,8 +17,10 @@ import orjson
 import yaml
 
 from cai_cli import console
+from cai_cli.constitution import parse_yaml
 from cai_cli.drawn import recorded_principles
 from cai_cli.errors import CaiError, UsageError
+from cai_cli.export import cell
 from cai_cli.jsonl import AppendFile, sync_directory
 from cai_cli.manifest import InputFile, read_manifest, run_facts, write_json
 from cai_cli.outputs import finished_summary, one_writer, refuse_input_as_output, refuse_other_run, sidecar
@@ -73,13 +75,19 @@ class Base:
 
     @property
     def license(self) -> str | None:
-        """As its card or its `source.json` states it."""
+        """As its `source.json` or its card states it; None where a stranger's files state nothing that can be read."""
         source, card = self.path / "source.json", self.path / "README.md"
-        if source.is_file():
-            return str(orjson.loads(source.read_bytes())["license"]).lower()
-        parts = card.read_text(encoding="utf-8").split("---\n", 2) if card.is_file() else []
-        head = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0] else None
-        return head.get("license") if isinstance(head, dict) else None
+        head: Any = None
+        try:
+            if source.is_file():
+                head = orjson.loads(source.read_bytes())
+            elif card.is_file():
+                parts = card.read_text(encoding="utf-8").split("---\n", 2)
+                head = parse_yaml(parts[1], str(card)) if len(parts) == 3 and not parts[0] else None
+        except (CaiError, ValueError):
+            return None
+        stated = head.get("license") if isinstance(head, dict) else None
+        return stated.lower() if isinstance(stated, str) else None
 
 
 Train = Callable[[Path], dict[str, Any]]
@@ -255,7 +263,7 @@ def model_card(manifest: Mapping[str, Any], models: Mapping[str, Base]) -> str:
         head["base_model"] = base.name
 
     def table(title: str, values: Mapping[str, Any]) -> str:
-        rows = "".join(f"| {name} | {_cell(value)} |\n" for name, value in values.items())
+        rows = "".join(f"| {cell(name)} | {_cell(value)} |\n" for name, value in values.items())
         return f"## {title}\n\n| | |\n|---|---|\n{rows}\n"
 
     made_from = {f"{role} `{m.public_name}`": f"`{m.fingerprint}`" for role, m in models.items()}
@@ -303,4 +311,4 @@ def _cell(value: Any) -> str:
         return ", ".join(f"{name} {_cell(inner)}" for name, inner in value.items())
     if isinstance(value, dict):
         return f"{value['value']:.3f} (95%: {value['low']:.3f} to {value['high']:.3f}, n = {value['n']})"
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    return cell(value)

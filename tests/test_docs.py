@@ -55,6 +55,18 @@ def test_the_readme_names_the_two_make_targets_and_they_exist() -> None:
         assert re.search(rf"^{target.split()[1]}:", makefile, re.MULTILINE)
 
 
+def test_every_promise_of_the_readme_names_tests_that_exist() -> None:
+    promises = (ROOT / "README.md").read_text(encoding="utf-8").partition("## What we promise")[2].partition("\n## ")[0]
+    lines = re.split(r"\n- ", promises)[1:]
+    assert len(lines) >= 10
+    for line in lines:
+        links = re.findall(r"\[[^]]+\]\(([^)]+)\)", line)
+        assert links, line
+        for link in links:
+            assert (ROOT / link).name.startswith("test_")
+            assert re.search(r"^(async )?def test_", (ROOT / link).read_text(), re.MULTILINE), link
+
+
 def test_readme_commands_that_need_no_model_run() -> None:
     light = [c for c in readme_commands() if re.match(r"cai (principles|models|doctor|run .*--dry-run)", c)]
     assert len(light) == 7

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from stage_helpers import write_rows
 
 from cai_cli import jsonl
-from cai_cli.errors import CaiError
-from cai_cli.jsonl import KeyTable, cut_torn_tail, read_prompts, read_values
+from cai_cli.errors import BadRow, CaiError
+from cai_cli.jsonl import KeyTable, cut_torn_tail, read_prompts, read_rows, read_values
 
 
 def texts(path: Path) -> list[str]:
@@ -50,8 +50,17 @@ def test_a_bad_line_is_an_error_with_its_file_and_line(line: bytes, reason: str,
 def test_plain_text_that_is_not_utf8_is_an_error_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "in.txt"
     path.write_bytes(b"one\ncaf\xe9\n")
-    with pytest.raises(CaiError, match=r"in\.txt:2: not UTF-8"):
+    with pytest.raises(CaiError, match=r"in\.txt:2: not UTF-8: unexpected end of data at byte 3"):
         texts(path)
+
+
+def test_plain_text_with_a_nul_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "in.txt"
+    path.write_bytes(b"one\ntw\0o\n")
+    with pytest.raises(CaiError) as error:
+        texts(path)
+    assert error.value.message == f"{path}:2: a NUL byte, which plain text does not hold"
+    assert error.value.hint == "is this UTF-16, or no text at all?"
 
 
 @pytest.mark.parametrize(
@@ -182,3 +191,21 @@ def test_reading_many_rows_keeps_none_of_them(tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     assert peak < 500_000 < os.path.getsize(path)
+
+
+@pytest.mark.parametrize("number", ["1" * 5_000, "0." + "1" * 5_000, "1e400", "-" + "9" * 5_000])
+def test_a_number_of_any_length_beside_what_looks_like_a_key_is_read_or_a_bad_line(number: str, tmp_path: Path) -> None:
+    """The parser that looks for repeated keys is Python's, which refuses to convert so many digits."""
+    path = tmp_path / "in.jsonl"
+    path.write_text(f'{{"a": "\\": ", "n": {number}}}\n')
+    bad: list[BadRow] = []
+    rows = list(read_rows(str(path), lambda value: value, lambda error, _: bad.append(error)))
+    assert len(rows) + len(bad) == 1
+    path.write_text(f'{{"a": "\\": ", "a": {number if "." in number else 7}}}\n')
+    with pytest.raises(BadRow, match="field 'a' stands twice"):
+        list(read_values(str(path)))
+
+
+def test_a_key_keeps_the_number_it_was_given_first() -> None:
+    table = KeyTable()
+    assert [table.number(key) for key in ("a", "b", "a", "c", "b", "a")] == [0, 1, 0, 2, 1, 0]

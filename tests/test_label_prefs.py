@@ -62,6 +62,7 @@ def test_both_orders_are_asked_and_averaged_and_votes_are_turned_to_the_chosen_r
     assert isinstance(row, Preference)
     assert (row.chosen[0].content, row.rejected[0].content) == ("right", "left")
     assert row.p_chosen == pytest.approx(0.65)
+    assert (row.id, row.source, row.prompt) == ("p0/0-1", "s", [user("q")])
     # "ab": the chosen reply stood first.
     assert [(v.order, round(v.p_first, 9)) for v in row.votes] == [("ba", 0.6), ("ab", 0.9)]
     assert {(v.principle_id, v.method, v.rationale) for v in row.votes} == {("kind", "choice", None)}

@@ -16,8 +16,11 @@ from cai_cli.prompts import (
     assistant,
     comparison_request,
     contrast_requests,
+    cot_example,
     critique_request,
+    evaluation_request,
     fence,
+    harm_request,
     options_of,
     pick_form,
     rationale_request,
@@ -111,7 +114,18 @@ def test_a_raw_revision_request_goes_on_from_the_critique() -> None:
         f"{_EXAMPLE_START}{_EXAMPLE_CRITIQUE}{_EXAMPLE_END}{_TALK}"
         "\n\nCritiqueRequest: What is wrong?\n\nCritique: Too short.\n\nRevisionRequest: Lengthen it."
     )
-    assert asked.cue == "\n\nRevision:"
+    assert (asked.cue, asked.stop) == ("\n\nRevision:", RAW_STOPS)
+
+
+def test_examples_stand_one_after_the_other_with_nothing_between() -> None:
+    whole, short = _EXAMPLE_START + _EXAMPLE_CRITIQUE + _EXAMPLE_END, _EXAMPLE_START + _EXAMPLE_END
+    for text, example in (
+        (critique_request(TALK, "x", [WORKED] * 2, "raw").text, whole),
+        (revision_request(TALK, ("x", "y"), "z", [WORKED] * 2, "raw").text, whole),
+        (revision_request(TALK, None, "z", [WORKED] * 2, "raw").text, short),
+    ):
+        assert isinstance(text, str)
+        assert text.startswith(example * 2 + _TALK)
 
 
 def test_a_revision_without_critique_shows_none_anywhere() -> None:
@@ -234,3 +248,36 @@ def test_a_contrast_speaks_once_with_the_principle_and_once_against_it() -> None
     texts = [request.text for request in contrast_requests(TALK[:1], bare, "raw")]
     assert texts[0] != texts[1]
     assert all("Which is kinder?" in text for text in texts)
+
+
+@pytest.mark.parametrize(
+    "text", ["q [[[a]]]", "[[[a]]]", "]]]", "\n (A) [[[a]]]", "\n (B) [[[b]]]", "\n (A) [[[a]]] (B) [[[b]]]"]
+)
+def test_what_is_fenced_but_no_option_in_its_place_is_none(text: str) -> None:
+    with pytest.raises(ValueError, match="no fenced option"):
+        options_of(text)
+
+
+def test_thoughts_end_where_the_answer_begins() -> None:
+    raw = rationale_request(TALK[:1], "Which?", ["me", "you"], [THOUGHT, THOUGHT], "raw")
+    assert raw.stop == RAW_STOPS
+    assert isinstance(raw.text, str)
+    assert raw.text.startswith(cot_example(THOUGHT, "Which is kinder?") * 2)
+    chat = rationale_request(TALK[:1], "Which?", ["me", "you"], [], "chat")
+    assert chat.stop == ("\n\nThe answer is",)
+
+
+def test_a_published_question_in_a_chat_keeps_all_but_its_outer_line_ends() -> None:
+    asked = evaluation_request("\n\n  Is X it?  \n\nThe answer is:", "chat")
+    assert asked == Request([user("  Is X it?  ")], cue="The answer is:")
+    assert evaluation_request("\nX", "chat") == Request([user("X")])
+    assert evaluation_request("\n\nX The answer is:", "raw") == Request("\n\nX The answer is:")
+
+
+def test_a_judge_of_harm_is_asked_on_a_scale_and_starts_with_the_answer() -> None:
+    raw, chat = harm_request(TALK, "raw"), harm_request(TALK, "chat")
+    assert (raw.cue, chat.cue) == ("\n\nThe answer is: (", "The answer is: (")
+    assert isinstance(raw.text, str)
+    assert raw.text == f"\n\n{chat.text[0].content}"  # type: ignore[union-attr]
+    assert f"an assistant:{_TALK}\n\n\nHow much harm" in raw.text
+    assert raw.text.endswith("Answer with one number.")

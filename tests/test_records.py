@@ -15,13 +15,18 @@ from cai_cli.jsonl import read_rows, row_key, rows_of
 from cai_cli.records import (
     Critique,
     Message,
+    PolicySample,
     Preference,
     Prompt,
     Rejected,
     Revision,
     Row,
     Sample,
+    Scored,
+    content_hash,
+    conversation_id,
     dump_row,
+    json_type,
     load_row,
     reject,
 )
@@ -208,6 +213,30 @@ def test_our_own_rows_are_prompts_again() -> None:
     assert said(parse(preference)) == [("user", "question 3")]
 
 
+TURN = {"round": 1, "principle_id": "p", "critique": None, "response": "r"}
+
+
+@pytest.mark.parametrize(
+    ("more", "row_type"),
+    [
+        ({"history": [TURN]}, Revision),
+        ({"history": [], "round": 1, "principle_id": "p", "critique": "c"}, Critique),
+        ({"score": 0.5}, Scored),
+        ({"score": 0.5, "step": 3, "reply_tokens": 7, "watch_score": None}, PolicySample),
+    ],
+)
+def test_every_later_row_is_a_prompt_again_and_checked_as_the_row_it_is(
+    more: dict[str, Any], row_type: type[Row]
+) -> None:
+    row = sample_row(3) | more
+    assert parse(row) == parse(sample_row(3))
+    with pytest.raises(RowError, match=f"not a {row_type.__name__} row: unknown field 'other'"):
+        parse(row | {"other": 1})
+    for name in more:
+        with pytest.raises(RowError):
+            parse(row | {name: {}})
+
+
 def test_what_a_row_says_of_itself_counts_before_what_the_command_line_says() -> None:
     kept = parse_prompt({"id": 7, "prompt": "q", "kind": "helpful", "source": "mine"}, source="s", kind="red-team")
     assert (kept.id, kept.kind, kept.source) == ("7", "helpful", "mine")
@@ -284,3 +313,81 @@ def test_a_human_pair_with_two_prompts_is_refused() -> None:
     pair = {"chosen": "\n\nHuman: a\n\nAssistant: x", "rejected": "\n\nHuman: b\n\nAssistant: x"}
     with pytest.raises(RowError, match="different prompts"):
         parse_preference(pair, source="hh")
+
+
+# --- what an error says, and what an id is ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ([], "a list"),
+        ("x", "a string"),
+        (True, "a boolean"),
+        (None, "null"),
+        (3, "a number"),
+        (0.5, "a number"),
+        ({}, "an object"),
+    ],
+)
+def test_a_json_value_is_named_by_its_type(value: object, said: str) -> None:
+    assert json_type(value) == said
+
+
+def test_the_first_problem_of_a_row_is_named_by_its_place_and_the_others_counted() -> None:
+    row = sample_row(1)
+    del row["source"]
+    with pytest.raises(RowError) as error:
+        load_row(Sample, row | {"completion": [{"role": "robot", "content": "x"}], "source": None})
+    assert error.value.message == (
+        "not a Sample row: field 'completion.0.role': input should be 'system', 'user' or 'assistant'"
+    )
+    with pytest.raises(RowError) as error:
+        load_row(Sample, sample_row(1) | {"id": 1, "sample_index": "x", "kind": "y"})
+    assert error.value.message == "not a Sample row: field 'id': input should be a valid string (and 2 more)"
+
+
+def test_a_row_without_an_id_is_named_by_what_it_says_whatever_the_order_of_its_fields() -> None:
+    assert content_hash({"a": 1, "b": [2]}) == content_hash({"b": [2], "a": 1}) == "0855bfc20eb6cfaa"
+    assert conversation_id([Message(role="user", content="é")]) == conversation_id([Message(role="user", content="é")])
+    assert len(conversation_id([Message(role="user", content="é")])) == 16
+
+
+def test_what_a_later_row_does_not_say_of_itself_the_command_line_says() -> None:
+    row = sample_row(1) | {"source": None, "kind": None}
+    made = parse_prompt(row, source="file.jsonl", kind="helpful")
+    assert (made.source, made.kind) == ("file.jsonl", "helpful")
+
+
+def test_text_before_the_first_turn_is_no_transcript() -> None:
+    for text in ("hello\n\nHuman: a", "hello", "", "\n\n", "x\n\nHuman: a\n\nAssistant: b"):
+        with pytest.raises(RowError, match="must start with"):
+            parse_transcript(text)
+
+
+@pytest.mark.parametrize(
+    ("row", "field"),
+    [
+        ({"prompt": [], "chosen": "a", "rejected": "b"}, "prompt"),
+        ({"prompt": "q", "chosen": [], "rejected": "b"}, "chosen"),
+        ({"prompt": "q", "chosen": "a", "rejected": []}, "rejected"),
+        ({"chosen": [], "rejected": []}, "chosen"),
+        ({"chosen": 3, "rejected": 3}, "chosen"),
+    ],
+)
+def test_a_pair_s_wrong_part_is_named(row: dict[str, Any], field: str) -> None:
+    with pytest.raises(RowError, match=rf"field '{field}' "):
+        parse_preference(row, source="s")
+
+
+def test_a_human_pair_keeps_the_id_it_has_and_a_row_with_votes_is_one_of_ours() -> None:
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    assert parse_preference(pair | {"id": "mine"}, source="s").id == "mine"
+    assert parse_preference(pair | {"id": None}, source="s").id == parse_preference(pair, source="s").id
+    with pytest.raises(RowError, match="not a Preference row"):
+        parse_preference(pair | {"votes": []}, source="s")
+    for left in ("chosen", "rejected"):
+        with pytest.raises(RowError, match="not a Preference row"):
+            parse_preference({k: v for k, v in pair.items() if k != left}, source="s")
+    with pytest.raises(RowError, match="must be a JSON object, this is a list"):
+        parse_preference(["votes", "chosen", "rejected"], source="s")

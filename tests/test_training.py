@@ -15,9 +15,10 @@ from tiny import tiny_model_dir
 from training_helpers import interrupted_after, largest_difference, manifest_of, revision, rows_in, write_rows
 
 from cai_cli import training_job
+from cai_cli.checkpoints import newest_checkpoint
 from cai_cli.errors import CaiError, UsageError
 from cai_cli.phase1_supervised.sft import command
-from cai_cli.training import Metrics, held_out_keys, newest_checkpoint, pick_device
+from cai_cli.training import Metrics, held_out_keys, pick_device
 from cai_cli.training_job import Base
 
 QUICK: dict[str, Any] = {"batch_size": 4, "gradient_accumulation": 1, "learning_rate": 1e-3, "eval_share": 0.0}

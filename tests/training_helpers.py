@@ -81,7 +81,7 @@ def largest_difference(one: Path, other: Path) -> float:
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):
     """Stands for the kill."""
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cai_cli.errors import CaiError, RowError
+from cai_cli.model_files import first_line
 from cai_cli.records import Message
 
 if TYPE_CHECKING:
@@ -28,8 +29,6 @@ def encode_chat(
     Raises: CaiError when there is no chat template; RowError when the template refuses these messages (many take
     no system message) or their text cannot be told from control tokens.
     """
-    from jinja2 import TemplateError
-
     if tokenizer.chat_template is None:
         raise CaiError("the model has no chat template", hint=NO_TEMPLATE)
     chat = [{"role": message.role, "content": message.content} for message in messages]
@@ -41,10 +40,12 @@ def encode_chat(
             return_dict=False,
             tokenizer_kwargs={"verbose": False},
         )
-    except TemplateError as error:
-        raise RowError(f"the chat template refuses the messages: {error}") from error
-    except ValueError as error:
-        raise RowError(f"the messages cannot be encoded: {error}") from error
+    except (
+        Exception
+    ) as error:  # a template is a program of the model's maker (run in a sandbox), and may raise anything
+        raise RowError(f"the chat template refuses the messages: {first_line(error)}") from error
+    if not ids:
+        raise RowError("the chat template makes nothing of the messages")
     return ids
 
 

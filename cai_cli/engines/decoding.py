@@ -144,15 +144,13 @@ def end_of_turn_ids(tokenizer: Any, generation_config: Any) -> set[int]:
 
 
 def _template_end(tokenizer: Any) -> set[int]:
-    from jinja2 import TemplateError
-
     if tokenizer.chat_template is None:
         return set()
     marker = "cai-end-of-turn-marker"
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}]
     try:
         rendered: str = tokenizer.apply_chat_template(chat, tokenize=False)
-    except TemplateError:
+    except Exception:  # as in `encode_chat`, which says so of each row
         return set()
     after = rendered.partition(marker)[2]
     control = set(tokenizer.added_tokens_decoder)

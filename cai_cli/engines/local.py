@@ -154,7 +154,7 @@ class LocalEngine(Engine):
             else:
                 rows.append(Row(index, ask, tuple(ids), uniforms(ask.seed, sampling.max_new_tokens)))
         with torch.inference_mode():
-            replies |= self._decode(rows, sampling)
+            replies |= self._decode(rows, sampling) if rows else {}
         return [replies[index] for index in range(len(asks))]
 
     def _decode(self, rows: Sequence[Row], sampling: Sampling) -> dict[int, Reply]:

@@ -102,7 +102,7 @@ class Client:
     def __init__(self, model: str, server: Server) -> None:
         """Raises: UsageError for an address that is none, or that would write a secret into manifests."""
         self.model, self.server = model, server
-        self.base_url = _checked_url(server.base_url or os.environ.get("OPENAI_BASE_URL"))
+        self.base_url = checked_url(server.base_url or os.environ.get("OPENAI_BASE_URL"))
         self.key = os.environ.get(KEY_VARIABLE, "")
         if not (self.key.isascii() and self.key.isprintable()):
             raise UsageError(f"{KEY_VARIABLE} holds characters that no key has")
@@ -166,9 +166,11 @@ class Client:
         try:
             answer = Answer.model_validate_json(content)
         except ValidationError:
-            start = self._short(content[:200].decode("utf-8", "replace"))
+            start = self._short(content.decode("utf-8", "replace"))
             hint = "does --base-url end as the server wants it (usually /v1)?"
             raise _Failure(f"the reply is no completion: {start!r}", hint, retried=True) from None
+        if len(self.key) >= console.SHORTEST_SECRET and self.key in answer.model_dump_json():
+            raise RowError(f"the reply holds the key in {KEY_VARIABLE}")
         if not _same_model(self.model, answer.model):
             raise _Failure(
                 f"asked for the model {self.model!r}, answered as {self._short(str(answer.model))!r}",
@@ -187,9 +189,12 @@ class Client:
         return _Failure(f"HTTP {status}: {text}", hint, retried=status in (408, 409) or status >= 500)
 
     def _short(self, text: str) -> str:
-        """One line of what a server said, without the key that it may have echoed."""
+        """One line of what a server said, up to the key that it may have echoed, be it in part."""
         line = " ".join(text.split())
-        return (line.replace(self.key, "[key]") if self.key else line)[:200]
+        if len(self.key) >= console.SHORTEST_SECRET:
+            said, echoed, _ = line.partition(self.key[: console.SHORTEST_SECRET])
+            line = f"{said}[key]..." if echoed else said
+        return line[:200]
 
     # --- accounting -----------------------------------------------------------------------------------------
 
@@ -275,7 +280,8 @@ def _openai_client(base_url: str, key: str, timeout: float) -> "AsyncOpenAI":
     )
 
 
-def _checked_url(url: str | None) -> str:
+def checked_url(url: str | None) -> str:
+    """`url` without a closing slash. Raises UsageError when it is no address of a server, or holds a secret."""
     if not url:
         raise UsageError(
             "an openai: model needs --base-url (or OPENAI_BASE_URL)",

@@ -13,6 +13,7 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from cai_cli import console
+from cai_cli.checkpoints import verify
 from cai_cli.engines.base import Ask, Refusal, Sampling, seed_for
 from cai_cli.engines.chat import encode_chat, encode_text
 from cai_cli.engines.local import engine_around
@@ -252,6 +253,8 @@ def checks_callback(
             if kept:
                 state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{kept}")
             if figures["goodhart"]:
+                if kept:
+                    verify(Path(state.best_model_checkpoint))
                 self.kept = kept
                 control.should_training_stop, control.should_save = True, False
                 args.load_best_model_at_end = kept > 0

@@ -214,7 +214,12 @@ def _steps(folder: Path, problems: list[str]) -> list[StepFiles]:
     recorded: dict[str, Any] = record.get("steps") or {}
     found = {p.name.removesuffix(FINAL).removesuffix(".partial") for p in folder.glob(f"*{FINAL}")}
     of_run = {Path(option(list(r.get("argv") or []), "-o") or name).name: name for name, r in recorded.items()}
-    steps = [_step(folder, file, of_run.get(file), recorded, problems) for file in (found | of_run.keys())]
+    steps = []
+    for file in found | of_run.keys():
+        try:
+            steps.append(_step(folder, file, of_run.get(file), recorded, problems))
+        except (OSError, ValueError):
+            problems.append(f"{folder / 'run.json'}: {file[:40]!r} is the name of no file")
     order = list(recorded)
     # Those that `cai run` did not make stand last, in the order in which they were finished.
     return sorted(
@@ -245,12 +250,9 @@ def _step(folder: Path, file: str, name: str | None, recorded: Mapping[str, Any]
 
 def _json(path: Path, problems: list[str]) -> dict[str, Any] | None:
     try:
-        value = read_manifest(path)
+        value: dict[str, Any] | None = read_manifest(path)
     except CaiError as error:
         problems.append(error.message)
-        return None
-    if value is not None and not isinstance(value, dict):
-        problems.append(f"{path}: not a JSON object")
         return None
     return value
 

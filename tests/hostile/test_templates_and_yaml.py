@@ -1,0 +1,207 @@
+"""Template syntax in rows, principles and few-shot examples stays text; YAML makes data only, and little of it."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import Cai
+from hypothesis import given
+from hypothesis import strategies as st
+from report_helpers import make_run
+from stage_helpers import rows_in, sample_row, write_rows
+
+from cai_cli.constitution import MAX_YAML, CritiqueExample, PreferencePrinciple, load, parse_yaml
+from cai_cli.engines.base import Ask
+from cai_cli.engines.scripted import ScriptedEngine
+from cai_cli.errors import CaiError
+from cai_cli.pipeline import load_run
+from cai_cli.prompts import (
+    Form,
+    comparison_request,
+    contrast_requests,
+    critique_request,
+    harm_request,
+    rationale_request,
+    reply_request,
+    revision_request,
+    user,
+    verdict_request,
+)
+from cai_cli.records import Message
+
+TRICKS = [
+    "{{7*7}}", "{{ config }}", "{% for x in range(9) %}x{% endfor %}", "{# gone #}", "{0.__class__}", "{}", "{0}", "{x}",
+    "{__import__('os')}", "%s %(x)s %d %%", "${HOME} $HOME $(id) `id`", "\\g<0> \\1 \\\\n", "<%= 7*7 %>", "#{7*7}", "@samples",
+    "!!python/object:os.system", "&a *a", "<<: *a", "\\N{BULLET} \\x41", "%TEMP%", "~/x", "\\u0041",
+]  # fmt: skip
+EVERYTHING = " ".join(TRICKS)
+tricky = st.lists(st.sampled_from(TRICKS) | st.text(max_size=4), min_size=1, max_size=6).map("".join).filter(bool)
+
+
+def shown(text: Any) -> str:
+    return text if isinstance(text, str) else "\n".join(m.content for m in text)
+
+
+@pytest.mark.parametrize("form", ["chat", "raw"])
+@given(said=tricky, principle=tricky, worked=tricky)
+def test_no_builder_of_prompts_reads_what_it_is_given(form: Form, said: str, principle: str, worked: str) -> None:
+    """Whatever a row, a principle and an example say stands in the prompt as it is (no heading is forged here)."""
+    talk = [user(said), Message(role="assistant", content=said)]
+    example = CritiqueExample(
+        messages=talk, critique_request=worked, critique=worked, revision_request=worked, revision=worked
+    )
+    named = PreferencePrinciple(id="p", comparison=principle, following=principle, breaking=principle)
+    requests = [
+        critique_request(talk, principle, [example], form),
+        revision_request(talk, (principle, said), principle, [example], form),
+        comparison_request(talk[:1], principle, [said, "other"], [], form),
+        rationale_request(talk[:1], principle, [said, "other"], [], form),
+        verdict_request(talk[:1], principle, [said, "other"], [], form),
+        *contrast_requests(talk[:1], named, form),
+    ]
+    for request in requests:
+        text = shown(request.text)
+        assert said in text
+        assert principle in text
+    for request in requests[:2]:
+        assert worked in shown(request.text)
+    for request in (reply_request(talk[:1], form), harm_request(talk, form)):
+        assert said in shown(request.text)
+
+
+def test_tricks_go_through_the_whole_road_as_the_text_they_are(cai: Cai, tmp_path: Path, monkeypatch: Any) -> None:
+    asked: list[str] = []
+    answer = ScriptedEngine._reply
+
+    def reply(self: ScriptedEngine, ask: Ask) -> Any:
+        asked.append(shown(ask.text))
+        return answer(self, ask)
+
+    monkeypatch.setattr(ScriptedEngine, "_reply", reply)
+    write_rows(tmp_path / "prompts.jsonl", [{"id": "p", "prompt": EVERYTHING}])
+    write_rows(tmp_path / "script.jsonl", [{"replies": [EVERYTHING, EVERYTHING + "!"], "scores": [-1.0, -3.0]}])
+    principle = {"id": EVERYTHING, "critique": f"{EVERYTHING} Judge.", "revision": f"{EVERYTHING} Mend."}
+    (tmp_path / "own.yaml").write_text(
+        json.dumps({"kind": "critique-revision", "name": "own", "principles": [principle]})
+    )
+    model = ("--model", "scripted:script.jsonl")
+    assert cai("sample", "prompts.jsonl", "-o", "s.jsonl", *model, "--n", "2").code == 0
+    assert (
+        cai("critique-revise", "s.jsonl", "-o", "r.jsonl", *model, "--constitution", "own.yaml", "--rounds", "2").code
+        == 0
+    )
+    assert all(EVERYTHING in text for text in asked)
+    assert len(asked) >= 2 + 2 * 2 * 2
+    rows = rows_in(tmp_path / "r.jsonl")
+    assert len(rows) == 2
+    for row in rows:
+        assert row["prompt"][0]["content"] == EVERYTHING
+        assert row["completion"][0]["content"].startswith(EVERYTHING)
+        assert {turn["principle_id"] for turn in row["history"]} == {EVERYTHING}
+    assert cai("show", "r.jsonl").stdout.count("{{7*7}} {{ config }} {% for") > 4
+    assert cai("export", "r.jsonl", "-o", "ds").code == 0
+
+
+def test_tricks_stay_text_on_the_page_of_the_report_and_in_its_file_names(cai: Cai, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "made")
+    rows = [
+        {**row, "completion": [{"role": "assistant", "content": EVERYTHING}]}
+        for row in rows_in(run / "revisions.jsonl")
+    ]
+    write_rows(run / "revisions.jsonl", rows)
+    assert cai("report", str(run)).code == 0
+    page = (run / "report.html").read_text()
+    assert "{{7*7}}" in page
+    assert "{0.__class__}" in page
+    assert "49 " not in page[page.index("{{7*7}}") - 40 : page.index("{{7*7}}")]
+
+
+# --- YAML --------------------------------------------------------------------------------------------------------------
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{n}: &{n} [{', '.join([f'*{p}'] * 9)}]\n" for p, n in zip("abcdefgh", "bcdefghi", strict=True)
+)
+REFUSED = {
+    "object": "!!python/object/apply:os.mknod [ran]",
+    "object in a value": "kind: preference\nname: !!python/object/new:os.system [touch ran]\n",
+    "name": "kind: !!python/name:os.system\n",
+    "module": "kind: !!python/module:antigravity\n",
+    "tuple": "kind: !!python/tuple [1, 2]\n",
+    "own tag": "!evil {a: 1}",
+    "bomb": BOMB,
+    "alias": "kind: preference\nname: &n x\nprinciples: [{id: *n, comparison: c}]\n",
+    "merge key": "base: &b {id: a, comparison: c}\nkind: preference\nname: x\nprinciples: [{<<: *b}]\n",
+    "alias of itself": "&a [*a]",
+    "two documents": "kind: preference\nname: x\n---\nkind: preference\n",
+    "deep": "[" * 20_000,
+    "deeper keys": "a: " + "{a: " * 20_000,
+    "a key twice": "kind: preference\nkind: preference\nname: x\n",
+    "a key that is a list": "{[a]: b}",
+    "a date that is none": "2026-99-99",
+    "a number without end": "1" * 5_000,
+    "binary": "kind: !!binary |\n  //8=\n",
+    "set": "!!set {a, b}",
+    "ordered map": "!!omap [a: 1]",
+    "control characters": "kind: \x01",
+    "long": "# " + "x" * MAX_YAML,
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_is_more_than_plain_data_is_one_line_of_error_in_every_file_of_yaml(
+    what: str, cai: Cai, tmp_path: Path
+) -> None:
+    (tmp_path / "evil.yaml").write_text(REFUSED[what])
+    write_rows(tmp_path / "samples.jsonl", [sample_row(k) for k in range(2)])
+    write_rows(tmp_path / "script.jsonl", [{"replies": ["x"], "scores": [-1.0, -2.0]}])
+    model = ("--model", "scripted:script.jsonl")
+    began = time.monotonic()
+    for words in (
+        ("run", "evil.yaml"),
+        ("principles", "validate", "evil.yaml"),
+        ("critique", "samples.jsonl", *model, "-o", "out.jsonl", "--constitution", "evil.yaml"),
+        ("critique", "samples.jsonl", *model, "-o", "out.jsonl", "--few-shot", "evil.yaml"),
+        ("label-prefs", "samples.jsonl", *model, "-o", "out.jsonl", "--constitution", "evil.yaml"),
+    ):
+        done = cai(*words)
+        assert done.code in (1, 2), words
+        assert done.stderr.startswith("error: ")
+        assert "evil.yaml" in done.stderr
+        assert len(done.stderr.splitlines()) <= 2
+        assert len(done.stderr) < 2_000
+    assert time.monotonic() - began < 60
+    assert {p.name for p in tmp_path.iterdir()} == {"evil.yaml", "samples.jsonl", "script.jsonl"}
+
+
+@given(st.text())
+def test_any_text_as_yaml_is_data_or_a_one_line_error(text: str) -> None:
+    said = problem(lambda: parse_yaml(text, "x.yaml"))
+    assert said is None or (said.startswith("x.yaml: ") and "\n" not in said)
+
+
+def problem(read: Callable[[], Any]) -> str | None:
+    """What the one-line error says, or None where plain data was read."""
+    try:
+        value = read()
+    except CaiError as error:
+        return error.message
+    assert type(value).__module__.partition(".")[0] in ("builtins", "datetime", "cai_cli")
+    return None
+
+
+@given(st.dictionaries(st.sampled_from(["kind", "name", "principles", "examples", "steps", "model", "seed", "x"]),
+                       st.recursive(tricky | st.integers() | st.none() | st.booleans() | st.floats(),
+                                    lambda c: st.lists(c, max_size=3) | st.dictionaries(tricky, c, max_size=3), max_leaves=6)))  # fmt: skip
+def test_any_mapping_is_a_constitution_or_a_run_or_a_one_line_error(value: dict[str, Any]) -> None:
+    from tempfile import TemporaryDirectory
+
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "x.yaml"
+        path.write_text(yaml.safe_dump(value, allow_unicode=True), encoding="utf-8")
+        for read in (load, load_run):
+            said = problem(lambda read=read: read(path))  # type: ignore[misc]
+            assert said is None or (str(path) in said and "\n" not in said)
