@@ -59,7 +59,7 @@ def test_only_our_words_are_printed_and_the_summary_conserves_the_rows(
     captured = capsys.readouterr()
     assert captured.out == ""
     (line,) = captured.err.splitlines()
-    counted = "31 in = 30 used (27 trained on + 3 held out) + 1 rejected (1 longer than --max-length)"
+    counted = "31 in = 30 used (27 trained on + 3 held out) + 1 rejected (1 longer than the model's window of 512)"
     assert line.startswith(f"sft: {counted}")
     command(rows, tmp_path / "out", model=str(model), quiet=True, json=True, overwrite=True, **QUICK)
     captured = capsys.readouterr()

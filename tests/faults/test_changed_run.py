@@ -74,7 +74,12 @@ CHANGES: dict[str, tuple[tuple[str, ...], Callable[[Path], None] | None, str | N
     "constitution": ((), another_constitution, None, "constitution.fingerprint: "),
     "version": ((), None, "9.9.9", "cai: "),
 }
-MATRIX = [(stage, what) for stage in STAGES for what in CHANGES if (stage, what) != ("sample", "constitution")]
+MATRIX = [
+    pytest.param(stage, what, marks=[] if stage == "sample" or what == "constitution" else [pytest.mark.faults])
+    for stage in STAGES
+    for what in CHANGES
+    if (stage, what) != ("sample", "constitution")
+]
 
 
 def begun(stage: str, finished: bool, cai: Cai, monkeypatch: pytest.MonkeyPatch) -> None:

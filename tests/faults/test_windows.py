@@ -86,7 +86,7 @@ def test_a_prompt_to_sample_from_arrives_whole_or_is_rejected_with_its_numbers(
     refused = {row["key"]: row["reason"] for row in rows_in(folder / "out.jsonl.rejected.jsonl")}
     for name, more in LENGTHS.items():
         if more > 0:
-            said = f"prompt of {limit + more} tokens + {NEW} new tokens does not fit the context window of {WINDOW}"
+            said = f"does not fit the context window of {WINDOW}: {limit + more} tokens + {NEW} new ones"
             assert refused[f"{name}/0"] == said
         else:  # a tiny model may well answer with nothing, which is another matter
             assert refused.get(f"{name}/0", "empty reply") == "empty reply"
@@ -142,7 +142,7 @@ def test_a_question_to_a_judge_arrives_whole_or_its_pair_is_rejected(
         assert bool(unfit) == (more > 0), (more, reasons)
 
 
-@pytest.mark.parametrize("stage", ["sft", "train-pm"])
+@pytest.mark.parametrize("stage", ["sft", pytest.param("train-pm", marks=pytest.mark.faults)])
 def test_rows_to_train_on_are_used_whole_or_rejected_and_counted(
     stage: str, cai: Cai, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,7 +199,7 @@ def test_rows_to_train_on_are_used_whole_or_rejected_and_counted(
         assert text.index(HEAD) < text.index(TAIL)
 
 
-@pytest.mark.parametrize("stage", ["sft", "train-pm"])
+@pytest.mark.parametrize("stage", ["sft", pytest.param("train-pm", marks=pytest.mark.faults)])
 def test_a_max_length_beyond_the_window_does_not_let_longer_rows_in(stage: str, cai: Cai, folder: Path) -> None:
     chat = of_length(folder, WINDOW + 1, reply=True)
     short = of_length(folder, 120, reply=True)
