@@ -13,6 +13,7 @@ from tiny import tiny_model_dir
 
 from cai_cli.engines.chat import encode_chat
 from cai_cli.engines.local import LocalEngine
+from cai_cli.phase2_feedback.preference_model import encode_conversation
 from cai_cli.records import Message
 
 HEAD, TAIL = "first sentinel", "last sentinel"
@@ -26,16 +27,20 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def tokens(folder: Path, messages: Sequence[Message], generation: bool) -> list[int]:
+def tokens(folder: Path, messages: Sequence[Message], stage: str) -> int:
+    """As many as the stage makes of it; a preference model reads no further than the end of turn."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    return encode_chat(tokenizer, messages, add_generation_prompt=generation)
+    if stage == "train-pm":
+        return len(encode_conversation(tokenizer, messages))
+    return len(encode_chat(tokenizer, messages, add_generation_prompt=stage == "sample"))
 
 
-def of_length(folder: Path, wanted: int, reply: bool = False) -> list[Message]:
-    """A chat of exactly `wanted` tokens whose longest text starts and ends with the sentinels. With `reply` that text
-    is the assistant's, else the user's and the turn of the assistant is begun."""
+def of_length(folder: Path, wanted: int, stage: str = "sample") -> list[Message]:
+    """A chat of exactly `wanted` tokens whose longest text starts and ends with the sentinels: the user's where there
+    is a reply to sample, else the assistant's."""
+    reply = stage != "sample"
 
     def chat(count: int, odd: str) -> list[Message]:
         text = f"{HEAD}{' x' * count}{odd} {TAIL}"
@@ -45,10 +50,10 @@ def of_length(folder: Path, wanted: int, reply: bool = False) -> list[Message]:
     low, high = 0, wanted
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if len(tokens(folder, chat(middle, ""), not reply)) <= wanted else (low, middle - 1)
+        low, high = (middle, high) if tokens(folder, chat(middle, ""), stage) <= wanted else (low, middle - 1)
     for odd in ("", "x", "xx", "xxx"):
         found = chat(low, odd)
-        if len(tokens(folder, found, not reply)) == wanted:
+        if tokens(folder, found, stage) == wanted:
             return found
     raise AssertionError(f"no chat of {wanted} tokens")
 
@@ -146,8 +151,8 @@ def test_a_question_to_a_judge_arrives_whole_or_its_pair_is_rejected(
 def test_rows_to_train_on_are_used_whole_or_rejected_and_counted(
     stage: str, cai: Cai, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chats = {name: of_length(folder, WINDOW + more, reply=True) for name, more in LENGTHS.items()}
-    short = of_length(folder, 120, reply=True)
+    chats = {name: of_length(folder, WINDOW + more, stage) for name, more in LENGTHS.items()}
+    short = of_length(folder, 120, stage)
     rows: list[Json] = []
     for name, chat in {**chats, "short": short}.items():
         prompt, reply = [chat[0].model_dump()], [chat[1].model_dump()]
@@ -201,8 +206,8 @@ def test_rows_to_train_on_are_used_whole_or_rejected_and_counted(
 
 @pytest.mark.parametrize("stage", ["sft", pytest.param("train-pm", marks=pytest.mark.faults)])
 def test_a_max_length_beyond_the_window_does_not_let_longer_rows_in(stage: str, cai: Cai, folder: Path) -> None:
-    chat = of_length(folder, WINDOW + 1, reply=True)
-    short = of_length(folder, 120, reply=True)
+    chat = of_length(folder, WINDOW + 1, stage)
+    short = of_length(folder, 120, stage)
     rows: list[Json] = []
     for name, (asked, reply) in {"long": chat, "short": short}.items():
         prompt, said = [asked.model_dump()], [reply.model_dump()]
