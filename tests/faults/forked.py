@@ -150,6 +150,7 @@ def _mother(modules: Sequence[str]) -> None:
     import gc
     import importlib
 
+    sys.dont_write_bytecode = True  # the calls of a run are to be the same every time
     for module in ("cai_cli.cli", "cai_cli.engines.scripted", "importlib.metadata", *modules):
         importlib.import_module(module)
     gc.freeze()
