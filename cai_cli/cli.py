@@ -22,6 +22,7 @@ from cai_cli import (
     models,
     principles_command,
     push,
+    ranks,
     show,
     stats,
     tidy,
@@ -117,13 +118,16 @@ def main() -> NoReturn:
     except Exception:
         console.bug(traceback.format_exc())
         code = 1
+    if ranks.world_size() > 1:
+        ranks.leave(int(code or 0))
     sys.exit(code)
 
 
 def _run() -> Any:
     """The command; returns its exit code, stdout flushed: what cannot be written is an error like others."""
     try:
-        app()
+        with ranks.session():
+            app()
     except SystemExit as stop:
         if isinstance(stop.__context__, BrokenPipeError):  # typer would leave with 1
             raise stop.__context__ from None

@@ -15,12 +15,21 @@ from rich.text import Text
 _quiet = False
 SECRETS = ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # environment variables
 SHORTEST_SECRET = 12  # characters: what servers without keys are given (`none`, `EMPTY`) is a word, and no secret
+_muted = False  # a process of a group that another speaks for
+_errors_muted = False
 
 
 def set_quiet(quiet: bool) -> None:
     """With `--quiet` only errors are printed."""
     global _quiet
     _quiet = quiet
+
+
+def mute(*, errors: bool = False) -> None:
+    """Say nothing from now on, not even warnings; with `errors` not even errors."""
+    global _muted, _errors_muted
+    _muted = True
+    _errors_muted = _errors_muted or errors
 
 
 def stderr() -> Console:
@@ -59,17 +68,20 @@ def _printable(c: str) -> bool:
 
 def say(text: str) -> None:
     """One message for a person, on stderr, unless quiet."""
-    if not _quiet:
+    if not (_quiet or _muted):
         stderr().print(_shown(text))
 
 
 def warn(text: str) -> None:
     """Something the user should know though the run goes on; printed even when quiet."""
-    stderr().print(f"[yellow]warning:[/yellow] {_shown(text)}")
+    if not _muted:
+        stderr().print(f"[yellow]warning:[/yellow] {_shown(text)}")
 
 
 def error(message: str, hint: str | None = None) -> None:
     """`error: ...` and, under it, `hint: ...`."""
+    if _errors_muted:
+        return
     console = stderr()
     console.print(f"[bold red]error:[/bold red] {_shown(message)}")
     if hint:
@@ -78,7 +90,8 @@ def error(message: str, hint: str | None = None) -> None:
 
 def bug(trace: str) -> None:
     """An error that nobody foresaw: its traceback, which may quote rows and answers of servers."""
-    stderr().print(_shown(trace.rstrip()))
+    if not _errors_muted:
+        stderr().print(_shown(trace.rstrip()))
     error("this is a bug of cai: please report the lines above", "what is written is kept; run the same again to go on")
 
 
@@ -98,7 +111,7 @@ def track(total: float | None, description: str, unit: str = "rows") -> Iterator
 
     Yields `advance(n)`.
     """
-    if _quiet or not sys.stderr.isatty():
+    if _quiet or _muted or not sys.stderr.isatty():
         yield lambda _n: None
         return
     columns: list[Any] = [

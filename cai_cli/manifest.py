@@ -25,7 +25,8 @@ OBJECTS = frozenset({"provenance", "counts", "run", "figures", "steps"})  # in a
 # Options that decide where and how fast, never what: they may differ between the runs that share one output.
 HARMLESS_OPTIONS = frozenset(
     {"output", "overwrite", "json", "quiet", "batch_size", "device", "report_to", "skip_bad", "max_bad", "save_steps",
-     "base_url", "concurrency", "timeout", "budget_tokens", "price_in", "price_out"}
+     "base_url", "concurrency", "timeout", "budget_tokens", "price_in", "price_out", "accelerate_config",
+     "num_processes"}
 )  # fmt: skip
 # Options that name something whose content is recorded by its hash.
 HASHED_OPTIONS = frozenset(

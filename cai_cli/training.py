@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import orjson
 import typer
 
-from cai_cli import console
+from cai_cli import console, ranks
 from cai_cli.checkpoints import newest_checkpoint, seal
 from cai_cli.engines.base import seed_for
 from cai_cli.errors import CaiError, UsageError
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Epochs = Annotated[float, typer.Option(min=0.0, help="Passes over the rows.")]
 MaxSteps = Annotated[int | None, typer.Option(min=1, help="Stop after this many steps instead of --epochs.")]
-TrainBatchSize = Annotated[int, typer.Option(min=1, help="Rows in one forward pass on one device.")]
-GradientAccumulation = Annotated[int, typer.Option(min=1, help="Forward passes in one step.")]
+TrainBatchSize = Annotated[int, typer.Option(min=1, help="Rows in one forward pass of one process.")]
+GradientAccumulation = Annotated[int, typer.Option(min=1, help="Forward passes of each process in one step.")]
 LearningRate = Annotated[float, typer.Option(min=0.0, help="Peak learning rate of AdamW.")]
 MaxLength = Annotated[int, typer.Option(min=2, help="Longest row in tokens; longer ones are rejected, never cut.")]
 Lora = Annotated[
@@ -44,7 +44,8 @@ SaveSteps = Annotated[int, typer.Option(min=1, help="Steps between checkpoints, 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What every trainer is told. `device` is "cpu" or "cuda"; `lora_rank` None trains all weights.
+    """What every trainer is told. `device` is "cpu" or "cuda"; `lora_rank` None trains all weights. Batch size and
+    accumulation are those of one process, as in TRL.
 
     `dtype` is that of the forward and backward pass ("auto" or as torch spells it); the weights are float32.
     """
@@ -99,14 +100,36 @@ class Recipe:
             "bf16": self.precision == "bfloat16",
             "gradient_checkpointing": False,
             "dataloader_pin_memory": not cpu,
+            "ddp_find_unused_parameters": False,  # all take part in every pass
             "disable_tqdm": True,
             "report_to": [self.report_to] if self.report_to else [],
         }
 
+    @property
+    def effective_batch(self) -> int:
+        """Rows in one step, of all processes."""
+        return self.batch_size * self.gradient_accumulation * ranks.world_size()
+
     def settings(self, flags: Mapping[str, Any]) -> dict[str, Any]:
-        """The options of a training command that decide what comes out, for its provenance."""
-        decisive = {name: value for name, value in flags.items() if name != "dtype"}  # `precision` says it
-        return settings_of(decisive, batch_size=self.batch_size, precision=self.precision)
+        """The options of a training command that decide what comes out, for its provenance. How many processes share
+        an effective batch decides nothing: a run may go on with another number."""
+        decisive = {k: v for k, v in flags.items() if k not in ("dtype", "gradient_accumulation")}
+        dealt = {"batch_size": self.batch_size} if "gradient_accumulation" in flags else {}  # of rl it decides nothing
+        return settings_of(decisive, **dealt, effective_batch=self.effective_batch, precision=self.precision)
+
+    def facts(self, order: str, rows: int) -> dict[str, Any]:
+        """How `rows` were dealt out, for the manifest. `order`: in words, in which order they come. `repeated_rows`:
+        how many of an epoch come twice, as all processes do the same number of whole batches."""
+        together = self.batch_size * ranks.world_size()
+        return {
+            "processes": ranks.world_size(),
+            "batch_size": self.batch_size,
+            "gradient_accumulation": self.gradient_accumulation,
+            "effective_batch": self.effective_batch,
+            "repeated_rows": -rows % together if ranks.world_size() > 1 else 0,
+            "data_order": order,
+            "seed": self.seed,
+        }
 
     def peft_config(self, *, classifier: bool = False) -> Any:
         """The LoRA config, or None where all weights are trained."""
@@ -186,20 +209,22 @@ def apart(keys: Iterable[str], count: int, seed: int) -> frozenset[str]:
 # --- one trainer, from its newest checkpoint to its last step ------------------------------------------------------
 
 
-def fit(trainer: Any, metrics: "Metrics", columns: Mapping[str, str], *, name: str) -> None:
+def fit(trainer: Any, metrics: "Metrics", columns: Mapping[str, str], *, name: str) -> dict[str, float | None]:
     """Train to the end, going on from the newest complete checkpoint in the trainer's output directory.
 
-    `columns`: name in metrics.jsonl -> name in the trainer's log. Raises CaiError when the checkpoint was changed since
-    it was saved or holds more than numbers, the loss is no number or the disk is full.
+    `columns`: name in metrics.jsonl -> name in the trainer's log. Returns how many tokens this run went through, of all
+    processes, and how many a second. Raises CaiError when the checkpoint was changed since it was saved or holds more
+    than numbers, the loss is no number or the disk is full.
     """
-    checkpoint = newest_checkpoint(Path(trainer.args.output_dir))
+    checkpoint = ranks.from_leader(lambda: newest_checkpoint(Path(trainer.args.output_dir)))
     done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     metrics.cut_after(done)
     if checkpoint:
         console.say(f"{name}: going on after step {done:,}")
     try:
         with ExitStack() as stack:
-            trainer.add_callback(_steps_callback(metrics, columns, name, stack))
+            steps = _steps_callback(metrics, columns, name, stack)
+            trainer.add_callback(steps)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except UnpicklingError as error:  # torch's, of whatever is more than numbers
         raise CaiError(
@@ -211,6 +236,8 @@ def fit(trainer: Any, metrics: "Metrics", columns: Mapping[str, str], *, name: s
             f"cannot write {trainer.args.output_dir}: {error.strerror or error}",
             hint="the checkpoints before are kept; run again to go on",
         ) from error
+    rate = steps.tokens / steps.seconds if steps.tokens and steps.seconds else None
+    return {"tokens": int(steps.tokens), "seconds": steps.seconds, "tokens_per_second": rate and round(rate, 1)}
 
 
 def without_printer(trainer: Any) -> Any:
@@ -227,14 +254,21 @@ def _steps_callback(metrics: "Metrics", columns: Mapping[str, str], name: str, s
 
     class Steps(TrainerCallback):  # type: ignore[misc]
         advance: Callable[[float], None]
+        watch: console.Stopwatch
+        tokens = seconds = 0.0
+        before = 0.0  # tokens that a run before this one went through
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.watch, self.before = console.Stopwatch(), state.num_input_tokens_seen
             self.advance = stack.enter_context(console.track(state.max_steps, name, "steps"))
             self.advance(state.global_step)
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             # A checkpoint restores torch's generators but not those of every library, nor across worker counts.
             set_seed((seed_for(args.seed, "step", state.global_step) + args.process_index) % 2**32)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.seconds = round(self.watch.seconds, 2)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.advance(1)
@@ -254,6 +288,8 @@ def _steps_callback(metrics: "Metrics", columns: Mapping[str, str], name: str, s
                     f"the loss is {logs['loss']} at step {state.global_step}", hint="a lower --learning-rate may help"
                 )
             metrics.put(state.global_step, {ours: logs.get(theirs) for ours, theirs in columns.items()})
+            # Of SFT and RewardTrainer counted from 0 in every run, of RLOO and GRPO from the checkpoint's count on.
+            self.tokens = max(self.tokens, logs.get("num_tokens", 0.0) - self.before)
 
     return Steps()
 
@@ -266,6 +302,19 @@ def finished_model(trainer: Any) -> Any:
     return model.merge_and_unload() if is_peft_model(model) else model
 
 
+def save_finished(trainer: Any, tokenizer: "PreTrainedTokenizerBase", directory: Path) -> None:
+    """Write the trained model, its weights gathered from all processes where they are sharded. Called on every rank."""
+    if ranks.weights_are_sharded():
+        with quiet_libraries():
+            trainer.save_model(str(directory))
+        if ranks.leads():
+            (directory / "training_args.bin").unlink(missing_ok=True)
+            tokenizer.model_max_length = context_window(trainer.model.config, tokenizer)
+            tokenizer.save_pretrained(directory)
+    elif ranks.leads():
+        save_model(finished_model(trainer), tokenizer, directory)
+
+
 def save_model(model: Any, tokenizer: "PreTrainedTokenizerBase", directory: Path) -> None:
     """Write what `from_pretrained` reads: safetensors, config, tokenizer."""
     tokenizer.model_max_length = context_window(model.config, tokenizer)  # unknown is written as 1e30
@@ -275,14 +324,18 @@ def save_model(model: Any, tokenizer: "PreTrainedTokenizerBase", directory: Path
 
 
 class Metrics:
-    """`metrics.jsonl`: one object per step, all with the same keys; what a row lacks is null."""
+    """`metrics.jsonl`: one object per step, all with the same keys; what a row lacks is null. Every rank holds the
+    rows, rank 0 writes them."""
 
     def __init__(self, path: Path, names: Sequence[str]) -> None:
         self.path, self.names = path, tuple(names)
-        self.rows: list[dict[str, Any]] = []
-        if path.exists():
-            cut_torn_tail(path)
-            self.rows = [orjson.loads(line) for line in path.read_bytes().splitlines()]
+        self.rows: list[dict[str, Any]] = ranks.from_leader(self._read)
+
+    def _read(self) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        cut_torn_tail(self.path)
+        return [orjson.loads(line) for line in self.path.read_bytes().splitlines()]
 
     def at(self, step: int) -> dict[str, Any] | None:
         return next((row for row in self.rows if row["step"] == step), None)
@@ -295,8 +348,9 @@ class Metrics:
             return
         row = {"step": step, **dict.fromkeys(self.names), **values}
         self.rows.append(row)
-        with self.path.open("ab") as file:
-            file.write(orjson.dumps(row) + b"\n")
+        if ranks.leads():
+            with self.path.open("ab") as file:
+                file.write(orjson.dumps(row) + b"\n")
 
     def cut_after(self, step: int) -> None:
         """Forget the steps after the checkpoint that a run goes on from: they are done again."""
@@ -304,6 +358,8 @@ class Metrics:
         self._write_all()
 
     def _write_all(self) -> None:
+        if not ranks.leads():
+            return
         temporary = self.path.with_name(f"{self.path.name}.tmp")
         temporary.write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in self.rows))
         os.replace(temporary, self.path)

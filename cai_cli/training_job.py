@@ -1,7 +1,8 @@
 """The files of a training stage: OUT is a directory that appears whole, with its manifest beside it.
 
 Work happens in `OUT.partial/` (checkpoints, metrics.jsonl, and at the end model/). What is finished is left alone, an
-output of another run is refused, and a kill at any moment leaves what the same command completes.
+output of another run is refused, and a kill at any moment leaves what the same command completes. Of several processes
+rank 0 does all of this, and the others train.
 """
 
 import hashlib
@@ -9,6 +10,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 import orjson
 import yaml
 
-from cai_cli import console
+from cai_cli import console, ranks
 from cai_cli.constitution import parse_yaml
 from cai_cli.drawn import recorded_principles
 from cai_cli.errors import CaiError, UsageError
@@ -95,7 +97,8 @@ Train = Callable[[Path], dict[str, Any]]
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """One run of one training stage. `train(work)` leaves the finished model in `work/model` and returns figures."""
+    """One run of one training stage. `train(work)` leaves the finished model in `work/model` and returns figures, on
+    rank 0; `facts` say how the rows are dealt out (`Recipe.facts`)."""
 
     provenance: dict[str, Any]
     inputs: Mapping[str, InputFile]
@@ -104,50 +107,61 @@ class TrainingJob:
     overwrite: bool
     counts: Counts
     train: Train
+    facts: Mapping[str, Any]
 
     @property
     def stage(self) -> str:
         return str(self.provenance["stage"])
 
     def run(self, *, as_json: bool) -> dict[str, Any]:
-        """Train what is not trained yet; returns (and prints) the summary. Raises CaiError."""
-        path = self.output
-        if path.name in ("", "-"):
+        """Train what is not trained yet; returns (and rank 0 prints) the summary. Raises CaiError."""
+        if self.output.name in ("", "-"):
             raise UsageError("a model is a directory, which cannot go to stdout", hint="-o DIRECTORY")
+        with ExitStack() as held:
+            summary = ranks.from_leader(lambda: self._begin(held)) or self._train(self.output)
+        if ranks.leads():
+            print_summary(summary, as_json=as_json)
+        return summary
+
+    def _begin(self, held: ExitStack) -> dict[str, Any] | None:
+        """Take the output's lock; the summary of a finished output, or None where there is work to do."""
+        path = self.output
         refuse_input_as_output(path, self.inputs)
         for base in self.models.values():
             if path.exists() and path.samefile(base.path):
                 raise CaiError(f"{path} is both the model to start from and the output", hint="choose another -o")
-        with one_writer(path):
-            _complete_publishing(path)
-            summary = finished_summary(path, self.provenance, self.overwrite)
-            if summary:
-                summary |= (read_manifest(sidecar(path, "manifest.json")) or {})["figures"]
-            else:
-                summary = self._train(path)
-        print_summary(summary, as_json=as_json)
-        return summary
+        held.enter_context(one_writer(path))
+        _complete_publishing(path)
+        summary = finished_summary(path, self.provenance, self.overwrite)
+        return summary and summary | (read_manifest(sidecar(path, "manifest.json")) or {})["figures"]
 
     def _train(self, path: Path) -> dict[str, Any]:
         watch = console.Stopwatch()
-        work = self._open_work(path)
-        counts = self.counts.as_json()
+        work = ranks.from_leader(lambda: self._open_work(path))
         if not self.counts.train:
             raise CaiError(
-                f"{self.stage}: no rows to train on ({_counted(counts)})",
+                f"{self.stage}: no rows to train on ({_counted(self.counts.as_json())})",
                 hint=f"see {sidecar(path, 'rejected.jsonl')}" if self.counts.rejected else None,
             )
         sources = [*(Path(file.name) for file in self.inputs.values()), *(base.path for base in self.models.values())]
-        principles = recorded_principles(sources)
+        principles = ranks.from_leader(lambda: recorded_principles(sources))
         try:
             figures = self.train(work)
-            facts = {**run_facts(watch.seconds, self.inputs), "principles": principles}
-            manifest = {"provenance": self.provenance, "counts": counts, "figures": figures, "run": facts}
-            (work / "model/README.md").write_text(model_card(manifest, self.models), encoding="utf-8")
-            shutil.copyfile(work / "metrics.jsonl", work / "model/metrics.jsonl")
-            _sync_files(work / "model")
+            return ranks.from_leader(lambda: self._finish(path, work, figures, watch, principles))
         except OSError as error:
             raise CaiError(f"cannot write {work}: {error.strerror}", hint="run again to go on") from error
+
+    def _finish(
+        self, path: Path, work: Path, figures: dict[str, Any], watch: console.Stopwatch, principles: Any
+    ) -> dict[str, Any]:
+        """Make the model in `work` appear as `path`; the summary."""
+        dealt = {**self.facts, **figures.pop("throughput")}
+        facts = {**run_facts(watch.seconds, self.inputs), "principles": principles, "training": dealt}
+        counts = self.counts.as_json()
+        manifest = {"provenance": self.provenance, "counts": counts, "figures": figures, "run": facts}
+        (work / "model/README.md").write_text(model_card(manifest, self.models), encoding="utf-8")
+        shutil.copyfile(work / "metrics.jsonl", work / "model/metrics.jsonl")
+        _sync_files(work / "model")
         write_json(sidecar(path, "partial.manifest.json"), {"status": "finished", **manifest})
         _complete_publishing(path)
         return {"stage": self.stage, "status": "finished", "output": str(path), **counts,
@@ -281,6 +295,7 @@ def model_card(manifest: Mapping[str, Any], models: Mapping[str, Base]) -> str:
         + table("Rows", {k: v for k, v in manifest["counts"].items() if not k.endswith("_reasons")})
         + table("Settings", provenance["settings"])
         + table("Figures", {k: v for k, v in _flat(figures).items() if k != "note"})
+        + table("Training", manifest["run"]["training"])
         + table("Versions", manifest["run"]["versions"])
     )
 

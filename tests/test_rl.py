@@ -17,9 +17,10 @@ from cai_cli.errors import CaiError, UsageError
 from cai_cli.models import load_causal_lm, load_reward_model, load_tokenizer
 from cai_cli.phase2_feedback import preference_model, train_pm, watchers
 from cai_cli.phase2_feedback.preference_model import score_conversations
-from cai_cli.phase2_feedback.rl import command, end_ids, messages_of, preference_reward
+from cai_cli.phase2_feedback.rl import command
 from cai_cli.phase2_feedback.rl_monitor import Scale
 from cai_cli.phase2_feedback.rl_prompts import prompt_order
+from cai_cli.phase2_feedback.rl_trainer import end_ids, messages_of, preference_reward
 from cai_cli.phase2_feedback.watchers import preference_score
 from cai_cli.records import Preference, load_row
 from cai_cli.training_job import Counts

@@ -157,6 +157,18 @@ class LocalEngine(Engine):
             replies |= self._decode(rows, sampling) if rows else {}
         return [replies[index] for index in range(len(asks))]
 
+    def grow(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> list[list[int]]:
+        """As `generate`, for prompts that are encoded already: the ids of the answers, the end of turn among them."""
+        import torch
+
+        rows = [
+            Row(index, Ask("", seed), tuple(ids), uniforms(seed, sampling.max_new_tokens))
+            for index, (ids, seed) in enumerate(zip(prompts, seeds, strict=True))
+        ]
+        with torch.inference_mode():
+            self._decode(rows, sampling)
+        return [row.new for row in rows]
+
     def _decode(self, rows: Sequence[Row], sampling: Sampling) -> dict[int, Reply]:
         """Grow every row to its end, the longest first: when one ends, the next one takes its place. Replies by the
         index of their ask."""

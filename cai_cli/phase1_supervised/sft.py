@@ -6,7 +6,7 @@ a pretrained model, we from whatever `--model` names; its learning rate (half th
 another model, so it is an option; the helpful share is a ratio (the paper has 135k helpful to 183k red-team prompts).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -20,6 +20,7 @@ from cai_cli.engines.chat import encode_chat
 from cai_cli.errors import RowError, UsageError
 from cai_cli.forms import parse_prompt
 from cai_cli.intake import Intake
+from cai_cli.launch import AccelerateConfig, NumProcesses, as_asked
 from cai_cli.manifest import hash_input, provenance
 from cai_cli.prompts import assistant
 from cai_cli.records import Message, Revision, Sample, conversation_id, json_type, load_row, reject
@@ -35,13 +36,12 @@ from cai_cli.training import (
     Recipe,
     SaveSteps,
     TrainBatchSize,
-    finished_model,
     fit,
     held_out_keys,
     mixed,
     pick_device,
     quiet_libraries,
-    save_model,
+    save_finished,
     tokenizer_and_window,
     too_long_for,
     without_printer,
@@ -155,37 +155,65 @@ def sft(
     with quiet_libraries():
         ready = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
         trainer = without_printer(
-            SFTTrainer(
+            _by_row(SFTTrainer)(
                 model=model,
                 processing_class=tokenizer,
                 args=SFTConfig(**recipe.arguments(work), **ready),
                 train_dataset=Dataset.from_list([e.columns() for e in train]),
                 eval_dataset=Dataset.from_list([e.columns() for e in held_out]) if held_out else None,
                 peft_config=recipe.peft_config(),
+                compute_metrics=lambda rows: {"token_loss": float(rows.predictions.sum() / rows.label_ids.sum())},
             )
         )
         use_plain_head(trainer)
 
         def held_out_loss() -> float | None:
-            return float(trainer.evaluate()["eval_loss"]) if held_out else None
+            return float(trainer.evaluate()["eval_token_loss"]) if held_out else None
 
-        before = metrics.at(0)
-        if before is None:
-            before = {"held_out_loss": held_out_loss()}
-            metrics.put(0, before)
-        fit(trainer, metrics, COLUMNS, name="sft")
+        # Not before `fit`: accelerate takes a model that was evaluated for a prepared one, and each process would train
+        # its own.
+        trainer.add_callback(_at_the_start(lambda: metrics.at(0) or metrics.put(0, {"held_out_loss": held_out_loss()})))
+        throughput = fit(trainer, metrics, COLUMNS, name="sft")
         steps = int(trainer.state.global_step)
         after = held_out_loss()
         metrics.put(steps, {"held_out_loss": after})
-        save_model(finished_model(trainer), tokenizer, work / "model")
+        save_finished(trainer, tokenizer, work / "model")
     losses = [row["loss"] for row in metrics.rows if row["loss"] is not None]
     return {
         "steps": steps,
         "loss_before": losses[0],
         "loss": losses[-1],
-        "held_out_loss_before": before["held_out_loss"],
+        "held_out_loss_before": metrics.rows[0]["held_out_loss"],
         "held_out_loss": after,
+        "throughput": throughput,
     }
+
+
+def _at_the_start(act: Callable[[], object]) -> Any:
+    """A trainer callback that acts once the model is ready for training, before the first step."""
+    from transformers import TrainerCallback
+
+    class AtTheStart(TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            act()
+
+    return AtTheStart()
+
+
+def _by_row(trainer_class: Any) -> Any:
+    """The trainer class, whose evaluation gives each row's loss and number of tokens: their sums do not depend on how
+    the rows are dealt out among batches and processes (of the rows that fill the last batch up none is counted)."""
+    import torch
+
+    class ByRow(trainer_class):  # type: ignore[misc]
+        def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+            inputs = self._prepare_inputs(inputs)
+            with torch.no_grad():
+                out = model(**inputs, use_cache=False, fused_lm_head=True)
+            losses, tokens = -out.log_probs.float().sum(1), out.label_mask.sum(1)
+            return losses.mean(), losses, tokens
+
+    return ByRow
 
 
 def command(
@@ -209,6 +237,8 @@ def command(
     lora_rank: LoraRank = 16,
     eval_share: Annotated[float, typer.Option(min=0.0, max=0.5, help="Share of the prompts held out.")] = 0.05,
     save_steps: SaveSteps = 100,
+    accelerate_config: AccelerateConfig = None,
+    num_processes: NumProcesses = None,
     seed: options.Seed = 0,
     limit: options.Limit = None,
     skip_bad: options.SkipBad = False,
@@ -223,6 +253,7 @@ def command(
     INPUT: Revision rows, or any rows with prompt and completion. Writes a model directory.
     """
     flags = locals()
+    as_asked(accelerate_config, num_processes)
     console.set_quiet(quiet)
     if revisions not in ("all", "last"):
         raise UsageError(f"--revisions must be all or last, not {revisions!r}")
@@ -273,4 +304,5 @@ def command(
         overwrite=overwrite,
         counts=counts,
         train=lambda work: sft(base.path, tokenizer, train, held_out, recipe, work),
+        facts=recipe.facts("all examples in a new random order every epoch", len(train)),
     ).run(as_json=json)

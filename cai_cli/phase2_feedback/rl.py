@@ -11,26 +11,28 @@ Scores are standardised: in their unit the start model's replies to the held-out
 deviation 1 (both constants stand in the manifest). beta, in that unit per nat, and the penalty then mean the same for
 every preference model, also for one whose labels were clamped to 40-60% and whose margins are at most ln 1.5 = 0.405.
 
+Replies are sampled as `cai sample` does it and not by TRL: with the same seed a run has the same prompts, replies and
+rewards on one process and on several, but for rounding.
+
 Every `--monitor-every` steps the policy answers the held-out prompts: `rl_monitor` says what is measured, `goodhart`
 when the preference model is no longer a measure.
 """
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import fmean, pstdev
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from cai_cli import console, options
+from cai_cli import console, options, ranks
 from cai_cli.cpu_head import use_plain_head
 from cai_cli.engines.base import Sampling, seed_for
-from cai_cli.engines.chat import encode_chat
 from cai_cli.errors import UsageError
 from cai_cli.intake import Intake
+from cai_cli.launch import AccelerateConfig, NumProcesses, as_asked
 from cai_cli.manifest import hash_input, provenance
 from cai_cli.outputs import sidecar
 from cai_cli.phase2_feedback.rl_monitor import (
@@ -43,8 +45,9 @@ from cai_cli.phase2_feedback.rl_monitor import (
     reference_of,
 )
 from cai_cli.phase2_feedback.rl_prompts import fitting_prompts, hold_out, prompt_order
-from cai_cli.phase2_feedback.watchers import Score, Watcher, pick_watcher, preference_score
-from cai_cli.records import Message, Prompt
+from cai_cli.phase2_feedback.rl_trainer import end_ids, preference_reward, with_our_text
+from cai_cli.phase2_feedback.watchers import Watcher, pick_watcher, preference_score
+from cai_cli.records import Prompt
 from cai_cli.training import (
     LearningRate,
     Lora,
@@ -52,18 +55,15 @@ from cai_cli.training import (
     Metrics,
     Recipe,
     SaveSteps,
-    finished_model,
     fit,
     mixed,
     pick_device,
     quiet_libraries,
+    save_finished,
     save_model,
     without_printer,
 )
 from cai_cli.training_job import Base, Counts, TrainingJob, rows_digest
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 COLUMNS = {
     "loss": "loss",
@@ -79,55 +79,6 @@ COLUMNS = {
 }
 ALGORITHMS = ("rloo", "grpo")
 REPORTERS = ("tensorboard", "trackio")
-Chat = list[dict[str, str]]
-
-
-def preference_reward(
-    score: Score, scale: Scale, ends: frozenset[int], cutoff_penalty: float
-) -> Callable[..., list[float]]:
-    """The reward of TRL's trainers: the standardised score of the reply, less the penalty where the reply does not end
-    with one of the token ids `ends`."""
-
-    def reward(
-        prompts: list[Chat],
-        completions: list[Chat],
-        completion_ids: list[list[int]],
-        log_metric: Callable[[str, float], None],
-        **_: Any,
-    ) -> list[float]:
-        asked = [Prompt(id="-", prompt=messages_of(prompt)) for prompt in prompts]
-        scores = [scale(value) for value in score(asked, [reply[0]["content"] for reply in completions])]
-        cut = [ids[-1] not in ends for ids in completion_ids]
-        log_metric("score", fmean(scores))
-        log_metric("score_std", pstdev(scores))
-        log_metric("cut_off_share", fmean(cut))
-        return [score - cutoff_penalty * was_cut for score, was_cut in zip(scores, cut, strict=True)]
-
-    return reward
-
-
-def messages_of(chat: Chat) -> list[Message]:
-    return [Message.model_validate(message) for message in chat]
-
-
-def safe_prompts(trainer_class: Any) -> Any:
-    """The trainer class with our encoding of prompts, in which no text of a row becomes a control token."""
-
-    class SafePrompts(trainer_class):  # type: ignore[misc]
-        def _tokenize_prompts(self, prompts: list[Chat]) -> tuple[list[list[int]], None, dict[str, Any]]:
-            encoded = [
-                encode_chat(self._tokenizer, messages_of(prompt), add_generation_prompt=True) for prompt in prompts
-            ]
-            return encoded, None, {}
-
-    return SafePrompts
-
-
-def end_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
-    """The token ids that end a reply: the tokenizer's and those of the model's generation config."""
-    declared = model.generation_config.eos_token_id if model.generation_config else None
-    ids = declared if isinstance(declared, list) else [declared]
-    return frozenset(i for i in (*ids, tokenizer.eos_token_id) if isinstance(i, int))
 
 
 def rl(
@@ -159,6 +110,11 @@ def rl(
     from cai_cli.models import load_causal_lm, load_tokenizer
 
     assert recipe.max_steps  # noqa: S101
+    if ranks.weights_are_sharded():
+        raise UsageError(
+            "rl needs the whole policy in every process, to sample from it and to check it",
+            hint="--accelerate-config multi_gpu, zero1 or zero2; --lora takes less memory",
+        )
     policy, tokenizer = load_causal_lm(base, "float32", recipe.device), load_tokenizer(base)
     if policy.config._name_or_path != str(base):
         raise AssertionError("the reference model would be loaded from elsewhere")
@@ -168,22 +124,24 @@ def rl(
         held_out,
         tokenizer,
         score,
-        watcher.open() if watcher else None,
+        watcher.open() if watcher and ranks.leads() else None,
         work / "samples.jsonl",
         Sampling(max_new_tokens, temperature),
         recipe.seed,
         recipe.batch_size,
     )
     if not metrics.at(0):
-        metrics.put(0, monitor.check(0, policy, logits_of(policy)))
+        metrics.put(0, ranks.from_leader(lambda: monitor.check(0, policy, logits_of(policy))))
+    scale = ranks.from_leader(lambda: monitor.scale)
+    ends = end_ids(policy, tokenizer)
     trainer_class, config_class = {"rloo": (RLOOTrainer, RLOOConfig), "grpo": (GRPOTrainer, GRPOConfig)}[algorithm]
     order = prompt_order(len(prompts), recipe.max_steps, prompts_per_step, recipe.seed)
     with quiet_libraries():
         trainer = without_printer(
-            safe_prompts(trainer_class)(
+            with_our_text(trainer_class, ends, monitor.sampling, recipe.batch_size)(
                 model=policy,
                 processing_class=tokenizer,
-                reward_funcs=preference_reward(score, monitor.scale, end_ids(policy, tokenizer), cutoff_penalty),
+                reward_funcs=preference_reward(score, scale, ends, cutoff_penalty),
                 args=config_class(
                     **recipe.arguments(work),
                     num_generations=samples_per_prompt,
@@ -203,12 +161,15 @@ def rl(
             monitor, trainer, metrics, reference_of(trainer, base), every=monitor_every, stop=stop_on_goodhart
         )
         trainer.add_callback(checks)
-        fit(trainer, metrics, COLUMNS, name="rl")
-        kept = checks.kept if checks.kept is not None else int(trainer.state.global_step)
-        trained = finished_model(trainer) if kept else load_causal_lm(base, "float32", recipe.device)
-    save_model(trained, tokenizer, work / "model")
-    shutil.copyfile(work / "samples.jsonl", work / "model/samples.jsonl")
-    return figures(metrics, monitor.scale, kept)
+        throughput = fit(trainer, metrics, COLUMNS, name="rl")
+    kept = checks.kept if checks.kept is not None else int(trainer.state.global_step)
+    if kept:
+        save_finished(trainer, tokenizer, work / "model")
+    elif ranks.leads():
+        save_model(load_causal_lm(base, "float32", recipe.device), tokenizer, work / "model")
+    if ranks.leads():
+        shutil.copyfile(work / "samples.jsonl", work / "model/samples.jsonl")
+    return {**figures(metrics, scale, kept), "throughput": throughput}
 
 
 def figures(metrics: Metrics, scale: Scale, kept: int) -> dict[str, Any]:
@@ -251,7 +212,8 @@ def command(
     prompts_per_step: Annotated[int, typer.Option(min=1, help="Prompts in one step.")] = 4,
     samples_per_prompt: Annotated[int, typer.Option(min=2, help="Replies to each of them, compared in a group.")] = 4,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Replies in one forward pass; by default all of a step.")
+        int | None,
+        typer.Option(min=1, help="Replies in one forward pass of one process; by default all of its share of a step."),
     ] = None,
     max_new_tokens: options.MaxNewTokens = 128,
     temperature: Annotated[float, typer.Option(min=0.01, help="Sampling temperature.")] = 1.0,
@@ -276,6 +238,8 @@ def command(
     ] = False,
     report_to: Annotated[str | None, typer.Option(help="tensorboard or trackio, beside metrics.jsonl.")] = None,
     save_steps: SaveSteps = 25,
+    accelerate_config: AccelerateConfig = None,
+    num_processes: NumProcesses = None,
     seed: options.Seed = 0,
     limit: options.Limit = None,
     skip_bad: options.SkipBad = False,
@@ -290,8 +254,10 @@ def command(
     INPUT: prompts in any form that `cai sample` takes. Writes a model directory.
     """
     flags = locals()
-    _check(algorithm, batch_size, prompts_per_step * samples_per_prompt, report_to)
+    as_asked(accelerate_config, num_processes)
     replies = prompts_per_step * samples_per_prompt
+    share = _share(replies, batch_size)
+    _check(algorithm, report_to)
     models = {"model": Base.resolve(model), "pm": Base.resolve(pm)}
     where = pick_device(device)
     watcher = pick_watcher(watch_pm, watch_judge, models["pm"], device=where, seed=seed)
@@ -310,8 +276,8 @@ def command(
     train, checked = hold_out(fitting, held_out, seed)
     counts.train, counts.held_out = len(train), len(checked)
     recipe = Recipe(
-        batch_size=batch_size or replies,
-        gradient_accumulation=replies // (batch_size or replies),
+        batch_size=batch_size or share,
+        gradient_accumulation=share // (batch_size or share),
         learning_rate=learning_rate,
         save_steps=save_steps,
         seed=seed,
@@ -356,17 +322,26 @@ def command(
             monitor_every=monitor_every,
             stop_on_goodhart=stop_on_goodhart,
         ),
+        facts=recipe.facts("pass after pass over all prompts, each in a new random order", steps * replies),
     ).run(as_json=json)
 
 
-def _check(algorithm: str, batch_size: int | None, replies: int, report_to: str | None) -> None:
-    if algorithm not in ALGORITHMS:
-        raise UsageError(f"--algorithm must be rloo or grpo, not {algorithm!r}")
-    if batch_size and (batch_size > replies or replies % batch_size):
+def _share(replies: int, batch_size: int | None) -> int:
+    """How many of the replies of a step one process makes. Raises UsageError where they cannot be dealt out evenly."""
+    parts = (batch_size or 1) * ranks.world_size()
+    if replies % parts:
+        given = [f"--batch-size {batch_size}"] if batch_size else []
+        given += [f"{ranks.world_size()} processes"] if ranks.world_size() > 1 else []
         raise UsageError(
-            f"--batch-size {batch_size} does not divide the {replies} replies of a step",
+            f"{' times '.join(given)} does not divide the {replies} replies of a step",
             hint="--prompts-per-step times --samples-per-prompt",
         )
+    return replies // ranks.world_size()
+
+
+def _check(algorithm: str, report_to: str | None) -> None:
+    if algorithm not in ALGORITHMS:
+        raise UsageError(f"--algorithm must be rloo or grpo, not {algorithm!r}")
     if report_to not in (None, *REPORTERS):
         raise UsageError(f"--report-to must be {' or '.join(REPORTERS)}, not {report_to!r}")
     if report_to and find_spec(report_to) is None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from cai_cli import console
+from cai_cli import console, ranks
 from cai_cli.checkpoints import verify
 from cai_cli.engines.base import Ask, Refusal, Sampling, seed_for
 from cai_cli.engines.chat import encode_chat, encode_text
@@ -59,7 +59,8 @@ class Scale:
 
 @dataclass
 class Monitor:
-    """Checks of one run. `score` is the preference model of the reward; `file` holds the replies of all checks."""
+    """Checks of one run, made by rank 0. `score` is the preference model of the reward; `file` holds the replies of all
+    checks."""
 
     prompts: Sequence[Prompt]
     tokenizer: Any
@@ -72,7 +73,7 @@ class Monitor:
     rows: list[PolicySample] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.file.exists():
+        if ranks.leads() and self.file.exists():
             cut_torn_tail(self.file)
             self.rows = [row for _, row in read_rows(str(self.file), rows_of(PolicySample))]
 
@@ -94,6 +95,8 @@ class Monitor:
 
     def forget(self, step: int) -> None:
         """Drop the checks after `step`: they are done again."""
+        if not ranks.leads():
+            return
         self.rows = [row for row in self.rows if row.step <= step]
         temporary = self.file.with_name(f"{self.file.name}.tmp")
         temporary.write_bytes(b"".join(dump_row(row) + b"\n" for row in self.rows))
@@ -132,7 +135,7 @@ class Monitor:
             Ask(reply_request(prompt.prompt, "chat").text, seed_for(self.seed, "check", prompt.id, index))
             for prompt, index in wanted
         ]
-        replies = engine_around(_without_adapter_wrapper(policy), self.tokenizer, self.batch_size).generate(
+        replies = engine_around(without_adapter_wrapper(policy), self.tokenizer, self.batch_size).generate(
             asks, self.sampling
         )
         if refusal := next((reply for reply in replies if isinstance(reply, Refusal)), None):
@@ -209,7 +212,7 @@ def reference_of(trainer: Any, base: Path) -> Logits:
     return without_adapters
 
 
-def _without_adapter_wrapper(policy: Any) -> Any:
+def without_adapter_wrapper(policy: Any) -> Any:
     """The model itself, in whose layers the adapters are."""
     from accelerate.utils import is_peft_model
 
@@ -228,12 +231,18 @@ def checks_callback(
         shown = {name: value for name, value in figures.items() if value is not None and name != "step"}
         trainer.callback_handler.on_log(trainer.args, trainer.state, TrainerControl(), shown)
 
+    def checked(step: int) -> tuple[dict[str, float | str | None], int]:
+        """The figures of a check, and the step whose weights are to be kept when training ends here."""
+        figures = monitor.check(step, trainer.accelerator.unwrap_model(trainer.model), reference)
+        checks = monitor.checks
+        return figures, checks[best_check(checks[:-1] if figures["goodhart"] else checks)][0].step
+
     class Checks(TrainerCallback):  # type: ignore[misc]
         kept: int | None = None  # the step whose weights were taken back, 0 for the start model's
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             monitor.forget(state.global_step)
-            if state.global_step == 0:
+            if state.global_step == 0 and ranks.leads():
                 show({name: metrics.rows[0][name] for name in CHECK_COLUMNS})
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -241,20 +250,19 @@ def checks_callback(
             if step % every and not last:
                 return
             known = flagged(metrics)
-            figures = monitor.check(step, trainer.accelerator.unwrap_model(trainer.model), reference)
+            figures, kept = ranks.from_leader(lambda: checked(step))
             metrics.put(step, figures)
-            show(figures)
+            if ranks.leads():
+                show(figures)
             if figures["goodhart"] and not known:
                 console.warn(f"rl: step {step:,}: {figures['goodhart']}" + (" (stopping)" if stop else ""))
             if not stop:
                 return
-            checks = monitor.checks
-            kept = checks[best_check(checks[:-1] if figures["goodhart"] else checks)][0].step
             if kept:
                 state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{kept}")
             if figures["goodhart"]:
                 if kept:
-                    verify(Path(state.best_model_checkpoint))
+                    ranks.from_leader(lambda: verify(Path(state.best_model_checkpoint)))
                 self.kept = kept
                 control.should_training_stop, control.should_save = True, False
                 args.load_best_model_at_end = kept > 0

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cai_cli import console, options
+from cai_cli import console, options, ranks
 from cai_cli.engines.base import seed_for
 from cai_cli.engines.chat import encode_text
 from cai_cli.errors import CaiError, RowError, UsageError
 from cai_cli.forms import parse_preference
 from cai_cli.intake import Intake
 from cai_cli.jsonl import origin
+from cai_cli.launch import AccelerateConfig, NumProcesses, as_asked
 from cai_cli.manifest import hash_input, provenance
 from cai_cli.phase2_feedback.fitted_head import fit_head
 from cai_cli.phase2_feedback.pm_figures import held_out_figures
@@ -41,12 +42,12 @@ from cai_cli.training import (
     Recipe,
     SaveSteps,
     TrainBatchSize,
-    finished_model,
     fit,
     held_out_keys,
     mixed,
     pick_device,
     quiet_libraries,
+    save_finished,
     save_model,
     tokenizer_and_window,
     too_long_for,
@@ -171,14 +172,16 @@ def train_pm(
     metrics = Metrics(work / "metrics.jsonl", [*COLUMNS, *HELD_OUT])
     # Fitted and judged anew also when a run is resumed: it is the untrained model that is loaded here.
     head = start_head(model, train, recipe, share_prompts=share) if fitted_head else {}
-    before, steps = held_out_figures([]), 0
+    before, steps, throughput = held_out_figures([]), 0, dict[str, Any]()
     if recipe.trains:
-        with recipe.autocast():
-            before = held_out_figures(judge(model, tokenizer, held_out, recipe.batch_size, share_prompts=share))
+        before = ranks.from_leader(lambda: judged_before(model, tokenizer, held_out, recipe, share_prompts=share))
         if metrics.at(0) is None:
             metrics.put(0, held_out_row(before))
-        model, steps = fine_tune(model, tokenizer, train, recipe, work, metrics, share_prompts=share)
-    save_model(model, tokenizer, work / "model")
+        steps, throughput = fine_tune(model, tokenizer, train, recipe, work, metrics, share_prompts=share)
+    elif ranks.leads():
+        save_model(model, tokenizer, work / "model")
+    if not ranks.leads():
+        return {}
     # Judged as others will load it: training may have run in bfloat16.
     model = load_reward_model(work / "model", "float32", recipe.device)
     share = share and take_packed_pairs(model, longest.ids)
@@ -196,23 +199,44 @@ def train_pm(
         "accuracy_before": before["accuracy"],
         **figures,
         "pairs_by_source": dict(Counter(pair.row.source or "no source" for pair in train)),
+        "throughput": throughput,
     }
+
+
+def judged_before(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    held_out: Sequence[Pair],
+    recipe: Recipe,
+    *,
+    share_prompts: bool,
+) -> dict[str, Any]:
+    """The figures of the model that training starts from."""
+    with recipe.autocast():
+        return held_out_figures(judge(model, tokenizer, held_out, recipe.batch_size, share_prompts=share_prompts))
 
 
 def start_head(
     model: "PreTrainedModel", train: Sequence[Pair], recipe: Recipe, *, share_prompts: bool
 ) -> dict[str, Any]:
-    """Give the model a head fitted to the pairs; the figures of its cross-validation. Raises CaiError."""
+    """Give the model a head fitted to the pairs, by rank 0; the figures of its cross-validation. Raises CaiError."""
     if not share_prompts:
         raise CaiError("--fit-head needs a decoder whose layers are all full attention", hint="--random-head")
-    with recipe.autocast():
-        return fit_head(
-            model,
-            [pair.ids for pair in train],
-            [pair.target for pair in train],
-            [conversation_id(pair.row.prompt) for pair in train],
-            recipe.batch_size,
-        )
+
+    def fitted() -> tuple[dict[str, Any], Any]:
+        with recipe.autocast():
+            figures = fit_head(
+                model,
+                [pair.ids for pair in train],
+                [pair.target for pair in train],
+                [conversation_id(pair.row.prompt) for pair in train],
+                recipe.batch_size,
+            )
+        return figures, model.score.weight.data.cpu()
+
+    figures, weight = ranks.from_leader(fitted)
+    model.score.weight.data.copy_(weight)
+    return figures
 
 
 def fine_tune(
@@ -224,8 +248,8 @@ def fine_tune(
     metrics: Metrics,
     *,
     share_prompts: bool,
-) -> tuple["PreTrainedModel", int]:
-    """The model after the recipe's steps, and how many they were."""
+) -> tuple[int, dict[str, Any]]:
+    """Take the recipe's steps and leave the model in `work/model`; how many they were, and their throughput."""
     from datasets import Dataset
     from trl import RewardConfig
 
@@ -239,8 +263,9 @@ def fine_tune(
                 peft_config=recipe.peft_config(classifier=True),
             )
         )
-        fit(trainer, metrics, COLUMNS, name="train-pm")
-    return finished_model(trainer), int(trainer.state.global_step)
+        throughput = fit(trainer, metrics, COLUMNS, name="train-pm")
+    save_finished(trainer, tokenizer, work / "model")
+    return int(trainer.state.global_step), throughput
 
 
 def held_out_row(figures: dict[str, Any]) -> dict[str, float | None]:
@@ -282,6 +307,8 @@ def command(
     lora_rank: LoraRank = 16,
     eval_share: Annotated[float, typer.Option(min=0.0, max=0.5, help="Share of the prompts held out.")] = 0.1,
     save_steps: SaveSteps = 100,
+    accelerate_config: AccelerateConfig = None,
+    num_processes: NumProcesses = None,
     seed: options.Seed = 0,
     limit: options.Limit = None,
     skip_bad: options.SkipBad = False,
@@ -298,6 +325,7 @@ def command(
     Writes a model directory, with the scores of the held-out pairs in `held_out.jsonl`.
     """
     flags = locals()
+    as_asked(accelerate_config, num_processes)
     console.set_quiet(quiet)
     if targets not in TARGETS:
         raise UsageError(f"--targets must be soft or hard, not {targets!r}")
@@ -347,6 +375,7 @@ def command(
         overwrite=overwrite,
         counts=counts,
         train=lambda work: train_pm(base.path, tokenizer, train, held_out, recipe, work, fitted_head=fit_head),
+        facts=recipe.facts("all pairs in a new random order every epoch, in batches of like length", len(train)),
     ).run(as_json=json)
     if summary["note"]:
         console.warn(f"train-pm: {summary['note']}")

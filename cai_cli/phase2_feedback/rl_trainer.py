@@ -1,0 +1,87 @@
+"""What `cai rl` puts in the place of parts of TRL's RLOO and GRPO trainers: the reward, the encoding of prompts and the
+sampling of replies."""
+
+from collections.abc import Callable
+from statistics import fmean, pstdev
+from typing import TYPE_CHECKING, Any
+
+from cai_cli import ranks
+from cai_cli.engines.base import Sampling, seed_for
+from cai_cli.engines.chat import encode_chat
+from cai_cli.engines.local import engine_around
+from cai_cli.phase2_feedback.rl_monitor import Scale, without_adapter_wrapper
+from cai_cli.phase2_feedback.watchers import Score
+from cai_cli.records import Message, Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Chat = list[dict[str, str]]
+
+
+def preference_reward(
+    score: Score, scale: Scale, ends: frozenset[int], cutoff_penalty: float
+) -> Callable[..., list[float]]:
+    """The reward of TRL's trainers: the standardised score of the reply, less the penalty where the reply does not end
+    with one of the token ids `ends`."""
+
+    def reward(
+        prompts: list[Chat],
+        completions: list[Chat],
+        completion_ids: list[list[int]],
+        log_metric: Callable[[str, float], None],
+        **_: Any,
+    ) -> list[float]:
+        asked = [Prompt(id="-", prompt=messages_of(prompt)) for prompt in prompts]
+        scores = [scale(value) for value in score(asked, [reply[0]["content"] for reply in completions])]
+        cut = [ids[-1] not in ends for ids in completion_ids]
+        of_all = ranks.gathered(list(zip(scores, cut, strict=True)))
+        log_metric("score", fmean(score for score, _ in of_all))
+        log_metric("score_std", pstdev(score for score, _ in of_all))
+        log_metric("cut_off_share", fmean(was_cut for _, was_cut in of_all))
+        return [score - cutoff_penalty * was_cut for score, was_cut in zip(scores, cut, strict=True)]
+
+    return reward
+
+
+def messages_of(chat: Chat) -> list[Message]:
+    return [Message.model_validate(message) for message in chat]
+
+
+def with_our_text(trainer_class: Any, ends: frozenset[int], sampling: Sampling, batch_size: int) -> Any:
+    """The trainer class with our encoding of prompts, in which no text of a row becomes a control token, and our
+    sampling, in which a reply's noise comes from (seed, step, its place in the step): it is the same reply on however
+    many processes and in whatever batches."""
+
+    class OurText(trainer_class):  # type: ignore[misc]
+        def _tokenize_prompts(self, prompts: list[Chat]) -> tuple[list[list[int]], None, dict[str, Any]]:
+            encoded = [
+                encode_chat(self._tokenizer, messages_of(prompt), add_generation_prompt=True) for prompt in prompts
+            ]
+            return encoded, None, {}
+
+        def _generate_single_turn(self, prompt_ids: list[list[int]], *_: Any) -> Any:
+            first = ranks.rank() * len(prompt_ids)
+            seeds = [
+                seed_for(self.args.seed, "rl", self.state.global_step, first + place)
+                for place in range(len(prompt_ids))
+            ]
+            policy = without_adapter_wrapper(self.accelerator.unwrap_model(self.model))
+            was_training = policy.training
+            policy.eval()
+            engine = engine_around(policy, self._tokenizer, batch_size)
+            engine.end_ids = set(ends)
+            replies = engine.grow(prompt_ids, seeds, sampling)
+            policy.train(was_training)
+            return (replies, None) if self._tells_log_probabilities else replies
+
+        _tells_log_probabilities = trainer_class.__name__ == "GRPOTrainer"
+
+    return OurText
+
+
+def end_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
+    """The token ids that end a reply: the tokenizer's and those of the model's generation config."""
+    declared = model.generation_config.eos_token_id if model.generation_config else None
+    ids = declared if isinstance(declared, list) else [declared]
+    return frozenset(i for i in (*ids, tokenizer.eos_token_id) if isinstance(i, int))
