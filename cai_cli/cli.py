@@ -29,7 +29,7 @@ from cai_cli import (
 )
 from cai_cli.errors import CaiError
 from cai_cli.evaluate import agreement, compare, harm, hhh
-from cai_cli.phase1_supervised import critique, revise, sample, sft
+from cai_cli.phase1_supervised import critique, red_team, revise, sample, sft
 from cai_cli.phase2_feedback import label_prefs, rl, score, train_pm
 from cai_cli.pipeline import run_command
 from cai_cli.report import command as report
@@ -62,6 +62,7 @@ def _root(
     pass
 
 
+app.command("red-team", rich_help_panel=PHASE_1)(red_team.command)
 app.command("sample", rich_help_panel=PHASE_1)(sample.command)
 app.command("critique", rich_help_panel=PHASE_1)(critique.command)
 app.command("revise", rich_help_panel=PHASE_1)(revise.command)

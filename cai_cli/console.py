@@ -15,7 +15,7 @@ from rich.text import Text
 _quiet = False
 SECRETS = ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # environment variables
 SHORTEST_SECRET = 12  # characters: what servers without keys are given (`none`, `EMPTY`) is a word, and no secret
-_muted = False  # a process of a group that another speaks for
+_muted = False
 _errors_muted = False
 
 
@@ -25,11 +25,16 @@ def set_quiet(quiet: bool) -> None:
     _quiet = quiet
 
 
-def mute(*, errors: bool = False) -> None:
-    """Say nothing from now on, not even warnings; with `errors` not even errors."""
-    global _muted, _errors_muted
+def mute() -> None:
+    """Say nothing from now on, not even warnings: another process speaks for this one."""
+    global _muted
     _muted = True
-    _errors_muted = _errors_muted or errors
+
+
+def mute_errors(muted: bool) -> None:
+    """Whether another process says what went wrong in this one."""
+    global _errors_muted
+    _errors_muted = muted
 
 
 def stderr() -> Console:

@@ -75,6 +75,12 @@ def _few_shot_tokens(model: Any, options: dict[str, Any]) -> float:
     return sum(len(e.model_dump_json()) for e in examples) / CHARACTERS_PER_TOKEN
 
 
+def _red_team(flow: Flow, options: dict[str, Any]) -> Parts:
+    made, new = int(options["n"]), int(options["max-new-tokens"])  # as if no attempt were lost
+    shown = (int(options["shown"]) + 1) * flow.prompt_tokens
+    return made, made, made * shown, made * new, Flow(made, 1, new, 0.0)
+
+
 def _sample(flow: Flow, options: dict[str, Any]) -> Parts:
     rows, new = flow.rows * int(options["n"]), int(options["max-new-tokens"])
     after = Flow(rows, int(options["n"]), flow.prompt_tokens, new)
@@ -153,6 +159,7 @@ def _rl(flow: Flow, options: dict[str, Any]) -> Parts:
 
 
 _ESTIMATORS = {
+    "red-team": _red_team,
     "sample": _sample,
     "critique": lambda flow, options: _revise(flow, options, 1),
     "revise": lambda flow, options: _revise(flow, options, 1),

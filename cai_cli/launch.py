@@ -39,6 +39,8 @@ def as_asked(accelerate_config: str | None, num_processes: int | None) -> None:
         raise UsageError("--accelerate-config under a launcher: the processes are running already", hint="leave it out")
     if accelerate_config:
         _launch(accelerate_config, num_processes)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and os.environ.get("FSDP_STATE_DICT_TYPE") != "FULL_STATE_DICT":
+        raise UsageError("FSDP must save whole weights", hint="fsdp_state_dict_type: FULL_STATE_DICT in the config")
     if num_processes not in (None, ranks.world_size()):
         raise CaiError(
             f"{num_processes} processes were asked for, {ranks.world_size()} are running",

@@ -30,7 +30,7 @@ HARMLESS_OPTIONS = frozenset(
 )  # fmt: skip
 # Options that name something whose content is recorded by its hash.
 HASHED_OPTIONS = frozenset(
-    {"input", "model", "judge", "constitution", "few_shot", "helpful", "mix", "pm", "watch_pm", "watch_judge"}
+    {"input", "model", "judge", "constitution", "few_shot", "helpful", "mix", "pm", "watch_pm", "watch_judge", "avoid"}
 )
 
 

@@ -36,10 +36,10 @@ from cai_cli.outputs import one_writer, sidecar
 from cai_cli.report.command import report_at_the_end
 from cai_cli.sweep import LONGEST_NAME, Value, expand, split_name, split_reference, write_curves
 
-DATA_STAGES = frozenset({"sample", "critique", "revise", "critique-revise", "label-prefs", "score"})
+DATA_STAGES = frozenset({"red-team", "sample", "critique", "revise", "critique-revise", "label-prefs", "score"})
 EVALUATIONS = frozenset({"eval compare", "eval harm"})
 TRAINING_STAGES = frozenset({"sft", "train-pm", "rl"})
-PATH_OPTIONS = frozenset({"input", "helpful", "mix", "constitution", "few-shot"})
+PATH_OPTIONS = frozenset({"input", "helpful", "mix", "constitution", "few-shot", "avoid"})
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"  # of a run or a step: it becomes a file name
 
 

@@ -81,9 +81,13 @@ def session() -> Iterator[None]:
         _refuse_lost_processes()
         yield
         return
+    if not leads():
+        console.mute()
+        console.mute_errors(True)  # until all have met, what is wrong is wrong for all
     if world_size() > 1:
         _refuse_other_commands(sys.argv[1:])
     _join()
+    console.mute_errors(False)
     try:
         yield
     except SystemExit as stop:
@@ -144,8 +148,6 @@ def _join() -> None:
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
-    if not leads():
-        console.mute()
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -160,8 +162,7 @@ def _speak_first() -> None:
         first = _store.add("cai/failed", 1) == 1
     except RuntimeError:  # the store went with rank 0, which may have said nothing
         first = True
-    if not first:
-        console.mute(errors=True)
+    console.mute_errors(not first)
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:

@@ -81,6 +81,7 @@ class Job(Generic[T]):
     total: int | None = None
     intake: Intake = field(default_factory=Intake)
     engine: Engine | None = None
+    one_by_one: bool = False  # a window is cut only when the one before is written: what is asked depends on that
 
     @property
     def stage(self) -> str:
@@ -131,7 +132,7 @@ class Job(Generic[T]):
         groups = in_order(
             self._windows(sink, counts),
             lambda window: self._worked(window, *finished),
-            self.engine.workers if self.engine else 1,
+            self.engine.workers if self.engine and not self.one_by_one else 1,
             stranded,
             self.engine.close if self.engine else lambda: None,
         )

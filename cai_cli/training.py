@@ -132,9 +132,11 @@ class Recipe:
         }
 
     def peft_config(self, *, classifier: bool = False) -> Any:
-        """The LoRA config, or None where all weights are trained."""
+        """The LoRA config, or None where all weights are trained. Raises UsageError."""
         if self.lora_rank is None:
             return None
+        if ranks.weights_are_sharded():
+            raise UsageError("--lora merges its adapters into whole weights", hint="--full, or multi_gpu, zero1, zero2")
         from peft import LoraConfig, TaskType
 
         return LoraConfig(

@@ -170,9 +170,13 @@ def sft(
         def held_out_loss() -> float | None:
             return float(trainer.evaluate()["eval_token_loss"]) if held_out else None
 
+        def judge_the_start() -> None:
+            if metrics.at(0) is None:
+                metrics.put(0, {"held_out_loss": held_out_loss()})
+
         # Not before `fit`: accelerate takes a model that was evaluated for a prepared one, and each process would train
         # its own.
-        trainer.add_callback(_at_the_start(lambda: metrics.at(0) or metrics.put(0, {"held_out_loss": held_out_loss()})))
+        trainer.add_callback(_at_the_start(judge_the_start))
         throughput = fit(trainer, metrics, COLUMNS, name="sft")
         steps = int(trainer.state.global_step)
         after = held_out_loss()
@@ -189,7 +193,7 @@ def sft(
     }
 
 
-def _at_the_start(act: Callable[[], object]) -> Any:
+def _at_the_start(act: Callable[[], None]) -> Any:
     """A trainer callback that acts once the model is ready for training, before the first step."""
     from transformers import TrainerCallback
 

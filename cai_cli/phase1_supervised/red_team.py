@@ -1,0 +1,286 @@
+"""`cai red-team`: new prompts from a model that is shown some of the given ones (paper appendix on red-team prompts).
+
+Of the paper's 182,831 red-team prompts 140,335 were made so, by a pretrained model with a few prompts before it; of
+the helpful ones none (`--kind helpful` makes those likewise). An attempt shows a few prompts drawn from INPUT, names a
+drawn topic, and takes one line. What nearly repeats a given prompt or an earlier new one is rejected
+(`near_duplicates`). Departures, for small models: the line begins with the first words of yet another given prompt
+(`--start-words`), and the defaults of temperature and nucleus are below the paper's T = 1.
+
+Attempts are numbered, and everything drawn for one comes from (seed, number), so a run that was killed ends in the same
+prompts. They are made in windows until `--n` prompts are kept; the window's size depends on `--n` alone.
+"""
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count, islice
+from pathlib import Path
+from typing import Annotated
+
+import orjson
+import typer
+
+from cai_cli import console, options
+from cai_cli.engines import engine_of
+from cai_cli.engines.base import Ask, Engine, Refusal, Reply, Sampling, seed_for
+from cai_cli.errors import CaiError, UsageError
+from cai_cli.evaluate.detectors import evasive_opening
+from cai_cli.jsonl import Numbered, read_prompts, read_rows, rows_of
+from cai_cli.jsonl import shown as shown_name
+from cai_cli.manifest import hash_input, provenance, settings_of
+from cai_cli.near_duplicates import NearDuplicates
+from cai_cli.outputs import sidecar
+from cai_cli.phase1_supervised.sample import pick_kind
+from cai_cli.prompts import TOPICS, Form, invention_request, pick_form, user
+from cai_cli.records import Kind, Prompt, Rejected, content_hash, reject
+from cai_cli.sinks import Outcome, StdoutSink
+from cai_cli.stage import Job, Unit, Units, print_summary
+
+ATTEMPTS_A_PROMPT = 20  # after so many for each prompt that is wanted the model is taken to have no more
+LEAST_WORDS = 4
+BEYOND = "made after --n were kept"
+SOURCE, NO_TOPIC = "cai red-team: ", "no topic"
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What one attempt shows: `id` is that of the prompt it makes."""
+
+    id: str
+    number: int
+    topic: str | None
+    examples: tuple[str, ...]
+    start: str
+
+
+@dataclass
+class Maker:
+    """Draws attempts and judges what came of them, in the order of their numbers."""
+
+    given: Sequence[str]
+    topics: Sequence[str]
+    kind: Kind
+    shown: int
+    start_words: int
+    wanted: int
+    seed: int
+    run: str  # what identifies this run among others, so that no two make the same ids
+    known: NearDuplicates
+    kept: set[str] = field(default_factory=set)
+
+    @property
+    def window(self) -> int:
+        """How many attempts are made at once: what is made too much is at most a twentieth."""
+        return min(1024, max(16, self.wanted // 20))
+
+    def attempt(self, number: int) -> Attempt:
+        rng = random.Random(seed_for(self.seed, "red-team", "shown", number))  # noqa: S311
+        topic = rng.choice(self.topics) if self.topics else None
+        *examples, other = rng.sample(self.given, min(self.shown + 1, len(self.given)))
+        start = " ".join(other.split()[: self.start_words])
+        return Attempt(content_hash([self.run, number]), number, topic, tuple(examples), start)
+
+    def judge(self, attempt: Attempt, reply: Reply | Refusal) -> Prompt | Rejected:
+        """The prompt that an attempt made, or why it is none."""
+        text = reply.text.strip().strip('"“”').strip() if isinstance(reply, Reply) else ""
+        row = Prompt(id=attempt.id, prompt=[user(text)], kind=self.kind, source=f"{SOURCE}{attempt.topic or NO_TOPIC}")
+        if reason := self._refused(reply, text):
+            return reject(row.key, reason, row)
+        self.keep(row)
+        return row
+
+    def keep(self, row: Prompt) -> None:
+        self.known.add(f"an earlier new prompt: {row.id}", row.prompt[0].content)
+        self.kept.add(row.id)
+
+    def _refused(self, reply: Reply | Refusal, text: str) -> str | None:
+        if isinstance(reply, Refusal):
+            return reply.reason
+        reason = None
+        if len(self.kept) >= self.wanted:
+            reason = BEYOND
+        elif reply.finish_reason == "length":
+            reason = "cut at --max-new-tokens"
+        elif len(text.split()) < max(LEAST_WORDS, self.start_words + 1):
+            reason = "too short"
+        elif evasive_opening(text):
+            reason = "an answer instead of a prompt"
+        elif repeated := self.known.find(text):
+            reason = f"near-duplicate of {repeated[0]} ({repeated[1]:.2f})"
+        return reason
+
+    def units(self, finished: Path) -> Units[Attempt]:
+        """Attempts, until before a window enough prompts are kept. Those of an earlier run, whose prompts stand in
+        `finished`, come again."""
+        if finished.exists():
+            for _, row in read_rows(str(finished), rows_of(Prompt)):
+                self.keep(row)
+        kept, asked = 0, list[str]()
+        for number in count():
+            if number % self.window == 0:
+                kept += sum(name in self.kept for name in asked)
+                asked = []
+                if kept >= self.wanted or number >= ATTEMPTS_A_PROMPT * self.wanted:
+                    return
+            attempt = self.attempt(number)
+            asked.append(attempt.id)
+            yield Unit(attempt.id, number + 1, attempt)
+
+
+def red_team(
+    attempts: Sequence[Attempt], maker: Maker, engine: Engine, *, sampling: Sampling, form: Form
+) -> Iterator[Prompt | Rejected]:
+    """One outcome per attempt, in order: each is compared with what those before it made."""
+    asks = []
+    for attempt in attempts:
+        request = invention_request(attempt.examples, attempt.topic, attempt.start, maker.kind, form)
+        asks.append(Ask(request.text, seed_for(maker.seed, "red-team", attempt.number), request.cue, request.stop))
+    for attempt, reply in zip(attempts, engine.generate(asks, sampling), strict=True):
+        yield maker.judge(attempt, reply)
+
+
+def openings(prompts: Iterable[Numbered[Prompt]]) -> dict[str, int]:
+    """The first user turn of each prompt -> its line, each text once: later turns cannot stand alone."""
+    found: dict[str, int] = {}
+    for line, prompt in prompts:
+        found.setdefault(next(m.content.strip() for m in prompt.prompt if m.role == "user"), line)
+    return found
+
+
+def pick_topics(topics: str | None, kind: Kind) -> list[str]:
+    """`--topics`: a file with one a line, a list, `none`, or by default ours. Raises UsageError."""
+    if topics is None:
+        return list(TOPICS[kind])
+    if topics == "none":
+        return []
+    try:
+        named = Path(topics).read_text(encoding="utf-8").splitlines() if Path(topics).is_file() else topics.split(",")
+    except UnicodeDecodeError:
+        raise UsageError(f"--topics {topics}: not UTF-8") from None
+    found = [topic.strip() for topic in named if topic.strip()]
+    if not found:
+        raise UsageError(f"--topics {topics!r} names no topic", hint="none draws no topics")
+    return list(dict.fromkeys(found))
+
+
+class CountedStdout(StdoutSink):
+    """Rows to stdout, their topics counted in passing: they cannot be read again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.topics = Topics()
+
+    def write(self, outcomes: Sequence[Outcome]) -> None:
+        for outcome in outcomes:
+            if isinstance(outcome, Prompt | Rejected):
+                self.topics.add(outcome)
+        super().write(outcomes)
+
+
+class Topics(dict[str, dict[str, int]]):
+    """Topic -> {"out", "rejected"}."""
+
+    def add(self, row: Prompt | Rejected) -> None:
+        source = str(row.source if isinstance(row, Prompt) else orjson.loads(row.row)["source"])
+        counts = self.setdefault(source.removeprefix(SOURCE), {"out": 0, "rejected": 0})
+        counts["out" if isinstance(row, Prompt) else "rejected"] += 1
+
+    @classmethod
+    def of_file(cls, output: Path) -> "Topics":
+        found = cls()
+        for _, row in read_rows(str(output), rows_of(Prompt)):
+            found.add(row)
+        rejected = sidecar(output, "rejected.jsonl")
+        for _, lost in read_rows(str(rejected), rows_of(Rejected)) if rejected.exists() else ():
+            found.add(lost)
+        return found
+
+
+def command(
+    input: options.Input,
+    output: options.Output = "-",
+    model: options.Model = options.DEFAULT_MODEL,
+    n: Annotated[int, typer.Option("--n", "-n", min=1, help="New prompts wanted.")] = 100,
+    kind: Annotated[str, typer.Option(help="red-team or helpful: what is made.")] = "red-team",
+    topics: Annotated[
+        str | None,
+        typer.Option(help="A file with a topic a line, or topics separated by commas, or none; by default ours."),
+    ] = None,
+    shown: Annotated[int, typer.Option(min=1, help="Prompts of INPUT before the model, drawn anew each time.")] = 5,
+    start_words: Annotated[
+        int, typer.Option(min=0, help="With how many first words of another prompt of INPUT a new one begins.")
+    ] = 2,
+    similarity: Annotated[
+        float, typer.Option(min=0.1, max=1.0, help="Jaccard similarity from which a prompt is a near-duplicate.")
+    ] = 0.6,
+    avoid: Annotated[
+        str | None, typer.Option(help="More prompts that must not come again, such as those of an earlier run.")
+    ] = None,
+    max_new_tokens: options.MaxNewTokens = 64,
+    temperature: options.Temperature = 0.7,
+    top_p: options.TopP = 0.9,
+    prompt_form: options.PromptForm = "auto",
+    seed: options.Seed = 0,
+    limit: options.Limit = None,
+    batch_size: options.BatchSize = None,
+    device: options.Device = "auto",
+    dtype: options.DType = "auto",
+    base_url: options.BaseUrl = None,
+    concurrency: options.Concurrency = None,
+    timeout: options.Timeout = None,
+    budget_tokens: options.BudgetTokens = None,
+    price_in: options.PriceIn = None,
+    price_out: options.PriceOut = None,
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Make new prompts from given ones, with a model that is shown some of them.
+
+    INPUT: prompts in any form that `cai sample` takes. Writes Prompt rows, whose `source` names the topic. Several runs
+    side by side take another --seed each.
+    """
+    flags = locals()
+    wanted_kind = pick_kind(kind) or "red-team"
+    engine = engine_of(flags)
+    inputs = {"prompts": hash_input(input)} | ({"avoid": hash_input(avoid)} if avoid else {})
+    given = openings(islice(read_prompts(input), limit))
+    avoided = openings(read_prompts(avoid)) if avoid else {}
+    if len(given) < 2:
+        raise CaiError(f"{shown_name(input)} holds fewer than two prompts to show")
+    named, form = pick_topics(topics, wanted_kind), pick_form(prompt_form, engine)
+    made = provenance(
+        "red-team",
+        inputs=inputs,
+        settings=settings_of(flags, topics=named, prompt_form=form),
+        model=engine.identity(),
+        given=content_hash([list(given), list(avoided)]),
+    )
+    known = NearDuplicates(similarity)
+    for text, line in given.items():
+        known.add(f"a given prompt: line {line}", text)
+    for text, line in avoided.items():
+        known.add(f"a prompt of --avoid: line {line}", text)
+    maker = Maker(list(given), named, wanted_kind, shown, start_words, n, seed, content_hash(made), known)
+    sampling = Sampling(max_new_tokens, temperature, top_p)
+    heard = CountedStdout() if output == "-" else None
+    summary = Job(
+        provenance=made,
+        inputs=inputs,
+        output=output,
+        overwrite=overwrite,
+        units=lambda: maker.units(sidecar(Path(output), "partial")),
+        work=lambda attempts: red_team(attempts, maker, engine, sampling=sampling, form=form),
+        window=maker.window,
+        engine=engine,
+        one_by_one=True,
+    ).complete(heard)
+    by_topic = heard.topics if heard else Topics.of_file(Path(output))
+    print_summary({**summary, "topics": by_topic}, as_json=json, stdout_is_data=output == "-")
+    for topic, counts in sorted(by_topic.items(), key=lambda item: -item[1]["out"]):
+        console.say(f"  {counts['out']:>6,} kept, {counts['rejected']:>6,} rejected  {topic}")
+    if summary["out"] < n:
+        console.warn(
+            f"red-team: {summary['out']:,} of the {n:,} prompts wanted came of {summary['in']:,} attempts: the model "
+            "has no more of its own; show it more prompts, more topics, or raise --temperature"
+        )
