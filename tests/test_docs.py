@@ -84,12 +84,12 @@ def test_readme_stage_commands_run_on_the_real_model(tmp_path: Path) -> None:
         c
         for c in readme_commands()
         if re.match(
-            r"cai (sample|critique|revise|sft|label-prefs|train-pm|score|rl|merge|sort|dedup|stats|report|show|export"
+            r"cai (red-team|sample|critique|revise|sft|label-prefs|train-pm|score|rl|merge|sort|dedup|stats|report|show|export"
             r"|eval)",
             c,
         )
     ]
-    assert len(heavy) == 25
+    assert len(heavy) == 26
     for command in heavy:
         done = run_shell(command, tmp_path)
         assert done.returncode == 0, f"{command}: {done.stderr}"
