@@ -122,9 +122,14 @@ def leave(code: int) -> NoReturn:
     os._exit(code)  # the interpreter's own end would wait for threads of the libraries that wait for lost processes
 
 
+def _counted(words: Sequence[str]) -> bool:
+    """Whether the command line says how many processes there are, which `launch` checks."""
+    return any(word.partition("=")[0] == "--num-processes" for word in words)
+
+
 def _refuse_lost_processes() -> None:
     """`accelerate launch --cpu --num_processes 2` starts one process and says nothing; it does set these two."""
-    if "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ and "--num-processes" not in sys.argv:
+    if "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ and not _counted(sys.argv):
         raise CaiError(
             "accelerate was asked for several processes and has started one",
             hint="torchrun --nproc_per_node N -m cai_cli ...; where one is meant, --num-processes 1",

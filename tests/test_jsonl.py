@@ -209,3 +209,18 @@ def test_a_number_of_any_length_beside_what_looks_like_a_key_is_read_or_a_bad_li
 def test_a_key_keeps_the_number_it_was_given_first() -> None:
     table = KeyTable()
     assert [table.number(key) for key in ("a", "b", "a", "c", "b", "a")] == [0, 1, 0, 2, 1, 0]
+
+
+def test_a_hub_dataset_is_streamed_and_its_rows_are_read_as_any_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked = []
+
+    def load(name: str, **options: object) -> list[dict[str, object]]:
+        asked.append((name, options))
+        return [{"prompt": "one?", "source": None}, {"messages": [{"role": "user", "content": "two?"}]}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    rows = [row for _, row in read_prompts("hf://datasets/owner/name/data/part.parquet")]
+    assert [row.prompt[0].content for row in rows] == ["one?", "two?"]
+    assert asked == [("owner/name", {"data_files": "data/part.parquet", "split": "train", "streaming": True})]

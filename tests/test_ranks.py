@@ -139,7 +139,9 @@ def test_a_process_killed_ends_the_job_with_an_error_and_one_process_goes_on(
 @pytest.mark.slow
 def test_what_is_wrong_is_said_once_however_many_processes_there_are(folder: Path, tmp_path: Path) -> None:
     (folder / "bad.jsonl").write_text('{"x": 1}\n')
+    (tmp_path / "mine").mkdir()  # noticed by rank 0 alone
     cases = {
+        tuple(words("sft", tmp_path / "mine", 1)): "no manifest says that cai made it",
         ("sft", "bad.jsonl", "-o", str(tmp_path / "a"), "--model", "tiny"): "bad.jsonl:1: no completion",
         ("sample", "prompts.txt", "--model", "tiny"): "cai sample runs in one process, not in 2",
         ("sft", "-", "-o", str(tmp_path / "b"), "--model", "tiny"): "stdin reaches one process only",

@@ -30,8 +30,12 @@ WORDS = [
     "needle",
     "orange",
 ]
-# 15 * 14 replies that share few 5-grams, and each fifth of them nothing or too little.
-REPLIES = [f" the {a} and a {b} behind {a}s" if i % 5 else " x" for i, a in enumerate(WORDS) for b in WORDS if a != b]
+# 14 * 14 replies that share few 5-grams, each fifth of them too short to be a prompt.
+REPLIES = [
+    f" {WORDS[i]} {WORDS[j]} {WORDS[(3 * i + 5 * j) % 15]} {WORDS[(7 * i + 2 * j) % 15]}" if i % 5 else " x"
+    for i in range(14)
+    for j in range(14)
+]
 
 
 @pytest.fixture
@@ -55,6 +59,7 @@ def test_as_many_prompts_come_out_as_are_wanted_and_all_attempts_are_accounted_f
     assert {"too short", "near-duplicate of an earlier new prompt"} <= set(summary["rejected_reasons"])
     assert len({row["id"] for row in rows}) == 40
     assert {row["kind"] for row in rows} == {"red-team"}
+    assert all(row["prompt"][0]["content"].startswith("How would ") for row in rows)
     topics = {topic: counts["out"] for topic, counts in summary["topics"].items() if counts["out"]}
     assert topics.keys() <= set(TOPICS["red-team"])
     assert sum(topics.values()) == 40

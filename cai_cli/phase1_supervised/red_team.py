@@ -82,7 +82,8 @@ class Maker:
 
     def judge(self, attempt: Attempt, reply: Reply | Refusal) -> Prompt | Rejected:
         """The prompt that an attempt made, or why it is none."""
-        text = reply.text.strip().strip('"“”').strip() if isinstance(reply, Reply) else ""
+        text = attempt.start + (reply.text if isinstance(reply, Reply) else "")
+        text = text.strip().strip('"“”').strip()
         row = Prompt(id=attempt.id, prompt=[user(text)], kind=self.kind, source=f"{SOURCE}{attempt.topic or NO_TOPIC}")
         if reason := self._refused(reply, text):
             return reject(row.key, reason, row)
