@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from conftest import Cai
 from stage_helpers import manifest_of, rows_in, write_rows
 
+from cai_cli.cli import app
 from cai_cli.engines.base import Ask, Refusal, Reply, Sampling
 from cai_cli.engines.scripted import ScriptedEngine
+from cai_cli.manifest import HARMLESS_OPTIONS, HASHED_OPTIONS
 from cai_cli.prompts import TOPICS, invention_request
 
 WORDS = [
@@ -65,6 +68,15 @@ def test_as_many_prompts_come_out_as_are_wanted_and_all_attempts_are_accounted_f
     assert sum(topics.values()) == 40
     assert sum(counts["rejected"] for counts in summary["topics"].values()) == len(rejected)
     assert f"kept, {summary['topics'][max(topics, key=topics.__getitem__)]['rejected']:>6,} rejected" in done.stderr
+
+
+def test_every_option_is_recorded_hashed_or_harmless(cai: Cai, inputs: Path) -> None:
+    cai(*ASK, "-n", "2", "-o", "new.jsonl")
+    command: Any = typer.main.get_command(app)
+    options = {p.name for p in command.commands["red-team"].params} - {"help"}
+    recorded = manifest_of(inputs / "new.jsonl")["provenance"]
+    assert set(recorded["settings"]) == options - HARMLESS_OPTIONS - HASHED_OPTIONS
+    assert recorded["settings"]["topics"] == list(TOPICS["red-team"])
 
 
 def test_what_comes_out_is_what_sample_reads(cai: Cai, inputs: Path) -> None:
