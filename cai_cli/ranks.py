@@ -6,6 +6,7 @@ connection, or TIMEOUT, ends a wait, and the interpreter is left at once.
 """
 
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -162,7 +163,8 @@ def _join() -> None:
 
 
 def _speak_first() -> None:
-    """Leave the word to the process that failed first."""
+    """Leave the word to the process that failed first, which no signal of the launcher may now cut off."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         first = _store.add("cai/failed", 1) == 1
     except RuntimeError:  # the store went with rank 0, which may have said nothing

@@ -114,7 +114,7 @@ def test_a_process_killed_ends_the_job_with_an_error_and_one_process_goes_on(
         torchrun(folder, *words("sft", out, 1, *more)), cwd=folder, env=environment(), stderr=subprocess.PIPE, text=True
     ) as job:
         deadline = time.monotonic() + 120
-        while not (tmp_path / "killed.partial/checkpoint-4/trainer_state.json").exists():
+        while not (tmp_path / "killed.partial/checkpoint-4/files.sha256").exists():
             assert job.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.02)
