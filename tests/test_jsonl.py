@@ -209,3 +209,26 @@ def test_a_number_of_any_length_beside_what_looks_like_a_key_is_read_or_a_bad_li
 def test_a_key_keeps_the_number_it_was_given_first() -> None:
     table = KeyTable()
     assert [table.number(key) for key in ("a", "b", "a", "c", "b", "a")] == [0, 1, 0, 2, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ('  {"prompt": "q"}\n', ["q"]),
+        ('"one"\n"two"\n', ["one", "two"]),
+        ("one\n[two\n", ["one", "[two"]),
+    ],
+)
+def test_the_first_line_says_whether_prompts_are_json(lines: str, said: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "named.txt"
+    path.write_text(lines)
+    rows = [prompt for _, prompt in read_prompts(str(path), "helpful")]
+    assert [row.prompt[0].content for row in rows] == said
+    assert {(row.source, row.kind) for row in rows} == {("named.txt", "helpful")}
+
+
+def test_a_file_that_starts_with_a_list_is_json_and_no_prompt(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text('["a"]\n')
+    with pytest.raises(BadRow, match="this is a list"):
+        list(read_prompts(str(path)))
