@@ -224,3 +224,26 @@ def test_a_hub_dataset_is_streamed_and_its_rows_are_read_as_any_others(monkeypat
     rows = [row for _, row in read_prompts("hf://datasets/owner/name/data/part.parquet")]
     assert [row.prompt[0].content for row in rows] == ["one?", "two?"]
     assert asked == [("owner/name", {"data_files": "data/part.parquet", "split": "train", "streaming": True})]
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ('  {"prompt": "q"}\n', ["q"]),
+        ('"one"\n"two"\n', ["one", "two"]),
+        ("one\n[two\n", ["one", "[two"]),
+    ],
+)
+def test_the_first_line_says_whether_prompts_are_json(lines: str, said: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "named.txt"
+    path.write_text(lines)
+    rows = [prompt for _, prompt in read_prompts(str(path), "helpful")]
+    assert [row.prompt[0].content for row in rows] == said
+    assert {(row.source, row.kind) for row in rows} == {("named.txt", "helpful")}
+
+
+def test_a_file_that_starts_with_a_list_is_json_and_no_prompt(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text('["a"]\n')
+    with pytest.raises(BadRow, match="this is a list"):
+        list(read_prompts(str(path)))

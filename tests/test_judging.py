@@ -100,7 +100,9 @@ def test_a_choice_asks_each_comparison_once_and_normalises_its_two_letters(form:
         comparison_request(c.pair.prompt, c.principle.comparison, shown, [EXAMPLE], form)
         for c, shown in zip(WANTED, SHOWN, strict=True)
     ]
-    assert engine.questions == [Question(r.text, OPTIONS, r.cue) for r in requests]
+    assert engine.questions == [
+        Question(r.text, OPTIONS, r.cue, row=c.pair.id) for c, r in zip(WANTED, requests, strict=True)
+    ]
 
 
 def test_calibration_subtracts_the_mean_log_odds_of_three_empty_pairs_asked_once_a_principle() -> None:
@@ -114,7 +116,7 @@ def test_calibration_subtracts_the_mean_log_odds_of_three_empty_pairs_asked_once
         for p in (KIND, TRUE)
         for free in CONTENT_FREE
     ]
-    assert engine.questions[:6] == [Question(r.text, OPTIONS, r.cue) for r in blanks]
+    assert engine.questions[:6] == [Question(r.text, OPTIONS, r.cue, row="blank") for r in blanks]
     engine.scores = [[0.0, -3.0]]
     assert asked.judge(WANTED[2:]) == [Judgement(sigmoid(0.0))]
     assert len(engine.questions) == 10
@@ -136,10 +138,14 @@ def test_thoughts_are_asked_for_by_seed_and_lead_to_the_letter_of_their_own_comp
         rationale_request(c.pair.prompt, c.principle.comparison, shown, [EXAMPLE], form)
         for c, shown in zip(WANTED, SHOWN, strict=True)
     ]
-    assert engine.asks == [Ask(r.text, c.seed(3), r.cue, r.stop) for c, r in zip(WANTED, requests, strict=True)]
+    assert engine.asks == [
+        Ask(r.text, c.seed(3), r.cue, r.stop, row=c.pair.id) for c, r in zip(WANTED, requests, strict=True)
+    ]
     assert engine.samplings == [SAMPLING]
     letters = [answer_after(" left is kinder", requests[0], form), answer_after("\tright is truer", requests[2], form)]
-    assert engine.questions == [Question(r.text, OPTIONS, r.cue) for r in letters]
+    assert engine.questions == [
+        Question(r.text, OPTIONS, r.cue, row=name) for name, r in zip(("p0", "p1"), letters, strict=True)
+    ]
 
 
 def test_a_thought_of_blanks_is_no_vote_and_the_others_keep_theirs() -> None:
@@ -154,7 +160,7 @@ def test_a_contrast_scores_both_replies_as_spoken_by_both_characters(form: Form)
     found = judge(engine, "contrast", form).judge(WANTED)
     assert found == [Judgement(sigmoid(2.0)), Refusal("long"), Judgement(sigmoid(9.0))]
     expected = [
-        Question(r.text, shown, r.cue)
+        Question(r.text, shown, r.cue, row=c.pair.id)
         for c, shown in zip(WANTED, SHOWN, strict=True)
         for r in contrast_requests(c.pair.prompt, c.principle, form)
     ]
@@ -172,7 +178,9 @@ def test_a_verdict_is_one_or_zero_or_none_of_its_own_comparison(form: Form) -> N
         verdict_request(c.pair.prompt, c.principle.comparison, shown, [EXAMPLE], form)
         for c, shown in zip(WANTED, SHOWN, strict=True)
     ]
-    assert engine.asks == [Ask(r.text, c.seed(3), r.cue, r.stop) for c, r in zip(WANTED, requests, strict=True)]
+    assert engine.asks == [
+        Ask(r.text, c.seed(3), r.cue, r.stop, row=c.pair.id) for c, r in zip(WANTED, requests, strict=True)
+    ]
     assert engine.samplings == [SAMPLING]
     engine = Recorder(replies=[Reply("both", "stop")])
     assert judge(engine, "verdict", form).judge(WANTED[:1]) == [Refusal("no verdict in the answer")]

@@ -407,3 +407,11 @@ def test_every_labelling_ends_with_the_audit_of_its_labels(cai: Cai, tmp_path: P
         cai("eval", "agreement", "prefs.jsonl", "--json").stdout
         == json.dumps(found["audit"], separators=(",", ":")) + "\n"
     )
+
+
+def test_a_pair_that_just_reaches_the_confidence_asked_for_is_kept() -> None:
+    engine = Reader(say=lambda text, _: "(A)" if text.rindex("[[[left]]]") < text.rindex("[[[right]]]") else "(B)")
+    labeller = Labeller(judge_of(engine, "verdict"), [PRINCIPLE], 1, ("ab", "ba"), min_confidence=1.0)
+    (row,) = label_prefs([pair()], labeller)
+    assert isinstance(row, Preference)
+    assert row.p_chosen == 1.0

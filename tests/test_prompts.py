@@ -281,3 +281,18 @@ def test_a_judge_of_harm_is_asked_on_a_scale_and_starts_with_the_answer() -> Non
     assert raw.text == f"\n\n{chat.text[0].content}"  # type: ignore[union-attr]
     assert f"an assistant:{_TALK}\n\n\nHow much harm" in raw.text
     assert raw.text.endswith("Answer with one number.")
+
+
+def test_a_fence_is_one_bracket_longer_than_what_it_holds() -> None:
+    assert [fence(text) for text in ("", "a", "a]b", "a]]]b", "a[[[[b", "[a", "a]")] == [
+        "[[[]]]", "[[[a]]]", "[[[a]b]]]", "[[[[a]]]b]]]]", "[[[[[a[[[[b]]]]]", "[[[\n[a\n]]]", "[[[\na]\n]]]",
+    ]  # fmt: skip
+
+
+def test_examples_of_comparisons_stand_one_after_the_other() -> None:
+    one = comparison_request(TALK[:1], "Which?", ["me", "you"], [COMPARED], "raw").text
+    two = comparison_request(TALK[:1], "Which?", ["me", "you"], [COMPARED, COMPARED], "raw").text
+    none = comparison_request(TALK[:1], "Which?", ["me", "you"], [], "raw").text
+    assert isinstance(one, str)
+    assert isinstance(none, str)
+    assert two == one.removesuffix(none) * 2 + none

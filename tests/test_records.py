@@ -391,3 +391,30 @@ def test_a_human_pair_keeps_the_id_it_has_and_a_row_with_votes_is_one_of_ours() 
             parse_preference({k: v for k, v in pair.items() if k != left}, source="s")
     with pytest.raises(RowError, match="must be a JSON object, this is a list"):
         parse_preference(["votes", "chosen", "rejected"], source="s")
+
+
+@pytest.mark.parametrize(
+    ("text", "turns"),
+    [
+        ("\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", [("user", "a"), ("assistant", "b"), ("user", "c")]),
+        ("\n\nHuman: a\n\nAssistant: b\n\nHuman: c", [("user", "a"), ("assistant", "b"), ("user", "c")]),
+        ("\n\nHuman: a", [("user", "a")]),
+        ("\n\nHuman: a\n\nAssistant:", [("user", "a")]),
+    ],
+)
+def test_a_transcript_as_a_prompt_loses_the_cue_to_answer_and_nothing_else(
+    text: str, turns: list[tuple[str, str]]
+) -> None:
+    assert said(parse({"prompt": text})) == turns
+
+
+def test_a_transcript_that_ends_with_an_answer_waits_for_none() -> None:
+    with pytest.raises(RowError, match="must end with a user turn, this one ends with 'assistant'"):
+        parse({"prompt": "\n\nHuman: a\n\nAssistant: b"})
+
+
+def test_plain_text_and_half_a_pair_are_read_for_what_they_are() -> None:
+    made = parse_prompt("q", source="file.txt", kind="red-team")
+    assert (made.source, made.kind, said(made)) == ("file.txt", "red-team", [("user", "q")])
+    with pytest.raises(RowError, match="no prompt in this row"):
+        parse({"chosen": HH})
