@@ -418,3 +418,25 @@ def test_plain_text_and_half_a_pair_are_read_for_what_they_are() -> None:
     assert (made.source, made.kind, said(made)) == ("file.txt", "red-team", [("user", "q")])
     with pytest.raises(RowError, match="no prompt in this row"):
         parse({"chosen": HH})
+
+
+def test_a_preference_of_ours_keeps_its_votes_and_its_probability() -> None:
+    row = {
+        "id": "p",
+        "prompt": [{"role": "user", "content": "q"}],
+        "chosen": [{"role": "assistant", "content": "a"}],
+        "rejected": [{"role": "assistant", "content": "b"}],
+        "p_chosen": 0.7,
+        "votes": [{"principle_id": "x", "method": "choice", "order": "ab", "p_first": 0.7, "rationale": None}],
+        "human": None,
+        "source": None,
+    }
+    assert parse_preference(row, source="s") == load_row(Preference, row)
+
+
+@pytest.mark.parametrize("field", ["prompt", "messages"])
+def test_a_field_of_the_wrong_type_is_named(field: str) -> None:
+    with pytest.raises(
+        RowError, match=f"field '{field}' must be text or a non-empty list of messages, this is a number"
+    ):
+        parse({field: 3})
