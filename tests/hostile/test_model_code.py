@@ -237,7 +237,7 @@ def test_no_principle_or_setting_breaks_out_of_a_model_s_card(stranger: Path) ->
     manifest = {
         "provenance": {"stage": "sft", "cai": "0", "input": {evil: "ab"}, "rows": {"sha256": "ab"}, "settings": {evil: evil}},
         "counts": {"in": 1}, "figures": {evil: {"value": 1.0, "low": 0.0, "high": 1.0, "n": 1}},
-        "run": {"principles": [{"constitution": "c", "stage": "s", "fingerprint": "f", "drawn": {evil: 3}}], "versions": {}},
+        "run": {"principles": [{"constitution": "c", "stage": "s", "fingerprint": "f", "drawn": {evil: 3}}], "training": {}, "versions": {}},
     }  # fmt: skip
     card = model_card(manifest, {"model": Base("base", stranger, "ab")})
     assert "<script>" not in card
