@@ -210,7 +210,8 @@ def make_run(folder: Path, *, rows: int = 30, hostile: bool = False, long: int =
     models = ["start", "sl-cai", HOSTILE[11] if hostile else "rl-cai"]
     axes = {axis: [{"model": m, "value": 1500.0 + 40 * i * sign, "low": 1470.0 + 40 * i * sign, "high": 1530.0 + 40 * i * sign, "n": 90} for i, m in enumerate(models)]
             for axis, sign in (("harmless", 1), ("helpful", -0.5))}  # fmt: skip
-    (folder / "models.compare.json").write_text(json.dumps({"models": models, "ratings": axes}))
+    wins = [{"a": models[0], "b": m, "kind": "red-team", "value": 0.4, "low": 0.3, "high": 0.5, "n": 90, "ties": 1} for m in models[1:]]  # fmt: skip
+    (folder / "models.compare.json").write_text(json.dumps({"models": models, "ratings": axes, "win_rates": wins}))
     (folder / "rounds.sweep.json").write_text(json.dumps({
         "setting": "rounds", "figure": "pm_score",
         "points": [{"at": float(i), "value": i / 4, "low": i / 4 - 0.2, "high": i / 4 + 0.2, "n": 50} for i in range(5)]}))  # fmt: skip

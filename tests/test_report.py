@@ -259,6 +259,18 @@ def test_an_unfinished_run_is_reported_with_what_is_there(tmp_path: Path) -> Non
     assert "could not be read" not in text
 
 
+def test_a_comparison_on_one_axis_alone_shows_who_wins(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "made")
+    for other in (*folder.glob("*.sweep.json"), folder / "hhh.json"):
+        other.unlink(missing_ok=True)
+    compared = json.loads((folder / "models.compare.json").read_text())
+    compared["ratings"]["helpful"] = []
+    (folder / "models.compare.json").write_text(json.dumps(compared))
+    _, page = drawn(folder)
+    assert "Win rates (models.compare.json)" in squeezed(page.text)
+    assert ("a", {"href": "#comparison"}) in page.tags
+
+
 def test_a_road_run_from_the_shell_has_no_run_file_and_is_reported_all_the_same(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "made")
     (folder / "run.json").unlink()

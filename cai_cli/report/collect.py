@@ -112,11 +112,20 @@ class Ratings(Result):
     helpful: list[Rating] = []
 
 
+class WinRate(Figure):
+    """How often `a` wins against `b` over prompts of one kind."""
+
+    a: str
+    b: str
+    kind: str | None
+
+
 class Compared(Result):
-    """`NAME.compare.json`: Elo ratings with intervals on the paper's two axes."""
+    """`NAME.compare.json`: Elo ratings with intervals on the paper's two axes, and who beats whom."""
 
     models: list[str]
     ratings: Ratings
+    win_rates: list[WinRate] = []
 
 
 class Point(Figure):

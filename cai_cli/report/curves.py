@@ -9,6 +9,7 @@ from cai_cli.report.collect import StepFiles
 # What a column means and its unit; one that is not here is shown under its own name.
 TITLES = {
     "reward": "Preference model's score",
+    "pm_score": "Preference model's score on held-out prompts",
     "watch_score": "Score of the watcher, which training never sees",
     "kl": "KL from the start model (nats)",
     "reply_tokens": "Length of replies (tokens)",
@@ -17,7 +18,9 @@ TITLES = {
     "boilerplate_share": "Share of replies with boilerplate",
     "distinct_openings": "Distinct openings",
     "accuracy": "Accuracy",
+    "held_out_accuracy": "Accuracy on held-out pairs",
     "loss": "Loss",
+    "held_out_loss": "Loss on held-out rows",
     "margin": "Margin of chosen over rejected",
     "mean_score": "Mean score",
     "token_accuracy": "Tokens predicted right",
@@ -28,12 +31,11 @@ TITLES = {
     "epoch": "Epoch",
 }
 # Drawn as the second line in the picture of another column, which has the same unit.
-TOGETHER = {"held_out_loss": "loss", "held_out_accuracy": "accuracy", "shaped_reward": "reward"}
+HELD_OUT = ("loss", "accuracy", "kl", "entropy", "reply_tokens", "cut_off_share")
+TOGETHER = {f"held_out_{name}": name for name in HELD_OUT} | {"shaped_reward": "reward"}
 NAMES = {
-    "loss": "in training",
-    "accuracy": "in training",
-    "held_out_loss": "held out",
-    "held_out_accuracy": "held out",
+    **dict.fromkeys(HELD_OUT, "in training"),
+    **{f"held_out_{name}": "held out" for name in HELD_OUT},
     "reward": "score",
     "shaped_reward": "score less penalties",
 }
@@ -50,7 +52,8 @@ def curves(step: StepFiles, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Cha
         if TOGETHER.get(name) in series:
             continue
         group = [name, *(other for other, main in TOGETHER.items() if main == name and other in series)]
-        found = [Line(NAMES.get(n, n), [x for x, _ in series[n]], [y for _, y in series[n]]) for n in group]
+        names = NAMES if len(group) > 1 else {}
+        found = [Line(names.get(n, n), [x for x, _ in series[n]], [y for _, y in series[n]]) for n in group]
         share = name.endswith(("_share", "accuracy"))
         drawn.append((name, lines(f"{step.name}-{name}", TITLES.get(name, name), found, flags=flagged, share=share)))
     learned = [chart for name, chart in drawn if name not in OPTIMISER]

@@ -103,6 +103,7 @@ def _sections(run: RunFiles) -> dict[str, Any]:
         "label_charts": audit.charts(figures),
         "training": training,
         "planes": _planes(run),
+        "wins": _wins(run),
         "sweeps": _sweeps(run),
         "evaluations": {name: summary.figure_rows(found) for name, found in run.evaluations.items()},
         "forests": _forests(run),
@@ -134,6 +135,17 @@ def _planes(run: RunFiles) -> list[Chart]:
             found.append(
                 charts.plane(name, title, spots, x_label="helpfulness Elo", y_label="harmlessness Elo", note=note)
             )
+    return found
+
+
+def _wins(run: RunFiles) -> list[Chart]:
+    """Of every comparison the win rates; one half says that neither is better."""
+    found = []
+    for name, compared in run.comparisons.items():
+        rates = {f"{w.a} over {w.b}, {w.kind or 'any'} prompts": w.model_dump() for w in compared.win_rates}
+        if rates:
+            title, note = f"Win rates ({name})", "An interval that holds 0.5 shows no difference."
+            found.append(charts.forest(f"{name}-wins", title, rates, x_label="win rate and 95% interval", note=note))
     return found
 
 
