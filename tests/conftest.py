@@ -51,6 +51,8 @@ def cai(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     """`cai("sample", "in.jsonl", "-o", "out.jsonl", stdin=b"...")`, run in `tmp_path`."""
     monkeypatch.chdir(tmp_path)
     on_terminate = signal.getsignal(signal.SIGTERM)
+    # A shell that starts the tests in the background leaves SIGINT ignored.
+    on_interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def call(*words: str, stdin: bytes = b"") -> Done:
         monkeypatch.setattr(sys, "argv", ["cai", *words])
@@ -62,4 +64,5 @@ def cai(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
     yield call
     signal.signal(signal.SIGTERM, on_terminate)
+    signal.signal(signal.SIGINT, on_interrupt)
     console.set_quiet(False)
