@@ -13,6 +13,8 @@ from stage_helpers import sample_row
 from tiny import tiny_model_dir
 from training_helpers import largest_difference, manifest_of, preference, revision, rows_in, write_rows
 
+from cai_cli.checkpoints import SEAL
+
 CALLS = ("write", "writev", "openat", "mkdir", "rename", "fsync", "unlink")
 RECIPE = ("--max-steps", "5", "--save-steps", "2", "--batch-size", "4", "--gradient-accumulation", "1",
           "--eval-share", "0", "--device", "cpu", "--model", "model", "-o", "out")  # fmt: skip
@@ -38,16 +40,18 @@ def folder(tmp_path: Path) -> Path:
 
 
 def kills_of(log: Path, every: int) -> tuple[list[str], list[str]]:
-    """One injection for every `every`th call that touches the checkpoint of step 4, and for every sync and rename of
-    the output."""
+    """One injection for every `every`th call that touches the checkpoint of step 4 before its seal makes it whole, and
+    for every sync and rename after that or of the output."""
     seen: Counter[str] = Counter()
     saving, publishing = [], []
+    whole = False
     for line in log.read_text(errors="replace").splitlines():
         if not (found := re.match(r"(\w+)\(", line)):
             continue
         seen[found[1]] += 1
         inject = f"{found[1]}:signal=SIGKILL:when={seen[found[1]]}"
-        if "checkpoint-4" in line and "O_RDONLY" not in line:
+        whole = whole or (found[1] == "rename" and f"checkpoint-4/{SEAL}" in line)
+        if "checkpoint-4" in line and "O_RDONLY" not in line and not whole:
             saving.append(inject)
         elif found[1] in ("fsync", "rename") and "metrics" not in line:
             publishing.append(inject)
