@@ -312,6 +312,8 @@ def test_a_preference_model_s_scores_decide_and_are_kept(cai: Cai, tmp_path: Pat
     for name in names:
         samples(tmp_path, name, {i: f"{name} says {i}" for i in range(4)})
     samples(tmp_path, "y", {0: "x says 0", 1: "y says 1", 2: "y says 2", 3: "long " * 600})
+    turn = {"round": 1, "principle_id": "p", "critique": None, "response": "before"}
+    write_rows(tmp_path / "z.jsonl", [{**row, "history": [turn]} for row in rows_in(tmp_path / "z.jsonl")])  # revisions
     done = cai("eval", "compare", "x.jsonl", "y.jsonl", "z.jsonl", "-o", "c.jsonl", "--pm", "pm", "--batch-size", "2")
     assert done.code == 0, done.stderr
     counts = manifest_of(tmp_path / "c.jsonl")["counts"]

@@ -45,7 +45,8 @@ def score(
         if isinstance(encoded_or_reason, str):
             yield reject(row.key, encoded_or_reason, row)
         else:
-            yield Scored(**dict(row), score=next(scores))
+            # Of a revision or a scored row, what a sample has.
+            yield Scored(**{name: getattr(row, name) for name in Sample.model_fields}, score=next(scores))
 
 
 class Scorer:
