@@ -237,13 +237,16 @@ def forest(id: str, title: str, figures: Mapping[str, Mapping[str, float]], *, x
         axes.grid(visible=True, axis="x")
         axes.grid(visible=False, axis="y")
         places = range(len(figures) - 1, -1, -1)
-        for place, figure in zip(places, figures.values(), strict=True):
+        for place, (name, figure) in zip(places, figures.items(), strict=True):
             axes.plot([figure["low"], figure["high"]], [place, place], color=SERIES[0], linewidth=1.6)
             axes.plot([figure["value"]], [place], color=SERIES[0], marker="o", markersize=5)
-        axes.set_yticks(list(places), [safe(name) for name in figures])
-        axes.set_ylim(-0.7, len(figures) - 0.3)
+            # Above its line, where a long name has the width of the picture.
+            at = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "xytext": (0, 5)}
+            axes.annotate(safe(name), (0, place), **at, fontsize="small")
+        axes.set_yticks([])
+        axes.set_ylim(-0.7, len(figures) - 0.1)
         axes.set_xlabel(x_label)
 
     rows = [[name, f["value"], f["low"], f["high"], f["n"]] for name, f in figures.items()]
-    svg = _draw(id, paint, (SIZE[0], 0.8 + 0.3 * len(figures)))
+    svg = _draw(id, paint, (SIZE[0], 0.8 + 0.4 * len(figures)))
     return Chart(id, title, svg, ["figure", "value", "low", "high", "n"], rows, note)

@@ -142,7 +142,7 @@ def _wins(run: RunFiles) -> list[Chart]:
     """Of every comparison the win rates; one half says that neither is better."""
     found = []
     for name, compared in run.comparisons.items():
-        rates = {f"{w.a} over {w.b}, {w.kind or 'any'} prompts": w.model_dump() for w in compared.win_rates}
+        rates = {f"{w.a} over {w.b}" + (f", {w.kind}" if w.kind else ""): w.model_dump() for w in compared.win_rates}
         if rates:
             title, note = f"Win rates ({name})", "An interval that holds 0.5 shows no difference."
             found.append(charts.forest(f"{name}-wins", title, rates, x_label="win rate and 95% interval", note=note))
