@@ -85,11 +85,11 @@ def session() -> Iterator[None]:
     if not leads():
         console.mute()
         console.mute_errors(True)  # until all have met, what is wrong is wrong for all
-    if world_size() > 1:
-        _refuse_other_commands(sys.argv[1:])
     _join()
     console.mute_errors(False)
     try:
+        if world_size() > 1:  # after all have met: one that ends sooner has the launcher end the one that would speak
+            _refuse_other_commands(sys.argv[1:])
         yield
     except SystemExit as stop:
         if stop.code:
