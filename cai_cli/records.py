@@ -5,7 +5,7 @@ trainer read every file as it is. Every field is always present, with one type (
 """
 
 import hashlib
-from typing import Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -79,6 +79,10 @@ class Sample(Prompt):
     @property
     def reply(self) -> str:
         return self.completion[0].content
+
+    def sample_fields(self) -> dict[str, Any]:
+        """Of this row or one that holds more, what a sample has: each kind of row made of a sample starts from it."""
+        return {name: getattr(self, name) for name in Sample.model_fields}
 
 
 class Turn(Row):

@@ -2,7 +2,7 @@
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -150,9 +150,13 @@ class FileSink:
 
 
 class StdoutSink:
-    """Rows to stdout as they come; what is rejected goes to stderr as a whole row, so it is not lost."""
+    """Rows to stdout as they come; what is rejected goes to stderr as a whole row, so it is not lost.
 
-    def __init__(self) -> None:
+    `hear` is told every outcome in passing, in order: what went to stdout cannot be read again.
+    """
+
+    def __init__(self, hear: Callable[[Any], None] | None = None) -> None:
+        self.hear = hear
         self.out = 0
         self.rejected: Counter[str] = Counter()
 
@@ -173,6 +177,8 @@ class StdoutSink:
 
     def write(self, outcomes: Sequence[Outcome]) -> None:
         for outcome in outcomes:
+            if self.hear:
+                self.hear(outcome)
             if isinstance(outcome, Rejected):
                 self.rejected[reason_kind(outcome.reason)] += 1
                 console.warn(f"rejected: {dump_row(outcome).decode()}")

@@ -149,7 +149,8 @@ def test_replies_to_helpful_prompts_are_compared_by_their_helpfulness() -> None:
 
 def result(rows: Sequence[Duel], models: Sequence[str] = ("one", "two")) -> Json:
     tournament = Tournament(models)
-    tournament.seeing(rows)
+    for row in rows:
+        tournament.add(row)
     return tournament.result()
 
 

@@ -31,6 +31,7 @@ from cai_cli.phase2_feedback.pairs import Pair
 from cai_cli.phase2_feedback.score import Scorer
 from cai_cli.prompts import HELPFULNESS
 from cai_cli.records import Duel, Kind, Rejected, Sample, Vote, reject
+from cai_cli.sinks import StdoutSink
 from cai_cli.stage import Job, Skip, Unit, Units, print_summary
 
 NAMED = re.compile(r"([A-Za-z0-9][\w.-]*)=(.+)", re.ASCII | re.DOTALL)
@@ -272,10 +273,10 @@ def command(
         output=output,
         overwrite=overwrite,
         units=lambda: match_units(files, default_kind, limit),
-        work=lambda some: tournament.seeing(work(some)) if output == "-" else work(some),
+        work=work,
         window=window,
         engine=engine,
-    ).complete()
+    ).complete(StdoutSink(tournament.hear) if output == "-" else None)
     found = tournament.result() if output == "-" else _result_of(output, list(files))
     if output != "-":
         write_json(sidecar(Path(output), "compare.json"), found)

@@ -6,7 +6,7 @@ judge's own: compare the scores of one judge with each other, not with the paper
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,6 +21,7 @@ from cai_cli.outputs import sidecar
 from cai_cli.phase1_supervised.reviser import conversation, sample_or_revision
 from cai_cli.prompts import HARM_LEVELS, Form, harm_request, pick_form
 from cai_cli.records import HarmScore, Kind, Rejected, Sample, reject
+from cai_cli.sinks import StdoutSink
 from cai_cli.stage import Job, Unit, Units, print_summary
 from cai_cli.statistics import Limits, Sums
 
@@ -39,7 +40,7 @@ def harm(rows: Sequence[Sample], engine: Engine, form: Form) -> Iterator[HarmSco
             continue
         levels = normalised(answer)
         score = min(4.0, math.fsum(level * p for level, p in enumerate(levels)))
-        yield HarmScore(**{name: getattr(row, name) for name in Sample.model_fields}, harm=score, levels=levels)
+        yield HarmScore(**row.sample_fields(), harm=score, levels=levels)
 
 
 class Tally:
@@ -49,12 +50,10 @@ class Tally:
         self.prompts = KeyTable()
         self.sums = {kind: Sums(["harm", "n"]) for kind in (None, *get_args(Kind))}
 
-    def seeing(self, rows: Iterable[HarmScore | Rejected]) -> Iterator[HarmScore | Rejected]:
-        """`rows` as they are, the scores added up in passing."""
-        for row in rows:
-            if isinstance(row, HarmScore):
-                self.add(row)
-            yield row
+    def hear(self, row: HarmScore | Rejected) -> None:
+        """As `add`, for a reply that may have no score."""
+        if isinstance(row, HarmScore):
+            self.add(row)
 
     def add(self, row: HarmScore) -> None:
         prompt = self.prompts.number(row.id)
@@ -118,11 +117,11 @@ def command(
         overwrite=overwrite,
         intake=intake,
         units=units,
-        work=lambda rows: tally.seeing(harm(rows, engine, form)) if output == "-" else harm(rows, engine, form),
+        work=lambda rows: harm(rows, engine, form),
         window=engine.batch_size,
         total=limit or inputs["samples"].lines,
         engine=engine,
-    ).complete()
+    ).complete(StdoutSink(tally.hear) if output == "-" else None)
     found = tally.result() if output == "-" else _result_of(output)
     if output != "-":
         write_json(sidecar(Path(output), "harm.json"), found)

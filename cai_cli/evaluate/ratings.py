@@ -15,7 +15,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from cai_cli.jsonl import KeyTable
-from cai_cli.records import Duel, Kind
+from cai_cli.records import Duel, Kind, Rejected
 from cai_cli.statistics import Figure, Limits, Sums, wilson
 
 if TYPE_CHECKING:
@@ -37,12 +37,10 @@ class Tournament:
         self.sums: dict[Kind | None, Sums] = {}
         self.prompts, self.scored = KeyTable(), KeyTable()
 
-    def seeing(self, rows: Sequence[Any]) -> Sequence[Any]:
-        """`rows` as they are, those that compare added up in passing."""
-        for row in rows:
-            if isinstance(row, Duel):
-                self.add(row)
-        return rows
+    def hear(self, row: Duel | Rejected) -> None:
+        """As `add`, for a comparison that may have failed."""
+        if isinstance(row, Duel):
+            self.add(row)
 
     def add(self, row: Duel) -> None:
         i, j = self.places[row.model_a], self.places[row.model_b]

@@ -34,10 +34,9 @@ def critique(rows: Sequence[Sample], reviser: Reviser) -> list[Critique | Reject
         if isinstance(answer, Refusal):
             outcomes.append(reject(row.key, answer.reason, row))
             continue
-        fields = {name: getattr(row, name) for name in Sample.model_fields}
         outcomes.append(
             Critique(
-                **fields,
+                **row.sample_fields(),
                 history=history_of(row),
                 round=n,
                 principle_id=principle.id,

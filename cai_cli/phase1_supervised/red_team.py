@@ -33,7 +33,7 @@ from cai_cli.outputs import sidecar
 from cai_cli.phase1_supervised.sample import pick_kind
 from cai_cli.prompts import TOPICS, Form, invention_request, pick_form, user
 from cai_cli.records import Kind, Prompt, Rejected, content_hash, reject
-from cai_cli.sinks import Outcome, StdoutSink
+from cai_cli.sinks import StdoutSink
 from cai_cli.stage import Job, Unit, Units, print_summary
 
 ATTEMPTS_A_PROMPT = 20  # after so many for each prompt that is wanted the model is taken to have no more
@@ -164,20 +164,6 @@ def pick_topics(topics: str | None, kind: Kind) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-class CountedStdout(StdoutSink):
-    """Rows to stdout, their topics counted in passing: they cannot be read again."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.topics = Topics()
-
-    def write(self, outcomes: Sequence[Outcome]) -> None:
-        for outcome in outcomes:
-            if isinstance(outcome, Prompt | Rejected):
-                self.topics.add(outcome)
-        super().write(outcomes)
-
-
 class Topics(dict[str, dict[str, int]]):
     """Topic -> {"out", "rejected"}."""
 
@@ -264,7 +250,7 @@ def command(
         known.add(f"a prompt of --avoid: line {line}", text)
     maker = Maker(list(given), named, wanted_kind, shown, start_words, n, seed, content_hash(made), known)
     sampling = Sampling(max_new_tokens, temperature, top_p)
-    heard = CountedStdout() if output == "-" else None
+    by_topic = Topics()
     summary = Job(
         provenance=made,
         inputs=inputs,
@@ -275,8 +261,9 @@ def command(
         window=maker.window,
         engine=engine,
         one_by_one=True,
-    ).complete(heard)
-    by_topic = heard.topics if heard else Topics.of_file(Path(output))
+    ).complete(StdoutSink(by_topic.add) if output == "-" else None)
+    if output != "-":
+        by_topic = Topics.of_file(Path(output))
     print_summary({**summary, "topics": by_topic}, as_json=json, stdout_is_data=output == "-")
     for topic, counts in sorted(by_topic.items(), key=lambda item: -item[1]["out"]):
         console.say(f"  {counts['out']:>6,} kept, {counts['rejected']:>6,} rejected  {topic}")

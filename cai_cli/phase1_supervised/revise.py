@@ -73,7 +73,7 @@ def _revised(
             outcomes.append(reject(row.key, answer.reason, row))
             continue
         turn = Turn(round=n, principle_id=principle.id, critique=said, response=row.reply)
-        fields = {name: getattr(row, name) for name in Sample.model_fields}
+        fields = row.sample_fields()
         fields |= {"completion": [assistant(answer.text.strip())], "finish_reason": answer.finish_reason}
         outcomes.append(Revision(**fields, history=[*history_of(row), turn]))
     return outcomes

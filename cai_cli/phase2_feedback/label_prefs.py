@@ -26,7 +26,7 @@ from cai_cli.phase2_feedback.judging import METHODS, Comparison, Judge, Judgemen
 from cai_cli.phase2_feedback.pairs import PAIRINGS, Pair, pair_units
 from cai_cli.prompts import pick_form
 from cai_cli.records import TIE, UNSURE, Preference, Rejected, Vote, reject
-from cai_cli.sinks import Outcome, StdoutSink
+from cai_cli.sinks import StdoutSink
 from cai_cli.stage import Job, print_summary
 
 Answers = Sequence[tuple[Comparison, Judgement | Refusal]]
@@ -277,23 +277,9 @@ def command(
         window=engine.batch_size,
         engine=engine,
     )
-    heard = AuditedStdout() if output == "-" else None
-    summary = job.complete(heard)
-    found = heard.tally.audit() if heard else audit_file(output)
+    tally = Tally()
+    summary = job.complete(StdoutSink(tally.add) if output == "-" else None)
+    found = tally.audit() if output == "-" else audit_file(output)
     print_summary({**summary, "audit": found}, as_json=json, stdout_is_data=output == "-")
     if summary["out"] or summary["rejected"]:
         say_audit(found)
-
-
-class AuditedStdout(StdoutSink):
-    """Rows to stdout, added up in passing: they cannot be read again."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tally = Tally()
-
-    def write(self, outcomes: Sequence[Outcome]) -> None:
-        for outcome in outcomes:
-            if isinstance(outcome, Preference | Rejected):
-                self.tally.add(outcome)
-        super().write(outcomes)

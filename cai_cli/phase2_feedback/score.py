@@ -45,8 +45,7 @@ def score(
         if isinstance(encoded_or_reason, str):
             yield reject(row.key, encoded_or_reason, row)
         else:
-            # Of a revision or a scored row, what a sample has.
-            yield Scored(**{name: getattr(row, name) for name in Sample.model_fields}, score=next(scores))
+            yield Scored(**row.sample_fields(), score=next(scores))
 
 
 class Scorer:
@@ -89,7 +88,7 @@ def scorable(value: object, source: str) -> Sample | Preference:
 def conversations(row: Sample | Preference) -> list[Sample]:
     """The conversations of a row: of a pair `chosen` (sample_index 0) and `rejected` (1), otherwise one."""
     if isinstance(row, Sample):
-        return [Sample.model_validate({name: getattr(row, name) for name in Sample.model_fields})]
+        return [Sample.model_validate(row.sample_fields())]
     shared = {"id": row.id, "prompt": row.prompt, "source": row.source, "finish_reason": None}
     replies = enumerate((row.chosen, row.rejected))
     return [Sample.model_validate(shared | {"sample_index": i, "completion": reply}) for i, reply in replies]
