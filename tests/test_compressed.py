@@ -8,17 +8,13 @@ from pathlib import Path
 import pytest
 import zstandard
 from conftest import Cai
-from stage_helpers import manifest_of, rows_in, write_rows
+from stage_helpers import Died, manifest_of, rows_in, write_rows
 
 from cai_cli.errors import CaiError
 from cai_cli.jsonl import read_prompts, read_values
 
 SCRIPT = ("--model", "scripted:script.jsonl")
 PACK = {".gz": gzip.compress, ".zst": zstandard.compress}
-
-
-class Died(BaseException):
-    """Caught by nothing: the process is as good as killed."""
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import typer
 from conftest import Cai
-from stage_helpers import manifest_of, rows_in, sample_row, write_rows
+from stage_helpers import Died, manifest_of, rows_in, sample_row, write_rows
 
 from cai_cli.cli import app
 from cai_cli.engines.base import Ask, Refusal, Reply, Sampling
@@ -19,10 +19,6 @@ from cai_cli.manifest import HARMLESS_OPTIONS, HASHED_OPTIONS
 from cai_cli.pipeline import DATA_STAGES
 
 ALL = ("--model", "scripted:script.jsonl")
-
-
-class Died(BaseException):
-    """Caught by nothing: the process is as good as killed."""
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import Cai
 from forked import files_of
-from stage_helpers import Json, sample_row, write_rows
+from stage_helpers import Died, Json, sample_row, write_rows
 
 from cai_cli.sinks import FileSink
 
@@ -31,10 +31,6 @@ kind: preference
 principles:
   - {id: a, comparison: "Which reply is better?"}
 """
-
-
-class Died(BaseException):
-    """Caught by nothing."""
 
 
 @pytest.fixture

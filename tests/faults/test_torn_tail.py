@@ -1,7 +1,6 @@
 """Files whose last two rows were cut at any byte, as by a lost power supply: the whole rows are kept, what is torn is
 asked again, and the bytes in the end are those of a run left alone."""
 
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -9,10 +8,7 @@ import pytest
 import typer
 from conftest import Cai, Ran
 from forked import clear, files_of
-from stage_helpers import Json, sample_row, write_rows
-
-from cai_cli.engines.base import Ask, Question, Refusal, Reply, Sampling
-from cai_cli.engines.scripted import ScriptedEngine
+from stage_helpers import Json, death_after, sample_row, write_rows
 
 SCRIPT = ("--model", "scripted:script.jsonl", "--batch-size", "1", "-o", "out.jsonl")
 STAGES = {
@@ -31,10 +27,6 @@ TORN = {
 
 
 EVERY_BYTE = {(".partial", "sample"), (".partial", "label-prefs")}
-
-
-class Died(BaseException):
-    """Caught by nothing: the process is as good as killed."""
 
 
 @pytest.fixture
@@ -56,30 +48,6 @@ def folder(cai: Cai, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def die_at(calls: int, cai: Cai, words: Sequence[str]) -> None:
-    """The run, dead at its call number `calls` of the engine."""
-    with pytest.MonkeyPatch.context() as patch:
-        left = iter(range(calls))
-        generate, score = ScriptedEngine.generate, ScriptedEngine.score
-
-        def die() -> None:
-            if next(left, None) is None:
-                raise Died
-
-        def dying_generate(self: ScriptedEngine, asks: Sequence[Ask], sampling: Sampling) -> list[Reply | Refusal]:
-            die()
-            return generate(self, asks, sampling)
-
-        def dying_score(self: ScriptedEngine, questions: Sequence[Question]) -> list[list[float] | Refusal]:
-            die()
-            return score(self, questions)
-
-        patch.setattr(ScriptedEngine, "generate", dying_generate)
-        patch.setattr(ScriptedEngine, "score", dying_score)
-        with pytest.raises(Died):
-            cai(*words)
-
-
 def cut_at_every_byte(ending: str, stage: str, cai: Cai, folder: Path, every: int) -> int:
     """How many places the file was cut at."""
     words = STAGES[stage]
@@ -93,7 +61,8 @@ def cut_at_every_byte(ending: str, stage: str, cai: Cai, folder: Path, every: in
     while True:
         clear(folder)
         try:
-            die_at(calls, cai, words)
+            with death_after(calls):
+                cai(*words)
             break
         except pytest.fail.Exception:  # it ended before
             calls -= 1

@@ -7,17 +7,10 @@ from pathlib import Path
 
 import pytest
 from conftest import Cai
-from stage_helpers import Json, manifest_of, rows_in, sample_row, write_rows
-
-from cai_cli.engines.base import Ask, Question, Refusal, Reply, Sampling
-from cai_cli.engines.scripted import ScriptedEngine
+from stage_helpers import Json, death_after, manifest_of, rows_in, sample_row, write_rows
 
 SCRIPT = ("--model", "scripted:script.jsonl")
 STAGES = ("sample", "critique", "critique-revise", "label-prefs")
-
-
-class Died(BaseException):
-    """Caught by nothing: the process is as good as killed."""
 
 
 @pytest.fixture
@@ -41,38 +34,18 @@ def words(stage: str, output: str, *more: str) -> tuple[str, ...]:
     return (stage, "-", *SCRIPT, "--batch-size", "3", "-o", output, *one_order, *more)
 
 
-def begin(cai: Cai, monkeypatch: pytest.MonkeyPatch, *command: str, stdin: bytes) -> None:
+def begin(cai: Cai, *command: str, stdin: bytes) -> None:
     """The command, dead after two calls of the engine."""
-    with monkeypatch.context() as patch:
-        calls = iter(range(2))
-        generate, score = ScriptedEngine.generate, ScriptedEngine.score
-
-        def die() -> None:
-            if next(calls, None) is None:
-                raise Died
-
-        def dying_generate(self: ScriptedEngine, asks: Sequence[Ask], sampling: Sampling) -> list[Reply | Refusal]:
-            die()
-            return generate(self, asks, sampling)
-
-        def dying_score(self: ScriptedEngine, questions: Sequence[Question]) -> list[list[float] | Refusal]:
-            die()
-            return score(self, questions)
-
-        patch.setattr(ScriptedEngine, "generate", dying_generate)
-        patch.setattr(ScriptedEngine, "score", dying_score)
-        with pytest.raises(Died):
-            cai(*command, stdin=stdin)
+    with death_after(2):
+        cai(*command, stdin=stdin)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_another_row_under_a_finished_id_is_noticed_when_a_pipe_is_resumed(
-    stage: str, cai: Cai, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_row_under_a_finished_id_is_noticed_when_a_pipe_is_resumed(stage: str, cai: Cai, folder: Path) -> None:
     rows = given_rows(stage)
     more = ("--rounds", "1") if stage == "critique-revise" else ()
     assert cai(*words(stage, "calm.jsonl", *more), stdin=as_stdin(rows)).code == 0
-    begin(cai, monkeypatch, *words(stage, "out.jsonl", *more), stdin=as_stdin(rows))
+    begin(cai, *words(stage, "out.jsonl", *more), stdin=as_stdin(rows))
     partial = (folder / "out.jsonl.partial").read_bytes()
     assert partial
     changed = [{**rows[0], "source": "elsewhere"}, *rows[1:]]
@@ -86,12 +59,10 @@ def test_another_row_under_a_finished_id_is_noticed_when_a_pipe_is_resumed(
     assert not list(folder.glob("out.jsonl.units*"))
 
 
-def test_rows_in_another_order_on_resume_end_in_the_same_rows(
-    cai: Cai, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_in_another_order_on_resume_end_in_the_same_rows(cai: Cai, folder: Path) -> None:
     rows = given_rows("critique")
     assert cai(*words("critique", "calm.jsonl"), stdin=as_stdin(rows)).code == 0
-    begin(cai, monkeypatch, *words("critique", "out.jsonl"), stdin=as_stdin(rows))
+    begin(cai, *words("critique", "out.jsonl"), stdin=as_stdin(rows))
     finished = len((folder / "out.jsonl.partial").read_bytes().splitlines())
     random.Random(0).shuffle(rows)
     again = cai(*words("critique", "out.jsonl"), stdin=as_stdin(rows))
@@ -102,10 +73,10 @@ def test_rows_in_another_order_on_resume_end_in_the_same_rows(
     )
 
 
-def test_a_file_in_another_order_is_another_input(cai: Cai, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_in_another_order_is_another_input(cai: Cai, folder: Path) -> None:
     rows = given_rows("sample")
     write_rows(folder / "in.jsonl", rows)
-    begin(cai, monkeypatch, "sample", "in.jsonl", *SCRIPT, "--batch-size", "3", "-o", "out.jsonl", stdin=b"")
+    begin(cai, "sample", "in.jsonl", *SCRIPT, "--batch-size", "3", "-o", "out.jsonl", stdin=b"")
     assert not (folder / "out.jsonl.units.jsonl").exists(), "the hash of the file says it all"
     write_rows(folder / "in.jsonl", rows[::-1])
     refused = cai("sample", "in.jsonl", *SCRIPT, "-o", "out.jsonl")
