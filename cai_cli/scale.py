@@ -1,4 +1,4 @@
-"""What a road costs: tokens -> GPU-hours and bytes, and the paper's own run counted so (`docs/scale.md`).
+"""What a road costs: tokens -> GPU-hours. `estimate` counts the tokens, of the paper's own run too (`docs/scale.md`).
 
 A forward pass takes 2 operations a parameter and token, a training step 6 (Kaplan et al. 2020, arXiv 2001.08361); how
 many of a GPU's operations are put to use depends on the kind of work. Attention over long contexts is left out.

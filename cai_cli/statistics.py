@@ -122,7 +122,7 @@ class Sums:
 
     def _clusters(self, count: str) -> int:
         """How many blocks count something in the column."""
-        return sum(value != 0 for value in self.table[:, self.columns[count]].tolist())
+        return int((self.table[:, self.columns[count]] != 0).sum())
 
 
 @lru_cache(maxsize=4)

@@ -40,9 +40,8 @@ def encode_chat(
             return_dict=False,
             tokenizer_kwargs={"verbose": False},
         )
-    except (
-        Exception
-    ) as error:  # a template is a program of the model's maker (run in a sandbox), and may raise anything
+    # A template is a program of the model's maker (run in a sandbox), and may raise anything.
+    except Exception as error:
         raise RowError(f"the chat template refuses the messages: {first_line(error)}") from error
     if not ids:
         raise RowError("the chat template makes nothing of the messages")

@@ -258,7 +258,6 @@ def command(
     """
     flags = locals()
     as_asked(accelerate_config, num_processes)
-    console.set_quiet(quiet)
     if revisions not in ("all", "last"):
         raise UsageError(f"--revisions must be all or last, not {revisions!r}")
     which: Literal["all", "last"] = "all" if revisions == "all" else "last"

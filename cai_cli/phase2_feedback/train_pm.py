@@ -326,7 +326,6 @@ def command(
     """
     flags = locals()
     as_asked(accelerate_config, num_processes)
-    console.set_quiet(quiet)
     if targets not in TARGETS:
         raise UsageError(f"--targets must be soft or hard, not {targets!r}")
     if not (epochs or max_steps or fit_head):

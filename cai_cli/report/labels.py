@@ -19,7 +19,6 @@ class Audit:
     """Counted in one pass. `first`: order -> histogram of p_first over [0, 1]."""
 
     tally: Tally = field(default_factory=Tally)
-    votes: int = 0
     first: dict[str, list[int]] = field(default_factory=dict)
     p_chosen: list[int] = field(default_factory=lambda: [0] * BINS)
 
@@ -29,11 +28,10 @@ class Audit:
             return
         self.p_chosen[_bin((row.p_chosen - 0.5) * 2)] += 1
         for vote in row.votes:
-            self.votes += 1
             self.first.setdefault(vote.order, [0] * BINS)[_bin(vote.p_first)] += 1
 
     def charts(self, figures: Mapping[str, Any]) -> list[Chart]:
-        if not self.votes:
+        if not self.first:
             return []
         names = {"ab": "chosen reply first", "ba": "rejected reply first"}
         edges = [i / BINS for i in range(BINS + 1)]

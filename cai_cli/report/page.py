@@ -98,7 +98,6 @@ def _sections(run: RunFiles) -> dict[str, Any]:
         "constitutions": summary.constitutions(run),
         "chains": rows_shown.chains(run, rows_shown.Budget(CHAIN_BYTES)),
         "compared": compared,
-        "audit": audit,
         "label_figures": figures,
         "label_charts": audit.charts(figures),
         "training": training,
