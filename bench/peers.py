@@ -89,6 +89,10 @@ class Peer:
         tokens, seconds = json.loads(answer.removeprefix("peer "))
         return tokens, seconds
 
+    def end(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
 
 def compare(options: argparse.Namespace) -> None:
     import generate
@@ -112,24 +116,23 @@ def compare(options: argparse.Namespace) -> None:
         if not (home / "bin" / "python").exists():
             print(f"{name}: skipped, no {home / 'bin' / 'python'}")
             continue
-        peer = Peer(name, home)
-        peer(prompts[:2], 2)
         ratios: dict[str, list[float]] = {"generate": [], "score": []}
         for _ in range(options.repeats):
+            peer = Peer(name, home)  # a new one each time: it keeps what it has seen of the same prompts
+            peer(prompts[:2], 2)
             replies, ours_s = generate.timed(engine.generate, asks, Sampling(options.new_tokens))
-            ours = sum(reply.new_tokens for reply in replies if isinstance(reply, Reply)) / ours_s
+            ours = sum(reply.new_tokens for reply in replies if isinstance(reply, Reply))
             theirs, theirs_s = peer(prompts, options.new_tokens)
-            ratios["generate"].append(ours / (theirs / theirs_s))
+            ratios["generate"].append(ours / ours_s / (theirs / theirs_s))
             _, scored_s = generate.timed(engine.score, questions)
             _, judged_s = peer(judged, 1)
             ratios["score"].append(judged_s / scored_s)
+            peer.end()
             print(
-                f"ours {ours:.0f} tok/s, {len(judged) / scored_s:.2f} comparisons/s; "
+                f"ours {ours / ours_s:.0f} tok/s ({ours}), {len(judged) / scored_s:.2f} comparisons/s; "
                 f"{name} {theirs / theirs_s:.0f} tok/s ({theirs}), {len(judged) / judged_s:.2f} comparisons/s",
                 flush=True,
             )
-        peer.process.stdin.close()
-        peer.process.wait()
         for kind, values in ratios.items():
             print(f"ratio {name}-{kind} {median(values):.2f}")
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3"})
 FIXED_ROPE = frozenset({"default", "linear", "llama3", "yarn"})  # the others change with the longest row of a batch
 LEAST_SHARED = 16  # tokens: about what a forward pass of its own costs
+_TOGETHER = 16  # rows: a long one among many short ones makes a CPU read as much for each of them
 _ATTENTION = "cai_shared"
 Context = tuple[int, ...]  # ids to run the model over
 
@@ -61,12 +62,20 @@ class _Pass:
     counts: list[int]
     columns: "Tensor"  # (tokens,): a row's own tokens stand in columns 0, 1, ...
     slots: "Tensor"  # (tokens,): the row of each
-    seen: int  # columns that any of them looks at
+    ends: list[int]  # of each row: the columns it has by now
+    together: int  # rows whose attention is one product
     masks: dict[int | None, tuple["Tensor", "Tensor | None"]] = field(default_factory=dict)
 
     @property
     def most(self) -> int:
         return max(self.counts)
+
+    @property
+    def parts(self) -> Iterator[tuple[slice, int]]:
+        """Neighbouring rows, and the columns that any of them looks at."""
+        for at in range(0, len(self.ends), self.together):
+            part = slice(at, at + self.together)
+            yield part, max(self.ends[part])
 
     @property
     def rows(self) -> slice:
@@ -212,7 +221,9 @@ class SharedMemory:
         counts = [end - start for _, start, end in pieces]
         columns = torch.tensor([column for _, start, end in pieces for column in range(start, end)], device=device)
         slots = torch.tensor([row for row, start, end in pieces for _ in range(start, end)], device=device)
-        self.now = _Pass(pieces[0][0], counts, columns, slots, max(end for _, _, end in pieces))
+        ends = [end for _, _, end in pieces]
+        together = _TOGETHER if device.type == "cpu" else len(pieces)
+        self.now = _Pass(pieces[0][0], counts, columns, slots, ends, together)
         logits: Tensor = self.model(
             input_ids=tokens[None],
             position_ids=columns[None] + len(self.start),
@@ -234,20 +245,39 @@ class SharedMemory:
         now = self.now
         all_keys[now.slots, :, now.columns] = keys[0].transpose(0, 1)
         all_values[now.slots, :, now.columns] = values[0].transpose(0, 1)
-        return all_keys[now.rows, :, : now.seen], all_values[now.rows, :, : now.seen]
+        return all_keys[now.rows], all_values[now.rows]
 
     def attend(
         self, layer: int, query: "Tensor", keys: "Tensor", values: "Tensor", window: int | None, softcap: float | None
     ) -> "Tensor":
         """Attention of `query` (1, heads, tokens, size), already scaled, over the shared start and `keys`, `values`
-        (rows, key heads, seen, size): (1, tokens, heads, size)."""
+        (rows, key heads, columns, size): (1, tokens, heads, size)."""
         import torch
 
-        by_row = self.now.by_row(query[0])
-        rows, heads, new, size = by_row.shape
+        by_row, (own_mask, prefix_mask) = self.now.by_row(query[0]), self._mask(window)
+        out = []
+        for part, seen in self.now.parts:
+            masks = own_mask[part, ..., :seen], None if prefix_mask is None else prefix_mask[part]
+            own = keys[part, :, :seen], values[part, :, :seen]
+            out.append(self._attend(layer, by_row[part], own, masks, softcap))
+        return self.now.flat(torch.cat(out))[None]
+
+    def _attend(
+        self,
+        layer: int,
+        query: "Tensor",
+        own: tuple["Tensor", "Tensor"],
+        masks: tuple["Tensor", "Tensor | None"],
+        softcap: float | None,
+    ) -> "Tensor":
+        """For some neighbouring rows: query and result (rows, heads, new, size), own keys and values (rows, key heads,
+        seen, size), masks as `_mask` gives them."""
+        import torch
+
+        (keys, values), (own_mask, prefix_mask) = own, masks
+        rows, heads, new, size = query.shape
         key_heads = keys.shape[1]
-        grouped = by_row.reshape(rows, key_heads, -1, size)  # (rows, key heads, group * new, size)
-        own_mask, prefix_mask = self._mask(window)
+        grouped = query.reshape(rows, key_heads, -1, size)  # (rows, key heads, group * new, size)
         scores = _scores(grouped.flatten(0, 1), keys.flatten(0, 1), softcap).view(rows, heads, new, -1)
         scores = scores.add_(own_mask).view(rows, key_heads, heads // key_heads * new, -1)
         shared = len(self.start)
@@ -262,7 +292,7 @@ class SharedMemory:
         if shared:
             by_head = weights[..., :shared].transpose(0, 1).reshape(key_heads, -1, shared)
             out += torch.bmm(by_head, self.prefix[layer][1]).view(key_heads, rows, -1, size).transpose(0, 1)
-        return self.now.flat(out.view(rows, heads, new, -1))[None]
+        return out.view(rows, heads, new, -1)
 
     def _mask(self, window: int | None) -> tuple["Tensor", "Tensor | None"]:
         """What to add to the scores of own tokens (rows, 1, new, seen) and, where a window may hide some of the
@@ -273,7 +303,7 @@ class SharedMemory:
         if window not in masks:
             lowest, nothing = torch.finfo(torch.float32).min, torch.zeros(1, device=columns.device)
             at = self.now.by_row(columns[None, :, None])[:, :, :, 0, None]  # (rows, 1, new, 1)
-            seen = torch.arange(self.now.seen, device=columns.device)
+            seen = torch.arange(max(self.now.ends), device=columns.device)
             allowed, prefix_mask = seen <= at, None
             if window is not None:
                 allowed &= seen > at - window
