@@ -404,8 +404,16 @@ def test_no_cell_of_a_csv_is_a_formula(rows: list[list[Any]]) -> None:
 
 
 def test_a_picture_of_hostile_names_is_drawn() -> None:
-    spots = [charts.Spot(name, (1.0, 0.5, 1.5), (1.0, 0.5, 1.5)) for name in HOSTILE]
-    svg = charts.plane("x", "x", spots, x_label="a", y_label="b").svg
+    figures = {name: {"value": 0.5, "low": 0.2, "high": 0.7, "n": 9} for name in HOSTILE}
+    svg = charts.forest("x", "x", figures, x_label="a").svg
     assert "<script" not in svg
     assert html.escape("<script>window.pwned = 1</script>", quote=False) in svg
     assert "\x00" not in svg
+
+
+def test_points_close_together_are_told_apart_by_their_numbers() -> None:
+    spots = [charts.Spot(f"a long name of a model {i}", (1.0, 0.5, 1.5), (1.0, 0.5, 1.5)) for i in range(5)]
+    chart = charts.plane("x", "x", spots, x_label="a", y_label="b")
+    assert list(chart.legend) == [f"{i + 1} a long name of a model {i}" for i in range(5)]
+    assert list(chart.legend.values()) == [1, 2, 3, 4, 1]
+    assert [f">{i}<" in chart.svg for i in range(1, 6)] == [True] * 5

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from loopback import Loopback, Request, completion, http
 from tiny import tiny_model_dir
 from training_helpers import (
     interrupted_after,
@@ -200,6 +201,23 @@ def test_a_judge_watches_too(models: dict[str, str], prompts: str, tmp_path: Pat
     checks = checks_in(tmp_path / "rl")
     assert [row["watch_score"] for row in checks] == pytest.approx([0.5] * 4)  # it only likes the first position
     assert manifest_of(tmp_path / "rl")["provenance"]["watcher"]["engine"] == "scripted"
+
+
+def test_a_judge_behind_a_server_watches(models: dict[str, str], prompts: str, tmp_path: Path) -> None:
+    def judge(request: Request) -> bytes:
+        likely = [{"token": option, "logprob": logprob} for option, logprob in (("A", -0.5), ("B", -1.5))]
+        said = {"token": "A", "logprob": -0.5, "top_logprobs": likely}
+        return http(completion(request, "A", logprobs={"content": [said]}))
+
+    run = settings(models, watch_judge="openai:judge")
+    with pytest.raises(UsageError, match="OPENAI_BASE_URL"):
+        command(prompts, tmp_path / "rl", **run)
+    with Loopback(judge) as server:
+        command(prompts, tmp_path / "rl", base_url=server.url, **run)
+        assert server.requests
+    assert [row["watch_score"] for row in checks_in(tmp_path / "rl")] == pytest.approx([0.5] * 4)
+    with pytest.raises(UsageError, match="where the judge is asked"):
+        command(prompts, tmp_path / "other", base_url=server.url, **settings(models))
 
 
 def test_a_judge_that_does_not_answer_gives_no_score_and_is_told_of(

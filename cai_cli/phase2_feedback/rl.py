@@ -233,6 +233,7 @@ def command(
     watch_judge: Annotated[
         str | None, typer.Option(help="A judge that compares the replies of the checks with those of --model.")
     ] = None,
+    base_url: options.BaseUrl = None,
     stop_on_goodhart: Annotated[
         bool, typer.Option("--stop-on-goodhart", help="Stop at a flagged check and keep the best policy before it.")
     ] = False,
@@ -260,7 +261,7 @@ def command(
     _check(algorithm, report_to)
     models = {"model": Base.resolve(model), "pm": Base.resolve(pm)}
     where = pick_device(device)
-    watcher = pick_watcher(watch_pm, watch_judge, models["pm"], device=where, seed=seed)
+    watcher = pick_watcher(watch_pm, watch_judge, base_url, models["pm"], device=where, seed=seed)
     inputs = {"prompts": hash_input(input)} | ({"helpful": hash_input(helpful)} if helpful else {})
     intake, intake_helpful = Intake.of(flags), Intake.of(flags)
     given = [prompt for _, prompt in intake.prompts(input, limit=limit)]

@@ -10,7 +10,7 @@ from typing import Any
 
 from cai_cli.constitution import PreferenceConstitution, open_constitution
 from cai_cli.engines import open_engine
-from cai_cli.engines.base import Sampling
+from cai_cli.engines.base import Sampling, Server
 from cai_cli.errors import UsageError
 from cai_cli.phase2_feedback.judging import Judge
 from cai_cli.phase2_feedback.label_prefs import Labeller, Weighed, weigh
@@ -34,8 +34,12 @@ class Watcher:
     open: Callable[[], Watch]
 
 
-def pick_watcher(watch_pm: str | None, watch_judge: str | None, pm: Base, *, device: str, seed: int) -> Watcher | None:
+def pick_watcher(
+    watch_pm: str | None, watch_judge: str | None, base_url: str | None, pm: Base, *, device: str, seed: int
+) -> Watcher | None:
     """The watcher that the options name. Raises UsageError, and CaiError when there is no such model."""
+    if base_url and not watch_judge:
+        raise UsageError("--base-url is where the judge is asked", hint="--watch-judge openai:NAME")
     if watch_pm and watch_judge:
         raise UsageError("--watch-pm and --watch-judge are two watchers; one is watched", hint="leave one out")
     if watch_pm:
@@ -46,7 +50,7 @@ def pick_watcher(watch_pm: str | None, watch_judge: str | None, pm: Base, *, dev
             {"fingerprint": base.fingerprint}, base.path, lambda: _watching(preference_score(base.path, device))
         )
     if watch_judge:
-        engine = open_engine(watch_judge, batch_size=None, device="auto", dtype="auto")
+        engine = open_engine(watch_judge, batch_size=None, device="auto", dtype="auto", server=Server(base_url))
         loaded = open_constitution(PreferenceConstitution, None, None)
         judge = Judge(engine, "choice", loaded.examples, pick_form("auto", engine), seed, Sampling())
         labeller = Labeller(judge, loaded.principles, per_pair=1, orders=("ab", "ba"))

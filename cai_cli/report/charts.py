@@ -206,24 +206,25 @@ class Spot:
 
 
 def plane(id: str, title: str, spots: Sequence[Spot], *, x_label: str, y_label: str, note: str = "") -> Chart:
-    """Points with intervals on two axes, each with its name."""
+    """Points with intervals on two axes, each with a number; the names stand in the legend and hide nothing."""
 
     def paint(axes: Any) -> None:
         axes.grid(visible=True, axis="both")
-        for spot, colour in zip(spots, _colours(len(spots)), strict=True):
+        for i, (spot, colour) in enumerate(zip(spots, _colours(len(spots)), strict=True), start=1):
             (x, x_low, x_high), (y, y_low, y_high) = spot.x, spot.y
             axes.errorbar(
                 [x], [y], xerr=[[x - x_low], [x_high - x]], yerr=[[y - y_low], [y_high - y]],
                 color=colour, marker="o", markersize=6, elinewidth=1.4,
             )  # fmt: skip
-            axes.annotate(safe(spot.name), (x, y), xytext=(7, 6), textcoords="offset points", color=INK)
+            axes.annotate(str(i), (x, y), xytext=(6, 5), textcoords="offset points", color=INK, weight="bold")
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.margins(0.2)
 
     columns = ["model", *(f"{axis}{end}" for axis in (x_label, y_label) for end in ("", ", low", ", high"))]
     rows = [[s.name, *s.x, *s.y] for s in spots]
-    return Chart(id, title, _draw(id, paint, (SIZE[0], 3.2)), columns, rows, note)
+    legend = {f"{i} {spot.name}": (i - 1) % len(SERIES) + 1 for i, spot in enumerate(spots, start=1)}
+    return Chart(id, title, _draw(id, paint, (SIZE[0], 3.2)), columns, rows, note, legend)
 
 
 def _colours(count: int) -> list[str]:
