@@ -146,6 +146,8 @@ def _label(flow: Flow, options: dict[str, Any]) -> Parts:
     each = replies if method == "contrast" else _few_shot_tokens(PreferenceConstitution, options) + replies
     new = int(options["max-new-tokens"]) if method in ("cot", "verdict") else 0
     texts = 2 * votes if method in ("contrast", "cot") else votes  # both characters; the thoughts, then the letter
+    if options.get("votes"):  # all recorded, as in a sweep of limits
+        texts = votes = 0
     after = Flow(pairs, 1, flow.prompt_tokens, flow.reply_tokens, texts=2)
     return pairs, texts, Work(texts * each, votes * new), after
 

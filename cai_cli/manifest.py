@@ -30,8 +30,9 @@ HARMLESS_OPTIONS = frozenset(
 )  # fmt: skip
 # Options that name something whose content is recorded by its hash.
 HASHED_OPTIONS = frozenset(
-    {"input", "model", "judge", "constitution", "few_shot", "helpful", "mix", "pm", "watch_pm", "watch_judge", "avoid"}
-)
+    {"input", "model", "judge", "constitution", "few_shot", "helpful", "mix", "pm", "watch_pm", "watch_judge", "avoid",
+     "votes"}
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from cai_cli.sweep import LONGEST_NAME, Value, expand, split_name, split_referen
 DATA_STAGES = frozenset({"red-team", "sample", "critique", "revise", "critique-revise", "label-prefs", "score"})
 EVALUATIONS = frozenset({"eval compare", "eval harm"})
 TRAINING_STAGES = frozenset({"sft", "train-pm", "rl"})
-PATH_OPTIONS = frozenset({"input", "helpful", "mix", "constitution", "few-shot", "avoid"})
+PATH_OPTIONS = frozenset({"input", "helpful", "mix", "constitution", "few-shot", "avoid", "votes"})
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"  # of a run or a step: it becomes a file name
 
 
@@ -289,7 +289,7 @@ def _die_with_parent() -> None:
 
 def run_command(
     file: Annotated[Path, typer.Argument(help="YAML run file.", show_default=False)],
-    out: Annotated[Path | None, typer.Option("--out", help="Run folder; by default runs/NAME.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; by default runs/NAME.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print rows, tokens and commands; run nothing.")] = False,
     json: options.Json = False,
     quiet: options.Quiet = False,

@@ -275,6 +275,16 @@ class Rejected(Row):
         return self.key_
 
 
+def with_votes(rejected: Rejected) -> Preference | None:
+    """The Preference that a rejected row of `label-prefs` would have been, None if it has no votes. Raises RowError."""
+    if rejected.reason not in (TIE, UNSURE):
+        return None
+    try:
+        return load_row(Preference, orjson.loads(rejected.row))
+    except orjson.JSONDecodeError as error:
+        raise RowError(f"its `row` is not JSON: {error}") from None
+
+
 def reason_kind(reason: str) -> str:
     """What rejected rows are counted by: what stands before a colon, after which only details of one row come."""
     return reason.partition(": ")[0]

@@ -7,9 +7,11 @@
 
 What does not depend on the list runs once. Several lists are a product; a step that reads two steps gets those of its
 own values of both. `@step@*` names all variants of a step, where an option takes several. Rounds of revision go on
-from one another: round 2 is one round more on the rows of round 1, and gives the rows that two rounds would.
+from one another: round 2 is one round more on the rows of round 1, and gives the rows that two rounds would. A judge
+is asked once for all clamps that lie within the first one of the list.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -64,6 +66,8 @@ def expand(steps: Mapping[str, Given], takes_many: TakesMany) -> dict[str, dict[
                     raise UsageError(f"step {step!r}: the lists make more than {MAX_STEPS} steps of this road")
         if given.get("command") == "critique-revise" and _whole_numbers(lists.get("rounds", [None])):
             _go_on_from_one_another(f"{step}.rounds", variants, flat)
+        if given.get("command") == "label-prefs" and "clamp" in lists and "votes" not in given:
+            _ask_once(f"{step}.clamp", variants, flat)
         known[step] = variants
     return flat
 
@@ -88,14 +92,38 @@ def _whole_numbers(values: Sequence[Value]) -> bool:
 
 def _go_on_from_one_another(axis: str, variants: Sequence[Variant], flat: dict[str, dict[str, Any]]) -> None:
     """More rounds start from the rows of fewer: a round's draws depend on the row and the round alone."""
-    by_choice = {tuple(variant.choice.items()): variant for variant in variants}
     values = list(dict.fromkeys(variant.choice[axis] for variant in variants))
     fewer = dict(zip(values[1:], values, strict=False))
     for variant in variants:
         rounds: Any = variant.choice[axis]
         if rounds in fewer:
-            before = by_choice[tuple({**variant.choice, axis: fewer[rounds]}.items())]
+            before = _sibling(variant, axis, fewer[rounds], variants)
             flat[variant.name] |= {"input": f"@{before.name}", "rounds": rounds - fewer[rounds]}
+
+
+def _ask_once(axis: str, variants: Sequence[Variant], flat: dict[str, dict[str, Any]]) -> None:
+    """Limits within the first ones of the list take the votes that were given under those."""
+    first = variants[0].choice[axis]
+    low, high = _limits(first)
+    for variant in variants:
+        its_low, its_high = _limits(variant.choice[axis])
+        if variant.choice[axis] != first and low <= its_low and its_high <= high:
+            flat[variant.name]["votes"] = f"@{_sibling(variant, axis, first, variants).name}"
+
+
+def _limits(clamp: Value) -> tuple[float, float]:
+    """Of `LOW,HIGH`; of anything else no limits that another could be within, as the command says what is wrong."""
+    try:
+        low, high = (float(part) for part in str(clamp).split(","))
+    except ValueError:
+        return math.nan, math.nan
+    return low, high
+
+
+def _sibling(variant: Variant, axis: str, value: Value, variants: Sequence[Variant]) -> Variant:
+    """The variant that differs from `variant` in that `axis` has this value."""
+    wanted = {**variant.choice, axis: value}
+    return next(other for other in variants if other.choice == wanted)
 
 
 # --- references between steps -------------------------------------------------------------------------------------

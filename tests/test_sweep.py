@@ -77,6 +77,25 @@ def test_several_lists_are_a_product_and_what_reads_both_gets_the_values_that_ag
     }  # fmt: skip
 
 
+def test_a_judge_is_asked_once_for_limits_within_the_first_ones() -> None:
+    flat = expanded(
+        a={
+            "command": "label-prefs",
+            "input": "s.jsonl",
+            "method": ["cot", "choice"],
+            "clamp": ["0.1,0.9", "0,1", "0.4,0.6"],
+        },
+        b={"command": "label-prefs", "input": "s.jsonl", "votes": "old.jsonl", "clamp": ["0,1", "0.4,0.6"]},
+        c={"command": "label-prefs", "input": "s.jsonl", "clamp": [None, "0.4,0.6", "nonsense"]},
+    )
+    assert {name: step["votes"] for name, step in flat.items() if "votes" in step} == {
+        "a@method=cot@a.clamp=0.4,0.6": "@a@method=cot@a.clamp=0.1,0.9",
+        "a@method=choice@a.clamp=0.4,0.6": "@a@method=choice@a.clamp=0.1,0.9",
+        "b@b.clamp=0,1": "old.jsonl",
+        "b@b.clamp=0.4,0.6": "old.jsonl",
+    }
+
+
 def test_one_setting_swept_in_two_steps_is_named_with_its_step() -> None:
     flat = expanded(
         a={"command": "sample", "input": "p.jsonl", "seed": [0, 1]},

@@ -30,7 +30,7 @@ from cai_cli.errors import CaiError
 from cai_cli.jsonl import KeyTable, read_rows, rows_of
 from cai_cli.manifest import write_json
 from cai_cli.outputs import sidecar
-from cai_cli.records import TIE, UNSURE, Preference, Rejected, Vote, conversation_id, load_row, reason_kind
+from cai_cli.records import TIE, Preference, Rejected, Vote, conversation_id, reason_kind, with_votes
 from cai_cli.statistics import SHARE, Figure, Sums
 
 if TYPE_CHECKING:
@@ -99,8 +99,7 @@ class Tally:
     def _add_rejected(self, refused: Rejected) -> None:
         """Counted by reason; its votes, where it carries them, are the judge's too."""
         self.reasons[reason_kind(refused.reason)] += 1
-        if refused.reason in (TIE, UNSURE):
-            row = load_row(Preference, orjson.loads(refused.row))
+        if row := with_votes(refused):
             self._add_votes(self._prompt(row), row)
 
     def _add_votes(self, prompt: int, row: Preference) -> dict[str, float]:

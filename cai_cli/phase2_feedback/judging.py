@@ -84,9 +84,10 @@ class Judge:
             "contrast": self._contrast,
             "verdict": self._verdict,
         }
-        return [self._clamped(answer) for answer in methods[self.method](comparisons)]
+        return [self.clamped(answer) for answer in methods[self.method](comparisons)]
 
-    def _clamped(self, answer: Judgement | Refusal) -> Judgement | Refusal:
+    def clamped(self, answer: Judgement | Refusal) -> Judgement | Refusal:
+        """Within the limits. A probability that is no number becomes a Refusal."""
         if isinstance(answer, Refusal):
             return answer
         if math.isnan(answer.p_first):  # a comparison with it is false: it would become the lower limit

@@ -9,7 +9,7 @@ becoming a preference, and a principle counts only where all its orders were ans
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import typer
@@ -24,6 +24,7 @@ from cai_cli.intake import Intake
 from cai_cli.manifest import hash_input, provenance, settings_of
 from cai_cli.phase2_feedback.judging import METHODS, Comparison, Judge, Judgement, Order
 from cai_cli.phase2_feedback.pairs import PAIRINGS, Pair, pair_units
+from cai_cli.phase2_feedback.recorded_votes import RecordedVotes
 from cai_cli.prompts import pick_form
 from cai_cli.records import TIE, UNSURE, Preference, Rejected, Vote, reject
 from cai_cli.sinks import StdoutSink
@@ -42,6 +43,13 @@ class Labeller:
     orders: tuple[Order, ...]
     samples: int = 1
     min_confidence: float = 0.5
+    recorded: RecordedVotes | None = None
+
+    def judge_all(self, comparisons: Sequence[Comparison]) -> list[Judgement | Refusal]:
+        """One judgement per comparison, in order; what is recorded is not asked."""
+        known = [self.recorded.judgement(one) if self.recorded else None for one in comparisons]
+        answers = iter(self.judge.judge([one for one, said in zip(comparisons, known, strict=True) if said is None]))
+        return [next(answers) if said is None else self.judge.clamped(said) for said in known]
 
     def comparisons(self, pair: Pair) -> Iterator[Comparison]:
         """All that is asked about one pair. The principles drawn for it depend on the seed and the pair alone."""
@@ -82,7 +90,7 @@ def label_prefs(pairs: Sequence[Pair], labeller: Labeller) -> list[Preference | 
 def weigh(pairs: Sequence[Pair], labeller: Labeller) -> list[Weighed | Refusal]:
     """One opinion per pair, in order; a Refusal where no principle was answered in all its orders."""
     asked = [list(labeller.comparisons(pair)) for pair in pairs]
-    answers = iter(labeller.judge.judge([comparison for group in asked for comparison in group]))
+    answers = iter(labeller.judge_all([comparison for group in asked for comparison in group]))
     return [_weighed([(c, next(answers)) for c in group], labeller) for group in asked]
 
 
@@ -226,6 +234,12 @@ def command(
     min_confidence: Annotated[
         float, typer.Option(min=0.5, max=1.0, help="Reject pairs whose p_chosen is below this.")
     ] = 0.5,
+    votes: Annotated[
+        str | None,
+        typer.Option(
+            help="An earlier output: what its judge said, asked the same under wider limits, is not asked again."
+        ),
+    ] = None,
     max_new_tokens: options.MaxNewTokens = 128,
     temperature: options.Temperature = 1.0,
     top_p: options.TopP = 1.0,
@@ -259,15 +273,18 @@ def command(
         raise UsageError(f"--pairs must be one of {', '.join(PAIRINGS)}, not {pairs!r}")
     labeller, loaded = open_labeller(flags)
     engine = labeller.judge.engine
-    inputs = {"samples": hash_input(input)}
+    inputs = {"samples": hash_input(input)} | ({"votes": hash_input(votes)} if votes else {})
+    made_by = provenance(
+        "label-prefs",
+        inputs=inputs,
+        settings=labeller_settings(flags, labeller),
+        model=engine.identity(),
+        constitution={"name": loaded.name, "fingerprint": loaded.fingerprint()},
+    )
+    if votes:
+        labeller = replace(labeller, recorded=RecordedVotes(votes, made_by))
     job = Job(
-        provenance=provenance(
-            "label-prefs",
-            inputs=inputs,
-            settings=labeller_settings(flags, labeller),
-            model=engine.identity(),
-            constitution={"name": loaded.name, "fingerprint": loaded.fingerprint()},
-        ),
+        provenance=made_by,
         inputs=inputs,
         output=output,
         overwrite=overwrite,
