@@ -103,6 +103,8 @@ class Recipe:
             "ddp_find_unused_parameters": False,  # all take part in every pass
             "disable_tqdm": True,
             "report_to": [self.report_to] if self.report_to else [],
+            "project": "cai",
+            "run_name": work.stem,  # of OUT.partial
         }
 
     @property
