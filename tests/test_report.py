@@ -127,7 +127,7 @@ def test_draws_are_counted_over_all_rounds_and_principles_never_drawn_are_there(
     run = read_run(make_run(tmp_path / "made"))
     from cai_cli.report.summary import constitutions
 
-    critique, compare = constitutions(run)
+    (_, critique), (_, compare) = constitutions(run)
     rows = [json.loads(line) for line in (tmp_path / "made/revisions.jsonl").read_text().splitlines()]
     ids = [turn["principle_id"] for row in rows for turn in row["history"]]
     assert critique.counts == {name: ids.count(name) for name in critique.counts}
@@ -267,7 +267,7 @@ def test_a_comparison_on_one_axis_alone_shows_who_wins(tmp_path: Path) -> None:
     compared["ratings"]["helpful"] = []
     (folder / "models.compare.json").write_text(json.dumps(compared))
     _, page = drawn(folder)
-    assert "Win rates (models.compare.json)" in squeezed(page.text)
+    assert "Win rates (models)" in squeezed(page.text)
     assert ("a", {"href": "#comparison"}) in page.tags
 
 
@@ -417,3 +417,14 @@ def test_points_close_together_are_told_apart_by_their_numbers() -> None:
     assert list(chart.legend) == [f"{i + 1} a long name of a model {i}" for i in range(5)]
     assert list(chart.legend.values()) == [1, 2, 3, 4, 1]
     assert [f">{i}<" in chart.svg for i in range(1, 6)] == [True] * 5
+
+
+def test_long_names_leave_a_forest_the_width_of_its_axes() -> None:
+    def drawn_width(name: str) -> float:
+        svg = charts.forest("x", "x", {name: {"value": 0.5, "low": 0.2, "high": 0.7, "n": 9}}, x_label="a").svg
+        interval = next(m for m in re.finditer(r"M ([\d.]+) ([\d.]+) \nL ([\d.]+) \2", svg) if m[1] != m[3])
+        return abs(float(interval[3]) - float(interval[1]))
+
+    long = " over ".join(["revisions@critique=true@rounds=1"] * 6)
+    assert drawn_width(long) == pytest.approx(drawn_width("a"), rel=0.02)
+    assert drawn_width("a") > 100

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import StringIO
+from textwrap import wrap
 from typing import Any
 
 from cai_cli.console import safe
@@ -216,7 +217,8 @@ def plane(id: str, title: str, spots: Sequence[Spot], *, x_label: str, y_label: 
                 [x], [y], xerr=[[x - x_low], [x_high - x]], yerr=[[y - y_low], [y_high - y]],
                 color=colour, marker="o", markersize=6, elinewidth=1.4,
             )  # fmt: skip
-            axes.annotate(str(i), (x, y), xytext=(6, 5), textcoords="offset points", color=INK, weight="bold")
+            side = ((6, 5), (-12, -13), (6, -13), (-12, 5))[i % 4]  # so that models that are alike can be read
+            axes.annotate(str(i), (x, y), xytext=side, textcoords="offset points", color=INK, weight="bold")
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.margins(0.2)
@@ -234,20 +236,25 @@ def _colours(count: int) -> list[str]:
 def forest(id: str, title: str, figures: Mapping[str, Mapping[str, float]], *, x_label: str, note: str = "") -> Chart:
     """One line a figure: its value and its interval."""
 
+    named = [(wrap(safe(name), 52, break_on_hyphens=False) or [""], figure) for name, figure in figures.items()]
+    height = sum(1 + 0.4 * (len(lines) - 1) for lines, _ in named)
+
     def paint(axes: Any) -> None:
         axes.grid(visible=True, axis="x")
         axes.grid(visible=False, axis="y")
-        places = range(len(figures) - 1, -1, -1)
-        for place, (name, figure) in zip(places, figures.items(), strict=True):
+        place = height
+        for lines, figure in named:
+            place -= 1 + 0.4 * (len(lines) - 1)
             axes.plot([figure["low"], figure["high"]], [place, place], color=SERIES[0], linewidth=1.6)
             axes.plot([figure["value"]], [place], color=SERIES[0], marker="o", markersize=5)
-            # Above its line, where a long name has the width of the picture.
+            # Above its line, where it has the width of the picture.
             at = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "xytext": (0, 5)}
-            axes.annotate(safe(name), (0, place), **at, fontsize="small")
+            name = axes.annotate("\n".join(lines), (0, place), **at, fontsize="small", linespacing=1.1)
+            name.set_in_layout(False)  # else a long one takes the width of the axes
         axes.set_yticks([])
-        axes.set_ylim(-0.7, len(figures) - 0.1)
+        axes.set_ylim(-0.7, height - 0.1)
         axes.set_xlabel(x_label)
 
     rows = [[name, f["value"], f["low"], f["high"], f["n"]] for name, f in figures.items()]
-    svg = _draw(id, paint, (SIZE[0], 0.8 + 0.4 * len(figures)))
+    svg = _draw(id, paint, (SIZE[0], 0.8 + 0.4 * height))
     return Chart(id, title, svg, ["figure", "value", "low", "high", "n"], rows, note)

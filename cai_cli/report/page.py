@@ -130,7 +130,7 @@ def _planes(run: RunFiles) -> list[Chart]:
                 for ratings in (compared.ratings.helpful, compared.ratings.harmless)]  # fmt: skip
         spots = [charts.Spot(m, axes[0][m], axes[1][m]) for m in compared.models if m in axes[0] and m in axes[1]]
         if spots:
-            title, note = f"Elo on two axes ({name})", "Up and right is better; the bars are 95% intervals."
+            title, note = f"Elo on two axes ({_short(name)})", "Up and right is better; the bars are 95% intervals."
             found.append(
                 charts.plane(name, title, spots, x_label="helpfulness Elo", y_label="harmlessness Elo", note=note)
             )
@@ -143,9 +143,14 @@ def _wins(run: RunFiles) -> list[Chart]:
     for name, compared in run.comparisons.items():
         rates = {f"{w.a} over {w.b}" + (f", {w.kind}" if w.kind else ""): w.model_dump() for w in compared.win_rates}
         if rates:
-            title, note = f"Win rates ({name})", "An interval that holds 0.5 shows no difference."
+            title, note = f"Win rates ({_short(name)})", "An interval that holds 0.5 shows no difference."
             found.append(charts.forest(f"{name}-wins", title, rates, x_label="win rate and 95% interval", note=note))
     return found
+
+
+def _short(name: str) -> str:
+    """The name of a file of figures without what all have."""
+    return name.removesuffix(".sweep.json").removesuffix(".compare.json").removesuffix(".jsonl")
 
 
 def _sweeps(run: RunFiles) -> list[Chart]:
@@ -153,7 +158,9 @@ def _sweeps(run: RunFiles) -> list[Chart]:
     for name, sweep in run.sweeps.items():
         p = sorted(sweep.points, key=lambda point: point.at)
         line = charts.Line(sweep.figure, *([getattr(x, a) for x in p] for a in ("at", "value", "low", "high")))
-        found.append(charts.lines(name, f"{sweep.figure} by {sweep.setting} ({name})", [line], x_label=sweep.setting))
+        found.append(
+            charts.lines(name, f"{sweep.figure} by {sweep.setting} ({_short(name)})", [line], x_label=sweep.setting)
+        )
     return found
 
 

@@ -79,15 +79,15 @@ def headlines(run: RunFiles, labels: Mapping[str, Any] | None) -> list[Headline]
     return found
 
 
-def constitutions(run: RunFiles) -> list[Drawn]:
+def constitutions(run: RunFiles) -> list[tuple[StepFiles, Drawn]]:
     """Every constitution used, with its draws: by the last revisions (or critiques not revised yet), and by labels."""
     kinds: list[tuple[list[StepFiles], type[Row]]] = [
         (last_revisions(run), Revision),
         ([] if run.of("revise", "critique-revise") else run.of("critique"), Critique),
         (run.of("label-prefs"), Preference),
     ]
-    found = [drawn(run.rows(step, kind), step.manifest) for steps, kind in kinds for step in steps]
-    return [d for d in found if d]
+    found = [(step, drawn(run.rows(step, kind), step.manifest)) for steps, kind in kinds for step in steps]
+    return [(step, d) for step, d in found if d]
 
 
 def figure_rows(figures: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
