@@ -253,7 +253,7 @@ def command(
     work: Callable[[Sequence[Match]], list[Duel | Rejected]]
     if judge is None:
         scorer = Scorer(str(pm), batch_size, device)
-        window, work = scorer.batch_size, partial(compare_by_scores, scorer=scorer)
+        window, work = 4 * scorer.batch_size, partial(compare_by_scores, scorer=scorer)
         decided = {"settings": {"kind": kind, "limit": limit}, "pm": {"fingerprint": scorer.base.fingerprint}}
     else:
         labeller, loaded = open_labeller({**flags, "model": judge, "both_orders": True, "min_confidence": 0.5})
