@@ -25,7 +25,7 @@ from cai_cli.forms import joined_turns, parse_transcript
 from cai_cli.intake import Intake
 from cai_cli.jsonl import Numbered, read_rows, rows_of
 from cai_cli.manifest import hash_input, provenance, settings_of
-from cai_cli.phase2_feedback.preference_model import encode_conversation, score_ids
+from cai_cli.phase2_feedback.preference_model import encode_conversation, open_for_scores, score_ids
 from cai_cli.prompts import Form, evaluation_request, pick_form, published_comparison, take_apart
 from cai_cli.records import (
     Asking,
@@ -270,9 +270,7 @@ def _units(questions: Iterator[Numbered[EvaluationQuestion]]) -> Units[Evaluatio
 
 
 def _preference_model(path: Path, batch_size: int, device: str) -> PreferenceModel:
-    from cai_cli.models import load_reward_model, load_tokenizer
-
-    return PreferenceModel(load_reward_model(path, device=pick_device(device)), load_tokenizer(path), batch_size)
+    return PreferenceModel(*open_for_scores(path, pick_device(device)), batch_size)
 
 
 def command(

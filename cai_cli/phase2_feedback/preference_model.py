@@ -6,6 +6,7 @@ is trained on exactly the ids that `encode_conversation` gives, and must be aske
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cai_cli.engines.chat import encode_chat
@@ -29,6 +30,19 @@ def encode_conversation(tokenizer: "PreTrainedTokenizerBase", messages: Sequence
     while tokenizer.decode(ids[-1]).isspace():
         del ids[-1]
     return ids
+
+
+def open_for_scores(path: Path, device: str) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """The preference model in `path` with its tokenizer, in float32; it can be asked for scores but not be trained.
+
+    Raises: CaiError as `load_reward_model`.
+    """
+    from cai_cli.engines.packed import pack_linears
+    from cai_cli.models import load_reward_model, load_tokenizer
+
+    model = load_reward_model(path, "float32", device)
+    pack_linears(model)
+    return model, load_tokenizer(path)
 
 
 def score_conversations(

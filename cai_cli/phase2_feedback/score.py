@@ -15,7 +15,7 @@ from cai_cli.intake import Intake
 from cai_cli.jsonl import origin
 from cai_cli.manifest import hash_input, provenance, settings_of
 from cai_cli.phase1_supervised.sft import completed_row
-from cai_cli.phase2_feedback.preference_model import encode_conversation, score_ids
+from cai_cli.phase2_feedback.preference_model import encode_conversation, open_for_scores, score_ids
 from cai_cli.records import Preference, Rejected, Sample, Scored, conversation_id, reject
 from cai_cli.stage import Job, Unit, Units
 from cai_cli.training import context_window, pick_device
@@ -56,9 +56,7 @@ class Scorer:
 
     @cached_property
     def _loaded(self) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-        from cai_cli.models import load_reward_model, load_tokenizer
-
-        return load_reward_model(self.base.path, device=pick_device(self.device)), load_tokenizer(self.base.path)
+        return open_for_scores(self.base.path, pick_device(self.device))
 
     def score(self, rows: Sequence[Sample]) -> Iterator[Scored | Rejected]:
         """As the function `score`."""

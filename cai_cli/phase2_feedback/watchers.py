@@ -15,7 +15,7 @@ from cai_cli.errors import UsageError
 from cai_cli.phase2_feedback.judging import Judge
 from cai_cli.phase2_feedback.label_prefs import Labeller, Weighed, weigh
 from cai_cli.phase2_feedback.pairs import Pair
-from cai_cli.phase2_feedback.preference_model import score_conversations
+from cai_cli.phase2_feedback.preference_model import open_for_scores, score_conversations
 from cai_cli.prompts import assistant, pick_form
 from cai_cli.records import Prompt
 from cai_cli.training_job import Base
@@ -61,9 +61,7 @@ def pick_watcher(
 
 def preference_score(path: Path, device: str, batch_size: int = 16) -> Score:
     """A preference model as a function of prompts and replies; a score is a logit."""
-    from cai_cli.models import load_reward_model, load_tokenizer
-
-    model, tokenizer = load_reward_model(path, "float32", device), load_tokenizer(path)
+    model, tokenizer = open_for_scores(path, device)
 
     def score(prompts: Sequence[Prompt], replies: Sequence[str]) -> list[float]:
         conversations = [[*p.prompt, assistant(reply)] for p, reply in zip(prompts, replies, strict=True)]
