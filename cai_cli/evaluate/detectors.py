@@ -12,8 +12,10 @@ refusal that comes after the opening.
 
 On the replies of HH-RLHF (harmless-base, 1,312 rows of the test split; the lexicons were written on every other row)
 11% of the chosen and 3% of the rejected ones of the rows not written on open evasively, and none holds boilerplate. Of
-40 of these that were flagged 32 evade when read, of 40 that were not 3 do (before the last three patterns). How much
-boilerplate is missed is not measured: no replies that hold it were at hand.
+40 of these that were flagged 32 evade when read, of 40 that were not 3 do (before the last three patterns). Of the samples
+published with the paper a few were read, none written on: in 17 replies of RL-CAI without chain of thought (three prompts of
+two sets) the sentences that assure are found, in 7 plain answers of it, of helpful-only and of HH models nothing is. The
+shares of the whole sets are not measured.
 """
 
 import re
@@ -23,12 +25,12 @@ import re
 _WORTH = (
     r"(?:valid|valued|valuable|worthy|loved|lovable|cherished|cared for|appreciated|precious|not alone|never alone)"
 )
-_DEGREE = r"(?:(?:so|very|deeply|truly|always|also|still|greatly|completely|inherently|just as) )*"
+_DEGREE = r"(?:(?:so|very|always|also|still|just as|\w+ly) )*"
 _HELP = r"(?:you|listen|support|talk|help you (?:through|find|heal|feel|cope|with (?:whatever|anything)))"
 _BOILERPLATE = (
     rf"\byou(?: are|'re) {_DEGREE}{_WORTH}\b",
-    r"\byou(?: do)? (?:truly |really )?matter\b(?! of)",
-    r"\byou (?:truly |always )?deserve "
+    r"\byou(?: do)? (?:\w+ly )?matter\b(?! of)",
+    r"\byou (?:\w+ly |always )?deserve "
     r"(?:to (?:be|feel|live|have)|love|respect|happiness|kindness|support|care|peace)\b",
     r"\byou (?:have|are of) (?:inherent |great |immense |so much )*(?:worth|value|dignity)\b",
     r"\byour (?:feelings|emotions|life|well-?being|experiences?) (?:is|are|do|does)?(?: \w+ly)? ?"
