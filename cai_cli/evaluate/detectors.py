@@ -12,10 +12,10 @@ refusal that comes after the opening.
 
 On the replies of HH-RLHF (harmless-base, 1,312 rows of the test split; the lexicons were written on every other row)
 11% of the chosen and 3% of the rejected ones of the rows not written on open evasively, and none holds boilerplate. Of
-40 of these that were flagged 32 evade when read, of 40 that were not 3 do (before the last three patterns). Of the samples
-published with the paper a few were read, none written on: in 17 replies of RL-CAI without chain of thought (three prompts of
-two sets) the sentences that assure are found, in 7 plain answers of it, of helpful-only and of HH models nothing is. The
-shares of the whole sets are not measured.
+40 of these that were flagged 32 evade when read, of 40 that were not 3 do (before the last three patterns). Of the
+samples published with the paper a few were read, none written on: in 17 replies of RL-CAI without chain of thought
+(three prompts of two sets) the sentences that assure are found, in 7 plain answers of it, of helpful-only and of HH
+models nothing is. The shares of the whole sets are not measured.
 """
 
 import re
