@@ -29,14 +29,15 @@ class RecordedVotes:
         """`provenance` is that of the labelling in which they are wanted. Raises UsageError where the judge was another
         or was asked otherwise, or where the votes were clamped to less than is wanted; CaiError as `read_rows`."""
         recorded = (read_manifest(sidecar(Path(source), "manifest.json")) or {}).get("provenance", {})
-        if recorded.get("stage") != "label-prefs":
+        settings = recorded.get("settings", {})
+        if recorded.get("stage") != "label-prefs" or not {"clamp", "cot_samples"} <= settings.keys():
             raise UsageError(f"--votes {source}: no finished output of `cai label-prefs`")
         if other := differences(_asked(recorded), _asked(provenance)):
             raise UsageError(f"--votes {source}: its judge was asked otherwise: {'; '.join(other)}")
-        low, high = recorded["settings"]["clamp"]
+        low, high = settings["clamp"]
         if low > provenance["settings"]["clamp"][0] or high < provenance["settings"]["clamp"][1]:
             raise UsageError(f"--votes {source}: its votes were clamped to {low},{high}, narrower than --clamp")
-        self._samples = recorded["settings"]["cot_samples"]
+        self._samples = settings["cot_samples"]
         self._rows = {row.id: row for row in _labelled(source)}
 
     def judgement(self, comparison: Comparison) -> Judgement | None:
