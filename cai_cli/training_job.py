@@ -247,6 +247,9 @@ def print_summary(summary: dict[str, Any], *, as_json: bool) -> None:
             start = "" if before is None else f"{_point(before)} -> "
             moved.append(f"{name.replace('_', '-')} {start}{_point(summary[name])}")
     figures = f"; {', '.join(moved)}" if moved else ""
+    kept = summary.get("kept_step", summary["steps"])
+    if kept != summary["steps"]:
+        figures += f"; kept is step {kept:,}" + ("" if kept else ", the start model")
     console.say(
         f"{summary['stage']}: {_counted(summary)}{figures}; {summary['steps']:,} steps "
         f"in {summary['seconds']:,.1f} s -> {summary['output']}"

@@ -335,3 +335,23 @@ def test_a_preference_model_s_scores_decide_and_are_kept(cai: Cai, tmp_path: Pat
     assert means["y"][1] == 3
     of_x = {row["prompt_id"]: row["score_a"] for row in rows if row["model_a"] == "x"}
     assert means["x"][0] == pytest.approx(sum(of_x.values()) / 4)
+
+
+@pytest.mark.parametrize(("won", "of"), [(10, 11), (12, 12), (29, 30), (30, 30), (6, 7), (4, 4), (15, 20), (70, 100)])
+def test_ratings_are_as_sure_as_the_win_rate_they_come_from(won: int, of: int) -> None:
+    rated = result([duel(i, 0.9 if i < won else 0.1) for i in range(of)])
+    (rate,) = rated["win_rates"]
+    better, worse = rated["ratings"]["harmless"]
+    assert better["high"] - better["low"] < 1000
+    assert better["low"] <= better["value"] <= better["high"]
+    if rate["low"] <= 0.5:
+        assert better["low"] <= worse["high"]
+    elif rate["low"] > 0.55:
+        assert better["low"] > worse["high"]
+
+
+def test_all_ties_leave_no_more_open_than_their_number_does() -> None:
+    for rating in result([duel(i, 0.5) for i in range(12)])["ratings"]["harmless"]:
+        assert rating["value"] == pytest.approx(1000)
+        assert 1000 - rating["low"] == pytest.approx(rating["high"] - 1000)
+        assert 50 < rating["high"] - 1000 < 150

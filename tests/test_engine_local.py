@@ -339,6 +339,12 @@ def test_groups_hold_every_row_once_and_cost_no_more_than_one_group(rows: list[t
     assert sum(map(cost, found)) <= (cost(rows) if rows else 0)
 
 
+def test_starts_that_lie_in_one_another_by_the_thousand_end_in_groups() -> None:
+    rows = [(1,) * n + (2,) for n in range(1, 2000, 2)]
+    found = shared.groups(rows)
+    assert sorted(row for group in found for row in group) == sorted(rows)
+
+
 def test_rows_of_two_long_starts_are_two_groups() -> None:
     rows = [(start,) * 40 + (i, i) for start in (3, 4) for i in (5, 6, 7)]
     assert shared.groups(rows) == [rows[:3], rows[3:]]

@@ -97,3 +97,13 @@ def test_a_change_is_told_from_chance_by_its_pairs() -> None:
     assert changed(now, then, lambda row: row.score, 0.001) == -1
     assert changed(then, then, lambda row: row.score, 0.001) == 0
     assert changed(then, now, lambda row: row.watch_score, 0.001) == 0
+
+
+def test_a_watcher_that_is_silent_decides_nothing() -> None:
+    # What the start model's replies are given (as good as themselves) was said by nobody.
+    silent = run(3, lambda k, i, rng: {"watch_score": None if k else 0.5})
+    assert best_check(silent) == len(silent) - 1
+    mostly = run(3, lambda k, i, rng: {"watch_score": None if k and i % 3 else 0.5 - 0.1 * k})
+    assert best_check(mostly) == len(mostly) - 1
+    seldom = run(3, lambda k, i, rng: {"watch_score": None if k and i % 8 == 0 else 0.5 + (0.1 if k == 1 else 0.0)})
+    assert best_check(seldom) == 1

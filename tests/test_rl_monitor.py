@@ -182,7 +182,12 @@ def test_a_planted_phrase_is_flagged_within_three_checks_and_the_better_policy_k
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_the_policy_that_is_kept_is_the_one_of_the_best_check(
-    models: dict[str, str], prompts: str, tmp_path: Path, lora: bool, monkeypatch: pytest.MonkeyPatch
+    models: dict[str, str],
+    prompts: str,
+    tmp_path: Path,
+    lora: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = settings(models, lora=lora, save_steps=3)
     command(prompts, tmp_path / "four", **run | {"steps": 4})
@@ -192,6 +197,9 @@ def test_the_policy_that_is_kept_is_the_one_of_the_best_check(
     command(prompts, tmp_path / "rl", stop_on_goodhart=True, **run | {"steps": 9})
     figures = manifest_of(tmp_path / "rl")["figures"]
     assert (figures["kept_step"], figures["goodhart_step"], figures["goodhart"]) == (4, 6, "planted")
+    (kept,) = (row for row in checks_in(tmp_path / "rl") if row["step"] == 4)
+    assert figures["pm_score"] == kept["pm_score"]  # of the model that was written, not of what was thrown away
+    assert "; kept is step 4; 6 steps in" in capsys.readouterr().err
     assert largest_difference(tmp_path / "rl", tmp_path / "four") == 0
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3"})
 FIXED_ROPE = frozenset({"default", "linear", "llama3", "yarn"})  # the others change with the longest row of a batch
 LEAST_SHARED = 16  # tokens: about what a forward pass of its own costs
+DEEPEST = 100  # Python's stack has an end
 _TOGETHER = 16  # rows: a long one among many short ones makes a CPU read as much for each of them
 _ATTENTION = "cai_shared"
 Context = tuple[int, ...]  # ids to run the model over
@@ -339,13 +340,14 @@ def groups(rows: Sequence[Context]) -> list[list[Context]]:
     return _best_groups(sorted(rows))[1] if rows else []
 
 
-def _best_groups(rows: list[Context]) -> tuple[int, list[list[Context]]]:
-    """The cost in tokens and the groups of sorted `rows`: one group, or the best ones of each next token."""
+def _best_groups(rows: list[Context], depth: int = 0) -> tuple[int, list[list[Context]]]:
+    """The cost in tokens and the groups of sorted `rows`: one group, or the best ones of each next token. Where starts
+    lie in one another deeper than `DEEPEST`, they are one group."""
     start = min(common_start(rows[0], rows[-1]), min(len(row) for row in rows) - 1)
     whole = LEAST_SHARED + start + sum(len(row) - start for row in rows)
     parts = [list(part) for _, part in groupby(rows, key=lambda row: row[start])]
-    if len(parts) == 1:
+    if len(parts) == 1 or depth == DEEPEST:
         return whole, [rows]
-    best = [_best_groups(part) for part in parts]
+    best = [_best_groups(part, depth + 1) for part in parts]
     cost = sum(cost for cost, _ in best)
     return (cost, [group for _, found in best for group in found]) if cost < whole else (whole, [rows])

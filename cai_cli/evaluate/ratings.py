@@ -10,6 +10,7 @@ the win rates alone. Intervals are bootstraps over prompts: comparisons over one
 rate is Wilson's where that is wider, as it is for a few prompts.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
@@ -87,8 +88,27 @@ class Tournament:
                 fits[draws] = _bradley_terry(named, self.pairs, len(self.models))
             return fits[draws][:, place]
 
-        figures = (sums.figure(lambda s, i=i: rating(i, s), f"n {i}", RATING) for i in range(len(self.models)))  # type: ignore[misc]
-        return self._named(figures)
+        anything = (-math.inf, math.inf)
+        figures = [sums.figure(lambda s, i=i: rating(i, s), f"n {i}", anything) for i in range(len(self.models))]  # type: ignore[misc]
+        return self._named(figure and self._no_surer(figure, i, sums) for i, figure in enumerate(figures))
+
+    def _no_surer(self, figure: Figure, model: int, sums: Sums) -> Figure:
+        """A rating with no narrower an interval than Wilson's of the model's share of wins is on the Elo scale: where a
+        model wins all, or all are ties, no draw differs, and of a few prompts the bootstrap alone is too sure."""
+        won = sum(sums.total(f"won {i} {j}") for i, j in self.pairs if i == model)
+        won += sum(sums.total(f"n {i} {j}") - sums.total(f"won {i} {j}") for i, j in self.pairs if j == model)
+        prompts = _prompts(sums, f"n {model}")
+        share = won / sums.total(f"n {model}")
+        apart = wilson(share * prompts, prompts)
+        assert apart  # noqa: S101
+        least = 0.5 / (prompts + 1)  # as half a win is added on either side of every pair
+
+        def elo(p: float) -> float:
+            return SCALE * math.log10(max(p, least) / max(1 - p, least)) * (1 - 1 / len(self.models))
+
+        low, high = (figure["value"] + elo(apart[end]) - elo(share) for end in ("low", "high"))
+        low, high = min(figure["low"], low), max(figure["high"], high)
+        return {**figure, "low": max(RATING[0], low), "high": min(RATING[1], high)}
 
     def _scores(self, sums: Sums | None) -> list[dict[str, Any]]:
         if sums is None:
@@ -108,11 +128,15 @@ def _of_few(sums: Sums, won: str, count: str) -> Figure | None:
     figure = sums.share(won, count)
     if figure is None:
         return None
-    prompts = sum(n > 0 for n in sums.table[:, sums.columns[count]].tolist())
+    prompts = _prompts(sums, count)
     apart = wilson(figure["value"] * prompts, prompts)
     if apart:
         figure["low"], figure["high"] = min(figure["low"], apart["low"]), max(figure["high"], apart["high"])
     return figure
+
+
+def _prompts(sums: Sums, count: str) -> int:
+    return int((sums.table[:, sums.columns[count]] > 0).sum())
 
 
 def _bradley_terry(named: Mapping[str, "Numbers"], pairs: Sequence[tuple[int, int]], models: int) -> "Numbers":

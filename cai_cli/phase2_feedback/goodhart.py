@@ -44,11 +44,14 @@ def goodhart(checks: Sequence[Check]) -> str | None:
 
 
 def best_check(checks: Sequence[Check]) -> int:
-    """The place of the check to keep, all of which are unflagged: the watcher's favourite (of equals the earliest), or
-    without a watcher the last."""
-    watched = [mean_of(check, lambda row: row.watch_score) for check in checks]
-    known = [score for score in watched if score is not None]
-    return watched.index(max(known)) if known else len(checks) - 1
+    """The place of the check to keep, all of which are unflagged: the watcher's favourite (of equals the earliest) by
+    the replies that it scored at every check; the last where these are fewer than half, or nobody watches."""
+    scored = [{(row.id, row.sample_index): row.watch_score for row in check} for check in checks]
+    common = [key for key in scored[0] if all(scores[key] is not None for scores in scored)]
+    if 2 * len(common) < len(scored[0]):
+        return len(checks) - 1
+    watched = [fmean(scores[key] or 0.0 for key in common) for scores in scored]
+    return watched.index(max(watched))
 
 
 def _falling_watcher(checks: Sequence[Check], alpha: float) -> str | None:

@@ -173,10 +173,12 @@ def rl(
 
 
 def figures(metrics: Metrics, scale: Scale, kept: int) -> dict[str, Any]:
-    """Of the manifest. `kept_step`: the step whose weights are the finished model, 0 where none was better than the
-    start model. `score_mean` and `score_std`: the scale of the reward."""
+    """Of the manifest, about the model that is kept. `kept_step`: the step whose weights these are, 0 where none was
+    better than the start model. `score_mean` and `score_std`: the scale of the reward."""
     trained = [row for row in metrics.rows if row["reward"] is not None]
+    last = [row for row in trained if row["step"] <= kept][-1:] or trained[:1]
     checks = [row for row in metrics.rows if row["pm_score"] is not None]
+    its_check = next((row for row in checks if row["step"] == kept), checks[-1])
     flag = flagged(metrics)
     return {
         "steps": metrics.rows[-1]["step"],
@@ -184,9 +186,9 @@ def figures(metrics: Metrics, scale: Scale, kept: int) -> dict[str, Any]:
         "score_mean": scale.mean,
         "score_std": scale.std,
         "reward_before": trained[0]["reward"],
-        **{name: trained[-1][name] for name in ("reward", "kl", "cut_off_share", "reply_tokens")},
+        **{name: last[0][name] for name in ("reward", "kl", "cut_off_share", "reply_tokens")},
         **{f"{name}_before": checks[0][name] for name in ("pm_score", "watch_score")},
-        **{name: checks[-1][name] for name in ("pm_score", "watch_score")},
+        **{name: its_check[name] for name in ("pm_score", "watch_score")},
         "goodhart": flag["goodhart"] if flag else None,
         "goodhart_step": flag["step"] if flag else None,
     }

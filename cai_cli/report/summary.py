@@ -75,6 +75,8 @@ def headlines(run: RunFiles, labels: Mapping[str, Any] | None) -> list[Headline]
     for step in run.of("rl"):
         if step.figures.get("reward_before") is not None and step.figures.get("reward") is not None:
             change = f"from {step.figures['reward_before']:.3g} in the first step, in training"
+            if step.figures.get("kept_step", step.figures["steps"]) != step.figures["steps"]:
+                change += f"; of step {step.figures['kept_step']:,}, which is kept"
             found.append(Headline(f"preference score of {step.name}", step.figures["reward"], change))
     return found
 
