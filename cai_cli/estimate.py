@@ -5,8 +5,9 @@ cannot be known without running (rows that will be rejected) is taken as none. `
 the same way, from its numbers of prompts and assumed lengths.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -17,6 +18,7 @@ from cai_cli.forms import render_transcript
 from cai_cli.jsonl import read_prompts, stop
 from cai_cli.pipeline import DATA_STAGES, Step, stage_options
 from cai_cli.scale import Work
+from cai_cli.sweep import split_name
 
 CHARACTERS_PER_TOKEN = 4
 
@@ -73,9 +75,8 @@ def estimate(steps: Sequence[Step]) -> list[Estimate]:
     for step in steps:
         options = {**{name: o.default for name, o in known[step.command].items()}, **step.settings}
         sources = options["input"] if isinstance(options["input"], list) else [options["input"]]
-        read = [
-            flows.get(str(source)) or _flow_of_file(str(source), bool(options.get("skip-bad"))) for source in sources
-        ]
+        files = [_file(str(source), flows) for source in sources]
+        read = [flows.get(file) or _flow_of_file(file, bool(options.get("skip-bad"))) for file in files]
         flow = min(read, key=lambda one: one.rows)  # several are joined by prompt
         if options["limit"]:
             flow = replace(flow, rows=min(flow.rows, int(options["limit"])))
@@ -93,6 +94,11 @@ def _estimated(name: str, command: str, flow: Flow, options: dict[str, Any], she
 
 
 Parts = tuple[int, int, Work, Flow]
+
+
+def _file(source: str, flows: Mapping[str, Flow]) -> str:
+    """The file of FILE or NAME=FILE."""
+    return source if source in flows or Path(source).exists() else split_name(source)[1]
 
 
 def _flow_of_file(source: str, skip_bad: bool) -> Flow:
@@ -188,12 +194,19 @@ def _score(flow: Flow, options: dict[str, Any]) -> Parts:
 def _rl(flow: Flow, options: dict[str, Any]) -> Parts:
     trained = int(options["steps"]) * int(options["prompts-per-step"]) * int(options["samples-per-prompt"])
     checks = 1 + -(-int(options["steps"]) // int(options["monitor-every"]))
-    replies = trained + checks * max(16, min(int(options["held-out"]), flow.rows // 2))
+    checked = max(16, min(int(options["held-out"]), flow.rows // 2))
+    replies = trained + checks * checked
     new = int(options["max-new-tokens"])
     whole = flow.prompt_tokens + new
     # Each reply is read by the preference model and by the start model too.
-    work = Work(replies * (flow.prompt_tokens + 2 * whole), replies * new, trained * whole)
-    return flow.rows, replies, work, flow
+    read, asked = replies * (flow.prompt_tokens + 2 * whole), 0
+    if options["watch-pm"]:
+        read += checks * checked * whole
+    if options["watch-judge"]:  # both orders; of the first check it is not asked, whose replies are the start model's
+        asked = 2 * (checks - 1) * checked
+        examples = _few_shot_tokens(PreferenceConstitution, {"constitution": None, "few-shot": None})
+        read += asked * (examples + flow.prompt_tokens + 2 * new)
+    return flow.rows, replies + asked, Work(read, replies * new, trained * whole), flow
 
 
 _ESTIMATORS = {

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 from conftest import Cai
-from stage_helpers import Json, rows_in, write_rows
+from stage_helpers import Json, rows_in, sample_row, write_rows
 
+from cai_cli.constitution import PreferenceConstitution, open_constitution
 from cai_cli.errors import CaiError
-from cai_cli.estimate import estimate
+from cai_cli.estimate import Estimate, estimate
 from cai_cli.pipeline import Step, load_run, plan, stage_options
 
 ROAD = """\
@@ -322,6 +323,34 @@ def test_the_plan_counts_what_a_way_of_judging_asks(settings: str, requests: int
     steps = f"  a: {{command: sample, input: six.txt, n: 3}}\n  b: {{command: label-prefs, input: '@a', {settings}}}\n"
     found = estimate(planned(road, steps))[1]
     assert (found.requests, found.work.new_tokens) == (requests, new_tokens)
+
+
+def test_the_plan_reads_a_named_input_as_the_command_does(road: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(road)
+    rows = [sample_row(i) for i in range(4)]
+    for name in ("old.jsonl", "a=b.jsonl"):
+        write_rows(road / name, rows)
+    steps = "  a: {command: sample, input: prompts.jsonl}\n"
+    steps += "  b: {command: eval compare, input: ['x=@a', y=old.jsonl, a=b.jsonl], judge: 'scripted:script.jsonl'}\n"
+    found = estimate(planned(road, steps))[1]
+    assert (found.rows, found.requests) == (4 * 3, 4 * 3 * 2)
+
+
+def test_the_plan_of_rl_counts_what_its_watcher_is_asked(road: Path) -> None:
+    def planned_rl(watcher: str) -> Estimate:
+        settings = f"pm: pm, steps: 20, max-new-tokens: 10{watcher}"
+        return estimate(planned(road, f"  a: {{command: rl, input: prompts.jsonl, {settings}}}\n"))[0]
+
+    alone, judge, pm = (planned_rl(w) for w in ("", ", watch-judge: judge", ", watch-pm: other"))
+    prompt, replies = len("\n\nHuman: question 0") / 4, 16  # of one check; there are three
+    asked = judge.requests - alone.requests
+    assert (asked, pm.requests) == (2 * 2 * replies, alone.requests)
+    examples = open_constitution(PreferenceConstitution, None, None).examples
+    few_shot = sum(len(example.model_dump_json()) for example in examples) / 4
+    read = judge.work.prompt_tokens - alone.work.prompt_tokens
+    assert read == pytest.approx(asked * (few_shot + prompt + 2 * 10))
+    assert pm.work.prompt_tokens - alone.work.prompt_tokens == pytest.approx(3 * replies * (prompt + 10))
+    assert judge.work.new_tokens == pm.work.new_tokens == alone.work.new_tokens
 
 
 def test_an_option_has_one_name_in_the_shell_and_in_a_run_file() -> None:

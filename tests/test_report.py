@@ -14,8 +14,9 @@ import pytest
 from conftest import Cai
 from hypothesis import given
 from hypothesis import strategies as st
-from report_helpers import HOSTILE, make_run, revision
+from report_helpers import HOSTILE, make_run, revision, write
 
+from cai_cli.evaluate.agreement import audit_file
 from cai_cli.records import Preference, Revision, load_row
 from cai_cli.report import charts, labels, rows_shown
 from cai_cli.report.collect import read_run
@@ -378,6 +379,35 @@ def test_the_audit_tells_a_judge_of_positions_from_a_judge_of_replies() -> None:
         assert figures["first_picks"]["value"] == first
     assert (positional["agreement"], len(its_charts)) == (None, 2)
     assert [chart.id for chart in honest_charts] == ["labels-first", "labels-p-chosen", "labels-reliability"]
+
+
+def test_every_step_of_labels_has_an_audit_of_its_own(plain: tuple[str, Page], tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "made")
+    row = json.loads((folder / "preferences.jsonl").read_text().splitlines()[0])
+    beside = json.loads((folder / "preferences.jsonl.manifest.json").read_text())
+    votes = [vote("ab", 0.9), vote("ba", 0.86)]  # for whatever stands first
+    rows = [row | {"id": f"p{i}/0-1", "p_chosen": 0.52, "human": None, "votes": votes} for i in range(20)]
+    write(folder / "positional.jsonl", rows, beside)
+    write(folder / "ties.jsonl", [], beside)
+    tie = {"key": "p1/0-1", "reason": "tie", "row": json.dumps(row)}
+    write(folder / "ties.jsonl.rejected.jsonl", [tie], None)
+    page = drawn(folder)[1]
+    ids = [a["id"] for _, a in page.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    text = squeezed(page.text)
+    for file in ("preferences", "positional", "ties"):
+        found = audit_file(str(folder / f"{file}.jsonl"))
+        verdict = "To be trusted" if found["trusted"] else "Not to be trusted"
+        assert f" {file} {verdict}: {found['reason']}." in text
+    assert text.count("verdicts that flip when the order does") == 2
+    assert "How sure the labels are (positional)" in text
+    assert "labels that flip with the order" not in text
+    assert "comparisons labelled" not in text
+
+    alone = squeezed(plain[1].text)
+    assert "labels that flip with the order" in alone
+    assert "How sure the labels are (" not in alone
+    assert "chart-labels-first" in [a.get("id") for _, a in plain[1].tags]
 
 
 def test_a_chain_holds_each_round_against_the_one_before(tmp_path: Path) -> None:

@@ -30,15 +30,17 @@ class Audit:
         for vote in row.votes:
             self.first.setdefault(vote.order, [0] * BINS)[_bin(vote.p_first)] += 1
 
-    def charts(self, figures: Mapping[str, Any]) -> list[Chart]:
+    def charts(self, figures: Mapping[str, Any], *, id: str = "labels", of: str = "") -> list[Chart]:
+        """`id` begins the id of each; `of` names the step in their titles, where a page shows several."""
         if not self.first:
             return []
+        of = f" ({of})" if of else ""
         names = {"ab": "chosen reply first", "ba": "rejected reply first"}
         edges = [i / BINS for i in range(BINS + 1)]
         found = [
             histogram(
-                "labels-first",
-                "Probability given to the first reply",
+                f"{id}-first",
+                f"Probability given to the first reply{of}",
                 {names[order]: counts for order, counts in sorted(self.first.items())},
                 edges,
                 x_label="probability",
@@ -46,8 +48,8 @@ class Audit:
                 "one side.",
             ),
             histogram(
-                "labels-p-chosen",
-                "How sure the labels are",
+                f"{id}-p-chosen",
+                f"How sure the labels are{of}",
                 {"comparisons": self.p_chosen},
                 [0.5 + i / BINS / 2 for i in range(BINS + 1)],
                 x_label="probability of the chosen reply",
@@ -56,8 +58,8 @@ class Audit:
         if bins := figures["reliability"]:
             found.append(
                 reliability(
-                    "labels-reliability",
-                    "Do humans agree as often as the label says?",
+                    f"{id}-reliability",
+                    f"Do humans agree as often as the label says?{of}",
                     [
                         Bin(b["confidence"], b["right"]["value"], b["n"], b["right"]["low"], b["right"]["high"])
                         for b in bins

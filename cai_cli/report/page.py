@@ -21,7 +21,7 @@ from cai_cli.console import safe
 from cai_cli.records import Preference
 from cai_cli.report import charts, curves, labels, rows_shown, summary
 from cai_cli.report.charts import Chart
-from cai_cli.report.collect import TRAINING, RunFiles, is_figure
+from cai_cli.report.collect import TRAINING, RunFiles, StepFiles, is_figure
 
 # How much of the page each list may take, in bytes: with five lists full it stays under 5 MB.
 CHAIN_BYTES, COMPARISON_BYTES, SAMPLE_BYTES = 1_600_000, 700_000, 900_000
@@ -64,15 +64,13 @@ def _finalize(value: object) -> object:
 
 def _sections(run: RunFiles) -> dict[str, Any]:
     """What the template draws, read in one pass a file. Problems met on the way are complete only after it."""
-    audit = labels.Audit()
-    preferences = run.of("label-prefs")
-    counted = _counted(chain.from_iterable(run.rows(step, Preference) for step in preferences), audit)
+    counted = [(step, labels.Audit()) for step in run.of("label-prefs")]
     compared = rows_shown.comparisons(
-        counted, rows_shown.Budget(COMPARISON_BYTES), [step.output.name for step in preferences]
+        chain.from_iterable(_counted(run, step, audit) for step, audit in counted),
+        rows_shown.Budget(COMPARISON_BYTES),
+        [step.output.name for step, _ in counted],
     )
-    for refused in chain.from_iterable(map(run.rejected, preferences)):
-        audit.add(refused)
-    figures = audit.tally.audit()
+    audits = _audits(counted)
     training = []
     for step in run.of(*TRAINING):
         rows = run.metrics(step)
@@ -94,12 +92,11 @@ def _sections(run: RunFiles) -> dict[str, Any]:
         "seconds": sum(step.seconds or 0 for step in run.steps),
         "costs": _costs(run),
         "missing": summary.missing(run),
-        "headlines": summary.headlines(run, figures if compared.total else None),
+        "headlines": summary.headlines(run, audits[0]["figures"] if compared.total and len(audits) == 1 else None),
         "constitutions": summary.constitutions(run),
         "chains": rows_shown.chains(run, rows_shown.Budget(CHAIN_BYTES)),
         "compared": compared,
-        "label_figures": figures,
-        "label_charts": audit.charts(figures),
+        "audits": audits,
         "training": training,
         "planes": _planes(run),
         "wins": _wins(run),
@@ -110,10 +107,24 @@ def _sections(run: RunFiles) -> dict[str, Any]:
     }
 
 
-def _counted(rows: Iterator[Preference], audit: labels.Audit) -> Iterator[Preference]:
-    for row in rows:
+def _counted(run: RunFiles, step: StepFiles, audit: labels.Audit) -> Iterator[Preference]:
+    """The labels of a step, counted as they pass; the rejected pairs after them."""
+    for row in run.rows(step, Preference):
         audit.add(row)
         yield row
+    for refused in run.rejected(step):
+        audit.add(refused)
+
+
+def _audits(counted: Sequence[tuple[StepFiles, labels.Audit]]) -> list[dict[str, Any]]:
+    """The audit of every step that labelled something, with the step's `name` where there are several steps."""
+    found = []
+    for place, (step, audit) in enumerate(counted, 1):
+        if audit.tally.rows:
+            name, id = (step.name, f"labels-{place}") if len(counted) > 1 else ("", "labels")
+            figures = audit.tally.audit()
+            found.append({"name": name, "figures": figures, "charts": audit.charts(figures, id=id, of=name)})
+    return found
 
 
 def _costs(run: RunFiles) -> tuple[list[str], list[list[Any]]]:

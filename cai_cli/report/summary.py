@@ -60,13 +60,16 @@ class Headline:
 
 
 def headlines(run: RunFiles, labels: Mapping[str, Any] | None) -> list[Headline]:
+    """`labels`: the audit of the one step that labelled; None where several did, or none."""
     found = []
     revised = [flow(step) for step in last_revisions(run) if step.status == "done"]
     if revised:
         found.append(Headline("replies revised", sum(f.out for f in revised if f)))
     compared = [flow(step) for step in run.of("label-prefs") if step.status == "done"]
     if compared:
-        found.append(Headline("comparisons labelled", sum(f.out for f in compared if f)))
+        # Several steps may have labelled the same comparisons.
+        what, note = ("labels", f"of {len(compared)} steps") if len(compared) > 1 else ("comparisons labelled", "")
+        found.append(Headline(what, sum(f.out for f in compared if f), note))
     if labels and labels["flip_rate"]:
         found.append(Headline("labels that flip with the order", labels["flip_rate"]))
     for step in run.of("train-pm"):
