@@ -222,7 +222,9 @@ def test_a_chat_through_a_server(cai: Cai, script: str, monkeypatch: pytest.Monk
     with Loopback(good) as server:
         assert cai("chat", "openai:m", script, "--base-url", server.url, stdin=b"hi").stdout.count("> ") == 2
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)
-        assert cai("chat", "openai:m", stdin=b"hi").stdout.startswith("openai:m> Words ")
+        done = cai("chat", "openai:x", stdin=b"hi")
+    assert done.stdout.startswith("openai:x> Words ")
+    assert "chat with openai:x: " in done.stderr  # `:x:` is no emoji here
     local = cai("chat", script, "--base-url", "http://host/v1", stdin=b"hi")
     assert (local.code, "--base-url is for a server" in local.stderr) == (2, True)
     assert "--model" not in local.stderr
