@@ -15,7 +15,7 @@ from rich.text import Text
 
 from cai_cli import console, options
 from cai_cli.engines import open_engine
-from cai_cli.engines.base import Ask, Engine, Refusal, Reply, Sampling, seed_for
+from cai_cli.engines.base import Ask, Engine, Refusal, Reply, Sampling, Server, seed_for
 from cai_cli.prompts import Form, assistant, pick_form, reply_request, user
 from cai_cli.records import Message
 
@@ -43,9 +43,10 @@ class Partner:
 
 
 def lines() -> Iterator[str]:
-    """What the user says: one line a turn, with a prompt and line editing on a terminal."""
+    """What the user says: one line a turn, with a prompt and line editing on a terminal. Bytes that are not UTF-8
+    become lone surrogates."""
     if not sys.stdin.isatty():
-        yield from (line.rstrip("\n") for line in sys.stdin)
+        yield from (line.decode(errors="surrogateescape") for line in sys.stdin.buffer)
         return
     with suppress(ImportError):  # not built into every Python
         import readline  # noqa: F401 - gives input() history and editing
@@ -55,6 +56,24 @@ def lines() -> Iterator[str]:
         except EOFError:
             print()
             return
+
+
+def is_utf8(said: str) -> bool:
+    try:
+        said.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def labels(given: Sequence[str]) -> list[str]:
+    """What the speakers are called: directories by their last name where that tells them apart, equal ones numbered."""
+    short = [Path(name).name if Path(name).is_dir() else name for name in given]
+    if len(set(short)) == len(given):
+        return short
+    if len(set(given)) == len(given):
+        return list(given)
+    return [f"{name} {number}" for number, name in enumerate(short, start=1)]
 
 
 def show_answers(partners: Sequence[Partner], answers: Sequence[Reply | Refusal]) -> None:
@@ -77,7 +96,7 @@ def show_answers(partners: Sequence[Partner], answers: Sequence[Reply | Refusal]
 
 def command(
     model: Annotated[
-        str, typer.Argument(help="Directory, Hub name, alias or scripted:FILE.", show_default=False)
+        str, typer.Argument(help="Directory, Hub name, alias, openai:NAME or scripted:FILE.", show_default=False)
     ] = options.DEFAULT_MODEL,
     second: Annotated[
         str | None, typer.Argument(metavar="MODEL2", help="A second model to hear the same.", show_default=False)
@@ -87,6 +106,7 @@ def command(
     top_p: options.TopP = 1.0,
     prompt_form: options.PromptForm = "auto",
     seed: options.Seed = 0,
+    base_url: options.BaseUrl = None,
     device: options.Device = "auto",
     dtype: options.DType = "auto",
     quiet: options.Quiet = False,
@@ -97,17 +117,21 @@ def command(
     """
     partners = []
     given = [model] if second is None else [model, second]
-    short = [Path(name).name if Path(name).is_dir() else name for name in given]
-    for name, label in zip(given, short if len(set(short)) == len(given) else given, strict=True):
-        engine = open_engine(name, batch_size=1, device=device, dtype=dtype)
+    served = [name for name in given if name.startswith("openai:")]
+    for name, label in zip(given, labels(given), strict=True):
+        server = Server(base_url) if name in served or not served else None
+        size = None if name in served else 1
+        engine = open_engine(name, batch_size=size, device=device, dtype=dtype, server=server)
         partners.append(Partner(label, engine, pick_form(prompt_form, engine)))
     sampling = Sampling(max_new_tokens, temperature, top_p)
     console.say(f"chat with {' and '.join(p.name for p in partners)}: {HELP}")
     for line in lines():
         said = line.strip()
-        if said == "/quit":
+        if not is_utf8(said):
+            console.warn("this line is not UTF-8; it is not part of the conversation")
+        elif said == "/quit":
             return
-        if said == "/reset":
+        elif said == "/reset":
             for partner in partners:
                 partner.history = []
             console.say("the conversation starts afresh")

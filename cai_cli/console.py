@@ -39,7 +39,7 @@ def mute_errors(muted: bool) -> None:
 
 def stderr() -> Console:
     """A console on the current `sys.stderr` (made anew, so that redirection in tests and pipes is honoured)."""
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 def safe(text: str) -> str:

@@ -371,7 +371,7 @@ def row_key(value: dict[str, Any]) -> str:
     """The key of one of our own rows without validating it (see `Row.key`)."""
     if "key" in value:
         return str(value["key"])
-    if "sample_index" in value:
+    if "sample_index" in value and "model_a" not in value:  # a Duel's id has both already
         return f"{value['id']}/{value['sample_index']}"
     return str(value["id"])
 

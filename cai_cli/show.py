@@ -27,6 +27,7 @@ from cai_cli.outputs import sidecar
 
 Json = Any
 Block = tuple[str, str, str]  # label, text, style of the label
+JSONL = re.compile(r"\.jsonl(\.gz|\.zst)?$")
 SPEAKERS = {"user": "Human", "assistant": "Assistant", "system": "System"}
 
 
@@ -39,6 +40,11 @@ def blocks(row: Mapping[str, Json]) -> Iterator[Block]:
         left.pop("key", None)
     yield from _messages(left, "prompt")
     yield from _messages(left, "messages")
+    votes = left.pop("votes", None) or []
+    stood = ("chosen", "rejected")
+    if "model_a" in left and "model_b" in left:
+        stood = (str(left.pop("model_a")), str(left.pop("model_b")))
+        yield from _duel(left, stood)
     history = left.pop("history", None) or []
     for turn in history:
         said = f"{turn['response']}"
@@ -52,11 +58,9 @@ def blocks(row: Mapping[str, Json]) -> Iterator[Block]:
         yield name, _content(left.pop("completion")), "green"
     else:
         yield from _critique(left)
-    for name, style in (("chosen", "green"), ("rejected", "red")):
-        if name in left:
-            yield name, _content(left.pop(name)), style
-    for vote in left.pop("votes", None) or []:
-        yield "vote", _vote(vote), "yellow"
+    yield from _compared(left)
+    for vote in votes:
+        yield "vote", _vote(vote, stood), "yellow"
     for named in ("id", "sample_index"):  # the heading has them
         left.pop(named, None)
     rest = [(name, v if isinstance(v, str) else orjson.dumps(v).decode()) for name, v in left.items() if v is not None]
@@ -90,13 +94,27 @@ def _critique(left: dict[str, Json]) -> Iterator[Block]:
         yield f"critique {left.pop('round')} ({left.pop('principle_id')})", left.pop("critique"), "yellow"
 
 
+def _compared(left: dict[str, Json]) -> Iterator[Block]:
+    for name, style in (("chosen", "green"), ("rejected", "red")):
+        if name in left:
+            yield name, _content(left.pop(name)), style
+
+
+def _duel(left: dict[str, Json], models: tuple[str, str]) -> Iterator[Block]:
+    """The replies of two models, each under its model's name and score."""
+    for side, model, style in zip("ab", models, ("green", "cyan"), strict=True):
+        score = left.pop(f"score_{side}", None)
+        yield model if score is None else f"{model} (score {score})", _content(left.pop(side)), style
+
+
 def _content(value: Json) -> str:
     """A reply, given as messages or as text."""
     return "\n\n".join(message["content"] for message in value) if isinstance(value, list) else str(value)
 
 
-def _vote(vote: Mapping[str, Json]) -> str:
-    first = "chosen" if vote["order"] == "ab" else "rejected"
+def _vote(vote: Mapping[str, Json], stood: tuple[str, str]) -> str:
+    """A vote on two replies; `stood` names them, the first in order "ab" first."""
+    first = stood[0] if vote["order"] == "ab" else stood[1]
     text = f"{vote['principle_id']}: {first} first, {vote['p_first']:.1%} for the first ({vote['method']})"
     return f"{text}\n{vote['rationale']}" if vote["rationale"] else text
 
@@ -121,6 +139,11 @@ def row_text(row: Json, line: int) -> Text:
 def name_of(row: Mapping[str, Json], line: int) -> str:
     """What resume and error messages call a row, or its line."""
     return row_key(dict(row)) if "id" in row or "key" in row else f"line {line}"
+
+
+def _names(row: Mapping[str, Json], line: int) -> tuple[Json, ...]:
+    """What `--id` finds a row by."""
+    return row.get("id"), row.get("prompt_id"), name_of(row, line)
 
 
 class Out(Console):
@@ -160,7 +183,9 @@ def command(
     input: options.Input,
     n: Annotated[int | None, typer.Option("--n", "-n", min=1, help="Stop after N rows.")] = None,
     grep: Annotated[str | None, typer.Option(help="Only rows in which this regular expression is found.")] = None,
-    id: Annotated[str | None, typer.Option("--id", help="Only the rows with this id.")] = None,
+    id: Annotated[
+        str | None, typer.Option("--id", help="Only the rows with this id, or of the prompt with this id.")
+    ] = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Page through a JSONL file as a person reads it.
@@ -171,12 +196,14 @@ def command(
         wanted = re.compile(grep, re.IGNORECASE) if grep else None
     except re.error as error:
         raise UsageError(f"--grep {grep!r} is no regular expression: {error}") from None
+    if input != "-" and Path(input).is_dir():
+        raise _directory(Path(input))
     shown, more = 0, False
     with pager() as out:
         if header := _header(input):
             out.print(Text(header, "dim"))
         for line, row in read_values(input):
-            if id is not None and not (isinstance(row, dict) and id in (row.get("id"), name_of(row, line))):
+            if id is not None and not (isinstance(row, dict) and id in _names(row, line)):
                 continue
             text = row_text(row, line)
             if wanted and not wanted.search(text.plain):
@@ -187,6 +214,15 @@ def command(
             out.print(text)
             shown += 1
     console.say(f"show: {shown:,} rows{'; more follow (--n)' if more else ''}")
+
+
+def _directory(path: Path) -> UsageError:
+    """Why a directory cannot be shown, and which files in it can."""
+    files = sorted(str(file) for file in path.iterdir() if JSONL.search(file.name))
+    kind = "the directory of a model" if (path / "config.json").is_file() else "a directory"
+    return UsageError(
+        f"{path} is {kind}, not a JSONL file", hint=f"name a file in it: {', '.join(files)}" if files else None
+    )
 
 
 def _header(source: str) -> str | None:

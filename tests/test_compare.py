@@ -20,6 +20,7 @@ from cai_cli.engines.scripted import ScriptedEngine
 from cai_cli.errors import BadRow, UsageError
 from cai_cli.evaluate.compare import Match, compare_by_votes, match_units, name_files
 from cai_cli.evaluate.ratings import Tournament
+from cai_cli.jsonl import row_key
 from cai_cli.phase2_feedback.judging import Judge, sigmoid
 from cai_cli.phase2_feedback.label_prefs import Labeller
 from cai_cli.prompts import HELPFULNESS
@@ -37,6 +38,11 @@ def samples(folder: Path, name: str, replies: dict[int, str], kind: str | None =
 def duel(prompt: int, p_a: float, a: str = "one", b: str = "two", kind: Kind | None = "red-team") -> Duel:
     row = load_row(Sample, sample_row(prompt))
     return replace(Match(f"p{prompt}/0 {a}:{b}", kind, a, b, row, row)).duel(p_a)
+
+
+def test_a_comparison_goes_by_its_id_when_it_is_resumed_or_shown() -> None:
+    row = duel(0, 0.5)
+    assert row_key(row.model_dump()) == row.key == "p0/0 one:two"
 
 
 # --- what is compared with what ----------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ import pytest
 from conftest import Cai
 from hypothesis import given
 from hypothesis import strategies as st
-from report_helpers import HOSTILE, make_run
+from loopback import Loopback, good
+from report_helpers import HOSTILE, make_run, manifest, training_counts
 from stage_helpers import sample_row, write_rows
 
 from cai_cli.show import row_text
@@ -81,6 +82,40 @@ def test_rows_are_picked_by_number_text_and_id(cai: Cai, tmp_path: Path) -> None
     assert cai("show", "-", stdin=(tmp_path / "s.jsonl").read_bytes()).stdout.count("── p") == 10
 
 
+def said(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
+
+
+def test_a_duel_reads_as_two_replies_named_by_their_models(cai: Cai, tmp_path: Path) -> None:
+    vote = {"principle_id": "kind", "method": "choice", "order": "ba", "p_first": 0.25, "rationale": None}
+    row = {
+        "id": "p0/0 base:tuned", "prompt_id": "p0", "sample_index": 0, "prompt": [{"role": "user", "content": "why"}],
+        "kind": None, "model_a": "base", "model_b": "tuned", "a": said("go away"), "b": said("gladly"),
+        "score_a": -1.5, "score_b": 0.25, "p_a": 0.2, "votes": [vote],
+    }  # fmt: skip
+    write_rows(tmp_path / "d.jsonl", [row, {**row, "id": "p1/0 base:tuned", "prompt_id": "p1"}])
+    lines = cai("show", "d.jsonl", "--id", "p0").stdout.splitlines()
+    assert lines[0].startswith("── p0/0 base:tuned ──")
+    assert [line for line in lines[1:] if line] == [
+        "Human  why",
+        "base (score -1.5)  go away",
+        "tuned (score 0.25)  gladly",
+        "vote  kind: tuned first, 25.0% for the first (choice)",
+        "prompt_id p0 · p_a 0.2",
+    ]
+
+
+def test_the_directory_of_a_model_names_the_files_that_can_be_shown(cai: Cai, tmp_path: Path) -> None:
+    (tmp_path / "rl").mkdir()
+    for name in ("config.json", "samples.jsonl", "metrics.jsonl"):
+        (tmp_path / "rl" / name).write_text("{}")
+    (tmp_path / "rl.manifest.json").write_text(json.dumps(manifest("rl", training_counts(5))))
+    done = cai("show", "rl")
+    assert done.code == 2
+    assert "rl is the directory of a model, not a JSONL file" in done.stderr
+    assert "rl/metrics.jsonl, rl/samples.jsonl" in done.stderr
+
+
 def test_no_row_can_steer_the_terminal(cai: Cai, tmp_path: Path) -> None:
     text = "[red]not markup[/red] [link=x]:smile:"
     write_rows(tmp_path / "s.jsonl", [sample_row(i, reply=t) for i, t in enumerate([*HOSTILE, text])])
@@ -91,7 +126,7 @@ def test_no_row_can_steer_the_terminal(cai: Cai, tmp_path: Path) -> None:
     assert r"\x1b[31mred" in shown
 
 
-@given(st.recursive(st.none() | st.booleans() | st.floats(allow_nan=False) | st.text(), lambda c: st.lists(c) | st.dictionaries(st.sampled_from(["id", "prompt", "history", "votes", "completion", "critique", "row", "reason", "chosen", "x"]), c), max_leaves=12))  # fmt: skip
+@given(st.recursive(st.none() | st.booleans() | st.floats(allow_nan=False) | st.text(), lambda c: st.lists(c) | st.dictionaries(st.sampled_from(["id", "prompt", "history", "votes", "completion", "critique", "row", "reason", "chosen", "model_a", "model_b", "a", "b", "x"]), c), max_leaves=12))  # fmt: skip
 def test_whatever_json_a_line_holds_it_is_shown(value: object) -> None:
     assert "\x1b" not in row_text(value, 3).plain
 
@@ -167,6 +202,32 @@ def test_what_is_refused_cut_or_unknown_is_said_and_no_part_of_the_conversation(
     ]  # fmt: skip
     assert "the script holds no reply for this prompt; this turn is not part" in done.stderr
     assert "no command /help" in done.stderr
+
+
+def test_one_model_twice_is_two_numbered_speakers(cai: Cai, script: str) -> None:
+    done = cai("chat", script, script, stdin=b"hi\n")
+    assert done.stdout.splitlines() == [f"{script} 1> hello", f"{script} 2> hello"]
+
+
+def test_a_line_that_is_not_utf8_is_said_and_no_part_of_the_conversation(cai: Cai, script: str) -> None:
+    done = cai("chat", script, stdin=b"my name is Ada\ncaf\xe9\nwho am i\n")
+    assert done.stdout.splitlines() == [f"{script}> hello", f"{script}> Ada"]
+    assert done.stderr.count("this line is not UTF-8") == 1
+
+
+def test_a_chat_through_a_server(cai: Cai, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    without = cai("chat", "openai:m", stdin=b"hi")
+    assert (without.code, "an openai: model needs --base-url (or OPENAI_BASE_URL)" in without.stderr) == (2, True)
+    with Loopback(good) as server:
+        assert cai("chat", "openai:m", script, "--base-url", server.url, stdin=b"hi").stdout.count("> ") == 2
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        done = cai("chat", "openai:x", stdin=b"hi")
+    assert done.stdout.startswith("openai:x> Words ")
+    assert "chat with openai:x: " in done.stderr  # `:x:` is no emoji here
+    local = cai("chat", script, "--base-url", "http://host/v1", stdin=b"hi")
+    assert (local.code, "--base-url is for a server" in local.stderr) == (2, True)
+    assert "--model" not in local.stderr
 
 
 def test_a_chat_with_no_such_model_ends_at_once(cai: Cai) -> None:

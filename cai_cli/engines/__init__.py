@@ -22,7 +22,7 @@ def open_engine(model: str, *, batch_size: int | None, device: str, dtype: str, 
 
         return EndpointEngine(model.removeprefix("openai:"), server)
     if given := [name for name, value in asdict(server).items() if value is not None]:
-        raise UsageError(f"--{given[0].replace('_', '-')} is for a server", hint="--model openai:NAME --base-url URL")
+        raise UsageError(f"--{given[0].replace('_', '-')} is for a server", hint="an openai:NAME model")
     if model.startswith("scripted:"):
         from cai_cli.engines.scripted import ScriptedEngine
 
