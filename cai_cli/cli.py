@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted, 143 terminated, 141 the reader of stdout went away.
 """
 
+import atexit
 import os
 import signal
 import sys
@@ -98,6 +99,7 @@ def main() -> NoReturn:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     signal.signal(signal.SIGTERM, _terminated)
+    atexit.register(_heed_no_more)
     _open_closed_streams()
     try:
         code = _run()
@@ -159,6 +161,13 @@ def _null(number: int, flags: int, mode: str) -> Any:
 def _give_up_stdout() -> None:
     """The interpreter would complain once more when it flushes stdout at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _heed_no_more() -> None:
+    """All is said, written and closed: an interpreter that ends takes its handlers away, and a signal that came then
+    would end it with another code."""
+    for late in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(late, signal.SIG_IGN)
 
 
 def _terminated(_signal: int, _frame: FrameType | None) -> NoReturn:
