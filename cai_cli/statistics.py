@@ -85,7 +85,7 @@ class Sums:
         import numpy as np
 
         table = self.table[: self.blocks]
-        clusters = self._clusters(count)
+        clusters = self.clusters(count)
         with np.errstate(divide="ignore", invalid="ignore"):
             value = float(statistic(self._named(table.sum(0, keepdims=True)))[0])
             if clusters == 0 or not math.isfinite(value):
@@ -114,13 +114,13 @@ class Sums:
 
     def share(self, part: str, count: str) -> Figure | None:
         """The share `part` / `count`; of a few clusters its interval is no narrower than Wilson's over the clusters."""
-        figure, clusters = self.figure(lambda s: s[part] / s[count], count, SHARE), self._clusters(count)
+        figure, clusters = self.figure(lambda s: s[part] / s[count], count, SHARE), self.clusters(count)
         if figure and clusters < FEW and (whole := wilson(figure["value"] * clusters, clusters)):
             low, high = min(figure["low"], whole["low"]), max(figure["high"], whole["high"])
             return {**figure, "low": low, "high": high}
         return figure
 
-    def _clusters(self, count: str) -> int:
+    def clusters(self, count: str) -> int:
         """How many blocks count something in the column."""
         return int((self.table[:, self.columns[count]] != 0).sum())
 

@@ -97,7 +97,7 @@ class Tournament:
         model wins all, or all are ties, no draw differs, and of a few prompts the bootstrap alone is too sure."""
         won = sum(sums.total(f"won {i} {j}") for i, j in self.pairs if i == model)
         won += sum(sums.total(f"n {i} {j}") - sums.total(f"won {i} {j}") for i, j in self.pairs if j == model)
-        prompts = _prompts(sums, f"n {model}")
+        prompts = sums.clusters(f"n {model}")
         share = won / sums.total(f"n {model}")
         apart = wilson(share * prompts, prompts)
         assert apart  # noqa: S101
@@ -128,15 +128,11 @@ def _of_few(sums: Sums, won: str, count: str) -> Figure | None:
     figure = sums.share(won, count)
     if figure is None:
         return None
-    prompts = _prompts(sums, count)
+    prompts = sums.clusters(count)
     apart = wilson(figure["value"] * prompts, prompts)
     if apart:
         figure["low"], figure["high"] = min(figure["low"], apart["low"]), max(figure["high"], apart["high"])
     return figure
-
-
-def _prompts(sums: Sums, count: str) -> int:
-    return int((sums.table[:, sums.columns[count]] > 0).sum())
 
 
 def _bradley_terry(named: Mapping[str, "Numbers"], pairs: Sequence[tuple[int, int]], models: int) -> "Numbers":
