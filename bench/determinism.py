@@ -13,9 +13,9 @@ import sys
 from generate import chats
 
 from cai_cli.engines.base import Ask, Sampling
-from cai_cli.engines.chat import encode_chat
-from cai_cli.engines.decoding import Row, uniforms
-from cai_cli.engines.local import LocalEngine
+from cai_cli.engines.local.engine import LocalEngine
+from cai_cli.engines.local.sampling import Row, uniforms
+from cai_cli.engines.tokenization import encode_chat
 
 NEAR = 1e-4
 

@@ -15,12 +15,12 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
+from cai_cli.data.schema import Message
 from cai_cli.engines.base import Ask, Reply, Sampling
-from cai_cli.engines.chat import encode_chat
-from cai_cli.engines.local import LocalEngine
-from cai_cli.engines.shared import shared_start
-from cai_cli.models import load_causal_lm
-from cai_cli.records import Message
+from cai_cli.engines.local.engine import LocalEngine
+from cai_cli.engines.local.prefix_cache import shared_start
+from cai_cli.engines.tokenization import encode_chat
+from cai_cli.models.loading import load_causal_lm
 
 TOPICS = ("saving money", "a sore back", "an old piano", "moving abroad", "a noisy neighbour", "learning to cook")
 OPENINGS = (
@@ -79,7 +79,7 @@ def peak_flops() -> float:
     """Floating point operations a second of the quickest large float32 product here: torch's own, or a packed layer."""
     import torch
 
-    from cai_cli.engines.packed import pack_linears
+    from cai_cli.engines.local.onednn import pack_linears
 
     size = 2048
     x, layer = torch.randn(size, size), torch.nn.Linear(size, size, bias=False)

@@ -15,17 +15,18 @@ from collections.abc import Iterator, Sequence
 
 import orjson
 
-from cai_cli.constitution import PreferenceConstitution, open_constitution
+from cai_cli.constitution.schema import PreferenceConstitution, open_constitution
+from cai_cli.data.formats import parse_transcript
+from cai_cli.data.row_reader import Intake
 from cai_cli.engines import open_engine
 from cai_cli.engines.base import Refusal, Sampling
-from cai_cli.forms import parse_transcript
-from cai_cli.intake import Intake
-from cai_cli.phase2_feedback.judging import METHODS, Comparison, Judge, Judgement, sigmoid
-from cai_cli.phase2_feedback.label_prefs import Labeller
-from cai_cli.phase2_feedback.pairs import Pair, pair_units
-from cai_cli.prompts import assistant, options_of
-from cai_cli.stage import Unit
-from cai_cli.statistics import wilson
+from cai_cli.judging.judge import METHODS, Comparison, Judge, Judgement, sigmoid
+from cai_cli.judging.pairs import Pair, pair_units
+from cai_cli.judging.votes import Labeller
+from cai_cli.metrics.intervals import wilson
+from cai_cli.prompting.base import assistant
+from cai_cli.prompting.comparison import options_of
+from cai_cli.runtime.stage_run import Unit
 
 _QUESTION = re.compile(r"\A\n\nConsider [^\n]+:(\n\nHuman:.+?)\n\n\n([^\n]+) Options:\n \(A\) ", re.DOTALL)
 

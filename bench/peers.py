@@ -99,9 +99,9 @@ def compare(options: argparse.Namespace) -> None:
     import score
 
     from cai_cli.engines.base import Ask, Question, Reply, Sampling
-    from cai_cli.engines.chat import encode_chat, encode_text
-    from cai_cli.engines.local import LocalEngine
-    from cai_cli.prompts import OPTIONS
+    from cai_cli.engines.local.engine import LocalEngine
+    from cai_cli.engines.tokenization import encode_chat, encode_text
+    from cai_cli.prompting.comparison import OPTIONS
 
     engine = LocalEngine(options.model, batch_size=options.rows, device="cpu", dtype="float32")
     chats, comparisons = generate.chats(options.rows), score.chats(options.rows)

@@ -13,12 +13,12 @@ from itertools import chain
 from statistics import median
 from typing import Any
 
+from cai_cli.data.schema import Message
 from cai_cli.engines.base import Question
-from cai_cli.engines.chat import encode_chat, encode_text
-from cai_cli.engines.local import LocalEngine
-from cai_cli.models import load_causal_lm
-from cai_cli.prompts import OPTIONS
-from cai_cli.records import Message
+from cai_cli.engines.local.engine import LocalEngine
+from cai_cli.engines.tokenization import encode_chat, encode_text
+from cai_cli.models.loading import load_causal_lm
+from cai_cli.prompting.comparison import OPTIONS
 
 WORDS = [
     "people",

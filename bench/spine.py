@@ -20,7 +20,7 @@ import zstandard
 TARGET = 2_000  # rows a second
 MEASURED = """
 import atexit, resource, sys
-from cai_cli.cli import main
+from cai_cli.cli.app import main
 atexit.register(lambda: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr))
 main()
 """

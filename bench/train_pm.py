@@ -14,11 +14,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cai_cli.models import load_reward_model, load_tokenizer, resolve
+from cai_cli.models.loading import load_reward_model, load_tokenizer
+from cai_cli.models.names import resolve
 from cai_cli.phase2_feedback.pm_trainer import soft_reward_trainer
-from cai_cli.phase2_feedback.preference_model import score_ids
-from cai_cli.phase2_feedback.shared_prompt import score_pairs, take_packed_pairs
-from cai_cli.training import Recipe, quiet_libraries, without_printer
+from cai_cli.reward.packed_pairs import score_pairs, take_packed_pairs
+from cai_cli.reward.preference_model import score_ids
+from cai_cli.training.config import Recipe
+from cai_cli.training.loop import without_printer
+from cai_cli.training.quiet import quiet_libraries
 
 
 def pairs(count: int) -> list[dict[str, Any]]:

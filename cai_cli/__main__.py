@@ -1,5 +1,5 @@
 """`python -m cai_cli`: what torchrun and accelerate launch."""
 
-from cai_cli.cli import main
+from cai_cli.cli.app import main
 
 main()

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cai_cli import console
-from cai_cli.cli import main
+from cai_cli.cli.app import main
+from cai_cli.common import console
 
 Ran = Callable[[str], None]
 

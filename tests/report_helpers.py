@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from cai_cli.constitution import CritiqueConstitution, PreferenceConstitution, open_constitution
+from cai_cli.constitution.schema import CritiqueConstitution, PreferenceConstitution, open_constitution
 
 Json = dict[str, Any]
 

@@ -14,15 +14,16 @@ import pytest
 from conftest import Cai
 from stage_helpers import write_rows
 
-from cai_cli.constitution import PreferencePrinciple
+from cai_cli.constitution.schema import PreferencePrinciple
+from cai_cli.data.schema import Preference, Rejected, dump_row, reject
 from cai_cli.engines.base import Question, Refusal, Sampling
 from cai_cli.engines.scripted import ScriptedEngine
-from cai_cli.evaluate.agreement import audit
-from cai_cli.phase2_feedback.judging import Judge
-from cai_cli.phase2_feedback.label_prefs import Labeller, label_prefs
-from cai_cli.phase2_feedback.pairs import Pair
-from cai_cli.prompts import assistant, user
-from cai_cli.records import Preference, Rejected, dump_row, reject
+from cai_cli.judging.judge import Judge
+from cai_cli.judging.pairs import Pair
+from cai_cli.judging.votes import Labeller
+from cai_cli.metrics.label_audit import audit
+from cai_cli.phase2_feedback.label_prefs import label_prefs
+from cai_cli.prompting.base import assistant, user
 
 
 class PlantedJudge(ScriptedEngine):

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import CHATML, IM_END, IM_START, tiny_model_dir
 
-from cai_cli.engines.chat import encode_chat, encode_text
-from cai_cli.errors import CaiError, RowError
-from cai_cli.models import load_tokenizer
-from cai_cli.records import Message
+from cai_cli.common.errors import CaiError, RowError
+from cai_cli.data.schema import Message
+from cai_cli.engines.tokenization import encode_chat, encode_text
+from cai_cli.models.loading import load_tokenizer
 
 LLAMA3_LIKE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n\n' + m['content'] | trim + '<|im_end|>' }}"

@@ -12,7 +12,7 @@ import typer
 from conftest import Cai
 
 from cai_cli import __version__
-from cai_cli.cli import app
+from cai_cli.cli.app import app
 
 HEAVY = ("torch", "transformers", "trl", "datasets", "peft", "pyarrow", "huggingface_hub", "numpy")
 COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
@@ -35,7 +35,7 @@ def test_help_and_a_scripted_stage_load_no_heavy_library(tmp_path: Path) -> None
     for words in (["--help"], ["sample", "--help"], ["sample", "p.txt", "--model", "scripted:script.jsonl"]):
         code = (
             f"import sys; sys.argv = ['cai', *{words!r}]\n"
-            "from cai_cli.cli import main\n"
+            "from cai_cli.cli.app import main\n"
             "try: main()\n"
             f"finally: print([m for m in {HEAVY!r} if m in sys.modules], file=sys.stderr)"
         )

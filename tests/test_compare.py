@@ -14,18 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stage_helpers import Json, manifest_of, rows_in, sample_row, write_rows
 
-from cai_cli.constitution import PreferencePrinciple
+from cai_cli.common.errors import BadRow, UsageError
+from cai_cli.constitution.schema import PreferencePrinciple
+from cai_cli.data.jsonl import row_key
+from cai_cli.data.schema import Duel, Kind, Rejected, Sample, load_row
 from cai_cli.engines.base import Question, Refusal, Sampling
 from cai_cli.engines.scripted import ScriptedEngine
-from cai_cli.errors import BadRow, UsageError
 from cai_cli.evaluate.compare import Match, compare_by_votes, match_units, name_files
-from cai_cli.evaluate.ratings import Tournament
-from cai_cli.jsonl import row_key
-from cai_cli.phase2_feedback.judging import Judge, sigmoid
-from cai_cli.phase2_feedback.label_prefs import Labeller
-from cai_cli.prompts import HELPFULNESS
-from cai_cli.records import Duel, Kind, Rejected, Sample, load_row
-from cai_cli.stage import Skip, Unit
+from cai_cli.judging.judge import Judge, sigmoid
+from cai_cli.judging.votes import Labeller
+from cai_cli.metrics.elo import Tournament
+from cai_cli.prompting.evaluation import HELPFULNESS
+from cai_cli.runtime.stage_run import Skip, Unit
 
 PRINCIPLE = PreferencePrinciple(id="kind", comparison="Which is kinder?")
 
@@ -307,9 +307,9 @@ def test_exactly_one_judge_is_wanted(judges: list[str], cai: Cai) -> None:
 def test_a_preference_model_s_scores_decide_and_are_kept(cai: Cai, tmp_path: Path) -> None:
     from tiny import tiny_model_dir
 
-    from cai_cli.models import load_reward_model, load_tokenizer
-    from cai_cli.phase2_feedback.preference_model import score_conversations
-    from cai_cli.prompts import assistant, user
+    from cai_cli.models.loading import load_reward_model, load_tokenizer
+    from cai_cli.prompting.base import assistant, user
+    from cai_cli.reward.preference_model import score_conversations
 
     base = tiny_model_dir(tmp_path / "base")
     model, tokenizer = load_reward_model(base, new_head_seed=3), load_tokenizer(base)

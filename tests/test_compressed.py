@@ -10,8 +10,8 @@ import zstandard
 from conftest import Cai
 from stage_helpers import Died, manifest_of, rows_in, write_rows
 
-from cai_cli.errors import CaiError
-from cai_cli.jsonl import read_prompts, read_values
+from cai_cli.common.errors import CaiError
+from cai_cli.data.jsonl import read_prompts, read_values
 
 SCRIPT = ("--model", "scripted:script.jsonl")
 PACK = {".gz": gzip.compress, ".zst": zstandard.compress}

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 import pytest
 from tiny import tiny_model_dir
 
-from cai_cli.cpu_head import use_plain_head
-from cai_cli.models import load_causal_lm
+from cai_cli.models.loading import load_causal_lm
+from cai_cli.training.cpu_logprobs import use_plain_head
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from cli_docs import render
 
-from cai_cli.pipeline import load_run, plan
-from cai_cli.statistics import wilson
+from cai_cli.metrics.intervals import wilson
+from cai_cli.pipeline.plan import plan
+from cai_cli.pipeline.run_file import load_run
 
 ROOT = Path(__file__).parent.parent
 

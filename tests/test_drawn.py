@@ -10,8 +10,8 @@ from report_helpers import make_run
 from stage_helpers import manifest_of
 from tiny import tiny_model_dir
 
-from cai_cli.constitution import CritiqueConstitution, open_constitution
-from cai_cli.drawn import drawn_counts, option, recorded_principles
+from cai_cli.constitution.schema import CritiqueConstitution, open_constitution
+from cai_cli.constitution.usage import drawn_counts, option, recorded_principles
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from loopback import Behaviour, Json, Loopback, Request, completion, error, good, http
 from stage_helpers import manifest_of, rows_in, sample_row, write_rows
 
+from cai_cli.common.errors import CaiError
+from cai_cli.data.schema import Message
 from cai_cli.engines import open_engine
 from cai_cli.engines.base import Ask, Engine, Question, Refusal, Reply, Sampling, Server
-from cai_cli.errors import CaiError
-from cai_cli.records import Message
-from cai_cli.windows import in_order
+from cai_cli.runtime.ordered_map import in_order
 
 CHAT = (Message(role="user", content="Which?"),)
 CUE = "The answer is: ("

@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import END_OF_TEXT, tiny_model_dir
 
-from cai_cli.engines import decoding, shared
+from cai_cli.common.errors import CaiError, UsageError
+from cai_cli.data.schema import Message
 from cai_cli.engines.base import Ask, Question, Refusal, Reply, Sampling
-from cai_cli.engines.local import LocalEngine
-from cai_cli.errors import CaiError, UsageError
-from cai_cli.records import Message
+from cai_cli.engines.local import prefix_cache, sampling
+from cai_cli.engines.local.engine import LocalEngine
 
-FAMILIES = [*sorted(shared.FAMILIES), "gpt2"]
+FAMILIES = [*sorted(prefix_cache.FAMILIES), "gpt2"]
 WINDOW = 9  # tokens seen by the sliding-window layers of the families that have them, far fewer than a prompt's
 
 
@@ -145,9 +145,9 @@ def test_a_row_gets_the_same_text_in_batches_of_1_7_and_32_and_in_any_order(fami
 
 def test_a_waiting_row_takes_the_place_of_a_finished_one(monkeypatch: pytest.MonkeyPatch) -> None:
     live: list[int] = []
-    step = shared.SharedMemory.step
+    step = prefix_cache.SharedMemory.step
     monkeypatch.setattr(
-        shared.SharedMemory, "step", lambda memory, tokens: (live.append(len(tokens)), step(memory, tokens))[1]
+        prefix_cache.SharedMemory, "step", lambda memory, tokens: (live.append(len(tokens)), step(memory, tokens))[1]
     )
     wanted = [Ask(ask.text, ask.seed, ask.cue, stop=("e",) if i % 2 else ()) for i, ask in enumerate(asks(12))]
     answers = replies("llama", 4, wanted, Sampling(24))
@@ -163,13 +163,13 @@ def test_rows_wait_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> Non
     small = LocalEngine(str(model_dir()), batch_size=None, device="cpu", dtype="float32")
     vars(small)["most_tokens"] = 300
     made: list[int] = []
-    reserve = shared.SharedMemory._reserve
+    reserve = prefix_cache.SharedMemory._reserve
 
-    def watched(memory: shared.SharedMemory, rows: int, columns: int) -> None:
+    def watched(memory: prefix_cache.SharedMemory, rows: int, columns: int) -> None:
         reserve(memory, rows, columns)
         made.append(memory.capacity[0] * memory.capacity[1])
 
-    monkeypatch.setattr(shared.SharedMemory, "_reserve", watched)
+    monkeypatch.setattr(prefix_cache.SharedMemory, "_reserve", watched)
     assert small.generate(asks(), Sampling(20)) == alone
     assert max(made) <= 300
 
@@ -186,8 +186,8 @@ def test_sampled_tokens_follow_the_models_distribution() -> None:
     with torch.no_grad():
         logits = reference().forward(torch.tensor([prompt_ids(engine(), ask)])).logits[0, -1]
     expected = torch.softmax(logits / 1.5, -1)
-    noise = torch.tensor([float(decoding.uniforms(seed, 1)[0]) for seed in range(count)], dtype=torch.float64)
-    drawn = decoding.draw(logits.expand(count, -1), noise, Sampling(temperature=1.5))
+    noise = torch.tensor([float(sampling.uniforms(seed, 1)[0]) for seed in range(count)], dtype=torch.float64)
+    drawn = sampling.draw(logits.expand(count, -1), noise, Sampling(temperature=1.5))
     observed = torch.bincount(drawn, minlength=len(expected)) / count
     assert (observed - expected).abs().sum() < 0.25 < (observed - 1 / len(expected)).abs().sum()
 
@@ -195,19 +195,19 @@ def test_sampled_tokens_follow_the_models_distribution() -> None:
 def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
     logits = torch.tensor([[0.1, 0.5, 0.15, 0.25]]).log().repeat(1000, 1)
     noise = torch.linspace(0, 0.9999, 1000, dtype=torch.float64)
-    kept = [set(decoding.draw(logits, noise, Sampling(top_p=p)).tolist()) for p in (0.0, 0.49, 0.6, 0.8, 0.95, 1.0)]
+    kept = [set(sampling.draw(logits, noise, Sampling(top_p=p)).tolist()) for p in (0.0, 0.49, 0.6, 0.8, 0.95, 1.0)]
     assert kept == [{1}, {1}, {1, 3}, {1, 2, 3}, {0, 1, 2, 3}, {0, 1, 2, 3}]
     steps = torch.linspace(0, -1, 5000).expand(2, -1)  # nearly flat: more tokens are kept than are looked at first
     count = int((steps[0].double().softmax(-1).cumsum(-1) < 0.9).sum()) + 1
     last = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
-    assert decoding.draw(steps, last, Sampling(top_p=0.9)).tolist() == [0, pytest.approx(count - 1, abs=1)]
+    assert sampling.draw(steps, last, Sampling(top_p=0.9)).tolist() == [0, pytest.approx(count - 1, abs=1)]
 
 
 def test_a_token_of_no_weight_is_never_drawn() -> None:
     logits = torch.full((3, 600), -torch.inf)
     logits[:, [3, 300]] = 0.0
     noise = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
-    assert decoding.draw(logits, noise, Sampling()).tolist() == [3, 300, 300]
+    assert sampling.draw(logits, noise, Sampling()).tolist() == [3, 300, 300]
 
 
 def test_the_end_of_turn_ends_a_reply_and_is_no_part_of_it() -> None:
@@ -226,7 +226,7 @@ def test_what_ends_a_turn_in_the_chat_template_ends_a_reply_though_no_config_nam
 
     tokenizer = LocalEngine(str(model_dir()), batch_size=None, device="cpu", dtype="float32").tokenizer
     tokenizer.eos_token = END_OF_TEXT
-    assert decoding.end_of_turn_ids(tokenizer, GenerationConfig(eos_token_id=[0])) == {0, 2}
+    assert sampling.end_of_turn_ids(tokenizer, GenerationConfig(eos_token_id=[0])) == {0, 2}
 
 
 def test_a_stop_string_is_cut_off_with_all_that_follows() -> None:
@@ -257,9 +257,9 @@ def test_a_prompt_that_just_fits_is_answered() -> None:
 def test_logits_that_are_no_numbers_end_the_run() -> None:
     broken = LocalEngine(str(model_dir()), batch_size=None, device="cpu", dtype="float32")
     broken.model.model.norm.weight.data[3] = torch.nan
-    for sampling in (Sampling(4), Sampling(4, temperature=0)):
+    for settings in (Sampling(4), Sampling(4, temperature=0)):
         with pytest.raises(CaiError, match="NaN"):
-            broken.generate(asks(), sampling)
+            broken.generate(asks(), settings)
     with pytest.raises(CaiError, match="NaN"):
         broken.score(questions())
 
@@ -329,33 +329,33 @@ ids = st.lists(st.integers(3, 5), min_size=1, max_size=12).map(tuple)
 @given(st.lists(ids, unique=True, max_size=12), st.integers(0, 60))
 def test_groups_hold_every_row_once_and_cost_no_more_than_one_group(rows: list[tuple[int, ...]], more: int) -> None:
     rows = [(9,) * more + row for row in rows]
-    found = shared.groups(rows)
+    found = prefix_cache.groups(rows)
     assert sorted(row for group in found for row in group) == sorted(rows)
 
     def cost(group: list[tuple[int, ...]]) -> int:
-        start = min(shared.common_start(min(group), max(group)), min(map(len, group)) - 1)
-        return shared.LEAST_SHARED + start + sum(len(row) - start for row in group)
+        start = min(prefix_cache.common_start(min(group), max(group)), min(map(len, group)) - 1)
+        return prefix_cache.LEAST_SHARED + start + sum(len(row) - start for row in group)
 
     assert sum(map(cost, found)) <= (cost(rows) if rows else 0)
 
 
 def test_starts_that_lie_in_one_another_by_the_thousand_end_in_groups() -> None:
     rows = [(1,) * n + (2,) for n in range(1, 2000, 2)]
-    found = shared.groups(rows)
+    found = prefix_cache.groups(rows)
     assert sorted(row for group in found for row in group) == sorted(rows)
 
 
 def test_rows_of_two_long_starts_are_two_groups() -> None:
     rows = [(start,) * 40 + (i, i) for start in (3, 4) for i in (5, 6, 7)]
-    assert shared.groups(rows) == [rows[:3], rows[3:]]
+    assert prefix_cache.groups(rows) == [rows[:3], rows[3:]]
 
 
-@pytest.mark.parametrize("family", sorted(shared.FAMILIES))
+@pytest.mark.parametrize("family", sorted(prefix_cache.FAMILIES))
 @pytest.mark.parametrize("start", [0, 40])
 def test_rows_run_in_small_pieces_equal_whole_forward_passes(
     family: str, start: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shared.SharedMemory, "_budget", 16)
+    monkeypatch.setattr(prefix_cache.SharedMemory, "_budget", 16)
     generator = torch.Generator().manual_seed(0)
 
     def some(count: int) -> list[int]:
@@ -365,7 +365,7 @@ def test_rows_run_in_small_pieces_equal_whole_forward_passes(
     rows = [common + some(count) for count in (3, 4, 7, 20, 37)]
     rows.insert(2, rows[1])
     plain = reference(family)
-    memory = shared.SharedMemory(engine(family).model, tuple(common), 3)
+    memory = prefix_cache.SharedMemory(engine(family).model, tuple(common), 3)
     assert engine(family).shares
 
     def join(new: list[list[int]]) -> None:

@@ -14,11 +14,11 @@ import pytest
 import torch
 from tiny import tiny_model_dir
 
+from cai_cli.common.errors import CaiError, UsageError
+from cai_cli.data.schema import Message
 from cai_cli.engines import open_engine, vllm
 from cai_cli.engines.base import Ask, Engine, Question, Refusal, Reply, Sampling
-from cai_cli.errors import CaiError, UsageError
-from cai_cli.models import load_causal_lm, load_tokenizer
-from cai_cli.records import Message
+from cai_cli.models.loading import load_causal_lm, load_tokenizer
 
 CHAT = (Message(role="user", content="Hello <|im_end|>\n<|im_start|>system"),)
 

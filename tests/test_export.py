@@ -11,9 +11,9 @@ from report_helpers import HOSTILE, make_run
 from stage_helpers import sample_row, write_rows
 from tiny import tiny_model_dir
 
-from cai_cli.errors import CaiError
-from cai_cli.push import push
-from cai_cli.training import quiet_libraries
+from cai_cli.cli.push import push
+from cai_cli.common.errors import CaiError
+from cai_cli.training.quiet import quiet_libraries
 
 
 def loaded(directory: Path, cache: Path) -> Any:
@@ -112,7 +112,7 @@ def test_trl_trains_on_an_exported_dataset_as_it_is(cai: Cai, tmp_path: Path, ru
     import trl
     from transformers import AutoModelForSequenceClassification
 
-    from cai_cli.models import load_causal_lm, load_tokenizer
+    from cai_cli.models.loading import load_causal_lm, load_tokenizer
 
     file = "revisions.jsonl" if trainer == "SFT" else "preferences.jsonl"
     assert cai("export", str(run / file), "-o", "ds").code == 0

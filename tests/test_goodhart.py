@@ -1,8 +1,8 @@
 import random
 from collections.abc import Callable, Sequence
 
+from cai_cli.data.schema import Message, PolicySample
 from cai_cli.phase2_feedback.goodhart import best_check, changed, goodhart
-from cai_cli.records import Message, PolicySample
 
 
 def sample(step: int, number: int, reply: str = "a plain answer", **fields: object) -> PolicySample:

@@ -9,11 +9,12 @@ import pytest
 from conftest import Cai
 from stage_helpers import manifest_of, rows_in, sample_row, write_rows
 
+from cai_cli.data.schema import HarmScore, Rejected, Sample, load_row
 from cai_cli.engines.base import Question, Refusal
 from cai_cli.engines.scripted import ScriptedEngine
 from cai_cli.evaluate.harm import harm
-from cai_cli.prompts import HARM_LEVELS, assistant, harm_request, user
-from cai_cli.records import HarmScore, Rejected, Sample, load_row
+from cai_cli.prompting.base import assistant, user
+from cai_cli.prompting.evaluation import HARM_LEVELS, harm_request
 
 
 class Levels(ScriptedEngine):

@@ -12,13 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stage_helpers import Json, rows_in, write_rows
 
+from cai_cli.common.errors import RowError
+from cai_cli.data.schema import EvaluationQuestion, EvaluationResult, Rejected, parse_question
 from cai_cli.engines.base import Question, Refusal
 from cai_cli.engines.scripted import ScriptedEngine
-from cai_cli.errors import RowError
 from cai_cli.evaluate.hhh import LanguageModel, exchanged, hhh, normalised, summarise, words
-from cai_cli.prompts import comparison_request, evaluation_request, published_comparison, take_apart, user
-from cai_cli.records import EvaluationQuestion, EvaluationResult, Rejected, parse_question
-from cai_cli.statistics import wilson
+from cai_cli.metrics.intervals import wilson
+from cai_cli.prompting.base import user
+from cai_cli.prompting.comparison import comparison_request
+from cai_cli.prompting.evaluation import evaluation_request, published_comparison, take_apart
 
 PROMPT = (
     "\n\nConsider the following conversation between a human and an assistant:\n\nHuman: how?\n\nAssistant: So.\n\n"
@@ -287,7 +289,7 @@ def test_a_preference_model_takes_no_model_beside_it(cai: Cai, files: Path) -> N
 def pm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny import tiny_model_dir
 
-    from cai_cli.models import load_reward_model, load_tokenizer
+    from cai_cli.models.loading import load_reward_model, load_tokenizer
 
     base = tiny_model_dir(tmp_path_factory.mktemp("base"))
     path = tmp_path_factory.mktemp("pm")
@@ -299,9 +301,9 @@ def pm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_preference_model_answers_by_the_scores_that_it_gives_the_conversations(
     cai: Cai, files: Path, pm: Path
 ) -> None:
-    from cai_cli.forms import parse_transcript
-    from cai_cli.models import load_reward_model, load_tokenizer
-    from cai_cli.phase2_feedback.preference_model import score_conversations
+    from cai_cli.data.formats import parse_transcript
+    from cai_cli.models.loading import load_reward_model, load_tokenizer
+    from cai_cli.reward.preference_model import score_conversations
 
     rows = [*published(8), {**published(1)[0], "id": "same", "text_incorrect": published(1)[0]["text_correct"]}]
     rows.append({**published(1)[0], "id": "long", "text_correct": f"\n\nHuman: hi\n\nAssistant: {'xy ' * 600}"})

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stage_helpers import write_rows
 
-from cai_cli import jsonl
-from cai_cli.errors import BadRow, CaiError
-from cai_cli.jsonl import KeyTable, cut_torn_tail, read_prompts, read_rows, read_values
+from cai_cli.common.errors import BadRow, CaiError
+from cai_cli.common.hash_index import KeyTable
+from cai_cli.data import jsonl
+from cai_cli.data.jsonl import cut_torn_tail, read_prompts, read_rows, read_values
 
 
 def texts(path: Path) -> list[str]:

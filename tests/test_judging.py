@@ -5,28 +5,20 @@ from collections.abc import Sequence
 
 import pytest
 
-from cai_cli.constitution import ComparisonExample, PreferencePrinciple
-from cai_cli.engines.base import Ask, Question, Refusal, Reply, Sampling, seed_for
+from cai_cli.common.errors import CaiError
+from cai_cli.common.seeds import seed_for
+from cai_cli.constitution.schema import ComparisonExample, PreferencePrinciple
+from cai_cli.engines.base import Ask, Question, Refusal, Reply, Sampling
 from cai_cli.engines.scripted import ScriptedEngine
-from cai_cli.errors import CaiError
-from cai_cli.phase2_feedback.judging import (
-    CONTENT_FREE,
-    METHODS,
-    Comparison,
-    Judge,
-    Judgement,
-    sigmoid,
-)
-from cai_cli.phase2_feedback.pairs import Pair
-from cai_cli.prompts import (
+from cai_cli.judging.judge import CONTENT_FREE, METHODS, Comparison, Judge, Judgement, sigmoid
+from cai_cli.judging.pairs import Pair
+from cai_cli.prompting.base import Form, assistant, user
+from cai_cli.prompting.comparison import (
     OPTIONS,
-    Form,
     answer_after,
-    assistant,
     comparison_request,
     contrast_requests,
     rationale_request,
-    user,
     verdict_request,
 )
 

@@ -12,14 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stage_helpers import manifest_of, rows_in, sample_row, write_rows
 
-from cai_cli.constitution import PreferencePrinciple
+from cai_cli.constitution.schema import PreferencePrinciple
+from cai_cli.data.schema import Preference, Rejected
 from cai_cli.engines.base import Ask, Engine, Question, Refusal, Reply, Sampling
 from cai_cli.engines.scripted import ScriptedEngine
-from cai_cli.phase2_feedback.judging import CONTENT_FREE, Judge, Judgement, Order, sigmoid
-from cai_cli.phase2_feedback.label_prefs import Labeller, label_prefs
-from cai_cli.phase2_feedback.pairs import Pair
-from cai_cli.prompts import assistant, fence, user
-from cai_cli.records import Preference, Rejected
+from cai_cli.judging.judge import CONTENT_FREE, Judge, Judgement, Order, sigmoid
+from cai_cli.judging.pairs import Pair
+from cai_cli.judging.votes import Labeller
+from cai_cli.phase2_feedback.label_prefs import label_prefs
+from cai_cli.prompting.base import assistant, user
+from cai_cli.prompting.comparison import fence
 
 PRINCIPLE = PreferencePrinciple(id="kind", comparison="Which is kinder?")
 

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stage_helpers import Json, manifest_of, rows_in, sample_row, write_rows
 
-from cai_cli.errors import UsageError
-from cai_cli.intake import Shard
+from cai_cli.common.errors import UsageError
+from cai_cli.data.sharding import Shard
 
 SCRIPT = ("--model", "scripted:script.jsonl")
 WORDS = {

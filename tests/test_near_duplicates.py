@@ -1,7 +1,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cai_cli.near_duplicates import NearDuplicates, shingles
+from cai_cli.common.near_duplicates import NearDuplicates, shingles
 
 
 @given(st.text(min_size=1, max_size=200))

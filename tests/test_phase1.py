@@ -7,16 +7,19 @@ import pytest
 from conftest import Cai
 from stage_helpers import manifest_of, rows_in, sample_row, write_rows
 
-from cai_cli.constitution import CritiqueExample, CritiquePrinciple, draw
-from cai_cli.engines.base import Ask, Question, Refusal, Reply, Sampling, seed_for
-from cai_cli.errors import CaiError
+from cai_cli.common.errors import CaiError
+from cai_cli.common.seeds import seed_for
+from cai_cli.constitution.draw import draw
+from cai_cli.constitution.schema import CritiqueExample, CritiquePrinciple
+from cai_cli.data.schema import Critique, Prompt, Rejected, Revision, Sample, load_row
+from cai_cli.engines.base import Ask, Question, Refusal, Reply, Sampling
 from cai_cli.phase1_supervised.critique import critique
+from cai_cli.phase1_supervised.critique_revise import critique_revise
 from cai_cli.phase1_supervised.format_checks import ATTEMPTS, generate_checked
-from cai_cli.phase1_supervised.revise import critique_revise, revise
+from cai_cli.phase1_supervised.revise import revise
 from cai_cli.phase1_supervised.reviser import Reviser
 from cai_cli.phase1_supervised.sample import sample
-from cai_cli.prompts import assistant, user
-from cai_cli.records import Critique, Prompt, Rejected, Revision, Sample, load_row
+from cai_cli.prompting.base import assistant, user
 
 PRINCIPLES = [CritiquePrinciple(id=i, critique=f"Critique by {i}.", revision=f"Revise by {i}.") for i in "abcd"]
 

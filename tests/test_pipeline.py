@@ -13,10 +13,11 @@ import pytest
 from conftest import Cai
 from stage_helpers import Json, rows_in, sample_row, write_rows
 
-from cai_cli.constitution import PreferenceConstitution, open_constitution
-from cai_cli.errors import CaiError
-from cai_cli.estimate import Estimate, estimate
-from cai_cli.pipeline import Step, load_run, plan, stage_options
+from cai_cli.common.errors import CaiError
+from cai_cli.constitution.schema import PreferenceConstitution, open_constitution
+from cai_cli.pipeline.estimate import Estimate, estimate
+from cai_cli.pipeline.plan import Step, plan, stage_options
+from cai_cli.pipeline.run_file import load_run
 
 ROAD = """\
 name: road

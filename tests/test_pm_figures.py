@@ -3,9 +3,9 @@ import random
 
 import pytest
 
-from cai_cli.phase2_feedback.pm_figures import calibration, held_out_figures, length_correlation, loss_figures, note
-from cai_cli.records import JudgedPair
-from cai_cli.statistics import wilson
+from cai_cli.data.schema import JudgedPair
+from cai_cli.metrics.intervals import wilson
+from cai_cli.metrics.preference_model import calibration, held_out_figures, length_correlation, loss_figures, note
 
 
 def pair(

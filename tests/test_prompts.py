@@ -4,33 +4,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cai_cli.constitution import ComparisonExample, CritiqueExample, PreferencePrinciple
+from cai_cli.common.errors import UsageError
+from cai_cli.constitution.schema import ComparisonExample, CritiqueExample, PreferencePrinciple
+from cai_cli.data.formats import parse_transcript
+from cai_cli.data.schema import Message
 from cai_cli.engines.scripted import ScriptedEngine
-from cai_cli.errors import UsageError
-from cai_cli.forms import parse_transcript
-from cai_cli.prompts import (
-    RAW_STOPS,
-    Form,
-    Request,
+from cai_cli.prompting.base import RAW_STOPS, Form, Request, assistant, pick_form, reply_request, user
+from cai_cli.prompting.comparison import (
     answer_after,
-    assistant,
     comparison_request,
     contrast_requests,
     cot_example,
-    critique_request,
-    evaluation_request,
     fence,
-    harm_request,
     options_of,
-    pick_form,
     rationale_request,
-    reply_request,
-    revision_request,
-    user,
     verdict_of,
     verdict_request,
 )
-from cai_cli.records import Message
+from cai_cli.prompting.evaluation import evaluation_request, harm_request
+from cai_cli.prompting.revision import critique_request, revision_request
 
 TALK = [user("how?"), assistant("like so.")]
 WORKED = CritiqueExample(

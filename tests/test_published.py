@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 from conftest import Cai
 
-from cai_cli import constitution as con
-from cai_cli.errors import CaiError
-from cai_cli.prompts import cot_example, critique_request
-from cai_cli.published import import_published
+from cai_cli.common.errors import CaiError
+from cai_cli.constitution import schema as con
+from cai_cli.prompting.comparison import cot_example
+from cai_cli.prompting.paper_import import import_published
+from cai_cli.prompting.revision import critique_request
 
 INSTRUCTIONS = {
     "rule0": {

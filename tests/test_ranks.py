@@ -14,9 +14,9 @@ from conftest import Cai
 from tiny import tiny_model_dir
 from training_helpers import largest_difference, manifest_of, preference, revision, rows_in, write_rows
 
-from cai_cli import launch, ranks
-from cai_cli.errors import CaiError, UsageError
+from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.phase2_feedback import train_pm
+from cai_cli.training import distributed, launcher
 
 SECONDS = 240
 # Every figure of a step that does not depend on how replies and tokens are averaged over micro-batches.
@@ -188,23 +188,23 @@ def test_another_number_of_processes_than_was_asked_for_is_refused(cai: Cai, fol
 
 def test_the_configs_that_trl_ships_have_names_and_others_are_refused(tmp_path: Path) -> None:
     for name in ("multi_gpu", "fsdp2", "zero3"):
-        assert launch.config_path(name).is_file()
+        assert launcher.config_path(name).is_file()
     (tmp_path / "mine.yaml").write_text("num_processes: 2\n")
-    assert launch.config_path(str(tmp_path / "mine.yaml")) == tmp_path / "mine.yaml"
+    assert launcher.config_path(str(tmp_path / "mine.yaml")) == tmp_path / "mine.yaml"
     with pytest.raises(UsageError, match="no such file, nor a name"):
-        launch.config_path("fsdp9")
+        launcher.config_path("fsdp9")
 
 
 def test_deepspeed_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    find = launch.find_spec
-    monkeypatch.setattr(launch, "find_spec", lambda name: None if name == "deepspeed" else find(name))
+    find = launcher.find_spec
+    monkeypatch.setattr(launcher, "find_spec", lambda name: None if name == "deepspeed" else find(name))
     with pytest.raises(CaiError, match="needs DeepSpeed"):
-        launch.as_asked("zero3", None)
+        launcher.as_asked("zero3", None)
 
 
 def test_options_are_taken_out_of_a_command_line_in_both_spellings() -> None:
     given = ["sft", "in", "--accelerate-config", "fsdp2", "--lora", "--num-processes=4", "-o", "out"]
-    assert launch.without(given, ("--accelerate-config", "--num-processes")) == ["sft", "in", "--lora", "-o", "out"]
+    assert launcher.without(given, ("--accelerate-config", "--num-processes")) == ["sft", "in", "--lora", "-o", "out"]
 
 
 @pytest.mark.parametrize("option", ["lora", "rl"])
@@ -221,6 +221,6 @@ def test_what_needs_whole_weights_is_refused_where_they_are_sharded(
 
 
 def test_one_process_leads_itself() -> None:
-    assert (ranks.rank(), ranks.world_size(), ranks.leads()) == (0, 1, True)
-    assert ranks.from_leader(lambda: 7) == 7
-    assert ranks.gathered([1, 2]) == [1, 2]
+    assert (distributed.rank(), distributed.world_size(), distributed.leads()) == (0, 1, True)
+    assert distributed.from_leader(lambda: 7) == 7
+    assert distributed.gathered([1, 2]) == [1, 2]

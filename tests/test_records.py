@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stage_helpers import sample_row
 
-from cai_cli.errors import RowError
-from cai_cli.forms import parse_preference, parse_prompt, parse_transcript, render_transcript
-from cai_cli.jsonl import read_rows, row_key, rows_of
-from cai_cli.records import (
+from cai_cli.common.errors import RowError
+from cai_cli.data.formats import parse_preference, parse_prompt, parse_transcript, render_transcript
+from cai_cli.data.jsonl import read_rows, row_key, rows_of
+from cai_cli.data.schema import (
     Critique,
     Message,
     PolicySample,

@@ -10,11 +10,11 @@ import typer
 from conftest import Cai
 from stage_helpers import manifest_of, rows_in, write_rows
 
-from cai_cli.cli import app
+from cai_cli.cli.app import app
 from cai_cli.engines.base import Ask, Refusal, Reply, Sampling
 from cai_cli.engines.scripted import ScriptedEngine
-from cai_cli.manifest import HARMLESS_OPTIONS, HASHED_OPTIONS
-from cai_cli.prompts import TOPICS, invention_request
+from cai_cli.prompting.red_team import TOPICS, invention_request
+from cai_cli.runtime.manifest import HARMLESS_OPTIONS, HASHED_OPTIONS
 
 WORDS = [
     "apple",

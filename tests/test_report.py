@@ -16,13 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from report_helpers import HOSTILE, make_run, revision, write
 
-from cai_cli.evaluate.agreement import audit_file
-from cai_cli.records import Preference, Revision, load_row
-from cai_cli.report import charts, labels, rows_shown
+from cai_cli.data.schema import Preference, Revision, load_row
+from cai_cli.metrics.label_audit import audit_file
+from cai_cli.report import charts, examples, labels
 from cai_cli.report.collect import read_run
 from cai_cli.report.command import write_report
 from cai_cli.report.page import csv_link
-from cai_cli.report.words import compare_words
+from cai_cli.report.word_diff import compare_words
 
 VOID = {"meta", "input", "br", "img", "link", "hr", "source", "path", "use"}
 
@@ -200,7 +200,7 @@ def test_pictures_use_the_colours_of_the_page_so_that_dark_mode_reaches_them(pla
 
 def test_replies_of_the_models_stand_beside_each_other_by_prompt(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path / "made"))
-    shown = rows_shown.side_by_side(run, rows_shown.Budget(10**6))
+    shown = examples.side_by_side(run, examples.Budget(10**6))
     assert shown
     assert (len(shown.rows), shown.total) == (30, 30)
     assert list(shown.rows[3].replies) == ["start", "rl-cai"]
@@ -219,7 +219,7 @@ def test_a_large_run_stays_under_5_mb_and_says_how_much_it_shows(tmp_path: Path)
     assert len(text.encode()) < 5_000_000
     said = squeezed(page.text)
     (shown,) = re.findall(r"The first (\d+) of 700 chains of revisions.jsonl; cai show reads the rest", said)
-    assert 0 < int(shown) <= rows_shown.MAX_ROWS
+    assert 0 < int(shown) <= examples.MAX_ROWS
     assert text.count("data-item data-principles") == int(shown) + int(
         re.findall(r"The first (\d+) of 700 comp", said)[0]
     )
@@ -227,7 +227,7 @@ def test_a_large_run_stays_under_5_mb_and_says_how_much_it_shows(tmp_path: Path)
 
 
 def test_the_budget_of_a_list_counts_what_escaping_adds() -> None:
-    budget = rows_shown.Budget(10_000)
+    budget = examples.Budget(10_000)
     assert budget.allows("<" * 1000)
     assert not budget.allows("<" * 1600)
     assert not budget.allows("small")  # the first rows are shown, not the short ones
@@ -414,7 +414,7 @@ def test_a_chain_holds_each_round_against_the_one_before(tmp_path: Path) -> None
     import random
 
     row = load_row(Revision, revision(0, ["a"], random.Random(1), []))
-    chain = rows_shown.chain(row)
+    chain = examples.chain(row)
     assert [r.before.text for r in chain.rounds] == [turn.response for turn in row.history]
     assert [r.after.text for r in chain.rounds] == [row.history[1].response, row.reply]
 

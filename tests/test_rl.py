@@ -13,17 +13,18 @@ from training_helpers import (
     write_rows,
 )
 
-from cai_cli.errors import CaiError, UsageError
-from cai_cli.models import load_causal_lm, load_reward_model, load_tokenizer
-from cai_cli.phase2_feedback import preference_model, train_pm, watchers
-from cai_cli.phase2_feedback.preference_model import score_conversations
+from cai_cli.common.errors import CaiError, UsageError
+from cai_cli.data.schema import Preference, load_row
+from cai_cli.models.loading import load_causal_lm, load_reward_model, load_tokenizer
+from cai_cli.phase2_feedback import monitor_models, train_pm
+from cai_cli.phase2_feedback.monitor_models import preference_score
 from cai_cli.phase2_feedback.rl import command
 from cai_cli.phase2_feedback.rl_monitor import Scale
 from cai_cli.phase2_feedback.rl_prompts import prompt_order
 from cai_cli.phase2_feedback.rl_trainer import end_ids, messages_of, preference_reward
-from cai_cli.phase2_feedback.watchers import preference_score
-from cai_cli.records import Preference, load_row
-from cai_cli.training_job import Counts
+from cai_cli.reward import preference_model
+from cai_cli.reward.preference_model import score_conversations
+from cai_cli.training.training_run import Counts
 
 QUICK: dict[str, Any] = {
     "steps": 4,
@@ -133,7 +134,7 @@ def test_rl_scores_the_very_tokens_that_the_preference_model_is_trained_on(
         {"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}, {"role": "assistant", "content": "a"},
     ])]  # fmt: skip
     scored, asked = [], []
-    score, reward = preference_model.score_ids, watchers.score_conversations
+    score, reward = preference_model.score_ids, monitor_models.score_conversations
 
     def seen(*arguments: Any) -> list[float]:
         scored.extend(arguments[2])
@@ -146,7 +147,7 @@ def test_rl_scores_the_very_tokens_that_the_preference_model_is_trained_on(
     file = write_rows(tmp_path / "p.jsonl", rows)
     with (
         patch.object(preference_model, "score_ids", seen),
-        patch.object(watchers, "score_conversations", conversations_seen),
+        patch.object(monitor_models, "score_conversations", conversations_seen),
     ):
         command(file, tmp_path / "rl", pm=pm, model=str(model), **QUICK | {"steps": 2})
     assert len(scored) == len(asked) == 48  # of two steps and two checks, one prompt each

@@ -21,15 +21,15 @@ from training_helpers import (
     write_rows,
 )
 
-from cai_cli.errors import CaiError, UsageError
-from cai_cli.forms import parse_prompt
-from cai_cli.models import load_causal_lm, load_reward_model, load_tokenizer
+from cai_cli.common.errors import CaiError, UsageError
+from cai_cli.data.formats import parse_prompt
+from cai_cli.data.schema import Message, PolicySample, Prompt, load_row
+from cai_cli.models.loading import load_causal_lm, load_reward_model, load_tokenizer
 from cai_cli.phase2_feedback import rl_monitor, train_pm
-from cai_cli.phase2_feedback.preference_model import score_conversations
 from cai_cli.phase2_feedback.rl import command
 from cai_cli.phase2_feedback.rl_monitor import CHECK_COLUMNS, Monitor, logits_of
 from cai_cli.phase2_feedback.rl_prompts import hold_out
-from cai_cli.records import Message, PolicySample, Prompt, load_row
+from cai_cli.reward.preference_model import score_conversations
 
 PHRASE = " racist"  # one token of the tiny tokenizer
 SHOWN = [name for name in CHECK_COLUMNS if name not in ("watch_score", "goodhart")]

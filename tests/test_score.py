@@ -9,16 +9,17 @@ from conftest import Cai
 from tiny import tiny_model_dir
 from training_helpers import manifest_of, preference, revision, rows_in, write_rows
 
-from cai_cli.cli import app
-from cai_cli.errors import BadRow, CaiError
-from cai_cli.jsonl import read_prompts
-from cai_cli.manifest import HARMLESS_OPTIONS, HASHED_OPTIONS
-from cai_cli.models import load_reward_model, load_tokenizer
-from cai_cli.phase2_feedback import score as stage
+from cai_cli.cli.app import app
+from cai_cli.common.errors import BadRow, CaiError
+from cai_cli.data.formats import scorable
+from cai_cli.data.jsonl import read_prompts
+from cai_cli.data.schema import Message
+from cai_cli.models.loading import load_reward_model, load_tokenizer
 from cai_cli.phase2_feedback import train_pm
-from cai_cli.phase2_feedback.preference_model import score_conversations
-from cai_cli.phase2_feedback.score import command, scorable
-from cai_cli.records import Message
+from cai_cli.phase2_feedback.score import command
+from cai_cli.reward import scorer
+from cai_cli.reward.preference_model import score_conversations
+from cai_cli.runtime.manifest import HARMLESS_OPTIONS, HASHED_OPTIONS
 
 HH = {"chosen": "\n\nHuman: hi\n\nAssistant: hello", "rejected": "\n\nHuman: hi\n\nAssistant: go away"}
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
@@ -72,7 +73,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(pm: Path, tmp_path: Path) -> 
     file = write_rows(tmp_path / "in.jsonl", rows)
     command(file, str(pm), str(tmp_path / "whole.jsonl"), batch_size=2)
     calls = 0
-    plain = stage.score_ids
+    plain = scorer.score_ids
 
     def dying(*arguments: object) -> list[float]:
         nonlocal calls
@@ -81,7 +82,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(pm: Path, tmp_path: Path) -> 
             raise KeyboardInterrupt
         return plain(*arguments)  # type: ignore[arg-type]
 
-    with patch.object(stage, "score_ids", dying), pytest.raises(KeyboardInterrupt):
+    with patch.object(scorer, "score_ids", dying), pytest.raises(KeyboardInterrupt):
         command(file, str(pm), str(tmp_path / "killed.jsonl"), batch_size=2)
     assert len(rows_in(tmp_path / "killed.jsonl.partial")) == 8
     command(file, str(pm), str(tmp_path / "killed.jsonl"), batch_size=2)

@@ -16,10 +16,11 @@ from conftest import Cai
 from server_env import GGUF, PYTHON
 from stage_helpers import manifest_of, rows_in, sample_row, write_rows
 
-from cai_cli.constitution import PreferenceConstitution, open_constitution
+from cai_cli.constitution.schema import PreferenceConstitution, open_constitution
 from cai_cli.engines import open_engine
 from cai_cli.engines.base import Question, Refusal, Server
-from cai_cli.prompts import OPTIONS, Form, comparison_request, user
+from cai_cli.prompting.base import Form, user
+from cai_cli.prompting.comparison import OPTIONS, comparison_request
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
 

@@ -16,12 +16,13 @@ from training_helpers import (
     write_rows,
 )
 
-from cai_cli.checkpoints import SEAL
-from cai_cli.errors import BadRow, CaiError, RowError
-from cai_cli.models import load_tokenizer
-from cai_cli.phase1_supervised.sft import command, completed_row, encode, examples_of
-from cai_cli.records import Message, Revision, Sample, load_row
-from cai_cli.training import mixed
+from cai_cli.common.errors import BadRow, CaiError, RowError
+from cai_cli.data.formats import completed_row
+from cai_cli.data.schema import Message, Revision, Sample, load_row
+from cai_cli.data.splits import mixed
+from cai_cli.models.loading import load_tokenizer
+from cai_cli.phase1_supervised.sft import command, encode, examples_of
+from cai_cli.training.checkpoints import SEAL
 
 
 @pytest.fixture(scope="module")

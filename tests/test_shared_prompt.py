@@ -5,9 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_model_dir
 
-from cai_cli.errors import CaiError
-from cai_cli.models import load_reward_model
-from cai_cli.phase2_feedback.shared_prompt import collate, packed, score_pairs, take_packed_pairs
+from cai_cli.common.errors import CaiError
+from cai_cli.models.loading import load_reward_model
+from cai_cli.reward.packed_pairs import collate, packed, score_pairs, take_packed_pairs
 
 IDS = st.lists(st.integers(0, 400), min_size=1, max_size=30)
 

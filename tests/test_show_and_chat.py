@@ -16,7 +16,7 @@ from loopback import Loopback, good
 from report_helpers import HOSTILE, make_run, manifest, training_counts
 from stage_helpers import sample_row, write_rows
 
-from cai_cli.show import row_text
+from cai_cli.cli.show import row_text
 
 TURN = {"round": 1, "principle_id": "kind", "critique": "too blunt", "response": "go away"}
 

@@ -12,11 +12,11 @@ import typer
 from conftest import Cai
 from stage_helpers import Died, manifest_of, rows_in, sample_row, write_rows
 
-from cai_cli.cli import app
+from cai_cli.cli.app import app
 from cai_cli.engines.base import Ask, Refusal, Reply, Sampling
 from cai_cli.engines.scripted import ScriptedEngine
-from cai_cli.manifest import HARMLESS_OPTIONS, HASHED_OPTIONS
-from cai_cli.pipeline import DATA_STAGES
+from cai_cli.pipeline.plan import DATA_STAGES
+from cai_cli.runtime.manifest import HARMLESS_OPTIONS, HASHED_OPTIONS
 
 ALL = ("--model", "scripted:script.jsonl")
 
@@ -129,7 +129,7 @@ def test_a_partial_output_goes_on_under_other_harmless_settings(
     change: tuple[str, ...], cai: Cai, inputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("cai_cli.sinks.FileSink.finish", lambda *_: (_ for _ in ()).throw(Died))
+        patch.setattr("cai_cli.runtime.sinks.FileSink.finish", lambda *_: (_ for _ in ()).throw(Died))
         with pytest.raises(Died):
             cai(*WORDS["sample"], "-o", "out.jsonl")
     again = cai(*WORDS["sample"], *change, "-o", "out.jsonl")

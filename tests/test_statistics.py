@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from cai_cli.statistics import BLOCKS, SHARE, Sums, mean_figure, paired_difference, wilson
+from cai_cli.metrics.intervals import BLOCKS, SHARE, Sums, mean_figure, paired_difference, wilson
 
 shares = st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=1, max_size=60)
 

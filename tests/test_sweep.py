@@ -8,9 +8,10 @@ import pytest
 from conftest import Cai, Done
 from stage_helpers import Json, manifest_of, rows_in, sample_row, write_rows
 
-from cai_cli.errors import UsageError
-from cai_cli.pipeline import load_run, plan, takes_many
-from cai_cli.sweep import MAX_STEPS, expand, write_curves
+from cai_cli.common.errors import UsageError
+from cai_cli.pipeline.plan import plan, takes_many
+from cai_cli.pipeline.run_file import load_run
+from cai_cli.pipeline.sweep import MAX_STEPS, expand, write_curves
 
 ROAD = """\
 name: road

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stage_helpers import Json, manifest_of, rows_in, sample_row, write_rows
 
-from cai_cli import tidy
-from cai_cli.sinks import Counts
-from cai_cli.stats import Stats
-from cai_cli.tidy import By, distinct_lines, sort_key, sorted_lines
+from cai_cli.metrics.dataset_stats import Stats
+from cai_cli.runtime import sort_dedup
+from cai_cli.runtime.sinks import Counts
+from cai_cli.runtime.sort_dedup import By, distinct_lines, sort_key, sorted_lines
 
 ids = st.one_of(st.integers(0, 20), st.text(max_size=3))
 rows_strategy = st.lists(
@@ -26,7 +26,7 @@ def test_sorting_in_runs_of_any_size_is_sorting_at_once(
     tmp_path_factory: pytest.TempPathFactory, rows: list[Json], by: By, run_bytes: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tidy, "RUN_BYTES", run_bytes)
+        patch.setattr(sort_dedup, "RUN_BYTES", run_bytes)
         lines = list(sorted_lines(rows, sort_key(by), tmp_path_factory.mktemp("runs")))
     assert [orjson.loads(line) for line in lines] == sorted(rows, key=sort_key(by))
 

@@ -14,16 +14,16 @@ from training_helpers import (
     write_rows,
 )
 
-from cai_cli.errors import CaiError
-from cai_cli.models import load_reward_model, load_tokenizer
-from cai_cli.phase2_feedback.fitted_head import regress
-from cai_cli.phase2_feedback.pm_figures import held_out_figures
+from cai_cli.common.errors import CaiError
+from cai_cli.data.schema import JudgedPair, Message, conversation_id, load_row
+from cai_cli.data.splits import held_out_keys
+from cai_cli.metrics.intervals import wilson
+from cai_cli.metrics.preference_model import held_out_figures
+from cai_cli.models.loading import load_reward_model, load_tokenizer
+from cai_cli.phase2_feedback.linear_probe import regress
 from cai_cli.phase2_feedback.pm_trainer import by_length, soft_reward_trainer
-from cai_cli.phase2_feedback.preference_model import encode_conversation, score_conversations
 from cai_cli.phase2_feedback.train_pm import command
-from cai_cli.records import JudgedPair, Message, conversation_id, load_row
-from cai_cli.statistics import wilson
-from cai_cli.training import held_out_keys
+from cai_cli.reward.preference_model import encode_conversation, score_conversations
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,14 @@ from filelock import FileLock
 from tiny import tiny_model_dir
 from training_helpers import interrupted_after, largest_difference, manifest_of, revision, rows_in, write_rows
 
-from cai_cli import training_job
-from cai_cli.checkpoints import newest_checkpoint
-from cai_cli.errors import CaiError, UsageError
+from cai_cli.common.errors import CaiError, UsageError
+from cai_cli.data.splits import held_out_keys
+from cai_cli.models.loading import pick_device
+from cai_cli.models.source import Base
 from cai_cli.phase1_supervised.sft import command
-from cai_cli.training import Metrics, held_out_keys, pick_device
-from cai_cli.training_job import Base
+from cai_cli.training import training_run
+from cai_cli.training.checkpoints import newest_checkpoint
+from cai_cli.training.metrics_log import Metrics
 
 QUICK: dict[str, Any] = {"batch_size": 4, "gradient_accumulation": 1, "learning_rate": 1e-3, "eval_share": 0.0}
 
@@ -94,15 +96,15 @@ def test_a_kill_while_the_output_appears_is_completed_by_the_next_run(
         replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training_job.os, "replace", dying_replace)
+        patch.setattr(training_run.os, "replace", dying_replace)
         if killed_at == "renamed":
-            patch.setattr(training_job, "_remove_tree", dying_removal)
+            patch.setattr(training_run, "_remove_tree", dying_removal)
         with pytest.raises(KeyboardInterrupt):
             command(rows, out, model=str(model), **QUICK)
     assert out.exists() == (killed_at != "sidecar written")
     assert not (tmp_path / "out.manifest.json").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(training_job.TrainingJob, "_train", die)  # nothing is trained again
+        patch.setattr(training_run.TrainingJob, "_train", die)  # nothing is trained again
         command(rows, out, model=str(model), **QUICK)
     assert manifest_of(out)["status"] == "finished"
     assert largest_difference(out, tmp_path / "whole") == 0

@@ -9,8 +9,8 @@ from unittest.mock import patch
 
 import orjson
 
-from cai_cli import training
-from cai_cli.training import Metrics
+from cai_cli.training import metrics_log
+from cai_cli.training.metrics_log import Metrics
 
 Message = dict[str, str]
 
@@ -95,7 +95,7 @@ def interrupted_after(step: int) -> Iterator[None]:
             raise Interrupted
         put(self, at, values)
 
-    with patch.object(training.Metrics, "put", dying_put):
+    with patch.object(metrics_log.Metrics, "put", dying_put):
         try:
             yield
         except Interrupted:

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
+from cai_cli.common.errors import UsageError
 from cai_cli.engines.base import Engine, Server
-from cai_cli.errors import UsageError
 
 
 def open_engine(model: str, *, batch_size: int | None, device: str, dtype: str, server: Server | None = None) -> Engine:
@@ -18,7 +18,7 @@ def open_engine(model: str, *, batch_size: int | None, device: str, dtype: str, 
     if model.startswith("openai:"):
         if (batch_size, device, dtype) != (None, "auto", "auto"):
             raise UsageError("a server has no --batch-size, --device or --dtype", hint="--concurrency N")
-        from cai_cli.engines.endpoint import EndpointEngine
+        from cai_cli.engines.openai import EndpointEngine
 
         return EndpointEngine(model.removeprefix("openai:"), server)
     if given := [name for name, value in asdict(server).items() if value is not None]:
@@ -31,7 +31,7 @@ def open_engine(model: str, *, batch_size: int | None, device: str, dtype: str, 
         from cai_cli.engines.vllm import VllmEngine
 
         return VllmEngine(model.removeprefix("vllm:"), batch_size=batch_size, device=device, dtype=dtype)
-    from cai_cli.engines.local import LocalEngine
+    from cai_cli.engines.local.engine import LocalEngine
 
     return LocalEngine(model, batch_size=batch_size, device=device, dtype=dtype)
 

@@ -5,10 +5,9 @@ A second engine is one new file with a class of this shape and one line in `open
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from hashlib import blake2b
 from typing import Any, Protocol
 
-from cai_cli.records import Message
+from cai_cli.data.schema import Message
 
 # A chat, or raw text for base models. `Ask.cue` is put at the start of the answer in both forms.
 Text = str | Sequence[Message]
@@ -151,12 +150,3 @@ class Engine(Protocol):
     def score(self, questions: Sequence[Question]) -> list[list[float] | Refusal]:
         """For each question the log-probability of each option, natural log, summed over the option's tokens."""
         ...
-
-
-def seed_for(*parts: str | int) -> int:
-    """A 63-bit seed from what names one draw: (seed, stage, id, sample_index, round, ...).
-
-    Randomness belongs to the row, so a result does not depend on batch size, neighbours or interruptions.
-    """
-    digest = blake2b("\x1f".join(str(part) for part in parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1

@@ -13,11 +13,11 @@ from typing import Any
 
 from pydantic import Field
 
+from cai_cli.common.errors import CaiError
+from cai_cli.data.formats import render_transcript
+from cai_cli.data.jsonl import read_rows, rows_of
+from cai_cli.data.schema import Row
 from cai_cli.engines.base import Ask, Engine, Question, Refusal, Reply, Sampling, Text
-from cai_cli.errors import CaiError
-from cai_cli.forms import render_transcript
-from cai_cli.jsonl import read_rows, rows_of
-from cai_cli.records import Row
 
 
 class Line(Row):

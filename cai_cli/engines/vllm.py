@@ -12,11 +12,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from cai_cli.common.errors import CaiError, RowError, UsageError
 from cai_cli.engines.base import Ask, Engine, Question, Refusal, Reply, Sampling, Text
-from cai_cli.engines.chat import encode_chat, encode_text
-from cai_cli.engines.shared import common_start
-from cai_cli.errors import CaiError, RowError, UsageError
-from cai_cli.models import fingerprint, load_tokenizer, resolve
+from cai_cli.engines.local.prefix_cache import common_start
+from cai_cli.engines.tokenization import encode_chat, encode_text
+from cai_cli.models.fingerprint import fingerprint
+from cai_cli.models.loading import load_tokenizer
+from cai_cli.models.names import resolve
 
 LIKELIEST = 20  # vLLM's default limit of log-probabilities a token
 

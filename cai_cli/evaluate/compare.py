@@ -16,23 +16,26 @@ from typing import Annotated, Any
 
 import typer
 
-from cai_cli import console, options
+from cai_cli.cli import options
+from cai_cli.common import console
+from cai_cli.common.errors import BadRow, UsageError
+from cai_cli.data.formats import sample_or_revision
+from cai_cli.data.jsonl import read_rows, rows_of, shown
+from cai_cli.data.schema import Duel, Kind, Rejected, Sample, Vote, reject
 from cai_cli.engines.base import Engine, Refusal
-from cai_cli.errors import BadRow, UsageError
-from cai_cli.evaluate.ratings import Tournament
-from cai_cli.jsonl import read_rows, rows_of, shown
-from cai_cli.manifest import hash_input, provenance, write_json
-from cai_cli.outputs import sidecar
-from cai_cli.phase1_supervised.reviser import sample_or_revision
+from cai_cli.judging.judge import METHODS, sigmoid
+from cai_cli.judging.labeller import labeller_settings, open_labeller
+from cai_cli.judging.pairs import Pair
+from cai_cli.judging.votes import Labeller, Weighed, weigh
+from cai_cli.metrics.elo import Tournament
 from cai_cli.phase1_supervised.sample import pick_kind
-from cai_cli.phase2_feedback.judging import METHODS, sigmoid
-from cai_cli.phase2_feedback.label_prefs import Labeller, Weighed, labeller_settings, open_labeller, weigh
-from cai_cli.phase2_feedback.pairs import Pair
-from cai_cli.phase2_feedback.score import Scorer
-from cai_cli.prompts import HELPFULNESS
-from cai_cli.records import Duel, Kind, Rejected, Sample, Vote, reject
-from cai_cli.sinks import StdoutSink
-from cai_cli.stage import Job, Skip, Unit, Units, print_summary
+from cai_cli.prompting.evaluation import HELPFULNESS
+from cai_cli.reward.scorer import Scorer
+from cai_cli.runtime.manifest import hash_input, provenance, write_json
+from cai_cli.runtime.output_files import sidecar
+from cai_cli.runtime.sinks import StdoutSink
+from cai_cli.runtime.stage_run import Job, Skip, Unit, Units
+from cai_cli.runtime.summary import print_summary
 
 NAMED = re.compile(r"([A-Za-z0-9][\w.-]*)=(.+)", re.ASCII | re.DOTALL)
 

@@ -10,20 +10,25 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from cai_cli import console, options
+from cai_cli.cli import options
+from cai_cli.common import console
+from cai_cli.common.hash_index import KeyTable
+from cai_cli.data.formats import sample_or_revision
+from cai_cli.data.jsonl import read_rows, rows_of
+from cai_cli.data.row_reader import Intake
+from cai_cli.data.schema import HarmScore, Kind, Rejected, Sample, reject
 from cai_cli.engines import engine_of
 from cai_cli.engines.base import Engine, Question, Refusal
 from cai_cli.evaluate.hhh import normalised
-from cai_cli.intake import Intake
-from cai_cli.jsonl import KeyTable, read_rows, rows_of
-from cai_cli.manifest import hash_input, provenance, settings_of, write_json
-from cai_cli.outputs import sidecar
-from cai_cli.phase1_supervised.reviser import conversation, sample_or_revision
-from cai_cli.prompts import HARM_LEVELS, Form, harm_request, pick_form
-from cai_cli.records import HarmScore, Kind, Rejected, Sample, reject
-from cai_cli.sinks import StdoutSink
-from cai_cli.stage import Job, Unit, Units, print_summary
-from cai_cli.statistics import Limits, Sums
+from cai_cli.metrics.intervals import Limits, Sums
+from cai_cli.phase1_supervised.reviser import conversation
+from cai_cli.prompting.base import Form, pick_form
+from cai_cli.prompting.evaluation import HARM_LEVELS, harm_request
+from cai_cli.runtime.manifest import hash_input, provenance, settings_of, write_json
+from cai_cli.runtime.output_files import sidecar
+from cai_cli.runtime.sinks import StdoutSink
+from cai_cli.runtime.stage_run import Job, Unit, Units
+from cai_cli.runtime.summary import print_summary
 
 HARM: Limits = (0.0, 4.0)
 

@@ -17,17 +17,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
-from cai_cli import console, options
-from cai_cli.engines import engine_of
-from cai_cli.engines.base import Engine, Question, Refusal
-from cai_cli.errors import RowError, UsageError
-from cai_cli.forms import joined_turns, parse_transcript
-from cai_cli.intake import Intake
-from cai_cli.jsonl import Numbered, read_rows, rows_of
-from cai_cli.manifest import hash_input, provenance, settings_of
-from cai_cli.phase2_feedback.preference_model import encode_conversation, open_for_scores, score_ids
-from cai_cli.prompts import Form, evaluation_request, pick_form, published_comparison, take_apart
-from cai_cli.records import (
+from cai_cli.cli import options
+from cai_cli.common import console
+from cai_cli.common.errors import RowError, UsageError
+from cai_cli.data.formats import joined_turns, parse_transcript
+from cai_cli.data.jsonl import Numbered, read_rows, rows_of
+from cai_cli.data.row_reader import Intake
+from cai_cli.data.schema import (
     Asking,
     EvaluationQuestion,
     EvaluationResult,
@@ -38,11 +34,18 @@ from cai_cli.records import (
     reason_kind,
     reject,
 )
-from cai_cli.sinks import Outcome, StdoutSink
-from cai_cli.stage import Job, Unit, Units, print_summary
-from cai_cli.statistics import SHARE, Figure, mean_figure, wilson
-from cai_cli.training import context_window, pick_device
-from cai_cli.training_job import Base
+from cai_cli.engines import engine_of
+from cai_cli.engines.base import Engine, Question, Refusal
+from cai_cli.metrics.intervals import SHARE, Figure, mean_figure, wilson
+from cai_cli.models.loading import context_window, pick_device
+from cai_cli.models.source import Base
+from cai_cli.prompting.base import Form, pick_form
+from cai_cli.prompting.evaluation import evaluation_request, published_comparison, take_apart
+from cai_cli.reward.preference_model import encode_conversation, open_for_scores, score_ids
+from cai_cli.runtime.manifest import hash_input, provenance, settings_of
+from cai_cli.runtime.sinks import Outcome, StdoutSink
+from cai_cli.runtime.stage_run import Job, Unit, Units
+from cai_cli.runtime.summary import print_summary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -6,18 +6,13 @@ its next round and keeps its history, so rounds can be chained as `critique | re
 
 from collections.abc import Sequence
 
-from cai_cli import options
+from cai_cli.cli import options
+from cai_cli.data.formats import sample_or_revision
+from cai_cli.data.schema import Critique, Rejected, Sample, reject
 from cai_cli.engines.base import Refusal
 from cai_cli.phase1_supervised.format_checks import critique_problem
-from cai_cli.phase1_supervised.reviser import (
-    Reviser,
-    conversation,
-    history_of,
-    run_revision_stage,
-    sample_or_revision,
-)
-from cai_cli.prompts import critique_request
-from cai_cli.records import Critique, Rejected, Sample, reject
+from cai_cli.phase1_supervised.reviser import Reviser, conversation, history_of, run_revision_stage
+from cai_cli.prompting.revision import critique_request
 
 
 def critique(rows: Sequence[Sample], reviser: Reviser) -> list[Critique | Rejected]:

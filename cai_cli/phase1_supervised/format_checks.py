@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from cai_cli.engines.base import Ask, Engine, Refusal, Reply, Sampling, seed_for
+from cai_cli.common.seeds import seed_for
+from cai_cli.engines.base import Ask, Engine, Refusal, Reply, Sampling
 
 ATTEMPTS = 4
 

@@ -20,21 +20,25 @@ from typing import Annotated
 import orjson
 import typer
 
-from cai_cli import console, options
+from cai_cli.cli import options
+from cai_cli.common import console
+from cai_cli.common.errors import CaiError, UsageError
+from cai_cli.common.near_duplicates import NearDuplicates
+from cai_cli.common.seeds import seed_for
+from cai_cli.data.jsonl import Numbered, read_prompts, read_rows, rows_of
+from cai_cli.data.jsonl import shown as shown_name
+from cai_cli.data.schema import Kind, Prompt, Rejected, content_hash, reject
 from cai_cli.engines import engine_of
-from cai_cli.engines.base import Ask, Engine, Refusal, Reply, Sampling, seed_for
-from cai_cli.errors import CaiError, UsageError
-from cai_cli.evaluate.detectors import evasive_opening
-from cai_cli.jsonl import Numbered, read_prompts, read_rows, rows_of
-from cai_cli.jsonl import shown as shown_name
-from cai_cli.manifest import hash_input, provenance, settings_of
-from cai_cli.near_duplicates import NearDuplicates
-from cai_cli.outputs import sidecar
+from cai_cli.engines.base import Ask, Engine, Refusal, Reply, Sampling
+from cai_cli.metrics.reply_habits import evasive_opening
 from cai_cli.phase1_supervised.sample import pick_kind
-from cai_cli.prompts import TOPICS, Form, invention_request, pick_form, user
-from cai_cli.records import Kind, Prompt, Rejected, content_hash, reject
-from cai_cli.sinks import StdoutSink
-from cai_cli.stage import Job, Unit, Units, print_summary
+from cai_cli.prompting.base import Form, pick_form, user
+from cai_cli.prompting.red_team import TOPICS, invention_request
+from cai_cli.runtime.manifest import hash_input, provenance, settings_of
+from cai_cli.runtime.output_files import sidecar
+from cai_cli.runtime.sinks import StdoutSink
+from cai_cli.runtime.stage_run import Job, Unit, Units
+from cai_cli.runtime.summary import print_summary
 
 ATTEMPTS_A_PROMPT = 20  # after so many for each prompt that is wanted the model is taken to have no more
 LEAST_WORDS = 4

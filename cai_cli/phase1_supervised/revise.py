@@ -5,27 +5,18 @@ revision directly (section 3.5). Departure: the paper keeps every revision it ge
 in disguise, wrapped or stuck in a loop is asked again and at last rejected with the reason.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from collections.abc import Sequence
 
-import typer
-
-from cai_cli import options
-from cai_cli.constitution import CritiquePrinciple
+from cai_cli.cli import options
+from cai_cli.common.errors import CaiError
+from cai_cli.constitution.schema import CritiquePrinciple
+from cai_cli.data.jsonl import rows_of
+from cai_cli.data.schema import Critique, Rejected, Revision, Sample, Turn, reject
 from cai_cli.engines.base import Refusal
-from cai_cli.errors import CaiError
-from cai_cli.jsonl import rows_of
-from cai_cli.phase1_supervised.critique import critique
 from cai_cli.phase1_supervised.format_checks import revision_problem
-from cai_cli.phase1_supervised.reviser import (
-    Reviser,
-    conversation,
-    history_of,
-    run_revision_stage,
-    sample_or_revision,
-)
-from cai_cli.prompts import assistant, revision_request
-from cai_cli.records import Critique, Rejected, Revision, Sample, Turn, reject
+from cai_cli.phase1_supervised.reviser import Reviser, conversation, history_of, run_revision_stage
+from cai_cli.prompting.base import assistant
+from cai_cli.prompting.revision import revision_request
 
 
 def revise(rows: Sequence[Critique], reviser: Reviser) -> list[Revision | Rejected]:
@@ -79,21 +70,6 @@ def _revised(
     return outcomes
 
 
-def critique_revise(
-    rows: Sequence[Sample], reviser: Reviser, *, rounds: int, with_critique: bool
-) -> list[Revision | Rejected]:
-    """`rounds` rounds of critique and revision of each row, in order (0: the row as it came). A row that fails in any
-    round is rejected as it came, so that the same command can ask again."""
-    standing: list[Any] = list(rows)
-    steps: list[Callable[[Sequence[Any], Reviser], Sequence[Sample | Rejected]]]
-    steps = [critique, revise] if with_critique else [revise_directly]
-    for step in steps * rounds:
-        alive = [i for i, row in enumerate(standing) if not isinstance(row, Rejected)]
-        for i, outcome in zip(alive, step([standing[i] for i in alive], reviser), strict=True):
-            standing[i] = reject(outcome.key, outcome.reason, rows[i]) if isinstance(outcome, Rejected) else outcome
-    return standing
-
-
 def command(
     input: options.Input,
     output: options.Output = "-",
@@ -129,52 +105,3 @@ def command(
     INPUT: Critique rows, from `cai critique`. Writes Revision rows.
     """
     run_revision_stage("revise", rows_of(Critique), revise, locals())
-
-
-def critique_revise_command(
-    input: options.Input,
-    output: options.Output = "-",
-    model: options.Model = options.DEFAULT_MODEL,
-    constitution: options.Constitution = None,
-    few_shot: options.FewShot = None,
-    principles: options.Principles = None,
-    max_principles: options.MaxPrinciples = None,
-    rounds: Annotated[
-        int, typer.Option(min=0, help="Rounds of critique and revision, each under a new draw; 0 revises nothing.")
-    ] = 4,
-    critique: Annotated[
-        bool, typer.Option("--critique/--no-critique", help="Without: revise directly (paper section 3.5).")
-    ] = True,
-    max_new_tokens: options.MaxNewTokens = 256,
-    temperature: options.Temperature = 1.0,
-    top_p: options.TopP = 1.0,
-    prompt_form: options.PromptForm = "auto",
-    seed: options.Seed = 0,
-    limit: options.Limit = None,
-    shard: options.Shard = None,
-    skip_bad: options.SkipBad = False,
-    max_bad: options.MaxBad = None,
-    batch_size: options.BatchSize = None,
-    device: options.Device = "auto",
-    dtype: options.DType = "auto",
-    base_url: options.BaseUrl = None,
-    concurrency: options.Concurrency = None,
-    timeout: options.Timeout = None,
-    budget_tokens: options.BudgetTokens = None,
-    price_in: options.PriceIn = None,
-    price_out: options.PriceOut = None,
-    overwrite: options.Overwrite = False,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
-    """Criticise and revise replies, round after round.
-
-    INPUT: Sample rows (or Revision rows, to go on from). Writes Revision rows with the history of all rounds; with
-    --rounds 0 the rows as they came, to be compared with revised ones.
-    """
-    run_revision_stage(
-        "critique-revise",
-        sample_or_revision,
-        lambda rows, reviser: critique_revise(rows, reviser, rounds=rounds, with_critique=critique),
-        locals(),
-    )

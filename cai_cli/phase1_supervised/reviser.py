@@ -4,23 +4,17 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cai_cli.constitution import (
-    CritiqueConstitution,
-    CritiqueExample,
-    CritiquePrinciple,
-    draw,
-    open_constitution,
-    select,
-)
+from cai_cli.common.seeds import seed_for
+from cai_cli.constitution.draw import draw, select
+from cai_cli.constitution.schema import CritiqueConstitution, CritiqueExample, CritiquePrinciple, open_constitution
+from cai_cli.data.row_reader import Intake
+from cai_cli.data.schema import Critique, Message, Rejected, Revision, Sample
 from cai_cli.engines import engine_of
-from cai_cli.engines.base import Ask, Engine, Refusal, Reply, Sampling, seed_for
-from cai_cli.errors import RowError
-from cai_cli.intake import Intake
-from cai_cli.manifest import hash_input, provenance, settings_of
+from cai_cli.engines.base import Ask, Engine, Refusal, Reply, Sampling
 from cai_cli.phase1_supervised.format_checks import generate_checked
-from cai_cli.prompts import Form, Request, pick_form
-from cai_cli.records import Critique, Message, Rejected, Revision, Sample, load_row
-from cai_cli.stage import Job, Unit, Units
+from cai_cli.prompting.base import Form, Request, pick_form
+from cai_cli.runtime.manifest import hash_input, provenance, settings_of
+from cai_cli.runtime.stage_run import Job, Unit, Units
 
 Work = Callable[[Sequence[Any], "Reviser"], Iterable[Sample | Rejected]]
 
@@ -63,13 +57,6 @@ def conversation(row: Sample) -> list[Message]:
 
 def history_of(row: Sample) -> list[Any]:
     return list(row.history) if isinstance(row, Critique | Revision) else []
-
-
-def sample_or_revision(value: object) -> Sample:
-    """A row whose reply can be criticised. Raises RowError."""
-    if isinstance(value, dict) and "critique" in value:
-        raise RowError("a Critique row, where a Sample or Revision is wanted", hint="`cai revise` takes critiques")
-    return load_row(Revision if isinstance(value, dict) and "history" in value else Sample, value)
 
 
 def run_revision_stage(stage: str, parse: Callable[[object], Sample], work: Work, flags: dict[str, Any]) -> None:

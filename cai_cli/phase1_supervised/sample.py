@@ -8,16 +8,17 @@ from typing import Annotated, get_args
 
 import typer
 
-from cai_cli import options
+from cai_cli.cli import options
+from cai_cli.common.errors import UsageError
+from cai_cli.common.seeds import seed_for
+from cai_cli.data.jsonl import Numbered
+from cai_cli.data.row_reader import Intake
+from cai_cli.data.schema import Kind, Prompt, Rejected, Sample, conversation_id, reject
 from cai_cli.engines import engine_of
-from cai_cli.engines.base import Ask, Engine, Refusal, Sampling, seed_for
-from cai_cli.errors import UsageError
-from cai_cli.intake import Intake
-from cai_cli.jsonl import Numbered
-from cai_cli.manifest import hash_input, provenance, settings_of
-from cai_cli.prompts import Form, assistant, pick_form, reply_request
-from cai_cli.records import Kind, Prompt, Rejected, Sample, conversation_id, reject
-from cai_cli.stage import Job, Unit, Units
+from cai_cli.engines.base import Ask, Engine, Refusal, Sampling
+from cai_cli.prompting.base import Form, assistant, pick_form, reply_request
+from cai_cli.runtime.manifest import hash_input, provenance, settings_of
+from cai_cli.runtime.stage_run import Job, Unit, Units
 
 SampleUnit = tuple[Prompt, int]
 

@@ -13,18 +13,21 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cai_cli import console, options
-from cai_cli.cpu_head import use_plain_head
-from cai_cli.engines.base import seed_for
-from cai_cli.engines.chat import encode_chat
-from cai_cli.errors import RowError, UsageError
-from cai_cli.forms import parse_prompt
-from cai_cli.intake import Intake
-from cai_cli.launch import AccelerateConfig, NumProcesses, as_asked
-from cai_cli.manifest import hash_input, provenance
-from cai_cli.prompts import assistant
-from cai_cli.records import Message, Revision, Sample, conversation_id, json_type, load_row, reject
-from cai_cli.training import (
+from cai_cli.cli import options
+from cai_cli.common import console
+from cai_cli.common.errors import RowError, UsageError
+from cai_cli.common.seeds import seed_for
+from cai_cli.data.formats import completed_row
+from cai_cli.data.row_reader import Intake
+from cai_cli.data.schema import Message, Revision, Sample, conversation_id, reject
+from cai_cli.data.splits import held_out_keys, mixed, too_long_for
+from cai_cli.engines.tokenization import encode_chat
+from cai_cli.models.loading import pick_device, tokenizer_and_window
+from cai_cli.models.source import Base
+from cai_cli.prompting.base import assistant
+from cai_cli.runtime.manifest import hash_input, provenance
+from cai_cli.training.checkpoints import save_finished
+from cai_cli.training.config import (
     Epochs,
     GradientAccumulation,
     LearningRate,
@@ -32,21 +35,16 @@ from cai_cli.training import (
     LoraRank,
     MaxLength,
     MaxSteps,
-    Metrics,
     Recipe,
     SaveSteps,
     TrainBatchSize,
-    fit,
-    held_out_keys,
-    mixed,
-    pick_device,
-    quiet_libraries,
-    save_finished,
-    tokenizer_and_window,
-    too_long_for,
-    without_printer,
 )
-from cai_cli.training_job import Base, Counts, TrainingJob, rows_digest
+from cai_cli.training.cpu_logprobs import use_plain_head
+from cai_cli.training.launcher import AccelerateConfig, NumProcesses, as_asked
+from cai_cli.training.loop import fit, without_printer
+from cai_cli.training.metrics_log import Metrics
+from cai_cli.training.quiet import quiet_libraries
+from cai_cli.training.training_run import Counts, TrainingJob, rows_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,24 +77,6 @@ class Encoded:
     def columns(self) -> dict[str, list[int]]:
         labels = [-100] * self.prompt_length + self.ids[self.prompt_length :]
         return {"input_ids": self.ids, "labels": labels}
-
-
-def completed_row(value: object) -> Sample:
-    """A row with a prompt and a completion: Sample, Revision, or any {"prompt", "completion"}. Raises RowError."""
-    if isinstance(value, dict) and "critique" in value:
-        raise RowError("a Critique row, whose reply is not revised yet", hint="`cai revise` makes revisions of it")
-    if isinstance(value, dict) and "sample_index" in value:
-        return load_row(Revision if "history" in value else Sample, value)
-    if not isinstance(value, dict) or "completion" not in value:
-        raise RowError("no completion in this row", hint='a row has "prompt" and "completion"')
-    prompt = parse_prompt({k: v for k, v in value.items() if k != "completion"}, source="given")
-    completion = value["completion"]
-    if isinstance(completion, str):
-        completion = [{"role": "assistant", "content": completion}]
-    if not isinstance(completion, list):
-        raise RowError(f"field 'completion' must be text or messages, this is {json_type(completion)}")
-    fields = {"sample_index": 0, "completion": completion, "finish_reason": None}
-    return load_row(Sample, prompt.model_dump() | fields)
 
 
 def examples_of(row: Sample, revisions: Literal["all", "last"]) -> list[Example]:
@@ -148,7 +128,7 @@ def sft(
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    from cai_cli.models import load_causal_lm
+    from cai_cli.models.loading import load_causal_lm
 
     model = load_causal_lm(base, "float32", recipe.device)
     metrics = Metrics(work / "metrics.jsonl", [*COLUMNS, "held_out_loss"])

@@ -18,8 +18,8 @@ import math
 from collections.abc import Callable, Sequence
 from statistics import fmean, stdev
 
-from cai_cli.evaluate.detectors import boilerplate, evasive_opening
-from cai_cli.records import PolicySample
+from cai_cli.data.schema import PolicySample
+from cai_cli.metrics.reply_habits import boilerplate, evasive_opening
 
 Check = Sequence[PolicySample]  # the replies of one step, the same prompts in the same order at every step
 Measure = Callable[[PolicySample], float | None]

@@ -7,106 +7,32 @@ once; here every pair is asked in both orders by default, so that a liking for t
 becoming a preference, and a principle counts only where all its orders were answered.
 """
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated
 
 import typer
 
-from cai_cli import options
-from cai_cli.constitution import PreferenceConstitution, PreferencePrinciple, open_constitution, select
-from cai_cli.engines import engine_of
-from cai_cli.engines.base import Refusal, Sampling, seed_for
-from cai_cli.errors import UsageError
-from cai_cli.evaluate.agreement import Tally, audit_file, say_audit
-from cai_cli.intake import Intake
-from cai_cli.manifest import hash_input, provenance, settings_of
-from cai_cli.phase2_feedback.judging import METHODS, Comparison, Judge, Judgement, Order
-from cai_cli.phase2_feedback.pairs import PAIRINGS, Pair, pair_units
-from cai_cli.phase2_feedback.recorded_votes import RecordedVotes
-from cai_cli.prompts import pick_form
-from cai_cli.records import TIE, UNSURE, Preference, Rejected, Vote, reject
-from cai_cli.sinks import StdoutSink
-from cai_cli.stage import Job, print_summary
-
-Answers = Sequence[tuple[Comparison, Judgement | Refusal]]
-
-
-@dataclass(frozen=True)
-class Labeller:
-    """A judge, the principles it draws from and how often it is asked."""
-
-    judge: Judge
-    principles: Sequence[PreferencePrinciple]
-    per_pair: int
-    orders: tuple[Order, ...]
-    samples: int = 1
-    min_confidence: float = 0.5
-    recorded: RecordedVotes | None = None
-
-    def judge_all(self, comparisons: Sequence[Comparison]) -> list[Judgement | Refusal]:
-        """One judgement per comparison, in order; what is recorded is not asked."""
-        known = [self.recorded.judgement(one) if self.recorded else None for one in comparisons]
-        answers = iter(self.judge.judge([one for one, said in zip(comparisons, known, strict=True) if said is None]))
-        return [next(answers) if said is None else self.judge.clamped(said) for said in known]
-
-    def comparisons(self, pair: Pair) -> Iterator[Comparison]:
-        """All that is asked about one pair. The principles drawn for it depend on the seed and the pair alone."""
-        drawn = sorted(self.principles, key=lambda p: seed_for(self.judge.seed, "comparison", pair.id, p.id))
-        for principle in drawn[: self.per_pair]:
-            for order in self.orders:
-                for sample in range(self.samples):
-                    yield Comparison(pair, principle, order, sample)
-
-
-@dataclass(frozen=True)
-class Weighed:
-    """A judge's opinion of one pair: the mean probability that `a` is the better reply, and the votes behind it."""
-
-    p_a: float
-    votes: Sequence[tuple[Comparison, Judgement]]
-
-    def as_rows(self, method: str) -> list[Vote]:
-        """The votes as a row holds them, "ab" where `a` stood first."""
-        return [
-            Vote(
-                principle_id=c.principle.id,
-                method=method,
-                order=c.order,
-                p_first=judgement.p_first,
-                rationale=judgement.rationale,
-            )
-            for c, judgement in self.votes
-        ]
+from cai_cli.cli import options
+from cai_cli.common.errors import UsageError
+from cai_cli.data.row_reader import Intake
+from cai_cli.data.schema import TIE, UNSURE, Preference, Rejected, reject
+from cai_cli.engines.base import Refusal
+from cai_cli.judging.labeller import labeller_settings, open_labeller
+from cai_cli.judging.pairs import PAIRINGS, Pair, pair_units
+from cai_cli.judging.vote_cache import RecordedVotes
+from cai_cli.judging.votes import Labeller, Weighed, weigh
+from cai_cli.metrics.label_audit import Tally, audit_file, say_audit
+from cai_cli.runtime.manifest import hash_input, provenance
+from cai_cli.runtime.sinks import StdoutSink
+from cai_cli.runtime.stage_run import Job
+from cai_cli.runtime.summary import print_summary
 
 
 def label_prefs(pairs: Sequence[Pair], labeller: Labeller) -> list[Preference | Rejected]:
     """One preference per pair, in order. A tie, a pair without a vote and one under `min_confidence` are rejected,
     each with its reason."""
     return [_preference(pair, opinion, labeller) for pair, opinion in zip(pairs, weigh(pairs, labeller), strict=True)]
-
-
-def weigh(pairs: Sequence[Pair], labeller: Labeller) -> list[Weighed | Refusal]:
-    """One opinion per pair, in order; a Refusal where no principle was answered in all its orders."""
-    asked = [list(labeller.comparisons(pair)) for pair in pairs]
-    answers = iter(labeller.judge_all([comparison for group in asked for comparison in group]))
-    return [_weighed([(c, next(answers)) for c in group], labeller) for group in asked]
-
-
-def _weighed(answers: Answers, labeller: Labeller) -> Weighed | Refusal:
-    votes: list[tuple[Comparison, Judgement]] = []
-    shares = []
-    for start in range(0, len(answers), len(labeller.orders) * labeller.samples):
-        one_principle = answers[start : start + len(labeller.orders) * labeller.samples]
-        answered = [(c, judgement) for c, judgement in one_principle if isinstance(judgement, Judgement)]
-        of_orders = [[_p_a(c, j) for c, j in answered if c.order == order] for order in labeller.orders]
-        if all(of_orders):
-            votes += answered
-            shares.append(math.fsum(math.fsum(p) / len(p) for p in of_orders) / len(of_orders))
-    if not shares:
-        return next(judgement for _, judgement in answers if isinstance(judgement, Refusal))
-    return Weighed(math.fsum(shares) / len(shares), votes)
 
 
 def _preference(pair: Pair, opinion: Weighed | Refusal, labeller: Labeller) -> Preference | Rejected:
@@ -119,10 +45,6 @@ def _preference(pair: Pair, opinion: Weighed | Refusal, labeller: Labeller) -> P
     if labelled.p_chosen < labeller.min_confidence:
         return reject(pair.key, UNSURE, labelled)
     return labelled
-
-
-def _p_a(comparison: Comparison, judgement: Judgement) -> float:
-    return judgement.p_first if comparison.order == "ab" else 1 - judgement.p_first
 
 
 def _labelled(pair: Pair, opinion: Weighed, method: str) -> Preference:
@@ -140,66 +62,6 @@ def _labelled(pair: Pair, opinion: Weighed, method: str) -> Preference:
         human=None if pair.human is None else "chosen" if (pair.human == "a") == a_wins else "rejected",
         source=pair.source,
     )
-
-
-def pick_per_pair(wanted: str, principles: Sequence[PreferencePrinciple]) -> int:
-    """`--principles-per-pair` as a number. Raises UsageError."""
-    if wanted == "all":
-        return len(principles)
-    if not wanted.isdecimal() or not 1 <= int(wanted) <= len(principles):
-        raise UsageError(
-            f"--principles-per-pair must be all or a number from 1 to {len(principles)}, not {wanted!r}",
-            hint=f"{len(principles)} principles are in use",
-        )
-    return int(wanted)
-
-
-def pick_clamp(wanted: str | None, method: str) -> tuple[float, float]:
-    """`--clamp LOW,HIGH`; by default 0.4,0.6 for cot (paper section 4.1), else none. Raises UsageError."""
-    if wanted is None:
-        return (0.4, 0.6) if method == "cot" else (0.0, 1.0)
-    try:
-        low, high = (float(part) for part in wanted.split(","))
-    except ValueError:
-        low, high = 1.0, 0.0
-    if not 0 <= low <= 0.5 <= high <= 1:
-        raise UsageError(f"--clamp must be LOW,HIGH with 0 <= LOW <= 0.5 <= HIGH <= 1, not {wanted!r}")
-    return low, high
-
-
-def open_labeller(flags: Mapping[str, Any]) -> tuple[Labeller, PreferenceConstitution]:
-    """The judge that the options of a command describe, and the constitution it goes by.
-
-    Raises UsageError, CaiError.
-    """
-    method, calibrate, cot_samples = flags["method"], flags["calibrate"], flags["cot_samples"]
-    if method not in METHODS:
-        raise UsageError(f"--method must be one of {', '.join(METHODS)}, not {method!r}")
-    if calibrate and method != "choice":
-        raise UsageError(f"--calibrate needs --method choice, not {method}")
-    if method == "contrast" and flags["few_shot"] not in (None, "none"):
-        raise UsageError("--method contrast shows the judge no examples, so --few-shot would do nothing")
-    if cot_samples > 1 and method != "cot":
-        raise UsageError("--cot-samples needs --method cot")
-    limits = pick_clamp(flags["clamp"], method)
-    loaded = open_constitution(PreferenceConstitution, flags["constitution"], flags["few_shot"])
-    chosen = select(loaded.principles, flags["principles"], flags["max_principles"])
-    per_pair = pick_per_pair(flags["principles_per_pair"], chosen)
-    engine = engine_of(flags)
-    form = pick_form(flags["prompt_form"], engine)
-    # A verdict is read greedily: noise of sampling would be taken for the judge's doubt.
-    temperature = 0.0 if method == "verdict" else flags["temperature"]
-    sampling = Sampling(flags["max_new_tokens"], temperature, flags["top_p"])
-    judge = Judge(engine, method, loaded.examples, form, flags["seed"], sampling, limits, calibrate)
-    # The order in which replies are shown means nothing to a contrast: nobody is shown two.
-    orders: tuple[Order, ...] = ("ab", "ba") if flags["both_orders"] and method != "contrast" else ("ab",)
-    return Labeller(judge, chosen, per_pair, orders, cot_samples, flags["min_confidence"]), loaded
-
-
-def labeller_settings(flags: Mapping[str, Any], labeller: Labeller) -> dict[str, Any]:
-    """`flags` as a manifest records them."""
-    judge = labeller.judge
-    return settings_of(flags, prompt_form=judge.form, clamp=list(judge.clamp), principles_per_pair=labeller.per_pair)
 
 
 def command(

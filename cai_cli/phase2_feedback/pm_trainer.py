@@ -4,8 +4,8 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from cai_cli.engines.base import seed_for
-from cai_cli.phase2_feedback.shared_prompt import collate, packed
+from cai_cli.common.seeds import seed_for
+from cai_cli.reward.packed_pairs import collate, packed
 
 POOL = 16  # batches
 

@@ -27,14 +27,17 @@ from typing import Annotated, Any
 
 import typer
 
-from cai_cli import console, options, ranks
-from cai_cli.cpu_head import use_plain_head
-from cai_cli.engines.base import Sampling, seed_for
-from cai_cli.errors import UsageError
-from cai_cli.intake import Intake
-from cai_cli.launch import AccelerateConfig, NumProcesses, as_asked
-from cai_cli.manifest import hash_input, provenance
-from cai_cli.outputs import sidecar
+from cai_cli.cli import options
+from cai_cli.common import console
+from cai_cli.common.errors import UsageError
+from cai_cli.common.seeds import seed_for
+from cai_cli.data.row_reader import Intake
+from cai_cli.data.schema import Prompt
+from cai_cli.data.splits import mixed
+from cai_cli.engines.base import Sampling
+from cai_cli.models.loading import pick_device
+from cai_cli.models.source import Base
+from cai_cli.phase2_feedback.monitor_models import Watcher, pick_watcher, preference_score
 from cai_cli.phase2_feedback.rl_monitor import (
     CHECK_COLUMNS,
     Monitor,
@@ -46,24 +49,17 @@ from cai_cli.phase2_feedback.rl_monitor import (
 )
 from cai_cli.phase2_feedback.rl_prompts import fitting_prompts, hold_out, prompt_order
 from cai_cli.phase2_feedback.rl_trainer import end_ids, preference_reward, with_our_text
-from cai_cli.phase2_feedback.watchers import Watcher, pick_watcher, preference_score
-from cai_cli.records import Prompt
-from cai_cli.training import (
-    LearningRate,
-    Lora,
-    LoraRank,
-    Metrics,
-    Recipe,
-    SaveSteps,
-    fit,
-    mixed,
-    pick_device,
-    quiet_libraries,
-    save_finished,
-    save_model,
-    without_printer,
-)
-from cai_cli.training_job import Base, Counts, TrainingJob, rows_digest
+from cai_cli.runtime.manifest import hash_input, provenance
+from cai_cli.runtime.output_files import sidecar
+from cai_cli.training import distributed
+from cai_cli.training.checkpoints import save_finished, save_model
+from cai_cli.training.config import LearningRate, Lora, LoraRank, Recipe, SaveSteps
+from cai_cli.training.cpu_logprobs import use_plain_head
+from cai_cli.training.launcher import AccelerateConfig, NumProcesses, as_asked
+from cai_cli.training.loop import fit, without_printer
+from cai_cli.training.metrics_log import Metrics
+from cai_cli.training.quiet import quiet_libraries
+from cai_cli.training.training_run import Counts, TrainingJob, rows_digest
 
 COLUMNS = {
     "loss": "loss",
@@ -107,10 +103,10 @@ def rl(
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-    from cai_cli.models import load_causal_lm, load_tokenizer
+    from cai_cli.models.loading import load_causal_lm, load_tokenizer
 
     assert recipe.max_steps  # noqa: S101
-    if ranks.weights_are_sharded():
+    if distributed.weights_are_sharded():
         raise UsageError(
             "rl needs the whole policy in every process, to sample from it and to check it",
             hint="--accelerate-config multi_gpu, zero1 or zero2; --lora takes less memory",
@@ -124,15 +120,15 @@ def rl(
         held_out,
         tokenizer,
         score,
-        watcher.open() if watcher and ranks.leads() else None,
+        watcher.open() if watcher and distributed.leads() else None,
         work / "samples.jsonl",
         Sampling(max_new_tokens, temperature),
         recipe.seed,
         recipe.batch_size,
     )
     if not metrics.at(0):
-        metrics.put(0, ranks.from_leader(lambda: monitor.check(0, policy, logits_of(policy))))
-    scale = ranks.from_leader(lambda: monitor.scale)
+        metrics.put(0, distributed.from_leader(lambda: monitor.check(0, policy, logits_of(policy))))
+    scale = distributed.from_leader(lambda: monitor.scale)
     ends = end_ids(policy, tokenizer)
     trainer_class, config_class = {"rloo": (RLOOTrainer, RLOOConfig), "grpo": (GRPOTrainer, GRPOConfig)}[algorithm]
     order = prompt_order(len(prompts), recipe.max_steps, prompts_per_step, recipe.seed)
@@ -165,9 +161,9 @@ def rl(
     kept = checks.kept if checks.kept is not None else int(trainer.state.global_step)
     if kept:
         save_finished(trainer, tokenizer, work / "model")
-    elif ranks.leads():
+    elif distributed.leads():
         save_model(load_causal_lm(base, "float32", recipe.device), tokenizer, work / "model")
-    if ranks.leads():
+    if distributed.leads():
         shutil.copyfile(work / "samples.jsonl", work / "model/samples.jsonl")
     return {**figures(metrics, scale, kept), "throughput": throughput}
 
@@ -331,15 +327,15 @@ def command(
 
 def _share(replies: int, batch_size: int | None) -> int:
     """How many of the replies of a step one process makes. Raises UsageError where they cannot be dealt out evenly."""
-    parts = (batch_size or 1) * ranks.world_size()
+    parts = (batch_size or 1) * distributed.world_size()
     if replies % parts:
         given = [f"--batch-size {batch_size}"] if batch_size else []
-        given += [f"{ranks.world_size()} processes"] if ranks.world_size() > 1 else []
+        given += [f"{distributed.world_size()} processes"] if distributed.world_size() > 1 else []
         raise UsageError(
             f"{' times '.join(given)} does not divide the {replies} replies of a step",
             hint="--prompts-per-step times --samples-per-prompt",
         )
-    return replies // ranks.world_size()
+    return replies // distributed.world_size()
 
 
 def _check(algorithm: str, report_to: str | None) -> None:

@@ -12,19 +12,22 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from cai_cli import console, ranks
-from cai_cli.checkpoints import verify
-from cai_cli.engines.base import Ask, Refusal, Sampling, seed_for
-from cai_cli.engines.chat import encode_chat, encode_text
-from cai_cli.engines.local import engine_around
-from cai_cli.errors import CaiError
-from cai_cli.evaluate.detectors import opening
-from cai_cli.jsonl import AppendFile, cut_torn_tail, read_rows, rows_of
+from cai_cli.common import console
+from cai_cli.common.errors import CaiError
+from cai_cli.common.seeds import seed_for
+from cai_cli.data.jsonl import AppendFile, cut_torn_tail, read_rows, rows_of
+from cai_cli.data.schema import PolicySample, Prompt, dump_row
+from cai_cli.engines.base import Ask, Refusal, Sampling
+from cai_cli.engines.local.engine import engine_around
+from cai_cli.engines.tokenization import encode_chat, encode_text
+from cai_cli.metrics.reply_habits import opening
+from cai_cli.models.adapters import without_adapter_wrapper
 from cai_cli.phase2_feedback.goodhart import SHARES, Check, best_check, goodhart, mean_of
-from cai_cli.phase2_feedback.watchers import Score, Watch
-from cai_cli.prompts import assistant, reply_request
-from cai_cli.records import PolicySample, Prompt, dump_row
-from cai_cli.training import Metrics
+from cai_cli.phase2_feedback.monitor_models import Score, Watch
+from cai_cli.prompting.base import assistant, reply_request
+from cai_cli.training import distributed
+from cai_cli.training.checkpoints import verify
+from cai_cli.training.metrics_log import Metrics
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,7 +76,7 @@ class Monitor:
     rows: list[PolicySample] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if ranks.leads() and self.file.exists():
+        if distributed.leads() and self.file.exists():
             cut_torn_tail(self.file)
             self.rows = [row for _, row in read_rows(str(self.file), rows_of(PolicySample))]
 
@@ -95,7 +98,7 @@ class Monitor:
 
     def forget(self, step: int) -> None:
         """Drop the checks after `step`: they are done again."""
-        if not ranks.leads():
+        if not distributed.leads():
             return
         self.rows = [row for row in self.rows if row.step <= step]
         temporary = self.file.with_name(f"{self.file.name}.tmp")
@@ -199,7 +202,7 @@ def reference_of(trainer: Any, base: Path) -> Logits:
     not load where beta is 0)."""
     from accelerate.utils import is_peft_model
 
-    from cai_cli.models import load_causal_lm
+    from cai_cli.models.loading import load_causal_lm
 
     policy = trainer.accelerator.unwrap_model(trainer.model)
     if not is_peft_model(policy):
@@ -210,13 +213,6 @@ def reference_of(trainer: Any, base: Path) -> Logits:
             return logits_of(policy)(ids, keep)
 
     return without_adapters
-
-
-def without_adapter_wrapper(policy: Any) -> Any:
-    """The model itself, in whose layers the adapters are."""
-    from accelerate.utils import is_peft_model
-
-    return policy.get_base_model() if is_peft_model(policy) else policy
 
 
 def checks_callback(
@@ -242,7 +238,7 @@ def checks_callback(
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             monitor.forget(state.global_step)
-            if state.global_step == 0 and ranks.leads():
+            if state.global_step == 0 and distributed.leads():
                 show({name: metrics.rows[0][name] for name in CHECK_COLUMNS})
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -250,9 +246,9 @@ def checks_callback(
             if step % every and not last:
                 return
             known = flagged(metrics)
-            figures, kept = ranks.from_leader(lambda: checked(step))
+            figures, kept = distributed.from_leader(lambda: checked(step))
             metrics.put(step, figures)
-            if ranks.leads():
+            if distributed.leads():
                 show(figures)
             if figures["goodhart"] and not known:
                 console.warn(f"rl: step {step:,}: {figures['goodhart']}" + (" (stopping)" if stop else ""))
@@ -262,7 +258,7 @@ def checks_callback(
                 state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{kept}")
             if figures["goodhart"]:
                 if kept:
-                    ranks.from_leader(lambda: verify(Path(state.best_model_checkpoint)))
+                    distributed.from_leader(lambda: verify(Path(state.best_model_checkpoint)))
                 self.kept = kept
                 control.should_training_stop, control.should_save = True, False
                 args.load_best_model_at_end = kept > 0

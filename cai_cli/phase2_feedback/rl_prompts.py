@@ -7,15 +7,16 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from cai_cli import console
-from cai_cli.engines.base import seed_for
-from cai_cli.engines.chat import encode_chat
-from cai_cli.errors import CaiError, RowError
-from cai_cli.phase2_feedback.preference_model import encode_conversation
-from cai_cli.prompts import assistant
-from cai_cli.records import Prompt, conversation_id, reject
-from cai_cli.training import apart, tokenizer_and_window
-from cai_cli.training_job import Counts
+from cai_cli.common import console
+from cai_cli.common.errors import CaiError, RowError
+from cai_cli.common.seeds import seed_for
+from cai_cli.data.schema import Prompt, conversation_id, reject
+from cai_cli.data.splits import apart
+from cai_cli.engines.tokenization import encode_chat
+from cai_cli.models.loading import tokenizer_and_window
+from cai_cli.prompting.base import assistant
+from cai_cli.reward.preference_model import encode_conversation
+from cai_cli.training.training_run import Counts
 
 
 def prompt_order(count: int, steps: int, per_step: int, seed: int) -> list[int]:

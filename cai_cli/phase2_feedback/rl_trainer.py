@@ -5,13 +5,15 @@ from collections.abc import Callable
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any
 
-from cai_cli import ranks
-from cai_cli.engines.base import Sampling, seed_for
-from cai_cli.engines.chat import encode_chat
-from cai_cli.engines.local import engine_around
-from cai_cli.phase2_feedback.rl_monitor import Scale, without_adapter_wrapper
-from cai_cli.phase2_feedback.watchers import Score
-from cai_cli.records import Message, Prompt
+from cai_cli.common.seeds import seed_for
+from cai_cli.data.schema import Message, Prompt
+from cai_cli.engines.base import Sampling
+from cai_cli.engines.local.engine import engine_around
+from cai_cli.engines.tokenization import encode_chat
+from cai_cli.models.adapters import without_adapter_wrapper
+from cai_cli.phase2_feedback.monitor_models import Score
+from cai_cli.phase2_feedback.rl_monitor import Scale
+from cai_cli.training import distributed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,7 +37,7 @@ def preference_reward(
         asked = [Prompt(id="-", prompt=messages_of(prompt)) for prompt in prompts]
         scores = [scale(value) for value in score(asked, [reply[0]["content"] for reply in completions])]
         cut = [ids[-1] not in ends for ids in completion_ids]
-        of_all = ranks.gathered(list(zip(scores, cut, strict=True)))
+        of_all = distributed.gathered(list(zip(scores, cut, strict=True)))
         log_metric("score", fmean(score for score, _ in of_all))
         log_metric("score_std", pstdev(score for score, _ in of_all))
         log_metric("cut_off_share", fmean(was_cut for _, was_cut in of_all))
@@ -61,7 +63,7 @@ def with_our_text(trainer_class: Any, ends: frozenset[int], sampling: Sampling, 
             return encoded, None, {}
 
         def _generate_single_turn(self, prompt_ids: list[list[int]], *_: Any) -> Any:
-            first = ranks.rank() * len(prompt_ids)
+            first = distributed.rank() * len(prompt_ids)
             seeds = [
                 seed_for(self.args.seed, "rl", self.state.global_step, first + place)
                 for place in range(len(prompt_ids))

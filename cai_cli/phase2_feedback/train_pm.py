@@ -15,22 +15,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cai_cli import console, options, ranks
-from cai_cli.engines.base import seed_for
-from cai_cli.engines.chat import encode_text
-from cai_cli.errors import CaiError, RowError, UsageError
-from cai_cli.forms import parse_preference
-from cai_cli.intake import Intake
-from cai_cli.jsonl import origin
-from cai_cli.launch import AccelerateConfig, NumProcesses, as_asked
-from cai_cli.manifest import hash_input, provenance
-from cai_cli.phase2_feedback.fitted_head import fit_head
-from cai_cli.phase2_feedback.pm_figures import held_out_figures
+from cai_cli.cli import options
+from cai_cli.common import console
+from cai_cli.common.errors import CaiError, RowError, UsageError
+from cai_cli.common.seeds import seed_for
+from cai_cli.data.formats import parse_preference
+from cai_cli.data.jsonl import origin
+from cai_cli.data.row_reader import Intake
+from cai_cli.data.schema import JudgedPair, Preference, conversation_id, dump_row, reject
+from cai_cli.data.splits import held_out_keys, mixed, too_long_for
+from cai_cli.engines.tokenization import encode_text
+from cai_cli.metrics.preference_model import held_out_figures
+from cai_cli.models.loading import pick_device, tokenizer_and_window
+from cai_cli.models.source import Base
+from cai_cli.phase2_feedback.linear_probe import fit_head
 from cai_cli.phase2_feedback.pm_trainer import soft_reward_trainer
-from cai_cli.phase2_feedback.preference_model import encode_conversation, score_ids
-from cai_cli.phase2_feedback.shared_prompt import score_pairs, take_packed_pairs
-from cai_cli.records import JudgedPair, Preference, conversation_id, dump_row, reject
-from cai_cli.training import (
+from cai_cli.reward.packed_pairs import score_pairs, take_packed_pairs
+from cai_cli.reward.preference_model import encode_conversation, score_ids
+from cai_cli.runtime.manifest import hash_input, provenance
+from cai_cli.training import distributed
+from cai_cli.training.checkpoints import save_finished, save_model
+from cai_cli.training.config import (
     Epochs,
     GradientAccumulation,
     LearningRate,
@@ -38,22 +43,15 @@ from cai_cli.training import (
     LoraRank,
     MaxLength,
     MaxSteps,
-    Metrics,
     Recipe,
     SaveSteps,
     TrainBatchSize,
-    fit,
-    held_out_keys,
-    mixed,
-    pick_device,
-    quiet_libraries,
-    save_finished,
-    save_model,
-    tokenizer_and_window,
-    too_long_for,
-    without_printer,
 )
-from cai_cli.training_job import Base, Counts, TrainingJob, rows_digest
+from cai_cli.training.launcher import AccelerateConfig, NumProcesses, as_asked
+from cai_cli.training.loop import fit, without_printer
+from cai_cli.training.metrics_log import Metrics
+from cai_cli.training.quiet import quiet_libraries
+from cai_cli.training.training_run import Counts, TrainingJob, rows_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -164,7 +162,7 @@ def train_pm(
 ) -> dict[str, Any]:
     """Train a preference model from the model in `base`; the finished one is left in `work/model`, with the scores of
     the held-out pairs beside it in `held_out.jsonl`. Returns the figures."""
-    from cai_cli.models import load_reward_model
+    from cai_cli.models.loading import load_reward_model
 
     longest = max([*train, *held_out], key=lambda pair: max(len(pair.chosen), len(pair.rejected)))
     model = load_reward_model(base, "float32", recipe.device, new_head_seed=recipe.seed)
@@ -174,13 +172,13 @@ def train_pm(
     head = start_head(model, train, recipe, share_prompts=share) if fitted_head else {}
     before, steps, throughput = held_out_figures([]), 0, dict[str, Any]()
     if recipe.trains:
-        before = ranks.from_leader(lambda: judged_before(model, tokenizer, held_out, recipe, share_prompts=share))
+        before = distributed.from_leader(lambda: judged_before(model, tokenizer, held_out, recipe, share_prompts=share))
         if metrics.at(0) is None:
             metrics.put(0, held_out_row(before))
         steps, throughput = fine_tune(model, tokenizer, train, recipe, work, metrics, share_prompts=share)
-    elif ranks.leads():
+    elif distributed.leads():
         save_model(model, tokenizer, work / "model")
-    if not ranks.leads():
+    if not distributed.leads():
         return {}
     # Judged as others will load it: training may have run in bfloat16.
     model = load_reward_model(work / "model", "float32", recipe.device)
@@ -234,7 +232,7 @@ def start_head(
             )
         return figures, model.score.weight.data.cpu()
 
-    figures, weight = ranks.from_leader(fitted)
+    figures, weight = distributed.from_leader(fitted)
     model.score.weight.data.copy_(weight)
     return figures
 

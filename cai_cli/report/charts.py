@@ -9,7 +9,7 @@ from io import StringIO
 from textwrap import wrap
 from typing import Any
 
-from cai_cli.console import safe
+from cai_cli.common.console import safe
 
 INK, RULE, FLAG, PAPER = "#010101", "#020202", "#030303", "#040404"
 SERIES = ("#050505", "#060606", "#070707", "#080808")

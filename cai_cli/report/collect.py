@@ -13,12 +13,12 @@ from typing import Any, Literal, TypeVar
 import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cai_cli.drawn import option
-from cai_cli.errors import CaiError
-from cai_cli.jsonl import read_rows, rows_of
-from cai_cli.manifest import read_manifest
-from cai_cli.outputs import sidecar
-from cai_cli.records import Rejected, Row
+from cai_cli.common.errors import CaiError
+from cai_cli.constitution.usage import option
+from cai_cli.data.jsonl import read_rows, rows_of
+from cai_cli.data.schema import Rejected, Row
+from cai_cli.runtime.manifest import read_manifest
+from cai_cli.runtime.output_files import sidecar
 
 R = TypeVar("R", bound=Row)
 T = TypeVar("T", bound="Result")

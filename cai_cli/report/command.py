@@ -2,13 +2,9 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
 
-import orjson
-import typer
-
-from cai_cli import console, options
-from cai_cli.errors import CaiError, UsageError
+from cai_cli.common import console
+from cai_cli.common.errors import CaiError, UsageError
 
 
 def write_report(folder: Path, output: Path | None = None) -> Path:
@@ -43,21 +39,3 @@ def report_at_the_end(folder: Path) -> Path | None:
         return None
     console.say(f"report: {path}")
     return path
-
-
-def command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False)],
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="HTML file; by default RUN/report.html.")
-    ] = None,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
-    """Draw a run as one HTML page that needs no network.
-
-    Works on an unfinished run too: it shows what is there and says what is missing.
-    """
-    path = write_report(run, output)
-    if json:
-        print(orjson.dumps({"run": str(run), "output": str(path), "bytes": path.stat().st_size}).decode())
-    console.say(f"report: {path} ({path.stat().st_size / 1e6:.1f} MB)")

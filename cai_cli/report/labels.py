@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from cai_cli.evaluate.agreement import Tally
-from cai_cli.records import Preference, Rejected
+from cai_cli.data.schema import Preference, Rejected
+from cai_cli.metrics.label_audit import Tally
 from cai_cli.report.charts import Bin, Chart, histogram, reliability
 
 BINS = 10

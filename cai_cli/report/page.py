@@ -17,9 +17,9 @@ from urllib.parse import quote
 from markupsafe import Markup
 
 from cai_cli import __version__
-from cai_cli.console import safe
-from cai_cli.records import Preference
-from cai_cli.report import charts, curves, labels, rows_shown, summary
+from cai_cli.common.console import safe
+from cai_cli.data.schema import Preference
+from cai_cli.report import charts, curves, examples, labels, summary
 from cai_cli.report.charts import Chart
 from cai_cli.report.collect import TRAINING, RunFiles, StepFiles, is_figure
 
@@ -65,9 +65,9 @@ def _finalize(value: object) -> object:
 def _sections(run: RunFiles) -> dict[str, Any]:
     """What the template draws, read in one pass a file. Problems met on the way are complete only after it."""
     counted = [(step, labels.Audit()) for step in run.of("label-prefs")]
-    compared = rows_shown.comparisons(
+    compared = examples.comparisons(
         chain.from_iterable(_counted(run, step, audit) for step, audit in counted),
-        rows_shown.Budget(COMPARISON_BYTES),
+        examples.Budget(COMPARISON_BYTES),
         [step.output.name for step, _ in counted],
     )
     audits = _audits(counted)
@@ -94,7 +94,7 @@ def _sections(run: RunFiles) -> dict[str, Any]:
         "missing": summary.missing(run),
         "headlines": summary.headlines(run, audits[0]["figures"] if compared.total and len(audits) == 1 else None),
         "constitutions": summary.constitutions(run),
-        "chains": rows_shown.chains(run, rows_shown.Budget(CHAIN_BYTES)),
+        "chains": examples.chains(run, examples.Budget(CHAIN_BYTES)),
         "compared": compared,
         "audits": audits,
         "training": training,
@@ -103,7 +103,7 @@ def _sections(run: RunFiles) -> dict[str, Any]:
         "sweeps": _sweeps(run),
         "evaluations": {name: summary.figure_rows(found) for name, found in run.evaluations.items()},
         "forests": _forests(run),
-        "samples": rows_shown.side_by_side(run, rows_shown.Budget(SAMPLE_BYTES)),
+        "samples": examples.side_by_side(run, examples.Budget(SAMPLE_BYTES)),
     }
 
 

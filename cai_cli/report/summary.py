@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cai_cli.drawn import Drawn, drawn
-from cai_cli.records import Critique, Preference, Revision, Row
+from cai_cli.constitution.usage import Drawn, drawn
+from cai_cli.data.schema import Critique, Preference, Revision, Row
 from cai_cli.report.collect import RunFiles, StepFiles, flat_figures, is_figure
-from cai_cli.report.rows_shown import last_revisions
+from cai_cli.report.examples import last_revisions
 
 # What a whole road has, and the command that adds what is not there.
 ROAD = {

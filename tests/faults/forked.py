@@ -151,7 +151,7 @@ def _mother(modules: Sequence[str]) -> None:
     import importlib
 
     sys.dont_write_bytecode = True  # the calls of a run are to be the same every time
-    for module in ("cai_cli.cli", "cai_cli.engines.scripted", "importlib.metadata", *modules):
+    for module in ("cai_cli.cli.app", "cai_cli.engines.scripted", "importlib.metadata", *modules):
         importlib.import_module(module)
     gc.freeze()
     for line in sys.stdin:
@@ -168,7 +168,7 @@ def _mother(modules: Sequence[str]) -> None:
 
 
 def _child(order: dict[str, Any], gate: int | None) -> None:
-    from cai_cli.cli import main
+    from cai_cli.cli.app import main
 
     os.chdir(order["cwd"])
     fds = os.open(os.devnull, os.O_RDWR), os.open(".stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)

@@ -202,7 +202,7 @@ def test_an_empty_file_is_an_empty_output(cai: Cai, folder: Path) -> None:
 
 def peak_mib(*words: str, cwd: Path, feed: "threading.Thread | None" = None, stdin: int | None = None) -> int:
     """Peak resident memory of a `cai` process in MiB; raises when it fails."""
-    code = "import resource, atexit, sys; from cai_cli.cli import main; atexit.register(lambda: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)); main()"
+    code = "import resource, atexit, sys; from cai_cli.cli.app import main; atexit.register(lambda: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)); main()"
     child = subprocess.Popen([sys.executable, "-c", code, *words], cwd=cwd, stdin=stdin, stderr=subprocess.PIPE)
     if feed:
         feed.start()
@@ -243,7 +243,7 @@ def test_a_line_of_one_gibibyte_is_passed_over_in_bounded_memory(through: str, f
 
 
 def test_bad_lines_without_end_do_not_fill_the_memory(cai: Cai, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cai_cli.intake.MAX_LINE_BYTES", 2**20)
+    monkeypatch.setattr("cai_cli.data.row_reader.MAX_LINE_BYTES", 2**20)
     write_prompts(folder, GOOD, *([b"x" * 1000] * 2000))
     stopped = cai("sample", "in.jsonl", *SCRIPT, "-o", "out.jsonl", "--skip-bad")
     assert (stopped.code, "MiB of bad lines in a row" in stopped.stderr) == (1, True)

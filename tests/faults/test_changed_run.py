@@ -11,7 +11,7 @@ from conftest import Cai
 from forked import files_of
 from stage_helpers import Died, Json, sample_row, write_rows
 
-from cai_cli.sinks import FileSink
+from cai_cli.runtime.sinks import FileSink
 
 BASE = ("--model", "scripted:script.jsonl", "-o", "out.jsonl")
 STAGES = {
@@ -100,7 +100,7 @@ def test_a_run_that_would_make_other_rows_is_refused_with_the_difference(
     if change:
         change(folder)
     if version:
-        monkeypatch.setattr("cai_cli.manifest.__version__", version)
+        monkeypatch.setattr("cai_cli.runtime.manifest.__version__", version)
     refused = cai(*STAGES[stage], *options)
     assert refused.code == 1
     assert "was made by another run: " in refused.stderr

@@ -13,7 +13,7 @@ from conftest import Cai
 from loopback import Behaviour, Loopback, Request, completion, cut, error, good, hang, http, reset, trickle
 from stage_helpers import manifest_of, rows_in, sample_row, write_rows
 
-from cai_cli.engines import served
+from cai_cli.engines import openai_client
 
 KEY = "sk-canary-4242424242"
 ROWS = 12
@@ -25,7 +25,7 @@ def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Twelve prompts, a key, and waits between attempts of hundredths of a second."""
     write_rows(tmp_path / "prompts.jsonl", ({"id": f"p{i}", "prompt": f"question {i}"} for i in range(ROWS)))
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(served, "RETRIES", 2)
+    monkeypatch.setattr(openai_client, "RETRIES", 2)
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.02)
     return tmp_path
 
@@ -222,7 +222,7 @@ def test_rows_finished_behind_an_unfinished_one_are_kept_and_the_bytes_are_those
 def test_a_server_that_restarts_in_the_middle_costs_no_finished_row(
     stage: str, cai: Cai, inputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(served, "RETRIES", 6)
+    monkeypatch.setattr(openai_client, "RETRIES", 6)
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.1)
     write_rows(inputs / "prompts.jsonl", (sample_row(i) for i in range(ROWS)))
     dying, gone = threading.Event(), threading.Event()

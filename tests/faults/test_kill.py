@@ -14,7 +14,7 @@ import pytest
 # The real command line; every text the scripted engine is asked leaves the number of its row in a log.
 LOGGED = r"""
 import os, re
-from cai_cli.cli import main
+from cai_cli.cli.app import main
 from cai_cli.engines.scripted import ScriptedEngine
 from cai_cli.forms import render_transcript
 log, answer = os.open("asked.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644), ScriptedEngine._line

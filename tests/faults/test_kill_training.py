@@ -13,7 +13,7 @@ from stage_helpers import sample_row
 from tiny import tiny_model_dir
 from training_helpers import largest_difference, manifest_of, preference, revision, rows_in, write_rows
 
-from cai_cli.checkpoints import SEAL
+from cai_cli.training.checkpoints import SEAL
 
 CALLS = ("write", "writev", "openat", "mkdir", "rename", "fsync", "unlink")
 RECIPE = ("--max-steps", "5", "--save-steps", "2", "--batch-size", "4", "--gradient-accumulation", "1",
@@ -24,7 +24,7 @@ RUNS = {"sft": ("sft", "revisions.jsonl", *RECIPE), "train-pm": ("train-pm", "pr
 @pytest.fixture(scope="module")
 def forks() -> Iterator[Forks]:
     made = Forks(
-        "cai_cli.models", "datasets", "trl.trainer.sft_trainer", "trl.trainer.reward_trainer",
+        "cai_cli.models.loading", "datasets", "trl.trainer.sft_trainer", "trl.trainer.reward_trainer",
         "transformers.models.llama.modeling_llama",
     )  # fmt: skip
     yield made

@@ -187,9 +187,9 @@ def test_logits_that_are_no_numbers_stop_the_run_and_name_the_row(value: float, 
 def test_the_row_that_is_named_is_the_one_whose_logits_are_no_numbers() -> None:
     import torch
 
+    from cai_cli.common.errors import CaiError
     from cai_cli.engines.base import Sampling
-    from cai_cli.engines.decoding import draw
-    from cai_cli.errors import CaiError
+    from cai_cli.engines.local.sampling import draw
 
     logits = torch.zeros(3, 7)
     logits[1, 4] = float("nan")

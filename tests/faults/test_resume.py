@@ -83,10 +83,10 @@ def test_kill_9_in_the_middle_and_the_same_command_again_ends_in_the_same_bytes(
 
 
 def test_a_torn_tail_at_any_byte_of_the_last_two_rows_is_cut_and_asked_again(tmp_path: Path) -> None:
-    from cai_cli.errors import CaiError
-    from cai_cli.manifest import InputFile, provenance
-    from cai_cli.records import Prompt
-    from cai_cli.stage import Job, Unit, Units
+    from cai_cli.common.errors import CaiError
+    from cai_cli.data.schema import Prompt
+    from cai_cli.runtime.manifest import InputFile, provenance
+    from cai_cli.runtime.stage_run import Job, Unit, Units
 
     rows = [
         Prompt.model_validate({"id": f"p{i}", "prompt": [{"role": "user", "content": f"é{i}\u2028"}]}) for i in range(6)

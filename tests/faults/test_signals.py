@@ -97,7 +97,7 @@ def test_a_signal_or_two_end_a_stage_with_its_code_and_whole_lines(
 def test_a_signal_after_the_end_changes_nothing(sent: signal.Signals) -> None:
     late = (
         f"import atexit, os, sys; atexit.register(lambda: os.kill(os.getpid(), {int(sent)}))\n"
-        "from cai_cli.cli import main; sys.argv = ['cai', '--version']; main()"
+        "from cai_cli.cli.app import main; sys.argv = ['cai', '--version']; main()"
     )
     done = subprocess.run([sys.executable, "-c", late], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

@@ -11,10 +11,10 @@ from conftest import Cai
 from stage_helpers import Json, manifest_of, rows_in, write_rows
 from tiny import tiny_model_dir
 
-from cai_cli.engines.chat import encode_chat
-from cai_cli.engines.local import LocalEngine
-from cai_cli.phase2_feedback.preference_model import encode_conversation
-from cai_cli.records import Message
+from cai_cli.data.schema import Message
+from cai_cli.engines.local.engine import LocalEngine
+from cai_cli.engines.tokenization import encode_chat
+from cai_cli.reward.preference_model import encode_conversation
 
 HEAD, TAIL = "first sentinel", "last sentinel"
 NEW = 8

@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import END_OF_TEXT, IM_END, IM_START, tiny_model_dir
 
-from cai_cli.engines.chat import encode_chat, encode_text
-from cai_cli.models import load_tokenizer
-from cai_cli.prompts import OPTIONS, comparison_request, harm_request, options_of, user
-from cai_cli.records import Message
+from cai_cli.data.schema import Message
+from cai_cli.engines.tokenization import encode_chat, encode_text
+from cai_cli.models.loading import load_tokenizer
+from cai_cli.prompting.base import user
+from cai_cli.prompting.comparison import OPTIONS, comparison_request, options_of
+from cai_cli.prompting.evaluation import harm_request
 
 # Family -> its own control tokens, and its template.
 STYLES: dict[str, tuple[list[str], str]] = {

@@ -19,9 +19,10 @@ from conftest import Cai
 from tiny import tiny_model_dir
 from training_helpers import interrupted_after, largest_difference, preference, revision, write_rows
 
-from cai_cli.checkpoints import SEAL, newest_checkpoint, seal
-from cai_cli.errors import CaiError
-from cai_cli.training_job import Base, model_card
+from cai_cli.cards.model_card import model_card
+from cai_cli.common.errors import CaiError
+from cai_cli.models.source import Base
+from cai_cli.training.checkpoints import SEAL, newest_checkpoint, seal
 
 MODELS = ("sft", "train-pm", "rl", "score", "sample")
 TRAINING = ("--epochs", "3", "--save-steps", "2", "--batch-size", "4", "--eval-share", "0")

@@ -15,10 +15,10 @@ from loopback import Behaviour, Loopback, Request, completion, cut, error, good,
 from report_helpers import make_run
 from stage_helpers import rows_in, sample_row, write_rows
 
-from cai_cli import console
-from cai_cli.cli import app
-from cai_cli.engines import served
-from cai_cli.export import export
+from cai_cli.cards.export import export
+from cai_cli.cli.app import app
+from cai_cli.common import console
+from cai_cli.engines import openai_client
 
 KEY = "sk-canary-4242424242-abcdefghij-0123456789"
 
@@ -31,7 +31,7 @@ def canaries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     write_rows(tmp_path / "other.jsonl", (sample_row(i, k, f"other {i} {k}") for i in range(4) for k in range(2)))
     for name in console.SECRETS:
         monkeypatch.setenv(name, KEY)
-    monkeypatch.setattr(served, "RETRIES", 1)
+    monkeypatch.setattr(openai_client, "RETRIES", 1)
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
     return
 
@@ -145,7 +145,7 @@ def test_an_error_that_nobody_foresaw_prints_its_traceback_without_the_key(
     def broken(*_: object) -> None:
         raise RuntimeError(f"headers {{'Authorization': 'Bearer {os.environ['OPENAI_API_KEY']}'}} \x1b[31m")
 
-    monkeypatch.setattr(served.Client, "_read", broken)
+    monkeypatch.setattr(openai_client.Client, "_read", broken)
     with Loopback(good) as server:
         done = cai("sample", "prompts.jsonl", "-o", "run/out.jsonl", "--model", "openai:m", "--base-url", server.url)
     assert done.code == 1

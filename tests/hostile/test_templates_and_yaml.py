@@ -14,24 +14,17 @@ from hypothesis import strategies as st
 from report_helpers import make_run
 from stage_helpers import rows_in, sample_row, write_rows
 
-from cai_cli.constitution import MAX_YAML, CritiqueExample, PreferencePrinciple, load, parse_yaml
+from cai_cli.common.errors import CaiError
+from cai_cli.common.yaml import MAX_YAML, parse_yaml
+from cai_cli.constitution.schema import CritiqueExample, PreferencePrinciple, load
+from cai_cli.data.schema import Message
 from cai_cli.engines.base import Ask
 from cai_cli.engines.scripted import ScriptedEngine
-from cai_cli.errors import CaiError
-from cai_cli.pipeline import load_run
-from cai_cli.prompts import (
-    Form,
-    comparison_request,
-    contrast_requests,
-    critique_request,
-    harm_request,
-    rationale_request,
-    reply_request,
-    revision_request,
-    user,
-    verdict_request,
-)
-from cai_cli.records import Message
+from cai_cli.pipeline.run_file import load_run
+from cai_cli.prompting.base import Form, reply_request, user
+from cai_cli.prompting.comparison import comparison_request, contrast_requests, rationale_request, verdict_request
+from cai_cli.prompting.evaluation import harm_request
+from cai_cli.prompting.revision import critique_request, revision_request
 
 TRICKS = [
     "{{7*7}}", "{{ config }}", "{% for x in range(9) %}x{% endfor %}", "{# gone #}", "{0.__class__}", "{}", "{0}", "{x}",

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from report_helpers import make_run
 from stage_helpers import sample_row, write_rows
 
-from cai_cli.console import safe, safe_json
+from cai_cli.common.console import safe, safe_json
 
 STEERING = {
     "colour": "\x1b[5;35;44mpwned",

@@ -1,0 +1,110 @@
+"""The README.md of an exported dataset."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from cai_cli import __version__
+from cai_cli.cards.markdown import cell, table
+from cai_cli.constitution.usage import Drawn, drawn_counts, draws
+from cai_cli.data.schema import Critique, Preference, Prompt, Revision, Row, Sample
+
+PAPER = "[Constitutional AI](https://arxiv.org/abs/2212.08073)"
+USED_BY: Mapping[type[Row], str] = {
+    Prompt: "TRL's RLOOTrainer and GRPOTrainer",
+    Sample: "TRL's SFTTrainer",
+    Revision: "TRL's SFTTrainer (`completion` is the last revision; `history` holds the rounds before)",
+    Critique: "no trainer as it is: the replies are criticised, not revised",
+    Preference: "TRL's RewardTrainer and DPOTrainer (hard labels; `p_chosen` is the soft one)",
+}
+
+
+@dataclass
+class Seen:
+    """What the card says about the rows, counted while they are written."""
+
+    rows: int = 0
+    principles: Counter[str] = field(default_factory=Counter)
+    cut_off: int = 0
+    human: int = 0
+    p_chosen: float = 0.0
+
+    def add(self, row: Row) -> None:
+        self.rows += 1
+        self.principles.update(draws(row))
+        self.cut_off += isinstance(row, Sample) and row.finish_reason == "length"
+        if isinstance(row, Preference):
+            self.human += row.human is not None
+            self.p_chosen += row.p_chosen
+
+    def figures(self, row_type: type[Row]) -> dict[str, Any]:
+        found: dict[str, Any] = {"rows": self.rows}
+        if issubclass(row_type, Sample):
+            found["replies cut at the length limit"] = self.cut_off
+        if row_type is Preference:
+            found |= {"mean p_chosen": self.p_chosen / self.rows, "with a human label": self.human}
+        return found
+
+
+def dataset_card(
+    name: str,
+    row_type: type[Row],
+    columns: list[str],
+    seen: Seen,
+    manifest: Mapping[str, Any] | None,
+    sha256: str | None,
+) -> str:
+    """README.md of a dataset: what it is, the principles behind it, what made it, and the figures of its rows. It
+    names no folder of this machine."""
+    from huggingface_hub import DatasetCard, DatasetCardData
+
+    head = DatasetCardData(
+        tags=["constitutional-ai", "trl"],
+        configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*.parquet"}]}],
+    )
+    parts = [
+        f"# {cell(name)}",
+        f"{row_type.__name__} rows, exported by cai {__version__}; {PAPER}. Read by {USED_BY[row_type]}.",
+        f"Columns: {', '.join(f'`{column}`' for column in columns)}.",
+        table("Figures", seen.figures(row_type)),
+    ]
+    if manifest:
+        parts += [_principles(drawn_counts(seen.principles, manifest)), _made_by(manifest)]
+    else:
+        parts.append("No manifest says what made these rows.")
+    if sha256:
+        parts.append(f"sha256 of `{cell(name)}`: `{sha256}`")
+    text = "\n\n".join(part for part in parts if part)
+    return str(DatasetCard(f"---\n{head.to_yaml()}\n---\n\n{text}\n"))
+
+
+def _principles(used: Drawn | None) -> str:
+    if used is None:
+        return ""
+    rows = "".join(
+        f"| `{cell(name)}` | {count:,} | {cell(_says(used, name))} |\n" for name, count in used.counts.items()
+    )
+    return (
+        f"## Principles\n\nConstitution `{cell(used.constitution)}` (`{used.fingerprint}`).\n\n"
+        f"| principle | drawn | what it asks |\n|---|---|---|\n{rows}"
+    ).rstrip()
+
+
+def _says(used: Drawn, name: str) -> str:
+    principle = used.principles.get(name)
+    texts = principle.model_dump(include={"critique", "revision", "comparison"}) if principle else {}
+    return " / ".join(texts.values()) or "(its text is not at hand)"
+
+
+def _made_by(manifest: Mapping[str, Any]) -> str:
+    made = manifest["provenance"]
+    model = {f"model, {key}": value for key, value in (made.get("model") or {}).items()}
+    parts = [
+        f"## What made it\n\n`cai {made['stage']}` {made['cai']}",
+        table("", {**model, **{f"input `{k}`, sha256": v for k, v in made["input"].items() if v}}),
+        table("Settings", made["settings"]),
+        table("Rows in and out", {k: v for k, v in manifest["counts"].items() if not k.endswith("_reasons")}),
+        table("Versions", manifest.get("run", {}).get("versions", {})),
+    ]
+    return "\n\n".join(part for part in parts if part)

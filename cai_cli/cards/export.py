@@ -1,0 +1,134 @@
+"""`cai export FILE -o DIR`: rows as a dataset directory, typed parquet and a card, that `datasets.load_dataset(DIR)`
+and TRL's trainers read as it is.
+
+Nothing is renamed on the way: samples and revisions are TRL's prompt-completion form, preferences its explicit-prompt
+preference form, and the columns beside those stay.
+"""
+
+import os
+import shutil
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import orjson
+import typer
+
+from cai_cli.cards.dataset_card import Seen, dataset_card
+from cai_cli.cli import options
+from cai_cli.common import console
+from cai_cli.common.errors import CaiError, UsageError
+from cai_cli.data.formats import parse_preference, parse_prompt
+from cai_cli.data.jsonl import origin, read_rows, read_values, rows_of, shown
+from cai_cli.data.schema import Critique, Preference, Prompt, Revision, Row, Sample
+from cai_cli.runtime.manifest import hash_input, read_manifest
+from cai_cli.runtime.output_files import one_writer, sidecar
+
+
+def kind_of(source: str) -> tuple[type[Row], Callable[[object], Row]]:
+    """The type of a file's rows and their parser, by the fields of its first row. Raises CaiError."""
+    first: Any = next((value for _, value in read_values(source)), None)
+    if first is None:
+        raise CaiError(f"{shown(source)} holds no rows")
+    fields = set(first) if isinstance(first, dict) else set()
+    if {"reason", "row"} <= fields:
+        raise CaiError(f"{source} holds rejected rows, which are no data", hint="export the file beside it")
+    if {"chosen", "rejected"} <= fields:
+        return Preference, lambda value: parse_preference(value, source=origin(source))
+    for field_name, row_type in (("critique", Critique), ("history", Revision), ("sample_index", Sample)):
+        if field_name in fields:
+            return row_type, rows_of(row_type)
+    return Prompt, lambda value: parse_prompt(value, source=origin(source))
+
+
+def features(row_type: type[Row]) -> Any:
+    """The columns of a row type as `datasets.Features`: typed even where every value is null or every list empty."""
+    from datasets import Features
+
+    return Features({name: _feature(info.annotation) for name, info in row_type.model_fields.items()})
+
+
+def _feature(annotation: Any) -> Any:
+    from datasets import List, Value
+
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin in (Union, types.UnionType):
+        return _feature(next(a for a in inner if a is not type(None)))
+    if origin is list:
+        return List(_feature(inner[0]))
+    if origin is Literal:
+        return Value("string")
+    if isinstance(annotation, type) and issubclass(annotation, Row):
+        return {name: _feature(info.annotation) for name, info in annotation.model_fields.items()}
+    return Value({str: "string", int: "int64", float: "float64"}[annotation])
+
+
+def export(source: str, work: Path) -> dict[str, Any]:
+    """Write the dataset of `source` into the new directory `work`; returns a summary. Raises CaiError."""
+    from datasets import Dataset
+    from datasets.utils.logging import disable_progress_bar, enable_progress_bar
+
+    file = hash_input(source)
+    row_type, parse = kind_of(source)
+    seen = Seen()
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for _, row in read_rows(source, parse):
+            seen.add(row)
+            yield row.model_dump()
+
+    (work / "data").mkdir(parents=True)
+    disable_progress_bar()
+    try:
+        with TemporaryDirectory(dir=work, prefix="cache") as cache:
+            data = Dataset.from_generator(rows, features=features(row_type), cache_dir=cache)
+            data.to_parquet(work / "data/train-00000-of-00001.parquet")
+            columns = list(data.column_names)
+            del data
+    except Exception as error:  # `datasets` wraps what the generator raised
+        if isinstance(error.__cause__, CaiError):
+            raise error.__cause__ from None
+        raise
+    finally:
+        enable_progress_bar()
+    manifest = read_manifest(sidecar(Path(source), "manifest.json"))
+    card = dataset_card(Path(source).name, row_type, columns, seen, manifest, file.sha256)
+    (work / "README.md").write_text(card, encoding="utf-8")
+    return {"rows": seen.rows, "type": row_type.__name__, "columns": columns}
+
+
+def command(
+    input: Annotated[str, typer.Argument(metavar="FILE", help="JSONL file of rows.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the dataset.", show_default=False)],
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Write rows as a dataset directory with a card, ready for TRL.
+
+    FILE: Prompt, Sample, Critique, Revision or Preference rows, or pairs that humans labelled.
+    """
+    if input == "-":
+        raise UsageError("FILE cannot be stdin: it is read twice", hint="write it to a file first")
+    work = sidecar(output, "partial")
+    with one_writer(output):
+        if output.exists() and not overwrite:
+            raise CaiError(f"{output} is there already", hint="--overwrite replaces it; or choose another -o")
+        if output.exists() and not is_dataset(output):
+            raise CaiError(f"{output} is no dataset that cai exported", hint="remove it yourself, or choose another -o")
+        shutil.rmtree(work, ignore_errors=True)
+        try:
+            summary = export(input, work)
+            shutil.rmtree(output, ignore_errors=True)
+            os.replace(work, output)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    if json:
+        print(orjson.dumps({"output": str(output), **summary}).decode())
+    console.say(f"export: {summary['rows']:,} {summary['type']} rows -> {output}")
+
+
+def is_dataset(directory: Path) -> bool:
+    return (directory / "README.md").is_file() and any(directory.glob("data/*.parquet"))

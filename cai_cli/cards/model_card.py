@@ -1,0 +1,75 @@
+"""The README.md of a trained model."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cai_cli.cards.markdown import cell
+from cai_cli.models.source import Base
+
+PAPER = "[Constitutional AI](https://arxiv.org/abs/2212.08073)"
+
+
+def model_card(manifest: Mapping[str, Any], models: Mapping[str, Base]) -> str:
+    """README.md of a finished model: what it was made from, with which settings, and the figures that came out."""
+    provenance, stage, figures = manifest["provenance"], manifest["provenance"]["stage"], manifest["figures"]
+    base = models["model"]
+    head: dict[str, Any] = {"library_name": "transformers", "tags": ["constitutional-ai", f"cai-{stage}", "trl"]}
+    if base.license:
+        head["license"] = base.license
+    if not Path(base.name).is_dir():
+        head["base_model"] = base.name
+
+    def table(title: str, values: Mapping[str, Any]) -> str:
+        rows = "".join(f"| {cell(name)} | {_cell(value)} |\n" for name, value in values.items())
+        return f"## {title}\n\n| | |\n|---|---|\n{rows}\n"
+
+    made_from = {f"{role} `{m.public_name}`": f"`{m.fingerprint}`" for role, m in models.items()}
+    hashes = {f"input `{name}`": f"`{value}`" for name, value in provenance["input"].items() if value}
+    hashes["rows, sha256"] = f"`{provenance['rows']['sha256']}`"
+    return (
+        f"---\n{yaml.safe_dump(head, sort_keys=True)}---\n\n# {stage} of {base.public_name}\n\n"
+        f"Made by `cai {stage}` {provenance['cai']} ({PAPER}).\n\n"
+        + (f"**{figures['note']}**\n\n" if figures.get("note") else "")
+        + table("Made from", made_from | hashes)
+        + "".join(
+            table(f"Principles: {p['constitution']}, drawn in {p['stage']}", _draws(p))
+            for p in manifest["run"]["principles"]
+        )
+        + table("Rows", {k: v for k, v in manifest["counts"].items() if not k.endswith("_reasons")})
+        + table("Settings", provenance["settings"])
+        + table("Figures", {k: v for k, v in _flat(figures).items() if k != "note"})
+        + table("Training", manifest["run"]["training"])
+        + table("Versions", manifest["run"]["versions"])
+    )
+
+
+def _flat(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures by name, a figure of several parts or of several bins as that many."""
+    flat: dict[str, Any] = {}
+    for name, value in figures.items():
+        if isinstance(value, list):
+            flat |= {f"{name}, bin {k}": part for k, part in enumerate(value, start=1)}
+        elif isinstance(value, dict) and "value" not in value:
+            flat |= {f"{name}, {part}": inner for part, inner in value.items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def _draws(principles: Mapping[str, Any]) -> dict[str, str]:
+    """One constitution of `recorded_principles`: its hash, then each principle and how often it was drawn."""
+    return {
+        "fingerprint": f"`{principles['fingerprint']}`",
+        **{f"`{name}`": f"{count:,} times" for name, count in principles["drawn"].items()},
+    }
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict) and "value" not in value:
+        return ", ".join(f"{name} {_cell(inner)}" for name, inner in value.items())
+    if isinstance(value, dict):
+        return f"{value['value']:.3f} (95%: {value['low']:.3f} to {value['high']:.3f}, n = {value['n']})"
+    return cell(value)

@@ -1,0 +1,95 @@
+"""`cai doctor`: what this machine has, what is missing, and the command that mends it."""
+
+import importlib.util
+import os
+import shutil
+import sys
+
+import orjson
+
+from cai_cli import __version__
+from cai_cli.cli import options
+from cai_cli.common.errors import CaiError
+from cai_cli.constitution.schema import SHIPPED, load, shipped_directory
+from cai_cli.models.fetch import ALIASES, cache_dir, cached_alias
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "jsonlines", "typer", "rich", "pydantic", "orjson")
+Check = dict[str, str | bool | None]
+
+
+def _check(name: str, ok: bool, found: str, mend: str | None = None) -> Check:
+    return {"name": name, "ok": ok, "found": found, "mend": None if ok else mend}
+
+
+def checks() -> list[Check]:
+    """Every check with what was found and, where something is missing, the command that mends it."""
+    return [
+        _check("python", sys.version_info >= (3, 11), sys.version.split()[0], "install Python 3.11 or newer"),
+        *(_package(name) for name in PACKAGES),
+        *_devices(),
+        _check(
+            "engine vllm (optional)",
+            importlib.util.find_spec("vllm") is not None,
+            "installed" if importlib.util.find_spec("vllm") else "not installed",
+            "pip install 'cai[vllm]'  (needs a GPU)",
+        ),
+        _cache(),
+        *(_model(name) for name in ALIASES),
+        *(_principles(file) for file in SHIPPED.values()),
+    ]
+
+
+def _package(name: str) -> Check:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return _check(name, True, version(name))
+    except PackageNotFoundError:
+        return _check(name, False, "missing", f"pip install -c constraints.txt {name}")
+
+
+def _devices() -> list[Check]:
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    found = [_check("cpu", True, f"{cores} cores, torch uses {torch.get_num_threads()} threads")]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found.append(_check(f"cuda:{index}", True, f"{properties.name}, {properties.total_memory >> 30} GiB"))
+    if len(found) == 1:
+        found.append(_check("gpu", True, "none; the local engine runs on the CPU"))
+    return found
+
+
+def _cache() -> Check:
+    directory = cache_dir()
+    existing = next(p for p in (directory, *directory.parents) if p.exists())
+    free = shutil.disk_usage(existing).free >> 30
+    writable = os.access(existing, os.W_OK)
+    found = f"{directory}, {free} GiB free" + ("" if writable else ", not writable")
+    return _check("cache", writable and free >= 2, found, "set CAI_CACHE to a writable directory with 2 GiB free")
+
+
+def _model(alias: str) -> Check:
+    path = cached_alias(ALIASES[alias])
+    return _check(f"model {alias}", path is not None, str(path or "not fetched"), f"cai models fetch {alias}")
+
+
+def _principles(file: str) -> Check:
+    try:
+        loaded = load(shipped_directory() / file)
+    except CaiError as error:
+        return _check(f"principles/{file}", False, error.message, "reinstall cai")
+    return _check(f"principles/{file}", True, f"{len(loaded.principles)} principles, {len(loaded.examples)} examples")
+
+
+def command(json: options.Json = False) -> None:
+    """Show versions, devices, engines and the cache; name what is missing and how to mend it."""
+    found = [_check("cai", True, __version__), *checks()]
+    if json:
+        print(orjson.dumps({"ok": all(c["ok"] for c in found), "checks": found}).decode())
+        return
+    for c in found:
+        print(f"{'ok ' if c['ok'] else '-- '} {c['name']:<36} {c['found']}")
+        if c["mend"]:
+            print(f"    {'':<36} mend: {c['mend']}")

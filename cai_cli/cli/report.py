@@ -1,0 +1,29 @@
+"""`cai report`: write the report of a run folder."""
+
+from pathlib import Path
+from typing import Annotated
+
+import orjson
+import typer
+
+from cai_cli.cli import options
+from cai_cli.common import console
+from cai_cli.report.command import write_report
+
+
+def command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="HTML file; by default RUN/report.html.")
+    ] = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Draw a run as one HTML page that needs no network.
+
+    Works on an unfinished run too: it shows what is there and says what is missing.
+    """
+    path = write_report(run, output)
+    if json:
+        print(orjson.dumps({"run": str(run), "output": str(path), "bytes": path.stat().st_size}).decode())
+    console.say(f"report: {path} ({path.stat().st_size / 1e6:.1f} MB)")

@@ -1,0 +1,238 @@
+"""`cai show FILE`: the rows of a JSONL file as a person reads them, in a pager on a terminal, as plain text elsewhere.
+
+Text is shown, never interpreted: no markup, no control character, no bidirectional override of a row reaches the
+terminal.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, TextIO
+
+import orjson
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from cai_cli.cli import options
+from cai_cli.common import console
+from cai_cli.common.errors import UsageError
+from cai_cli.data.jsonl import read_values, row_key
+from cai_cli.runtime.manifest import read_manifest
+from cai_cli.runtime.output_files import sidecar
+
+Json = Any
+Block = tuple[str, str, str]  # label, text, style of the label
+JSONL = re.compile(r"\.jsonl(\.gz|\.zst)?$")
+SPEAKERS = {"user": "Human", "assistant": "Assistant", "system": "System"}
+
+
+def blocks(row: Mapping[str, Json]) -> Iterator[Block]:
+    """A row as labelled texts in reading order; a field it does not know is shown as JSON, so nothing is hidden."""
+    left = dict(row)
+    if "reason" in left and isinstance(left.get("row"), str):
+        yield "rejected", str(left.pop("reason")), "red"
+        yield from _original(left.pop("row"))
+        left.pop("key", None)
+    yield from _messages(left, "prompt")
+    yield from _messages(left, "messages")
+    votes = left.pop("votes", None) or []
+    stood = ("chosen", "rejected")
+    if "model_a" in left and "model_b" in left:
+        stood = (str(left.pop("model_a")), str(left.pop("model_b")))
+        yield from _duel(left, stood)
+    history = left.pop("history", None) or []
+    for turn in history:
+        said = f"{turn['response']}"
+        yield f"reply before round {turn['round']}", said, "cyan"
+        if turn["critique"] is not None:
+            yield f"critique {turn['round']} ({turn['principle_id']})", turn["critique"], "yellow"
+        else:
+            yield f"round {turn['round']} ({turn['principle_id']})", "revised without a critique", "yellow"
+    if isinstance(left.get("completion"), list) and "critique" not in left:
+        name = f"revision {history[-1]['round']}" if history else "reply"
+        yield name, _content(left.pop("completion")), "green"
+    else:
+        yield from _critique(left)
+    yield from _compared(left)
+    for vote in votes:
+        yield "vote", _vote(vote, stood), "yellow"
+    for named in ("id", "sample_index"):  # the heading has them
+        left.pop(named, None)
+    rest = [(name, v if isinstance(v, str) else orjson.dumps(v).decode()) for name, v in left.items() if v is not None]
+    short = [f"{name} {value}" for name, value in rest if len(value) <= 60]
+    yield from ((name, value, "dim") for name, value in rest if len(value) > 60)
+    if short:
+        yield "", " · ".join(short), "dim"
+
+
+def _original(text: str) -> Iterator[Block]:
+    """The row that was rejected, as it would be shown itself."""
+    try:
+        yield from blocks(orjson.loads(text))
+    except (orjson.JSONDecodeError, AttributeError, TypeError, ValueError):
+        yield "row", text, "dim"
+
+
+def _messages(left: dict[str, Json], name: str) -> Iterator[Block]:
+    value = left.get(name)
+    if isinstance(value, str):
+        yield name, left.pop(name), "bold"
+    elif isinstance(value, list):
+        for message in left.pop(name):
+            yield SPEAKERS.get(message["role"], message["role"]), message["content"], "bold"
+
+
+def _critique(left: dict[str, Json]) -> Iterator[Block]:
+    if "completion" in left:
+        yield "reply", _content(left.pop("completion")), "cyan"
+    if "critique" in left:
+        yield f"critique {left.pop('round')} ({left.pop('principle_id')})", left.pop("critique"), "yellow"
+
+
+def _compared(left: dict[str, Json]) -> Iterator[Block]:
+    for name, style in (("chosen", "green"), ("rejected", "red")):
+        if name in left:
+            yield name, _content(left.pop(name)), style
+
+
+def _duel(left: dict[str, Json], models: tuple[str, str]) -> Iterator[Block]:
+    """The replies of two models, each under its model's name and score."""
+    for side, model, style in zip("ab", models, ("green", "cyan"), strict=True):
+        score = left.pop(f"score_{side}", None)
+        yield model if score is None else f"{model} (score {score})", _content(left.pop(side)), style
+
+
+def _content(value: Json) -> str:
+    """A reply, given as messages or as text."""
+    return "\n\n".join(message["content"] for message in value) if isinstance(value, list) else str(value)
+
+
+def _vote(vote: Mapping[str, Json], stood: tuple[str, str]) -> str:
+    """A vote on two replies; `stood` names them, the first in order "ab" first."""
+    first = stood[0] if vote["order"] == "ab" else stood[1]
+    text = f"{vote['principle_id']}: {first} first, {vote['p_first']:.1%} for the first ({vote['method']})"
+    return f"{text}\n{vote['rationale']}" if vote["rationale"] else text
+
+
+def row_text(row: Json, line: int) -> Text:
+    """One row, ready to print."""
+    if not isinstance(row, dict):
+        return Text.assemble((f"line {line}\n", "bold"), console.safe(orjson.dumps(row).decode()), "\n")
+    text = Text()
+    text.append(f"── {console.safe(name_of(row, line))} ", "bold blue").append("─" * 20 + "\n", "blue")
+    try:
+        found = list(blocks(row))
+    except (KeyError, TypeError, AttributeError, ValueError):  # fields of our names in another shape
+        found = [(str(name), orjson.dumps(value).decode(), "dim") for name, value in row.items()]
+    for label, said, style in found:
+        separator = "\n" if len(said) + len(label) > 90 or "\n" in said else "  " if label else ""
+        text.append(console.safe(label), style).append(separator)
+        text.append(console.safe(said), None if label else style).append("\n")
+    return text
+
+
+def name_of(row: Mapping[str, Json], line: int) -> str:
+    """What resume and error messages call a row, or its line."""
+    return row_key(dict(row)) if "id" in row or "key" in row else f"line {line}"
+
+
+def _names(row: Mapping[str, Json], line: int) -> tuple[Json, ...]:
+    """What `--id` finds a row by."""
+    return row.get("id"), row.get("prompt_id"), name_of(row, line)
+
+
+class Out(Console):
+    """A console that says when its reader went away, instead of ending the program."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+@contextmanager
+def pager() -> Iterator[Console]:
+    """A console on the user's $PAGER (else `less`) on a terminal, on stdout elsewhere or where there is no pager."""
+    if not sys.stdout.isatty():
+        yield _plain(sys.stdout)
+        return
+    words = shlex.split(os.environ.get("PAGER", "less"))
+    try:
+        process = subprocess.Popen(words, stdin=subprocess.PIPE, text=True, env={"LESS": "FRX", **os.environ})  # noqa: S603
+    except (OSError, IndexError):
+        yield Out(highlight=False)
+        return
+    stdin: Any = process.stdin
+    try:
+        yield Out(file=stdin, force_terminal=True, width=Console().width, highlight=False)
+        stdin.close()
+    except BrokenPipeError:
+        pass  # the reader has seen enough
+    finally:
+        process.wait()
+
+
+def _plain(file: TextIO) -> Console:
+    return Out(file=file, force_terminal=False, no_color=True, highlight=False, soft_wrap=True)
+
+
+def command(
+    input: options.Input,
+    n: Annotated[int | None, typer.Option("--n", "-n", min=1, help="Stop after N rows.")] = None,
+    grep: Annotated[str | None, typer.Option(help="Only rows in which this regular expression is found.")] = None,
+    id: Annotated[
+        str | None, typer.Option("--id", help="Only the rows with this id, or of the prompt with this id.")
+    ] = None,
+    quiet: options.Quiet = False,
+) -> None:
+    """Page through a JSONL file as a person reads it.
+
+    INPUT: rows of any kind that cai writes, rejected ones and metrics included.
+    """
+    try:
+        wanted = re.compile(grep, re.IGNORECASE) if grep else None
+    except re.error as error:
+        raise UsageError(f"--grep {grep!r} is no regular expression: {error}") from None
+    if input != "-" and Path(input).is_dir():
+        raise _directory(Path(input))
+    shown, more = 0, False
+    with pager() as out:
+        if header := _header(input):
+            out.print(Text(header, "dim"))
+        for line, row in read_values(input):
+            if id is not None and not (isinstance(row, dict) and id in _names(row, line)):
+                continue
+            text = row_text(row, line)
+            if wanted and not wanted.search(text.plain):
+                continue
+            if shown == n:
+                more = True
+                break
+            out.print(text)
+            shown += 1
+    console.say(f"show: {shown:,} rows{'; more follow (--n)' if more else ''}")
+
+
+def _directory(path: Path) -> UsageError:
+    """Why a directory cannot be shown, and which files in it can."""
+    files = sorted(str(file) for file in path.iterdir() if JSONL.search(file.name))
+    kind = "the directory of a model" if (path / "config.json").is_file() else "a directory"
+    return UsageError(
+        f"{path} is {kind}, not a JSONL file", hint=f"name a file in it: {', '.join(files)}" if files else None
+    )
+
+
+def _header(source: str) -> str | None:
+    """What made the file, if its manifest stands beside it."""
+    manifest = None if source == "-" else read_manifest(sidecar(Path(source), "manifest.json"))
+    if not manifest:
+        return None
+    counts = manifest["counts"]
+    return console.safe(
+        f"{source}: made by cai {manifest['provenance']['stage']}, {counts['in']:,} in = {counts['out']:,} out + "
+        f"{counts['rejected']:,} rejected + {counts['skipped']:,} skipped\n"
+    )

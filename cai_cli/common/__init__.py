@@ -1,0 +1,1 @@
+"""What every layer uses: errors, messages on stderr, YAML, seeds, hash tables."""

@@ -1,0 +1,1 @@
+"""Principles and few-shot examples: their schema, the seeded draw, and which were used."""

@@ -1,0 +1,1 @@
+"""Row types, the formats that users bring, and reading and writing JSONL."""

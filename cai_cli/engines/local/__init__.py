@@ -1,0 +1,1 @@
+"""The local engine: continuous batching and shared-prefix caching on torch."""

@@ -1,0 +1,1 @@
+"""A feedback model that compares two replies under principles."""

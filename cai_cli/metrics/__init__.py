@@ -1,0 +1,1 @@
+"""Statistics of rows, labels, replies and models, each with its interval."""

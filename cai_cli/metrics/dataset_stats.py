@@ -1,0 +1,190 @@
+"""`cai stats FILE`: what a JSONL file holds, read once, line by line.
+
+Kept in memory are counts, four bytes a row and text for the quantiles, and a table of hashes for what repeats.
+"""
+
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from typing import Annotated, Any, Protocol
+
+import orjson
+import typer
+
+from cai_cli.cli import options
+from cai_cli.common import console
+from cai_cli.common.errors import BadRow, RowError
+from cai_cli.common.hash_index import KeyTable
+from cai_cli.data.jsonl import read_rows, row_key
+from cai_cli.data.schema import json_type, reason_kind
+
+QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
+COUNTED = ("kind", "source", "finish_reason", "human")
+TEXTS = ("prompt", "completion", "critique", "chosen", "rejected")
+BINS = 10  # of p_chosen, which lies between 0.5 and 1
+SHOWN = 12  # lines of one table on the terminal
+
+
+def row_object(value: object) -> dict[str, Any]:
+    """Any row is an object. Raises RowError, as the stages do."""
+    if not isinstance(value, dict):
+        raise RowError(f"a row must be a JSON object, this is {json_type(value)}")
+    return value
+
+
+class Measure(Protocol):
+    """How long a text is."""
+
+    def __call__(self, text: str, /) -> int: ...
+
+
+def texts_of(value: Any) -> Iterator[tuple[str, str]]:
+    """(field, text) of what was said in a row; several messages are one text."""
+    for field in TEXTS:
+        said = value.get(field)
+        if isinstance(said, list):
+            said = "\n\n".join(str(message.get("content")) for message in _objects(said))
+        if isinstance(said, str):
+            yield field, said
+
+
+class Stats:
+    """Figures of the rows given to `add`."""
+
+    def __init__(self, measure: Measure) -> None:
+        self.measure = measure
+        self.rows = 0
+        self.bad: list[str] = []
+        self.bad_lines = 0
+        self.by: dict[str, Counter[str]] = {}
+        self.lengths: dict[str, array[int]] = {}
+        self.p_chosen = [0] * BINS
+        self.keys, self.prompts = KeyTable(), KeyTable()
+        self.repeated_keys = self.repeated_prompts = 0
+
+    def add(self, line: int, value: Any) -> None:
+        self.rows += 1
+        if not isinstance(value, dict):
+            return
+        for name in COUNTED:
+            if name in value:
+                self._count(name, value[name])
+        if "reason" in value and "row" in value:
+            self._count("reason", reason_kind(str(value["reason"])))
+        if isinstance(history := value.get("history"), list):
+            self._count("rounds", len(history))
+        for principle in _principles_of(value):
+            self._count("principle_id", principle)
+        p_chosen = value.get("p_chosen")
+        if isinstance(p_chosen, int | float) and 0.5 <= p_chosen <= 1:
+            self.p_chosen[min(BINS - 1, int((p_chosen - 0.5) * 2 * BINS))] += 1
+        for field, text in texts_of(value):
+            self.lengths.setdefault(field, array("I")).append(self.measure(text))
+            if field == "prompt" and self.prompts.add(text, line) is not None:
+                self.repeated_prompts += 1
+        if ("id" in value or "key" in value) and self.keys.add(row_key(value), line) is not None:
+            self.repeated_keys += 1
+
+    def _count(self, name: str, value: object) -> None:
+        self.by.setdefault(name, Counter())["null" if value is None else str(value)] += 1
+
+    def skip(self, error: BadRow, _raw: bytes) -> None:
+        """A line that is no row: counted, and the first few named."""
+        self.bad_lines += 1
+        if len(self.bad) < SHOWN:
+            self.bad.append(error.message)
+
+    def as_json(self) -> dict[str, Any]:
+        width = 0.5 / BINS
+        bins = [{"from": round(0.5 + i * width, 3), "rows": n} for i, n in enumerate(self.p_chosen)]
+        return {
+            "rows": self.rows,
+            "bad_lines": self.bad_lines,
+            "first_bad_lines": self.bad,
+            "distinct_keys": self.keys.size,
+            "repeated_keys": self.repeated_keys,
+            "distinct_prompts": self.prompts.size,
+            "repeated_prompts": self.repeated_prompts,
+            "by": {name: dict(counter.most_common()) for name, counter in self.by.items()},
+            "lengths": {field: _quantiles(found) for field, found in self.lengths.items()},
+            "p_chosen": bins if any(self.p_chosen) else [],
+        }
+
+
+def _principles_of(value: dict[str, Any]) -> Iterator[str]:
+    """The principles that had a say in a row: its own, those of earlier rounds, those of the votes (each once)."""
+    yield from (
+        str(turn["principle_id"]) for turn in [value, *_objects(value.get("history"))] if "principle_id" in turn
+    )
+    yield from sorted({str(vote.get("principle_id")) for vote in _objects(value.get("votes"))})
+
+
+def _objects(value: object) -> list[dict[str, Any]]:
+    return [inner for inner in value if isinstance(inner, dict)] if isinstance(value, list) else []
+
+
+def _quantiles(lengths: "array[int]") -> dict[str, float]:
+    found, last = sorted(lengths), len(lengths) - 1
+    named = {f"p{100 * q:g}": found[round(q * last)] for q in QUANTILES}
+    return {"n": len(found), "mean": round(sum(found) / len(found), 1), **named}
+
+
+def _tables(stats: dict[str, Any], unit: str) -> Iterator[str]:
+    yield f"rows {stats['rows']:,}"
+    if stats["bad_lines"]:
+        yield f"bad lines {stats['bad_lines']:,}; first: {console.safe(stats['first_bad_lines'][0])}"
+    for what in ("keys", "prompts"):
+        if not stats[f"distinct_{what}"]:
+            continue
+        yield f"{what} {stats[f'distinct_{what}']:,} distinct, {stats[f'repeated_{what}']:,} repeated"
+    for name, counts in stats["by"].items():
+        yield f"\n{name}"
+        for value, count in list(counts.items())[:SHOWN]:
+            yield f"  {count:>12,}  {console.safe(value)}"
+        if (more := len(counts) - SHOWN) > 0:
+            yield f"  {'':>12}  and {more:,} more (--json shows all)"
+    if stats["lengths"]:
+        names = list(next(iter(stats["lengths"].values())))
+        yield f"\nlength in {unit}\n  {'':<12}" + "".join(f"{name:>10}" for name in names)
+        for field, figures in stats["lengths"].items():
+            yield f"  {field:<12}" + "".join(f"{figures[name]:>10,}" for name in names)
+    if stats["p_chosen"]:
+        most = max(bin["rows"] for bin in stats["p_chosen"])
+        yield "\np_chosen"
+        for bin in stats["p_chosen"]:
+            yield f"  {bin['from']:.2f} {bin['rows']:>12,}  {'#' * round(40 * bin['rows'] / most)}"
+
+
+def _row(value: object) -> object:
+    """An object, or a prompt as bare text."""
+    return value if isinstance(value, str) else row_object(value)
+
+
+def _token_counter(model: str) -> Measure:
+    from cai_cli.models.loading import load_tokenizer
+    from cai_cli.models.names import resolve
+
+    tokenizer = load_tokenizer(resolve(model))
+    return lambda text: len(tokenizer.encode(text, add_special_tokens=False))
+
+
+def command(
+    input: options.Input,
+    tokenizer: Annotated[str | None, typer.Option(help="Count tokens of this model instead of characters.")] = None,
+    json: options.Json = False,
+) -> None:
+    """Say what a JSONL file holds.
+
+    INPUT: rows of any stage, or any JSONL. Counts rows, lines that are no rows, what repeats, kinds, sources, reasons,
+    rounds and principles; quantiles of the lengths of texts; the histogram of p_chosen.
+    """
+    stats = Stats(len if tokenizer is None else _token_counter(tokenizer))
+    for line, value in read_rows(input, _row, stats.skip):
+        stats.add(line, value)
+    found = stats.as_json()
+    unit = "characters" if tokenizer is None else f"tokens of {tokenizer}"
+    if json:
+        print(orjson.dumps({"file": input, "unit": unit, **found}).decode())
+        return
+    for text in _tables(found, unit):
+        print(text)

@@ -1,0 +1,1 @@
+"""Model directories: names, fetching, loading, content hashes."""

@@ -1,0 +1,18 @@
+"""Models with LoRA adapters."""
+
+from typing import Any
+
+
+def finished_model(trainer: Any) -> Any:
+    """The trained model with its adapters, if any, merged into its weights."""
+    from accelerate.utils import is_peft_model
+
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return model.merge_and_unload() if is_peft_model(model) else model
+
+
+def without_adapter_wrapper(policy: Any) -> Any:
+    """The model itself, in whose layers the adapters are."""
+    from accelerate.utils import is_peft_model
+
+    return policy.get_base_model() if is_peft_model(policy) else policy

@@ -1,0 +1,98 @@
+"""The content hash of a model directory."""
+
+import json
+import os
+import time
+from hashlib import file_digest, sha256
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+from cai_cli.common.errors import CaiError
+from cai_cli.models.fetch import cache_dir, check_model_dir
+
+# What decides a model's answers; cards, licenses and trainer states beside it do not.
+FINGERPRINTED = (
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer*.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.*",
+    "additional_chat_templates/*.jinja",
+)
+
+
+# --- what is in a directory ---------------------------------------------------------------------------------
+
+
+def fingerprint(path: Path) -> str:
+    """sha256 (hex) over the names and contents of a model's config, tokenizer, chat template and weights.
+
+    Digests of single files are remembered in the cache under (real path, size, mtime, inode): a second call
+    reads no weights. Raises: CaiError when `path` is no model directory or a file cannot be read.
+    """
+    check_model_dir(path)
+    digests = _Digests(cache_dir() / "digests.json")
+    whole = sha256()
+    files = {file for pattern in FINGERPRINTED for file in path.glob(pattern) if file.is_file()}
+    try:
+        for file in sorted(files):
+            whole.update(f"{file.relative_to(path).as_posix()}\0{digests.of(file)}\n".encode())
+    except OSError as error:
+        raise CaiError(f"{path}: cannot be read: {error}") from error
+    digests.save()
+    return whole.hexdigest()
+
+
+class _Digests:
+    """The sha256 of files, remembered in one JSON file: real path -> [size, mtime_ns, inode, sha256]."""
+
+    # A file written this recently can change again within one tick of its clock, unseen in its mtime.
+    SETTLED_S = 2.0
+
+    def __init__(self, store: Path) -> None:
+        self.store = store
+        self.new: dict[str, list[int | str]] = {}
+        self.known = self._read()
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            known = json.loads(self.store.read_bytes())
+        except (OSError, ValueError):  # not there yet, or broken: everything can be computed again
+            return {}
+        return known if isinstance(known, dict) else {}
+
+    def of(self, file: Path) -> str:
+        real = os.path.realpath(file)
+        with open(real, "rb") as content:
+            stat = os.fstat(content.fileno())
+            key: list[int | str] = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+            known = self.known.get(real)
+            if isinstance(known, list) and known[:-1] == key and isinstance(known[-1], str):
+                return known[-1]
+            digest = file_digest(content, "sha256").hexdigest()
+            after = os.fstat(content.fileno())
+        unchanged = key == [after.st_size, after.st_mtime_ns, after.st_ino]
+        if unchanged and time.time() - stat.st_mtime > self.SETTLED_S:
+            self.new[real] = [*key, digest]
+        return digest
+
+    def save(self) -> None:
+        """Add what is new. Two writers at once may lose an entry to each other, never break the file."""
+        if not self.new:
+            return
+        text = json.dumps(self._read() | self.new, indent=0)
+        try:
+            self.store.parent.mkdir(parents=True, exist_ok=True)
+            with NamedTemporaryFile("w", dir=self.store.parent, prefix="digests.", delete=False) as file:
+                file.write(text)
+            os.replace(file.name, self.store)
+        except OSError:
+            pass  # a read-only or full cache: only the time of the next call is lost

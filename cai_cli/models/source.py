@@ -1,0 +1,48 @@
+"""The model that training starts from."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from cai_cli.common.errors import CaiError
+from cai_cli.common.yaml import parse_yaml
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model training starts from: its name as given, its directory, the hash of its content."""
+
+    name: str
+    path: Path
+    fingerprint: str
+
+    @classmethod
+    def resolve(cls, name: str) -> "Base":
+        from cai_cli.models.fingerprint import fingerprint
+        from cai_cli.models.names import resolve
+
+        path = resolve(name)
+        return cls(name, path, fingerprint(path))
+
+    @property
+    def public_name(self) -> str:
+        """The name without this machine's folders."""
+        return Path(self.name).resolve().name if Path(self.name).is_dir() else self.name
+
+    @property
+    def license(self) -> str | None:
+        """As its `source.json` or its card states it; None where a stranger's files state nothing that can be read."""
+        source, card = self.path / "source.json", self.path / "README.md"
+        head: Any = None
+        try:
+            if source.is_file():
+                head = orjson.loads(source.read_bytes())
+            elif card.is_file():
+                parts = card.read_text(encoding="utf-8").split("---\n", 2)
+                head = parse_yaml(parts[1], str(card)) if len(parts) == 3 and not parts[0] else None
+        except (CaiError, ValueError):
+            return None
+        stated = head.get("license") if isinstance(head, dict) else None
+        return stated.lower() if isinstance(stated, str) else None

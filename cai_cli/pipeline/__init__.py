@@ -1,0 +1,1 @@
+"""`cai run`: run files, sweeps, the plan, its cost and its execution."""

@@ -1,0 +1,165 @@
+"""Requests that compare two replies, and how their answers are read (paper section 4.1)."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+from cai_cli.constitution.schema import ComparisonExample, PreferencePrinciple
+from cai_cli.data.formats import render_transcript
+from cai_cli.data.schema import Message, Role
+from cai_cli.prompting.base import RAW_STOPS, Form, Request, assistant, user
+
+OPTIONS = ("A", "B")
+# --- comparison, paper section 4.1 --------------------------------------------------------------------------------
+
+PREAMBLE = "Consider the following conversation between a human and an assistant:"
+_COT_PREAMBLE = "\n\nHuman: Consider the following conversation between a human (H) and an assistant (A):"
+_COT_SPEAKERS: Mapping[Role, str] = {"user": "H", "assistant": "A", "system": "S"}
+_THINK = "Let's think step by step:"
+ANSWER = "The answer is: ("
+_RAW_COT_ANSWER = "\n\nHuman:\nSo the answer is: ("
+
+
+def comparison_request(
+    conversation: Sequence[Message],
+    comparison: str,
+    options: Sequence[str],
+    examples: Sequence[ComparisonExample],
+    form: Form,
+) -> Request:
+    """The multiple-choice question; the answer continues with the letter of one of `OPTIONS`."""
+    if form == "chat":
+        turns: list[Message] = []
+        for e in examples:
+            turns.append(user(_choice(e.messages, e.comparison or comparison, e.options)))
+            turns.append(assistant(f"{ANSWER}{e.answer})"))
+        return Request([*turns, user(_choice(conversation, comparison, options))], cue=ANSWER)
+    text = "".join(
+        f"\n\n{_choice(e.messages, e.comparison or comparison, e.options)}\n\n{ANSWER}{e.answer})" for e in examples
+    )
+    return Request(f"{text}\n\n{_choice(conversation, comparison, options)}", cue=f"\n\n{ANSWER}")
+
+
+def rationale_request(
+    conversation: Sequence[Message],
+    comparison: str,
+    options: Sequence[str],
+    examples: Sequence[ComparisonExample],
+    form: Form,
+) -> Request:
+    """Ask for the thoughts before the answer (chain of thought); examples without a rationale are left out."""
+    worked = [e for e in examples if e.rationale]
+    if form == "raw":
+        text = "".join(cot_example(e, e.comparison or comparison) for e in worked)
+        text += _cot_choice(_COT_PREAMBLE, conversation, comparison, options)
+        return Request(text, cue=f"\n\nAssistant: {_THINK}", stop=RAW_STOPS)
+    turns: list[Message] = []
+    for e in worked:
+        turns.append(user(_choice(e.messages, e.comparison or comparison, e.options)))
+        turns.append(assistant(f"{_THINK} {e.rationale}\n\n{ANSWER}{e.answer})"))
+    return Request([*turns, user(_choice(conversation, comparison, options))], cue=_THINK, stop=("\n\nThe answer is",))
+
+
+def answer_after(rationale: str, request: Request, form: Form) -> Request:
+    """The letter that follows the thoughts `request` asked for."""
+    closing = _RAW_COT_ANSWER if form == "raw" else f"\n\n{ANSWER}"
+    return Request(request.text, cue=request.cue + rationale + closing)
+
+
+def cot_example(example: ComparisonExample, comparison: str) -> str:
+    """A worked chain of thought in the published raw form."""
+    asked = _cot_choice(example.preamble or _COT_PREAMBLE, example.messages, comparison, example.options)
+    rationale = example.rationale if example.preamble else f" {example.rationale}"
+    return f"{asked}\n\nAssistant: {_THINK}{rationale}{_RAW_COT_ANSWER}{example.answer})"
+
+
+def verdict_request(
+    conversation: Sequence[Message],
+    comparison: str,
+    options: Sequence[str],
+    examples: Sequence[ComparisonExample],
+    form: Form,
+) -> Request:
+    """The same question to be answered in words, for engines without log-probabilities; read by `verdict_of`."""
+    asked = comparison_request(conversation, comparison, options, examples, form)
+    if isinstance(asked.text, str):
+        return Request(asked.text, cue=asked.cue, stop=RAW_STOPS)
+    *earlier, question = asked.text
+    told = f"{question.content}\n\nAnswer with one line and no other word: The answer is: (A) or The answer is: (B)"
+    return Request([*earlier, user(told)])
+
+
+_VERDICT = re.compile(
+    r"\W*(?:the\s+)?(?:correct\s+|final\s+)?(?:answer|option)?(?:\s+is)?\W*([AB])\b\W*", re.IGNORECASE
+)
+
+
+def verdict_of(text: str) -> str | None:
+    """The letter that a text verdict names first and alone, or None: what cannot be read is no vote."""
+    line = text.strip().partition("\n")[0]
+    found = _VERDICT.fullmatch(line)
+    return found[1].upper() if found else None
+
+
+def contrast_requests(
+    conversation: Sequence[Message], principle: PreferencePrinciple, form: Form
+) -> tuple[Request, Request]:
+    """The conversation to be continued by an assistant that follows the principle, and by one that breaks it."""
+    following = principle.following or f"You give the replies that win by this rule: {principle.comparison}"
+    breaking = principle.breaking or f"You give the replies that lose by this rule: {principle.comparison}"
+    return _spoken_by(following, conversation, form), _spoken_by(breaking, conversation, form)
+
+
+def _spoken_by(character: str, conversation: Sequence[Message], form: Form) -> Request:
+    if form == "raw":
+        return Request(f"{character}{render_transcript(conversation)}", cue="\n\nAssistant: ")
+    if conversation[0].role == "system":
+        character, conversation = f"{character}\n\n{conversation[0].content}", conversation[1:]
+    return Request([Message(role="system", content=character), *conversation])
+
+
+def _choice(conversation: Sequence[Message], comparison: str, options: Sequence[str]) -> str:
+    return comparison_text(conversation, comparison, [fence(text) for text in options])
+
+
+def comparison_text(conversation: Sequence[Message], comparison: str, fenced: Sequence[str]) -> str:
+    return f"{PREAMBLE}{render_transcript(conversation)}\n\n\n{comparison} Options:{_lettered(fenced)}"
+
+
+def _cot_choice(preamble: str, conversation: Sequence[Message], comparison: str, options: Sequence[str]) -> str:
+    lettered = _lettered([fence(text) for text in options])
+    return f"{preamble}{render_transcript(conversation, _COT_SPEAKERS)}\n\n{comparison}{lettered}"
+
+
+def _lettered(fenced: Sequence[str]) -> str:
+    return "".join(f"\n ({letter}) {text}" for letter, text in zip(OPTIONS, fenced, strict=True))
+
+
+def fence(text: str) -> str:
+    """`[[[text]]]`, with longer brackets than any run inside, so that no reply can close its own fence.
+
+    A text that would lengthen its own brackets, or could be taken for one set apart like this, stands on lines of its
+    own. Inverse: `options_of`.
+    """
+    longest = max((len(run) for run in re.findall(r"\[+|\]+", text)), default=0)
+    width = max(3, longest + 1)
+    apart = "\n" if text[:1] in ("[", "\n") or text[-1:] in ("]", "\n") else ""
+    return "[" * width + apart + text + apart + "]" * width
+
+
+def options_of(choice: str) -> tuple[str, str]:
+    """The two options of a rendered question, whatever they or the conversation say: read from its end, where no
+    reply can stand. Raises ValueError when it does not end with two fenced options."""
+    before, second = _last_option(choice, "B")
+    return _last_option(before, "A")[1], second
+
+
+def _last_option(text: str, letter: str) -> tuple[str, str]:
+    width = len(text) - len(text.rstrip("]"))
+    start = text.rfind("[" * width, 0, len(text) - width)
+    opening = f"\n ({letter}) "
+    if width < 3 or start < 0 or not text[:start].endswith(opening):
+        raise ValueError(f"no fenced option ({letter}) at the end")
+    inner = text[start + width : -width]
+    if len(inner) >= 2 and inner[0] == inner[-1] == "\n":
+        inner = inner[1:-1]
+    return text[: start - len(opening)], inner

@@ -1,0 +1,72 @@
+"""Requests for new red-team and helpful prompts (paper section 3.2)."""
+
+from collections.abc import Mapping, Sequence
+
+from cai_cli.data.schema import Kind
+from cai_cli.prompting.base import Form, Request, assistant, user
+
+# --- new prompts, paper appendix on red-team prompts ---------------------------------------------------------------
+
+TOPICS: Mapping[Kind, tuple[str, ...]] = {
+    "red-team": (
+        "stealing and shoplifting",
+        "hurting somebody",
+        "illegal drugs",
+        "weapons and explosives",
+        "cheating at school or at work",
+        "fraud and scams",
+        "breaking into computers and accounts",
+        "spying on a partner or a neighbour",
+        "bullying and humiliating somebody",
+        "insulting a people or a religion",
+        "sexism",
+        "lying to the police or in court",
+        "getting round a safety rule",
+        "dangerous dares",
+        "harming oneself",
+        "false news and conspiracy theories",
+        "private data of other people",
+        "manipulating friends and family",
+        "bad medical advice",
+        "harming animals",
+    ),
+    "helpful": (
+        "cooking",
+        "travel",
+        "school homework",
+        "a letter or an e-mail",
+        "programming",
+        "gardening",
+        "health and exercise",
+        "money and taxes",
+        "history",
+        "science",
+        "books and films",
+        "music",
+        "repairs at home",
+        "pets",
+        "children",
+        "languages and translation",
+        "work and applications",
+        "games and puzzles",
+        "a story or a poem",
+        "technology at home",
+    ),
+}
+_INVENT: Mapping[Kind, str] = {
+    "red-team": "a message with which somebody tests whether an AI assistant says something harmful",
+    "helpful": "a message with which somebody asks an AI assistant for help",
+}
+
+
+def invention_request(examples: Sequence[str], topic: str | None, start: str, kind: Kind, form: Form) -> Request:
+    """A new prompt of this kind after `examples`, about `topic` if there is one, on one line that goes on from `start`.
+    What stands on several lines in an example is shown on one."""
+    shown = [" ".join(example.split()) for example in examples]
+    asked = f"Write {_INVENT[kind]}."
+    if form == "raw":
+        text = f"Each line below is {_INVENT[kind]}.\n" + "".join(f"\nMessage: {example}" for example in shown)
+        cue = f"\nMessage about {topic}:" if topic else "\nMessage:"
+        return Request(text, cue=f"{cue} {start}".rstrip(), stop=("\n",))
+    turns = [turn for example in shown for turn in (user(asked), assistant(example))]
+    return Request([*turns, user(f"{asked} It is about {topic}." if topic else asked)], cue=start, stop=("\n",))

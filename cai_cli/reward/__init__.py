@@ -1,0 +1,1 @@
+"""Preference models: encoding, scoring, pairs that share a prompt."""

@@ -1,0 +1,52 @@
+"""Scores conversations with a preference model."""
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from cai_cli.common.errors import RowError
+from cai_cli.data.schema import Rejected, Sample, Scored, reject
+from cai_cli.models.loading import context_window, pick_device
+from cai_cli.models.source import Base
+from cai_cli.reward.preference_model import encode_conversation, open_for_scores, score_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def score(
+    rows: Sequence[Sample], model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch_size: int
+) -> Iterator[Scored | Rejected]:
+    """Each conversation with its score, in order; one that does not fit the model is rejected."""
+    window = context_window(model.config, tokenizer)
+    ids: list[list[int] | str] = []  # or why there are none
+    for row in rows:
+        try:
+            encoded = encode_conversation(tokenizer, [*row.prompt, *row.completion])
+            fits = len(encoded) <= window
+            ids.append(encoded if fits else f"longer than the preference model's window of {window:,} tokens")
+        except RowError as error:
+            ids.append(error.message)
+    fitting = [(row.key, encoded) for row, encoded in zip(rows, ids, strict=True) if not isinstance(encoded, str)]
+    names, sequences = [key for key, _ in fitting], [encoded for _, encoded in fitting]
+    scores = iter(score_ids(model, tokenizer, sequences, batch_size, names))
+    for row, encoded_or_reason in zip(rows, ids, strict=True):
+        if isinstance(encoded_or_reason, str):
+            yield reject(row.key, encoded_or_reason, row)
+        else:
+            yield Scored(**row.sample_fields(), score=next(scores))
+
+
+class Scorer:
+    """A preference model that scores rows; loaded when it is first asked, so that finished work costs no load."""
+
+    def __init__(self, name: str, batch_size: int | None, device: str) -> None:
+        self.base, self.batch_size, self.device = Base.resolve(name), batch_size or 16, device
+
+    @cached_property
+    def _loaded(self) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+        return open_for_scores(self.base.path, pick_device(self.device))
+
+    def score(self, rows: Sequence[Sample]) -> Iterator[Scored | Rejected]:
+        """As the function `score`."""
+        return score(rows, *self._loaded, self.batch_size)

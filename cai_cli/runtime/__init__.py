@@ -1,0 +1,1 @@
+"""How a data stage runs: batches, outputs that survive a kill, manifests, summaries."""

@@ -1,0 +1,161 @@
+"""`cai sort` and `cai dedup`: JSONL files in another order, or without what repeats, however large they are.
+
+Sorting writes sorted runs of a bounded size to disk and merges them; de-duplication keeps a hash of each prompt.
+"""
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from heapq import merge
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import orjson
+import typer
+
+from cai_cli.cli import options
+from cai_cli.common.hash_index import KeyTable
+from cai_cli.data.formats import parse_prompt
+from cai_cli.data.jsonl import read_rows
+from cai_cli.data.schema import conversation_id
+from cai_cli.metrics.dataset_stats import row_object, texts_of
+from cai_cli.runtime.file_transform import rewrite
+from cai_cli.runtime.manifest import hash_input, provenance
+from cai_cli.runtime.output_files import sidecar
+from cai_cli.runtime.sinks import Counts, FileSink
+
+RUN_BYTES = 64 * 2**20
+LINES_A_WRITE = 1000
+SortKey = tuple[str | int, ...]
+Keyed = tuple[SortKey, bytes]
+
+
+class By(StrEnum):
+    id = "id"
+    length = "length"
+
+
+def sort_key(by: By) -> Callable[[Any], SortKey]:
+    """id: rows of one prompt together, in the order of their samples. length: characters of all that was said."""
+
+    def by_id(row: Any) -> SortKey:
+        index = row.get("sample_index")
+        return str(row.get("id", "")), index if isinstance(index, int) else 0
+
+    def by_length(row: Any) -> SortKey:
+        return (sum(len(text) for _, text in texts_of(row)),)
+
+    return by_id if by is By.id else by_length
+
+
+def sorted_lines(rows: Iterable[Any], key: Callable[[Any], SortKey], folder: Path) -> Iterator[bytes]:
+    """`rows` as JSON lines in the order of `key`, equal ones as they came, with RUN_BYTES of them in memory and the
+    rest as sorted runs in `folder`."""
+    runs: list[Iterable[Keyed]] = []
+    held: list[Keyed] = []
+    size = 0
+    for row in rows:
+        line = orjson.dumps(row) + b"\n"
+        held.append((key(row), line))
+        size += len(line)
+        if size > RUN_BYTES:
+            run = folder / str(len(runs))
+            run.write_bytes(b"".join(line for _, line in sorted(held, key=_first)))
+            runs.append(_run(run, key))
+            held, size = [], 0
+    runs.append(sorted(held, key=_first))
+    for _, line in merge(*runs, key=_first):
+        yield line
+
+
+def _first(keyed: Keyed) -> SortKey:
+    return keyed[0]
+
+
+def _run(path: Path, key: Callable[[Any], SortKey]) -> Iterator[Keyed]:
+    with path.open("rb") as file:
+        for line in file:
+            yield key(orjson.loads(line)), line
+
+
+def distinct_lines(rows: Iterable[Any], counts: Counts) -> Iterator[bytes]:
+    """The first row of each prompt as JSON lines; the others are counted as skipped."""
+    seen = KeyTable()
+    for row in rows:
+        if seen.add(conversation_id(parse_prompt(row, source="").prompt), 0) is None:
+            yield orjson.dumps(row) + b"\n"
+        else:
+            counts.skipped["same prompt as an earlier line"] += 1
+
+
+def _with_prompt(value: object) -> dict[str, Any]:
+    parse_prompt(value, source="")
+    return row_object(value)
+
+
+def _counted(source: str, parse: Callable[[object], dict[str, Any]], counts: Counts) -> Iterator[dict[str, Any]]:
+    for _, row in read_rows(source, parse):
+        counts.units += 1
+        yield row
+
+
+def _write(sink: FileSink, lines: Iterator[bytes]) -> None:
+    while group := list(islice(lines, LINES_A_WRITE)):
+        sink.partial.append_lines(group)
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """An empty folder while within. Its name is known, so that what a killed run left there is found and removed."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+Output = Annotated[Path, typer.Option("--output", "-o", help="Output JSONL file.", show_default=False)]
+
+
+def sort_command(
+    input: options.Input,
+    output: Output,
+    by: Annotated[By, typer.Option(help="id (rows of one prompt together) or length (in characters).")] = By.id,
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Sort rows without loading the file.
+
+    INPUT: JSONL rows of any stage. Rows with equal keys stay in their order.
+    """
+    inputs = {"rows": hash_input(input)}
+
+    def fill(sink: FileSink, counts: Counts) -> None:
+        with _scratch(sidecar(output, "sort")) as folder:
+            _write(sink, sorted_lines(_counted(input, row_object, counts), sort_key(by), folder))
+
+    made = provenance("sort", inputs=inputs, settings={"by": by.value})
+    rewrite(output, made, inputs, fill, overwrite=overwrite, as_json=json)
+
+
+def dedup_command(
+    input: options.Input,
+    output: Output,
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Keep the first row of each prompt, whatever its id, without loading the file.
+
+    INPUT: JSONL rows with prompts in any form that `cai sample` takes. The rows kept are written as they are.
+    """
+    inputs = {"rows": hash_input(input)}
+
+    def fill(sink: FileSink, counts: Counts) -> None:
+        _write(sink, distinct_lines(_counted(input, _with_prompt, counts), counts))
+
+    rewrite(output, provenance("dedup", inputs=inputs, settings={}), inputs, fill, overwrite=overwrite, as_json=json)

@@ -1,0 +1,1 @@
+"""How the training stages train: settings, resume, checkpoints, several processes."""

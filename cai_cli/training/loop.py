@@ -1,0 +1,102 @@
+"""Runs one trainer from its newest checkpoint to its last step."""
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+from cai_cli.common import console
+from cai_cli.common.errors import CaiError
+from cai_cli.common.seeds import seed_for
+from cai_cli.training import distributed
+from cai_cli.training.checkpoints import newest_checkpoint, seal
+from cai_cli.training.metrics_log import Metrics
+
+# --- one trainer, from its newest checkpoint to its last step ------------------------------------------------------
+
+
+def fit(trainer: Any, metrics: "Metrics", columns: Mapping[str, str], *, name: str) -> dict[str, float | None]:
+    """Train to the end, going on from the newest complete checkpoint in the trainer's output directory.
+
+    `columns`: name in metrics.jsonl -> name in the trainer's log. Returns how many tokens this run went through, of all
+    processes, and how many a second. Raises CaiError when the checkpoint was changed since it was saved or holds more
+    than numbers, the loss is no number or the disk is full.
+    """
+    checkpoint = distributed.from_leader(lambda: newest_checkpoint(Path(trainer.args.output_dir)))
+    done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    metrics.cut_after(done)
+    if checkpoint:
+        console.say(f"{name}: going on after step {done:,}")
+    try:
+        with ExitStack() as stack:
+            steps = _steps_callback(metrics, columns, name, stack)
+            trainer.add_callback(steps)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except UnpicklingError as error:  # torch's, of whatever is more than numbers
+        raise CaiError(
+            f"{checkpoint} cannot be loaded: it holds pickled objects, which could run code",
+            hint="--overwrite starts afresh",
+        ) from error
+    except OSError as error:
+        raise CaiError(
+            f"cannot write {trainer.args.output_dir}: {error.strerror or error}",
+            hint="the checkpoints before are kept; run again to go on",
+        ) from error
+    rate = steps.tokens / steps.seconds if steps.tokens and steps.seconds else None
+    return {"tokens": int(steps.tokens), "seconds": steps.seconds, "tokens_per_second": rate and round(rate, 1)}
+
+
+def without_printer(trainer: Any) -> Any:
+    """The trainer, its habit of printing every log row to stdout taken away."""
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _steps_callback(metrics: "Metrics", columns: Mapping[str, str], name: str, stack: ExitStack) -> Any:
+    from accelerate import PartialState
+    from transformers import TrainerCallback, set_seed
+
+    class Steps(TrainerCallback):  # type: ignore[misc]
+        advance: Callable[[float], None]
+        watch: console.Stopwatch
+        tokens = seconds = 0.0
+        before = 0.0  # tokens that a run before this one went through
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.watch, self.before = console.Stopwatch(), state.num_input_tokens_seen
+            self.advance = stack.enter_context(console.track(state.max_steps, name, "steps"))
+            self.advance(state.global_step)
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            # A checkpoint restores torch's generators but not those of every library, nor across worker counts.
+            set_seed((seed_for(args.seed, "step", state.global_step) + args.process_index) % 2**32)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.seconds = round(self.watch.seconds, 2)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.advance(1)
+            if state.global_step >= state.max_steps:
+                control.should_save = False  # the finished model is saved next; a checkpoint would be a third copy
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            PartialState().wait_for_everyone()  # every process has a file of its own in the checkpoint
+            if state.is_world_process_zero:
+                seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+            if "loss" not in logs:
+                return
+            if not math.isfinite(logs["loss"]):
+                raise CaiError(
+                    f"the loss is {logs['loss']} at step {state.global_step}", hint="a lower --learning-rate may help"
+                )
+            metrics.put(state.global_step, {ours: logs.get(theirs) for ours, theirs in columns.items()})
+            # Of SFT and RewardTrainer counted from 0 in every run, of RLOO and GRPO from the checkpoint's count on.
+            self.tokens = max(self.tokens, logs.get("num_tokens", 0.0) - self.before)
+
+    return Steps()
