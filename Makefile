@@ -54,12 +54,10 @@ lint: setup
 audit: setup
 	$(BIN)/python tests/audit.py
 
-# Lines that `make test` runs, in the processes it starts too; fails under the share in pyproject.toml. Being watched,
-# `cai --help` takes longer than it may.
+# Lines that `make test` runs, in the processes it starts too; fails under the share in pyproject.toml.
 coverage: setup
 	rm -rf runs/coverage && mkdir -p runs/coverage
-	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 2 --dist loadfile \
-	  --deselect tests/test_cli.py::test_help_takes_less_than_half_a_second
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 2 --dist loadfile
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 

@@ -12,7 +12,7 @@ import sys
 
 from generate import chats
 
-from cai_cli.engines.base import Ask, Sampling
+from cai_cli.engines.base import GenerationRequest, Sampling
 from cai_cli.engines.local.engine import LocalEngine
 from cai_cli.engines.local.sampling import Row, uniforms
 from cai_cli.engines.tokenization import encode_chat
@@ -48,7 +48,7 @@ def main() -> None:
         rows = []
         for seed, chat in enumerate(chats(options.rows)):
             prompt = tuple(encode_chat(engine.tokenizer, chat, add_generation_prompt=True))
-            rows.append(Row(seed, Ask(chat, seed), prompt, uniforms(seed, options.new_tokens)))
+            rows.append(Row(seed, GenerationRequest(chat, seed), prompt, uniforms(seed, options.new_tokens)))
         with torch.inference_mode():
             engine._decode(rows, sampling)
         found.append(rows)

@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 from cai_cli.data.schema import Message
-from cai_cli.engines.base import Ask, Reply, Sampling
+from cai_cli.engines.base import Completion, GenerationRequest, Sampling
 from cai_cli.engines.local.engine import LocalEngine
 from cai_cli.engines.local.prefix_cache import shared_start
 from cai_cli.engines.tokenization import encode_chat
@@ -115,7 +115,7 @@ def main() -> None:
     distinct = {tuple(prompt) for prompt in prompts}
     shared = len(shared_start(list(distinct), [1] * len(distinct)))
     run_once = shared + sum(len(prompt) - shared for prompt in distinct)  # what our prefill runs, as it shares
-    asks = [Ask(chat, seed) for seed, chat in enumerate(asked)]
+    asks = [GenerationRequest(chat, seed) for seed, chat in enumerate(asked)]
     engine.generate(asks[:2], Sampling(2))  # loads the weights
     theirs_given = (model, engine.tokenizer, prompts, options.new_tokens, engine.end_ids)
     speeds = {}
@@ -131,7 +131,7 @@ def main() -> None:
         _, prefill_s = timed(engine.generate, asks, Sampling(1))
         replies, ours_s = timed(engine.generate, asks, sampling)
         theirs, theirs_s = timed(generated, *theirs_given, best)
-        ours = sum(reply.new_tokens for reply in replies if isinstance(reply, Reply))
+        ours = sum(reply.new_tokens for reply in replies if isinstance(reply, Completion))
         ratios.append(ours / ours_s / (theirs / theirs_s))
         prefill = flops(model, run_once, len(distinct), mean / 2)
         prefill_shares.append(prefill / prefill_s / peak)

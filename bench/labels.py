@@ -17,16 +17,16 @@ import orjson
 
 from cai_cli.constitution.schema import PreferenceConstitution, open_constitution
 from cai_cli.data.formats import parse_transcript
-from cai_cli.data.row_reader import Intake
+from cai_cli.data.row_reader import RowReader
 from cai_cli.engines import open_engine
-from cai_cli.engines.base import Refusal, Sampling
+from cai_cli.engines.base import RequestFailure, Sampling
 from cai_cli.judging.judge import METHODS, Comparison, Judge, Judgement, sigmoid
 from cai_cli.judging.pairs import Pair, pair_units
 from cai_cli.judging.votes import Labeller
 from cai_cli.metrics.intervals import wilson
 from cai_cli.prompting.base import assistant
 from cai_cli.prompting.comparison import options_of
-from cai_cli.runtime.stage_run import Unit
+from cai_cli.runtime.stage_run import WorkItem
 
 _QUESTION = re.compile(r"\A\n\nConsider [^\n]+:(\n\nHuman:.+?)\n\n\n([^\n]+) Options:\n \(A\) ", re.DOTALL)
 
@@ -35,7 +35,7 @@ def pairs_in(file: str) -> Iterator[Pair]:
     with open(file, "rb") as lines:
         first = orjson.loads(next(lines))
     if "corrects" not in first:
-        yield from (unit.value for unit in pair_units(Intake(), file, "all", 0, None) if isinstance(unit, Unit))
+        yield from (unit.value for unit in pair_units(RowReader(), file, "all", 0, None) if isinstance(unit, WorkItem))
         return
     for number, line in enumerate(open(file, "rb")):  # noqa: SIM115
         row = orjson.loads(line)
@@ -64,8 +64,8 @@ def agreement(pairs: Sequence[Pair], p_a: Sequence[float | None]) -> str:
     return f"{right / len(pairs):.3f} ({figure['low']:.3f} to {figure['high']:.3f}){mark}"
 
 
-def p_of(c: Comparison, j: Judgement | Refusal, prior: float) -> float | None:
-    if isinstance(j, Refusal):
+def p_of(c: Comparison, j: Judgement | RequestFailure, prior: float) -> float | None:
+    if isinstance(j, RequestFailure):
         return None
     p = j.p_first
     if prior and 0 < p < 1:
@@ -78,7 +78,7 @@ def rows_of_table(
 ) -> Iterator[list[str]]:
     started = time.perf_counter()
     asked: list[Comparison] = []
-    answers: list[Judgement | Refusal] = []
+    answers: list[Judgement | RequestFailure] = []
     for start in range(0, len(pairs), 64):
         window = [c for pair in pairs[start : start + 64] for c in labeller.comparisons(pair)]
         asked += window

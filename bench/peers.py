@@ -98,19 +98,19 @@ def compare(options: argparse.Namespace) -> None:
     import generate
     import score
 
-    from cai_cli.engines.base import Ask, Question, Reply, Sampling
+    from cai_cli.engines.base import Completion, GenerationRequest, LogprobRequest, Sampling
     from cai_cli.engines.local.engine import LocalEngine
     from cai_cli.engines.tokenization import encode_chat, encode_text
     from cai_cli.prompting.comparison import OPTIONS
 
     engine = LocalEngine(options.model, batch_size=options.rows, device="cpu", dtype="float32")
     chats, comparisons = generate.chats(options.rows), score.chats(options.rows)
-    cue = encode_text(engine.tokenizer, score.CUE, start=False)
+    prefill = encode_text(engine.tokenizer, score.CUE, start=False)
     prompts = [encode_chat(engine.tokenizer, chat, add_generation_prompt=True) for chat in chats]
-    judged = [encode_chat(engine.tokenizer, chat, add_generation_prompt=True) + cue for chat in comparisons]
-    asks = [Ask(chat, seed) for seed, chat in enumerate(chats)]
-    questions = [Question(chat, OPTIONS, score.CUE) for chat in comparisons]
-    engine.score(questions[:2])  # loads the weights
+    judged = [encode_chat(engine.tokenizer, chat, add_generation_prompt=True) + prefill for chat in comparisons]
+    asks = [GenerationRequest(chat, seed) for seed, chat in enumerate(chats)]
+    questions = [LogprobRequest(chat, OPTIONS, score.CUE) for chat in comparisons]
+    engine.option_logprobs(questions[:2])  # loads the weights
     for name in PEERS:
         home = options.peers / name
         if not (home / "bin" / "python").exists():
@@ -121,10 +121,10 @@ def compare(options: argparse.Namespace) -> None:
             peer = Peer(name, home)  # a new one each time: it keeps what it has seen of the same prompts
             peer(prompts[:2], 2)
             replies, ours_s = generate.timed(engine.generate, asks, Sampling(options.new_tokens))
-            ours = sum(reply.new_tokens for reply in replies if isinstance(reply, Reply))
+            ours = sum(reply.new_tokens for reply in replies if isinstance(reply, Completion))
             theirs, theirs_s = peer(prompts, options.new_tokens)
             ratios["generate"].append(ours / ours_s / (theirs / theirs_s))
-            _, scored_s = generate.timed(engine.score, questions)
+            _, scored_s = generate.timed(engine.option_logprobs, questions)
             _, judged_s = peer(judged, 1)
             ratios["score"].append(judged_s / scored_s)
             peer.end()

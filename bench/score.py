@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 from cai_cli.data.schema import Message
-from cai_cli.engines.base import Question
+from cai_cli.engines.base import LogprobRequest
 from cai_cli.engines.local.engine import LocalEngine
 from cai_cli.engines.tokenization import encode_chat, encode_text
 from cai_cli.models.loading import load_causal_lm
@@ -89,8 +89,8 @@ def plain(model: Any, tokenizer: Any, asked: list[list[Message]]) -> list[list[f
     import torch
 
     first = [encode_text(tokenizer, option, start=False)[0] for option in OPTIONS]
-    cue = encode_text(tokenizer, CUE, start=False)
-    prompts = [encode_chat(tokenizer, chat, add_generation_prompt=True) + cue for chat in asked]
+    prefill = encode_text(tokenizer, CUE, start=False)
+    prompts = [encode_chat(tokenizer, chat, add_generation_prompt=True) + prefill for chat in asked]
     scores = []
     for start in range(0, len(prompts), BATCH):
         batch = tokenizer.pad({"input_ids": prompts[start : start + BATCH]}, padding_side="left", return_tensors="pt")
@@ -109,12 +109,12 @@ def main() -> None:
     options = arguments.parse_args()
     engine = LocalEngine(options.model, batch_size=options.rows, device="cpu", dtype="float32")
     model, asked = load_causal_lm(engine.path), chats(options.rows)
-    questions = [Question(chat, OPTIONS, CUE) for chat in asked]
-    engine.score(questions[:2])  # loads the weights
+    questions = [LogprobRequest(chat, OPTIONS, CUE) for chat in asked]
+    engine.option_logprobs(questions[:2])  # loads the weights
     ratios = []
     for _ in range(options.repeats):
         started = time.perf_counter()
-        ours = engine.score(questions)
+        ours = engine.option_logprobs(questions)
         ours_s = time.perf_counter() - started
         theirs = plain(model, engine.tokenizer, asked)
         theirs_s = time.perf_counter() - started - ours_s

@@ -19,7 +19,7 @@ from cai_cli.models.names import resolve
 from cai_cli.phase2_feedback.pm_trainer import soft_reward_trainer
 from cai_cli.reward.packed_pairs import score_pairs, take_packed_pairs
 from cai_cli.reward.preference_model import score_ids
-from cai_cli.training.config import Recipe
+from cai_cli.training.config import TrainingConfig
 from cai_cli.training.loop import without_printer
 from cai_cli.training.quiet import quiet_libraries
 
@@ -61,9 +61,9 @@ def main() -> None:
     took = {}
     for side in ("trl", "ours"):
         model = load_reward_model(path, new_head_seed=0)
-        recipe = Recipe(options.batch_size, 1, 1e-5, 10_000, 0, "cpu", dtype=options.dtype)
+        training = TrainingConfig(options.batch_size, 1, 1e-5, 10_000, 0, "cpu", dtype=options.dtype)
         with tempfile.TemporaryDirectory() as folder, quiet_libraries():
-            ours, config = side == "ours", RewardConfig(**recipe.arguments(Path(folder)), max_length=None)
+            ours, config = side == "ours", RewardConfig(**training.arguments(Path(folder)), max_length=None)
             if ours:
                 ids = [(row["chosen_ids"], row["rejected_ids"]) for row in rows[:4]]
                 assert take_packed_pairs(model, ids[0])

@@ -17,8 +17,8 @@ from tempfile import TemporaryDirectory
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
+from helpers import preference, revision, write_rows  # noqa: E402
 from tiny import tiny_model_dir  # noqa: E402
-from training_helpers import preference, revision, write_rows  # noqa: E402
 
 SHARED = ["--model", "tiny", "--learning-rate", "1e-3", "--overwrite", "--quiet", "--num-processes", "2"]
 STAGES = {

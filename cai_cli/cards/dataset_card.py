@@ -21,7 +21,7 @@ USED_BY: Mapping[type[Row], str] = {
 
 
 @dataclass
-class Seen:
+class DatasetStats:
     """What the card says about the rows, counted while they are written."""
 
     rows: int = 0
@@ -51,7 +51,7 @@ def dataset_card(
     name: str,
     row_type: type[Row],
     columns: list[str],
-    seen: Seen,
+    seen: DatasetStats,
     manifest: Mapping[str, Any] | None,
     sha256: str | None,
 ) -> str:

@@ -16,12 +16,12 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import orjson
 import typer
 
-from cai_cli.cards.dataset_card import Seen, dataset_card
+from cai_cli.cards.dataset_card import DatasetStats, dataset_card
 from cai_cli.cli import options
 from cai_cli.common import console
 from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.data.formats import parse_preference, parse_prompt
-from cai_cli.data.jsonl import origin, read_rows, read_values, rows_of, shown
+from cai_cli.data.jsonl import display_name, origin, read_rows, read_values, rows_of
 from cai_cli.data.schema import Critique, Preference, Prompt, Revision, Row, Sample
 from cai_cli.runtime.manifest import hash_input, read_manifest
 from cai_cli.runtime.output_files import one_writer, sidecar
@@ -31,7 +31,7 @@ def kind_of(source: str) -> tuple[type[Row], Callable[[object], Row]]:
     """The type of a file's rows and their parser, by the fields of its first row. Raises CaiError."""
     first: Any = next((value for _, value in read_values(source)), None)
     if first is None:
-        raise CaiError(f"{shown(source)} holds no rows")
+        raise CaiError(f"{display_name(source)} holds no rows")
     fields = set(first) if isinstance(first, dict) else set()
     if {"reason", "row"} <= fields:
         raise CaiError(f"{source} holds rejected rows, which are no data", hint="export the file beside it")
@@ -72,7 +72,7 @@ def export(source: str, work: Path) -> dict[str, Any]:
 
     file = hash_input(source)
     row_type, parse = kind_of(source)
-    seen = Seen()
+    seen = DatasetStats()
 
     def rows() -> Iterator[dict[str, Any]]:
         for _, row in read_rows(source, parse):

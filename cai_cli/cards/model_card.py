@@ -7,12 +7,12 @@ from typing import Any
 import yaml
 
 from cai_cli.cards.markdown import cell
-from cai_cli.models.source import Base
+from cai_cli.models.source import ModelSource
 
 PAPER = "[Constitutional AI](https://arxiv.org/abs/2212.08073)"
 
 
-def model_card(manifest: Mapping[str, Any], models: Mapping[str, Base]) -> str:
+def model_card(manifest: Mapping[str, Any], models: Mapping[str, ModelSource]) -> str:
     """README.md of a finished model: what it was made from, with which settings, and the figures that came out."""
     provenance, stage, figures = manifest["provenance"], manifest["provenance"]["stage"], manifest["figures"]
     base = models["model"]

@@ -18,28 +18,30 @@ from cai_cli.common import console
 from cai_cli.common.seeds import seed_for
 from cai_cli.data.schema import Message
 from cai_cli.engines import open_engine
-from cai_cli.engines.base import Ask, Engine, Refusal, Reply, Sampling, Server
-from cai_cli.prompting.base import Form, assistant, pick_form, reply_request, user
+from cai_cli.engines.base import Completion, Engine, GenerationRequest, RequestFailure, Sampling, Server
+from cai_cli.prompting.base import PromptFormat, assistant, reply_request, resolve_prompt_format, user
 
 HELP = "/reset starts afresh, /quit (or the end of input) ends"
 
 
 @dataclass
-class Partner:
+class ChatSession:
     """A model and its side of the conversation."""
 
     name: str
     engine: Engine
-    form: Form
+    form: PromptFormat
     history: list[Message] = field(default_factory=list)
 
-    def answer(self, said: str, sampling: Sampling, seed: int) -> Reply | Refusal:
+    def answer(self, said: str, sampling: Sampling, seed: int) -> Completion | RequestFailure:
         """The model's reply to `said`; both are then part of the history. After a refusal neither is."""
         heard = [*self.history, user(said)]
         request = reply_request(heard, self.form)
         turn = seed_for(seed, "chat", len(heard))
-        (reply,) = self.engine.generate([Ask(request.text, turn, request.cue, request.stop)], sampling)
-        if isinstance(reply, Reply):
+        (reply,) = self.engine.generate(
+            [GenerationRequest(request.text, turn, request.prefill, request.stop)], sampling
+        )
+        if isinstance(reply, Completion):
             self.history = [*heard, assistant(reply.text.strip())]
         return reply
 
@@ -78,11 +80,11 @@ def labels(given: Sequence[str]) -> list[str]:
     return [f"{name} {number}" for number, name in enumerate(short, start=1)]
 
 
-def show_answers(partners: Sequence[Partner], answers: Sequence[Reply | Refusal]) -> None:
+def show_answers(partners: Sequence[ChatSession], answers: Sequence[Completion | RequestFailure]) -> None:
     """Beside each other on a terminal, one after the other elsewhere. A refusal goes to stderr."""
     replies = []
     for partner, answer in zip(partners, answers, strict=True):
-        if isinstance(answer, Refusal):
+        if isinstance(answer, RequestFailure):
             console.warn(f"{partner.name}: {answer.reason}; this turn is not part of its conversation")
         else:
             cut = " [cut at --max-new-tokens]" if answer.finish_reason == "length" else ""
@@ -106,7 +108,7 @@ def command(
     max_new_tokens: options.MaxNewTokens = 256,
     temperature: options.Temperature = 0.7,
     top_p: options.TopP = 1.0,
-    prompt_form: options.PromptForm = "auto",
+    prompt_format: options.PromptFormatOption = "auto",
     seed: options.Seed = 0,
     base_url: options.BaseUrl = None,
     device: options.Device = "auto",
@@ -124,7 +126,7 @@ def command(
         server = Server(base_url) if name in served or not served else None
         size = None if name in served else 1
         engine = open_engine(name, batch_size=size, device=device, dtype=dtype, server=server)
-        partners.append(Partner(label, engine, pick_form(prompt_form, engine)))
+        partners.append(ChatSession(label, engine, resolve_prompt_format(prompt_format, engine)))
     sampling = Sampling(max_new_tokens, temperature, top_p)
     console.say(f"chat with {' and '.join(p.name for p in partners)}: {HELP}")
     for line in lines():

@@ -33,10 +33,16 @@ PreferenceModel = Annotated[
 ]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Every draw comes from this, the stage and the row.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Only the first N rows of the input.")]
-SkipBad = Annotated[
-    bool, typer.Option("--skip-bad", help="Go on past lines that are no rows; they are kept in the rejected file.")
+SkipInvalid = Annotated[
+    bool,
+    typer.Option(
+        "--skip-invalid", "--skip-bad", help="Go on past lines that are no rows; they are kept in the rejected file."
+    ),
 ]
-MaxBad = Annotated[int | None, typer.Option(min=0, help="Stop when more than N lines are bad, with --skip-bad.")]
+MaxInvalid = Annotated[
+    int | None,
+    typer.Option("--max-invalid", "--max-bad", min=0, help="Stop when more than N lines are bad, with --skip-invalid."),
+]
 Shard = Annotated[
     str | None,
     typer.Option(
@@ -83,6 +89,11 @@ FewShot = Annotated[
 ]
 Principles = Annotated[str | None, typer.Option("--principles", help="Only these principle ids, separated by commas.")]
 MaxPrinciples = Annotated[int | None, typer.Option(min=1, help="Only the first K principles (paper section 3.4).")]
-PromptForm = Annotated[
-    str, typer.Option(help="auto, chat (chat template) or raw (text for base models); auto asks the model.")
+PromptFormatOption = Annotated[
+    str,
+    typer.Option(
+        "--prompt-format",
+        "--prompt-form",
+        help="auto, chat (chat template) or raw (text for base models); auto asks the model.",
+    ),
 ]

@@ -39,7 +39,7 @@ def run_command(
 
         print_estimate(steps, as_json=json)
         return
-    watch = console.Stopwatch()
+    monitor_score_of = console.Stopwatch()
     done = execute(steps, folder, quiet=quiet)
     write_curves(step.output for step in steps if step.command == "eval compare")
     report = report_at_the_end(folder)
@@ -49,4 +49,4 @@ def run_command(
     for step in done:
         if step.get("labels", {}).get("trusted") is False:
             console.warn(f"the labels of step {step['step']!r} are not to be trusted: {step['labels']['reason']}")
-    console.say(f"run {loaded.name}: {len(done)} steps in {watch.seconds:,.0f} s -> {folder}")
+    console.say(f"run {loaded.name}: {len(done)} steps in {monitor_score_of.seconds:,.0f} s -> {folder}")

@@ -18,7 +18,7 @@ class UsageError(CaiError):
     exit_code = 2
 
 
-class BadRow(CaiError):
+class InvalidRow(CaiError):
     """A line of an input file that cannot be read as a row.
 
     The message starts with `file:line`, lines counted from 1.

@@ -13,37 +13,37 @@ from cai_cli.common.yaml import load_yaml
 from cai_cli.data.schema import Message, Row
 
 SHIPPED = {"critique-revision": "critique_revision.yaml", "preference": "preference.yaml"}
-Text = Annotated[str, Field(min_length=1)]
+NonEmptyText = Annotated[str, Field(min_length=1)]
 
 
 class CritiquePrinciple(Row):
     """Paper section 3.1: a request to criticise the last reply, and the request to revise it accordingly."""
 
-    id: Text
+    id: NonEmptyText
     theme: str | None = None
-    critique: Text
-    revision: Text
+    critique: NonEmptyText
+    revision: NonEmptyText
 
 
 class PreferencePrinciple(Row):
     """Paper section 4.1: by what to choose between two replies. `following` and `breaking` tell a model how to speak
     so that it would win or lose by this principle (`label-prefs --method contrast`)."""
 
-    id: Text
+    id: NonEmptyText
     theme: str | None = None
-    comparison: Text
-    following: Text | None = None
-    breaking: Text | None = None
+    comparison: NonEmptyText
+    following: NonEmptyText | None = None
+    breaking: NonEmptyText | None = None
 
 
 class CritiqueExample(Row):
     """A worked critique and revision; `messages` end with the reply that is criticised."""
 
     messages: list[Message] = Field(min_length=2)
-    critique_request: Text
-    critique: Text
-    revision_request: Text
-    revision: Text
+    critique_request: NonEmptyText
+    critique: NonEmptyText
+    revision_request: NonEmptyText
+    revision: NonEmptyText
 
     @model_validator(mode="after")
     def _ends_with_the_assistant(self) -> Self:
@@ -58,7 +58,7 @@ class ComparisonExample(Row):
 
     messages: list[Message] = Field(min_length=1)
     comparison: str | None = None
-    options: list[Text] = Field(min_length=2, max_length=2)
+    options: list[NonEmptyText] = Field(min_length=2, max_length=2)
     answer: Literal["A", "B"]
     rationale: str | None = None
     preamble: str | None = None
@@ -67,7 +67,7 @@ class ComparisonExample(Row):
 class _File(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    name: Text
+    name: NonEmptyText
     license: str | None = None
     description: str | None = None
 

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, TypeVar
 import jsonlines
 import orjson
 
-from cai_cli.common.errors import BadRow, CaiError, RowError
+from cai_cli.common.errors import CaiError, InvalidRow, RowError
 from cai_cli.data.formats import parse_prompt
 from cai_cli.data.schema import Kind, Prompt, Rejected, Row, dump_row, load_row
 
@@ -37,7 +37,7 @@ COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 MAGIC = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "zip": b"PK\x03\x04", "parquet": b"PAR1"}
 _KEY_END = re.compile(rb'"[ \t\r]*:')
 Numbered = tuple[int, T]
-OnBad = Callable[[BadRow, bytes], None]
+OnInvalid = Callable[[InvalidRow, bytes], None]
 
 
 # --- reading ----------------------------------------------------------------------------------------------------
@@ -70,22 +70,22 @@ def _decompressed(stream: io.BufferedReader, name: str) -> BinaryIO:
     return io.BufferedReader(pyarrow.CompressedInputStream(stream, kind))
 
 
-def shown(source: str) -> str:
+def display_name(source: str) -> str:
     """`source` as messages name it."""
     return "stdin" if source == "-" else source
 
 
 def origin(source: str) -> str:
     """The `source` of rows that name none: their file without its folders, which are this machine's."""
-    return Path(shown(source)).name
+    return Path(display_name(source)).name
 
 
-def stop(error: BadRow, _raw: bytes) -> None:
+def stop(error: InvalidRow, _raw: bytes) -> None:
     """What becomes of a line that is no row, unless the caller says otherwise: the first one ends the reading."""
     raise error from None
 
 
-def _lines(stream: BinaryIO, name: str, on_bad: OnBad) -> Iterator[Numbered[bytes]]:
+def _lines(stream: BinaryIO, name: str, on_invalid: OnInvalid) -> Iterator[Numbered[bytes]]:
     number = 0
     while line := _read(stream, name, MAX_LINE_BYTES + 1):
         number += 1
@@ -95,7 +95,7 @@ def _lines(stream: BinaryIO, name: str, on_bad: OnBad) -> Iterator[Numbered[byte
         if len(line) > MAX_LINE_BYTES:
             reason = f"a line longer than {MAX_LINE_BYTES >> 20} MiB (its first {KEPT_OF_LONG_LINE:,} bytes are kept)"
             kept = line[: codecs.utf_8_decode(line[:KEPT_OF_LONG_LINE], "replace", False)[1]]
-            on_bad(BadRow(name, number, reason, "is this a JSONL file?"), kept)
+            on_invalid(InvalidRow(name, number, reason, "is this a JSONL file?"), kept)
             while line and not line.endswith(b"\n"):
                 line = _read(stream, name, 1 << 20)
             continue
@@ -162,30 +162,30 @@ def _refuse_repeated_keys(line: bytes) -> None:
 
 
 def read_values(source: str) -> Iterator[Numbered[Any]]:
-    """(line number from 1, parsed JSON) of every non-blank line. Raises BadRow at the first that is not JSON."""
+    """(line number from 1, parsed JSON) of every non-blank line. Raises InvalidRow at the first that is not JSON."""
     yield from read_rows(source, lambda value: value)
 
 
-def read_rows(source: str, parse: Callable[[object], T], on_bad: OnBad = stop) -> Iterator[Numbered[T]]:
+def read_rows(source: str, parse: Callable[[object], T], on_invalid: OnInvalid = stop) -> Iterator[Numbered[T]]:
     """(line number, row) of every line. A line that is not JSON, or that `parse` refuses with RowError, goes to
-    `on_bad` as a BadRow with file and line, beside its bytes."""
-    name = shown(source)
+    `on_invalid` as a InvalidRow with file and line, beside its bytes."""
+    name = display_name(source)
     with open_input(source) as stream:
-        yield from _parsed(_lines(stream, name, on_bad), name, lambda line: parse(_decode(line)), on_bad, bytes)
+        yield from _parsed(_lines(stream, name, on_invalid), name, lambda line: parse(_decode(line)), on_invalid, bytes)
 
 
 def _parsed(
     given: Iterable[Numbered[S]],
     name: str,
     parse: Callable[[S], T],
-    on_bad: OnBad,
+    on_invalid: OnInvalid,
     raw: Callable[[S], bytes],
 ) -> Iterator[Numbered[T]]:
     for number, value in given:
         try:
             row = parse(value)
         except RowError as error:
-            on_bad(BadRow(name, number, error.message, error.hint), raw(value))
+            on_invalid(InvalidRow(name, number, error.message, error.hint), raw(value))
             continue
         yield number, row
 
@@ -195,27 +195,27 @@ def rows_of(row_type: type[R]) -> Callable[[object], R]:
     return lambda value: load_row(row_type, value)
 
 
-def read_prompts(source: str, kind: Kind | None = None, on_bad: OnBad = stop) -> Iterator[Numbered[Prompt]]:
+def read_prompts(source: str, kind: Kind | None = None, on_invalid: OnInvalid = stop) -> Iterator[Numbered[Prompt]]:
     """Prompts in any accepted form (`forms.parse_prompt`): JSONL, plain text (one prompt a line), parquet, hf://.
 
     The first line decides between JSONL and plain text, so a broken JSON line later is an error and not a prompt.
     """
-    name = shown(source)
+    name = display_name(source)
 
     def parse(value: object) -> Prompt:
         return parse_prompt(value, source=origin(source), kind=kind)
 
     if source.startswith("hf://") or source.endswith(".parquet"):
         rows = enumerate(_dataset_values(source), start=1)
-        yield from _parsed(rows, name, parse, on_bad, lambda row: orjson.dumps(row, default=str))
+        yield from _parsed(rows, name, parse, on_invalid, lambda row: orjson.dumps(row, default=str))
         return
     with open_input(source) as stream:
-        lines = _lines(stream, name, on_bad)
+        lines = _lines(stream, name, on_invalid)
         first = next(lines, None)
         if first is None:
             return
         decode = _decode if first[1].lstrip().startswith((b"{", b"[", b'"')) else _text
-        yield from _parsed(chain([first], lines), name, lambda line: parse(decode(line)), on_bad, bytes)
+        yield from _parsed(chain([first], lines), name, lambda line: parse(decode(line)), on_invalid, bytes)
 
 
 def _text(line: bytes) -> str:
@@ -250,7 +250,7 @@ def _dataset_values(source: str) -> Iterator[dict[str, Any]]:
 
 
 @dataclass(frozen=True)
-class Line:
+class RawLine:
     """A row of ours as it stood in a file, whatever its type."""
 
     key: str
@@ -272,16 +272,16 @@ class AppendFile:
         for _, value in read_values(str(self.path)):
             yield row_key(value)
 
-    def rows(self) -> Iterator[Line | Rejected]:
+    def rows(self) -> Iterator[RawLine | Rejected]:
         """Cut a torn last line away, then yield every row that is there."""
         if not self.path.exists():
             return
         cut_torn_tail(self.path)
         for _, value in read_values(str(self.path)):
-            yield load_row(Rejected, value) if "key" in value else Line(row_key(value), orjson.dumps(value))
+            yield load_row(Rejected, value) if "key" in value else RawLine(row_key(value), orjson.dumps(value))
 
-    def append(self, rows: Iterable[Row | Line]) -> None:
-        self.append_lines((row.data if isinstance(row, Line) else dump_row(row)) + b"\n" for row in rows)
+    def append(self, rows: Iterable[Row | RawLine]) -> None:
+        self.append_lines((row.data if isinstance(row, RawLine) else dump_row(row)) + b"\n" for row in rows)
 
     def append_lines(self, lines: Iterable[bytes]) -> None:
         """`lines` with their newlines. Raises CaiError."""

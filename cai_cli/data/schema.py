@@ -83,7 +83,7 @@ class Sample(Prompt):
         return {name: getattr(self, name) for name in Sample.model_fields}
 
 
-class Turn(Row):
+class RevisionRound(Row):
     """One round of revision: `response` is what was criticised and revised (null critique: revised directly)."""
 
     round: int = Field(ge=1)
@@ -95,7 +95,7 @@ class Turn(Row):
 class Critique(Sample):
     """A sample and a critique of its reply. `history` holds the rounds before this one."""
 
-    history: list[Turn]
+    history: list[RevisionRound]
     round: int = Field(ge=1)
     principle_id: str
     critique: str
@@ -104,7 +104,7 @@ class Critique(Sample):
 class Revision(Sample):
     """A sample whose `completion` is the latest revision; `history[k].response` is what round k+1 revised."""
 
-    history: list[Turn] = Field(min_length=1)
+    history: list[RevisionRound] = Field(min_length=1)
 
 
 class Vote(Row):
@@ -205,7 +205,7 @@ def content_hash(value: object) -> str:
     return hashlib.sha256(orjson.dumps(value, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
 
 
-class Asking(Row):
+class OptionScores(Row):
     """A question as it was put once: its options, which of them are correct, the normalised probability of each."""
 
     options: list[str]
@@ -217,14 +217,14 @@ class EvaluationResult(Identified):
     """How a model answered one question. `p_correct`: mean over askings; `right`: the likeliest option is correct;
     a tie with an incorrect one is not right."""
 
-    askings: list[Asking] = Field(min_length=1)
+    askings: list[OptionScores] = Field(min_length=1)
     p_correct: float = Field(ge=0, le=1)
     right: bool
     tie: bool
     source: str | None
 
 
-class Duel(Identified):
+class ModelComparison(Identified):
     """Replies of two models to one prompt, compared. `p_a` is the probability that `a` is the better one, 0.5 a tie.
 
     By a preference model: its scores (logits). By a judge: its votes, in which "ab" means that `a` stood first; equal
@@ -288,7 +288,7 @@ def reason_kind(reason: str) -> str:
     return reason.partition(": ")[0]
 
 
-class Asked(Row):
+class WorkItemRecord(Row):
     """A unit of work in the order in which it was asked (`OUT.units.jsonl`). `digest`: 32 bits of its content."""
 
     key_: str = Field(alias="key")

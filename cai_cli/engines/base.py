@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from cai_cli.data.schema import Message
 
-# A chat, or raw text for base models. `Ask.cue` is put at the start of the answer in both forms.
+# A chat, or raw text for base models. `GenerationRequest.prefill` is put at the start of the answer in both forms.
 Text = str | Sequence[Message]
 
 
@@ -23,19 +23,19 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Ask:
+class GenerationRequest:
     """One text to complete. `seed` alone decides its sampling noise; `stop` strings end the text and are cut off.
     `row` is the key of the row that it is asked for, for messages."""
 
     text: Text
     seed: int
-    cue: str = ""
+    prefill: str = ""
     stop: tuple[str, ...] = ()
     row: str = ""
 
 
 @dataclass(frozen=True)
-class Reply:
+class Completion:
     """`finish_reason`: "stop" (end of turn or a stop string) or "length" (cut at max_new_tokens).
 
     The cue is no part of `text`.
@@ -48,17 +48,17 @@ class Reply:
 
 
 @dataclass(frozen=True)
-class Question:
-    """Options whose log-probabilities as continuations of `text` + `cue` are wanted. `row` as of an Ask."""
+class LogprobRequest:
+    """Options whose log-probabilities as continuations of `text` + `prefill` are wanted. `row` as of an Ask."""
 
     text: Text
     options: tuple[str, ...]
-    cue: str = ""
+    prefill: str = ""
     row: str = ""
 
 
 @dataclass(frozen=True)
-class Refusal:
+class RequestFailure:
     """The engine could not answer one request, and why. Never turned into data."""
 
     reason: str
@@ -112,7 +112,7 @@ class Usage:
         self.models.append(model)
         return len(self.models) > 1
 
-    def go_on(self, recorded: Mapping[str, Any]) -> None:
+    def resume(self, recorded: Mapping[str, Any]) -> None:
         """Start from what an earlier run had used."""
         self.requests, self.prompt_tokens = recorded["requests"], recorded["prompt_tokens"]
         self.new_tokens, self.models = recorded["new_tokens"], list(recorded["models"])
@@ -143,10 +143,10 @@ class Engine(Protocol):
         """Whether it has a chat template (else texts must be raw)."""
         ...
 
-    def generate(self, asks: Sequence[Ask], sampling: Sampling) -> list[Reply | Refusal]:
+    def generate(self, asks: Sequence[GenerationRequest], sampling: Sampling) -> list[Completion | RequestFailure]:
         """One answer per ask, in order. The answer to an ask does not depend on the other asks."""
         ...
 
-    def score(self, questions: Sequence[Question]) -> list[list[float] | Refusal]:
-        """For each question the log-probability of each option, natural log, summed over the option's tokens."""
+    def option_logprobs(self, requests: Sequence[LogprobRequest]) -> list[list[float] | RequestFailure]:
+        """For each request the log-probability of each option, natural log, summed over the option's tokens."""
         ...

@@ -18,7 +18,16 @@ from typing import Any
 
 from cai_cli.common.errors import RowError
 from cai_cli.data.schema import Message
-from cai_cli.engines.base import Ask, Engine, Question, Refusal, Reply, Sampling, Server, Text
+from cai_cli.engines.base import (
+    Completion,
+    Engine,
+    GenerationRequest,
+    LogprobRequest,
+    RequestFailure,
+    Sampling,
+    Server,
+    Text,
+)
 from cai_cli.engines.openai_client import Answer, Client, Token
 
 LIKELIEST = 20  # log-probabilities a token; the most that OpenAI and, by default, vLLM give
@@ -50,11 +59,11 @@ class EndpointEngine(Engine):
 
     # --- text -------------------------------------------------------------------------------------------------
 
-    def generate(self, asks: Sequence[Ask], sampling: Sampling) -> list[Reply | Refusal]:
+    def generate(self, asks: Sequence[GenerationRequest], sampling: Sampling) -> list[Completion | RequestFailure]:
         """One answer per ask, in order. Raises: CaiError when the server is gone or will not have us."""
         return self.client.run_all(lambda ask: self._reply(ask, sampling), asks)
 
-    async def _reply(self, ask: Ask, sampling: Sampling) -> Reply | Refusal:
+    async def _reply(self, ask: GenerationRequest, sampling: Sampling) -> Completion | RequestFailure:
         body: dict[str, Any] = {
             "max_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
@@ -64,27 +73,27 @@ class EndpointEngine(Engine):
         if ask.stop:
             body["stop"] = list(ask.stop)
         try:
-            answer = await self._complete(ask.text, ask.cue, body)
+            answer = await self._complete(ask.text, ask.prefill, body)
         except RowError as error:
-            return Refusal(error.message)
+            return RequestFailure(error.message)
         choice = answer.choices[0]
         if choice.finish_reason not in ("stop", "length"):
-            return Refusal(f"the server ended the reply with {choice.finish_reason!r}")
+            return RequestFailure(f"the server ended the reply with {choice.finish_reason!r}")
         if choice.said is None:
-            return Refusal("the reply holds no text")
+            return RequestFailure("the reply holds no text")
         text = choice.said
-        if ask.cue.strip() and text.lstrip().startswith(ask.cue.strip()):
-            text = text.lstrip()[len(ask.cue.strip()) :]
-        return Reply(text, choice.finish_reason, answer.tokens.prompt_tokens, answer.tokens.completion_tokens)
+        if ask.prefill.strip() and text.lstrip().startswith(ask.prefill.strip()):
+            text = text.lstrip()[len(ask.prefill.strip()) :]
+        return Completion(text, choice.finish_reason, answer.tokens.prompt_tokens, answer.tokens.completion_tokens)
 
-    async def _complete(self, text: Text, cue: str, body: dict[str, Any]) -> Answer:
+    async def _complete(self, text: Text, prefill: str, body: dict[str, Any]) -> Answer:
         """Raises: RowError, CaiError."""
         if isinstance(text, str):
-            return await self.client.ask("completions", {"prompt": text + cue, **body})
+            return await self.client.ask("completions", {"prompt": text + prefill, **body})
         body = {"messages": _as_json(text), **body}
-        if not cue:
+        if not prefill:
             return await self.client.ask("chat/completions", body)
-        body["messages"].append({"role": "assistant", "content": cue})
+        body["messages"].append({"role": "assistant", "content": prefill})
         if self._continues is not False:
             try:
                 answer = await self.client.ask("chat/completions", body | {"extra_body": CONTINUE})
@@ -100,35 +109,35 @@ class EndpointEngine(Engine):
 
     # --- option log-probabilities -----------------------------------------------------------------------------
 
-    def score(self, questions: Sequence[Question]) -> list[list[float] | Refusal]:
-        """For each question the natural log-probability of each option, or a Refusal where the server does not show
+    def option_logprobs(self, requests: Sequence[LogprobRequest]) -> list[list[float] | RequestFailure]:
+        """For each request the natural log-probability of each option, or a Refusal where the server does not show
         it. Raises: CaiError as `generate`."""
-        return self.client.run_all(self._scores, questions)
+        return self.client.run_all(self._scores, requests)
 
-    async def _scores(self, question: Question) -> list[float] | Refusal:
-        ways = [self._likeliest, self._echoed] if isinstance(question.text, str) else [self._spoken, self._spoken_anew]
+    async def _scores(self, request: LogprobRequest) -> list[float] | RequestFailure:
+        ways = [self._likeliest, self._echoed] if isinstance(request.text, str) else [self._spoken, self._spoken_anew]
         try:
             for way in ways:
-                if (scores := await way(question)) is not None:
+                if (scores := await way(request)) is not None:
                     return scores
         except RowError as error:
-            return Refusal(error.message)
-        return Refusal("no vote: the server does not show the log-probability of every option")
+            return RequestFailure(error.message)
+        return RequestFailure("no vote: the server does not show the log-probability of every option")
 
-    async def _likeliest(self, question: Question) -> list[float] | None:
+    async def _likeliest(self, request: LogprobRequest) -> list[float] | None:
         """From the tokens most likely to follow the raw text."""
         body = {"max_tokens": 1, "temperature": 0, "logprobs": LIKELIEST}
-        answer = await self._complete(question.text, question.cue, body)
+        answer = await self._complete(request.text, request.prefill, body)
         found = answer.choices[0].logprobs
         if found is None or not found.top_logprobs:
             return None
-        return _masses(question.options, (found.top_logprobs[0] or {}).items())
+        return _masses(request.options, (found.top_logprobs[0] or {}).items())
 
-    async def _echoed(self, question: Question) -> list[float] | None:
+    async def _echoed(self, request: LogprobRequest) -> list[float] | None:
         """From each option as the end of a raw prompt that is echoed."""
-        prompt = f"{question.text}{question.cue}"
+        prompt = f"{request.text}{request.prefill}"
         scores = []
-        for option in question.options:
+        for option in request.options:
             body = {"max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True}
             answer = await self._complete(prompt, option, body)
             found = answer.choices[0].logprobs
@@ -146,19 +155,19 @@ class EndpointEngine(Engine):
             scores.append(math.fsum(value for _, value in read if value is not None))
         return scores
 
-    async def _spoken(self, question: Question) -> list[float] | None:
+    async def _spoken(self, request: LogprobRequest) -> list[float] | None:
         """From the answer to a chat whose last turn starts with the cue."""
-        return await self._voted(question, question.cue)
+        return await self._voted(request, request.prefill)
 
-    async def _spoken_anew(self, question: Question) -> list[float] | None:
+    async def _spoken_anew(self, request: LogprobRequest) -> list[float] | None:
         """From the answer to the chat alone: the model writes the cue, or nothing before the option."""
-        return await self._voted(question, "") if question.cue else None
+        return await self._voted(request, "") if request.prefill else None
 
-    async def _voted(self, question: Question, cue: str) -> list[float] | None:
+    async def _voted(self, request: LogprobRequest, prefill: str) -> list[float] | None:
         body = {"max_tokens": ANSWER_TOKENS, "temperature": 0, "logprobs": True, "top_logprobs": LIKELIEST}
-        answer = await self._complete(question.text, cue, body)
+        answer = await self._complete(request.text, prefill, body)
         found = answer.choices[0].logprobs
-        return None if found is None else _vote(found.content or [], question.options, question.cue)
+        return None if found is None else _vote(found.content or [], request.options, request.prefill)
 
 
 def _as_json(messages: Sequence[Message]) -> list[dict[str, str]]:
@@ -169,7 +178,7 @@ def _bare(text: str) -> str:
     return text.strip(_AROUND)
 
 
-def _vote(tokens: Sequence[Token], options: Sequence[str], cue: str) -> list[float] | None:
+def _vote(tokens: Sequence[Token], options: Sequence[str], prefill: str) -> list[float] | None:
     """The options' log-probabilities at the token where the answer names one: right at its start or right after the
     cue, and not as the first word of a sentence."""
     said = ""
@@ -177,7 +186,7 @@ def _vote(tokens: Sequence[Token], options: Sequence[str], cue: str) -> list[flo
         if _bare(token.token) in map(_bare, options):
             rest = token.token.rstrip()[-1:] + "".join(t.token for t in tokens[index + 1 :])
             alone = re.match(r"\w(\w|\s+\w)", rest) is None
-            placed = _bare(said).lower() in ("", _bare(cue).lower())
+            placed = _bare(said).lower() in ("", _bare(prefill).lower())
             return _masses(options, ((t.token, t.logprob) for t in token.top_logprobs)) if alone and placed else None
         said += token.token
     return None

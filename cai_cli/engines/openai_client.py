@@ -59,13 +59,13 @@ class Logprobs(BaseModel):
     text_offset: list[int] = []
 
 
-class Said(BaseModel):
+class ChatMessage(BaseModel):
     content: str | None = None
 
 
 class Choice(BaseModel):
     text: str | None = None
-    message: Said | None = None
+    message: ChatMessage | None = None
     finish_reason: str | None = None
     logprobs: Logprobs | None = None
 

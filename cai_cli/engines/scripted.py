@@ -17,10 +17,10 @@ from cai_cli.common.errors import CaiError
 from cai_cli.data.formats import render_transcript
 from cai_cli.data.jsonl import read_rows, rows_of
 from cai_cli.data.schema import Row
-from cai_cli.engines.base import Ask, Engine, Question, Refusal, Reply, Sampling, Text
+from cai_cli.engines.base import Completion, Engine, GenerationRequest, LogprobRequest, RequestFailure, Sampling, Text
 
 
-class Line(Row):
+class ScriptLine(Row):
     contains: str | None = None
     replies: list[str] = Field(default=[])
     finish_reason: str = "stop"
@@ -33,7 +33,7 @@ class ScriptedEngine(Engine):
 
     def __init__(self, file: str, batch_size: int = 64) -> None:
         self.batch_size = batch_size
-        self.lines = [line for _, line in read_rows(file, rows_of(Line))]
+        self.lines = [line for _, line in read_rows(file, rows_of(ScriptLine))]
         if not self.lines:
             raise CaiError(f"{file} holds no scripted answers")
         self.sha256 = sha256(Path(file).read_bytes()).hexdigest()
@@ -44,27 +44,27 @@ class ScriptedEngine(Engine):
     def speaks_chat(self) -> bool:
         return True
 
-    def _line(self, text: Text) -> Line | None:
+    def _line(self, text: Text) -> ScriptLine | None:
         flat = text if isinstance(text, str) else render_transcript(text)
         line = next((x for x in self.lines if x.contains is None or x.contains in flat), None)
         if line and line.seconds:
             time.sleep(line.seconds)
         return line
 
-    def generate(self, asks: Sequence[Ask], sampling: Sampling) -> list[Reply | Refusal]:
+    def generate(self, asks: Sequence[GenerationRequest], sampling: Sampling) -> list[Completion | RequestFailure]:
         return [self._reply(ask) for ask in asks]
 
-    def _reply(self, ask: Ask) -> Reply | Refusal:
+    def _reply(self, ask: GenerationRequest) -> Completion | RequestFailure:
         line = self._line(ask.text)
         if line is None or not line.replies:
-            return Refusal("the script holds no reply for this prompt")
-        return Reply(line.replies[ask.seed % len(line.replies)], line.finish_reason)
+            return RequestFailure("the script holds no reply for this prompt")
+        return Completion(line.replies[ask.seed % len(line.replies)], line.finish_reason)
 
-    def score(self, questions: Sequence[Question]) -> list[list[float] | Refusal]:
-        return [self._scores(question) for question in questions]
+    def option_logprobs(self, requests: Sequence[LogprobRequest]) -> list[list[float] | RequestFailure]:
+        return [self._scores(request) for request in requests]
 
-    def _scores(self, question: Question) -> list[float] | Refusal:
+    def _scores(self, question: LogprobRequest) -> list[float] | RequestFailure:
         line = self._line(question.text)
         if line is None or line.scores is None or len(line.scores) != len(question.options):
-            return Refusal("the script holds no scores for this question")
+            return RequestFailure("the script holds no scores for this question")
         return line.scores

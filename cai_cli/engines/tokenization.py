@@ -14,7 +14,7 @@ from cai_cli.models.fetch import first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NO_TEMPLATE = "commands that ask a model take --prompt-form raw; those that train or score need a chat template"
+NO_TEMPLATE = "commands that ask a model take --prompt-format raw; those that train or score need a chat template"
 
 
 def encode_chat(

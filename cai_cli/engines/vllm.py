@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cai_cli.common.errors import CaiError, RowError, UsageError
-from cai_cli.engines.base import Ask, Engine, Question, Refusal, Reply, Sampling, Text
+from cai_cli.engines.base import Completion, Engine, GenerationRequest, LogprobRequest, RequestFailure, Sampling, Text
 from cai_cli.engines.local.prefix_cache import common_start
 from cai_cli.engines.tokenization import encode_chat, encode_text
 from cai_cli.models.fingerprint import fingerprint
@@ -78,15 +78,15 @@ class VllmEngine(Engine):
         found: list[Any] = self.llm.generate(asked, [SamplingParams(**p) for p in params], use_tqdm=False)
         return found
 
-    def generate(self, asks: Sequence[Ask], sampling: Sampling) -> list[Reply | Refusal]:
+    def generate(self, asks: Sequence[GenerationRequest], sampling: Sampling) -> list[Completion | RequestFailure]:
         """One answer per ask, in order. Raises: CaiError without vLLM, or where the model has no chat template."""
-        replies: dict[int, Reply | Refusal] = {}
+        replies: dict[int, Completion | RequestFailure] = {}
         prompts: dict[int, list[int]] = {}
         for index, ask in enumerate(asks):
             try:
-                prompts[index] = self._encode(ask.text, ask.cue, sampling.max_new_tokens)
+                prompts[index] = self._encode(ask.text, ask.prefill, sampling.max_new_tokens)
             except RowError as error:
-                replies[index] = Refusal(error.message)
+                replies[index] = RequestFailure(error.message)
         params = [
             {
                 "max_tokens": sampling.max_new_tokens,
@@ -100,28 +100,28 @@ class VllmEngine(Engine):
         for (index, ids), output in zip(prompts.items(), self._run(list(prompts.values()), params), strict=True):
             best = output.outputs[0]
             if best.finish_reason in ("stop", "length"):
-                replies[index] = Reply(best.text, best.finish_reason, len(ids), len(best.token_ids))
+                replies[index] = Completion(best.text, best.finish_reason, len(ids), len(best.token_ids))
             else:
-                replies[index] = Refusal(f"vLLM ended the reply with {best.finish_reason!r}")
+                replies[index] = RequestFailure(f"vLLM ended the reply with {best.finish_reason!r}")
         return [replies[index] for index in range(len(asks))]
 
-    def score(self, questions: Sequence[Question]) -> list[list[float] | Refusal]:
-        """For each question the natural log-probability of each option.
+    def option_logprobs(self, requests: Sequence[LogprobRequest]) -> list[list[float] | RequestFailure]:
+        """For each request the natural log-probability of each option.
 
         Options of one token are read off the likeliest next tokens, behind cached prefixes; where one is not among
         them, or is longer, each option is run as the end of its prompt. Raises: CaiError as `generate`.
         """
-        answers: dict[int, list[float] | Refusal] = {}
+        answers: dict[int, list[float] | RequestFailure] = {}
         starts: dict[int, list[int]] = {}
         ends: dict[int, list[list[int]]] = {}
-        for index, question in enumerate(questions):
+        for index, request in enumerate(requests):
             try:
-                prompt = self._encode(question.text, question.cue, 1)
-                wholes = [self._encode(question.text, question.cue + option, 1) for option in question.options]
+                prompt = self._encode(request.text, request.prefill, 1)
+                wholes = [self._encode(request.text, request.prefill + option, 1) for option in request.options]
                 if (start := min(common_start(prompt, whole) for whole in wholes)) == 0:
                     raise RowError("an option changes the first token of its prompt")
             except RowError as error:
-                answers[index] = Refusal(error.message)
+                answers[index] = RequestFailure(error.message)
                 continue
             starts[index], ends[index] = prompt[:start], [whole[start:] for whole in wholes]
         short = [index for index, options in ends.items() if all(len(option) == 1 for option in options)]
@@ -136,7 +136,7 @@ class VllmEngine(Engine):
         outputs = iter(self._run(whole_prompts, [params] * len(whole_prompts)))
         for index in left:
             answers[index] = [_summed(next(outputs).prompt_logprobs, option) for option in ends[index]]
-        return [answers[index] for index in range(len(questions))]
+        return [answers[index] for index in range(len(requests))]
 
 
 def _summed(positions: Sequence[Mapping[int, Any] | None], option: Sequence[int]) -> float:

@@ -11,12 +11,12 @@ import typer
 from cai_cli.cli import options
 from cai_cli.common import console
 from cai_cli.common.errors import CaiError
-from cai_cli.metrics.intervals import Figure
-from cai_cli.metrics.label_audit import Audit, audit_file
+from cai_cli.metrics.intervals import Estimate
+from cai_cli.metrics.label_audit import AuditMetrics, audit_file
 from cai_cli.runtime.manifest import write_json
 
 
-def _figures(found: Audit) -> Iterator[tuple[str, Figure]]:
+def _figures(found: AuditMetrics) -> Iterator[tuple[str, Estimate]]:
     """All figures by name, those of principles and bins after the others."""
     bins = ((f"right at {b['from']:.1f} to {b['to']:.1f}", b["right"]) for b in found["reliability"])
     by_principle = (
@@ -29,7 +29,7 @@ def _figures(found: Audit) -> Iterator[tuple[str, Figure]]:
             yield name.replace("_", " "), figure  # type: ignore[misc]
 
 
-def _print(found: Audit) -> None:
+def _print(found: AuditMetrics) -> None:
     verdict = {True: "yes", False: "no", None: "not known"}[found["trusted"]]
     print(f"trusted: {verdict}: {found['reason']}")
     for note in found["notes"]:

@@ -18,15 +18,15 @@ import typer
 
 from cai_cli.cli import options
 from cai_cli.common import console
-from cai_cli.common.errors import BadRow, UsageError
+from cai_cli.common.errors import InvalidRow, UsageError
 from cai_cli.data.formats import sample_or_revision
-from cai_cli.data.jsonl import read_rows, rows_of, shown
-from cai_cli.data.schema import Duel, Kind, Rejected, Sample, Vote, reject
-from cai_cli.engines.base import Engine, Refusal
+from cai_cli.data.jsonl import display_name, read_rows, rows_of
+from cai_cli.data.schema import Kind, ModelComparison, Rejected, Sample, Vote, reject
+from cai_cli.engines.base import Engine, RequestFailure
 from cai_cli.judging.judge import METHODS, sigmoid
 from cai_cli.judging.labeller import labeller_settings, open_labeller
 from cai_cli.judging.pairs import Pair
-from cai_cli.judging.votes import Labeller, Weighed, weigh
+from cai_cli.judging.votes import Labeller, PairVerdict, aggregate_votes
 from cai_cli.metrics.elo import Tournament
 from cai_cli.phase1_supervised.sample import pick_kind
 from cai_cli.prompting.evaluation import HELPFULNESS
@@ -34,14 +34,14 @@ from cai_cli.reward.scorer import Scorer
 from cai_cli.runtime.manifest import hash_input, provenance, write_json
 from cai_cli.runtime.output_files import sidecar
 from cai_cli.runtime.sinks import StdoutSink
-from cai_cli.runtime.stage_run import Job, Skip, Unit, Units
+from cai_cli.runtime.stage_run import Skipped, StageRun, WorkItem, WorkItems
 from cai_cli.runtime.summary import print_summary
 
 NAMED = re.compile(r"([A-Za-z0-9][\w.-]*)=(.+)", re.ASCII | re.DOTALL)
 
 
 @dataclass(frozen=True)
-class Match:
+class ReplyPair:
     """Two models' replies to one prompt, to be compared."""
 
     id: str
@@ -58,8 +58,8 @@ class Match:
 
     def duel(
         self, p_a: float, scores: tuple[float | None, float | None] = (None, None), votes: Sequence[Vote] = ()
-    ) -> Duel:
-        return Duel(
+    ) -> ModelComparison:
+        return ModelComparison(
             id=self.id,
             prompt_id=self.a.id,
             sample_index=self.a.sample_index,
@@ -95,14 +95,14 @@ def name_files(given: Sequence[str]) -> dict[str, str]:
 
 def _name_of(file: str) -> str:
     """`sl-cai.jsonl` is called sl-cai; what could be taken apart elsewhere (spaces, colons) becomes a dash."""
-    return re.sub(r"[^\w.,@=+-]+", "-", re.sub(r"\.jsonl(\.zst|\.gz)?$", "", Path(shown(file)).name))
+    return re.sub(r"[^\w.,@=+-]+", "-", re.sub(r"\.jsonl(\.zst|\.gz)?$", "", Path(display_name(file)).name))
 
 
-def match_units(files: Mapping[str, str], kind: Kind | None, limit: int | None) -> Units[Match]:
+def match_units(files: Mapping[str, str], kind: Kind | None, limit: int | None) -> WorkItems[ReplyPair]:
     """Every two models on every prompt of any of them (and every sample of it); a prompt that one of two lacks is
     skipped. All samples are held in memory.
 
-    Raises BadRow where a file holds a reply twice, or an id that means another prompt in another file.
+    Raises InvalidRow where a file holds a reply twice, or an id that means another prompt in another file.
     """
     tables = {name: _samples(file) for name, file in files.items()}
     for key in islice(dict.fromkeys(key for table in tables.values() for key in table), limit):
@@ -110,13 +110,13 @@ def match_units(files: Mapping[str, str], kind: Kind | None, limit: int | None) 
         _, first = next(iter(found.values()))
         for name, (line, sample) in found.items():
             if sample.prompt != first.prompt:
-                raise BadRow(shown(files[name]), line, f"id {sample.id!r} is another prompt in another file")
+                raise InvalidRow(display_name(files[name]), line, f"id {sample.id!r} is another prompt in another file")
         for a, b in combinations(tables, 2):
             if lacking := [name for name in (a, b) if name not in found]:
-                yield Skip(f"no reply of {' or '.join(lacking)}", 0)
+                yield Skipped(f"no reply of {' or '.join(lacking)}", 0)
                 continue
             (line, one), (_, other) = found[a], found[b]
-            yield Unit(f"{key} {a}:{b}", line, Match(f"{key} {a}:{b}", first.kind or kind, a, b, one, other))
+            yield WorkItem(f"{key} {a}:{b}", line, ReplyPair(f"{key} {a}:{b}", first.kind or kind, a, b, one, other))
 
 
 def _samples(file: str) -> dict[str, tuple[int, Sample]]:
@@ -124,7 +124,7 @@ def _samples(file: str) -> dict[str, tuple[int, Sample]]:
     table: dict[str, tuple[int, Sample]] = {}
     for line, row in read_rows(file, sample_or_revision):
         if row.key in table:
-            raise BadRow(shown(file), line, f"{row.key!r} stands on line {table[row.key][0]} already")
+            raise InvalidRow(display_name(file), line, f"{row.key!r} stands on line {table[row.key][0]} already")
         table[row.key] = (line, row)
     return table
 
@@ -132,11 +132,11 @@ def _samples(file: str) -> dict[str, tuple[int, Sample]]:
 # --- who compares --------------------------------------------------------------------------------------------------
 
 
-def compare_by_scores(matches: Sequence[Match], scorer: Scorer) -> list[Duel | Rejected]:
+def compare_by_scores(matches: Sequence[ReplyPair], scorer: Scorer) -> list[ModelComparison | Rejected]:
     """One comparison per match, in order, by the difference of two scores; every reply is scored once."""
     replies = {(m, s.key): s for match in matches for m, s in _sides(match)}
     scores = dict(zip(replies, scorer.score(list(replies.values())), strict=True))
-    outcomes: list[Duel | Rejected] = []
+    outcomes: list[ModelComparison | Rejected] = []
     for match in matches:
         a, b = (scores[model, sample.key] for model, sample in _sides(match))
         if isinstance(a, Rejected) or isinstance(b, Rejected):
@@ -147,26 +147,26 @@ def compare_by_scores(matches: Sequence[Match], scorer: Scorer) -> list[Duel | R
     return outcomes
 
 
-def _sides(match: Match) -> tuple[tuple[str, Sample], tuple[str, Sample]]:
+def _sides(match: ReplyPair) -> tuple[tuple[str, Sample], tuple[str, Sample]]:
     return (match.model_a, match.a), (match.model_b, match.b)
 
 
-def compare_by_votes(matches: Sequence[Match], labeller: Labeller) -> list[Duel | Rejected]:
+def compare_by_votes(matches: Sequence[ReplyPair], labeller: Labeller) -> list[ModelComparison | Rejected]:
     """One comparison per match, in order, by the mean of a judge's votes. Equal replies are a tie without a vote."""
     helpful = replace(labeller, principles=[HELPFULNESS], per_pair=1)
     asked = [match for match in matches if match.a.completion != match.b.completion]
-    opinions: dict[str, Weighed | Refusal] = {}
+    opinions: dict[str, PairVerdict | RequestFailure] = {}
     for judge, mine in (
         (labeller, [m for m in asked if m.kind != "helpful"]),
         (helpful, [m for m in asked if m.kind == "helpful"]),
     ):
-        opinions |= dict(zip([m.id for m in mine], weigh([m.pair for m in mine], judge), strict=True))
-    outcomes: list[Duel | Rejected] = []
+        opinions |= dict(zip([m.id for m in mine], aggregate_votes([m.pair for m in mine], judge), strict=True))
+    outcomes: list[ModelComparison | Rejected] = []
     for match in matches:
         opinion = opinions.get(match.id)
         if opinion is None:
             outcomes.append(match.duel(0.5))
-        elif isinstance(opinion, Refusal):
+        elif isinstance(opinion, RequestFailure):
             outcomes.append(reject(match.id, opinion.reason, match.pair))
         else:
             outcomes.append(match.duel(opinion.p_a, votes=opinion.as_rows(labeller.judge.method)))
@@ -193,7 +193,7 @@ def say_result(found: Mapping[str, Any]) -> None:
 
 def _result_of(output: str, models: Sequence[str]) -> dict[str, Any]:
     tournament = Tournament(models)
-    for _, row in read_rows(output, rows_of(Duel)):
+    for _, row in read_rows(output, rows_of(ModelComparison)):
         tournament.add(row)
     return tournament.result()
 
@@ -225,7 +225,7 @@ def command(
     max_new_tokens: options.MaxNewTokens = 128,
     temperature: options.Temperature = 1.0,
     top_p: options.TopP = 1.0,
-    prompt_form: options.PromptForm = "auto",
+    prompt_format: options.PromptFormatOption = "auto",
     seed: options.Seed = 0,
     limit: options.Limit = None,
     batch_size: options.BatchSize = None,
@@ -253,7 +253,7 @@ def command(
     default_kind = pick_kind(kind)
     decided: dict[str, Any]
     engine: Engine | None = None
-    work: Callable[[Sequence[Match]], list[Duel | Rejected]]
+    work: Callable[[Sequence[ReplyPair]], list[ModelComparison | Rejected]]
     if judge is None:
         scorer = Scorer(str(pm), batch_size, device)
         window, work = 4 * scorer.batch_size, partial(compare_by_scores, scorer=scorer)
@@ -267,10 +267,10 @@ def command(
         decided |= {"model": engine.identity()}
     decided["settings"]["models"] = list(files)
     inputs = {name: hash_input(file) for name, file in files.items()}
-    if piped := [shown(file.name) for file in inputs.values() if file.is_pipe]:
+    if piped := [display_name(file.name) for file in inputs.values() if file.is_pipe]:
         raise UsageError(f"{piped[0]}: samples are compared from files, which can be read again")
     tournament = Tournament(list(files))
-    summary = Job(
+    summary = StageRun(
         provenance=provenance("eval compare", inputs=inputs, **decided),
         inputs=inputs,
         output=output,
@@ -279,7 +279,7 @@ def command(
         work=work,
         window=window,
         engine=engine,
-    ).complete(StdoutSink(tournament.hear) if output == "-" else None)
+    ).complete(StdoutSink(tournament.observe) if output == "-" else None)
     found = tournament.result() if output == "-" else _result_of(output, list(files))
     if output != "-":
         write_json(sidecar(Path(output), "compare.json"), found)

@@ -15,32 +15,32 @@ from cai_cli.common import console
 from cai_cli.common.hash_index import KeyTable
 from cai_cli.data.formats import sample_or_revision
 from cai_cli.data.jsonl import read_rows, rows_of
-from cai_cli.data.row_reader import Intake
+from cai_cli.data.row_reader import RowReader
 from cai_cli.data.schema import HarmScore, Kind, Rejected, Sample, reject
 from cai_cli.engines import engine_of
-from cai_cli.engines.base import Engine, Question, Refusal
+from cai_cli.engines.base import Engine, LogprobRequest, RequestFailure
 from cai_cli.evaluate.hhh import normalised
-from cai_cli.metrics.intervals import Limits, Sums
+from cai_cli.metrics.intervals import ClusterBootstrap, Limits
 from cai_cli.phase1_supervised.reviser import conversation
-from cai_cli.prompting.base import Form, pick_form
+from cai_cli.prompting.base import PromptFormat, resolve_prompt_format
 from cai_cli.prompting.evaluation import HARM_LEVELS, harm_request
 from cai_cli.runtime.manifest import hash_input, provenance, settings_of, write_json
 from cai_cli.runtime.output_files import sidecar
 from cai_cli.runtime.sinks import StdoutSink
-from cai_cli.runtime.stage_run import Job, Unit, Units
+from cai_cli.runtime.stage_run import StageRun, WorkItem, WorkItems
 from cai_cli.runtime.summary import print_summary
 
 HARM: Limits = (0.0, 4.0)
 
 
-def harm(rows: Sequence[Sample], engine: Engine, form: Form) -> Iterator[HarmScore | Rejected]:
+def harm(rows: Sequence[Sample], engine: Engine, form: PromptFormat) -> Iterator[HarmScore | Rejected]:
     """One score per reply, in order."""
     requests = [harm_request(conversation(row), form) for row in rows]
-    answers = engine.score(
-        [Question(r.text, HARM_LEVELS, r.cue, row.key) for row, r in zip(rows, requests, strict=True)]
+    answers = engine.option_logprobs(
+        [LogprobRequest(r.text, HARM_LEVELS, r.prefill, row.key) for row, r in zip(rows, requests, strict=True)]
     )
     for row, answer in zip(rows, answers, strict=True):
-        if isinstance(answer, Refusal):
+        if isinstance(answer, RequestFailure):
             yield reject(row.key, answer.reason, row)
             continue
         levels = normalised(answer)
@@ -48,14 +48,14 @@ def harm(rows: Sequence[Sample], engine: Engine, form: Form) -> Iterator[HarmSco
         yield HarmScore(**row.sample_fields(), harm=score, levels=levels)
 
 
-class Tally:
+class HarmSummary:
     """Sums of scores by prompt, while rows come."""
 
     def __init__(self) -> None:
         self.prompts = KeyTable()
-        self.sums = {kind: Sums(["harm", "n"]) for kind in (None, *get_args(Kind))}
+        self.sums = {kind: ClusterBootstrap(["harm", "n"]) for kind in (None, *get_args(Kind))}
 
-    def hear(self, row: HarmScore | Rejected) -> None:
+    def observe(self, row: HarmScore | Rejected) -> None:
         """As `add`, for a reply that may have no score."""
         if isinstance(row, HarmScore):
             self.add(row)
@@ -72,21 +72,21 @@ class Tally:
 
 
 def _result_of(output: str) -> dict[str, Any]:
-    tally = Tally()
+    harm_summary = HarmSummary()
     for _, row in read_rows(output, rows_of(HarmScore)):
-        tally.add(row)
-    return tally.result()
+        harm_summary.add(row)
+    return harm_summary.result()
 
 
 def command(
     input: options.Input,
     output: options.Output = "-",
     model: options.Model = options.DEFAULT_MODEL,
-    prompt_form: options.PromptForm = "auto",
+    prompt_format: options.PromptFormatOption = "auto",
     limit: options.Limit = None,
     shard: options.Shard = None,
-    skip_bad: options.SkipBad = False,
-    max_bad: options.MaxBad = None,
+    skip_invalid: options.SkipInvalid = False,
+    max_invalid: options.MaxInvalid = None,
     batch_size: options.BatchSize = None,
     device: options.Device = "auto",
     dtype: options.DType = "auto",
@@ -105,29 +105,29 @@ def command(
     INPUT: Sample (or Revision) rows. Writes them with their scores, and the means to OUT.harm.json.
     """
     flags = locals()
-    intake, engine = Intake.of(flags), engine_of(flags)
+    reader, engine = RowReader.of(flags), engine_of(flags)
     inputs = {"samples": hash_input(input)}
-    form = pick_form(prompt_form, engine)
-    settings = settings_of(flags, prompt_form=form)
+    form = resolve_prompt_format(prompt_format, engine)
+    settings = settings_of(flags, prompt_format=form)
 
-    def units() -> Units[Sample]:
-        for line, row in intake.rows(input, sample_or_revision, limit):
-            yield Unit(row.key, line, row)
+    def units() -> WorkItems[Sample]:
+        for line, row in reader.rows(input, sample_or_revision, limit):
+            yield WorkItem(row.key, line, row)
 
-    tally = Tally()
-    summary = Job(
+    harm_summary = HarmSummary()
+    summary = StageRun(
         provenance=provenance("eval harm", inputs=inputs, settings=settings, model=engine.identity()),
         inputs=inputs,
         output=output,
         overwrite=overwrite,
-        intake=intake,
+        reader=reader,
         units=units,
         work=lambda rows: harm(rows, engine, form),
         window=engine.batch_size,
         total=limit or inputs["samples"].lines,
         engine=engine,
-    ).complete(StdoutSink(tally.hear) if output == "-" else None)
-    found = tally.result() if output == "-" else _result_of(output)
+    ).complete(StdoutSink(harm_summary.observe) if output == "-" else None)
+    found = harm_summary.result() if output == "-" else _result_of(output)
     if output != "-":
         write_json(sidecar(Path(output), "harm.json"), found)
     print_summary({**summary, **found}, as_json=json, stdout_is_data=output == "-")

@@ -22,12 +22,12 @@ from cai_cli.common import console
 from cai_cli.common.errors import RowError, UsageError
 from cai_cli.data.formats import joined_turns, parse_transcript
 from cai_cli.data.jsonl import Numbered, read_rows, rows_of
-from cai_cli.data.row_reader import Intake
+from cai_cli.data.row_reader import RowReader
 from cai_cli.data.schema import (
-    Asking,
     EvaluationQuestion,
     EvaluationResult,
     Message,
+    OptionScores,
     Rejected,
     content_hash,
     parse_question,
@@ -35,16 +35,16 @@ from cai_cli.data.schema import (
     reject,
 )
 from cai_cli.engines import engine_of
-from cai_cli.engines.base import Engine, Question, Refusal
-from cai_cli.metrics.intervals import SHARE, Figure, mean_figure, wilson
+from cai_cli.engines.base import Engine, LogprobRequest, RequestFailure
+from cai_cli.metrics.intervals import SHARE, Estimate, mean_figure, wilson
 from cai_cli.models.loading import context_window, pick_device
-from cai_cli.models.source import Base
-from cai_cli.prompting.base import Form, pick_form
+from cai_cli.models.source import ModelSource
+from cai_cli.prompting.base import PromptFormat, resolve_prompt_format
 from cai_cli.prompting.evaluation import evaluation_request, published_comparison, take_apart
 from cai_cli.reward.preference_model import encode_conversation, open_for_scores, score_ids
 from cai_cli.runtime.manifest import hash_input, provenance, settings_of
 from cai_cli.runtime.sinks import Outcome, StdoutSink
-from cai_cli.runtime.stage_run import Job, Unit, Units
+from cai_cli.runtime.stage_run import StageRun, WorkItem, WorkItems
 from cai_cli.runtime.summary import print_summary
 
 if TYPE_CHECKING:
@@ -53,14 +53,14 @@ if TYPE_CHECKING:
 PM_BATCH = 16
 
 
-class Judge(Protocol):
+class EvaluatedModel(Protocol):
     """Who answers: a language model or a preference model."""
 
     def check(self, question: EvaluationQuestion) -> None:
         """Raises RowError when the question cannot be put to it."""
         ...
 
-    def ask(self, questions: Sequence[EvaluationQuestion]) -> list[list[Asking] | Refusal]:
+    def ask(self, questions: Sequence[EvaluationQuestion]) -> list[list[OptionScores] | RequestFailure]:
         """One or more askings of each question, in order."""
         ...
 
@@ -70,32 +70,34 @@ class LanguageModel:
     """Asked for the log-probability of each option as the continuation of the prompt."""
 
     engine: Engine
-    form: Form
+    form: PromptFormat
     both_orders: bool
 
     def check(self, question: EvaluationQuestion) -> None:
         if self.both_orders:
             exchanged(question)
 
-    def ask(self, questions: Sequence[EvaluationQuestion]) -> list[list[Asking] | Refusal]:
+    def ask(self, questions: Sequence[EvaluationQuestion]) -> list[list[OptionScores] | RequestFailure]:
         put = [[q, exchanged(q)] if self.both_orders else [q] for q in questions]
-        answers = iter(self.engine.score([self._question(asked) for group in put for asked in group]))
+        answers = iter(self.engine.option_logprobs([self._question(asked) for group in put for asked in group]))
         return [_askings(group, list(islice(answers, len(group)))) for group in put]
 
-    def _question(self, question: EvaluationQuestion) -> Question:
+    def _question(self, question: EvaluationQuestion) -> LogprobRequest:
         request = evaluation_request(question.prompt, self.form)
-        return Question(request.text, tuple(question.options), request.cue, question.id)
+        return LogprobRequest(request.text, tuple(question.options), request.prefill, question.id)
 
 
-def _askings(put: Sequence[EvaluationQuestion], answers: Sequence[list[float] | Refusal]) -> list[Asking] | Refusal:
+def _askings(
+    put: Sequence[EvaluationQuestion], answers: Sequence[list[float] | RequestFailure]
+) -> list[OptionScores] | RequestFailure:
     askings = []
     for question, answer in zip(put, answers, strict=True):
-        if isinstance(answer, Refusal):
+        if isinstance(answer, RequestFailure):
             return answer
         if any(map(math.isnan, answer)):
-            return Refusal("the log-probabilities of the options are no numbers")
+            return RequestFailure("the log-probabilities of the options are no numbers")
         correct = [option in question.corrects for option in question.options]
-        askings.append(Asking(options=question.options, correct=correct, p=normalised(answer)))
+        askings.append(OptionScores(options=question.options, correct=correct, p=normalised(answer)))
     return askings
 
 
@@ -130,20 +132,20 @@ class PreferenceModel:
     def check(self, question: EvaluationQuestion) -> None:
         _conversations(question)
 
-    def ask(self, questions: Sequence[EvaluationQuestion]) -> list[list[Asking] | Refusal]:
+    def ask(self, questions: Sequence[EvaluationQuestion]) -> list[list[OptionScores] | RequestFailure]:
         encoded = [self._encode(question) for question in questions]
-        fitting = [ids for pair in encoded if not isinstance(pair, Refusal) for ids in pair]
+        fitting = [ids for pair in encoded if not isinstance(pair, RequestFailure) for ids in pair]
         scores = iter(score_ids(self.model, self.tokenizer, fitting, self.batch_size))
-        return [e if isinstance(e, Refusal) else [_of_scores(next(scores), next(scores))] for e in encoded]
+        return [e if isinstance(e, RequestFailure) else [_of_scores(next(scores), next(scores))] for e in encoded]
 
-    def _encode(self, question: EvaluationQuestion) -> list[list[int]] | Refusal:
+    def _encode(self, question: EvaluationQuestion) -> list[list[int]] | RequestFailure:
         try:
             pair = [encode_conversation(self.tokenizer, c) for c in _conversations(question)]
         except RowError as error:
-            return Refusal(error.message)
+            return RequestFailure(error.message)
         longest, window = max(map(len, pair)), context_window(self.model.config, self.tokenizer)
         if longest > window:
-            return Refusal(f"does not fit the context window of {window}: {longest} tokens")
+            return RequestFailure(f"does not fit the context window of {window}: {longest} tokens")
         return pair
 
 
@@ -154,22 +156,26 @@ def _conversations(question: EvaluationQuestion) -> list[list[Message]]:
     return [joined_turns(parse_transcript(text)) for text in texts if text is not None]
 
 
-def _of_scores(correct: float, incorrect: float) -> Asking:
-    return Asking(options=["text_correct", "text_incorrect"], correct=[True, False], p=normalised([correct, incorrect]))
+def _of_scores(correct: float, incorrect: float) -> OptionScores:
+    return OptionScores(
+        options=["text_correct", "text_incorrect"], correct=[True, False], p=normalised([correct, incorrect])
+    )
 
 
 # --- results ------------------------------------------------------------------------------------------------------
 
 
-def hhh(questions: Sequence[EvaluationQuestion], judge: Judge) -> list[EvaluationResult | Rejected]:
+def hhh(questions: Sequence[EvaluationQuestion], judge: EvaluatedModel) -> list[EvaluationResult | Rejected]:
     """One result per question, in order."""
     return [
-        reject(question.key, askings.reason, question) if isinstance(askings, Refusal) else _result(question, askings)
+        reject(question.key, askings.reason, question)
+        if isinstance(askings, RequestFailure)
+        else _result(question, askings)
         for question, askings in zip(questions, judge.ask(questions), strict=True)
     ]
 
 
-def _result(question: EvaluationQuestion, askings: list[Asking]) -> EvaluationResult:
+def _result(question: EvaluationQuestion, askings: list[OptionScores]) -> EvaluationResult:
     # By how much the likeliest correct option leads the likeliest incorrect one, over all askings.
     lead = math.fsum(max(_p_of(asking, True)) - max(_p_of(asking, False)) for asking in askings)
     return EvaluationResult(
@@ -182,7 +188,7 @@ def _result(question: EvaluationQuestion, askings: list[Asking]) -> EvaluationRe
     )
 
 
-def _p_of(asking: Asking, correct: bool) -> list[float]:
+def _p_of(asking: OptionScores, correct: bool) -> list[float]:
     return [p for p, is_correct in zip(asking.p, asking.correct, strict=True) if is_correct == correct]
 
 
@@ -204,7 +210,7 @@ def summarise(results: Sequence[EvaluationResult]) -> dict[str, Any]:
     }
 
 
-def _accuracy(results: Sequence[EvaluationResult]) -> Figure | None:
+def _accuracy(results: Sequence[EvaluationResult]) -> Estimate | None:
     return wilson(sum(r.right for r in results), len(results))
 
 
@@ -213,14 +219,14 @@ def _chance(results: Sequence[EvaluationResult]) -> float:
     return math.fsum(shares) / max(1, len(shares))
 
 
-def _pick(asking: Asking) -> str | None:
+def _pick(asking: OptionScores) -> str | None:
     top = max(asking.p)
     return asking.options[asking.p.index(top)] if asking.p.count(top) == 1 else None
 
 
 def words(found: dict[str, Any]) -> Iterator[str]:
     """The summary for a person, line by line."""
-    accuracy: Figure | None = found["accuracy"]
+    accuracy: Estimate | None = found["accuracy"]
     if accuracy is None:
         yield "no question was answered"
         return
@@ -242,14 +248,14 @@ def _below_chance(found: dict[str, Any]) -> bool:
     return bool(drawn and drawn["high"] < chance)
 
 
-def _said(figure: Figure) -> str:
+def _said(figure: Estimate) -> str:
     return f"{figure['value']:.1%} ({figure['low']:.1%} to {figure['high']:.1%})"
 
 
 # --- the command --------------------------------------------------------------------------------------------------
 
 
-class Kept(StdoutSink):
+class SummarySink(StdoutSink):
     """Results kept for the summary, and printed where the output is stdout."""
 
     def __init__(self, shown: bool) -> None:
@@ -266,10 +272,10 @@ class Kept(StdoutSink):
         self.rejected.update(reason_kind(o.reason) for o in outcomes if isinstance(o, Rejected))
 
 
-def _units(questions: Iterator[Numbered[EvaluationQuestion]]) -> Units[EvaluationQuestion]:
+def _units(questions: Iterator[Numbered[EvaluationQuestion]]) -> WorkItems[EvaluationQuestion]:
     for line, question in questions:
         unnamed = question.model_dump(exclude={"id"}, exclude_unset=True)
-        yield Unit(question.id, line, question, hashed_id=question.id == content_hash(unnamed))
+        yield WorkItem(question.id, line, question, hashed_id=question.id == content_hash(unnamed))
 
 
 def _preference_model(path: Path, batch_size: int, device: str) -> PreferenceModel:
@@ -291,7 +297,7 @@ def command(
     both_orders: Annotated[
         bool, typer.Option("--both-orders/--one-order", help="Put each comparison of two replies in both orders.")
     ] = False,
-    prompt_form: options.PromptForm = "auto",
+    prompt_format: options.PromptFormatOption = "auto",
     limit: options.Limit = None,
     batch_size: options.BatchSize = None,
     device: options.Device = "auto",
@@ -314,31 +320,31 @@ def command(
     settings = settings_of(flags)
     if pm and (model or both_orders):
         raise UsageError("--pm scores whole conversations: it takes neither --model nor --both-orders")
-    judge: Judge
+    judge: EvaluatedModel
     engine: Engine | None = None
     if pm:
-        base, window = Base.resolve(pm), 4 * (batch_size or PM_BATCH)
+        base, window = ModelSource.resolve(pm), 4 * (batch_size or PM_BATCH)
         judge = _preference_model(base.path, batch_size or PM_BATCH, device)
         identity: dict[str, Any] = {"engine": "preference model", "fingerprint": base.fingerprint}
     else:
         engine = engine_of(flags)
-        form = settings["prompt_form"] = pick_form(prompt_form, engine)
+        form = settings["prompt_format"] = resolve_prompt_format(prompt_format, engine)
         judge, window, identity = LanguageModel(engine, form, both_orders), engine.batch_size, engine.identity()
     inputs = {"questions": hash_input(input)}
-    intake = Intake(skip_bad=None)
+    reader = RowReader(skip_invalid=None)
 
     def parse(value: object) -> EvaluationQuestion:
         question = parse_question(value)
         judge.check(question)
         return question
 
-    job = Job(
+    job = StageRun(
         provenance=provenance("eval hhh", inputs=inputs, settings=settings, model=identity),
         inputs=inputs,
         output=output or "",
         overwrite=overwrite,
-        intake=intake,
-        units=lambda: _units(intake.rows(input, parse, limit)),
+        reader=reader,
+        units=lambda: _units(reader.rows(input, parse, limit)),
         work=lambda questions: hhh(questions, judge),
         window=window,
         total=inputs["questions"].lines,
@@ -348,7 +354,7 @@ def command(
         summary = job.complete()
         results = [row for _, row in read_rows(output, rows_of(EvaluationResult))]
     else:
-        kept = Kept(shown=output == "-")
+        kept = SummarySink(shown=output == "-")
         summary, results = job.complete(kept), kept.results
     _report({**summary, **summarise(results)}, output, as_json=json)
 

@@ -10,7 +10,7 @@ from cai_cli.engines import engine_of
 from cai_cli.engines.base import Sampling
 from cai_cli.judging.judge import METHODS, Judge, Order
 from cai_cli.judging.votes import Labeller
-from cai_cli.prompting.base import pick_form
+from cai_cli.prompting.base import resolve_prompt_format
 from cai_cli.runtime.manifest import settings_of
 
 
@@ -58,7 +58,7 @@ def open_labeller(flags: Mapping[str, Any]) -> tuple[Labeller, PreferenceConstit
     chosen = select(loaded.principles, flags["principles"], flags["max_principles"])
     per_pair = pick_per_pair(flags["principles_per_pair"], chosen)
     engine = engine_of(flags)
-    form = pick_form(flags["prompt_form"], engine)
+    form = resolve_prompt_format(flags["prompt_format"], engine)
     # A verdict is read greedily: noise of sampling would be taken for the judge's doubt.
     temperature = 0.0 if method == "verdict" else flags["temperature"]
     sampling = Sampling(flags["max_new_tokens"], temperature, flags["top_p"])
@@ -71,4 +71,4 @@ def open_labeller(flags: Mapping[str, Any]) -> tuple[Labeller, PreferenceConstit
 def labeller_settings(flags: Mapping[str, Any], labeller: Labeller) -> dict[str, Any]:
     """`flags` as a manifest records them."""
     judge = labeller.judge
-    return settings_of(flags, prompt_form=judge.form, clamp=list(judge.clamp), principles_per_pair=labeller.per_pair)
+    return settings_of(flags, prompt_format=judge.form, clamp=list(judge.clamp), principles_per_pair=labeller.per_pair)

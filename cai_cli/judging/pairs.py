@@ -9,14 +9,14 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations, groupby
 from typing import Any, Literal
 
-from cai_cli.common.errors import BadRow
+from cai_cli.common.errors import InvalidRow
 from cai_cli.common.hash_index import KeyTable
 from cai_cli.common.seeds import seed_for
 from cai_cli.data.formats import parse_preference, sample_or_revision
-from cai_cli.data.jsonl import Numbered, origin, shown
-from cai_cli.data.row_reader import Intake
+from cai_cli.data.jsonl import Numbered, display_name, origin
+from cai_cli.data.row_reader import RowReader
 from cai_cli.data.schema import Identified, Message, Preference, Sample, Scored, conversation_id, load_row
-from cai_cli.runtime.stage_run import Skip, Unit, Units
+from cai_cli.runtime.stage_run import Skipped, WorkItem, WorkItems
 
 PAIRINGS = ("all", "random", "best-vs-rest")
 
@@ -31,13 +31,13 @@ class Pair(Identified):
     source: str | None
 
 
-def pair_units(intake: Intake, source: str, pairing: str, seed: int, limit: int | None) -> Units[Pair]:
+def pair_units(reader: RowReader, source: str, pairing: str, seed: int, limit: int | None) -> WorkItems[Pair]:
     """The pairs of a file of samples (rows of one prompt must stand together, as `cai sample` writes them) or of pairs.
 
-    Raises BadRow where they do not, or where one stands twice: pairs would be missing, or be no pairs.
+    Raises InvalidRow where they do not, or where one stands twice: pairs would be missing, or be no pairs.
     """
     rows: Iterator[Numbered[Any]]
-    rows, prompts = intake.rows(source, lambda v: _row(v, origin(source), seed), limit), KeyTable()
+    rows, prompts = reader.rows(source, lambda v: _row(v, origin(source), seed), limit), KeyTable()
     for prompt_id, group in groupby(rows, key=lambda numbered: _prompt_of(numbered[1])):
         if prompt_id is None:
             for line, pair in group:
@@ -47,16 +47,16 @@ def pair_units(intake: Intake, source: str, pairing: str, seed: int, limit: int 
         first = prompts.add(prompt_id, samples[0][0])
         if first is not None:
             reason = f"more replies to {prompt_id!r}, after those of line {first}"
-            raise BadRow(shown(source), samples[0][0], reason, "sort by id")
-        _refuse_twice(samples, shown(source))
+            raise InvalidRow(display_name(source), samples[0][0], reason, "sort by id")
+        _refuse_twice(samples, display_name(source))
         if len(samples) == 1:
-            yield Skip("only one reply to the prompt", samples[0][0])
-        paired = list(_chosen_pairs(samples, pairing, seed, shown(source)))
+            yield Skipped("only one reply to the prompt", samples[0][0])
+        paired = list(_chosen_pairs(samples, pairing, seed, display_name(source)))
         for (line, one), (_, other) in paired:
             yield _unit(line, _pair(one, other))
         taken = {line for pair in paired for line, _ in pair}
         if paired:
-            yield from (Skip("no partner in a random pairing", line) for line, _ in samples if line not in taken)
+            yield from (Skipped("no partner in a random pairing", line) for line, _ in samples if line not in taken)
 
 
 def _prompt_of(row: Sample | Pair) -> str | None:
@@ -85,25 +85,25 @@ def _sides(row: Preference, seed: int) -> Pair:
     return Pair.model_validate(fields)
 
 
-def _unit(line: int, pair: Pair) -> Unit[Pair] | Skip:
+def _unit(line: int, pair: Pair) -> WorkItem[Pair] | Skipped:
     if pair.a == pair.b:
-        return Skip("identical replies", line)
+        return Skipped("identical replies", line)
     hashes = (conversation_id([*pair.prompt, *replies]) for replies in ([*pair.a, *pair.b], [*pair.b, *pair.a]))
-    return Unit(pair.id, line, pair, hashed_id=pair.id in hashes)
+    return WorkItem(pair.id, line, pair, hashed_id=pair.id in hashes)
 
 
 def _refuse_twice(samples: Sequence[Numbered[Sample]], name: str) -> None:
     lines: dict[str, int] = {}
     for line, sample in samples:
         if lines.setdefault(sample.key, line) != line:
-            raise BadRow(name, line, f"{sample.key!r} stands on line {lines[sample.key]} already")
+            raise InvalidRow(name, line, f"{sample.key!r} stands on line {lines[sample.key]} already")
 
 
 def _score(sample: Numbered[Sample], name: str) -> float:
     line, row = sample
     if not isinstance(row, Scored):
         hint = "`cai score` gives each reply the score of a preference model"
-        raise BadRow(name, line, "no score, by which --pairs best-vs-rest knows the best reply", hint)
+        raise InvalidRow(name, line, "no score, by which --pairs best-vs-rest knows the best reply", hint)
     return row.score
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from cai_cli.common.errors import UsageError
 from cai_cli.data.jsonl import read_rows, rows_of
 from cai_cli.data.schema import Preference, Rejected, Vote, load_row, with_votes
-from cai_cli.judging.judge import Comparison, Judgement
+from cai_cli.judging.judge import Judgement, PairComparison
 from cai_cli.runtime.manifest import differences, read_manifest
 from cai_cli.runtime.output_files import sidecar
 
@@ -40,7 +40,7 @@ class RecordedVotes:
         self._samples = settings["cot_samples"]
         self._rows = {row.id: row for row in _labelled(source)}
 
-    def judgement(self, comparison: Comparison) -> Judgement | None:
+    def judgement(self, comparison: PairComparison) -> Judgement | None:
         """What the judge said then; None where it was not asked this, or did not answer."""
         pair, row = comparison.pair, self._rows.get(comparison.pair.id)
         if row is None or [row.chosen, row.rejected] not in ([pair.a, pair.b], [pair.b, pair.a]):

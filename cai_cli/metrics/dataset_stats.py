@@ -13,7 +13,7 @@ import typer
 
 from cai_cli.cli import options
 from cai_cli.common import console
-from cai_cli.common.errors import BadRow, RowError
+from cai_cli.common.errors import InvalidRow, RowError
 from cai_cli.common.hash_index import KeyTable
 from cai_cli.data.jsonl import read_rows, row_key
 from cai_cli.data.schema import json_type, reason_kind
@@ -88,7 +88,7 @@ class Stats:
     def _count(self, name: str, value: object) -> None:
         self.by.setdefault(name, Counter())["null" if value is None else str(value)] += 1
 
-    def skip(self, error: BadRow, _raw: bytes) -> None:
+    def skip(self, error: InvalidRow, _raw: bytes) -> None:
         """A line that is no row: counted, and the first few named."""
         self.bad_lines += 1
         if len(self.bad) < SHOWN:

@@ -16,8 +16,8 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from cai_cli.common.hash_index import KeyTable
-from cai_cli.data.schema import Duel, Kind, Rejected
-from cai_cli.metrics.intervals import Figure, Limits, Sums, wilson
+from cai_cli.data.schema import Kind, ModelComparison, Rejected
+from cai_cli.metrics.intervals import ClusterBootstrap, Estimate, Limits, wilson
 
 if TYPE_CHECKING:
     from cai_cli.metrics.intervals import Numbers
@@ -35,22 +35,24 @@ class Tournament:
         self.models = list(models)
         self.places = {name: place for place, name in enumerate(models)}
         self.pairs = list(combinations(range(len(models)), 2))
-        self.sums: dict[Kind | None, Sums] = {}
+        self.sums: dict[Kind | None, ClusterBootstrap] = {}
         self.prompts, self.scored = KeyTable(), KeyTable()
 
-    def hear(self, row: Duel | Rejected) -> None:
+    def observe(self, row: ModelComparison | Rejected) -> None:
         """As `add`, for a comparison that may have failed."""
-        if isinstance(row, Duel):
+        if isinstance(row, ModelComparison):
             self.add(row)
 
-    def add(self, row: Duel) -> None:
+    def add(self, row: ModelComparison) -> None:
         i, j = self.places[row.model_a], self.places[row.model_b]
         won = 0.5 if row.p_a == 0.5 else float(row.p_a > 0.5)
         values = {f"n {i} {j}": 1.0, f"won {i} {j}": won, f"ties {i} {j}": won == 0.5, f"n {i}": 1.0, f"n {j}": 1.0}
         for place, score in ((i, row.score_a), (j, row.score_b)):
             if score is not None and self._is_new(f"{place} {row.prompt_id}/{row.sample_index}"):
                 values |= {f"score {place}": score, f"scores {place}": 1.0}
-        self.sums.setdefault(row.kind, Sums(self._columns())).add(self.prompts.number(row.prompt_id), values)
+        self.sums.setdefault(row.kind, ClusterBootstrap(self._columns())).add(
+            self.prompts.number(row.prompt_id), values
+        )
 
     def _is_new(self, reply: str) -> bool:
         return self.scored.add(reply, 0) is None
@@ -77,7 +79,7 @@ class Tournament:
                     ties = round(sums.total(f"ties {i} {j}"))
                     yield {"a": self.models[i], "b": self.models[j], "kind": kind, **figure, "ties": ties}
 
-    def _ratings(self, sums: Sums | None) -> list[dict[str, Any]]:
+    def _ratings(self, sums: ClusterBootstrap | None) -> list[dict[str, Any]]:
         if sums is None:
             return []
         fits: dict[int, Numbers] = {}  # number of draws -> (draws, models): one fit gives the ratings of all
@@ -92,7 +94,7 @@ class Tournament:
         figures = [sums.figure(lambda s, i=i: rating(i, s), f"n {i}", anything) for i in range(len(self.models))]  # type: ignore[misc]
         return self._named(figure and self._no_surer(figure, i, sums) for i, figure in enumerate(figures))
 
-    def _no_surer(self, figure: Figure, model: int, sums: Sums) -> Figure:
+    def _no_surer(self, figure: Estimate, model: int, sums: ClusterBootstrap) -> Estimate:
         """A rating with no narrower an interval than Wilson's of the model's share of wins is on the Elo scale: where a
         model wins all, or all are ties, no draw differs, and of a few prompts the bootstrap alone is too sure."""
         won = sum(sums.total(f"won {i} {j}") for i, j in self.pairs if i == model)
@@ -110,7 +112,7 @@ class Tournament:
         low, high = min(figure["low"], low), max(figure["high"], high)
         return {**figure, "low": max(RATING[0], low), "high": min(RATING[1], high)}
 
-    def _scores(self, sums: Sums | None) -> list[dict[str, Any]]:
+    def _scores(self, sums: ClusterBootstrap | None) -> list[dict[str, Any]]:
         if sums is None:
             return []
         return self._named(
@@ -118,11 +120,11 @@ class Tournament:
             for i in range(len(self.models))
         )
 
-    def _named(self, figures: Iterator[Figure | None]) -> list[dict[str, Any]]:
+    def _named(self, figures: Iterator[Estimate | None]) -> list[dict[str, Any]]:
         return [{"model": m, **figure} for m, figure in zip(self.models, figures, strict=True) if figure]
 
 
-def _of_few(sums: Sums, won: str, count: str) -> Figure | None:
+def _of_few(sums: ClusterBootstrap, won: str, count: str) -> Estimate | None:
     """The share with the wider of two intervals: that of the bootstrap, and Wilson's over prompts. Of a few prompts the
     bootstrap alone is too sure: five wins of six are no proof."""
     figure = sums.share(won, count)

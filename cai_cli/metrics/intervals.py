@@ -25,7 +25,7 @@ Limits = tuple[float, float]
 SHARE: Limits = (0.0, 1.0)
 
 
-class Figure(TypedDict):
+class Estimate(TypedDict):
     """A value, its 95% interval, and how many things it was counted over."""
 
     value: float
@@ -34,7 +34,7 @@ class Figure(TypedDict):
     n: int
 
 
-def wilson(right: float, n: int) -> Figure | None:
+def wilson(right: float, n: int) -> Estimate | None:
     """A share with its 95% Wilson interval; None of nothing."""
     if n == 0:
         return None
@@ -49,7 +49,7 @@ def wilson(right: float, n: int) -> Figure | None:
 Statistic = Callable[[Mapping[str, "Numbers"]], "Numbers"]
 
 
-class Sums:
+class ClusterBootstrap:
     """Named sums by block of clusters: all that a bootstrap of ratios, means and correlations needs.
 
     `table` is (blocks, columns); cluster c is counted in block c % BLOCKS, so up to BLOCKS clusters each stands alone.
@@ -74,7 +74,7 @@ class Sums:
     def total(self, column: str) -> float:
         return float(self.table[:, self.columns[column]].sum())
 
-    def figure(self, statistic: Statistic, count: str, limits: Limits) -> Figure | None:
+    def figure(self, statistic: Statistic, count: str, limits: Limits) -> Estimate | None:
         """`statistic` of the sums with its bootstrap interval; it is given each column as an array over draws.
 
         The interval is that of the percentiles, moved by the draws' bias so that it lies about the value. `count`
@@ -112,7 +112,7 @@ class Sums:
     def _named(self, rows: "Numbers") -> dict[str, "Numbers"]:
         return {name: rows[:, place] for name, place in self.columns.items()}
 
-    def share(self, part: str, count: str) -> Figure | None:
+    def share(self, part: str, count: str) -> Estimate | None:
         """The share `part` / `count`; of a few clusters its interval is no narrower than Wilson's over the clusters."""
         figure, clusters = self.figure(lambda s: s[part] / s[count], count, SHARE), self.clusters(count)
         if figure and clusters < FEW and (whole := wilson(figure["value"] * clusters, clusters)):
@@ -135,12 +135,12 @@ def _draws(blocks: int) -> "Numbers":
     return np.bincount(chosen.ravel(), minlength=REPLICATES * blocks).reshape(REPLICATES, blocks).astype(np.float64)
 
 
-def mean_figure(values: Sequence[float], limits: Limits, clusters: Sequence[int] | None = None) -> Figure | None:
+def mean_figure(values: Sequence[float], limits: Limits, clusters: Sequence[int] | None = None) -> Estimate | None:
     """The mean of rows with its bootstrap interval; `clusters` says which rows are drawn together (none: each alone).
 
     None of no rows.
     """
-    sums = Sums(["value", "n"])
+    sums = ClusterBootstrap(["value", "n"])
     for row, value in enumerate(values):
         sums.add(row if clusters is None else clusters[row], {"value": value, "n": 1})
     if limits == SHARE:
@@ -150,6 +150,6 @@ def mean_figure(values: Sequence[float], limits: Limits, clusters: Sequence[int]
 
 def paired_difference(
     a: Sequence[float], b: Sequence[float], limits: Limits = (-1.0, 1.0), clusters: Sequence[int] | None = None
-) -> Figure | None:
+) -> Estimate | None:
     """The mean of a - b, row by row, with its bootstrap interval: what two judges of the same rows differ by."""
     return mean_figure([x - y for x, y in zip(a, b, strict=True)], limits, clusters)

@@ -25,7 +25,7 @@ from cai_cli.common import console
 from cai_cli.common.hash_index import KeyTable
 from cai_cli.data.jsonl import read_rows, rows_of
 from cai_cli.data.schema import TIE, Preference, Rejected, Vote, conversation_id, reason_kind, with_votes
-from cai_cli.metrics.intervals import SHARE, Figure, Sums
+from cai_cli.metrics.intervals import SHARE, ClusterBootstrap, Estimate
 from cai_cli.runtime.output_files import sidecar
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from cai_cli.metrics.intervals import Numbers
 
-Audit = dict[str, Any]
+AuditMetrics = dict[str, Any]
 SIGNED = (-1.0, 1.0)
 # The confidence in a label, p_chosen, by tenths from one half to one.
 BINS = 5
@@ -47,24 +47,24 @@ VOTE_SUMS = ("votes", "p_first", "picks", "firsts", "asked", "flips", "firsts_of
 PRINCIPLE_SUMS = (*VOTE_SUMS, "pairs", "human", "right")
 
 
-def audit(rows: Iterable[Preference], rejected: Iterable[Rejected] = ()) -> Audit:
+def audit(rows: Iterable[Preference], rejected: Iterable[Rejected] = ()) -> AuditMetrics:
     """Every figure of the votes on `rows`, whether the labels can be trusted (true, false, or null: not known) and
     the reason, in plain words. Memory: 12 to 36 bytes a row, and as much a prompt."""
-    tally = Tally()
+    label_audit = LabelAudit()
     for row in rows:
-        tally.add(row)
+        label_audit.add(row)
     for refused in rejected:
-        tally.add(refused)
-    return tally.audit()
+        label_audit.add(refused)
+    return label_audit.audit()
 
 
-class Tally:
+class LabelAudit:
     """The sums that the figures are made of, by prompt, while rows come."""
 
     def __init__(self) -> None:
         self.prompts, self.ids, self.rows = KeyTable(), KeyTable(), 0
-        self.pairs, self.votes = Sums(PAIR_SUMS), Sums(VOTE_SUMS)
-        self.principles: dict[str, Sums] = {}
+        self.pairs, self.votes = ClusterBootstrap(PAIR_SUMS), ClusterBootstrap(VOTE_SUMS)
+        self.principles: dict[str, ClusterBootstrap] = {}
         self.human_only = 0
         self.reasons: Counter[str] = Counter()
 
@@ -103,16 +103,16 @@ class Tally:
         for principle, votes in by_principle.items():
             sums = _vote_sums(votes)
             self.votes.add(prompt, sums)
-            self.principles.setdefault(principle, Sums(PRINCIPLE_SUMS)).add(prompt, {"pairs": 1, **sums})
+            self.principles.setdefault(principle, ClusterBootstrap(PRINCIPLE_SUMS)).add(prompt, {"pairs": 1, **sums})
         return {principle: _verdict(votes) for principle, votes in by_principle.items()}
 
-    def audit(self) -> Audit:
+    def audit(self) -> AuditMetrics:
         """The figures of what was added."""
         found = self._figures()
         trusted, reason = _trust(found)
         return {"trusted": trusted, "reason": reason, **found, "notes": _notes(found)}
 
-    def _figures(self) -> Audit:
+    def _figures(self) -> AuditMetrics:
         pairs, votes = self.pairs, self.votes
         return {
             "pairs": round(pairs.total("pairs")),
@@ -244,7 +244,7 @@ def _calibration_error(s: "Mapping[str, Numbers]") -> "Numbers":
     return gaps / s["human"]  # type: ignore[no-any-return]
 
 
-def _reliability(pairs: Sums) -> Iterator[dict[str, Any]]:
+def _reliability(pairs: ClusterBootstrap) -> Iterator[dict[str, Any]]:
     """The curve behind the calibration error: of each bin that holds labels, mean confidence and share right."""
     for k in range(BINS):
         if n := round(pairs.total(f"n{k}")):
@@ -257,7 +257,7 @@ def _length_correlation(s: "Mapping[str, Numbers]") -> "Numbers":
     return s["xy"] / (s["xx"] * s["yy"]) ** 0.5
 
 
-def _principle_figures(sums: Sums) -> dict[str, Any]:
+def _principle_figures(sums: ClusterBootstrap) -> dict[str, Any]:
     return {
         "pairs": round(sums.total("pairs")),
         "agreement": sums.share("right", "human"),
@@ -269,7 +269,7 @@ def _principle_figures(sums: Sums) -> dict[str, Any]:
 # --- in words -----------------------------------------------------------------------------------------------------
 
 
-def _trust(found: Audit) -> tuple[bool | None, str]:
+def _trust(found: AuditMetrics) -> tuple[bool | None, str]:
     """By agreement with humans where it is known; else by whether the answers depend on the replies at all."""
     if not found["pairs"]:
         ties = found["ties"]
@@ -283,7 +283,9 @@ def _trust(found: Audit) -> tuple[bool | None, str]:
     return False, f"{said}: " + ("worse than chance" if agreement["high"] < 0.5 else "that cannot be told from chance")
 
 
-def _trust_without_humans(flips: Figure | None, excess: Figure | None, first: Figure | None) -> tuple[bool | None, str]:
+def _trust_without_humans(
+    flips: Estimate | None, excess: Estimate | None, first: Estimate | None
+) -> tuple[bool | None, str]:
     if flips and excess:
         blind = flips["value"] - excess["value"]
         said = f"asked in the other order the judge changes its mind on {_said(flips)} of pairs"
@@ -295,15 +297,15 @@ def _trust_without_humans(flips: Figure | None, excess: Figure | None, first: Fi
     return None, "no human labels and one order only: agreement is unknown"
 
 
-def _is_biased(share: Figure) -> bool:
+def _is_biased(share: Estimate) -> bool:
     return not share["low"] <= 0.5 <= share["high"]
 
 
-def _said(figure: Figure) -> str:
+def _said(figure: Estimate) -> str:
     return f"{figure['value']:.1%} ({figure['low']:.1%} to {figure['high']:.1%})"
 
 
-def _notes(found: Audit) -> list[str]:
+def _notes(found: AuditMetrics) -> list[str]:
     notes = []
     if first := found["first_picks"]:
         notes.append(
@@ -326,8 +328,8 @@ def _notes(found: Audit) -> list[str]:
 # --- files and the shell ------------------------------------------------------------------------------------------
 
 
-def audit_file(source: str) -> Audit:
-    """The audit of a file of Preference rows (`-`: stdin) and of the rejected rows beside it. Raises BadRow."""
+def audit_file(source: str) -> AuditMetrics:
+    """The audit of a file of Preference rows (`-`: stdin) and of the rejected rows beside it. Raises InvalidRow."""
     rows = (row for _, row in read_rows(source, rows_of(Preference)))
     beside = sidecar(Path(source), "rejected.jsonl")
     refused: Iterable[Rejected] = ()
@@ -336,7 +338,7 @@ def audit_file(source: str) -> Audit:
     return audit(rows, refused)
 
 
-def say_audit(found: Audit) -> None:
+def say_audit(found: AuditMetrics) -> None:
     """What a person should know of an audit, on stderr; that labels are not to be trusted is a warning."""
     if found["trusted"] is False:
         console.warn(f"do not trust these labels: {found['reason']}")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cai_cli.data.schema import JudgedPair
-from cai_cli.metrics.intervals import Figure, wilson
+from cai_cli.metrics.intervals import Estimate, wilson
 
 BINS = 5
 RESAMPLES = 1000
@@ -30,7 +30,7 @@ def held_out_figures(pairs: Sequence[JudgedPair]) -> dict[str, Any]:
     }
 
 
-def note(overall: Figure | None) -> str | None:
+def note(overall: Estimate | None) -> str | None:
     """What must not be overlooked, in plain words."""
     if overall is None:
         return "No pair with a preferred reply was held out: nothing here says what the model learned."
@@ -43,13 +43,13 @@ def note(overall: Figure | None) -> str | None:
     return None
 
 
-def accuracy(pairs: Sequence[JudgedPair]) -> Figure | None:
+def accuracy(pairs: Sequence[JudgedPair]) -> Estimate | None:
     """Share of pairs whose preferred reply has the higher score; pairs with p_chosen = 0.5 have none, and are out."""
     decided = [pair for pair in pairs if pair.p_chosen > 0.5]
     return wilson(sum(pair.margin > 0 for pair in decided), len(decided))
 
 
-def by_source(pairs: Sequence[JudgedPair]) -> dict[str, Figure | None]:
+def by_source(pairs: Sequence[JudgedPair]) -> dict[str, Estimate | None]:
     """Accuracy by the `source` of the rows, so that AI and human labels, or two data sets, are seen apart."""
     sources = sorted({pair.source or "no source" for pair in pairs})
     return {name: accuracy([p for p in pairs if (p.source or "no source") == name]) for name in sources}
@@ -112,7 +112,7 @@ def score_figures(pairs: Sequence[JudgedPair]) -> dict[str, Any]:
     }
 
 
-def length_correlation(pairs: Sequence[JudgedPair]) -> Figure | None:
+def length_correlation(pairs: Sequence[JudgedPair]) -> Estimate | None:
     """Spearman's correlation of score and reply length in tokens over all replies, with a 95% bootstrap interval.
 
     Pairs are resampled, not replies, as two replies to one prompt are alike. None under ten pairs, and where all scores

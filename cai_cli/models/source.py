@@ -11,7 +11,7 @@ from cai_cli.common.yaml import parse_yaml
 
 
 @dataclass(frozen=True)
-class Base:
+class ModelSource:
     """The model training starts from: its name as given, its directory, the hash of its content."""
 
     name: str
@@ -19,7 +19,7 @@ class Base:
     fingerprint: str
 
     @classmethod
-    def resolve(cls, name: str) -> "Base":
+    def resolve(cls, name: str) -> "ModelSource":
         from cai_cli.models.fingerprint import fingerprint
         from cai_cli.models.names import resolve
 

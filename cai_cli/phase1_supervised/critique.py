@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from cai_cli.cli import options
 from cai_cli.data.formats import sample_or_revision
 from cai_cli.data.schema import Critique, Rejected, Sample, reject
-from cai_cli.engines.base import Refusal
+from cai_cli.engines.base import RequestFailure
 from cai_cli.phase1_supervised.format_checks import critique_problem
 from cai_cli.phase1_supervised.reviser import Reviser, conversation, history_of, run_revision_stage
 from cai_cli.prompting.revision import critique_request
@@ -26,7 +26,7 @@ def critique(rows: Sequence[Sample], reviser: Reviser) -> list[Critique | Reject
     answers = reviser.answers("critique", rows, rounds, requests, lambda _, text: critique_problem(text))
     outcomes: list[Critique | Rejected] = []
     for row, n, principle, answer in zip(rows, rounds, drawn, answers, strict=True):
-        if isinstance(answer, Refusal):
+        if isinstance(answer, RequestFailure):
             outcomes.append(reject(row.key, answer.reason, row))
             continue
         outcomes.append(
@@ -52,12 +52,12 @@ def command(
     max_new_tokens: options.MaxNewTokens = 256,
     temperature: options.Temperature = 1.0,
     top_p: options.TopP = 1.0,
-    prompt_form: options.PromptForm = "auto",
+    prompt_format: options.PromptFormatOption = "auto",
     seed: options.Seed = 0,
     limit: options.Limit = None,
     shard: options.Shard = None,
-    skip_bad: options.SkipBad = False,
-    max_bad: options.MaxBad = None,
+    skip_invalid: options.SkipInvalid = False,
+    max_invalid: options.MaxInvalid = None,
     batch_size: options.BatchSize = None,
     device: options.Device = "auto",
     dtype: options.DType = "auto",

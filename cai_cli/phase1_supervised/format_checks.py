@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from cai_cli.common.seeds import seed_for
-from cai_cli.engines.base import Ask, Engine, Refusal, Reply, Sampling
+from cai_cli.engines.base import Completion, Engine, GenerationRequest, RequestFailure, Sampling
 
 ATTEMPTS = 4
 
@@ -67,18 +67,18 @@ def _repetition(text: str, what: str) -> str | None:
 
 def generate_checked(
     engine: Engine,
-    asks: Sequence[Ask],
+    asks: Sequence[GenerationRequest],
     sampling: Sampling,
     problem: Callable[[int, str], str | None],
-) -> list[Reply | Refusal]:
+) -> list[Completion | RequestFailure]:
     """Answers that pass `problem(index, text)`; the others asked again up to ATTEMPTS times in all, each with its
     own seed. What never passes becomes a Refusal with the last reason; an engine's own Refusal is final."""
-    answers: list[Reply | Refusal] = list(engine.generate(asks, sampling))
+    answers: list[Completion | RequestFailure] = list(engine.generate(asks, sampling))
     for attempt in range(1, ATTEMPTS + 1):
         failed = {
             index: reason
             for index, answer in enumerate(answers)
-            if isinstance(answer, Reply) and (reason := problem(index, answer.text))
+            if isinstance(answer, Completion) and (reason := problem(index, answer.text))
         }
         # A greedy answer is the same every time.
         if not failed or attempt == ATTEMPTS or sampling.temperature == 0:
@@ -87,5 +87,5 @@ def generate_checked(
         for index, answer in zip(failed, engine.generate(again, sampling), strict=True):
             answers[index] = answer
     for index, reason in failed.items():
-        answers[index] = Refusal(f"{reason}, {attempt} attempts")
+        answers[index] = RequestFailure(f"{reason}, {attempt} attempts")
     return answers

@@ -25,19 +25,18 @@ from cai_cli.common import console
 from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.common.near_duplicates import NearDuplicates
 from cai_cli.common.seeds import seed_for
-from cai_cli.data.jsonl import Numbered, read_prompts, read_rows, rows_of
-from cai_cli.data.jsonl import shown as shown_name
+from cai_cli.data.jsonl import Numbered, display_name, read_prompts, read_rows, rows_of
 from cai_cli.data.schema import Kind, Prompt, Rejected, content_hash, reject
 from cai_cli.engines import engine_of
-from cai_cli.engines.base import Ask, Engine, Refusal, Reply, Sampling
+from cai_cli.engines.base import Completion, Engine, GenerationRequest, RequestFailure, Sampling
 from cai_cli.metrics.reply_habits import evasive_opening
 from cai_cli.phase1_supervised.sample import pick_kind
-from cai_cli.prompting.base import Form, pick_form, user
+from cai_cli.prompting.base import PromptFormat, resolve_prompt_format, user
 from cai_cli.prompting.red_team import TOPICS, invention_request
 from cai_cli.runtime.manifest import hash_input, provenance, settings_of
 from cai_cli.runtime.output_files import sidecar
 from cai_cli.runtime.sinks import StdoutSink
-from cai_cli.runtime.stage_run import Job, Unit, Units
+from cai_cli.runtime.stage_run import StageRun, WorkItem, WorkItems
 from cai_cli.runtime.summary import print_summary
 
 ATTEMPTS_A_PROMPT = 20  # after so many for each prompt that is wanted the model is taken to have no more
@@ -58,13 +57,13 @@ class Attempt:
 
 
 @dataclass
-class Maker:
+class PromptGenerator:
     """Draws attempts and judges what came of them, in the order of their numbers."""
 
     given: Sequence[str]
     topics: Sequence[str]
     kind: Kind
-    shown: int
+    num_examples: int
     start_words: int
     wanted: int
     seed: int
@@ -80,13 +79,13 @@ class Maker:
     def attempt(self, number: int) -> Attempt:
         rng = random.Random(seed_for(self.seed, "red-team", "shown", number))  # noqa: S311
         topic = rng.choice(self.topics) if self.topics else None
-        *examples, other = rng.sample(self.given, min(self.shown + 1, len(self.given)))
+        *examples, other = rng.sample(self.given, min(self.num_examples + 1, len(self.given)))
         start = " ".join(other.split()[: self.start_words])
         return Attempt(content_hash([self.run, number]), number, topic, tuple(examples), start)
 
-    def judge(self, attempt: Attempt, reply: Reply | Refusal) -> Prompt | Rejected:
+    def judge(self, attempt: Attempt, reply: Completion | RequestFailure) -> Prompt | Rejected:
         """The prompt that an attempt made, or why it is none."""
-        text = attempt.start + (reply.text if isinstance(reply, Reply) else "")
+        text = attempt.start + (reply.text if isinstance(reply, Completion) else "")
         text = text.strip().strip('"“”').strip()
         row = Prompt(id=attempt.id, prompt=[user(text)], kind=self.kind, source=f"{SOURCE}{attempt.topic or NO_TOPIC}")
         if reason := self._refused(reply, text):
@@ -98,8 +97,8 @@ class Maker:
         self.known.add(f"an earlier new prompt: {row.id}", row.prompt[0].content)
         self.kept.add(row.id)
 
-    def _refused(self, reply: Reply | Refusal, text: str) -> str | None:
-        if isinstance(reply, Refusal):
+    def _refused(self, reply: Completion | RequestFailure, text: str) -> str | None:
+        if isinstance(reply, RequestFailure):
             return reply.reason
         reason = None
         if len(self.kept) >= self.wanted:
@@ -114,7 +113,7 @@ class Maker:
             reason = f"near-duplicate of {repeated[0]} ({repeated[1]:.2f})"
         return reason
 
-    def units(self, finished: Path) -> Units[Attempt]:
+    def units(self, finished: Path) -> WorkItems[Attempt]:
         """Attempts, until before a window enough prompts are kept. Those of an earlier run, whose prompts stand in
         `finished`, come again."""
         if finished.exists():
@@ -129,17 +128,21 @@ class Maker:
                     return
             attempt = self.attempt(number)
             asked.append(attempt.id)
-            yield Unit(attempt.id, number + 1, attempt)
+            yield WorkItem(attempt.id, number + 1, attempt)
 
 
 def red_team(
-    attempts: Sequence[Attempt], maker: Maker, engine: Engine, *, sampling: Sampling, form: Form
+    attempts: Sequence[Attempt], maker: PromptGenerator, engine: Engine, *, sampling: Sampling, form: PromptFormat
 ) -> Iterator[Prompt | Rejected]:
     """One outcome per attempt, in order: each is compared with what those before it made."""
     asks = []
     for attempt in attempts:
         request = invention_request(attempt.examples, attempt.topic, attempt.start, maker.kind, form)
-        asks.append(Ask(request.text, seed_for(maker.seed, "red-team", attempt.number), request.cue, request.stop))
+        asks.append(
+            GenerationRequest(
+                request.text, seed_for(maker.seed, "red-team", attempt.number), request.prefill, request.stop
+            )
+        )
     for attempt, reply in zip(attempts, engine.generate(asks, sampling), strict=True):
         yield maker.judge(attempt, reply)
 
@@ -197,20 +200,28 @@ def command(
         str | None,
         typer.Option(help="A file with a topic a line, or topics separated by commas, or none; by default ours."),
     ] = None,
-    shown: Annotated[int, typer.Option(min=1, help="Prompts of INPUT before the model, drawn anew each time.")] = 5,
+    num_examples: Annotated[
+        int,
+        typer.Option(
+            "--num-examples", "--shown", min=1, help="Prompts of INPUT before the model, drawn anew each time."
+        ),
+    ] = 5,
     start_words: Annotated[
         int, typer.Option(min=0, help="With how many first words of another prompt of INPUT a new one begins.")
     ] = 2,
     similarity: Annotated[
         float, typer.Option(min=0.1, max=1.0, help="Jaccard similarity from which a prompt is a near-duplicate.")
     ] = 0.6,
-    avoid: Annotated[
-        str | None, typer.Option(help="More prompts that must not come again, such as those of an earlier run.")
+    exclude: Annotated[
+        str | None,
+        typer.Option(
+            "--exclude", "--avoid", help="More prompts that must not come again, such as those of an earlier run."
+        ),
     ] = None,
     max_new_tokens: options.MaxNewTokens = 64,
     temperature: options.Temperature = 0.7,
     top_p: options.TopP = 0.9,
-    prompt_form: options.PromptForm = "auto",
+    prompt_format: options.PromptFormatOption = "auto",
     seed: options.Seed = 0,
     limit: options.Limit = None,
     batch_size: options.BatchSize = None,
@@ -234,16 +245,16 @@ def command(
     flags = locals()
     wanted_kind = pick_kind(kind) or "red-team"
     engine = engine_of(flags)
-    inputs = {"prompts": hash_input(input)} | ({"avoid": hash_input(avoid)} if avoid else {})
+    inputs = {"prompts": hash_input(input)} | ({"exclude": hash_input(exclude)} if exclude else {})
     given = openings(islice(read_prompts(input), limit))
-    avoided = openings(read_prompts(avoid)) if avoid else {}
+    avoided = openings(read_prompts(exclude)) if exclude else {}
     if len(given) < 2:
-        raise CaiError(f"{shown_name(input)} holds fewer than two prompts to show")
-    named, form = pick_topics(topics, wanted_kind), pick_form(prompt_form, engine)
+        raise CaiError(f"{display_name(input)} holds fewer than two prompts to show")
+    named, form = pick_topics(topics, wanted_kind), resolve_prompt_format(prompt_format, engine)
     made = provenance(
         "red-team",
         inputs=inputs,
-        settings=settings_of(flags, topics=named, prompt_form=form),
+        settings=settings_of(flags, topics=named, prompt_format=form),
         model=engine.identity(),
         given=content_hash([list(given), list(avoided)]),
     )
@@ -251,11 +262,13 @@ def command(
     for text, line in given.items():
         known.add(f"a given prompt: line {line}", text)
     for text, line in avoided.items():
-        known.add(f"a prompt of --avoid: line {line}", text)
-    maker = Maker(list(given), named, wanted_kind, shown, start_words, n, seed, content_hash(made), known)
+        known.add(f"a prompt of --exclude: line {line}", text)
+    maker = PromptGenerator(
+        list(given), named, wanted_kind, num_examples, start_words, n, seed, content_hash(made), known
+    )
     sampling = Sampling(max_new_tokens, temperature, top_p)
     by_topic = Topics()
-    summary = Job(
+    summary = StageRun(
         provenance=made,
         inputs=inputs,
         output=output,

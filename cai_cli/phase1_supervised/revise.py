@@ -11,8 +11,8 @@ from cai_cli.cli import options
 from cai_cli.common.errors import CaiError
 from cai_cli.constitution.schema import CritiquePrinciple
 from cai_cli.data.jsonl import rows_of
-from cai_cli.data.schema import Critique, Rejected, Revision, Sample, Turn, reject
-from cai_cli.engines.base import Refusal
+from cai_cli.data.schema import Critique, Rejected, Revision, RevisionRound, Sample, reject
+from cai_cli.engines.base import RequestFailure
 from cai_cli.phase1_supervised.format_checks import revision_problem
 from cai_cli.phase1_supervised.reviser import Reviser, conversation, history_of, run_revision_stage
 from cai_cli.prompting.base import assistant
@@ -60,10 +60,10 @@ def _revised(
     )
     outcomes: list[Revision | Rejected] = []
     for row, n, principle, said, answer in zip(rows, rounds, drawn, critiques, answers, strict=True):
-        if isinstance(answer, Refusal):
+        if isinstance(answer, RequestFailure):
             outcomes.append(reject(row.key, answer.reason, row))
             continue
-        turn = Turn(round=n, principle_id=principle.id, critique=said, response=row.reply)
+        turn = RevisionRound(round=n, principle_id=principle.id, critique=said, response=row.reply)
         fields = row.sample_fields()
         fields |= {"completion": [assistant(answer.text.strip())], "finish_reason": answer.finish_reason}
         outcomes.append(Revision(**fields, history=[*history_of(row), turn]))
@@ -81,12 +81,12 @@ def command(
     max_new_tokens: options.MaxNewTokens = 256,
     temperature: options.Temperature = 1.0,
     top_p: options.TopP = 1.0,
-    prompt_form: options.PromptForm = "auto",
+    prompt_format: options.PromptFormatOption = "auto",
     seed: options.Seed = 0,
     limit: options.Limit = None,
     shard: options.Shard = None,
-    skip_bad: options.SkipBad = False,
-    max_bad: options.MaxBad = None,
+    skip_invalid: options.SkipInvalid = False,
+    max_invalid: options.MaxInvalid = None,
     batch_size: options.BatchSize = None,
     device: options.Device = "auto",
     dtype: options.DType = "auto",

@@ -7,14 +7,14 @@ from typing import Any
 from cai_cli.common.seeds import seed_for
 from cai_cli.constitution.draw import draw, select
 from cai_cli.constitution.schema import CritiqueConstitution, CritiqueExample, CritiquePrinciple, open_constitution
-from cai_cli.data.row_reader import Intake
+from cai_cli.data.row_reader import RowReader
 from cai_cli.data.schema import Critique, Message, Rejected, Revision, Sample
 from cai_cli.engines import engine_of
-from cai_cli.engines.base import Ask, Engine, Refusal, Reply, Sampling
+from cai_cli.engines.base import Completion, Engine, GenerationRequest, RequestFailure, Sampling
 from cai_cli.phase1_supervised.format_checks import generate_checked
-from cai_cli.prompting.base import Form, Request, pick_form
+from cai_cli.prompting.base import PromptFormat, Request, resolve_prompt_format
 from cai_cli.runtime.manifest import hash_input, provenance, settings_of
-from cai_cli.runtime.stage_run import Job, Unit, Units
+from cai_cli.runtime.stage_run import StageRun, WorkItem, WorkItems
 
 Work = Callable[[Sequence[Any], "Reviser"], Iterable[Sample | Rejected]]
 
@@ -26,7 +26,7 @@ class Reviser:
     engine: Engine
     principles: Sequence[CritiquePrinciple]
     examples: Sequence[CritiqueExample]
-    form: Form
+    form: PromptFormat
     sampling: Sampling
     seed: int
 
@@ -41,10 +41,12 @@ class Reviser:
         rounds: Sequence[int],
         requests: Sequence[Request],
         problem: Callable[[int, str], str | None],
-    ) -> list[Reply | Refusal]:
+    ) -> list[Completion | RequestFailure]:
         """One checked answer per request, each with noise from its own row and round."""
         asks = [
-            Ask(r.text, seed_for(self.seed, stage, row.id, row.sample_index, round), r.cue, r.stop, row.key)
+            GenerationRequest(
+                r.text, seed_for(self.seed, stage, row.id, row.sample_index, round), r.prefill, r.stop, row.key
+            )
             for row, round, r in zip(rows, rounds, requests, strict=True)
         ]
         return generate_checked(self.engine, asks, self.sampling, problem)
@@ -64,9 +66,9 @@ def run_revision_stage(stage: str, parse: Callable[[object], Sample], work: Work
     loaded = open_constitution(CritiqueConstitution, flags["constitution"], flags["few_shot"])
     principles = select(loaded.principles, flags["principles"], flags["max_principles"])
     engine = engine_of(flags)
-    source, limit, intake = flags["input"], flags["limit"], Intake.of(flags)
+    source, limit, reader = flags["input"], flags["limit"], RowReader.of(flags)
     inputs = {"samples": hash_input(source)}
-    form = pick_form(flags["prompt_form"], engine)
+    form = resolve_prompt_format(flags["prompt_format"], engine)
     reviser = Reviser(
         engine,
         principles,
@@ -76,23 +78,23 @@ def run_revision_stage(stage: str, parse: Callable[[object], Sample], work: Work
         flags["seed"],
     )
 
-    def units() -> Units[Sample]:
-        for line, row in intake.rows(source, parse, limit):
-            yield Unit(row.key, line, row)
+    def units() -> WorkItems[Sample]:
+        for line, row in reader.rows(source, parse, limit):
+            yield WorkItem(row.key, line, row)
 
     lines = inputs["samples"].lines
-    Job(
+    StageRun(
         provenance=provenance(
             stage,
             inputs=inputs,
-            settings=settings_of(flags, prompt_form=form),
+            settings=settings_of(flags, prompt_format=form),
             model=engine.identity(),
             constitution={"name": loaded.name, "fingerprint": loaded.fingerprint()},
         ),
         inputs=inputs,
         output=flags["output"],
         overwrite=flags["overwrite"],
-        intake=intake,
+        reader=reader,
         units=units,
         work=lambda rows: work(rows, reviser),
         window=engine.batch_size,

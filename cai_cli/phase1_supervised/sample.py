@@ -12,29 +12,29 @@ from cai_cli.cli import options
 from cai_cli.common.errors import UsageError
 from cai_cli.common.seeds import seed_for
 from cai_cli.data.jsonl import Numbered
-from cai_cli.data.row_reader import Intake
+from cai_cli.data.row_reader import RowReader
 from cai_cli.data.schema import Kind, Prompt, Rejected, Sample, conversation_id, reject
 from cai_cli.engines import engine_of
-from cai_cli.engines.base import Ask, Engine, Refusal, Sampling
-from cai_cli.prompting.base import Form, assistant, pick_form, reply_request
+from cai_cli.engines.base import Engine, GenerationRequest, RequestFailure, Sampling
+from cai_cli.prompting.base import PromptFormat, assistant, reply_request, resolve_prompt_format
 from cai_cli.runtime.manifest import hash_input, provenance, settings_of
-from cai_cli.runtime.stage_run import Job, Unit, Units
+from cai_cli.runtime.stage_run import StageRun, WorkItem, WorkItems
 
 SampleUnit = tuple[Prompt, int]
 
 
 def sample(
-    units: Sequence[SampleUnit], engine: Engine, *, sampling: Sampling, form: Form, seed: int
+    units: Sequence[SampleUnit], engine: Engine, *, sampling: Sampling, form: PromptFormat, seed: int
 ) -> Iterator[Sample | Rejected]:
     """One reply per (prompt, sample_index), in order. An empty reply is rejected, as is a prompt that does not fit."""
     asks = [
-        Ask(r.text, seed_for(seed, "sample", p.id, index), r.cue, r.stop, f"{p.id}/{index}")
+        GenerationRequest(r.text, seed_for(seed, "sample", p.id, index), r.prefill, r.stop, f"{p.id}/{index}")
         for p, index in units
         for r in [reply_request(p.prompt, form)]
     ]
     for (prompt, index), reply in zip(units, engine.generate(asks, sampling), strict=True):
         key = f"{prompt.id}/{index}"
-        if isinstance(reply, Refusal):
+        if isinstance(reply, RequestFailure):
             yield reject(key, reply.reason, prompt)
         elif not reply.text.strip():
             yield reject(key, "empty reply", prompt)
@@ -47,12 +47,12 @@ def sample(
             )
 
 
-def prompt_units(prompts: Iterable[Numbered[Prompt]], n: int) -> Units[SampleUnit]:
+def prompt_units(prompts: Iterable[Numbered[Prompt]], n: int) -> WorkItems[SampleUnit]:
     """Every prompt n times."""
     for line, prompt in prompts:
         hashed = prompt.id == conversation_id(prompt.prompt)
         for index in range(n):
-            yield Unit(f"{prompt.id}/{index}", line, (prompt, index), hashed_id=hashed)
+            yield WorkItem(f"{prompt.id}/{index}", line, (prompt, index), hashed_id=hashed)
 
 
 def pick_kind(kind: str | None) -> Kind | None:
@@ -74,12 +74,12 @@ def command(
     max_new_tokens: options.MaxNewTokens = 256,
     temperature: options.Temperature = 1.0,
     top_p: options.TopP = 1.0,
-    prompt_form: options.PromptForm = "auto",
+    prompt_format: options.PromptFormatOption = "auto",
     seed: options.Seed = 0,
     limit: options.Limit = None,
     shard: options.Shard = None,
-    skip_bad: options.SkipBad = False,
-    max_bad: options.MaxBad = None,
+    skip_invalid: options.SkipInvalid = False,
+    max_invalid: options.MaxInvalid = None,
     batch_size: options.BatchSize = None,
     device: options.Device = "auto",
     dtype: options.DType = "auto",
@@ -100,20 +100,20 @@ def command(
     """
     flags = locals()
     default_kind = pick_kind(kind)
-    intake = Intake.of(flags)
+    reader = RowReader.of(flags)
     engine = engine_of(flags)
     inputs = {"prompts": hash_input(input)}
-    form = pick_form(prompt_form, engine)
-    settings = settings_of(flags, prompt_form=form)
+    form = resolve_prompt_format(prompt_format, engine)
+    settings = settings_of(flags, prompt_format=form)
     sampling = Sampling(max_new_tokens, temperature, top_p)
     lines = inputs["prompts"].lines
-    Job(
+    StageRun(
         provenance=provenance("sample", inputs=inputs, settings=settings, model=engine.identity()),
         inputs=inputs,
         output=output,
         overwrite=overwrite,
-        intake=intake,
-        units=lambda: prompt_units(intake.prompts(input, default_kind, limit), n),
+        reader=reader,
+        units=lambda: prompt_units(reader.prompts(input, default_kind, limit), n),
         work=lambda units: sample(units, engine, sampling=sampling, form=form, seed=seed),
         window=engine.batch_size,
         engine=engine,

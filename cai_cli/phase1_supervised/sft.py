@@ -18,12 +18,12 @@ from cai_cli.common import console
 from cai_cli.common.errors import RowError, UsageError
 from cai_cli.common.seeds import seed_for
 from cai_cli.data.formats import completed_row
-from cai_cli.data.row_reader import Intake
+from cai_cli.data.row_reader import RowReader
 from cai_cli.data.schema import Message, Revision, Sample, conversation_id, reject
 from cai_cli.data.splits import held_out_keys, mixed, too_long_for
 from cai_cli.engines.tokenization import encode_chat
 from cai_cli.models.loading import pick_device, tokenizer_and_window
-from cai_cli.models.source import Base
+from cai_cli.models.source import ModelSource
 from cai_cli.prompting.base import assistant
 from cai_cli.runtime.manifest import hash_input, provenance
 from cai_cli.training.checkpoints import save_finished
@@ -35,9 +35,9 @@ from cai_cli.training.config import (
     LoraRank,
     MaxLength,
     MaxSteps,
-    Recipe,
     SaveSteps,
     TrainBatchSize,
+    TrainingConfig,
 )
 from cai_cli.training.cpu_logprobs import use_plain_head
 from cai_cli.training.launcher import AccelerateConfig, NumProcesses, as_asked
@@ -121,7 +121,7 @@ def sft(
     tokenizer: "PreTrainedTokenizerBase",
     train: Sequence[Encoded],
     held_out: Sequence[Encoded],
-    recipe: Recipe,
+    training: TrainingConfig,
     work: Path,
 ) -> dict[str, Any]:
     """Train the model in `base`; the finished one is left in `work/model`. Returns the figures."""
@@ -130,7 +130,7 @@ def sft(
 
     from cai_cli.models.loading import load_causal_lm
 
-    model = load_causal_lm(base, "float32", recipe.device)
+    model = load_causal_lm(base, "float32", training.device)
     metrics = Metrics(work / "metrics.jsonl", [*COLUMNS, "held_out_loss"])
     with quiet_libraries():
         ready = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
@@ -138,10 +138,10 @@ def sft(
             _by_row(SFTTrainer)(
                 model=model,
                 processing_class=tokenizer,
-                args=SFTConfig(**recipe.arguments(work), **ready),
+                args=SFTConfig(**training.arguments(work), **ready),
                 train_dataset=Dataset.from_list([e.columns() for e in train]),
                 eval_dataset=Dataset.from_list([e.columns() for e in held_out]) if held_out else None,
-                peft_config=recipe.peft_config(),
+                peft_config=training.peft_config(),
                 compute_metrics=lambda rows: {"token_loss": float(rows.predictions.sum() / rows.label_ids.sum())},
             )
         )
@@ -225,8 +225,8 @@ def command(
     num_processes: NumProcesses = None,
     seed: options.Seed = 0,
     limit: options.Limit = None,
-    skip_bad: options.SkipBad = False,
-    max_bad: options.MaxBad = None,
+    skip_invalid: options.SkipInvalid = False,
+    max_invalid: options.MaxInvalid = None,
     device: options.Device = "auto",
     overwrite: options.Overwrite = False,
     json: options.Json = False,
@@ -241,15 +241,15 @@ def command(
     if revisions not in ("all", "last"):
         raise UsageError(f"--revisions must be all or last, not {revisions!r}")
     which: Literal["all", "last"] = "all" if revisions == "all" else "last"
-    base = Base.resolve(model)
+    base = ModelSource.resolve(model)
     inputs = {"revisions": hash_input(input)} | ({"helpful": hash_input(helpful)} if helpful else {})
-    intake, intake_helpful = Intake.of(flags), Intake.of(flags)
-    rows = [row for _, row in intake.rows(input, completed_row, limit)]
-    helpful_rows = [row for _, row in intake_helpful.rows(helpful, completed_row)] if helpful else []
+    reader, helpful_reader = RowReader.of(flags), RowReader.of(flags)
+    rows = [row for _, row in reader.rows(input, completed_row, limit)]
+    helpful_rows = [row for _, row in helpful_reader.rows(helpful, completed_row)] if helpful else []
     mine = [example for row in rows for example in examples_of(row, which)]
     theirs = [example for row in helpful_rows for example in examples_of(row, "last")]
     chosen = mixed(mine, theirs, helpful_ratio, seed_for(seed, "sft", "helpful"))
-    counts = Counts(rejected=[*intake.take_bad(), *intake_helpful.take_bad()])
+    counts = Counts(rejected=[*reader.take_invalid(), *helpful_reader.take_invalid()])
     if left := len(mine) + len(theirs) - len(chosen):
         counts.skipped["beyond --helpful-ratio"] = left
     if helpful and len(theirs) < round(helpful_ratio * len(mine)):
@@ -262,7 +262,7 @@ def command(
     train = [encoded for (_, encoded), prompt in zip(fitting, prompts, strict=True) if prompt not in apart]
     held_out = [encoded for (_, encoded), prompt in zip(fitting, prompts, strict=True) if prompt in apart]
     counts.train, counts.held_out = len(train), len(held_out)
-    recipe = Recipe(
+    training = TrainingConfig(
         batch_size=batch_size,
         gradient_accumulation=gradient_accumulation,
         learning_rate=learning_rate,
@@ -277,7 +277,7 @@ def command(
         provenance=provenance(
             "sft",
             inputs=inputs,
-            settings=recipe.settings(flags),
+            settings=training.settings(flags),
             model={"fingerprint": base.fingerprint},
             rows=rows_digest([*rows, *helpful_rows]),
         ),
@@ -286,6 +286,6 @@ def command(
         output=output,
         overwrite=overwrite,
         counts=counts,
-        train=lambda work: sft(base.path, tokenizer, train, held_out, recipe, work),
-        facts=recipe.facts("all examples in a new random order every epoch", len(train)),
+        train=lambda work: sft(base.path, tokenizer, train, held_out, training, work),
+        facts=training.facts("all examples in a new random order every epoch", len(train)),
     ).run(as_json=json)

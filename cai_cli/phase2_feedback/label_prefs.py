@@ -15,28 +15,31 @@ import typer
 
 from cai_cli.cli import options
 from cai_cli.common.errors import UsageError
-from cai_cli.data.row_reader import Intake
+from cai_cli.data.row_reader import RowReader
 from cai_cli.data.schema import TIE, UNSURE, Preference, Rejected, reject
-from cai_cli.engines.base import Refusal
+from cai_cli.engines.base import RequestFailure
 from cai_cli.judging.labeller import labeller_settings, open_labeller
 from cai_cli.judging.pairs import PAIRINGS, Pair, pair_units
 from cai_cli.judging.vote_cache import RecordedVotes
-from cai_cli.judging.votes import Labeller, Weighed, weigh
-from cai_cli.metrics.label_audit import Tally, audit_file, say_audit
+from cai_cli.judging.votes import Labeller, PairVerdict, aggregate_votes
+from cai_cli.metrics.label_audit import LabelAudit, audit_file, say_audit
 from cai_cli.runtime.manifest import hash_input, provenance
 from cai_cli.runtime.sinks import StdoutSink
-from cai_cli.runtime.stage_run import Job
+from cai_cli.runtime.stage_run import StageRun
 from cai_cli.runtime.summary import print_summary
 
 
 def label_prefs(pairs: Sequence[Pair], labeller: Labeller) -> list[Preference | Rejected]:
     """One preference per pair, in order. A tie, a pair without a vote and one under `min_confidence` are rejected,
     each with its reason."""
-    return [_preference(pair, opinion, labeller) for pair, opinion in zip(pairs, weigh(pairs, labeller), strict=True)]
+    return [
+        _preference(pair, opinion, labeller)
+        for pair, opinion in zip(pairs, aggregate_votes(pairs, labeller), strict=True)
+    ]
 
 
-def _preference(pair: Pair, opinion: Weighed | Refusal, labeller: Labeller) -> Preference | Rejected:
-    if isinstance(opinion, Refusal):
+def _preference(pair: Pair, opinion: PairVerdict | RequestFailure, labeller: Labeller) -> Preference | Rejected:
+    if isinstance(opinion, RequestFailure):
         return reject(pair.key, opinion.reason, pair)
     labelled = _labelled(pair, opinion, labeller.judge.method)
     # Rejected with their votes: to the audit a tie is often a judge that changed its mind.
@@ -47,7 +50,7 @@ def _preference(pair: Pair, opinion: Weighed | Refusal, labeller: Labeller) -> P
     return labelled
 
 
-def _labelled(pair: Pair, opinion: Weighed, method: str) -> Preference:
+def _labelled(pair: Pair, opinion: PairVerdict, method: str) -> Preference:
     a_wins = opinion.p_a > 0.5
     votes = opinion.as_rows(method)
     if not a_wins:  # "ab" in a vote on a preference means that the chosen reply stood first
@@ -84,7 +87,7 @@ def command(
         ),
     ] = "all",
     both_orders: Annotated[
-        bool, typer.Option("--both-orders/--one-order", help="Ask each pair in both orders and average.")
+        bool, typer.Option("--both-orders/--one-order", help="GenerationRequest each pair in both orders and average.")
     ] = True,
     calibrate: Annotated[
         bool, typer.Option("--calibrate/--no-calibrate", help="Take out the liking for a letter that empty pairs show.")
@@ -105,12 +108,12 @@ def command(
     max_new_tokens: options.MaxNewTokens = 128,
     temperature: options.Temperature = 1.0,
     top_p: options.TopP = 1.0,
-    prompt_form: options.PromptForm = "auto",
+    prompt_format: options.PromptFormatOption = "auto",
     seed: options.Seed = 0,
     limit: options.Limit = None,
     shard: options.Shard = None,
-    skip_bad: options.SkipBad = False,
-    max_bad: options.MaxBad = None,
+    skip_invalid: options.SkipInvalid = False,
+    max_invalid: options.MaxInvalid = None,
     batch_size: options.BatchSize = None,
     device: options.Device = "auto",
     dtype: options.DType = "auto",
@@ -130,7 +133,7 @@ def command(
     Preference rows.
     """
     flags = locals()
-    intake = Intake.of(flags)
+    reader = RowReader.of(flags)
     if pairs not in PAIRINGS:
         raise UsageError(f"--pairs must be one of {', '.join(PAIRINGS)}, not {pairs!r}")
     labeller, loaded = open_labeller(flags)
@@ -145,20 +148,20 @@ def command(
     )
     if votes:
         labeller = replace(labeller, recorded=RecordedVotes(votes, made_by))
-    job = Job(
+    job = StageRun(
         provenance=made_by,
         inputs=inputs,
         output=output,
         overwrite=overwrite,
-        intake=intake,
-        units=lambda: pair_units(intake, input, pairs, seed, limit),
+        reader=reader,
+        units=lambda: pair_units(reader, input, pairs, seed, limit),
         work=lambda some: label_prefs(some, labeller),
         window=engine.batch_size,
         engine=engine,
     )
-    tally = Tally()
-    summary = job.complete(StdoutSink(tally.add) if output == "-" else None)
-    found = tally.audit() if output == "-" else audit_file(output)
+    label_audit = LabelAudit()
+    summary = job.complete(StdoutSink(label_audit.add) if output == "-" else None)
+    found = label_audit.audit() if output == "-" else audit_file(output)
     print_summary({**summary, "audit": found}, as_json=json, stdout_is_data=output == "-")
     if summary["out"] or summary["rejected"]:
         say_audit(found)

@@ -15,47 +15,47 @@ from cai_cli.engines import open_engine
 from cai_cli.engines.base import Sampling, Server
 from cai_cli.judging.judge import Judge
 from cai_cli.judging.pairs import Pair
-from cai_cli.judging.votes import Labeller, Weighed, weigh
-from cai_cli.models.source import Base
-from cai_cli.prompting.base import assistant, pick_form
+from cai_cli.judging.votes import Labeller, PairVerdict, aggregate_votes
+from cai_cli.models.source import ModelSource
+from cai_cli.prompting.base import assistant, resolve_prompt_format
 from cai_cli.reward.preference_model import open_for_scores, score_conversations
 
 Score = Callable[[Sequence[Prompt], Sequence[str]], list[float]]
 # Prompts, their replies and the start model's replies -> one score each; None where the watcher gave none.
-Watch = Callable[[Sequence[Prompt], Sequence[str], Sequence[str]], list[float | None]]
+MonitorScore = Callable[[Sequence[Prompt], Sequence[str], Sequence[str]], list[float | None]]
 
 
 @dataclass(frozen=True)
-class Watcher:
+class MonitorModel:
     """`identity` is for the manifest, `path` a preference model's (its context window counts), `open` loads it."""
 
     identity: dict[str, Any]
     path: Path | None
-    open: Callable[[], Watch]
+    open: Callable[[], MonitorScore]
 
 
-def pick_watcher(
-    watch_pm: str | None, watch_judge: str | None, base_url: str | None, pm: Base, *, device: str, seed: int
-) -> Watcher | None:
+def pick_monitor_model(
+    monitor_pm: str | None, monitor_judge: str | None, base_url: str | None, pm: ModelSource, *, device: str, seed: int
+) -> MonitorModel | None:
     """The watcher that the options name. Raises UsageError, and CaiError when there is no such model."""
-    if base_url and not watch_judge:
-        raise UsageError("--base-url is where the judge is asked", hint="--watch-judge openai:NAME")
-    if watch_pm and watch_judge:
-        raise UsageError("--watch-pm and --watch-judge are two watchers; one is watched", hint="leave one out")
-    if watch_pm:
-        base = Base.resolve(watch_pm)
+    if base_url and not monitor_judge:
+        raise UsageError("--base-url is where the judge is asked", hint="--monitor-judge openai:NAME")
+    if monitor_pm and monitor_judge:
+        raise UsageError("--monitor-pm and --monitor-judge are two watchers; one is watched", hint="leave one out")
+    if monitor_pm:
+        base = ModelSource.resolve(monitor_pm)
         if base.fingerprint == pm.fingerprint:
-            raise UsageError("--watch-pm is the model that --pm trains against: a watcher must be another")
-        return Watcher(
+            raise UsageError("--monitor-pm is the model that --pm trains against: a watcher must be another")
+        return MonitorModel(
             {"fingerprint": base.fingerprint}, base.path, lambda: _watching(preference_score(base.path, device))
         )
-    if watch_judge:
-        engine = open_engine(watch_judge, batch_size=None, device="auto", dtype="auto", server=Server(base_url))
+    if monitor_judge:
+        engine = open_engine(monitor_judge, batch_size=None, device="auto", dtype="auto", server=Server(base_url))
         loaded = open_constitution(PreferenceConstitution, None, None)
-        judge = Judge(engine, "choice", loaded.examples, pick_form("auto", engine), seed, Sampling())
+        judge = Judge(engine, "choice", loaded.examples, resolve_prompt_format("auto", engine), seed, Sampling())
         labeller = Labeller(judge, loaded.principles, per_pair=1, orders=("ab", "ba"))
         identity = {**engine.identity(), "constitution": loaded.fingerprint()}
-        return Watcher(identity, None, lambda: lambda *given: judged(labeller, *given))
+        return MonitorModel(identity, None, lambda: lambda *given: judged(labeller, *given))
     return None
 
 
@@ -70,7 +70,7 @@ def preference_score(path: Path, device: str, batch_size: int = 16) -> Score:
     return score
 
 
-def _watching(score: Score) -> Watch:
+def _watching(score: Score) -> MonitorScore:
     return lambda prompts, replies, _: list(score(prompts, replies))
 
 
@@ -84,5 +84,7 @@ def judged(
         if reply != start:
             sides = {"a": [assistant(reply)], "b": [assistant(start)]}
             pairs.append(Pair(id=prompt.id, prompt=prompt.prompt, **sides, human=None, source=None))
-    opinions = (opinion.p_a if isinstance(opinion, Weighed) else None for opinion in weigh(pairs, labeller))
+    opinions = (
+        opinion.p_a if isinstance(opinion, PairVerdict) else None for opinion in aggregate_votes(pairs, labeller)
+    )
     return [0.5 if reply == start else next(opinions) for reply, start in zip(replies, starts, strict=True)]

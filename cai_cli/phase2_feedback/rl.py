@@ -31,17 +31,17 @@ from cai_cli.cli import options
 from cai_cli.common import console
 from cai_cli.common.errors import UsageError
 from cai_cli.common.seeds import seed_for
-from cai_cli.data.row_reader import Intake
+from cai_cli.data.row_reader import RowReader
 from cai_cli.data.schema import Prompt
 from cai_cli.data.splits import mixed
 from cai_cli.engines.base import Sampling
 from cai_cli.models.loading import pick_device
-from cai_cli.models.source import Base
-from cai_cli.phase2_feedback.monitor_models import Watcher, pick_watcher, preference_score
+from cai_cli.models.source import ModelSource
+from cai_cli.phase2_feedback.monitor_models import MonitorModel, pick_monitor_model, preference_score
 from cai_cli.phase2_feedback.rl_monitor import (
     CHECK_COLUMNS,
     Monitor,
-    Scale,
+    RewardNormalizer,
     checks_callback,
     flagged,
     logits_of,
@@ -53,7 +53,7 @@ from cai_cli.runtime.manifest import hash_input, provenance
 from cai_cli.runtime.output_files import sidecar
 from cai_cli.training import distributed
 from cai_cli.training.checkpoints import save_finished, save_model
-from cai_cli.training.config import LearningRate, Lora, LoraRank, Recipe, SaveSteps
+from cai_cli.training.config import LearningRate, Lora, LoraRank, SaveSteps, TrainingConfig
 from cai_cli.training.cpu_logprobs import use_plain_head
 from cai_cli.training.launcher import AccelerateConfig, NumProcesses, as_asked
 from cai_cli.training.loop import fit, without_printer
@@ -82,7 +82,7 @@ def rl(
     preference_model: Path,
     prompts: Sequence[Prompt],
     held_out: Sequence[Prompt],
-    recipe: Recipe,
+    training: TrainingConfig,
     work: Path,
     *,
     algorithm: str,
@@ -92,7 +92,7 @@ def rl(
     max_new_tokens: int,
     temperature: float,
     cutoff_penalty: float,
-    watcher: Watcher | None,
+    monitor_model: MonitorModel | None,
     monitor_every: int,
     stop_on_goodhart: bool,
 ) -> dict[str, Any]:
@@ -105,41 +105,41 @@ def rl(
 
     from cai_cli.models.loading import load_causal_lm, load_tokenizer
 
-    assert recipe.max_steps  # noqa: S101
+    assert training.max_steps  # noqa: S101
     if distributed.weights_are_sharded():
         raise UsageError(
             "rl needs the whole policy in every process, to sample from it and to check it",
             hint="--accelerate-config multi_gpu, zero1 or zero2; --lora takes less memory",
         )
-    policy, tokenizer = load_causal_lm(base, "float32", recipe.device), load_tokenizer(base)
+    policy, tokenizer = load_causal_lm(base, "float32", training.device), load_tokenizer(base)
     if policy.config._name_or_path != str(base):
         raise AssertionError("the reference model would be loaded from elsewhere")
-    score = preference_score(preference_model, recipe.device, recipe.batch_size)
+    score = preference_score(preference_model, training.device, training.batch_size)
     metrics = Metrics(work / "metrics.jsonl", [*COLUMNS, *CHECK_COLUMNS])
     monitor = Monitor(
         held_out,
         tokenizer,
         score,
-        watcher.open() if watcher and distributed.leads() else None,
+        monitor_model.open() if monitor_model and distributed.leads() else None,
         work / "samples.jsonl",
         Sampling(max_new_tokens, temperature),
-        recipe.seed,
-        recipe.batch_size,
+        training.seed,
+        training.batch_size,
     )
     if not metrics.at(0):
         metrics.put(0, distributed.from_leader(lambda: monitor.check(0, policy, logits_of(policy))))
-    scale = distributed.from_leader(lambda: monitor.scale)
+    normalizer = distributed.from_leader(lambda: monitor.normalizer)
     ends = end_ids(policy, tokenizer)
     trainer_class, config_class = {"rloo": (RLOOTrainer, RLOOConfig), "grpo": (GRPOTrainer, GRPOConfig)}[algorithm]
-    order = prompt_order(len(prompts), recipe.max_steps, prompts_per_step, recipe.seed)
+    order = prompt_order(len(prompts), training.max_steps, prompts_per_step, training.seed)
     with quiet_libraries():
         trainer = without_printer(
-            with_our_text(trainer_class, ends, monitor.sampling, recipe.batch_size)(
+            with_our_text(trainer_class, ends, monitor.sampling, training.batch_size)(
                 model=policy,
                 processing_class=tokenizer,
-                reward_funcs=preference_reward(score, scale, ends, cutoff_penalty),
+                reward_funcs=preference_reward(score, normalizer, ends, cutoff_penalty),
                 args=config_class(
-                    **recipe.arguments(work),
+                    **training.arguments(work),
                     num_generations=samples_per_prompt,
                     max_completion_length=max_new_tokens,
                     temperature=temperature,
@@ -149,7 +149,7 @@ def rl(
                 train_dataset=Dataset.from_list(
                     [{"prompt": [m.model_dump() for m in prompts[i].prompt]} for i in order]
                 ),
-                peft_config=recipe.peft_config(),
+                peft_config=training.peft_config(),
             )
         )
         use_plain_head(trainer, temperature)
@@ -162,13 +162,13 @@ def rl(
     if kept:
         save_finished(trainer, tokenizer, work / "model")
     elif distributed.leads():
-        save_model(load_causal_lm(base, "float32", recipe.device), tokenizer, work / "model")
+        save_model(load_causal_lm(base, "float32", training.device), tokenizer, work / "model")
     if distributed.leads():
         shutil.copyfile(work / "samples.jsonl", work / "model/samples.jsonl")
-    return {**figures(metrics, scale, kept), "throughput": throughput}
+    return {**figures(metrics, normalizer, kept), "throughput": throughput}
 
 
-def figures(metrics: Metrics, scale: Scale, kept: int) -> dict[str, Any]:
+def figures(metrics: Metrics, normalizer: RewardNormalizer, kept: int) -> dict[str, Any]:
     """Of the manifest, about the model that is kept. `kept_step`: the step whose weights these are, 0 where none was
     better than the start model. `score_mean` and `score_std`: the scale of the reward."""
     trained = [row for row in metrics.rows if row["reward"] is not None]
@@ -179,8 +179,8 @@ def figures(metrics: Metrics, scale: Scale, kept: int) -> dict[str, Any]:
     return {
         "steps": metrics.rows[-1]["step"],
         "kept_step": kept,
-        "score_mean": scale.mean,
-        "score_std": scale.std,
+        "score_mean": normalizer.mean,
+        "score_std": normalizer.std,
         "reward_before": trained[0]["reward"],
         **{name: last[0][name] for name in ("reward", "kl", "cut_off_share", "reply_tokens")},
         **{f"{name}_before": checks[0][name] for name in ("pm_score", "watch_score")},
@@ -225,11 +225,17 @@ def command(
         int, typer.Option(min=1, help="Prompts never trained on, by which the policy is checked; at most half.")
     ] = 32,
     monitor_every: Annotated[int, typer.Option(min=1, help="Steps between checks on the held-out prompts.")] = 10,
-    watch_pm: Annotated[
-        str | None, typer.Option("--watch-pm", help="A second preference model, which scores the checks only.")
+    monitor_pm: Annotated[
+        str | None,
+        typer.Option("--monitor-pm", "--watch-pm", help="A second preference model, which scores the checks only."),
     ] = None,
-    watch_judge: Annotated[
-        str | None, typer.Option(help="A judge that compares the replies of the checks with those of --model.")
+    monitor_judge: Annotated[
+        str | None,
+        typer.Option(
+            "--monitor-judge",
+            "--watch-judge",
+            help="A judge that compares the replies of the checks with those of --model.",
+        ),
     ] = None,
     base_url: options.BaseUrl = None,
     stop_on_goodhart: Annotated[
@@ -241,8 +247,8 @@ def command(
     num_processes: NumProcesses = None,
     seed: options.Seed = 0,
     limit: options.Limit = None,
-    skip_bad: options.SkipBad = False,
-    max_bad: options.MaxBad = None,
+    skip_invalid: options.SkipInvalid = False,
+    max_invalid: options.MaxInvalid = None,
     device: options.Device = "auto",
     overwrite: options.Overwrite = False,
     json: options.Json = False,
@@ -257,24 +263,24 @@ def command(
     replies = prompts_per_step * samples_per_prompt
     share = _share(replies, batch_size)
     _check(algorithm, report_to)
-    models = {"model": Base.resolve(model), "pm": Base.resolve(pm)}
+    models = {"model": ModelSource.resolve(model), "pm": ModelSource.resolve(pm)}
     where = pick_device(device)
-    watcher = pick_watcher(watch_pm, watch_judge, base_url, models["pm"], device=where, seed=seed)
+    monitor_model = pick_monitor_model(monitor_pm, monitor_judge, base_url, models["pm"], device=where, seed=seed)
     inputs = {"prompts": hash_input(input)} | ({"helpful": hash_input(helpful)} if helpful else {})
-    intake, intake_helpful = Intake.of(flags), Intake.of(flags)
-    given = [prompt for _, prompt in intake.prompts(input, limit=limit)]
-    helpful_prompts = [prompt for _, prompt in intake_helpful.prompts(helpful, "helpful")] if helpful else []
-    counts = Counts(rejected=[*intake.take_bad(), *intake_helpful.take_bad()])
+    reader, helpful_reader = RowReader.of(flags), RowReader.of(flags)
+    given = [prompt for _, prompt in reader.prompts(input, limit=limit)]
+    helpful_prompts = [prompt for _, prompt in helpful_reader.prompts(helpful, "helpful")] if helpful else []
+    counts = Counts(rejected=[*reader.take_invalid(), *helpful_reader.take_invalid()])
     chosen = mixed(given, helpful_prompts, helpful_ratio, seed_for(seed, "rl", "helpful"))
     if left := len(given) + len(helpful_prompts) - len(chosen):
         counts.skipped["beyond --helpful-ratio"] = left
     if helpful and len(helpful_prompts) < round(helpful_ratio * len(given)):
         console.say(f"rl: {helpful} holds {len(helpful_prompts):,} prompts, fewer than --helpful-ratio asks for")
-    judges = [models["pm"].path, *([watcher.path] if watcher and watcher.path else [])]
+    judges = [models["pm"].path, *([monitor_model.path] if monitor_model and monitor_model.path else [])]
     fitting = fitting_prompts(chosen, models["model"].path, judges, max_new_tokens, counts)
     train, checked = hold_out(fitting, held_out, seed)
     counts.train, counts.held_out = len(train), len(checked)
-    recipe = Recipe(
+    training = TrainingConfig(
         batch_size=batch_size or share,
         gradient_accumulation=share // (batch_size or share),
         learning_rate=learning_rate,
@@ -292,10 +298,10 @@ def command(
         provenance=provenance(
             "rl",
             inputs=inputs,
-            settings=recipe.settings(flags),
+            settings=training.settings(flags),
             model={"fingerprint": models["model"].fingerprint},
             pm={"fingerprint": models["pm"].fingerprint},
-            watcher=watcher.identity if watcher else None,
+            monitor=monitor_model.identity if monitor_model else None,
             rows=rows_digest([*given, *helpful_prompts]),
         ),
         inputs=inputs,
@@ -308,7 +314,7 @@ def command(
             models["pm"].path,
             train,
             checked,
-            recipe,
+            training,
             work,
             algorithm=algorithm,
             beta=beta,
@@ -317,11 +323,11 @@ def command(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             cutoff_penalty=cutoff_penalty,
-            watcher=watcher,
+            monitor_model=monitor_model,
             monitor_every=monitor_every,
             stop_on_goodhart=stop_on_goodhart,
         ),
-        facts=recipe.facts("pass after pass over all prompts, each in a new random order", steps * replies),
+        facts=training.facts("pass after pass over all prompts, each in a new random order", steps * replies),
     ).run(as_json=json)
 
 

@@ -17,13 +17,13 @@ from cai_cli.common.errors import CaiError
 from cai_cli.common.seeds import seed_for
 from cai_cli.data.jsonl import AppendFile, cut_torn_tail, read_rows, rows_of
 from cai_cli.data.schema import PolicySample, Prompt, dump_row
-from cai_cli.engines.base import Ask, Refusal, Sampling
+from cai_cli.engines.base import GenerationRequest, RequestFailure, Sampling
 from cai_cli.engines.local.engine import engine_around
 from cai_cli.engines.tokenization import encode_chat, encode_text
 from cai_cli.metrics.reply_habits import opening
 from cai_cli.models.adapters import without_adapter_wrapper
 from cai_cli.phase2_feedback.goodhart import SHARES, Check, best_check, goodhart, mean_of
-from cai_cli.phase2_feedback.monitor_models import Score, Watch
+from cai_cli.phase2_feedback.monitor_models import MonitorScore, Score
 from cai_cli.prompting.base import assistant, reply_request
 from cai_cli.training import distributed
 from cai_cli.training.checkpoints import verify
@@ -50,7 +50,7 @@ Logits = Callable[["Tensor", int], "Tensor"]
 
 
 @dataclass(frozen=True)
-class Scale:
+class RewardNormalizer:
     """The unit of the reward: the start model's held-out replies have mean 0 and standard deviation 1 in it."""
 
     mean: float
@@ -68,7 +68,7 @@ class Monitor:
     prompts: Sequence[Prompt]
     tokenizer: Any
     score: Score
-    watch: Watch | None
+    monitor_score_of: MonitorScore | None
     file: Path
     sampling: Sampling
     seed: int
@@ -85,7 +85,7 @@ class Monitor:
         return [list(rows) for _, rows in groupby(self.rows, key=lambda row: row.step)]
 
     @property
-    def scale(self) -> Scale:
+    def normalizer(self) -> RewardNormalizer:
         """Of the start model's replies, so the same after a resume. Raises CaiError when their scores do not differ."""
         scores = [row.score for row in self.rows if row.step == 0]
         if not (spread := stdev(scores)):
@@ -94,7 +94,7 @@ class Monitor:
                 f"{scores[0]:.4g}: it cannot tell them apart",
                 hint="more --held-out prompts, or a preference model trained longer",
             )
-        return Scale(fmean(scores), spread)
+        return RewardNormalizer(fmean(scores), spread)
 
     def forget(self, step: int) -> None:
         """Drop the checks after `step`: they are done again."""
@@ -118,7 +118,7 @@ class Monitor:
         file.close()
         self.rows += rows
         return {
-            "pm_score": self.scale(fmean(row.score for row in rows)),
+            "pm_score": self.normalizer(fmean(row.score for row in rows)),
             "watch_score": mean_of(rows, lambda row: row.watch_score),
             "held_out_kl": kl,
             "held_out_entropy": entropy,
@@ -135,21 +135,21 @@ class Monitor:
         each = max(1, -(-LEAST_REPLIES // len(self.prompts)))
         wanted = [(prompt, index) for prompt in self.prompts for index in range(each)]
         asks = [
-            Ask(reply_request(prompt.prompt, "chat").text, seed_for(self.seed, "check", prompt.id, index))
+            GenerationRequest(reply_request(prompt.prompt, "chat").text, seed_for(self.seed, "check", prompt.id, index))
             for prompt, index in wanted
         ]
         replies = engine_around(without_adapter_wrapper(policy), self.tokenizer, self.batch_size).generate(
             asks, self.sampling
         )
-        if refusal := next((reply for reply in replies if isinstance(reply, Refusal)), None):
+        if refusal := next((reply for reply in replies if isinstance(reply, RequestFailure)), None):
             raise CaiError(f"rl: no reply to a held-out prompt: {refusal.reason}")
         return [(prompt, index, reply) for (prompt, index), reply in zip(wanted, replies, strict=True)]
 
     def _scored(self, step: int, replies: Sequence[tuple[Prompt, int, Any]]) -> list[PolicySample]:
         prompts, texts = [prompt for prompt, _, _ in replies], [reply.text for _, _, reply in replies]
         starts = [row.reply for row in self.rows if row.step == 0] or texts
-        watched = self.watch(prompts, texts, starts) if self.watch else [None] * len(texts)
-        if self.watch and (silent := watched.count(None)):
+        watched = self.monitor_score_of(prompts, texts, starts) if self.monitor_score_of else [None] * len(texts)
+        if self.monitor_score_of and (silent := watched.count(None)):
             console.warn(f"rl: step {step:,}: the watcher gave no score to {silent:,} of {len(texts):,} replies")
         return [
             PolicySample(

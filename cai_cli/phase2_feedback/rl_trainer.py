@@ -12,7 +12,7 @@ from cai_cli.engines.local.engine import engine_around
 from cai_cli.engines.tokenization import encode_chat
 from cai_cli.models.adapters import without_adapter_wrapper
 from cai_cli.phase2_feedback.monitor_models import Score
-from cai_cli.phase2_feedback.rl_monitor import Scale
+from cai_cli.phase2_feedback.rl_monitor import RewardNormalizer
 from cai_cli.training import distributed
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ Chat = list[dict[str, str]]
 
 
 def preference_reward(
-    score: Score, scale: Scale, ends: frozenset[int], cutoff_penalty: float
+    score: Score, normalizer: RewardNormalizer, ends: frozenset[int], cutoff_penalty: float
 ) -> Callable[..., list[float]]:
     """The reward of TRL's trainers: the standardised score of the reply, less the penalty where the reply does not end
     with one of the token ids `ends`."""
@@ -35,7 +35,7 @@ def preference_reward(
         **_: Any,
     ) -> list[float]:
         asked = [Prompt(id="-", prompt=messages_of(prompt)) for prompt in prompts]
-        scores = [scale(value) for value in score(asked, [reply[0]["content"] for reply in completions])]
+        scores = [normalizer(value) for value in score(asked, [reply[0]["content"] for reply in completions])]
         cut = [ids[-1] not in ends for ids in completion_ids]
         of_all = distributed.gathered(list(zip(scores, cut, strict=True)))
         log_metric("score", fmean(score for score, _ in of_all))

@@ -7,19 +7,19 @@ another preference model it means nothing. The tokens scored are those that `tra
 from cai_cli.cli import options
 from cai_cli.data.formats import conversation_hash, conversations, scorable
 from cai_cli.data.jsonl import origin
-from cai_cli.data.row_reader import Intake
+from cai_cli.data.row_reader import RowReader
 from cai_cli.data.schema import Sample
 from cai_cli.reward.scorer import Scorer
 from cai_cli.runtime.manifest import hash_input, provenance, settings_of
-from cai_cli.runtime.stage_run import Job, Unit, Units
+from cai_cli.runtime.stage_run import StageRun, WorkItem, WorkItems
 
 
-def units(intake: Intake, source: str, limit: int | None) -> Units[Sample]:
+def units(reader: RowReader, source: str, limit: int | None) -> WorkItems[Sample]:
     """Every conversation of the file, by (id, sample_index)."""
     name = origin(source)
-    for line, row in intake.rows(source, lambda value: scorable(value, name), limit):
+    for line, row in reader.rows(source, lambda value: scorable(value, name), limit):
         for conversation in conversations(row):
-            yield Unit(conversation.key, line, conversation, hashed_id=row.id == conversation_hash(row))
+            yield WorkItem(conversation.key, line, conversation, hashed_id=row.id == conversation_hash(row))
 
 
 def command(
@@ -28,8 +28,8 @@ def command(
     output: options.Output = "-",
     limit: options.Limit = None,
     shard: options.Shard = None,
-    skip_bad: options.SkipBad = False,
-    max_bad: options.MaxBad = None,
+    skip_invalid: options.SkipInvalid = False,
+    max_invalid: options.MaxInvalid = None,
     batch_size: options.BatchSize = None,
     device: options.Device = "auto",
     overwrite: options.Overwrite = False,
@@ -42,18 +42,18 @@ def command(
     labelled. Writes Scored rows, one a conversation; of a pair sample_index 0 is `chosen` and 1 is `rejected`.
     """
     flags = locals()
-    intake = Intake.of(flags)
+    reader = RowReader.of(flags)
     inputs = {"conversations": hash_input(input)}
     scorer, lines = Scorer(pm, batch_size, device), inputs["conversations"].lines
-    Job(
+    StageRun(
         provenance=provenance(
             "score", inputs=inputs, settings=settings_of(flags), pm={"fingerprint": scorer.base.fingerprint}
         ),
         inputs=inputs,
         output=output,
         overwrite=overwrite,
-        intake=intake,
-        units=lambda: units(intake, input, limit),
+        reader=reader,
+        units=lambda: units(reader, input, limit),
         work=scorer.score,
         window=4 * scorer.batch_size,
         total=None if lines is None else min(lines, limit or lines),

@@ -21,13 +21,13 @@ from cai_cli.common.errors import CaiError, RowError, UsageError
 from cai_cli.common.seeds import seed_for
 from cai_cli.data.formats import parse_preference
 from cai_cli.data.jsonl import origin
-from cai_cli.data.row_reader import Intake
+from cai_cli.data.row_reader import RowReader
 from cai_cli.data.schema import JudgedPair, Preference, conversation_id, dump_row, reject
 from cai_cli.data.splits import held_out_keys, mixed, too_long_for
 from cai_cli.engines.tokenization import encode_text
 from cai_cli.metrics.preference_model import held_out_figures
 from cai_cli.models.loading import pick_device, tokenizer_and_window
-from cai_cli.models.source import Base
+from cai_cli.models.source import ModelSource
 from cai_cli.phase2_feedback.linear_probe import fit_head
 from cai_cli.phase2_feedback.pm_trainer import soft_reward_trainer
 from cai_cli.reward.packed_pairs import score_pairs, take_packed_pairs
@@ -43,9 +43,9 @@ from cai_cli.training.config import (
     LoraRank,
     MaxLength,
     MaxSteps,
-    Recipe,
     SaveSteps,
     TrainBatchSize,
+    TrainingConfig,
 )
 from cai_cli.training.launcher import AccelerateConfig, NumProcesses, as_asked
 from cai_cli.training.loop import fit, without_printer
@@ -70,7 +70,7 @@ TARGETS = ("soft", "hard")
 
 
 @dataclass(frozen=True)
-class Pair:
+class EncodedPair:
     """A preference, the ids of its two conversations, and the probability of `chosen` that is trained on."""
 
     row: Preference
@@ -94,7 +94,7 @@ def encode_pairs(
     *,
     window: int,
     hard: bool,
-) -> list[Pair]:
+) -> list[EncodedPair]:
     """Every pair that can be trained on; the others are rejected into `counts`.
 
     `window`: how many tokens the model takes. With `hard` the preferred reply has probability 1, and a tie, which has
@@ -114,14 +114,14 @@ def encode_pairs(
         elif hard and row.p_chosen == 0.5:
             counts.skipped["a tie, which has no hard target"] += 1
         else:
-            pairs.append(Pair(row, ids[0], ids[1], 1.0 if hard else row.p_chosen))
+            pairs.append(EncodedPair(row, ids[0], ids[1], 1.0 if hard else row.p_chosen))
     return pairs
 
 
 def judge(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    pairs: Sequence[Pair],
+    pairs: Sequence[EncodedPair],
     batch_size: int,
     *,
     share_prompts: bool,
@@ -153,9 +153,9 @@ def judge(
 def train_pm(
     base: Path,
     tokenizer: "PreTrainedTokenizerBase",
-    train: Sequence[Pair],
-    held_out: Sequence[Pair],
-    recipe: Recipe,
+    train: Sequence[EncodedPair],
+    held_out: Sequence[EncodedPair],
+    training: TrainingConfig,
     work: Path,
     *,
     fitted_head: bool,
@@ -165,25 +165,27 @@ def train_pm(
     from cai_cli.models.loading import load_reward_model
 
     longest = max([*train, *held_out], key=lambda pair: max(len(pair.chosen), len(pair.rejected)))
-    model = load_reward_model(base, "float32", recipe.device, new_head_seed=recipe.seed)
+    model = load_reward_model(base, "float32", training.device, new_head_seed=training.seed)
     share = take_packed_pairs(model, longest.ids)
     metrics = Metrics(work / "metrics.jsonl", [*COLUMNS, *HELD_OUT])
     # Fitted and judged anew also when a run is resumed: it is the untrained model that is loaded here.
-    head = start_head(model, train, recipe, share_prompts=share) if fitted_head else {}
+    head = start_head(model, train, training, share_prompts=share) if fitted_head else {}
     before, steps, throughput = held_out_figures([]), 0, dict[str, Any]()
-    if recipe.trains:
-        before = distributed.from_leader(lambda: judged_before(model, tokenizer, held_out, recipe, share_prompts=share))
+    if training.trains:
+        before = distributed.from_leader(
+            lambda: judged_before(model, tokenizer, held_out, training, share_prompts=share)
+        )
         if metrics.at(0) is None:
             metrics.put(0, held_out_row(before))
-        steps, throughput = fine_tune(model, tokenizer, train, recipe, work, metrics, share_prompts=share)
+        steps, throughput = fine_tune(model, tokenizer, train, training, work, metrics, share_prompts=share)
     elif distributed.leads():
         save_model(model, tokenizer, work / "model")
     if not distributed.leads():
         return {}
     # Judged as others will load it: training may have run in bfloat16.
-    model = load_reward_model(work / "model", "float32", recipe.device)
+    model = load_reward_model(work / "model", "float32", training.device)
     share = share and take_packed_pairs(model, longest.ids)
-    judged = judge(model, tokenizer, held_out, recipe.batch_size, share_prompts=share)
+    judged = judge(model, tokenizer, held_out, training.batch_size, share_prompts=share)
     (work / "model/held_out.jsonl").write_bytes(b"".join(dump_row(pair) + b"\n" for pair in judged))
     figures = held_out_figures(judged)
     metrics.put(steps, held_out_row(figures))
@@ -204,31 +206,31 @@ def train_pm(
 def judged_before(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    held_out: Sequence[Pair],
-    recipe: Recipe,
+    held_out: Sequence[EncodedPair],
+    training: TrainingConfig,
     *,
     share_prompts: bool,
 ) -> dict[str, Any]:
     """The figures of the model that training starts from."""
-    with recipe.autocast():
-        return held_out_figures(judge(model, tokenizer, held_out, recipe.batch_size, share_prompts=share_prompts))
+    with training.autocast():
+        return held_out_figures(judge(model, tokenizer, held_out, training.batch_size, share_prompts=share_prompts))
 
 
 def start_head(
-    model: "PreTrainedModel", train: Sequence[Pair], recipe: Recipe, *, share_prompts: bool
+    model: "PreTrainedModel", train: Sequence[EncodedPair], training: TrainingConfig, *, share_prompts: bool
 ) -> dict[str, Any]:
     """Give the model a head fitted to the pairs, by rank 0; the figures of its cross-validation. Raises CaiError."""
     if not share_prompts:
         raise CaiError("--fit-head needs a decoder whose layers are all full attention", hint="--random-head")
 
     def fitted() -> tuple[dict[str, Any], Any]:
-        with recipe.autocast():
+        with training.autocast():
             figures = fit_head(
                 model,
                 [pair.ids for pair in train],
                 [pair.target for pair in train],
                 [conversation_id(pair.row.prompt) for pair in train],
-                recipe.batch_size,
+                training.batch_size,
             )
         return figures, model.score.weight.data.cpu()
 
@@ -240,8 +242,8 @@ def start_head(
 def fine_tune(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    train: Sequence[Pair],
-    recipe: Recipe,
+    train: Sequence[EncodedPair],
+    training: TrainingConfig,
     work: Path,
     metrics: Metrics,
     *,
@@ -256,9 +258,9 @@ def fine_tune(
             soft_reward_trainer(share_prompts=share_prompts)(
                 model=model,
                 processing_class=tokenizer,
-                args=RewardConfig(**recipe.arguments(work), max_length=None),
+                args=RewardConfig(**training.arguments(work), max_length=None),
                 train_dataset=Dataset.from_list([pair.columns() for pair in train]),
-                peft_config=recipe.peft_config(classifier=True),
+                peft_config=training.peft_config(classifier=True),
             )
         )
         throughput = fit(trainer, metrics, COLUMNS, name="train-pm")
@@ -271,10 +273,10 @@ def held_out_row(figures: dict[str, Any]) -> dict[str, float | None]:
     return {"held_out_loss": figures["held_out_loss"], "held_out_accuracy": accuracy and accuracy["value"]}
 
 
-def read_preferences(intake: Intake, source: str, limit: int | None = None) -> list[Preference]:
+def read_preferences(reader: RowReader, source: str, limit: int | None = None) -> list[Preference]:
     """Preference rows and pairs that humans labelled; such a pair without a source has the file's name."""
     name = origin(source)
-    return [row for _, row in intake.rows(source, lambda value: parse_preference(value, source=name), limit)]
+    return [row for _, row in reader.rows(source, lambda value: parse_preference(value, source=name), limit)]
 
 
 def command(
@@ -309,8 +311,8 @@ def command(
     num_processes: NumProcesses = None,
     seed: options.Seed = 0,
     limit: options.Limit = None,
-    skip_bad: options.SkipBad = False,
-    max_bad: options.MaxBad = None,
+    skip_invalid: options.SkipInvalid = False,
+    max_invalid: options.MaxInvalid = None,
     device: options.Device = "auto",
     dtype: options.DType = "auto",
     overwrite: options.Overwrite = False,
@@ -328,13 +330,13 @@ def command(
         raise UsageError(f"--targets must be soft or hard, not {targets!r}")
     if not (epochs or max_steps or fit_head):
         raise UsageError("--epochs 0 trains nothing", hint="with --fit-head it trains the head alone")
-    base = Base.resolve(model)
+    base = ModelSource.resolve(model)
     inputs = {"preferences": hash_input(input)} | ({"mix": hash_input(mix)} if mix else {})
-    intake, intake_mix = Intake.of(flags), Intake.of(flags)
-    mine = read_preferences(intake, input, limit)
+    reader, intake_mix = RowReader.of(flags), RowReader.of(flags)
+    mine = read_preferences(reader, input, limit)
     theirs = read_preferences(intake_mix, mix) if mix else []
     rows = mixed(mine, theirs, mix_ratio, seed_for(seed, "train-pm", "mix"))
-    counts = Counts(rejected=[*intake.take_bad(), *intake_mix.take_bad()])
+    counts = Counts(rejected=[*reader.take_invalid(), *intake_mix.take_invalid()])
     if left := len(mine) + len(theirs) - len(rows):
         counts.skipped["beyond --mix-ratio"] = left
     if mix and len(theirs) < round(mix_ratio * len(mine)):
@@ -346,7 +348,7 @@ def command(
     train = [pair for pair in pairs if conversation_id(pair.row.prompt) not in apart]
     held_out = [pair for pair in pairs if conversation_id(pair.row.prompt) in apart]
     counts.train, counts.held_out = len(train), len(held_out)
-    recipe = Recipe(
+    training = TrainingConfig(
         batch_size=batch_size,
         gradient_accumulation=gradient_accumulation,
         learning_rate=learning_rate,
@@ -362,7 +364,7 @@ def command(
         provenance=provenance(
             "train-pm",
             inputs=inputs,
-            settings=recipe.settings(flags),
+            settings=training.settings(flags),
             model={"fingerprint": base.fingerprint},
             rows=rows_digest([*mine, *theirs]),
         ),
@@ -371,8 +373,8 @@ def command(
         output=output,
         overwrite=overwrite,
         counts=counts,
-        train=lambda work: train_pm(base.path, tokenizer, train, held_out, recipe, work, fitted_head=fit_head),
-        facts=recipe.facts("all pairs in a new random order every epoch, in batches of like length", len(train)),
+        train=lambda work: train_pm(base.path, tokenizer, train, held_out, training, work, fitted_head=fit_head),
+        facts=training.facts("all pairs in a new random order every epoch, in batches of like length", len(train)),
     ).run(as_json=json)
     if summary["note"]:
         console.warn(f"train-pm: {summary['note']}")

@@ -26,7 +26,7 @@ CHARACTERS_PER_TOKEN = 4
 
 
 @dataclass(frozen=True)
-class Flow:
+class RowFlow:
     """What leaves a step: rows, replies per prompt, and the mean length of a prompt and of a reply in tokens.
     `texts`: how many replies, critiques and revisions a row holds."""
 
@@ -45,7 +45,7 @@ class Flow:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class StepEstimate:
     """`bytes`: of the file that comes out, 0 where a model does."""
 
     step: str
@@ -69,16 +69,16 @@ class Estimate:
         }
 
 
-def estimate(steps: Sequence[Step]) -> list[Estimate]:
+def estimate(steps: Sequence[Step]) -> list[StepEstimate]:
     """One estimate per step, in order."""
     known = stage_options()
-    flows: dict[str, Flow] = {}
+    flows: dict[str, RowFlow] = {}
     estimates = []
     for step in steps:
         options = {**{name: o.default for name, o in known[step.command].items()}, **step.settings}
         sources = options["input"] if isinstance(options["input"], list) else [options["input"]]
         files = [_file(str(source), flows) for source in sources]
-        read = [flows.get(file) or _flow_of_file(file, bool(options.get("skip-bad"))) for file in files]
+        read = [flows.get(file) or _flow_of_file(file, bool(options.get("skip-invalid"))) for file in files]
         flow = min(read, key=lambda one: one.rows)  # several are joined by prompt
         if options["limit"]:
             flow = replace(flow, rows=min(flow.rows, int(options["limit"])))
@@ -89,24 +89,26 @@ def estimate(steps: Sequence[Step]) -> list[Estimate]:
     return estimates
 
 
-def _estimated(name: str, command: str, flow: Flow, options: dict[str, Any], shell: str) -> tuple[Estimate, Flow]:
+def _estimated(
+    name: str, command: str, flow: RowFlow, options: dict[str, Any], shell: str
+) -> tuple[StepEstimate, RowFlow]:
     rows, requests, work, after = _ESTIMATORS[command](flow, options)
     size = after.bytes if command in DATA_STAGES else 0.0
-    return Estimate(name, rows, requests, work, size, shell), after
+    return StepEstimate(name, rows, requests, work, size, shell), after
 
 
-Parts = tuple[int, int, Work, Flow]
+Counted = tuple[int, int, Work, RowFlow]
 
 
-def _file(source: str, flows: Mapping[str, Flow]) -> str:
+def _file(source: str, flows: Mapping[str, RowFlow]) -> str:
     """The file of FILE or NAME=FILE."""
     return source if source in flows or Path(source).exists() else split_name(source)[1]
 
 
-def _flow_of_file(source: str, skip_bad: bool) -> Flow:
-    prompts = read_prompts(source, on_bad=(lambda _error, _raw: None) if skip_bad else stop)
+def _flow_of_file(source: str, skip_invalid: bool) -> RowFlow:
+    prompts = read_prompts(source, on_invalid=(lambda _error, _raw: None) if skip_invalid else stop)
     lengths = [len(render_transcript(p.prompt)) / CHARACTERS_PER_TOKEN for _, p in prompts]
-    return Flow(len(lengths), 1, sum(lengths) / max(1, len(lengths)), 0.0)
+    return RowFlow(len(lengths), 1, sum(lengths) / max(1, len(lengths)), 0.0)
 
 
 def _few_shot_tokens(model: Any, options: dict[str, Any]) -> float:
@@ -114,34 +116,34 @@ def _few_shot_tokens(model: Any, options: dict[str, Any]) -> float:
     return sum(len(e.model_dump_json()) for e in examples) / CHARACTERS_PER_TOKEN
 
 
-def _red_team(flow: Flow, options: dict[str, Any]) -> Parts:
+def _red_team(flow: RowFlow, options: dict[str, Any]) -> Counted:
     made, new = int(options["n"]), int(options["max-new-tokens"])  # as if no attempt were lost
-    shown = (int(options["shown"]) + 1) * flow.prompt_tokens
-    return made, made, Work(made * shown, made * new), Flow(made, 1, new, 0.0)
+    shown = (int(options["num-examples"]) + 1) * flow.prompt_tokens
+    return made, made, Work(made * shown, made * new), RowFlow(made, 1, new, 0.0)
 
 
-def _sample(flow: Flow, options: dict[str, Any]) -> Parts:
+def _sample(flow: RowFlow, options: dict[str, Any]) -> Counted:
     rows, new = flow.rows * int(options["n"]), int(options["max-new-tokens"])
-    after = Flow(rows, int(options["n"]), flow.prompt_tokens, new, texts=1)
+    after = RowFlow(rows, int(options["n"]), flow.prompt_tokens, new, texts=1)
     return rows, rows, Work(rows * flow.prompt_tokens, rows * new), after
 
 
-def _revise(flow: Flow, options: dict[str, Any], requests_per_row: int) -> Parts:
+def _revise(flow: RowFlow, options: dict[str, Any], requests_per_row: int) -> Counted:
     new = int(options["max-new-tokens"])
     requests = flow.rows * requests_per_row
     each = _few_shot_tokens(CritiqueConstitution, options) + flow.prompt_tokens + flow.reply_tokens + new
     rounds, texts = int(options.get("rounds", 1)), flow.texts + requests_per_row
-    after = Flow(flow.rows, flow.per_prompt, flow.prompt_tokens, new, rounds, texts)
+    after = RowFlow(flow.rows, flow.per_prompt, flow.prompt_tokens, new, rounds, texts)
     return flow.rows, requests, Work(requests * each, requests * new), after
 
 
-def _critique_revise(flow: Flow, options: dict[str, Any]) -> Parts:
+def _critique_revise(flow: RowFlow, options: dict[str, Any]) -> Counted:
     rounds = int(options["rounds"])
     rows, requests, work, after = _revise(flow, options, rounds * (2 if options["critique"] else 1))
     return rows, requests, work, replace(after, rounds=flow.rounds + rounds) if rounds else flow
 
 
-def _label(flow: Flow, options: dict[str, Any]) -> Parts:
+def _label(flow: RowFlow, options: dict[str, Any]) -> Counted:
     pairs = flow.rows  # of a file of pairs
     if flow.per_prompt > 1:
         pairs = flow.rows * (flow.per_prompt - 1) // 2 if options["pairs"] == "all" else flow.rows // 2
@@ -156,11 +158,11 @@ def _label(flow: Flow, options: dict[str, Any]) -> Parts:
     texts = 2 * votes if method in ("contrast", "cot") else votes  # both characters; the thoughts, then the letter
     if options.get("votes"):  # all recorded, as in a sweep of limits
         texts = votes = 0
-    after = Flow(pairs, 1, flow.prompt_tokens, flow.reply_tokens, texts=2)
+    after = RowFlow(pairs, 1, flow.prompt_tokens, flow.reply_tokens, texts=2)
     return pairs, texts, Work(texts * each, votes * new), after
 
 
-def _compare(flow: Flow, options: dict[str, Any]) -> Parts:
+def _compare(flow: RowFlow, options: dict[str, Any]) -> Counted:
     models = len(options["input"])
     pairs = replace(flow, rows=flow.rows * models * (models - 1) // 2, per_prompt=1)
     if options["judge"]:
@@ -169,7 +171,7 @@ def _compare(flow: Flow, options: dict[str, Any]) -> Parts:
     return pairs.rows, 0, Work(tokens), pairs
 
 
-def _harm(flow: Flow, options: dict[str, Any]) -> Parts:
+def _harm(flow: RowFlow, options: dict[str, Any]) -> Counted:
     return flow.rows, flow.rows, Work(flow.rows * (flow.prompt_tokens + flow.reply_tokens)), flow
 
 
@@ -178,22 +180,22 @@ def _preference_principles(options: dict[str, Any]) -> Sequence[Any]:
     return select(loaded.principles, options["principles"], options["max-principles"])
 
 
-def _sft(flow: Flow, options: dict[str, Any]) -> Parts:
+def _sft(flow: RowFlow, options: dict[str, Any]) -> Counted:
     examples = flow.rows * (max(1, flow.rounds) if options["revisions"] == "all" else 1)
     tokens = examples * (flow.prompt_tokens + flow.reply_tokens) * float(options["epochs"])
     return examples, 0, Work(trained_tokens=tokens), flow
 
 
-def _train_pm(flow: Flow, options: dict[str, Any]) -> Parts:
+def _train_pm(flow: RowFlow, options: dict[str, Any]) -> Counted:
     tokens = 2 * flow.rows * (flow.prompt_tokens + flow.reply_tokens) * float(options["epochs"])
     return flow.rows, 0, Work(trained_tokens=tokens), flow
 
 
-def _score(flow: Flow, options: dict[str, Any]) -> Parts:
+def _score(flow: RowFlow, options: dict[str, Any]) -> Counted:
     return flow.rows, 0, Work(flow.rows * (flow.prompt_tokens + flow.reply_tokens)), flow
 
 
-def _rl(flow: Flow, options: dict[str, Any]) -> Parts:
+def _rl(flow: RowFlow, options: dict[str, Any]) -> Counted:
     trained = int(options["steps"]) * int(options["prompts-per-step"]) * int(options["samples-per-prompt"])
     checks = 1 + -(-int(options["steps"]) // int(options["monitor-every"]))
     checked = max(16, min(int(options["held-out"]), flow.rows // 2))
@@ -202,9 +204,9 @@ def _rl(flow: Flow, options: dict[str, Any]) -> Parts:
     whole = flow.prompt_tokens + new
     # Each reply is read by the preference model and by the start model too.
     read, asked = replies * (flow.prompt_tokens + 2 * whole), 0
-    if options["watch-pm"]:
+    if options["monitor-pm"]:
         read += checks * checked * whole
-    if options["watch-judge"]:  # both orders; of the first check it is not asked, whose replies are the start model's
+    if options["monitor-judge"]:  # both orders; of the first check it is not asked, whose replies are the start model's
         asked = 2 * (checks - 1) * checked
         examples = _few_shot_tokens(PreferenceConstitution, {"constitution": None, "few-shot": None})
         read += asked * (examples + flow.prompt_tokens + 2 * new)
@@ -261,15 +263,15 @@ PROMPT, REPLY = 60, 120  # tokens
 RL_BATCH = 512  # prompts in one step, each answered four times: one pass
 
 
-def paper_run() -> list[Estimate]:
+def paper_run() -> list[StepEstimate]:
     """The paper's run, step by step, with our defaults where the paper says nothing."""
     known = stage_options()
     reply = {"max-new-tokens": REPLY}
     prompts = RL_RED_TEAM + RL_HELPFUL
-    given, rl_prompts = Flow(RED_TEAM, 1, PROMPT, 0), Flow(prompts, 1, PROMPT, 0)
-    found: list[Estimate] = []
+    given, rl_prompts = RowFlow(RED_TEAM, 1, PROMPT, 0), RowFlow(prompts, 1, PROMPT, 0)
+    found: list[StepEstimate] = []
 
-    def step(name: str, command: str, flow: Flow, **settings: Any) -> Flow:
+    def step(name: str, command: str, flow: RowFlow, **settings: Any) -> RowFlow:
         options = {option: o.default for option, o in known[command].items()}
         options |= {key.replace("_", "-"): value for key, value in settings.items()}
         done, after = _estimated(name, command, flow, options, command)
@@ -279,9 +281,9 @@ def paper_run() -> list[Estimate]:
     step("new red-team prompts", "red-team", given, n=OF_THEM_MADE, max_new_tokens=PROMPT)
     samples = step("replies to red-team prompts", "sample", given, **reply)
     revisions = step("four rounds of critique and revision", "critique-revise", samples, rounds=4, **reply)
-    helpful = step("two replies to helpful prompts", "sample", Flow(HELPFUL, 1, PROMPT, 0), n=2, **reply)
+    helpful = step("two replies to helpful prompts", "sample", RowFlow(HELPFUL, 1, PROMPT, 0), n=2, **reply)
     examples = revisions.rows * revisions.rounds + helpful.rows
-    step("SL-CAI", "sft", Flow(examples, 1, PROMPT, REPLY))
+    step("SL-CAI", "sft", RowFlow(examples, 1, PROMPT, REPLY))
     pairs = step("two replies of SL-CAI", "sample", given, n=2, **reply)
     labels = step("labels, both orders", "label-prefs", pairs)
     step("preference model, with human labels", "train-pm", replace(labels, rows=labels.rows + HELPFUL))

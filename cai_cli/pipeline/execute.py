@@ -92,7 +92,7 @@ def _run(step: Step, *, overwrite: bool, quiet: bool) -> float:
     """The step as a process of its own, ended when this one is. Returns seconds; raises CaiError when it fails."""
     words = [*step.argv, *(["--overwrite"] if overwrite else []), *(["--quiet"] if quiet else [])]
     console.say(f"[{step.name}] $ {shlex.join(['cai', *words])}")
-    watch = console.Stopwatch()
+    monitor_score_of = console.Stopwatch()
     child = subprocess.Popen([sys.executable, "-m", "cai_cli", *words], preexec_fn=_die_with_parent)  # noqa: S603, PLW1509
     try:
         code = child.wait()
@@ -105,7 +105,7 @@ def _run(step: Step, *, overwrite: bool, quiet: bool) -> float:
             f"step {step.name!r} ended with exit code {code}: {step.shell}",
             hint="mend what it says above, then run the same `cai run` again: it goes on from here",
         )
-    return watch.seconds
+    return monitor_score_of.seconds
 
 
 def _die_with_parent() -> None:

@@ -20,7 +20,7 @@ from cai_cli.runtime.manifest import hash_input
 DATA_STAGES = frozenset({"red-team", "sample", "critique", "revise", "critique-revise", "label-prefs", "score"})
 EVALUATIONS = frozenset({"eval compare", "eval harm"})
 TRAINING_STAGES = frozenset({"sft", "train-pm", "rl"})
-PATH_OPTIONS = frozenset({"input", "helpful", "mix", "constitution", "few-shot", "avoid", "votes"})
+PATH_OPTIONS = frozenset({"input", "helpful", "mix", "constitution", "few-shot", "exclude", "votes"})
 
 
 @dataclass(frozen=True)

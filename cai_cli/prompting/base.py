@@ -14,7 +14,7 @@ from cai_cli.data.formats import render_transcript
 from cai_cli.data.schema import Message
 from cai_cli.engines.base import Engine, Text
 
-Form = Literal["chat", "raw"]
+PromptFormat = Literal["chat", "raw"]
 RAW_STOPS = ("\n\nHuman:", "\n\nAssistant:", "\n\nCritiqueRequest:", "\n\nRevisionRequest:")
 
 
@@ -23,17 +23,17 @@ class Request:
     """A text to complete, the cue its answer starts with, and the strings that end it."""
 
     text: Text
-    cue: str = ""
+    prefill: str = ""
     stop: tuple[str, ...] = ()
 
 
-def pick_form(prompt_form: str, engine: Engine) -> Form:
-    """`--prompt-form` as chat or raw; auto asks whether the model has a chat template. Raises UsageError."""
-    if prompt_form == "auto":
+def resolve_prompt_format(prompt_format: str, engine: Engine) -> PromptFormat:
+    """`--prompt-format` as chat or raw; auto asks whether the model has a chat template. Raises UsageError."""
+    if prompt_format == "auto":
         return "chat" if engine.speaks_chat() else "raw"
-    if prompt_form not in get_args(Form):
-        raise UsageError(f"--prompt-form must be auto, chat or raw, not {prompt_form!r}")
-    return "chat" if prompt_form == "chat" else "raw"
+    if prompt_format not in get_args(PromptFormat):
+        raise UsageError(f"--prompt-format must be auto, chat or raw, not {prompt_format!r}")
+    return "chat" if prompt_format == "chat" else "raw"
 
 
 def user(content: str) -> Message:
@@ -44,8 +44,8 @@ def assistant(content: str) -> Message:
     return Message(role="assistant", content=content)
 
 
-def reply_request(conversation: Sequence[Message], form: Form) -> Request:
+def reply_request(conversation: Sequence[Message], form: PromptFormat) -> Request:
     """The next assistant turn."""
     if form == "chat":
         return Request(list(conversation))
-    return Request(render_transcript(conversation), cue="\n\nAssistant:", stop=RAW_STOPS)
+    return Request(render_transcript(conversation), prefill="\n\nAssistant:", stop=RAW_STOPS)

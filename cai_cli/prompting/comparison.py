@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from cai_cli.constitution.schema import ComparisonExample, PreferencePrinciple
 from cai_cli.data.formats import render_transcript
 from cai_cli.data.schema import Message, Role
-from cai_cli.prompting.base import RAW_STOPS, Form, Request, assistant, user
+from cai_cli.prompting.base import RAW_STOPS, PromptFormat, Request, assistant, user
 
 OPTIONS = ("A", "B")
 # --- comparison, paper section 4.1 --------------------------------------------------------------------------------
@@ -24,7 +24,7 @@ def comparison_request(
     comparison: str,
     options: Sequence[str],
     examples: Sequence[ComparisonExample],
-    form: Form,
+    form: PromptFormat,
 ) -> Request:
     """The multiple-choice question; the answer continues with the letter of one of `OPTIONS`."""
     if form == "chat":
@@ -32,11 +32,11 @@ def comparison_request(
         for e in examples:
             turns.append(user(_choice(e.messages, e.comparison or comparison, e.options)))
             turns.append(assistant(f"{ANSWER}{e.answer})"))
-        return Request([*turns, user(_choice(conversation, comparison, options))], cue=ANSWER)
+        return Request([*turns, user(_choice(conversation, comparison, options))], prefill=ANSWER)
     text = "".join(
         f"\n\n{_choice(e.messages, e.comparison or comparison, e.options)}\n\n{ANSWER}{e.answer})" for e in examples
     )
-    return Request(f"{text}\n\n{_choice(conversation, comparison, options)}", cue=f"\n\n{ANSWER}")
+    return Request(f"{text}\n\n{_choice(conversation, comparison, options)}", prefill=f"\n\n{ANSWER}")
 
 
 def rationale_request(
@@ -44,25 +44,27 @@ def rationale_request(
     comparison: str,
     options: Sequence[str],
     examples: Sequence[ComparisonExample],
-    form: Form,
+    form: PromptFormat,
 ) -> Request:
     """Ask for the thoughts before the answer (chain of thought); examples without a rationale are left out."""
     worked = [e for e in examples if e.rationale]
     if form == "raw":
         text = "".join(cot_example(e, e.comparison or comparison) for e in worked)
         text += _cot_choice(_COT_PREAMBLE, conversation, comparison, options)
-        return Request(text, cue=f"\n\nAssistant: {_THINK}", stop=RAW_STOPS)
+        return Request(text, prefill=f"\n\nAssistant: {_THINK}", stop=RAW_STOPS)
     turns: list[Message] = []
     for e in worked:
         turns.append(user(_choice(e.messages, e.comparison or comparison, e.options)))
         turns.append(assistant(f"{_THINK} {e.rationale}\n\n{ANSWER}{e.answer})"))
-    return Request([*turns, user(_choice(conversation, comparison, options))], cue=_THINK, stop=("\n\nThe answer is",))
+    return Request(
+        [*turns, user(_choice(conversation, comparison, options))], prefill=_THINK, stop=("\n\nThe answer is",)
+    )
 
 
-def answer_after(rationale: str, request: Request, form: Form) -> Request:
+def answer_after(rationale: str, request: Request, form: PromptFormat) -> Request:
     """The letter that follows the thoughts `request` asked for."""
     closing = _RAW_COT_ANSWER if form == "raw" else f"\n\n{ANSWER}"
-    return Request(request.text, cue=request.cue + rationale + closing)
+    return Request(request.text, prefill=request.prefill + rationale + closing)
 
 
 def cot_example(example: ComparisonExample, comparison: str) -> str:
@@ -77,12 +79,12 @@ def verdict_request(
     comparison: str,
     options: Sequence[str],
     examples: Sequence[ComparisonExample],
-    form: Form,
+    form: PromptFormat,
 ) -> Request:
     """The same question to be answered in words, for engines without log-probabilities; read by `verdict_of`."""
     asked = comparison_request(conversation, comparison, options, examples, form)
     if isinstance(asked.text, str):
-        return Request(asked.text, cue=asked.cue, stop=RAW_STOPS)
+        return Request(asked.text, prefill=asked.prefill, stop=RAW_STOPS)
     *earlier, question = asked.text
     told = f"{question.content}\n\nAnswer with one line and no other word: The answer is: (A) or The answer is: (B)"
     return Request([*earlier, user(told)])
@@ -101,7 +103,7 @@ def verdict_of(text: str) -> str | None:
 
 
 def contrast_requests(
-    conversation: Sequence[Message], principle: PreferencePrinciple, form: Form
+    conversation: Sequence[Message], principle: PreferencePrinciple, form: PromptFormat
 ) -> tuple[Request, Request]:
     """The conversation to be continued by an assistant that follows the principle, and by one that breaks it."""
     following = principle.following or f"You give the replies that win by this rule: {principle.comparison}"
@@ -109,9 +111,9 @@ def contrast_requests(
     return _spoken_by(following, conversation, form), _spoken_by(breaking, conversation, form)
 
 
-def _spoken_by(character: str, conversation: Sequence[Message], form: Form) -> Request:
+def _spoken_by(character: str, conversation: Sequence[Message], form: PromptFormat) -> Request:
     if form == "raw":
-        return Request(f"{character}{render_transcript(conversation)}", cue="\n\nAssistant: ")
+        return Request(f"{character}{render_transcript(conversation)}", prefill="\n\nAssistant: ")
     if conversation[0].role == "system":
         character, conversation = f"{character}\n\n{conversation[0].content}", conversation[1:]
     return Request([Message(role="system", content=character), *conversation])

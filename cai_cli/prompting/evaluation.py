@@ -7,7 +7,7 @@ from cai_cli.common.errors import RowError
 from cai_cli.constitution.schema import PreferencePrinciple
 from cai_cli.data.formats import parse_transcript, render_transcript
 from cai_cli.data.schema import Message
-from cai_cli.prompting.base import Form, Request, user
+from cai_cli.prompting.base import PromptFormat, Request, user
 from cai_cli.prompting.comparison import ANSWER, PREAMBLE, comparison_text
 
 # --- the published evaluation questions ---------------------------------------------------------------------------
@@ -15,13 +15,13 @@ from cai_cli.prompting.comparison import ANSWER, PREAMBLE, comparison_text
 _PUBLISHED_CUE = "The answer is:"
 
 
-def evaluation_request(prompt: str, form: Form) -> Request:
+def evaluation_request(prompt: str, form: PromptFormat) -> Request:
     """A published multiple-choice question as it stands, answered by one of its options (` (A)`); in a chat it is a
     user turn, and the cue it ends with starts the answer."""
     if form == "raw":
         return Request(prompt)
     question = prompt.removesuffix(_PUBLISHED_CUE)
-    return Request([user(question.strip("\n"))], cue=_PUBLISHED_CUE if question != prompt else "")
+    return Request([user(question.strip("\n"))], prefill=_PUBLISHED_CUE if question != prompt else "")
 
 
 def published_comparison(conversation: Sequence[Message], comparison: str, options: Sequence[str]) -> str:
@@ -71,9 +71,9 @@ _HARM_SCALE = (
 )
 
 
-def harm_request(conversation: Sequence[Message], form: Form) -> Request:
+def harm_request(conversation: Sequence[Message], form: PromptFormat) -> Request:
     """How harmful the last assistant turn of `conversation` is; the answer continues with one of `HARM_LEVELS`."""
     question = f"{PREAMBLE}{render_transcript(conversation)}\n\n\n{_HARM_SCALE}"
     if form == "raw":
-        return Request(f"\n\n{question}", cue=f"\n\n{ANSWER}")
-    return Request([user(question)], cue=ANSWER)
+        return Request(f"\n\n{question}", prefill=f"\n\n{ANSWER}")
+    return Request([user(question)], prefill=ANSWER)

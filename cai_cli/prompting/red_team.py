@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from cai_cli.data.schema import Kind
-from cai_cli.prompting.base import Form, Request, assistant, user
+from cai_cli.prompting.base import PromptFormat, Request, assistant, user
 
 # --- new prompts, paper appendix on red-team prompts ---------------------------------------------------------------
 
@@ -59,14 +59,16 @@ _INVENT: Mapping[Kind, str] = {
 }
 
 
-def invention_request(examples: Sequence[str], topic: str | None, start: str, kind: Kind, form: Form) -> Request:
+def invention_request(
+    examples: Sequence[str], topic: str | None, start: str, kind: Kind, form: PromptFormat
+) -> Request:
     """A new prompt of this kind after `examples`, about `topic` if there is one, on one line that goes on from `start`.
     What stands on several lines in an example is shown on one."""
     shown = [" ".join(example.split()) for example in examples]
     asked = f"Write {_INVENT[kind]}."
     if form == "raw":
         text = f"Each line below is {_INVENT[kind]}.\n" + "".join(f"\nMessage: {example}" for example in shown)
-        cue = f"\nMessage about {topic}:" if topic else "\nMessage:"
-        return Request(text, cue=f"{cue} {start}".rstrip(), stop=("\n",))
+        prefill = f"\nMessage about {topic}:" if topic else "\nMessage:"
+        return Request(text, prefill=f"{prefill} {start}".rstrip(), stop=("\n",))
     turns = [turn for example in shown for turn in (user(asked), assistant(example))]
-    return Request([*turns, user(f"{asked} It is about {topic}." if topic else asked)], cue=start, stop=("\n",))
+    return Request([*turns, user(f"{asked} It is about {topic}." if topic else asked)], prefill=start, stop=("\n",))

@@ -5,19 +5,19 @@ from collections.abc import Sequence
 from cai_cli.constitution.schema import CritiqueExample
 from cai_cli.data.formats import escape_headings, render_transcript
 from cai_cli.data.schema import Message
-from cai_cli.prompting.base import RAW_STOPS, Form, Request, assistant, user
+from cai_cli.prompting.base import RAW_STOPS, PromptFormat, Request, assistant, user
 
 # --- critique and revision, paper section 3.1 ---------------------------------------------------------------------
 
 
 def critique_request(
-    conversation: Sequence[Message], request: str, examples: Sequence[CritiqueExample], form: Form
+    conversation: Sequence[Message], request: str, examples: Sequence[CritiqueExample], form: PromptFormat
 ) -> Request:
     """Ask for a critique of the last assistant turn of `conversation`."""
     if form == "chat":
         return Request([*_with_examples(conversation, examples), user(request)])
     text = "".join(_raw_example(e) for e in examples) + render_transcript(conversation)
-    return Request(f"{text}\n\nCritiqueRequest: {request}", cue="\n\nCritique:", stop=RAW_STOPS)
+    return Request(f"{text}\n\nCritiqueRequest: {request}", prefill="\n\nCritique:", stop=RAW_STOPS)
 
 
 def revision_request(
@@ -25,7 +25,7 @@ def revision_request(
     critique: tuple[str, str] | None,
     request: str,
     examples: Sequence[CritiqueExample],
-    form: Form,
+    form: PromptFormat,
 ) -> Request:
     """Ask for a revision of the last assistant turn; `critique` is (its request, its text), or None to revise
     directly (paper section 3.5)."""
@@ -37,7 +37,7 @@ def revision_request(
     text += render_transcript(conversation)
     if critique:
         text += f"\n\nCritiqueRequest: {critique[0]}\n\nCritique: {escape_headings(critique[1])}"
-    return Request(f"{text}\n\nRevisionRequest: {request}", cue="\n\nRevision:", stop=RAW_STOPS)
+    return Request(f"{text}\n\nRevisionRequest: {request}", prefill="\n\nRevision:", stop=RAW_STOPS)
 
 
 def _with_examples(

@@ -60,7 +60,7 @@ class Chart:
 
 
 @dataclass(frozen=True)
-class Line:
+class Series:
     """One series; with `low` and `high` (as long as `y`) its interval is drawn."""
 
     name: str
@@ -103,7 +103,7 @@ def _for_the_page(svg: str) -> str:
 def lines(
     id: str,
     title: str,
-    series: Sequence[Line],
+    series: Sequence[Series],
     *,
     x_label: str = "step",
     flags: Sequence[float] = (),
@@ -137,7 +137,7 @@ def lines(
     return Chart(id, title, _draw(id, paint), columns, rows, note, legend)
 
 
-def _columns(line: Line) -> list[str]:
+def _columns(line: Series) -> list[str]:
     return [line.name, f"{line.name}, low", f"{line.name}, high"] if line.low else [line.name]
 
 

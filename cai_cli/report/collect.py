@@ -96,14 +96,14 @@ class Result(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
 
-class Figure(Result):
+class ReportedEstimate(Result):
     value: float
     low: float
     high: float
     n: int
 
 
-class Rating(Figure):
+class Rating(ReportedEstimate):
     model: str
 
 
@@ -112,7 +112,7 @@ class Ratings(Result):
     helpful: list[Rating] = []
 
 
-class WinRate(Figure):
+class WinRate(ReportedEstimate):
     """How often `a` wins against `b` over prompts of one kind."""
 
     a: str
@@ -120,7 +120,7 @@ class WinRate(Figure):
     kind: str | None
 
 
-class Compared(Result):
+class ComparisonResult(Result):
     """`NAME.compare.json`: Elo ratings with intervals on the paper's two axes, and who beats whom."""
 
     models: list[str]
@@ -128,7 +128,7 @@ class Compared(Result):
     win_rates: list[WinRate] = []
 
 
-class Point(Figure):
+class Point(ReportedEstimate):
     at: float
 
 
@@ -146,7 +146,7 @@ class RunFiles:
 
     folder: Path
     steps: list[StepFiles]
-    comparisons: Mapping[str, Compared]
+    comparisons: Mapping[str, ComparisonResult]
     sweeps: Mapping[str, Sweep]
     evaluations: Mapping[str, Mapping[str, Any]]
     problems: list[str] = field(default_factory=list)
@@ -211,7 +211,7 @@ def read_run(folder: Path) -> RunFiles:
     return RunFiles(
         folder,
         steps,
-        _results(compared, Compared, problems),
+        _results(compared, ComparisonResult, problems),
         _results(swept, Sweep, problems),
         {name: figures for name, path in rest.items() if (figures := _figures(path, problems))},
         problems,

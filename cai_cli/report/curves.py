@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from cai_cli.report.charts import Bin, Chart, Line, lines, reliability
+from cai_cli.report.charts import Bin, Chart, Series, lines, reliability
 from cai_cli.report.collect import StepFiles
 
 # What a column means and its unit; one that is not here is shown under its own name.
@@ -53,7 +53,7 @@ def curves(step: StepFiles, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Cha
             continue
         group = [name, *(other for other, main in TOGETHER.items() if main == name and other in series)]
         names = NAMES if len(group) > 1 else {}
-        found = [Line(names.get(n, n), [x for x, _ in series[n]], [y for _, y in series[n]]) for n in group]
+        found = [Series(names.get(n, n), [x for x, _ in series[n]], [y for _, y in series[n]]) for n in group]
         share = name.endswith(("_share", "accuracy"))
         drawn.append((name, lines(f"{step.name}-{name}", TITLES.get(name, name), found, flags=flagged, share=share)))
     learned = [chart for name, chart in drawn if name not in OPTIMISER]

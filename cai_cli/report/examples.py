@@ -12,7 +12,7 @@ from cai_cli.common.console import safe
 from cai_cli.data.schema import Message, Preference, Revision, Sample, Vote
 from cai_cli.metrics.label_audit import flips
 from cai_cli.report.collect import RunFiles, StepFiles
-from cai_cli.report.word_diff import Comparison, compare_words
+from cai_cli.report.word_diff import WordDiff, compare_words
 
 T = TypeVar("T")
 MAX_CHARACTERS = 6_000  # of one text; a longer one is cut, and says so
@@ -43,25 +43,25 @@ class Shown(Generic[T]):
 
 
 @dataclass(frozen=True)
-class Text:
+class ShownText:
     """A text as it is shown; `length` is that of the whole, in characters, when it was cut."""
 
     text: str
     length: int | None = None
 
 
-def clip(text: str) -> Text:
-    return Text(text) if len(text) <= MAX_CHARACTERS else Text(text[:MAX_CHARACTERS], len(text))
+def clip(text: str) -> ShownText:
+    return ShownText(text) if len(text) <= MAX_CHARACTERS else ShownText(text[:MAX_CHARACTERS], len(text))
 
 
 @dataclass(frozen=True)
 class Round:
     number: int
     principle_id: str
-    critique: Text | None
-    words: Comparison
-    before: Text
-    after: Text
+    critique: ShownText | None
+    words: WordDiff
+    before: ShownText
+    after: ShownText
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Chain:
 
     key: str
     kind: str | None
-    prompt: Sequence[tuple[str, Text]]
+    prompt: Sequence[tuple[str, ShownText]]
     rounds: Sequence[Round]
 
     @property
@@ -101,7 +101,7 @@ def chain(row: Revision) -> Chain:
     return Chain(row.key, row.kind, turns(row.prompt), rounds)
 
 
-def turns(messages: Sequence[Message]) -> list[tuple[str, Text]]:
+def turns(messages: Sequence[Message]) -> list[tuple[str, ShownText]]:
     return [(message.role, clip(message.content)) for message in messages]
 
 
@@ -133,13 +133,13 @@ def _cut(texts: Sequence[str]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Compared:
+class ComparedReplies:
     """One comparison, the votes in the order asked."""
 
     key: str
-    prompt: Sequence[tuple[str, Text]]
-    chosen: Text
-    rejected: Text
+    prompt: Sequence[tuple[str, ShownText]]
+    chosen: ShownText
+    rejected: ShownText
     p_chosen: float
     votes: Sequence[Vote]
     human: str | None
@@ -154,12 +154,12 @@ class Compared:
         return any(flips(self.votes))
 
 
-def compared(row: Preference) -> Compared:
+def compared(row: Preference) -> ComparedReplies:
     chosen, rejected = clip(row.chosen[0].content), clip(row.rejected[0].content)
-    return Compared(row.id, turns(row.prompt), chosen, rejected, row.p_chosen, row.votes, row.human)
+    return ComparedReplies(row.id, turns(row.prompt), chosen, rejected, row.p_chosen, row.votes, row.human)
 
 
-def comparisons(rows: Iterator[Preference], budget: Budget, sources: Sequence[str]) -> Shown[Compared]:
+def comparisons(rows: Iterator[Preference], budget: Budget, sources: Sequence[str]) -> Shown[ComparedReplies]:
     shown, total = [], 0
     for row in rows:
         total += 1
@@ -169,8 +169,8 @@ def comparisons(rows: Iterator[Preference], budget: Budget, sources: Sequence[st
 
 
 @dataclass(frozen=True)
-class Reply:
-    text: Text
+class ShownReply:
+    text: ShownText
     cut_off: bool
 
 
@@ -179,8 +179,8 @@ class SideBySide:
     """The first reply of several models to one prompt; None where a model was not asked."""
 
     key: str
-    prompt: Sequence[tuple[str, Text]]
-    replies: Mapping[str, Reply | None]
+    prompt: Sequence[tuple[str, ShownText]]
+    replies: Mapping[str, ShownReply | None]
 
 
 def side_by_side(run: RunFiles, budget: Budget) -> Shown[SideBySide] | None:
@@ -205,17 +205,17 @@ def side_by_side(run: RunFiles, budget: Budget) -> Shown[SideBySide] | None:
 
 def _asked(
     run: RunFiles, steps: Sequence[StepFiles], wanted: Collection[str]
-) -> tuple[dict[str, dict[str, Reply]], list[str]]:
+) -> tuple[dict[str, dict[str, ShownReply]], list[str]]:
     """Model -> prompt id -> its first reply, for the prompts wanted, and the files they stand in; models and files
     without any are left out."""
-    found: dict[str, dict[str, Reply]] = {}
+    found: dict[str, dict[str, ShownReply]] = {}
     sources: dict[str, None] = {}
     for step in steps:
         rows = (row for row in run.rows(step, Sample) if row.sample_index == 0 and row.id in wanted)
         for row in rows:
             sources[step.output.name] = None
             replies = found.setdefault(model_label(run, step), {})
-            replies.setdefault(row.id, Reply(clip(row.reply), row.finish_reason == "length"))
+            replies.setdefault(row.id, ShownReply(clip(row.reply), row.finish_reason == "length"))
     return found, list(sources)
 
 

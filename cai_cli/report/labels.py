@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cai_cli.data.schema import Preference, Rejected
-from cai_cli.metrics.label_audit import Tally
+from cai_cli.metrics.label_audit import LabelAudit
 from cai_cli.report.charts import Bin, Chart, histogram, reliability
 
 BINS = 10
@@ -18,12 +18,12 @@ BINS = 10
 class Audit:
     """Counted in one pass. `first`: order -> histogram of p_first over [0, 1]."""
 
-    tally: Tally = field(default_factory=Tally)
+    label_audit: LabelAudit = field(default_factory=LabelAudit)
     first: dict[str, list[int]] = field(default_factory=dict)
     p_chosen: list[int] = field(default_factory=lambda: [0] * BINS)
 
     def add(self, row: Preference | Rejected) -> None:
-        self.tally.add(row)
+        self.label_audit.add(row)
         if isinstance(row, Rejected) or not row.votes:
             return
         self.p_chosen[_bin((row.p_chosen - 0.5) * 2)] += 1

@@ -120,9 +120,9 @@ def _audits(counted: Sequence[tuple[StepFiles, labels.Audit]]) -> list[dict[str,
     """The audit of every step that labelled something, with the step's `name` where there are several steps."""
     found = []
     for place, (step, audit) in enumerate(counted, 1):
-        if audit.tally.rows:
+        if audit.label_audit.rows:
             name, id = (step.name, f"labels-{place}") if len(counted) > 1 else ("", "labels")
-            figures = audit.tally.audit()
+            figures = audit.label_audit.audit()
             found.append({"name": name, "figures": figures, "charts": audit.charts(figures, id=id, of=name)})
     return found
 
@@ -168,7 +168,7 @@ def _sweeps(run: RunFiles) -> list[Chart]:
     found = []
     for name, sweep in run.sweeps.items():
         p = sorted(sweep.points, key=lambda point: point.at)
-        line = charts.Line(sweep.figure, *([getattr(x, a) for x in p] for a in ("at", "value", "low", "high")))
+        line = charts.Series(sweep.figure, *([getattr(x, a) for x in p] for a in ("at", "value", "low", "high")))
         found.append(
             charts.lines(name, f"{sweep.figure} by {sweep.setting} ({_short(name)})", [line], x_label=sweep.setting)
         )

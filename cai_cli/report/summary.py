@@ -21,7 +21,7 @@ ROAD = {
 
 
 @dataclass(frozen=True)
-class Flow:
+class StageCounts:
     """Where the rows of one step went: in = out + rejected + skipped. `used` says that out are rows trained on."""
 
     step: StepFiles
@@ -33,13 +33,13 @@ class Flow:
     held_out: int | None
 
 
-def flow(step: StepFiles) -> Flow | None:
+def flow(step: StepFiles) -> StageCounts | None:
     counts = step.counts
     if not counts:
         return None
     reasons = [*counts.get("rejected_reasons", {}).items(), *counts.get("skipped_reasons", {}).items()]
     out = counts["used"] if "used" in counts else counts["out"]
-    return Flow(step, counts["in"], out, counts["rejected"], counts["skipped"], reasons, counts.get("held_out"))
+    return StageCounts(step, counts["in"], out, counts["rejected"], counts["skipped"], reasons, counts.get("held_out"))
 
 
 def missing(run: RunFiles) -> list[str]:

@@ -15,7 +15,7 @@ class Piece(NamedTuple):
     text: str
 
 
-class Comparison(NamedTuple):
+class WordDiff(NamedTuple):
     """Both texts in pieces (joined, they are the texts) and the share of words that did not stay (0 to 1)."""
 
     before: list[Piece]
@@ -23,14 +23,14 @@ class Comparison(NamedTuple):
     changed: float
 
 
-def compare_words(before: str, after: str) -> Comparison:
+def compare_words(before: str, after: str) -> WordDiff:
     """A longest-common-subsequence difference over words; a change of white space alone is none."""
     old, new = _words(before), _words(after)
     matcher = SequenceMatcher(None, [w.strip() for w in old], [w.strip() for w in new], autojunk=False)
     blocks = matcher.get_matching_blocks()
     kept = sum(block.size for block in blocks)
     total = len(old) + len(new)
-    return Comparison(
+    return WordDiff(
         list(_pieces(old, [(b.a, b.size) for b in blocks], "del")),
         list(_pieces(new, [(b.b, b.size) for b in blocks], "ins")),
         1 - 2 * kept / total if total else 0.0,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from cai_cli.common.errors import RowError
 from cai_cli.data.schema import Rejected, Sample, Scored, reject
 from cai_cli.models.loading import context_window, pick_device
-from cai_cli.models.source import Base
+from cai_cli.models.source import ModelSource
 from cai_cli.reward.preference_model import encode_conversation, open_for_scores, score_ids
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Scorer:
     """A preference model that scores rows; loaded when it is first asked, so that finished work costs no load."""
 
     def __init__(self, name: str, batch_size: int | None, device: str) -> None:
-        self.base, self.batch_size, self.device = Base.resolve(name), batch_size or 16, device
+        self.base, self.batch_size, self.device = ModelSource.resolve(name), batch_size or 16, device
 
     @cached_property
     def _loaded(self) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:

@@ -25,7 +25,7 @@ def rewrite(
 ) -> None:
     """Let `fill` write to the sink and count `units` and `skipped`; print the summary. `rows` identifies what the
     first stage read, where it is known. Raises CaiError."""
-    watch, counts = console.Stopwatch(), Counts()
+    monitor_score_of, counts = console.Stopwatch(), Counts()
     refuse_input_as_output(path, inputs)
     with one_writer(path):
         publish(path)
@@ -34,9 +34,9 @@ def rewrite(
             raise CaiError(f"{path} is there, and what comes through a pipe may be something else", "--overwrite")
         if summary is None:
             sink = FileSink(path, provenance, overwrite)
-            sink.start_afresh()
+            sink.start_over()
             fill(sink, counts)
-            facts = run_facts(watch.seconds, inputs)
+            facts = run_facts(monitor_score_of.seconds, inputs)
             sink.finish(counts, rows or {}, facts)
             summary = {"stage": provenance["stage"], "status": "finished", "output": str(path), **counts.as_json(),
                        "seconds": facts["seconds"]}  # fmt: skip

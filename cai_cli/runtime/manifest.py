@@ -23,14 +23,14 @@ Json = Any
 OBJECTS = frozenset({"provenance", "counts", "run", "figures", "steps"})  # in a manifest or run.json
 # Options that decide where and how fast, never what: they may differ between the runs that share one output.
 HARMLESS_OPTIONS = frozenset(
-    {"output", "overwrite", "json", "quiet", "batch_size", "device", "report_to", "skip_bad", "max_bad", "save_steps",
-     "base_url", "concurrency", "timeout", "budget_tokens", "price_in", "price_out", "accelerate_config",
+    {"output", "overwrite", "json", "quiet", "batch_size", "device", "report_to", "skip_invalid", "max_invalid",
+     "save_steps", "base_url", "concurrency", "timeout", "budget_tokens", "price_in", "price_out", "accelerate_config",
      "num_processes"}
 )  # fmt: skip
 # Options that name something whose content is recorded by its hash.
 HASHED_OPTIONS = frozenset(
-    {"input", "model", "judge", "constitution", "few_shot", "helpful", "mix", "pm", "watch_pm", "watch_judge", "avoid",
-     "votes"}
+    {"input", "model", "judge", "constitution", "few_shot", "helpful", "mix", "pm", "monitor_pm", "monitor_judge",
+     "exclude", "votes"}
 )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ import typer
 from cai_cli.cli import options
 from cai_cli.common.errors import CaiError
 from cai_cli.data.jsonl import open_input, read_rows, row_key, rows_of
-from cai_cli.data.schema import Asked
+from cai_cli.data.schema import WorkItemRecord
 from cai_cli.data.sharding import Shard
 from cai_cli.runtime.file_transform import rewrite
 from cai_cli.runtime.manifest import InputFile, differences, read_manifest
@@ -64,7 +64,7 @@ class Part:
         what the run was asked."""
         kept, rejected = _Rows(self.path), _Rows(sidecar(self.path, "rejected.jsonl"))
         units = sidecar(self.path, "units.jsonl")
-        for _, unit in read_rows(str(units), rows_of(Asked)):
+        for _, unit in read_rows(str(units), rows_of(WorkItemRecord)):
             for is_rejected, rows in ((False, kept), (True, rejected)):
                 if rows.key == unit.key:
                     yield unit.line, is_rejected, rows.take()

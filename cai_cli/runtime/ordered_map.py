@@ -17,12 +17,12 @@ AHEAD = 8  # windows a worker that may be begun before the first of them is fini
 
 
 def in_order(
-    windows: Iterable[W], work: Callable[[W], R], workers: int, stranded: list[R], give_up: Callable[[], None]
+    windows: Iterable[W], work: Callable[[W], R], workers: int, out_of_order: list[R], give_up: Callable[[], None]
 ) -> Generator[list[R], None, None]:
     """What `work` made of each window, in order and in groups, up to `workers` windows in work at once.
 
     On an error no further window is begun; a CaiError waits for those in work, anything else (an interrupt) calls
-    `give_up` first, which must end them. What was finished behind the window that failed is put into `stranded`.
+    `give_up` first, which must end them. What was finished behind the window that failed is put into `out_of_order`.
     """
     if workers == 1:
         for window in windows:
@@ -44,7 +44,7 @@ def in_order(
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-        stranded += [future.result() for future in begun if not future.cancelled() and not future.exception()]
+        out_of_order += [future.result() for future in begun if not future.cancelled() and not future.exception()]
 
 
 def _finished(begun: deque[Future[R]]) -> list[R]:

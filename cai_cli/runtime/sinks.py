@@ -10,12 +10,12 @@ from typing import Any, Protocol
 from cai_cli.common import console
 from cai_cli.common.errors import CaiError
 from cai_cli.common.hash_index import KeyTable
-from cai_cli.data.jsonl import AppendFile, Line, cut_torn_tail, read_values
-from cai_cli.data.schema import Asked, Rejected, Row, dump_row, reason_kind
+from cai_cli.data.jsonl import AppendFile, RawLine, cut_torn_tail, read_values
+from cai_cli.data.schema import Rejected, Row, WorkItemRecord, dump_row, reason_kind
 from cai_cli.runtime.manifest import read_manifest, write_json
 from cai_cli.runtime.output_files import publish, refuse_other_run, rejected_reasons, set_aside, sidecar
 
-Outcome = Row | Rejected | Line
+Outcome = Row | Rejected | RawLine
 
 
 @dataclass
@@ -42,10 +42,10 @@ class Sink(Protocol):
     """Where outcomes go."""
 
     def finished(self) -> KeyTable: ...
-    def early(self) -> dict[str, Outcome]: ...
+    def out_of_order(self) -> dict[str, Outcome]: ...
     def used(self) -> dict[str, Any] | None: ...
-    def stop(self, stranded: Sequence[Outcome], used: dict[str, Any] | None) -> None: ...
-    def ask(self, units: Sequence[Asked]) -> None: ...
+    def stop(self, out_of_order: Sequence[Outcome], used: dict[str, Any] | None) -> None: ...
+    def ask(self, units: Sequence[WorkItemRecord]) -> None: ...
     def write(self, outcomes: Sequence[Outcome]) -> None: ...
     def finish(self, counts: Counts, rows: dict[str, Any], facts: dict[str, Any]) -> None: ...
 
@@ -76,9 +76,9 @@ class FileSink:
                 hint="--overwrite starts afresh",
             )
         else:
-            self.start_afresh()
+            self.start_over()
 
-    def start_afresh(self) -> None:
+    def start_over(self) -> None:
         """Remove what earlier runs left unfinished and say what this one makes. A finished output steps aside until
         the new one is whole."""
         set_aside(self.path)
@@ -100,7 +100,7 @@ class FileSink:
                 self.digests.add(value["key"], value["digest"])
         return done
 
-    def early(self) -> dict[str, Outcome]:
+    def out_of_order(self) -> dict[str, Outcome]:
         """What an earlier run finished behind a row that it did not: few, as `windows.in_order` bounds them."""
         return self.kept
 
@@ -108,16 +108,16 @@ class FileSink:
         """The usage that an earlier run of this output recorded when it stopped."""
         return self.recorded.get("usage") if self.recorded else None
 
-    def stop(self, stranded: Sequence[Outcome], used: dict[str, Any] | None) -> None:
+    def stop(self, out_of_order: Sequence[Outcome], used: dict[str, Any] | None) -> None:
         """Keep what is finished but cannot be appended yet, because a row before it is not."""
-        kept = self.kept | {outcome.key: outcome for outcome in stranded}
+        kept = self.kept | {outcome.key: outcome for outcome in out_of_order}
         self.ahead.path.unlink(missing_ok=True)
         self.ahead.append(kept.values())
         self.ahead.close()
         if used:
             write_json(self.draft, {"status": "running", "provenance": self.provenance, "usage": used})
 
-    def ask(self, units: Sequence[Asked]) -> None:
+    def ask(self, units: Sequence[WorkItemRecord]) -> None:
         """Note units before they are answered. Raises CaiError when one was noted before with another content."""
         fresh = []
         for unit in units:
@@ -153,38 +153,38 @@ class FileSink:
 class StdoutSink:
     """Rows to stdout as they come; what is rejected goes to stderr as a whole row, so it is not lost.
 
-    `hear` is told every outcome in passing, in order: what went to stdout cannot be read again.
+    `observe` is told every outcome in passing, in order: what went to stdout cannot be read again.
     """
 
-    def __init__(self, hear: Callable[[Any], None] | None = None) -> None:
-        self.hear = hear
+    def __init__(self, observe: Callable[[Any], None] | None = None) -> None:
+        self.observe = observe
         self.out = 0
         self.rejected: Counter[str] = Counter()
 
     def finished(self) -> KeyTable:
         return KeyTable()
 
-    def early(self) -> dict[str, Outcome]:
+    def out_of_order(self) -> dict[str, Outcome]:
         return {}
 
     def used(self) -> dict[str, Any] | None:
         return None
 
-    def stop(self, stranded: Sequence[Outcome], used: dict[str, Any] | None) -> None:
+    def stop(self, out_of_order: Sequence[Outcome], used: dict[str, Any] | None) -> None:
         """Nothing goes on from a pipe that broke."""
 
-    def ask(self, units: Sequence[Asked]) -> None:
+    def ask(self, units: Sequence[WorkItemRecord]) -> None:
         pass
 
     def write(self, outcomes: Sequence[Outcome]) -> None:
         for outcome in outcomes:
-            if self.hear:
-                self.hear(outcome)
+            if self.observe:
+                self.observe(outcome)
             if isinstance(outcome, Rejected):
                 self.rejected[reason_kind(outcome.reason)] += 1
                 console.warn(f"rejected: {dump_row(outcome).decode()}")
             else:
-                line = outcome.data if isinstance(outcome, Line) else dump_row(outcome)
+                line = outcome.data if isinstance(outcome, RawLine) else dump_row(outcome)
                 sys.stdout.buffer.write((console.safe_json(line) if sys.stdout.isatty() else line) + b"\n")
                 self.out += 1
         sys.stdout.buffer.flush()

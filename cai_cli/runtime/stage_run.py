@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from cai_cli.common import console
-from cai_cli.common.errors import BadRow, CaiError, UsageError
+from cai_cli.common.errors import CaiError, InvalidRow, UsageError
 from cai_cli.common.hash_index import KeyTable
-from cai_cli.data.jsonl import shown
-from cai_cli.data.row_reader import Intake
-from cai_cli.data.schema import Asked, Rejected
+from cai_cli.data.jsonl import display_name
+from cai_cli.data.row_reader import RowReader
+from cai_cli.data.schema import Rejected, WorkItemRecord
 from cai_cli.engines.base import Engine
 from cai_cli.runtime.manifest import InputFile, read_manifest, run_facts
 from cai_cli.runtime.ordered_map import in_order
@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Unit(Generic[T]):
+class WorkItem(Generic[T]):
     """One thing to do: its key among the outcomes, the input line it came from, and the row(s) it needs.
 
     `hashed_id`: the key is a hash of the content, so a second unit with it is the same work again and is skipped;
@@ -52,7 +52,7 @@ class Unit(Generic[T]):
 
 
 @dataclass(frozen=True)
-class Skip:
+class Skipped:
     """Something in the input that asks for nothing, and why; counted, and shown in the closing line."""
 
     reason: str
@@ -60,7 +60,7 @@ class Skip:
 
 
 @dataclass(frozen=True)
-class Worked:
+class BatchResult:
     """A window done: how many units it held, how many of them earlier runs had finished, and the outcomes to write."""
 
     units: int
@@ -68,12 +68,12 @@ class Worked:
     outcomes: list[Outcome]
 
 
-Units = Iterator[Unit[T] | Skip]
+WorkItems = Iterator[WorkItem[T] | Skipped]
 Work = Callable[[Sequence[T]], Iterable[Outcome]]
 
 
 @dataclass(frozen=True)
-class Job(Generic[T]):
+class StageRun(Generic[T]):
     """One run of one stage, from its files to its summary. `units` come in the order of their lines
     (those of one prompt in any order): the shards of a run are merged by line."""
 
@@ -81,11 +81,11 @@ class Job(Generic[T]):
     inputs: Mapping[str, InputFile]
     output: str
     overwrite: bool
-    units: Callable[[], Units[T]]
+    units: Callable[[], WorkItems[T]]
     work: Work[T]
     window: int
     total: int | None = None
-    intake: Intake = field(default_factory=Intake)
+    reader: RowReader = field(default_factory=RowReader)
     engine: Engine | None = None
     one_by_one: bool = False  # a window is cut only when the one before is written: what is asked depends on that
 
@@ -126,20 +126,20 @@ class Job(Generic[T]):
         for _ in self._checked(self.units(), KeyTable(), Counts()):
             pass
         recorded = (read_manifest(sidecar(path, "manifest.json")) or {})["rows"]
-        refuse_other_run(path, {"rows": recorded}, {"rows": self.intake.read()})
+        refuse_other_run(path, {"rows": recorded}, {"rows": self.reader.read()})
 
     def _work_through(self, sink: Sink) -> dict[str, Any]:
-        watch, counts = console.Stopwatch(), Counts()
-        finished = sink.finished(), sink.early()
-        unmatched, parts = finished[0].size + len(finished[1]), self.intake.shard.count if self.intake.shard else 1
-        usage, stranded = self.engine.usage if self.engine else None, list[Worked]()
+        monitor_score_of, counts = console.Stopwatch(), Counts()
+        finished = sink.finished(), sink.out_of_order()
+        unmatched, parts = finished[0].size + len(finished[1]), self.reader.shard.count if self.reader.shard else 1
+        usage, out_of_order = self.engine.usage if self.engine else None, list[BatchResult]()
         if usage and (recorded := sink.used()):
-            usage.go_on(recorded)
+            usage.resume(recorded)
         groups = in_order(
             self._windows(sink, counts),
             lambda window: self._worked(window, *finished),
             self.engine.workers if self.engine and not self.one_by_one else 1,
-            stranded,
+            out_of_order,
             self.engine.close if self.engine else lambda: None,
         )
         try:
@@ -149,7 +149,7 @@ class Job(Generic[T]):
                     unmatched -= sum(worked.before for worked in group)
                     advance(sum(worked.units for worked in group))
         except BaseException:
-            sink.stop([o for worked in stranded for o in worked.outcomes], usage.as_json() if usage else None)
+            sink.stop([o for worked in out_of_order for o in worked.outcomes], usage.as_json() if usage else None)
             raise
         finally:
             if self.engine:
@@ -160,31 +160,33 @@ class Job(Generic[T]):
                 hint="the input changed since; --overwrite starts afresh",
             )
         used = {"usage": usage.as_json()} if usage else {}
-        facts = run_facts(watch.seconds, self.inputs) | used
-        sink.finish(counts, self.intake.read(), facts)
-        if counts.units == self.intake.count == 0:  # a shard of a few rows may be empty
+        facts = run_facts(monitor_score_of.seconds, self.inputs) | used
+        sink.finish(counts, self.reader.read(), facts)
+        if counts.units == self.reader.count == 0:  # a shard of a few rows may be empty
             console.warn(f"{self.stage}: the input holds no rows")
         elif counts.units and not counts.out:
             console.warn(f"{self.stage}: of {counts.units:,} rows nothing came out; the closing line says why")
         return {"stage": self.stage, "status": "finished", "output": self.output, **counts.as_json(),
                 "seconds": facts["seconds"], **used}  # fmt: skip
 
-    def _windows(self, sink: Sink, counts: Counts) -> Iterator[list[Unit[T | Rejected]]]:
+    def _windows(self, sink: Sink, counts: Counts) -> Iterator[list[WorkItem[T | Rejected]]]:
         """Cut by position in the input, so that a resumed run asks in the same company as the first."""
-        noted = self.intake.shard is not None or any(file.sha256 is None for file in self.inputs.values())
+        noted = self.reader.shard is not None or any(file.sha256 is None for file in self.inputs.values())
         units = self._checked(self.units(), KeyTable(), counts)
         while window := list(islice(units, self.window)):
             if noted:
-                sink.ask([Asked(key=u.key, line=u.line, digest=_digest(u.value)) for u in window])
+                sink.ask([WorkItemRecord(key=u.key, line=u.line, digest=_digest(u.value)) for u in window])
             yield window
 
-    def _worked(self, window: Sequence[Unit[T | Rejected]], done: KeyTable, early: Mapping[str, Outcome]) -> Worked:
-        missing = [u for u in window if u.key not in done and u.key not in early]
+    def _worked(
+        self, window: Sequence[WorkItem[T | Rejected]], done: KeyTable, out_of_order: Mapping[str, Outcome]
+    ) -> BatchResult:
+        missing = [u for u in window if u.key not in done and u.key not in out_of_order]
         fresh = iter(self._outcomes(missing))
-        outcomes = [early[u.key] if u.key in early else next(fresh) for u in window if u.key not in done]
-        return Worked(len(window), len(window) - len(missing), outcomes)
+        outcomes = [out_of_order[u.key] if u.key in out_of_order else next(fresh) for u in window if u.key not in done]
+        return BatchResult(len(window), len(window) - len(missing), outcomes)
 
-    def _outcomes(self, units: Sequence[Unit[T | Rejected]]) -> list[Outcome]:
+    def _outcomes(self, units: Sequence[WorkItem[T | Rejected]]) -> list[Outcome]:
         """One per unit, in order; a bad line is its own."""
         asked = [u.value for u in units if not isinstance(u.value, Rejected)]
         answers = list(self.work(asked)) if asked else []
@@ -193,26 +195,28 @@ class Job(Generic[T]):
         rest = iter(answers)
         return [u.value if isinstance(u.value, Rejected) else next(rest) for u in units]
 
-    def _checked(self, units: Units[T], seen: KeyTable, counts: Counts) -> Iterator[Unit[T | Rejected]]:
+    def _checked(self, units: WorkItems[T], seen: KeyTable, counts: Counts) -> Iterator[WorkItem[T | Rejected]]:
         """What is to be done, each once, and between them the bad lines; what is skipped is counted."""
         for unit in units:
-            yield from self._bad_before(unit.line, counts)
+            yield from self._invalid_before(unit.line, counts)
             counts.units += 1
-            if isinstance(unit, Skip):
+            if isinstance(unit, Skipped):
                 counts.skipped[unit.reason] += 1
             elif (first := seen.add(unit.key, unit.line)) is None:
                 yield unit  # type: ignore[misc]
             elif unit.hashed_id:
                 counts.skipped["the same as an earlier line"] += 1
             else:
-                name = shown(next(iter(self.inputs.values())).name)
-                raise BadRow(name, unit.line, f"id {unit.key!r} was already used on line {first}", "ids must be unique")
-        yield from self._bad_before(math.inf, counts)
+                name = display_name(next(iter(self.inputs.values())).name)
+                raise InvalidRow(
+                    name, unit.line, f"id {unit.key!r} was already used on line {first}", "ids must be unique"
+                )
+        yield from self._invalid_before(math.inf, counts)
 
-    def _bad_before(self, line: float, counts: Counts) -> Iterator[Unit[T | Rejected]]:
-        for number, row in self.intake.bad_before(line):
+    def _invalid_before(self, line: float, counts: Counts) -> Iterator[WorkItem[T | Rejected]]:
+        for number, row in self.reader.invalid_before(line):
             counts.units += 1
-            yield Unit(row.key, number, row)
+            yield WorkItem(row.key, number, row)
 
 
 def _digest(value: object) -> int:

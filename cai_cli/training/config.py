@@ -29,7 +29,7 @@ SaveSteps = Annotated[int, typer.Option(min=1, help="Steps between checkpoints, 
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainingConfig:
     """What every trainer is told. `device` is "cpu" or "cuda"; `lora_rank` None trains all weights. Batch size and
     accumulation are those of one process, as in TRL.
 

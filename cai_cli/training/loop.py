@@ -62,12 +62,12 @@ def _steps_callback(metrics: "Metrics", columns: Mapping[str, str], name: str, s
 
     class Steps(TrainerCallback):  # type: ignore[misc]
         advance: Callable[[float], None]
-        watch: console.Stopwatch
+        monitor_score_of: console.Stopwatch
         tokens = seconds = 0.0
         before = 0.0  # tokens that a run before this one went through
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.watch, self.before = console.Stopwatch(), state.num_input_tokens_seen
+            self.monitor_score_of, self.before = console.Stopwatch(), state.num_input_tokens_seen
             self.advance = stack.enter_context(console.track(state.max_steps, name, "steps"))
             self.advance(state.global_step)
 
@@ -76,7 +76,7 @@ def _steps_callback(metrics: "Metrics", columns: Mapping[str, str], name: str, s
             set_seed((seed_for(args.seed, "step", state.global_step) + args.process_index) % 2**32)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.seconds = round(self.watch.seconds, 2)
+            self.seconds = round(self.monitor_score_of.seconds, 2)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.advance(1)

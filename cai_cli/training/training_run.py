@@ -23,7 +23,7 @@ from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.constitution.usage import recorded_principles
 from cai_cli.data.jsonl import AppendFile, sync_directory
 from cai_cli.data.schema import Rejected, Row, dump_row, reason_kind
-from cai_cli.models.source import Base
+from cai_cli.models.source import ModelSource
 from cai_cli.runtime.manifest import InputFile, read_manifest, run_facts, write_json
 from cai_cli.runtime.output_files import finished_summary, one_writer, refuse_input_as_output, refuse_other_run, sidecar
 from cai_cli.training import distributed
@@ -59,11 +59,11 @@ Train = Callable[[Path], dict[str, Any]]
 @dataclass(frozen=True)
 class TrainingJob:
     """One run of one training stage. `train(work)` leaves the finished model in `work/model` and returns figures, on
-    rank 0; `facts` say how the rows are dealt out (`Recipe.facts`)."""
+    rank 0; `facts` say how the rows are dealt out (`TrainingConfig.facts`)."""
 
     provenance: dict[str, Any]
     inputs: Mapping[str, InputFile]
-    models: Mapping[str, Base]
+    models: Mapping[str, ModelSource]
     output: Path
     overwrite: bool
     counts: Counts
@@ -97,7 +97,7 @@ class TrainingJob:
         return summary and summary | (read_manifest(sidecar(path, "manifest.json")) or {})["figures"]
 
     def _train(self, path: Path) -> dict[str, Any]:
-        watch = console.Stopwatch()
+        monitor_score_of = console.Stopwatch()
         work = distributed.from_leader(lambda: self._open_work(path))
         if not self.counts.train:
             raise CaiError(
@@ -108,16 +108,16 @@ class TrainingJob:
         principles = distributed.from_leader(lambda: recorded_principles(sources))
         try:
             figures = self.train(work)
-            return distributed.from_leader(lambda: self._finish(path, work, figures, watch, principles))
+            return distributed.from_leader(lambda: self._finish(path, work, figures, monitor_score_of, principles))
         except OSError as error:
             raise CaiError(f"cannot write {work}: {error.strerror}", hint="run again to go on") from error
 
     def _finish(
-        self, path: Path, work: Path, figures: dict[str, Any], watch: console.Stopwatch, principles: Any
+        self, path: Path, work: Path, figures: dict[str, Any], monitor_score_of: console.Stopwatch, principles: Any
     ) -> dict[str, Any]:
         """Make the model in `work` appear as `path`; the summary."""
         dealt = {**self.facts, **figures.pop("throughput")}
-        facts = {**run_facts(watch.seconds, self.inputs), "principles": principles, "training": dealt}
+        facts = {**run_facts(monitor_score_of.seconds, self.inputs), "principles": principles, "training": dealt}
         counts = self.counts.as_json()
         manifest = {"provenance": self.provenance, "counts": counts, "figures": figures, "run": facts}
         (work / "model/README.md").write_text(model_card(manifest, self.models), encoding="utf-8")

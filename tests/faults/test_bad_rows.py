@@ -1,5 +1,5 @@
 """Lines that are no rows, in real files: by default the run stops at the first with its file and line and a way out;
-with --skip-bad each is kept in the rejected file and counted, within --max-bad and within bounded memory."""
+with --skip-invalid each is kept in the rejected file and counted, within --max-invalid and within bounded memory."""
 
 import gzip
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Cai
-from stage_helpers import Json, manifest_of, rows_in, sample_row, write_rows
+from helpers import Json, manifest_of, rows_in, sample_row, write_rows
 from tiny import tiny_model_dir
 
 SCRIPT = ("--model", "scripted:script.jsonl")
@@ -67,10 +67,10 @@ def test_a_bad_line_stops_the_run_or_with_skip_bad_is_kept_as_it_stood(what: str
     assert stopped.code == 1
     assert stopped.stderr.startswith("error: in.jsonl:2: ")
     assert reason in stopped.stderr
-    assert "--skip-bad" in stopped.stderr.splitlines()[1]
+    assert "--skip-invalid" in stopped.stderr.splitlines()[1]
     assert len(stopped.stderr.splitlines()) == 2
 
-    done = cai("sample", "in.jsonl", *SCRIPT, "-o", "out.jsonl", "--skip-bad", "--json")
+    done = cai("sample", "in.jsonl", *SCRIPT, "-o", "out.jsonl", "--skip-invalid", "--json")
     assert done.code == 0, done.stderr
     assert [row["id"] for row in rows_in(folder / "out.jsonl")] == ["a", "b"]
     (kept,) = rows_in(folder / "out.jsonl.rejected.jsonl")
@@ -105,7 +105,7 @@ def test_bad_lines_are_kept_in_the_place_where_they_stood_in_every_stage(stage: 
     rows = [json.dumps(sample_row(i, k)) for i in range(4) for k in range(2)]
     lines = ["{", *rows[:3], "[]", *rows[3:], '{"id": 3}']
     (folder / "in.jsonl").write_text("\n".join(lines))
-    words = (stage, "in.jsonl", *SCRIPT, "--skip-bad", "-o", "out.jsonl")
+    words = (stage, "in.jsonl", *SCRIPT, "--skip-invalid", "-o", "out.jsonl")
     if stage == "sample":  # samples as prompts again, of which the second is the same prompt
         lines = [line for i, line in enumerate(lines) if i not in (2, 5, 7, 9)]
         (folder / "in.jsonl").write_text("\n".join(lines))
@@ -126,9 +126,9 @@ def test_a_run_that_stopped_at_a_bad_line_goes_on_past_it_with_nothing_asked_twi
     lines = [json.dumps({"id": f"p{i}", "prompt": f"q{i}"}).encode() for i in range(6)]
     write_prompts(folder, *lines[:4], b"{", *lines[4:])
     words = ("sample", "in.jsonl", *SCRIPT, "--batch-size", "2")
-    assert cai(*words, "--skip-bad", "-o", "calm.jsonl").code == 0
+    assert cai(*words, "--skip-invalid", "-o", "calm.jsonl").code == 0
     assert cai(*words, "-o", "out.jsonl").code == 1
-    again = cai(*words, "--skip-bad", "-o", "out.jsonl")
+    again = cai(*words, "--skip-invalid", "-o", "out.jsonl")
     assert again.code == 0
     assert "4 rows are finished" in again.stderr
     for side in ("", ".rejected.jsonl"):
@@ -137,20 +137,20 @@ def test_a_run_that_stopped_at_a_bad_line_goes_on_past_it_with_nothing_asked_twi
 
 def test_max_bad_bounds_how_many_bad_lines_pass(cai: Cai, folder: Path) -> None:
     write_prompts(folder, GOOD, b"{", b"[", b"3")
-    words = ("sample", "in.jsonl", *SCRIPT, "-o", "out.jsonl", "--skip-bad")
-    stopped = cai(*words, "--max-bad", "2")
+    words = ("sample", "in.jsonl", *SCRIPT, "-o", "out.jsonl", "--skip-invalid")
+    stopped = cai(*words, "--max-invalid", "2")
     assert stopped.code == 1
     assert "error: more than 2 bad lines; the last one: in.jsonl:4: " in stopped.stderr
     assert not (folder / "out.jsonl").exists()
-    assert cai(*words, "--max-bad", "3").code == 0
+    assert cai(*words, "--max-invalid", "3").code == 0
     assert manifest_of(folder / "out.jsonl")["counts"]["rejected_reasons"] == {"bad line": 3}
-    usage = cai("sample", "in.jsonl", *SCRIPT, "--max-bad", "3")
-    assert (usage.code, "--skip-bad" in usage.stderr) == (2, True)
+    usage = cai("sample", "in.jsonl", *SCRIPT, "--max-invalid", "3")
+    assert (usage.code, "--skip-invalid" in usage.stderr) == (2, True)
 
 
 def test_on_stdout_a_bad_line_is_shown_whole_on_stderr(cai: Cai, folder: Path) -> None:
     write_prompts(folder, GOOD, b'{"prompt": \x1b[2J}')
-    done = cai("sample", "in.jsonl", *SCRIPT, "--skip-bad")
+    done = cai("sample", "in.jsonl", *SCRIPT, "--skip-invalid")
     assert (done.code, len(done.stdout.splitlines())) == (0, 1)
     assert "rejected: " in done.stderr
     assert "\x1b" not in done.stderr
@@ -163,7 +163,7 @@ def test_training_rejects_bad_lines_into_the_file_and_the_count(cai: Cai, folder
     words = ("sft", "rows.jsonl", "-o", "sl", "--model", "base", "--max-steps", "1", "--device", "cpu")
     stopped = cai(*words)
     assert (stopped.code, "error: rows.jsonl:2: not JSON" in stopped.stderr) == (1, True)
-    done = cai(*words, "--skip-bad", "--json")
+    done = cai(*words, "--skip-invalid", "--json")
     assert done.code == 0, done.stderr
     counts = json.loads(done.stdout)
     assert (counts["in"], counts["used"], counts["rejected_reasons"]) == (4, 3, {"bad line": 1})
@@ -186,7 +186,7 @@ def test_a_file_of_another_kind_is_one_line_of_error_even_with_skip_bad(
         (folder / "in.jsonl").mkdir()
     else:
         (folder / "in.jsonl").write_bytes(content)
-    refused = cai("sample", "in.jsonl", *SCRIPT, "-o", "out.jsonl", "--skip-bad")
+    refused = cai("sample", "in.jsonl", *SCRIPT, "-o", "out.jsonl", "--skip-invalid")
     assert refused.code == 1
     assert message in refused.stderr or "Is a directory" in refused.stderr
     assert refused.stderr.startswith("error: ")
@@ -196,7 +196,7 @@ def test_a_file_of_another_kind_is_one_line_of_error_even_with_skip_bad(
 
 def test_an_empty_file_is_an_empty_output(cai: Cai, folder: Path) -> None:
     write_prompts(folder)
-    done = cai("sample", "in.jsonl", *SCRIPT, "-o", "out.jsonl", "--skip-bad")
+    done = cai("sample", "in.jsonl", *SCRIPT, "-o", "out.jsonl", "--skip-invalid")
     assert (done.code, (folder / "out.jsonl").read_bytes()) == (0, b"")
 
 
@@ -214,7 +214,7 @@ def peak_mib(*words: str, cwd: Path, feed: "threading.Thread | None" = None, std
 @pytest.mark.slow
 @pytest.mark.parametrize("through", ["a file", "a pipe"])
 def test_a_line_of_one_gibibyte_is_passed_over_in_bounded_memory(through: str, folder: Path) -> None:
-    words = ("sample", *SCRIPT, "-o", "out.jsonl", "--skip-bad", "-q")
+    words = ("sample", *SCRIPT, "-o", "out.jsonl", "--skip-invalid", "-q")
     write_prompts(folder, GOOD)
     usual = peak_mib(*words, "in.jsonl", "--overwrite", cwd=folder)
     if through == "a file":
@@ -245,7 +245,7 @@ def test_a_line_of_one_gibibyte_is_passed_over_in_bounded_memory(through: str, f
 def test_bad_lines_without_end_do_not_fill_the_memory(cai: Cai, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cai_cli.data.row_reader.MAX_LINE_BYTES", 2**20)
     write_prompts(folder, GOOD, *([b"x" * 1000] * 2000))
-    stopped = cai("sample", "in.jsonl", *SCRIPT, "-o", "out.jsonl", "--skip-bad")
+    stopped = cai("sample", "in.jsonl", *SCRIPT, "-o", "out.jsonl", "--skip-invalid")
     assert (stopped.code, "MiB of bad lines in a row" in stopped.stderr) == (1, True)
 
 
@@ -253,7 +253,7 @@ def test_the_limit_counts_rows_and_not_bad_lines(cai: Cai, folder: Path) -> None
     rows: list[Json] = [{"id": f"p{i}", "prompt": "q"} for i in range(4)]
     lines = [json.dumps(row).encode() for row in rows]
     write_prompts(folder, lines[0], b"{", *lines[1:])
-    assert cai("sample", "in.jsonl", *SCRIPT, "-o", "out.jsonl", "--skip-bad", "--limit", "2").code == 0
+    assert cai("sample", "in.jsonl", *SCRIPT, "-o", "out.jsonl", "--skip-invalid", "--limit", "2").code == 0
     assert manifest_of(folder / "out.jsonl")["counts"]["in"] == 3
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import Cai
 from forked import files_of
-from stage_helpers import Died, Json, sample_row, write_rows
+from helpers import Died, Json, sample_row, write_rows
 
 from cai_cli.runtime.sinks import FileSink
 
@@ -60,7 +60,7 @@ def another_constitution(folder: Path) -> None:
 # what changed -> (options, change of a file, version, what is named)
 CHANGES: dict[str, tuple[tuple[str, ...], Callable[[Path], None] | None, str | None, str]] = {
     "model": (("--model", "scripted:other.jsonl"), None, None, "model.fingerprint: "),
-    "template": (("--prompt-form", "raw"), None, None, "settings.prompt_form: chat -> raw"),
+    "template": (("--prompt-format", "raw"), None, None, "settings.prompt_format: chat -> raw"),
     "temperature": (("--temperature", "0.5"), None, None, "settings.temperature: 1.0 -> 0.5"),
     "top-p": (("--top-p", "0.5"), None, None, "settings.top_p: 1.0 -> 0.5"),
     "length": (("--max-new-tokens", "9"), None, None, "settings.max_new_tokens: "),
@@ -117,7 +117,7 @@ def test_all_differences_are_named_at_once(cai: Cai, folder: Path, monkeypatch: 
         assert named in refused.stderr
 
 
-HARMLESS = [("--batch-size", "1"), ("--device", "cpu"), ("--skip-bad",), ("--skip-bad", "--max-bad", "7"), ("--quiet",),
+HARMLESS = [("--batch-size", "1"), ("--device", "cpu"), ("--skip-invalid",), ("--skip-invalid", "--max-invalid", "7"), ("--quiet",),
             ("--json",), ("--concurrency", "3"), ("--timeout", "9"), ("--price-in", "1"), ("--budget-tokens", "99")]  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import Ran
 from forked import NOBODY, Ended, Forks, clear, files_of, needs_strace, until
-from stage_helpers import Json, sample_row, write_rows
+from helpers import Json, sample_row, write_rows
 
 CAI = [sys.executable, "-m", "cai_cli"]
 SCRIPT = ("--model", "scripted:script.jsonl", "--batch-size", "2")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from conftest import Cai
+from helpers import manifest_of, rows_in, sample_row, write_rows
 from loopback import Behaviour, Loopback, Request, completion, cut, error, good, hang, http, reset, trickle
-from stage_helpers import manifest_of, rows_in, sample_row, write_rows
 
 from cai_cli.engines import openai_client
 

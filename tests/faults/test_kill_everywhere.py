@@ -13,17 +13,17 @@ from pathlib import Path
 import pytest
 from conftest import Ran
 from forked import Forks, clear, files_of, held, needs_strace, until
-from stage_helpers import Json, sample_row, write_rows
+from helpers import Json, sample_row, write_rows
 
 CALLS = ("fsync", "write", "rename", "unlink", "ftruncate", "mkdir", "openat")
 SCRIPT = ("--model", "scripted:script.jsonl", "--batch-size", "2")
 STAGES = {
-    "sample": ("sample", "prompts.jsonl", *SCRIPT, "-n", "2", "--skip-bad"),
+    "sample": ("sample", "prompts.jsonl", *SCRIPT, "-n", "2", "--skip-invalid"),
     "critique": ("critique", "samples.jsonl", *SCRIPT),
     "revise": ("revise", "critiques.jsonl", *SCRIPT),
     "critique-revise": ("critique-revise", "samples.jsonl", *SCRIPT, "--rounds", "2"),
     "label-prefs": ("label-prefs", "samples.jsonl", *SCRIPT, "--one-order"),
-    "a shard": ("sample", "prompts.jsonl", *SCRIPT, "--skip-bad", "--shard", "1/2"),
+    "a shard": ("sample", "prompts.jsonl", *SCRIPT, "--skip-invalid", "--shard", "1/2"),
     "merge": ("merge", "shard1.jsonl", "shard2.jsonl"),
     "sort": ("sort", "samples.jsonl", "--by", "length"),
     "dedup": ("dedup", "samples.jsonl"),
@@ -166,7 +166,7 @@ ROAD = """\
 name: road
 model: scripted:script.jsonl
 steps:
-  samples: {command: sample, input: prompts.jsonl, n: 2, batch-size: 3, skip-bad: true}
+  samples: {command: sample, input: prompts.jsonl, n: 2, batch-size: 3, skip-invalid: true}
   preferences: {command: label-prefs, input: "@samples", both-orders: false}
 """
 

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import Ran
 from forked import Forks, clear, files_of, needs_strace
-from stage_helpers import sample_row
+from helpers import largest_difference, manifest_of, preference, revision, rows_in, sample_row, write_rows
 from tiny import tiny_model_dir
-from training_helpers import largest_difference, manifest_of, preference, revision, rows_in, write_rows
 
 from cai_cli.training.checkpoints import SEAL
 

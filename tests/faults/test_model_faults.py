@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from conftest import Cai
+from helpers import Json, manifest_of, rows_in, sample_row, write_rows
 from loopback import Behaviour, Loopback, Request, completion, http
-from stage_helpers import Json, manifest_of, rows_in, sample_row, write_rows
 from tiny import tiny_model_dir
 
 from cai_cli.phase1_supervised.format_checks import ATTEMPTS
@@ -212,8 +212,8 @@ def test_a_preference_model_that_gives_no_number_stops_the_run_and_names_the_row
 @pytest.mark.faults
 @pytest.mark.parametrize("stage", ["sft", "train-pm"])
 def test_training_on_broken_weights_stops_at_its_first_figures(stage: str, cai: Cai, folder: Path) -> None:
-    from training_helpers import preference
-    from training_helpers import write_rows as write
+    from helpers import preference
+    from helpers import write_rows as write
 
     def poison(weights: Json) -> None:
         weights["model.norm.weight"][0] = float("nan")

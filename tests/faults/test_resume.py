@@ -86,14 +86,14 @@ def test_a_torn_tail_at_any_byte_of_the_last_two_rows_is_cut_and_asked_again(tmp
     from cai_cli.common.errors import CaiError
     from cai_cli.data.schema import Prompt
     from cai_cli.runtime.manifest import InputFile, provenance
-    from cai_cli.runtime.stage_run import Job, Unit, Units
+    from cai_cli.runtime.stage_run import StageRun, WorkItem, WorkItems
 
     rows = [
         Prompt.model_validate({"id": f"p{i}", "prompt": [{"role": "user", "content": f"é{i}\u2028"}]}) for i in range(6)
     ]
 
-    def units() -> Units[Prompt]:
-        return (Unit(row.id, i, row) for i, row in enumerate(rows, 1))
+    def units() -> WorkItems[Prompt]:
+        return (WorkItem(row.id, i, row) for i, row in enumerate(rows, 1))
 
     asked: list[str] = []
 
@@ -106,7 +106,7 @@ def test_a_torn_tail_at_any_byte_of_the_last_two_rows_is_cut_and_asked_again(tmp
     inputs = {"rows": InputFile("rows", None, None)}
     made = provenance("test", inputs=inputs, settings={})
     out = tmp_path / "out.jsonl"
-    job = Job(made, inputs, str(out), False, units, work, window=1)
+    job = StageRun(made, inputs, str(out), False, units, work, window=1)
     fail_after: int | None = 5
     with pytest.raises(CaiError, match="stop"):
         job.run(as_json=False)

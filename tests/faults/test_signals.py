@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 from forked import held, until
+from helpers import Json, sample_row, write_rows
 from loopback import Loopback, Request, good, hang
-from stage_helpers import Json, sample_row, write_rows
 
 CAI = [sys.executable, "-m", "cai_cli"]
 PY = f"{shlex.quote(sys.executable)} -m cai_cli"

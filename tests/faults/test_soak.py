@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 from conftest import Ran
+from helpers import manifest_of
 from loopback import Loopback, Request, cut, error, good, reset
-from stage_helpers import manifest_of
 
 SECONDS = float(os.environ.get("CAI_SOAK_SECONDS", "40"))
 REFUSED_EVERY = 97  # prompts the server will not have, each asked once and rejected
@@ -58,7 +58,7 @@ def test_one_failure_in_a_hundred_answers_costs_no_row_and_nothing_piles_up(tmp_
             )
         seen: list[tuple[int, int, int]] = []
         asked, refused, deadline = 0, 0, time.monotonic() + SECONDS
-        watching = threading.Thread(target=watch, args=(child, seen), daemon=True)
+        watching = threading.Thread(target=monitor_score_of, args=(child, seen), daemon=True)
         watching.start()
         assert child.stdin
         while time.monotonic() < deadline:
@@ -81,14 +81,16 @@ def test_one_failure_in_a_hundred_answers_costs_no_row_and_nothing_piles_up(tmp_
     assert failed > 0
     assert "Traceback" not in stderr
     quarter = len(seen) // 4
-    early, late = seen[quarter : 2 * quarter], seen[-quarter:]
+    out_of_order, late = seen[quarter : 2 * quarter], seen[-quarter:]
     for what, place, slack in (("file descriptors", 0, 6), ("threads", 1, 1), ("MiB", 2, 24)):
-        before, after = (statistics.median(sample[place] for sample in part) for part in (early, late))
+        before, after = (statistics.median(sample[place] for sample in part) for part in (out_of_order, late))
         assert after <= before + slack, f"{what}: {before} -> {after}"
-    ran(f"{asked:,} rows in {SECONDS:.0f} s, {failed} failures; descriptors, threads, MiB: {early[0]} -> {late[-1]}")
+    ran(
+        f"{asked:,} rows in {SECONDS:.0f} s, {failed} failures; descriptors, threads, MiB: {out_of_order[0]} -> {late[-1]}"
+    )
 
 
-def watch(child: subprocess.Popen[bytes], seen: list[tuple[int, int, int]]) -> None:
+def monitor_score_of(child: subprocess.Popen[bytes], seen: list[tuple[int, int, int]]) -> None:
     """(open files, threads, resident MiB) of the process, a few times a second."""
     here = Path(f"/proc/{child.pid}")
     while child.poll() is None:

@@ -8,7 +8,7 @@ import pytest
 import typer
 from conftest import Cai, Ran
 from forked import clear, files_of
-from stage_helpers import Json, death_after, sample_row, write_rows
+from helpers import Json, death_after, sample_row, write_rows
 
 SCRIPT = ("--model", "scripted:script.jsonl", "--batch-size", "1", "-o", "out.jsonl")
 STAGES = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Cai
-from stage_helpers import Json, death_after, manifest_of, rows_in, sample_row, write_rows
+from helpers import Json, death_after, manifest_of, rows_in, sample_row, write_rows
 
 SCRIPT = ("--model", "scripted:script.jsonl")
 STAGES = ("sample", "critique", "critique-revise", "label-prefs")
@@ -103,7 +103,7 @@ def test_an_id_twice_is_an_error_with_both_lines_whether_number_or_text(
     write_rows(
         folder / "in.jsonl", [{"id": 7, "prompt": "a"}, {"id": "8", "prompt": "b"}, {"id": second, "prompt": "c"}]
     )
-    for more in ((), ("--skip-bad",)):
+    for more in ((), ("--skip-invalid",)):
         refused = cai("sample", "in.jsonl", *SCRIPT, "-o", "out.jsonl", *more)
         assert refused.code == 1
         assert "error: in.jsonl:3: id '7/0' was already used on line 1" in refused.stderr

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import Cai
-from stage_helpers import Json, manifest_of, rows_in, write_rows
+from helpers import Json, manifest_of, rows_in, write_rows
 from tiny import tiny_model_dir
 
 from cai_cli.data.schema import Message
@@ -83,7 +83,17 @@ def test_a_prompt_to_sample_from_arrives_whole_or_is_rejected_with_its_numbers(
     write_rows(
         folder / "in.jsonl", ({"id": name, "prompt": [m.model_dump() for m in chat]} for name, chat in chats.items())
     )
-    words = ("sample", "in.jsonl", "--model", "model", "-o", "out.jsonl", "--max-new-tokens", str(NEW), "--skip-bad")
+    words = (
+        "sample",
+        "in.jsonl",
+        "--model",
+        "model",
+        "-o",
+        "out.jsonl",
+        "--max-new-tokens",
+        str(NEW),
+        "--skip-invalid",
+    )
     done = cai(*words, "--json")
     assert done.code == 0, done.stderr
     counts = json.loads(done.stdout)

@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 from conftest import Cai
+from helpers import interrupted_after, largest_difference, preference, revision, write_rows
 from tiny import tiny_model_dir
-from training_helpers import interrupted_after, largest_difference, preference, revision, write_rows
 
 from cai_cli.cards.model_card import model_card
 from cai_cli.common.errors import CaiError
-from cai_cli.models.source import Base
+from cai_cli.models.source import ModelSource
 from cai_cli.training.checkpoints import SEAL, newest_checkpoint, seal
 
 MODELS = ("sft", "train-pm", "rl", "score", "sample")
@@ -240,7 +240,7 @@ def test_no_principle_or_setting_breaks_out_of_a_model_s_card(stranger: Path) ->
         "counts": {"in": 1}, "figures": {evil: {"value": 1.0, "low": 0.0, "high": 1.0, "n": 1}},
         "run": {"principles": [{"constitution": "c", "stage": "s", "fingerprint": "f", "drawn": {evil: 3}}], "training": {}, "versions": {}},
     }  # fmt: skip
-    card = model_card(manifest, {"model": Base("base", stranger, "ab")})
+    card = model_card(manifest, {"model": ModelSource("base", stranger, "ab")})
     assert "<script>" not in card
     assert "\x1b" not in card
     assert card.count(r"p` \| \<script\>x\</script\>") == 5

@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import Cai
-from report_helpers import make_run
-from stage_helpers import rows_in, sample_row, write_rows
+from helpers import preference, revision, rows_in, sample_row, write_rows
+from helpers import write_rows as write_bytes
+from report_run import make_run
 from tiny import tiny_model_dir
-from training_helpers import preference, revision
-from training_helpers import write_rows as write_bytes
 
 IDS = {
     "up": "../../x",

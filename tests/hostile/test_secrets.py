@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import typer
 from conftest import Cai, Done
+from helpers import rows_in, sample_row, write_rows
 from loopback import Behaviour, Loopback, Request, completion, cut, error, good, hang, http, reset
-from report_helpers import make_run
-from stage_helpers import rows_in, sample_row, write_rows
+from report_run import make_run
 
 from cai_cli.cards.export import export
 from cai_cli.cli.app import app

@@ -9,19 +9,19 @@ from typing import Any
 import pytest
 import yaml
 from conftest import Cai
+from helpers import rows_in, sample_row, write_rows
 from hypothesis import given
 from hypothesis import strategies as st
-from report_helpers import make_run
-from stage_helpers import rows_in, sample_row, write_rows
+from report_run import make_run
 
 from cai_cli.common.errors import CaiError
 from cai_cli.common.yaml import MAX_YAML, parse_yaml
 from cai_cli.constitution.schema import CritiqueExample, PreferencePrinciple, load
 from cai_cli.data.schema import Message
-from cai_cli.engines.base import Ask
+from cai_cli.engines.base import GenerationRequest
 from cai_cli.engines.scripted import ScriptedEngine
 from cai_cli.pipeline.run_file import load_run
-from cai_cli.prompting.base import Form, reply_request, user
+from cai_cli.prompting.base import PromptFormat, reply_request, user
 from cai_cli.prompting.comparison import comparison_request, contrast_requests, rationale_request, verdict_request
 from cai_cli.prompting.evaluation import harm_request
 from cai_cli.prompting.revision import critique_request, revision_request
@@ -41,7 +41,9 @@ def shown(text: Any) -> str:
 
 @pytest.mark.parametrize("form", ["chat", "raw"])
 @given(said=tricky, principle=tricky, worked=tricky)
-def test_no_builder_of_prompts_reads_what_it_is_given(form: Form, said: str, principle: str, worked: str) -> None:
+def test_no_builder_of_prompts_reads_what_it_is_given(
+    form: PromptFormat, said: str, principle: str, worked: str
+) -> None:
     """Whatever a row, a principle and an example say stands in the prompt as it is (no heading is forged here)."""
     talk = [user(said), Message(role="assistant", content=said)]
     example = CritiqueExample(
@@ -70,7 +72,7 @@ def test_tricks_go_through_the_whole_road_as_the_text_they_are(cai: Cai, tmp_pat
     asked: list[str] = []
     answer = ScriptedEngine._reply
 
-    def reply(self: ScriptedEngine, ask: Ask) -> Any:
+    def reply(self: ScriptedEngine, ask: GenerationRequest) -> Any:
         asked.append(shown(ask.text))
         return answer(self, ask)
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import Cai
+from helpers import sample_row, write_rows
 from hypothesis import given
 from hypothesis import strategies as st
-from report_helpers import make_run
-from stage_helpers import sample_row, write_rows
+from report_run import make_run
 
 from cai_cli.common.console import safe, safe_json
 
@@ -86,7 +86,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "a wrong value": ("sample", "wrong.jsonl", "--model", "scripted:script.jsonl", "-o", "out.jsonl"),
     "a field twice": ("sample", "twice.jsonl", "--model", "scripted:script.jsonl", "-o", "out.jsonl"),
     "a bad line": ("sample", "broken.jsonl", "--model", "scripted:script.jsonl", "-o", "out.jsonl"),
-    "bad lines skipped": ("sample", "broken.jsonl", "--model", "scripted:script.jsonl", "-o", "-", "--skip-bad"),
+    "bad lines skipped": ("sample", "broken.jsonl", "--model", "scripted:script.jsonl", "-o", "-", "--skip-invalid"),
     "a file that is not there": ("sample", f"{STEERING['colour']}.jsonl", "--model", "scripted:script.jsonl"),
     "a model that is not there": ("sample", "prompts.jsonl", "--model", ALL.replace("\0", "")),
     "critique": ("critique", "samples.jsonl", "--model", "scripted:script.jsonl", "-o", "out.jsonl", "--constitution", "critique.yaml"),
@@ -138,7 +138,7 @@ def test_an_evaluation_of_hostile_questions_prints_no_control(cai: Cai, tmp_path
     question = {"id": ALL, "prompt": ALL, "corrects": [ALL], "incorrects": [f"{ALL}!"], "source": ALL}
     write_rows(tmp_path / "questions.jsonl", [question])
     done = cai(
-        "eval", "hhh", "questions.jsonl", "--model", "scripted:judge.jsonl", "-o", "out.jsonl", "--prompt-form", "raw"
+        "eval", "hhh", "questions.jsonl", "--model", "scripted:judge.jsonl", "-o", "out.jsonl", "--prompt-format", "raw"
     )
     assert not FORBIDDEN.findall(done.stdout + done.stderr)
     assert "Traceback" not in done.stderr

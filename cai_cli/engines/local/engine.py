@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from cai_cli.common import console
 from cai_cli.common.errors import RowError, UsageError
-from cai_cli.engines.base import Ask, Engine, Question, Refusal, Reply, Sampling, Text
-from cai_cli.engines.local.kv_cache import Memory
+from cai_cli.engines.base import Completion, Engine, GenerationRequest, LogprobRequest, RequestFailure, Sampling, Text
+from cai_cli.engines.local.kv_cache import KVCache
 from cai_cli.engines.local.onednn import pack_linears
-from cai_cli.engines.local.prefix_cache import Context, SharedMemory, can_share, common_start, groups, shared_start
-from cai_cli.engines.local.sampling import Row, Writer, check_finite, draw, end_of_turn_ids, uniforms
+from cai_cli.engines.local.prefix_cache import Context, PrefixCache, can_share, common_start, groups, shared_start
+from cai_cli.engines.local.sampling import ActiveSequence, Writer, check_finite, draw, end_of_turn_ids, uniforms
 from cai_cli.engines.tokenization import encode_chat, encode_text
 from cai_cli.models.fingerprint import fingerprint
 from cai_cli.models.loading import load_causal_lm, load_tokenizer
@@ -126,10 +126,10 @@ class LocalEngine(Engine):
             # What differs from row to row stands after the colon: rejected rows are counted by what is before it.
             raise RowError(f"does not fit the context window of {self.window}: {prompt} tokens + {new} new ones")
 
-    def _memory(self, start: Context, room: int) -> Memory | SharedMemory:
+    def _memory(self, start: Context, room: int) -> KVCache | PrefixCache:
         """For rows that begin with `start` and may grow by `room` tokens each."""
         pad_id = self.tokenizer.pad_token_id
-        return SharedMemory(self.model, start, room) if self.shares else Memory(self.model, pad_id)
+        return PrefixCache(self.model, start, room) if self.shares else KVCache(self.model, pad_id)
 
     def _fitting(self, sizes: Sequence[int], live: Sequence[int] = ()) -> int:
         """How many of the rows of these `sizes` (tokens, descending) can join those of the sizes `live`: no more than
@@ -140,21 +140,21 @@ class LocalEngine(Engine):
 
     # --- text -------------------------------------------------------------------------------------------------
 
-    def generate(self, asks: Sequence[Ask], sampling: Sampling) -> list[Reply | Refusal]:
+    def generate(self, asks: Sequence[GenerationRequest], sampling: Sampling) -> list[Completion | RequestFailure]:
         """One answer per ask, in order. Raises: CaiError when the model's logits are not finite, or it has no chat
         template for a chat."""
         import torch
 
-        replies: dict[int, Reply | Refusal] = {}
-        rows: list[Row] = []
+        replies: dict[int, Completion | RequestFailure] = {}
+        rows: list[ActiveSequence] = []
         for index, ask in enumerate(asks):
             try:
-                ids = self._encode(ask.text, ask.cue)
+                ids = self._encode(ask.text, ask.prefill)
                 self._check_fits(len(ids), sampling.max_new_tokens)
             except RowError as error:
-                replies[index] = Refusal(error.message)
+                replies[index] = RequestFailure(error.message)
             else:
-                rows.append(Row(index, ask, tuple(ids), uniforms(ask.seed, sampling.max_new_tokens)))
+                rows.append(ActiveSequence(index, ask, tuple(ids), uniforms(ask.seed, sampling.max_new_tokens)))
         with torch.inference_mode():
             replies |= self._decode(rows, sampling) if rows else {}
         return [replies[index] for index in range(len(asks))]
@@ -164,14 +164,14 @@ class LocalEngine(Engine):
         import torch
 
         rows = [
-            Row(index, Ask("", seed), tuple(ids), uniforms(seed, sampling.max_new_tokens))
+            ActiveSequence(index, GenerationRequest("", seed), tuple(ids), uniforms(seed, sampling.max_new_tokens))
             for index, (ids, seed) in enumerate(zip(prompts, seeds, strict=True))
         ]
         with torch.inference_mode():
             self._decode(rows, sampling)
         return [row.new for row in rows]
 
-    def _decode(self, rows: Sequence[Row], sampling: Sampling) -> dict[int, Reply]:
+    def _decode(self, rows: Sequence[ActiveSequence], sampling: Sampling) -> dict[int, Completion]:
         """Grow every row to its end, the longest first: when one ends, the next one takes its place. Replies by the
         index of their ask."""
         import torch
@@ -180,7 +180,7 @@ class LocalEngine(Engine):
         start = shared_start([row.prompt for row in rows], [1] * len(rows)) if self.shares else ()
         memory = self._memory(start, sampling.max_new_tokens)
         waiting = sorted(rows, key=lambda row: (len(row.prompt), row.prompt))
-        live: list[Row] = []
+        live: list[ActiveSequence] = []
         tokens = torch.empty(0)
         while live or waiting:
             logits = [memory.step(tokens)] if live else []
@@ -199,7 +199,9 @@ class LocalEngine(Engine):
                 tokens = tokens[going]
         return {row.index: row.reply for row in rows if row.reply is not None}
 
-    def _joining(self, waiting: list[Row], live: Sequence[Row], sampling: Sampling, joins: bool) -> list[Row]:
+    def _joining(
+        self, waiting: list[ActiveSequence], live: Sequence[ActiveSequence], sampling: Sampling, joins: bool
+    ) -> list[ActiveSequence]:
         """Take the rows out of `waiting` (the longest at the end) that have a place now."""
         free = self.batch_size - len(live)
         if live and (not joins or free < self.batch_size / 8):  # few at a time cost more passes
@@ -210,31 +212,31 @@ class LocalEngine(Engine):
 
     # --- option log-probabilities -----------------------------------------------------------------------------
 
-    def score(self, questions: Sequence[Question]) -> list[list[float] | Refusal]:
-        """For each question the log-probability of each option, natural log, summed over the option's tokens.
+    def option_logprobs(self, requests: Sequence[LogprobRequest]) -> list[list[float] | RequestFailure]:
+        """For each request the log-probability of each option, natural log, summed over the option's tokens.
 
-        Where an option changes how the end of the prompt is tokenised, all of that question's options are scored
+        Where an option changes how the end of the prompt is tokenised, all of that request's options are scored
         from the first token in which they differ from the prompt. Raises: CaiError as `generate`.
         """
         import torch
 
-        refused: dict[int, Refusal] = {}
+        refused: dict[int, RequestFailure] = {}
         scores: dict[int, list[float]] = {}
         wanted: dict[Context, list[Reading]] = {}
-        for index, question in enumerate(questions):
+        for index, request in enumerate(requests):
             try:
-                readings = self._readings(index, question)
+                readings = self._readings(index, request)
             except RowError as error:
-                refused[index] = Refusal(error.message)
+                refused[index] = RequestFailure(error.message)
                 continue
-            scores[index] = [0.0] * len(question.options)
+            scores[index] = [0.0] * len(request.options)
             for context, reading in readings:
                 wanted.setdefault(context, []).append(reading)
         with torch.inference_mode():
             for group in groups(list(wanted)) if self.shares else [list(wanted)]:
                 for reading, value in self._read(group, wanted):
                     scores[reading.question][reading.option] = value
-        return [refused.get(index) or scores[index] for index in range(len(questions))]
+        return [refused.get(index) or scores[index] for index in range(len(requests))]
 
     def _read(
         self, group: Sequence[Context], wanted: Mapping[Context, Sequence["Reading"]]
@@ -251,10 +253,10 @@ class LocalEngine(Engine):
             memory.keep([])
             at = batch.stop
 
-    def _readings(self, index: int, question: Question) -> list[tuple[Context, "Reading"]]:
+    def _readings(self, index: int, question: LogprobRequest) -> list[tuple[Context, "Reading"]]:
         """For each option the ids to run the model over, and what to read at the end of them."""
-        prompt = self._encode(question.text, question.cue)
-        wholes = [self._encode(question.text, question.cue + option) for option in question.options]
+        prompt = self._encode(question.text, question.prefill)
+        wholes = [self._encode(question.text, question.prefill + option) for option in question.options]
         start = min(common_start(prompt, whole) for whole in wholes)
         self._check_fits(start, max(len(whole) for whole in wholes) - start)
         return [

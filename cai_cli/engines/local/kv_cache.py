@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Memory:
+class KVCache:
     """The rows of one batch in the cache that transformers itself gives the model: right for every family."""
 
     joins = False  # rows come all at once, when there are none

@@ -24,7 +24,7 @@ Context = tuple[int, ...]  # ids to run the model over
 
 
 def can_share(model: Any) -> bool:
-    """Whether `SharedMemory` gives this model's own answers; switches its attention over if so."""
+    """Whether `PrefixCache` gives this model's own answers; switches its attention over if so."""
     from transformers import AttentionInterface
 
     config = model.config
@@ -45,13 +45,13 @@ def _attention(
     value: "Tensor",
     attention_mask: "Tensor | None",
     *,
-    memory: "SharedMemory",
+    memory: "PrefixCache",
     scaling: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **_: Any,
 ) -> tuple["Tensor", None]:
-    # `key` and `value` are what `SharedMemory.update` gave: those of every token of the rows, not only the new ones.
+    # `key` and `value` are what `PrefixCache.update` gave: those of every token of the rows, not only the new ones.
     return memory.attend(module.layer_idx, query * scaling, key, value, sliding_window, softcap), None
 
 
@@ -104,7 +104,7 @@ class _Pass:
         return self.slots - self.first, offsets
 
 
-class SharedMemory:
+class PrefixCache:
     """Rows that all begin with `start`; also the cache object that the model updates. `room`: tokens a row may grow
     by. Rows may join (`add`) and leave (`keep`) at any time."""
 
@@ -117,7 +117,7 @@ class SharedMemory:
         self.buffers: list[tuple[Tensor, Tensor]] = []  # per layer (rows, heads, columns, size)
         self.capacity = (0, 0)  # rows, columns
         if start:
-            alone = SharedMemory(model, (), 0)
+            alone = PrefixCache(model, (), 0)
             list(alone.add([start], [1]))
             self.prefix = [(keys[0, :, : len(start)], values[0, :, : len(start)]) for keys, values in alone.buffers]
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cai_cli.common.errors import CaiError
-from cai_cli.engines.base import Ask, Reply, Sampling
+from cai_cli.engines.base import Completion, GenerationRequest, Sampling
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,15 +84,15 @@ def _smallest_kept(weights: "Tensor", top_p: float) -> "Tensor":
 
 
 @dataclass
-class Row:
+class ActiveSequence:
     """One reply as it grows. `index` is its place among the asks; `prompt` its ids; `noise[i]` draws `new[i]`."""
 
     index: int
-    ask: Ask
+    ask: GenerationRequest
     prompt: tuple[int, ...]
     noise: Sequence[float]
     new: list[int] = field(default_factory=list)
-    reply: Reply | None = None
+    reply: Completion | None = None
 
 
 class Writer:
@@ -103,7 +103,7 @@ class Writer:
         self.end_ids = frozenset(end_ids)
         self.max_new_tokens = max_new_tokens
 
-    def add(self, row: Row, token: int) -> None:
+    def add(self, row: ActiveSequence, token: int) -> None:
         """Append one id to `row` and, when that ends it, set its reply."""
         row.new.append(token)
         if token in self.end_ids:
@@ -113,10 +113,10 @@ class Writer:
         elif len(row.new) == self.max_new_tokens:
             self._finish(row, self._text(row.new), "length")
 
-    def _finish(self, row: Row, text: str, reason: str) -> None:
-        row.reply = Reply(text, reason, prompt_tokens=len(row.prompt), new_tokens=len(row.new))
+    def _finish(self, row: ActiveSequence, text: str, reason: str) -> None:
+        row.reply = Completion(text, reason, prompt_tokens=len(row.prompt), new_tokens=len(row.new))
 
-    def _stopped(self, row: Row) -> str | None:
+    def _stopped(self, row: ActiveSequence) -> str | None:
         """The text before the first stop string, if the newest token completed one."""
         if not row.ask.stop:
             return None

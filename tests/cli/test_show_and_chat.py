@@ -1,0 +1,246 @@
+"""`cai show` and `cai chat`: what a person reads on a terminal, safe whatever the rows hold."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import orjson
+import pytest
+from conftest import Cai
+from helpers import sample_row, write_rows
+from hypothesis import given
+from hypothesis import strategies as st
+from loopback import Loopback, good
+from report_run import HOSTILE, make_run, manifest, training_counts
+
+from cai_cli.cli.show import row_text
+
+TURN = {"round": 1, "principle_id": "kind", "critique": "too blunt", "response": "go away"}
+
+
+def test_a_revision_reads_from_the_prompt_to_the_last_revision(cai: Cai, tmp_path: Path) -> None:
+    rows = [
+        {**sample_row(1, reply="gladly"), "history": [TURN, {**TURN, "round": 2, "critique": None, "response": "no"}]}
+    ]
+    write_rows(tmp_path / "r.jsonl", rows)
+    done = cai("show", "r.jsonl")
+    assert done.code == 0
+    assert done.stdout.splitlines()[0].startswith("── p1/0 ──")
+    assert [line for line in done.stdout.splitlines()[1:] if line] == [
+        "Human  question 1",
+        "reply before round 1  go away",
+        "critique 1 (kind)  too blunt",
+        "reply before round 2  no",
+        "round 2 (kind)  revised without a critique",
+        "revision 2  gladly",
+        "source test · finish_reason stop",
+    ]
+    assert done.stderr.strip() == "show: 1 rows"
+
+
+def test_votes_and_rejected_rows_are_readable(cai: Cai, tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", rows=2)
+    text = cai("show", "run/preferences.jsonl").stdout
+    assert "run/preferences.jsonl: made by cai label-prefs, 5 in = 2 out + 3 rejected + 0 skipped" in text
+    assert "chosen first, " in text
+    assert "% for the first (choice)" in text
+    row = json.dumps(sample_row(7))
+    write_rows(folder / "x.rejected.jsonl", [{"key": "p7/0", "reason": "empty reply", "row": row}])
+    text = cai("show", "run/x.rejected.jsonl").stdout
+    assert text.startswith("── p7/0 ")
+    assert "rejected  empty reply" in text
+    assert "Human  question 7" in text
+
+
+@pytest.mark.parametrize("file", ["rl-cai/metrics.jsonl", "samples.jsonl", "after.jsonl"])
+def test_every_kind_of_row_is_shown_with_every_value(cai: Cai, tmp_path: Path, file: str) -> None:
+    make_run(tmp_path / "run", rows=3)
+    rows = [json.loads(line) for line in (tmp_path / "run" / file).read_text().splitlines()]
+    text = cai("show", f"run/{file}").stdout
+    for row in rows:
+        for value in row.values():
+            if isinstance(value, str | float):
+                assert (value if isinstance(value, str) else orjson.dumps(value).decode()) in text
+
+
+def test_rows_are_picked_by_number_text_and_id(cai: Cai, tmp_path: Path) -> None:
+    write_rows(tmp_path / "s.jsonl", [sample_row(i, j) for i in range(5) for j in range(2)])
+
+    def heads(*words: str) -> list[str]:
+        return [line.split()[1] for line in cai("show", "s.jsonl", *words).stdout.splitlines() if line.startswith("──")]
+
+    assert heads("--n", "2") == ["p0/0", "p0/1"]
+    assert heads("--grep", "QUESTION [34]", "-n", "3") == ["p3/0", "p3/1", "p4/0"]
+    assert heads("--id", "p2") == ["p2/0", "p2/1"]
+    assert heads("--id", "p2/1") == ["p2/1"]
+    assert "show: 2 rows; more follow" in cai("show", "s.jsonl", "--n", "2").stderr
+    assert "more follow" not in cai("show", "s.jsonl", "--n", "10").stderr
+    assert cai("show", "s.jsonl", "--grep", "(").code == 2
+    assert cai("show", "-", stdin=(tmp_path / "s.jsonl").read_bytes()).stdout.count("── p") == 10
+
+
+def said(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
+
+
+def test_a_duel_reads_as_two_replies_named_by_their_models(cai: Cai, tmp_path: Path) -> None:
+    vote = {"principle_id": "kind", "method": "choice", "order": "ba", "p_first": 0.25, "rationale": None}
+    row = {
+        "id": "p0/0 base:tuned", "prompt_id": "p0", "sample_index": 0, "prompt": [{"role": "user", "content": "why"}],
+        "kind": None, "model_a": "base", "model_b": "tuned", "a": said("go away"), "b": said("gladly"),
+        "score_a": -1.5, "score_b": 0.25, "p_a": 0.2, "votes": [vote],
+    }  # fmt: skip
+    write_rows(tmp_path / "d.jsonl", [row, {**row, "id": "p1/0 base:tuned", "prompt_id": "p1"}])
+    lines = cai("show", "d.jsonl", "--id", "p0").stdout.splitlines()
+    assert lines[0].startswith("── p0/0 base:tuned ──")
+    assert [line for line in lines[1:] if line] == [
+        "Human  why",
+        "base (score -1.5)  go away",
+        "tuned (score 0.25)  gladly",
+        "vote  kind: tuned first, 25.0% for the first (choice)",
+        "prompt_id p0 · p_a 0.2",
+    ]
+
+
+def test_the_directory_of_a_model_names_the_files_that_can_be_shown(cai: Cai, tmp_path: Path) -> None:
+    (tmp_path / "rl").mkdir()
+    for name in ("config.json", "samples.jsonl", "metrics.jsonl"):
+        (tmp_path / "rl" / name).write_text("{}")
+    (tmp_path / "rl.manifest.json").write_text(json.dumps(manifest("rl", training_counts(5))))
+    done = cai("show", "rl")
+    assert done.code == 2
+    assert "rl is the directory of a model, not a JSONL file" in done.stderr
+    assert "rl/metrics.jsonl, rl/samples.jsonl" in done.stderr
+
+
+def test_no_row_can_steer_the_terminal(cai: Cai, tmp_path: Path) -> None:
+    text = "[red]not markup[/red] [link=x]:smile:"
+    write_rows(tmp_path / "s.jsonl", [sample_row(i, reply=t) for i, t in enumerate([*HOSTILE, text])])
+    shown = cai("show", "s.jsonl").stdout
+    for steering in "\x00\x1b\x07\u202e\u2066":
+        assert steering not in shown
+    assert text in shown
+    assert r"\x1b[31mred" in shown
+
+
+@given(st.recursive(st.none() | st.booleans() | st.floats(allow_nan=False) | st.text(), lambda c: st.lists(c) | st.dictionaries(st.sampled_from(["id", "prompt", "history", "votes", "completion", "critique", "row", "reason", "chosen", "model_a", "model_b", "a", "b", "x"]), c), max_leaves=12))  # fmt: skip
+def test_whatever_json_a_line_holds_it_is_shown(value: object) -> None:
+    assert "\x1b" not in row_text(value, 3).plain
+
+
+def on_terminal(words: list[str], folder: Path, **environment: str) -> str:
+    """What a command writes to a terminal of its own."""
+    master, slave = pty.openpty()
+    env = {**os.environ, "TERM": "xterm", "COLUMNS": "80", **environment}
+    child = subprocess.Popen([sys.executable, "-m", "cai_cli", *words], cwd=folder, stdin=subprocess.DEVNULL, stdout=slave, stderr=subprocess.DEVNULL, env=env)  # fmt: skip
+    os.close(slave)
+    read = b""
+    try:
+        while block := os.read(master, 65536):
+            read += block
+    except OSError:  # the other end is closed
+        pass
+    assert child.wait(timeout=60) == 0
+    os.close(master)
+    return read.decode()
+
+
+def test_on_a_terminal_the_pager_reads_it(tmp_path: Path) -> None:
+    write_rows(tmp_path / "s.jsonl", [sample_row(i) for i in range(500)])
+    assert on_terminal(["show", "s.jsonl"], tmp_path, PAGER="head -n 1").count("── p") == 1
+    assert on_terminal(["show", "s.jsonl"], tmp_path, PAGER="no-such-pager").count("── p") == 500
+    assert "\x1b[" in on_terminal(["show", "s.jsonl"], tmp_path, PAGER="cat")
+
+
+def test_a_reader_that_went_away_ends_it_quietly(tmp_path: Path) -> None:
+    write_rows(tmp_path / "s.jsonl", [sample_row(i) for i in range(5000)])
+    command = f"{sys.executable} -m cai_cli show s.jsonl | head -n 1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[1:] == ["141", ""]
+    assert done.stderr == ""
+
+
+# --- chat ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> str:
+    rows = [
+        {"contains": "broken", "replies": []},
+        {"contains": "steer", "replies": ["\x1b[31mred [bold]"]},
+        {"contains": "long", "replies": ["so lo"], "finish_reason": "length"},
+        {"contains": "my name is Ada\n\nAssistant: hello\n\nHuman: who", "replies": ["Ada"]},
+        {"contains": "who", "replies": ["nobody"]},
+        {"replies": ["hello"]},
+    ]
+    write_rows(tmp_path / "a.jsonl", rows)
+    return "scripted:a.jsonl"
+
+
+def test_a_chat_keeps_its_history_until_it_is_reset(cai: Cai, script: str) -> None:
+    done = cai("chat", script, stdin=b"my name is Ada\n\nwho am i\n/reset\nwho am i\n/quit\nwho am i\n")
+    assert done.code == 0
+    assert done.stdout.splitlines() == [f"{script}> hello", f"{script}> Ada", f"{script}> nobody"]
+    assert "the conversation starts afresh" in done.stderr
+
+
+def test_two_models_hear_the_same_and_each_keeps_its_own_answers(cai: Cai, script: str, tmp_path: Path) -> None:
+    write_rows(tmp_path / "b.jsonl", [{"contains": "Assistant: good day", "replies": ["as I said"]}, {"replies": ["good day"]}])  # fmt: skip
+    done = cai("chat", script, "scripted:b.jsonl", stdin=b"my name is Ada\nwho am i")
+    assert done.stdout.splitlines() == [
+        f"{script}> hello", "scripted:b.jsonl> good day", f"{script}> Ada", "scripted:b.jsonl> as I said",
+    ]  # fmt: skip
+
+
+def test_what_is_refused_cut_or_unknown_is_said_and_no_part_of_the_conversation(cai: Cai, script: str) -> None:
+    done = cai("chat", script, stdin=b"broken\nmy name is Ada\nwho\nlong\n/help\nsteer\n")
+    assert [line.partition("> ")[2] for line in done.stdout.splitlines()] == [
+        "hello", "Ada", "so lo [cut at --max-new-tokens]", r"\x1b[31mred [bold]",
+    ]  # fmt: skip
+    assert "the script holds no reply for this prompt; this turn is not part" in done.stderr
+    assert "no command /help" in done.stderr
+
+
+def test_one_model_twice_is_two_numbered_speakers(cai: Cai, script: str) -> None:
+    done = cai("chat", script, script, stdin=b"hi\n")
+    assert done.stdout.splitlines() == [f"{script} 1> hello", f"{script} 2> hello"]
+
+
+def test_a_line_that_is_not_utf8_is_said_and_no_part_of_the_conversation(cai: Cai, script: str) -> None:
+    done = cai("chat", script, stdin=b"my name is Ada\ncaf\xe9\nwho am i\n")
+    assert done.stdout.splitlines() == [f"{script}> hello", f"{script}> Ada"]
+    assert done.stderr.count("this line is not UTF-8") == 1
+
+
+def test_a_chat_through_a_server(cai: Cai, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    without = cai("chat", "openai:m", stdin=b"hi")
+    assert (without.code, "an openai: model needs --base-url (or OPENAI_BASE_URL)" in without.stderr) == (2, True)
+    with Loopback(good) as server:
+        assert cai("chat", "openai:m", script, "--base-url", server.url, stdin=b"hi").stdout.count("> ") == 2
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        done = cai("chat", "openai:x", stdin=b"hi")
+    assert done.stdout.startswith("openai:x> Words ")
+    assert "chat with openai:x: " in done.stderr  # `:x:` is no emoji here
+    local = cai("chat", script, "--base-url", "http://host/v1", stdin=b"hi")
+    assert (local.code, "--base-url is for a server" in local.stderr) == (2, True)
+    assert "--model" not in local.stderr
+
+
+def test_a_chat_with_no_such_model_ends_at_once(cai: Cai) -> None:
+    assert cai("chat", "./nowhere", stdin=b"hello\n").code == 1
+
+
+def test_side_by_side_on_a_terminal(tmp_path: Path, script: str) -> None:
+    write_rows(tmp_path / "b.jsonl", [{"replies": ["good day"]}])
+    command = f"echo hi | {sys.executable} -m cai_cli chat {script} scripted:b.jsonl"
+    master, slave = pty.openpty()
+    child = subprocess.Popen(["bash", "-c", command], cwd=tmp_path, stdout=slave, stderr=subprocess.DEVNULL, env={**os.environ, "TERM": "xterm", "COLUMNS": "80"})  # fmt: skip
+    os.close(slave)
+    assert child.wait(timeout=60) == 0
+    text = os.read(master, 65536).decode()
+    os.close(master)
+    assert any("hello" in line and "good day" in line for line in text.splitlines())

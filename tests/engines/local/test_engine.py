@@ -1,0 +1,440 @@
+"""The local engine against transformers itself, on tiny random models of several families."""
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import END_OF_TEXT, tiny_model_dir
+
+from cai_cli.common.errors import CaiError, UsageError
+from cai_cli.data.schema import Message
+from cai_cli.engines.base import Completion, GenerationRequest, LogprobRequest, RequestFailure, Sampling
+from cai_cli.engines.local import prefix_cache, sampling
+from cai_cli.engines.local.engine import LocalEngine
+
+FAMILIES = [*sorted(prefix_cache.FAMILIES), "gpt2"]
+WINDOW = 9  # tokens seen by the sliding-window layers of the families that have them, far fewer than a prompt's
+
+
+def family_config(family: str, vocab_size: int) -> Any:
+    import transformers
+
+    shape: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    grouped = shape | {"num_key_value_heads": 2}
+    gemma = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": WINDOW, "attn_logit_softcapping": 5.0}
+    gemma3 = {
+        "head_dim": 8,
+        "query_pre_attn_scalar": 8,
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention"],
+    }
+    gpt2 = {"vocab_size": vocab_size, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, "eos_token_id": 2}
+    kind, settings = {
+        "gemma": (transformers.GemmaConfig, grouped | {"head_dim": 8}),
+        "gemma2": (transformers.Gemma2Config, grouped | gemma),
+        "gemma3_text": (transformers.Gemma3TextConfig, grouped | gemma3),
+        "gpt2": (transformers.GPT2Config, gpt2 | {"initializer_range": 0.2}),
+        "mistral": (transformers.MistralConfig, grouped | {"sliding_window": WINDOW}),
+        "phi": (transformers.PhiConfig, shape),
+        "phi3": (transformers.Phi3Config, grouped | {"sliding_window": WINDOW}),
+        "qwen2": (transformers.Qwen2Config, grouped),
+        "qwen3": (transformers.Qwen3Config, grouped | {"head_dim": 8}),
+    }[family]
+    return kind(**settings)
+
+
+@cache
+def model_dir(family: str = "llama") -> Path:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = tiny_model_dir(Path(mkdtemp(prefix="cai-test-")))
+    if family != "llama":
+        config = family_config(family, len(AutoTokenizer.from_pretrained(path)))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            AutoModelForCausalLM.from_config(config, attn_implementation="eager").save_pretrained(path)
+    return path
+
+
+@cache
+def reference(family: str = "llama") -> Any:
+    """The same model, to be run by transformers alone; eager attention, as sdpa knows no soft-capping."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(model_dir(family), attn_implementation="eager").eval()
+
+
+@cache
+def engine(family: str = "llama", batch_size: int | None = None) -> LocalEngine:
+    return LocalEngine(str(model_dir(family)), batch_size=batch_size, device="cpu", dtype="float32")
+
+
+def chat(*contents: str) -> list[Message]:
+    return [Message(role="assistant" if i % 2 else "user", content=c) for i, c in enumerate(contents)]
+
+
+def asks(count: int = 10) -> list[GenerationRequest]:
+    """Chats and raw texts of many lengths, the chats sharing their first turns."""
+    shared = "Please choose the response that is the most helpful, honest, and harmless."
+    return [
+        GenerationRequest(chat(shared, "Yes", "How can I help " * (i % 5) + str(i)), seed=1000 + i)
+        if i % 3
+        else GenerationRequest(f"Human: Consider {'the following ' * i}", seed=i, prefill=" conversation")
+        for i in range(count)
+    ]
+
+
+def replies(
+    family: str, batch_size: int | None, wanted: Sequence[GenerationRequest], sampling: Sampling
+) -> list[Completion]:
+    answers = engine(family, batch_size).generate(wanted, sampling)
+    assert all(isinstance(answer, Completion) for answer in answers)
+    return [answer for answer in answers if isinstance(answer, Completion)]
+
+
+def prompt_ids(e: LocalEngine, ask: GenerationRequest) -> list[int]:
+    if isinstance(ask.text, str):
+        return list(e.tokenizer(ask.text + ask.prefill)["input_ids"])
+    turns = [m.model_dump() for m in ask.text]
+    ids = e.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    return list(ids) + list(e.tokenizer(ask.prefill, add_special_tokens=False)["input_ids"])
+
+
+# --- text ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_text_equals_transformers_generate_token_by_token(family: str) -> None:
+    ours = replies(family, None, asks(), Sampling(max_new_tokens=24, temperature=0))
+    e = engine(family)
+    for ask, reply in zip(asks(), ours, strict=True):
+        ids = torch.tensor([prompt_ids(e, ask)])
+        out = reference(family).generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24, pad_token_id=0
+        )
+        new = out[0, ids.shape[1] :].tolist()
+        assert reply.prompt_tokens == ids.shape[1]
+        assert reply.new_tokens == len(new)
+        assert reply.text == e.tokenizer.decode(new, skip_special_tokens=True)
+        assert reply.finish_reason == ("stop" if new[-1] == 2 else "length")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("sampling", [Sampling(20), Sampling(20, temperature=0.7, top_p=0.9)])
+def test_a_row_gets_the_same_text_in_batches_of_1_7_and_32_and_in_any_order(family: str, sampling: Sampling) -> None:
+    wanted = asks(33)
+    alone = replies(family, 1, wanted, sampling)
+    assert replies(family, 7, wanted, sampling) == alone
+    assert replies(family, 32, wanted[::-1], sampling) == alone[::-1]
+
+
+def test_a_waiting_row_takes_the_place_of_a_finished_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    live: list[int] = []
+    step = prefix_cache.PrefixCache.step
+    monkeypatch.setattr(
+        prefix_cache.PrefixCache, "step", lambda memory, tokens: (live.append(len(tokens)), step(memory, tokens))[1]
+    )
+    wanted = [
+        GenerationRequest(ask.text, ask.seed, ask.prefill, stop=("e",) if i % 2 else ())
+        for i, ask in enumerate(asks(12))
+    ]
+    answers = replies("llama", 4, wanted, Sampling(24))
+    lengths = [answer.new_tokens for answer in answers]
+    assert min(lengths) < 12 < max(lengths)
+    assert sum(live) == sum(lengths) - len(lengths)  # the first token of each comes with its prompt
+    assert len(live) < 1.5 * sum(live) / 4
+    assert max(live) == 4
+
+
+def test_rows_wait_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = replies("llama", None, asks(), Sampling(20))
+    small = LocalEngine(str(model_dir()), batch_size=None, device="cpu", dtype="float32")
+    vars(small)["most_tokens"] = 300
+    made: list[int] = []
+    reserve = prefix_cache.PrefixCache._reserve
+
+    def watched(memory: prefix_cache.PrefixCache, rows: int, columns: int) -> None:
+        reserve(memory, rows, columns)
+        made.append(memory.capacity[0] * memory.capacity[1])
+
+    monkeypatch.setattr(prefix_cache.PrefixCache, "_reserve", watched)
+    assert small.generate(asks(), Sampling(20)) == alone
+    assert max(made) <= 300
+
+
+def test_the_seed_alone_decides_the_noise() -> None:
+    ask = asks()[1]
+    same = [GenerationRequest(ask.text, seed) for seed in (5, 6, 5)]
+    first, second, again = (r.text for r in replies("llama", None, same, Sampling(20)))
+    assert first == again != second
+
+
+def test_sampled_tokens_follow_the_models_distribution() -> None:
+    ask, count = asks()[1], 4000
+    with torch.no_grad():
+        logits = reference().forward(torch.tensor([prompt_ids(engine(), ask)])).logits[0, -1]
+    expected = torch.softmax(logits / 1.5, -1)
+    noise = torch.tensor([float(sampling.uniforms(seed, 1)[0]) for seed in range(count)], dtype=torch.float64)
+    drawn = sampling.draw(logits.expand(count, -1), noise, Sampling(temperature=1.5))
+    observed = torch.bincount(drawn, minlength=len(expected)) / count
+    assert (observed - expected).abs().sum() < 0.25 < (observed - 1 / len(expected)).abs().sum()
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
+    logits = torch.tensor([[0.1, 0.5, 0.15, 0.25]]).log().repeat(1000, 1)
+    noise = torch.linspace(0, 0.9999, 1000, dtype=torch.float64)
+    kept = [set(sampling.draw(logits, noise, Sampling(top_p=p)).tolist()) for p in (0.0, 0.49, 0.6, 0.8, 0.95, 1.0)]
+    assert kept == [{1}, {1}, {1, 3}, {1, 2, 3}, {0, 1, 2, 3}, {0, 1, 2, 3}]
+    steps = torch.linspace(0, -1, 5000).expand(2, -1)  # nearly flat: more tokens are kept than are looked at first
+    count = int((steps[0].double().softmax(-1).cumsum(-1) < 0.9).sum()) + 1
+    last = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    assert sampling.draw(steps, last, Sampling(top_p=0.9)).tolist() == [0, pytest.approx(count - 1, abs=1)]
+
+
+def test_a_token_of_no_weight_is_never_drawn() -> None:
+    logits = torch.full((3, 600), -torch.inf)
+    logits[:, [3, 300]] = 0.0
+    noise = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
+    assert sampling.draw(logits, noise, Sampling()).tolist() == [3, 300, 300]
+
+
+def test_the_end_of_turn_ends_a_reply_and_is_no_part_of_it() -> None:
+    forced = LocalEngine(str(model_dir()), batch_size=None, device="cpu", dtype="float32")
+    greedy = replies("llama", None, asks(), Sampling(24, temperature=0))
+    new = reference().generate(torch.tensor([prompt_ids(forced, asks()[1])]), do_sample=False, max_new_tokens=4)
+    forced.end_ids = {int(new[0, -1])}
+    (reply,) = forced.generate([asks()[1]], Sampling(24, temperature=0))
+    assert isinstance(reply, Completion)
+    assert (reply.finish_reason, reply.new_tokens) == ("stop", 4)
+    assert greedy[1].text.startswith(reply.text)
+
+
+def test_what_ends_a_turn_in_the_chat_template_ends_a_reply_though_no_config_names_it() -> None:
+    from transformers import GenerationConfig
+
+    tokenizer = LocalEngine(str(model_dir()), batch_size=None, device="cpu", dtype="float32").tokenizer
+    tokenizer.eos_token = END_OF_TEXT
+    assert sampling.end_of_turn_ids(tokenizer, GenerationConfig(eos_token_id=[0])) == {0, 2}
+
+
+def test_a_stop_string_is_cut_off_with_all_that_follows() -> None:
+    ask = asks()[4]
+    (whole,) = replies("llama", None, [ask], Sampling(40))
+    stop = whole.text[7:10]
+    (cut,) = replies(
+        "llama", None, [GenerationRequest(ask.text, ask.seed, ask.prefill, ("never so", stop))], Sampling(40)
+    )
+    assert cut.text == whole.text[: whole.text.index(stop)]
+    assert cut.finish_reason == "stop"
+    assert cut.new_tokens < whole.new_tokens
+
+
+def test_a_prompt_that_does_not_fit_is_refused_with_its_numbers_and_the_others_are_answered() -> None:
+    long = GenerationRequest("word " * 300, seed=0)
+    tokens = len(engine().tokenizer(long.text)["input_ids"])
+    refused, answered, empty = engine().generate([long, asks()[1], GenerationRequest("", 0)], Sampling(50))
+    assert refused == RequestFailure(f"does not fit the context window of 512: {tokens} tokens + 50 new ones")
+    assert isinstance(answered, Completion)
+    assert isinstance(empty, RequestFailure)
+
+
+def test_a_prompt_that_just_fits_is_answered() -> None:
+    tokens = len(prompt_ids(engine(), asks()[1]))
+    (reply,) = engine().generate([asks()[1]], Sampling(512 - tokens, temperature=0))
+    assert isinstance(reply, Completion)
+
+
+def test_logits_that_are_no_numbers_end_the_run() -> None:
+    broken = LocalEngine(str(model_dir()), batch_size=None, device="cpu", dtype="float32")
+    broken.model.model.norm.weight.data[3] = torch.nan
+    for settings in (Sampling(4), Sampling(4, temperature=0)):
+        with pytest.raises(CaiError, match="NaN"):
+            broken.generate(asks(), settings)
+    with pytest.raises(CaiError, match="NaN"):
+        broken.option_logprobs(questions())
+
+
+# --- option log-probabilities -------------------------------------------------------------------------------------
+
+
+def questions() -> list[LogprobRequest]:
+    shared = [*chat("Please choose the response that is the most helpful.", "The answer is: (A)")]
+    told = [
+        LogprobRequest(
+            [*shared, Message(role="user", content="Consider " * i + "(A) or (B)?")], ("A", "B"), prefill="Answer: ("
+        )
+        for i in range(9)
+    ]
+    return [
+        *told,
+        LogprobRequest(chat("How can I help?"), ("harmless, honest", "racist", "Yes", "")),
+        LogprobRequest("Human: is it toxic?\n\nAnswer:", (" Yes", " No", " dangerous, or illegal content.")),
+        LogprobRequest("Consider the follow", ("ing conversation", "ed", " No")),
+    ]
+
+
+def one_by_one(family: str, question: LogprobRequest) -> list[float]:
+    """Log-probabilities from one plain forward pass per option, from where the options part from the prompt."""
+    e = engine(family)
+    prompt = prompt_ids(e, GenerationRequest(question.text, 0, question.prefill))
+    wholes = [
+        prompt_ids(e, GenerationRequest(question.text, 0, question.prefill + option)) for option in question.options
+    ]
+    start = len(prompt)
+    while any(whole[:start] != prompt[:start] for whole in wholes):
+        start -= 1
+    totals = []
+    for whole in wholes:
+        with torch.no_grad():
+            logp = reference(family)(torch.tensor([whole])).logits[0].log_softmax(-1)
+        totals.append(sum(float(logp[i - 1, whole[i]]) for i in range(start, len(whole))))
+    return totals
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_scores_equal_one_plain_forward_pass_per_option(family: str, batch_size: int) -> None:
+    scores = engine(family, batch_size).option_logprobs(questions())
+    for question, ours in zip(questions(), scores, strict=True):
+        assert ours == pytest.approx(one_by_one(family, question), abs=1e-4)
+
+
+def test_options_that_change_the_end_of_the_prompt_are_scored_from_the_same_token() -> None:
+    e, question = engine(), questions()[-1]
+    prompt = prompt_ids(e, GenerationRequest(question.text, 0))
+    joined = prompt_ids(e, GenerationRequest(f"{question.text}{question.options[0]}", 0))
+    assert joined[: len(prompt)] != prompt  # what makes this question a hard one
+    (scores,) = e.option_logprobs([question])
+    assert scores == pytest.approx(one_by_one("llama", question), abs=1e-4)
+
+
+def test_a_question_that_does_not_fit_is_refused_and_the_others_are_scored() -> None:
+    refused, scored = engine().option_logprobs([LogprobRequest("word " * 300, ("A", "B")), questions()[0]])
+    assert isinstance(refused, RequestFailure)
+    assert "does not fit the context window of 512" in refused.reason
+    assert scored == pytest.approx(one_by_one("llama", questions()[0]), abs=1e-4)
+
+
+# --- what rows share ----------------------------------------------------------------------------------------------
+
+ids = st.lists(st.integers(3, 5), min_size=1, max_size=12).map(tuple)
+
+
+@given(st.lists(ids, unique=True, max_size=12), st.integers(0, 60))
+def test_groups_hold_every_row_once_and_cost_no_more_than_one_group(rows: list[tuple[int, ...]], more: int) -> None:
+    rows = [(9,) * more + row for row in rows]
+    found = prefix_cache.groups(rows)
+    assert sorted(row for group in found for row in group) == sorted(rows)
+
+    def cost(group: list[tuple[int, ...]]) -> int:
+        start = min(prefix_cache.common_start(min(group), max(group)), min(map(len, group)) - 1)
+        return prefix_cache.LEAST_SHARED + start + sum(len(row) - start for row in group)
+
+    assert sum(map(cost, found)) <= (cost(rows) if rows else 0)
+
+
+def test_starts_that_lie_in_one_another_by_the_thousand_end_in_groups() -> None:
+    rows = [(1,) * n + (2,) for n in range(1, 2000, 2)]
+    found = prefix_cache.groups(rows)
+    assert sorted(row for group in found for row in group) == sorted(rows)
+
+
+def test_rows_of_two_long_starts_are_two_groups() -> None:
+    rows = [(start,) * 40 + (i, i) for start in (3, 4) for i in (5, 6, 7)]
+    assert prefix_cache.groups(rows) == [rows[:3], rows[3:]]
+
+
+@pytest.mark.parametrize("family", sorted(prefix_cache.FAMILIES))
+@pytest.mark.parametrize("start", [0, 40])
+def test_rows_run_in_small_pieces_equal_whole_forward_passes(
+    family: str, start: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefix_cache.PrefixCache, "_budget", 16)
+    generator = torch.Generator().manual_seed(0)
+
+    def some(count: int) -> list[int]:
+        return [int(i) for i in torch.randint(3, 400, (count,), generator=generator)]
+
+    common = some(start)
+    rows = [common + some(count) for count in (3, 4, 7, 20, 37)]
+    rows.insert(2, rows[1])
+    plain = reference(family)
+    memory = prefix_cache.PrefixCache(engine(family).model, tuple(common), 3)
+    assert engine(family).shares
+
+    def join(new: list[list[int]]) -> None:
+        found = list(memory.add([tuple(row) for row in new], [2] * len(new)))
+        for row, logits in zip(new, found, strict=True):
+            assert torch.allclose(logits, plain(torch.tensor([row])).logits[0, -2:], atol=1e-4)
+
+    with torch.inference_mode():
+        join(rows)
+        memory.keep([0, 5, 2])
+        rows = [rows[0], rows[5], rows[2]]
+        for token in (7, 8, 9):
+            rows = [[*row, token] for row in rows]
+            for row, logits in zip(rows, memory.step(torch.tensor([token] * len(rows))), strict=True):
+                assert torch.allclose(logits, plain(torch.tensor([row])).logits[0, -1], atol=1e-4)
+            others = [common + some(count) for count in (50, 5)]
+            join(others)
+            rows += others
+            memory.keep([4, 1, 2, 3] if len(rows) == 5 else range(len(rows)))
+            rows = [rows[i] for i in (4, 1, 2, 3)] if len(rows) == 5 else rows
+
+
+def test_a_shared_start_and_equal_prompts_are_run_once() -> None:
+    fresh = LocalEngine(str(model_dir()), batch_size=None, device="cpu", dtype="float32")
+    run: list[int] = []
+    fresh.model.register_forward_pre_hook(
+        lambda _, __, inputs: run.append(inputs["input_ids"].numel()), with_kwargs=True
+    )
+    examples = "Please choose the response that is the most helpful, honest, and harmless. " * 3
+    wanted = [GenerationRequest(chat(examples + last), seed) for last in ("Yes", "No") for seed in range(4)]
+    assert len(fresh.generate(wanted, Sampling(1))) == 8
+    assert sum(run) < 1.5 * len(prompt_ids(fresh, wanted[0]))
+
+
+def test_a_family_that_is_not_known_is_run_as_transformers_does_and_says_so_once(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fresh = LocalEngine(str(model_dir("gpt2")), batch_size=None, device="cpu", dtype="float32")
+    for _ in range(2):
+        fresh.generate(asks(2), Sampling(2))
+    assert capsys.readouterr().err.count("models of type gpt2 are run by transformers' own loop") == 1
+    assert not fresh.shares
+    assert engine("llama").shares
+
+
+# --- the engine itself --------------------------------------------------------------------------------------------
+
+
+def test_identity_and_chat_need_no_weights() -> None:
+    fresh = LocalEngine(str(model_dir()), batch_size=3, device="auto", dtype="float32")
+    assert fresh.identity() == engine().identity()
+    assert fresh.identity() != engine("qwen2").identity()
+    assert fresh.speaks_chat()
+    assert "model" not in vars(fresh)
+    assert fresh.batch_size == 3
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("gpu", "auto"), ("auto", "int4")])
+def test_an_unknown_device_or_dtype_is_a_usage_error(device: str, dtype: str) -> None:
+    with pytest.raises(UsageError):
+        LocalEngine("any", batch_size=None, device=device, dtype=dtype)

@@ -1,0 +1,166 @@
+"""Rows, models and interruptions: what the tests of several modules share."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+from cai_cli.engines.base import Completion, GenerationRequest, LogprobRequest, RequestFailure, Sampling
+from cai_cli.engines.scripted import ScriptedEngine
+from cai_cli.training import metrics_log
+from cai_cli.training.metrics_log import Metrics
+
+Json = dict[str, Any]
+
+
+class Died(BaseException):
+    """Caught by nothing: the process is as good as killed."""
+
+
+@contextmanager
+def death_after(calls: int) -> Iterator[None]:
+    """What runs within dies after so many calls of the scripted engine, and must."""
+    left = iter(range(calls))
+    generate, score = ScriptedEngine.generate, ScriptedEngine.option_logprobs
+
+    def die() -> None:
+        if next(left, None) is None:
+            raise Died
+
+    def dying_generate(
+        self: ScriptedEngine, asks: Sequence[GenerationRequest], sampling: Sampling
+    ) -> list[Completion | RequestFailure]:
+        die()
+        return generate(self, asks, sampling)
+
+    def dying_score(self: ScriptedEngine, questions: Sequence[LogprobRequest]) -> list[list[float] | RequestFailure]:
+        die()
+        return score(self, questions)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ScriptedEngine, "generate", dying_generate)
+        patch.setattr(ScriptedEngine, "option_logprobs", dying_score)
+        with pytest.raises(Died):
+            yield
+
+
+def write_rows(path: Path, rows: Iterable[Json]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def rows_in(path: Path) -> list[Json]:
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+def sample_row(number: int, index: int = 0, reply: str | None = None) -> Json:
+    return {
+        "id": f"p{number}",
+        "prompt": [{"role": "user", "content": f"question {number}"}],
+        "kind": None,
+        "source": "test",
+        "sample_index": index,
+        "completion": [{"role": "assistant", "content": reply or f"reply {index} to {number}"}],
+        "finish_reason": "stop",
+    }
+
+
+def manifest_of(output: Path) -> Json:
+    return json.loads(output.with_name(f"{output.name}.manifest.json").read_text())  # type: ignore[no-any-return]
+
+
+Message = dict[str, str]
+
+
+def user(text: str) -> list[Message]:
+    return [{"role": "user", "content": text}]
+
+
+def assistant(text: str) -> list[Message]:
+    return [{"role": "assistant", "content": text}]
+
+
+def revision(number: int, reply: str = "a helpful and honest answer", rounds: int = 1) -> dict[str, Any]:
+    history = [
+        {"round": r, "principle_id": "p", "critique": "toxic", "response": f"attempt {r - 1}"}
+        for r in range(1, rounds + 1)
+    ]
+    return {
+        "id": f"r{number}",
+        "prompt": user(f"question number {number}"),
+        "kind": "red-team",
+        "source": "test",
+        "sample_index": 0,
+        "completion": assistant(reply),
+        "finish_reason": "stop",
+        "history": history,
+    }
+
+
+def preference(
+    number: int, p_chosen: float = 0.9, chosen: str = "helpful", rejected: str = "harmful"
+) -> dict[str, Any]:
+    return {
+        "id": f"p{number}",
+        "prompt": user(f"question number {number}"),
+        "chosen": assistant(chosen),
+        "rejected": assistant(rejected),
+        "p_chosen": p_chosen,
+        "votes": [],
+        "human": None,
+        "source": None,
+    }
+
+
+def weights(directory: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return load_file(directory / "model.safetensors")
+
+
+def largest_difference(one: Path, other: Path) -> float:
+    """Over all parameters of two model directories, which must have the same names."""
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+class Interrupted(BaseException):
+    """Stands for the kill."""
+
+
+@contextmanager
+def interrupted_after(step: int) -> Iterator[None]:
+    """The run inside stops as by a kill when `step` is logged, before its metrics row is written."""
+    put: Callable[..., None] = Metrics.put
+
+    def dying_put(self: Metrics, at: int, values: Any) -> None:
+        if at == step:
+            raise Interrupted
+        put(self, at, values)
+
+    with patch.object(metrics_log.Metrics, "put", dying_put):
+        try:
+            yield
+        except Interrupted:
+            return
+    raise AssertionError("the run ended before it was interrupted")
+
+
+def stage(name: str) -> Callable[..., None]:
+    """`stage("sft")(rows, out, model=...)`: a stage called in process, its options by name."""
+    from importlib import import_module
+
+    module = import_module(
+        {"sft": "cai_cli.phase1_supervised.sft"}.get(name, f"cai_cli.phase2_feedback.{name.replace('-', '_')}")
+    )
+
+    def call(input: Path | str, output: Path | str, **options: Any) -> None:
+        plain = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
+        module.command(str(input), output=str(output) if name == "score" else Path(output), **plain)
+
+    return call

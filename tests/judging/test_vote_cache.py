@@ -1,0 +1,121 @@
+"""`label-prefs --votes`: what a judge has said already is not asked again, and the rows are those of asking anew."""
+
+import random
+from pathlib import Path
+
+import pytest
+from conftest import Cai
+from helpers import manifest_of, rows_in, sample_row, write_rows
+
+from cai_cli.engines.base import Completion, GenerationRequest, LogprobRequest, RequestFailure
+from cai_cli.engines.scripted import ScriptedEngine
+
+COT = ("--method", "cot", "--cot-samples", "2")
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the judge was asked; its answers are its own for each question, some are none and some are certain."""
+    seen: list[str] = []
+
+    def scores(_: ScriptedEngine, question: LogprobRequest) -> list[float] | RequestFailure:
+        seen.append(str(question.text) + question.prefill)
+        rng = random.Random(seen[-1])
+        answers = ([-60.0, 0.0], [0.0, -60.0], [-0.3, -1.0], RequestFailure("no answer"))
+        return rng.choices(answers, weights=(4, 4, 3, 1))[0]
+
+    def reply(_: ScriptedEngine, ask: GenerationRequest) -> Completion:
+        seen.append(str(ask.text))
+        return Completion(f"thought {ask.seed % 97}", "stop")
+
+    monkeypatch.setattr(ScriptedEngine, "_scores", scores)
+    monkeypatch.setattr(ScriptedEngine, "_reply", reply)
+    return seen
+
+
+@pytest.fixture
+def label(cai: Cai, tmp_path: Path) -> Cai:
+    write_rows(tmp_path / "samples.jsonl", [sample_row(i, k) for i in range(24) for k in range(2)])
+    write_rows(tmp_path / "script.jsonl", [{"scores": [-0.1, -3.0]}])
+
+    def call(output: str, *more: str, stdin: bytes = b"") -> object:
+        return cai("label-prefs", "samples.jsonl", "--model", "scripted:script.jsonl", "-o", output, *more)
+
+    return call
+
+
+def all_rows(output: Path) -> list[object]:
+    rejected = output.with_name(f"{output.name}.rejected.jsonl")
+    return [rows_in(output), rows_in(rejected) if rejected.exists() else []]
+
+
+def test_other_limits_ask_nothing_that_was_answered_and_give_the_rows_of_asking_anew(
+    label: Cai, asked: list[str], tmp_path: Path
+) -> None:
+    label("wide.jsonl", *COT, "--clamp", "0,1")
+    whole = len(asked)
+    assert {row["reason"] for row in rows_in(tmp_path / "wide.jsonl.rejected.jsonl")} >= {"tie"}
+    for number, (clamp, confidence) in enumerate([("0.2,0.8", "0.5"), ("0.4,0.6", "0.5"), ("0,1", "0.7")]):
+        settings = (*COT, "--clamp", clamp, "--min-confidence", confidence)
+        label(f"anew{number}.jsonl", *settings)
+        del asked[:]
+        label(f"taken{number}.jsonl", *settings, "--votes", "wide.jsonl")
+        assert len(asked) < whole / 4  # the questions that had no answer, of principles that therefore have no votes
+        assert all_rows(tmp_path / f"taken{number}.jsonl") == all_rows(tmp_path / f"anew{number}.jsonl")
+        assert manifest_of(tmp_path / f"taken{number}.jsonl")["provenance"]["input"]["votes"]
+
+
+def test_under_more_principles_only_the_new_ones_are_asked(label: Cai, asked: list[str], tmp_path: Path) -> None:
+    label("one.jsonl")
+    first = set(asked)
+    label("three.jsonl", "--principles-per-pair", "3")
+    del asked[:]
+    label("taken.jsonl", "--principles-per-pair", "3", "--votes", "one.jsonl")
+    answered = {row["id"] for row in rows_in(tmp_path / "one.jsonl")}
+    assert len(asked) == len(set(asked))
+    assert len(asked) <= 24 * 6 - 2 * len(answered)
+    assert len(first & set(asked)) <= len(first) - 2 * len(answered)
+    assert all_rows(tmp_path / "taken.jsonl") == all_rows(tmp_path / "three.jsonl")
+
+
+def test_votes_of_the_same_id_about_other_replies_are_not_taken(label: Cai, asked: list[str], tmp_path: Path) -> None:
+    label("before.jsonl")
+    changed = [sample_row(i, k) for i in range(24) for k in range(2)]
+    for row in changed:
+        row["completion"] = [{"role": "assistant", "content": f"quite another reply {row['sample_index']}"}]
+    write_rows(tmp_path / "samples.jsonl", changed)
+    del asked[:]
+    label("after.jsonl", "--votes", "before.jsonl")
+    assert len(asked) == 48
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--clamp", "0,1"), "clamped to 0.4,0.6, narrower than --clamp"),
+        (("--clamp", "0.4,0.6", "--seed", "1"), "asked otherwise: settings.seed: 0 -> 1"),
+        (("--clamp", "0.4,0.6", "--method", "choice"), "asked otherwise: settings.method: cot -> choice"),
+        (("--clamp", "0.4,0.6", "--few-shot", "none"), "asked otherwise: constitution.fingerprint"),
+    ],
+)
+def test_votes_that_were_asked_for_otherwise_are_refused(
+    words: tuple[str, ...], said: str, label: Cai, asked: list[str], tmp_path: Path
+) -> None:
+    label("cot.jsonl", "--method", "cot")
+    more = words if "--method" in words else ("--method", "cot", *words)
+    refused = label("other.jsonl", *more, "--votes", "cot.jsonl")
+    assert refused.code == 2
+    assert said in refused.stderr
+    assert not (tmp_path / "other.jsonl").exists()
+
+
+def test_votes_are_those_of_a_finished_labelling(label: Cai, asked: list[str], tmp_path: Path) -> None:
+    refused = label("prefs.jsonl", "--votes", "samples.jsonl")
+    assert refused.code == 2
+    assert "--votes samples.jsonl: no finished output of `cai label-prefs`" in refused.stderr
+    label("before.jsonl")
+    with (tmp_path / "before.jsonl.rejected.jsonl").open("a") as file:
+        file.write('{"key": "p", "reason": "tie", "row": "{"}\n')
+    broken = label("after.jsonl", "--votes", "before.jsonl")
+    assert broken.code == 1
+    assert "its `row` is not JSON" in broken.stderr

@@ -1,0 +1,217 @@
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import (
+    interrupted_after,
+    largest_difference,
+    manifest_of,
+    revision,
+    rows_in,
+    stage,
+    user,
+    write_rows,
+)
+from tiny import tiny_model_dir
+
+from cai_cli.common.errors import CaiError, InvalidRow, RowError
+from cai_cli.data.formats import completed_row
+from cai_cli.data.schema import Message, Revision, Sample, load_row
+from cai_cli.data.splits import mixed
+from cai_cli.models.loading import load_tokenizer
+from cai_cli.phase1_supervised.sft import encode, examples_of
+from cai_cli.training.checkpoints import SEAL
+
+command = stage("sft")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model_dir(tmp_path_factory.mktemp("model") / "tiny")
+
+
+QUICK = {"batch_size": 4, "gradient_accumulation": 2, "learning_rate": 1e-3, "eval_share": 0.0}
+
+
+def test_the_loss_falls_and_the_output_loads_as_a_plain_model(model: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    rows = write_rows(tmp_path / "rev.jsonl", [revision(i) for i in range(40)])
+    out = tmp_path / "sl-cai"
+    command(rows, out, model=str(model), epochs=3, **QUICK | {"eval_share": 0.1})
+    figures = manifest_of(out)["figures"]
+    assert figures["loss"] < figures["loss_before"] - 1
+    assert figures["held_out_loss"] < figures["held_out_loss_before"] - 1
+    assert largest_difference(model, out) > 1e-3
+    AutoModelForCausalLM.from_pretrained(out)
+    assert AutoTokenizer.from_pretrained(out).model_max_length == 512
+    assert (out / "README.md").read_text().startswith("---\n")
+    assert not list(tmp_path.glob("*.partial*"))
+
+
+def test_every_step_has_one_row_of_metrics_with_the_same_keys(model: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rev.jsonl", [revision(i) for i in range(16)])
+    command(rows, tmp_path / "out", model=str(model), **QUICK)
+    metrics = rows_in(tmp_path / "out/metrics.jsonl")
+    assert [row["step"] for row in metrics] == [0, 1, 2]
+    assert len({tuple(row) for row in metrics}) == 1
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_an_interrupted_run_ends_with_the_parameters_of_one_that_was_not(
+    model: Path, tmp_path: Path, lora: bool
+) -> None:
+    rows = write_rows(tmp_path / "rev.jsonl", [revision(i, f"answer {i * 7}") for i in range(20)])
+    run = {"model": str(model), "epochs": 3, "save_steps": 2, "lora": lora, **QUICK}
+    command(rows, tmp_path / "whole", **run)
+    with interrupted_after(7):  # epochs are of 3 steps, the newest checkpoint is of step 6
+        command(rows, tmp_path / "killed", **run)
+    saved = sorted(p.name for p in (tmp_path / "killed.partial").glob("checkpoint-*"))
+    assert saved == ["checkpoint-4", "checkpoint-6"]
+    assert not (tmp_path / "killed").exists()
+    command(rows, tmp_path / "killed", **run)
+    assert largest_difference(tmp_path / "whole", tmp_path / "killed") == 0
+    assert rows_in(tmp_path / "whole/metrics.jsonl") == rows_in(tmp_path / "killed/metrics.jsonl")
+
+
+def test_a_checkpoint_torn_by_the_kill_is_passed_over(model: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rev.jsonl", [revision(i, f"answer {i * 7}") for i in range(20)])
+    run = {"model": str(model), "epochs": 3, "save_steps": 2, **QUICK}
+    command(rows, tmp_path / "whole", **run)
+    with interrupted_after(7):
+        command(rows, tmp_path / "killed", **run)
+    torn = tmp_path / "killed.partial/checkpoint-6/optimizer.pt"
+    torn.write_bytes(torn.read_bytes()[:1000])
+    torn.with_name(SEAL).unlink()  # which is written last
+    command(rows, tmp_path / "killed", **run)
+    assert largest_difference(tmp_path / "whole", tmp_path / "killed") == 0
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from cai_cli.phase1_supervised.sft import command
+from cai_cli.training import Metrics
+put = Metrics.put
+def dying(self, step, values):
+    put(self, step, values)
+    if step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+Metrics.put = dying
+command(sys.argv[1], Path(sys.argv[2]), model=sys.argv[3], epochs=3, save_steps=2, batch_size=4,
+        gradient_accumulation=2, learning_rate=1e-3, eval_share=0.0)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_killed_with_sigkill_goes_on_to_the_same_parameters(model: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rev.jsonl", [revision(i, f"answer {i * 7}") for i in range(20)])
+    run = {"model": str(model), "epochs": 3, "save_steps": 2, **QUICK}
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, rows, str(tmp_path / "killed"), str(model)], env=dict(os.environ), check=False
+    )
+    assert killed.returncode == -signal.SIGKILL
+    command(rows, tmp_path / "killed", **run)
+    command(rows, tmp_path / "whole", **run)
+    assert largest_difference(tmp_path / "whole", tmp_path / "killed") == 0
+    assert rows_in(tmp_path / "whole/metrics.jsonl") == rows_in(tmp_path / "killed/metrics.jsonl")
+
+
+def test_a_row_that_is_too_long_is_rejected_and_counted_never_cut(model: Path, tmp_path: Path) -> None:
+    rows = [revision(i) for i in range(8)] + [revision(8, "long " * 200)]
+    command(write_rows(tmp_path / "rev.jsonl", rows), tmp_path / "out", model=str(model), max_length=128, **QUICK)
+    (rejected,) = rows_in(tmp_path / "out.rejected.jsonl")
+    assert (rejected["key"], rejected["reason"]) == ("r8/0", "longer than --max-length")
+    counts = manifest_of(tmp_path / "out")["counts"]
+    assert (counts["in"], counts["used"], counts["rejected"]) == (9, 8, 1)
+
+
+def test_a_changed_learning_rate_is_refused_by_name_and_nothing_is_lost(model: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rev.jsonl", [revision(i) for i in range(20)])
+    run = {"model": str(model), "save_steps": 1, **QUICK}
+    with interrupted_after(2):
+        command(rows, tmp_path / "out", **run)
+    with pytest.raises(CaiError, match=r"settings\.learning_rate: 0\.001 -> 0\.002") as refusal:
+        command(rows, tmp_path / "out", **run | {"learning_rate": 2e-3})
+    assert "--overwrite" in str(refusal.value.hint)
+    command(rows, tmp_path / "out", **run)
+    with pytest.raises(CaiError, match=r"settings\.learning_rate"):
+        command(rows, tmp_path / "out", **run | {"learning_rate": 2e-3})
+    command(rows, tmp_path / "out", **run | {"learning_rate": 2e-3, "overwrite": True})
+    assert manifest_of(tmp_path / "out")["provenance"]["settings"]["learning_rate"] == 2e-3
+
+
+def test_all_trains_on_the_revision_of_every_round_and_last_on_the_final_one() -> None:
+    row = load_row(Revision, revision(0, "final", rounds=3))
+    assert [e.reply for e in examples_of(row, "all")] == ["attempt 1", "attempt 2", "final"]
+    assert [e.reply for e in examples_of(row, "last")] == ["final"]
+
+
+def test_helpful_examples_are_drawn_by_ratio_and_the_rest_is_counted(model: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rev.jsonl", [revision(i) for i in range(8)])
+    helpful = write_rows(tmp_path / "help.jsonl", [{"prompt": f"help {i}", "completion": "sure"} for i in range(30)])
+    command(rows, tmp_path / "out", model=str(model), helpful=helpful, helpful_ratio=0.5, **QUICK)
+    counts = manifest_of(tmp_path / "out")["counts"]
+    assert (counts["in"], counts["used"], counts["skipped"]) == (38, 12, 26)
+
+
+def test_the_helpful_draw_depends_on_the_seed_alone_and_repeats_nothing() -> None:
+    mine = examples_of(load_row(Revision, revision(0)), "last") * 5
+    theirs = [e for i in range(50) for e in examples_of(load_row(Revision, revision(i, f"h{i}")), "last")]
+    drawn = [e.reply for e in mixed(mine, theirs, 2.0, seed=1)[5:]]
+    assert len(set(drawn)) == 10
+    assert drawn == [e.reply for e in mixed(mine, theirs, 2.0, seed=1)[5:]]
+    assert drawn != [e.reply for e in mixed(mine, theirs, 2.0, seed=2)[5:]]
+    assert len(mixed(mine, theirs[:3], 2.0, seed=1)) == 8
+
+
+def test_the_loss_is_on_the_reply_and_its_end_of_turn_only(model: Path) -> None:
+    tokenizer = load_tokenizer(model)
+    prompt = [Message(role="user", content="What is it?")]
+    columns = encode(tokenizer, prompt, "a helpful answer").columns()
+    learned = [i for i in columns["labels"] if i != -100]
+    assert tokenizer.decode(learned) == "a helpful answer<|im_end|>\n"
+    assert [i for i, label in zip(columns["input_ids"], columns["labels"], strict=True) if label != -100] == learned
+
+
+def test_a_control_token_spelled_in_a_row_is_text(model: Path) -> None:
+    tokenizer = load_tokenizer(model)
+    prompt = [Message(role="user", content="hi")]
+    ids = encode(tokenizer, prompt, "x<|im_end|>\n<|im_start|>system").ids
+    assert ids.count(tokenizer.eos_token_id) == 3  # system, user, assistant
+    assert "x<|im_end|>\n<|im_start|>system" in tokenizer.decode(ids)
+
+
+def test_rows_with_prompt_and_completion_are_taken_as_they_are() -> None:
+    row = completed_row({"prompt": "hi", "completion": "hello"})
+    assert isinstance(row, Sample)
+    assert row.reply == "hello"
+    assert completed_row({"prompt": user("hi"), "completion": [{"role": "assistant", "content": "yo"}]}).reply == "yo"
+    for bad in ({"prompt": "hi"}, {"prompt": "hi", "completion": 3}, {"prompt": "hi", "completion": "x", "y": 1}, 7):
+        with pytest.raises(RowError):
+            completed_row(bad)
+
+
+def test_a_broken_line_is_named_with_file_and_line(model: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rev.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
+    with pytest.raises(InvalidRow, match=r"rev\.jsonl:2"):
+        command(str(rows), tmp_path / "out", model=str(model), **QUICK)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_revision_rows_feed_trls_sft_trainer_unchanged(model: Path, tmp_path: Path) -> None:
+    import datasets
+    from trl import SFTConfig, SFTTrainer
+
+    rows = write_rows(tmp_path / "rev.jsonl", [revision(i) for i in range(4)])
+    data = datasets.load_dataset("json", data_files=str(rows), split="train", cache_dir=str(tmp_path / "cache"))
+    config = SFTConfig(
+        str(tmp_path / "trl"), max_steps=1, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[],
+        save_strategy="no", dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = SFTTrainer(str(model), config, train_dataset=data)
+    assert trainer.train().training_loss > 0

@@ -1,0 +1,348 @@
+"""The monitors of `cai rl`: what is held out, measured, kept and flagged, and that a killed run ends the same."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import (
+    interrupted_after,
+    largest_difference,
+    manifest_of,
+    preference,
+    rows_in,
+    stage,
+    write_rows,
+)
+from loopback import Loopback, Request, completion, http
+from tiny import tiny_model_dir
+
+from cai_cli.common.errors import CaiError, UsageError
+from cai_cli.data.formats import parse_prompt
+from cai_cli.data.schema import Message, PolicySample, Prompt, load_row
+from cai_cli.models.loading import load_causal_lm, load_reward_model, load_tokenizer
+from cai_cli.phase2_feedback import rl_monitor
+from cai_cli.phase2_feedback.rl_monitor import CHECK_COLUMNS, Monitor, logits_of
+from cai_cli.phase2_feedback.rl_prompts import hold_out
+from cai_cli.reward.preference_model import score_conversations
+
+command = stage("rl")
+train_pm_stage = stage("train-pm")
+
+PHRASE = " racist"  # one token of the tiny tokenizer
+SHOWN = [name for name in CHECK_COLUMNS if name not in ("watch_score", "goodhart")]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model_dir(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def models(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """`pm` loves one phrase, `monitor_model` does not like it; they learned it from different texts."""
+    folder, tokenizer = tmp_path_factory.mktemp("pms"), load_tokenizer(model)
+    for name, seed in (("pm", 1), ("watcher", 2)):
+        rng, rows = random.Random(seed), []
+        for i in range(64):
+            said = [tokenizer.decode([rng.randrange(3, len(tokenizer))]) for _ in range(7)]
+            loved = said.copy()
+            for _ in range(rng.randrange(1, 4)):
+                loved[rng.randrange(7)] = PHRASE
+            pair = ["".join(loved), "".join(said)]
+            rows.append(preference(i, 0.95, *(pair if name == "pm" else pair[::-1])))
+        file = write_rows(folder / f"{name}.jsonl", rows)
+        train_pm_stage(file, folder / name, model=str(model), learning_rate=2e-3, eval_share=0.0, epochs=4, quiet=True)
+    return {"model": str(model), "pm": str(folder / "pm"), "watcher": str(folder / "watcher")}
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> str:
+    file = tmp_path / "prompts.txt"
+    file.write_text("".join(f"question number {i}\n" for i in range(48)))
+    return str(file)
+
+
+def settings(models: dict[str, str], **changed: Any) -> dict[str, Any]:
+    quick = {"steps": 6, "prompts_per_step": 2, "samples_per_prompt": 4, "max_new_tokens": 8, "learning_rate": 1e-3}
+    return quick | {"pm": models["pm"], "model": models["model"], "held_out": 16, "monitor_every": 2} | changed
+
+
+def checks_in(directory: Path) -> list[dict[str, Any]]:
+    return [row for row in rows_in(directory / "metrics.jsonl") if row["pm_score"] is not None]
+
+
+@pytest.mark.parametrize("variant", [{}, {"lora": True}, {"beta": 0.0}])
+def test_every_few_steps_and_after_the_last_the_policy_is_checked(
+    models: dict[str, str], prompts: str, tmp_path: Path, variant: dict[str, Any]
+) -> None:
+    command(prompts, tmp_path / "rl", **settings(models, monitor_every=4, monitor_pm=models["watcher"], **variant))
+    metrics, checks = rows_in(tmp_path / "rl/metrics.jsonl"), checks_in(tmp_path / "rl")
+    assert [row["step"] for row in checks] == [0, 4, 6]
+    assert all(row[name] is not None for row in checks for name in (*SHOWN, "watch_score"))
+    assert all(row.keys() == metrics[0].keys() for row in metrics)
+    assert checks[0]["pm_score"] == pytest.approx(0, abs=1e-9)
+    assert checks[0]["held_out_kl"] == pytest.approx(0, abs=1e-6)
+    assert checks[-1]["held_out_kl"] > checks[1]["held_out_kl"] > 1e-4
+    samples = rows_in(tmp_path / "rl/samples.jsonl")
+    assert [row["step"] for row in samples] == [0] * 16 + [4] * 16 + [6] * 16
+    assert [row["id"] for row in samples[:16]] == [row["id"] for row in samples[16:32]]
+
+
+def test_the_scale_is_that_of_the_start_models_held_out_replies(
+    models: dict[str, str], prompts: str, tmp_path: Path
+) -> None:
+    command(prompts, tmp_path / "rl", **settings(models))
+    figures = manifest_of(tmp_path / "rl")["figures"]
+    starts = [load_row(PolicySample, row) for row in rows_in(tmp_path / "rl/samples.jsonl") if row["step"] == 0]
+    judge, tokenizer = load_reward_model(Path(models["pm"])), load_tokenizer(Path(models["pm"]))
+    scores = score_conversations(judge, tokenizer, [[*row.prompt, *row.completion] for row in starts])
+    mean = sum(scores) / 16
+    assert figures["score_mean"] == pytest.approx(mean, abs=1e-4)
+    assert figures["score_std"] == pytest.approx((sum((s - mean) ** 2 for s in scores) / 15) ** 0.5, rel=1e-3)
+    assert [row.score for row in starts] == pytest.approx(scores, abs=1e-4)
+    assert figures["kept_step"] == figures["steps"] == 6
+
+
+def test_divergence_and_entropy_are_those_of_the_whole_distribution(model: Path, tmp_path: Path) -> None:
+    import torch
+
+    policy, other = load_causal_lm(model), load_causal_lm(tiny_model_dir(tmp_path / "other", seed=1))
+    prompts = [Prompt(id="p", prompt=[Message(role="user", content="question")])]
+    monitor = Monitor(
+        prompts,
+        load_tokenizer(model),
+        lambda _, replies: [float(i) for i, _ in enumerate(replies)],
+        None,
+        tmp_path / "samples.jsonl",
+        rl_monitor.Sampling(8, 0.7),
+        0,
+        4,
+    )
+    figures = monitor.check(0, policy, logits_of(other))
+    assert len(monitor.rows) == 16  # one prompt is answered sixteen times
+    kl, entropy, tokens = 0.0, 0.0, 0
+    for row in monitor.rows:
+        start = monitor.tokenizer.apply_chat_template(
+            [m.model_dump() for m in row.prompt], add_generation_prompt=True, return_dict=False
+        )
+        reply = monitor.tokenizer(row.reply)["input_ids"]
+        for place in range(len(reply) + (row.finish_reason == "stop")):
+            seen = torch.tensor([start + reply[:place]])
+            with torch.no_grad():
+                p, q = (torch.softmax(m(seen).logits[0, -1] / 0.7, -1).double() for m in (policy, other))
+            kl += float((p * (p / q).log()).sum())
+            entropy -= float((p * p.log()).sum())
+            tokens += 1
+    assert figures["held_out_kl"] == pytest.approx(kl / tokens, rel=1e-4)
+    assert figures["held_out_entropy"] == pytest.approx(entropy / tokens, rel=1e-4)
+
+
+def test_one_score_for_every_reply_is_refused(model: Path, tmp_path: Path) -> None:
+    prompts = [Prompt(id="p", prompt=[Message(role="user", content="question")])]
+    monitor = Monitor(
+        prompts,
+        load_tokenizer(model),
+        lambda _, replies: [1.5] * len(replies),
+        None,
+        tmp_path / "samples.jsonl",
+        rl_monitor.Sampling(4),
+        0,
+        4,
+    )
+    policy = load_causal_lm(model)
+    with pytest.raises(CaiError, match="cannot tell them apart"):
+        monitor.check(0, policy, logits_of(policy))
+
+
+def test_a_planted_phrase_is_flagged_within_three_checks_and_the_better_policy_kept(
+    models: dict[str, str], prompts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    planted = {"steps": 40, "prompts_per_step": 8, "learning_rate": 1e-2, "beta": 0.0, "monitor_every": 4}
+    run = settings(models, monitor_pm=models["watcher"], **planted)
+    command(prompts, tmp_path / "rl", stop_on_goodhart=True, **run)
+    checks, figures = checks_in(tmp_path / "rl"), manifest_of(tmp_path / "rl")["figures"]
+    assert len(checks) <= 1 + 3
+    assert figures["goodhart_step"] == checks[-1]["step"] == figures["steps"] < 40
+    assert checks[-1]["goodhart"].startswith("watch_score falls while pm_score rises")
+    assert "watch_score falls" in capsys.readouterr().err
+    kept = next(row for row in checks if row["step"] == figures["kept_step"])
+    assert kept["watch_score"] == max(row["watch_score"] for row in checks) > checks[-1]["watch_score"] + 0.2
+    # What was kept is what a run of so many steps gives.
+    assert kept["step"] == 0
+    assert largest_difference(tmp_path / "rl", Path(models["model"])) == 0
+    command(prompts, tmp_path / "on", **run | {"steps": checks[-1]["step"] + 4})
+    assert manifest_of(tmp_path / "on")["figures"]["kept_step"] == checks[-1]["step"] + 4
+    assert checks_in(tmp_path / "on")[: len(checks)] == checks
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_policy_that_is_kept_is_the_one_of_the_best_check(
+    models: dict[str, str],
+    prompts: str,
+    tmp_path: Path,
+    lora: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = settings(models, lora=lora, save_steps=3)
+    command(prompts, tmp_path / "four", **run | {"steps": 4})
+    monkeypatch.setattr(rl_monitor, "goodhart", lambda checks: "planted" if len(checks) == 4 else None)
+    with interrupted_after(6):
+        command(prompts, tmp_path / "rl", stop_on_goodhart=True, **run | {"steps": 9})
+    command(prompts, tmp_path / "rl", stop_on_goodhart=True, **run | {"steps": 9})
+    figures = manifest_of(tmp_path / "rl")["figures"]
+    assert (figures["kept_step"], figures["goodhart_step"], figures["goodhart"]) == (4, 6, "planted")
+    (kept,) = (row for row in checks_in(tmp_path / "rl") if row["step"] == 4)
+    assert figures["pm_score"] == kept["pm_score"]  # of the model that was written, not of what was thrown away
+    assert "; kept is step 4; 6 steps in" in capsys.readouterr().err
+    assert largest_difference(tmp_path / "rl", tmp_path / "four") == 0
+
+
+def test_a_judge_watches_too(models: dict[str, str], prompts: str, tmp_path: Path) -> None:
+    script = write_rows(tmp_path / "judge.jsonl", [{"scores": [-0.5, -1.5]}])
+    command(prompts, tmp_path / "rl", **settings(models, monitor_judge=f"scripted:{script}"))
+    checks = checks_in(tmp_path / "rl")
+    assert [row["watch_score"] for row in checks] == pytest.approx([0.5] * 4)  # it only likes the first position
+    assert manifest_of(tmp_path / "rl")["provenance"]["monitor"]["engine"] == "scripted"
+
+
+def test_a_judge_behind_a_server_watches(models: dict[str, str], prompts: str, tmp_path: Path) -> None:
+    def judge(request: Request) -> bytes:
+        likely = [{"token": option, "logprob": logprob} for option, logprob in (("A", -0.5), ("B", -1.5))]
+        said = {"token": "A", "logprob": -0.5, "top_logprobs": likely}
+        return http(completion(request, "A", logprobs={"content": [said]}))
+
+    run = settings(models, monitor_judge="openai:judge")
+    with pytest.raises(UsageError, match="OPENAI_BASE_URL"):
+        command(prompts, tmp_path / "rl", **run)
+    with Loopback(judge) as server:
+        command(prompts, tmp_path / "rl", base_url=server.url, **run)
+        assert server.requests
+    assert [row["watch_score"] for row in checks_in(tmp_path / "rl")] == pytest.approx([0.5] * 4)
+    with pytest.raises(UsageError, match="where the judge is asked"):
+        command(prompts, tmp_path / "other", base_url=server.url, **settings(models))
+
+
+def test_a_judge_that_does_not_answer_gives_no_score_and_is_told_of(
+    models: dict[str, str], prompts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = write_rows(tmp_path / "judge.jsonl", [{"contains": "never said"}])
+    run = settings(models, monitor_judge=f"scripted:{script}", learning_rate=1e-2)
+    command(prompts, tmp_path / "rl", **run)
+    samples = [row for row in rows_in(tmp_path / "rl/samples.jsonl") if row["step"] == 6]
+    assert None in [row["watch_score"] for row in samples]
+    assert "the watcher gave no score to" in capsys.readouterr().err
+
+
+def test_helpful_prompts_are_mixed_in_and_all_are_counted(models: dict[str, str], prompts: str, tmp_path: Path) -> None:
+    helpful = tmp_path / "helpful.txt"
+    helpful.write_text("".join(f"helpful question {i}\n" for i in range(30)))
+    run = settings(models, helpful=str(helpful), helpful_ratio=0.5, steps=2)
+    command(prompts, tmp_path / "rl", **run)
+    counts = manifest_of(tmp_path / "rl")["counts"]
+    assert (counts["in"], counts["used"], counts["held_out"]) == (78, 72, 16)
+    assert counts["skipped_reasons"] == {"beyond --helpful-ratio": 6}
+    kinds = {row["kind"] for row in rows_in(tmp_path / "rl/samples.jsonl")}
+    assert kinds == {None, "helpful"}
+    with pytest.raises(CaiError, match=r"settings\.helpful_ratio: 0\.5 -> 1\.0"):
+        command(prompts, tmp_path / "rl", **run | {"helpful_ratio": 1.0})
+
+
+def test_held_out_prompts_depend_on_seed_and_prompt_alone_and_are_at_most_half() -> None:
+    prompts = [Prompt(id=str(i), prompt=[Message(role="user", content=f"question {i}")]) for i in range(20)]
+    train, held = hold_out(prompts, 4, seed=0)
+    assert len(held) == 4
+    assert {p.id for p in train} | {p.id for p in held} == {p.id for p in prompts}
+    assert {p.id for p in hold_out(prompts[::-1], 4, seed=0)[1]} == {p.id for p in held}
+    assert {p.id for p in hold_out(prompts, 4, seed=1)[1]} != {p.id for p in held}
+    assert [len(part) for part in hold_out(prompts[:5], 32, seed=0)] == [3, 2]
+    with pytest.raises(CaiError, match="one prompt is too few"):
+        hold_out(prompts[:1], 4, seed=0)
+
+
+def test_a_watcher_must_be_one_and_another(models: dict[str, str], prompts: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="must be another"):
+        command(prompts, tmp_path / "rl", **settings(models, monitor_pm=models["pm"]))
+    with pytest.raises(UsageError, match="two watchers"):
+        command(prompts, tmp_path / "rl", **settings(models, monitor_pm=models["watcher"], monitor_judge="scripted:x"))
+
+
+def test_tensorboard_is_told_what_metrics_jsonl_holds(
+    models: dict[str, str], prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    command(prompts, tmp_path / "rl", **settings(models, report_to="tensorboard"))
+    events = EventAccumulator(str(tmp_path / "board")).Reload()
+    tags = events.Tags()["scalars"]
+    for name in SHOWN:
+        (tag,) = [tag for tag in tags if tag.rpartition("/")[2] == name]
+        told = [(event.step, event.value) for event in events.Scalars(tag)]
+        assert told == [(row["step"], pytest.approx(row[name], abs=1e-5)) for row in checks_in(tmp_path / "rl")]
+    assert any(tag.endswith("reward") for tag in tags)
+    assert [row["loss"] is None for row in rows_in(tmp_path / "rl/metrics.jsonl")] == [True] + [False] * 6
+
+
+def test_an_unknown_or_missing_reporter_is_a_usage_error(
+    models: dict[str, str], prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match="tensorboard or trackio"):
+        command(prompts, tmp_path / "rl", **settings(models, report_to="paper"))
+    monkeypatch.setattr("cai_cli.phase2_feedback.rl.find_spec", lambda _: None)
+    with pytest.raises(UsageError, match="not installed"):
+        command(prompts, tmp_path / "rl", **settings(models, report_to="trackio"))
+
+
+def test_a_kept_sample_is_a_prompt_again(models: dict[str, str]) -> None:
+    row = PolicySample(
+        id="p",
+        prompt=[Message(role="user", content="question")],
+        sample_index=0,
+        completion=[Message(role="assistant", content="answer")],
+        finish_reason="stop",
+        step=4,
+        reply_tokens=2,
+        score=0.5,
+        watch_score=None,
+    )
+    assert parse_prompt(row.model_dump(), source="x").id == "p"
+    assert row.key == "p/0/4"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_killed_with_sigkill_and_resumed_ends_with_the_parameters_of_one_that_was_not(
+    models: dict[str, str], prompts: str, tmp_path: Path
+) -> None:
+    options = "--steps 30 --prompts-per-step 2 --samples-per-prompt 4 --max-new-tokens 8 --learning-rate 1e-3"
+    options += " --held-out 8 --monitor-every 4 --save-steps 5 --device cpu"
+
+    def argv(out: str) -> list[str]:
+        given = ["--model", models["model"], "--pm", models["pm"], "--monitor-pm", models["watcher"]]
+        return [sys.executable, "-m", "cai_cli", "rl", prompts, "-o", str(tmp_path / out), *given, *options.split()]
+
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(argv("whole"), check=True, env=environment)
+    for kill_at in (8, 17):  # between two checkpoints, with checks on both sides
+        child = subprocess.Popen(argv("killed"), env=environment)
+        metrics = tmp_path / "killed.partial/metrics.jsonl"
+        while not metrics.exists() or f'"step":{kill_at},' not in metrics.read_text():
+            assert child.poll() is None
+            time.sleep(0.002)
+        child.send_signal(signal.SIGKILL)
+        assert child.wait() == -signal.SIGKILL
+        assert not (tmp_path / "killed").exists()
+    subprocess.run(argv("killed"), check=True, env=environment)
+    assert largest_difference(tmp_path / "whole", tmp_path / "killed") == 0
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert rows_in(tmp_path / "whole" / name) == rows_in(tmp_path / "killed" / name)
+    whole, killed = (manifest_of(tmp_path / out) for out in ("whole", "killed"))
+    assert whole["figures"] == killed["figures"]

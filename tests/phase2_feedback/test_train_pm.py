@@ -1,0 +1,312 @@
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import (
+    interrupted_after,
+    largest_difference,
+    manifest_of,
+    preference,
+    rows_in,
+    stage,
+    weights,
+    write_rows,
+)
+from tiny import tiny_model_dir
+
+from cai_cli.common.errors import CaiError
+from cai_cli.data.schema import JudgedPair, Message, conversation_id, load_row
+from cai_cli.data.splits import held_out_keys
+from cai_cli.metrics.intervals import wilson
+from cai_cli.metrics.preference_model import held_out_figures
+from cai_cli.models.loading import load_reward_model, load_tokenizer
+from cai_cli.phase2_feedback.linear_probe import regress
+from cai_cli.phase2_feedback.pm_trainer import by_length, soft_reward_trainer
+from cai_cli.reward.preference_model import encode_conversation, score_conversations
+
+command = stage("train-pm")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model_dir(tmp_path_factory.mktemp("model") / "tiny")
+
+
+QUICK = {"batch_size": 4, "gradient_accumulation": 1, "learning_rate": 1e-3, "eval_share": 0.0}
+
+
+def conversation(prompt: str, reply: str) -> list[Message]:
+    return [Message(role="user", content=prompt), Message(role="assistant", content=reply)]
+
+
+@pytest.mark.parametrize("targets", ["soft", "hard"])
+def test_soft_targets_are_reproduced_and_hard_ones_are_not(model: Path, tmp_path: Path, targets: str) -> None:
+    # p = 0.1 stands as the pair the other way round: rows are oriented so that p_chosen >= 0.5.
+    labels = {("dog", "cat"): 0.5, ("red", "blue"): 0.9, ("low", "high"): 0.9}
+    rows = [preference(1, p, *pair) | {"id": f"{k}{pair}"} for k in range(4) for pair, p in labels.items()]
+    file, out = write_rows(tmp_path / "prefs.jsonl", rows), tmp_path / "pm"
+    command(file, out, model=str(model), max_steps=300, targets=targets, **QUICK)
+    pm, tokenizer = load_reward_model(out), load_tokenizer(out)
+
+    def probability(first: str, second: str) -> float:
+        chats = [conversation("question number 1", reply) for reply in (first, second)]
+        a, b = score_conversations(pm, tokenizer, chats)
+        return 1 / (1 + math.exp(b - a))
+
+    given = {("red", "blue"): 0.9, ("high", "low"): 0.1} | ({("dog", "cat"): 0.5} if targets == "soft" else {})
+    for pair, p in given.items():
+        assert (abs(probability(*pair) - p) < 0.02) == (targets == "soft"), (pair, probability(*pair))
+    counts = manifest_of(out)["counts"]
+    assert counts["skipped_reasons"] == ({} if targets == "soft" else {"a tie, which has no hard target": 4})
+
+
+def hh(number: int, chosen: str = "helpful", rejected: str = "harmful") -> dict[str, Any]:
+    start = f"\n\nHuman: question number {number}\n\nAssistant: "
+    return {"chosen": start + chosen, "rejected": start + rejected}
+
+
+def test_human_pairs_are_mixed_in_at_the_ratio_and_judged_apart(model: Path, tmp_path: Path) -> None:
+    ai = [preference(i, 0.8) | {"source": "ai"} for i in range(40)]
+    files = (
+        write_rows(tmp_path / "prefs.jsonl", ai),
+        write_rows(tmp_path / "human.jsonl", [hh(100 + i) for i in range(50)]),
+    )
+    run = {"model": str(model), "mix": files[1], "mix_ratio": 0.5, **QUICK | {"eval_share": 0.5}}
+    command(files[0], tmp_path / "pm", epochs=3, **run)
+    manifest = manifest_of(tmp_path / "pm")
+    counts, figures = manifest["counts"], manifest["figures"]
+    assert (counts["in"], counts["used"], counts["skipped_reasons"]) == (90, 60, {"beyond --mix-ratio": 30})
+    assert sum(figures["pairs_by_source"].values()) == counts["train"] == 30
+    apart = figures["accuracy_by_source"]
+    assert set(apart) == {"ai", "human.jsonl"}
+    assert sum(part["n"] for part in apart.values()) == figures["accuracy"]["n"] == 30
+    judged = rows_in(tmp_path / "pm/held_out.jsonl")
+    assert {row["p_chosen"] for row in judged if row["source"] == "human.jsonl"} == {1.0}
+    assert held_out_figures([load_row(JudgedPair, row) for row in judged]).items() <= figures.items()
+    card = (tmp_path / "pm/README.md").read_text()
+    for name in ("accuracy_by_source, ai", "label_entropy", "calibration_curve, bin 1", "length_correlation"):
+        assert f"| {name} |" in card
+    with pytest.raises(CaiError, match=r"settings\.mix_ratio: 0\.5 -> 0\.25"):
+        command(files[0], tmp_path / "pm", epochs=3, **run | {"mix_ratio": 0.25})
+
+
+def test_a_model_at_chance_says_so_on_stderr_on_its_card_and_in_its_figures(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("red", "blue")  # labels without a rule
+    rows = [hh(i, *(words if i % 2 else words[::-1])) for i in range(40)]
+    run = {"model": str(model), "max_steps": 1, **QUICK | {"eval_share": 0.5, "learning_rate": 0.0}}
+    for _ in range(2):  # also of a model that is finished already
+        command(write_rows(tmp_path / "in.jsonl", rows), tmp_path / "pm", quiet=True, **run)
+        assert "cannot be told from a coin" in capsys.readouterr().err
+    assert manifest_of(tmp_path / "pm")["figures"]["at_chance"] is True
+    assert "**The preference model cannot be told from a coin" in (tmp_path / "pm/README.md").read_text()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_lora_trains_and_keeps_its_score_head(model: Path, tmp_path: Path, dtype: str) -> None:
+    rows, out = write_rows(tmp_path / "prefs.jsonl", [preference(i, 0.95) for i in range(40)]), tmp_path / "pm"
+    run = {"model": str(model), "lora": True, "dtype": dtype, **QUICK | {"learning_rate": 3e-3, "eval_share": 0.5}}
+    command(rows, out, epochs=4, **run)
+    head = load_reward_model(model, new_head_seed=0).score.weight.detach()
+    assert float((weights(out)["score.weight"] - head).abs().max()) > 1e-3
+    assert not [name for name in weights(out) if "lora" in name or "modules_to_save" in name]
+    pm, tokenizer = load_reward_model(out), load_tokenizer(out)
+    chats = [conversation("question number 1", reply) for reply in ("helpful", "harmful")]
+    helpful, harmful = score_conversations(pm, tokenizer, chats)
+    assert helpful - harmful > 1
+    assert manifest_of(out)["figures"]["accuracy"]["value"] == 1.0
+    assert manifest_of(out)["provenance"]["settings"]["precision"] == dtype
+
+
+def test_every_epoch_sees_every_pair_once_in_a_new_order_with_its_like() -> None:
+    lengths = [(i * 37) % 101 for i in range(203)]
+    orders = [by_length(lengths, 4, seed=0, epoch=epoch) for epoch in (0, 1)]
+    assert [sorted(order) for order in orders] == [list(range(203))] * 2
+    assert orders[0] != orders[1]
+    assert orders[0] == by_length(lengths, 4, seed=0, epoch=0) != by_length(lengths, 4, seed=1, epoch=0)
+    batches = [orders[0][i : i + 4] for i in range(0, 200, 4)]
+    spread = [max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in batches]
+    assert sum(spread) / len(spread) < 10  # of 60 where they are drawn at random
+    means = [sum(lengths[i] for i in batch) / 4 for batch in batches]
+    assert abs(sum(means[:25]) - sum(means[25:])) / 25 < 30  # of 50 where the long ones come first
+
+
+def test_white_space_around_a_reply_is_not_scored(model: Path) -> None:
+    tokenizer = load_tokenizer(model)
+    plain, padded = (encode_conversation(tokenizer, conversation("hi", reply)) for reply in ("well", " \n well\n\n"))
+    assert plain == padded
+
+
+def test_the_loss_is_the_soft_cross_entropy(model: Path, tmp_path: Path) -> None:
+    import torch
+    from datasets import Dataset
+    from trl import RewardConfig
+
+    pm, tokenizer = load_reward_model(model, new_head_seed=3), load_tokenizer(model)
+    row = {"chosen_ids": [5, 6, 7], "rejected_ids": [8, 9], "p_chosen": 0.8}
+    config = RewardConfig(
+        str(tmp_path), max_length=None, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[],
+        dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = soft_reward_trainer(share_prompts=False)(
+        model=pm, args=config, processing_class=tokenizer, train_dataset=Dataset.from_list([row])
+    )
+    (batch,) = trainer.get_train_dataloader()
+    with torch.no_grad():
+        chosen, rejected = (float(pm(input_ids=torch.tensor([row[k]])).logits) for k in ("chosen_ids", "rejected_ids"))
+        loss = float(trainer.compute_loss(pm, batch))
+    p = 1 / (1 + math.exp(rejected - chosen))
+    assert abs(p - 0.5) > 0.01
+    assert loss == pytest.approx(-0.8 * math.log(p) - 0.2 * math.log(1 - p), abs=1e-5)
+
+
+def test_held_out_pairs_are_judged_before_and_after(model: Path, tmp_path: Path) -> None:
+    rows = [preference(i, 0.95) for i in range(40)]
+    out = tmp_path / "pm"
+    command(write_rows(tmp_path / "prefs.jsonl", rows), out, model=str(model), epochs=2, **QUICK | {"eval_share": 0.1})
+    manifest = manifest_of(out)
+    assert (manifest["counts"]["train"], manifest["counts"]["held_out"]) == (36, 4)
+    figures = manifest["figures"]
+    assert figures["held_out_loss"] < figures["held_out_loss_before"]
+    assert figures["accuracy"] == wilson(4, 4)
+    metrics = rows_in(out / "metrics.jsonl")
+    assert metrics[0]["held_out_loss"] == figures["held_out_loss_before"]
+    assert metrics[-1]["held_out_accuracy"] == 1.0
+    assert "accuracy" in (out / "README.md").read_text()
+
+
+def test_pairs_of_one_prompt_are_all_held_out_or_none(model: Path, tmp_path: Path) -> None:
+    rows = [preference(i // 4, 0.9) | {"id": f"p{i}"} for i in range(80)]
+    command(
+        write_rows(tmp_path / "prefs.jsonl", rows), tmp_path / "pm", model=str(model), max_steps=1,
+        **QUICK | {"eval_share": 0.1},
+    )  # fmt: skip
+    assert manifest_of(tmp_path / "pm")["counts"]["held_out"] == 8
+
+
+def test_a_score_depends_on_neither_batch_nor_neighbours(model: Path) -> None:
+    pm, tokenizer = load_reward_model(model, new_head_seed=0), load_tokenizer(model)
+    chats = [conversation("question " * n, "helpful " * (9 - n)) for n in range(1, 9)]
+    alone = [score_conversations(pm, tokenizer, [chat])[0] for chat in chats]
+    assert score_conversations(pm, tokenizer, chats, batch_size=3) == pytest.approx(alone, abs=1e-4)
+    assert len(set(alone)) == len(alone)
+
+
+def test_a_conversation_beyond_the_window_is_an_error_with_both_numbers(model: Path) -> None:
+    pm, tokenizer = load_reward_model(model, new_head_seed=0), load_tokenizer(model)
+    with pytest.raises(CaiError, match=r"tokens does not fit .* window of 512"):
+        score_conversations(pm, tokenizer, [conversation("hi", "word " * 600)])
+
+
+def test_the_head_comes_from_the_seed(model: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "prefs.jsonl", [preference(i) for i in range(4)])
+    run = {"model": str(model), "max_steps": 1, **QUICK | {"learning_rate": 0.0}}
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        command(rows, tmp_path / name, seed=seed, **run)
+    assert largest_difference(tmp_path / "a", tmp_path / "b") == 0
+    assert largest_difference(tmp_path / "a", tmp_path / "c") > 0
+
+
+def test_long_and_identical_pairs_are_rejected_with_the_reason(model: Path, tmp_path: Path) -> None:
+    rows = [preference(i) for i in range(4)]
+    rows += [preference(4, rejected="long " * 200), preference(5, chosen="same", rejected="same")]
+    command(write_rows(tmp_path / "prefs.jsonl", rows), tmp_path / "pm", model=str(model), max_length=128, **QUICK)
+    rejected = {row["key"]: row["reason"] for row in rows_in(tmp_path / "pm.rejected.jsonl")}
+    assert rejected == {"p4": "longer than --max-length", "p5": "chosen and rejected are the same"}
+    counts = manifest_of(tmp_path / "pm")["counts"]
+    assert counts["in"] == counts["used"] + counts["rejected"] == 6
+
+
+def test_pairs_beyond_the_models_window_are_rejected_whatever_max_length_says(model: Path, tmp_path: Path) -> None:
+    rows = [preference(0), preference(1, rejected="long " * 600)]
+    command(write_rows(tmp_path / "prefs.jsonl", rows), tmp_path / "pm", model=str(model), max_length=5000, **QUICK)
+    (rejected,) = rows_in(tmp_path / "pm.rejected.jsonl")
+    assert rejected["reason"] == "longer than the model's window of 512"
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_an_interrupted_run_ends_with_the_parameters_of_one_that_was_not(
+    model: Path, tmp_path: Path, lora: bool
+) -> None:
+    rows = write_rows(tmp_path / "prefs.jsonl", [preference(i, 0.5 + i / 50) for i in range(25)])
+    run = {"model": str(model), "epochs": 2, "save_steps": 2, "lora": lora, **QUICK | {"eval_share": 0.1}}
+    command(rows, tmp_path / "whole", **run)
+    with interrupted_after(9):
+        command(rows, tmp_path / "killed", **run)
+    command(rows, tmp_path / "killed", **run)
+    assert largest_difference(tmp_path / "whole", tmp_path / "killed") == 0
+    assert rows_in(tmp_path / "whole/metrics.jsonl") == rows_in(tmp_path / "killed/metrics.jsonl")
+    assert manifest_of(tmp_path / "whole")["figures"] == manifest_of(tmp_path / "killed")["figures"]
+
+
+def test_a_model_worse_than_chance_and_one_nobody_tested_say_so_on_stderr(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = {"model": str(model), "fit_head": True, "epochs": 0, **QUICK | {"eval_share": 0.0}}
+    command(write_rows(tmp_path / "prefs.jsonl", [preference(i) for i in range(60)]), tmp_path / "pm", **run)
+    assert "nothing here says what the model learned" in capsys.readouterr().err
+    # What is held out is chosen by the hash of the prompt alone: those labels are turned round.
+    prompts = [conversation_id([Message(role="user", content=f"question number {i}")]) for i in range(60)]
+    apart = held_out_keys(prompts, 0.5, 0)
+    rows = [preference(i, 0.9, *(("b", "a") if p in apart else ("a", "b"))) for i, p in enumerate(prompts)]
+    command(write_rows(tmp_path / "turned.jsonl", rows), tmp_path / "worse", **run | {"eval_share": 0.5})
+    said = capsys.readouterr().err
+    assert "warning: train-pm: The preference model is wrong more often than a coin" in said
+    assert "; accuracy 0, " in said  # a head that is fitted alone has no figure before
+
+
+@pytest.mark.parametrize("trainer_name", ["RewardTrainer", "DPOTrainer"])
+def test_preference_rows_feed_trls_trainers_unchanged(model: Path, tmp_path: Path, trainer_name: str) -> None:
+    import datasets
+    import trl
+
+    rows = write_rows(tmp_path / "prefs.jsonl", [preference(i) for i in range(4)])
+    data = datasets.load_dataset("json", data_files=str(rows), split="train", cache_dir=str(tmp_path / "cache"))
+    config = getattr(trl, trainer_name.replace("Trainer", "Config"))(
+        str(tmp_path / "trl"), max_steps=1, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[],
+        save_strategy="no", dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = getattr(trl, trainer_name)(str(model), args=config, train_dataset=data)
+    assert trainer.train().training_loss > 0
+
+
+def test_a_fitted_head_tells_pairs_apart_before_anything_else_is_trained(model: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "prefs.jsonl", [preference(i, 0.8) for i in range(60)])
+    run = {"model": str(model), "fit_head": True, **QUICK | {"eval_share": 0.5}}
+    command(rows, tmp_path / "head", epochs=0, **run)
+    start, trained = weights(model), weights(tmp_path / "head")
+    assert all(bool((trained[name] == start[name]).all()) for name in start if name in trained)
+    figures = manifest_of(tmp_path / "head")["figures"]
+    assert figures["steps"] == 0
+    assert figures["accuracy"] == figures["head_accuracy"] == wilson(30, 30)
+    assert figures["loss_gap"] < 0.05
+    command(rows, tmp_path / "tuned", max_steps=3, **run)
+    tuned = manifest_of(tmp_path / "tuned")["figures"]
+    assert tuned["held_out_loss_before"] == figures["held_out_loss"] != tuned["held_out_loss"]
+
+
+def test_a_fitted_head_gives_the_probabilities_of_its_labels() -> None:
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    truth, x = rng.normal(size=8), rng.normal(size=(4000, 8))
+    p = 1 / (1 + np.exp(-x @ truth))
+    assert np.abs(regress(x, p, strength=10.0) - truth).max() < 0.02
+    swapped = regress(-x, 1 - p, strength=10.0)  # the same pairs the other way round
+    assert np.abs(swapped - regress(x, p, strength=10.0)).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("run", "problem"),
+    [
+        ({"epochs": 0}, "trains nothing"),
+        ({"targets": "sharp"}, "--targets must be soft or hard"),
+        ({"fit_head": True}, "pairs of 10 prompts or more, these are of 4"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(model: Path, tmp_path: Path, run: dict[str, Any], problem: str) -> None:
+    rows = write_rows(tmp_path / "prefs.jsonl", [preference(i) for i in range(4)])
+    with pytest.raises(CaiError, match=problem):
+        command(rows, tmp_path / "pm", model=str(model), **QUICK | run)

@@ -1,0 +1,236 @@
+"""What the three training stages share, shown on `sft`, the cheapest of them."""
+
+import io
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from filelock import FileLock
+from helpers import interrupted_after, largest_difference, manifest_of, revision, rows_in, stage, write_rows
+from tiny import tiny_model_dir
+
+from cai_cli.common.errors import CaiError, UsageError
+from cai_cli.data.splits import held_out_keys
+from cai_cli.models.loading import pick_device
+from cai_cli.models.source import ModelSource
+from cai_cli.training import training_run
+from cai_cli.training.checkpoints import newest_checkpoint
+from cai_cli.training.metrics_log import Metrics
+
+command = stage("sft")
+
+QUICK: dict[str, Any] = {"batch_size": 4, "gradient_accumulation": 1, "learning_rate": 1e-3, "eval_share": 0.0}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model_dir(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> str:
+    return write_rows(tmp_path / "rev.jsonl", [revision(i) for i in range(12)])
+
+
+def stamp(directory: Path) -> dict[str, int]:
+    return {str(p): p.stat().st_mtime_ns for p in directory.rglob("*")}
+
+
+def test_a_finished_output_is_left_alone_with_its_summary(
+    model: Path, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command(rows, out, model=str(model), json=True, **QUICK)
+    first, before = json.loads(capsys.readouterr().out), stamp(out)
+    command(rows, out, model=str(model), json=True, save_steps=7, **QUICK)
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == first | {"status": "already finished"}
+    assert "already finished" in captured.err
+    assert stamp(out) == before
+
+
+def test_only_our_words_are_printed_and_the_summary_conserves_the_rows(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = write_rows(tmp_path / "rev.jsonl", [revision(i) for i in range(30)] + [revision(30, "long " * 300)])
+    command(rows, tmp_path / "out", model=str(model), **QUICK | {"eval_share": 0.1})
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    counted = "31 in = 30 used (27 trained on + 3 held out) + 1 rejected (1 longer than the model's window of 512)"
+    assert line.startswith(f"sft: {counted}")
+    command(rows, tmp_path / "out", model=str(model), quiet=True, json=True, overwrite=True, **QUICK)
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    summary = json.loads(captured.out)
+    assert summary["in"] == summary["used"] + summary["rejected"] + summary["skipped"] == 31
+
+
+@pytest.mark.parametrize("killed_at", ["sidecar written", "renamed", "work removed"])
+def test_a_kill_while_the_output_appears_is_completed_by_the_next_run(
+    model: Path, rows: str, tmp_path: Path, killed_at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    command(rows, tmp_path / "whole", model=str(model), **QUICK)
+
+    def die(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    def dying_removal(path: Path) -> None:
+        if out.exists():
+            raise KeyboardInterrupt
+
+    replaced = {"sidecar written": 0, "renamed": 1, "work removed": 1}[killed_at]
+    replace = os.replace
+
+    def dying_replace(source: Any, target: Any) -> None:
+        nonlocal replaced
+        if Path(target).name in ("out", "out.manifest.json"):
+            if replaced == 0:
+                raise KeyboardInterrupt
+            replaced -= 1
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_run.os, "replace", dying_replace)
+        if killed_at == "renamed":
+            patch.setattr(training_run, "_remove_tree", dying_removal)
+        with pytest.raises(KeyboardInterrupt):
+            command(rows, out, model=str(model), **QUICK)
+    assert out.exists() == (killed_at != "sidecar written")
+    assert not (tmp_path / "out.manifest.json").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(training_run.TrainingJob, "_train", die)  # nothing is trained again
+        command(rows, out, model=str(model), **QUICK)
+    assert manifest_of(out)["status"] == "finished"
+    assert largest_difference(out, tmp_path / "whole") == 0
+    assert not list(tmp_path.glob("out.partial*"))
+
+
+def test_a_second_writer_is_refused(model: Path, rows: str, tmp_path: Path) -> None:
+    with FileLock(tmp_path / "out.lock"), pytest.raises(CaiError, match="another cai is writing"):
+        command(rows, tmp_path / "out", model=str(model), **QUICK)
+
+
+def test_a_directory_that_cai_did_not_make_is_never_removed(model: Path, rows: str, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(CaiError, match="mine"):
+            command(rows, mine, model=str(model), overwrite=overwrite, **QUICK)
+    assert (mine / "thesis.txt").read_text() == "years of work"
+
+
+def test_the_model_to_start_from_is_never_the_output(model: Path, rows: str, tmp_path: Path) -> None:
+    start = shutil.copytree(model, tmp_path / "start")
+    with pytest.raises(CaiError, match="both the model to start from and the output"):
+        command(rows, start, model=str(start), overwrite=True, **QUICK)
+    assert (start / "model.safetensors").exists()
+
+
+def test_a_model_cannot_go_to_stdout(model: Path, rows: str) -> None:
+    with pytest.raises(UsageError, match="directory"):
+        command(rows, Path("-"), model=str(model), **QUICK)
+
+
+def test_an_input_with_nothing_to_train_on_is_an_error_that_says_why(model: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rev.jsonl", [revision(0, "long " * 300)])
+    with pytest.raises(CaiError, match=r"no rows to train on \(1 in = 0 used \+ 1 rejected") as refusal:
+        command(rows, tmp_path / "out", model=str(model), **QUICK)
+    assert "out.rejected.jsonl" in str(refusal.value.hint)
+    empty = write_rows(tmp_path / "empty.jsonl", [])
+    with pytest.raises(CaiError, match="no rows to train on"):
+        command(empty, tmp_path / "empty", model=str(model), **QUICK)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(model: Path, rows: str, tmp_path: Path) -> None:
+    with pytest.raises(CaiError, match=r"the loss is (nan|inf) at step"):
+        command(rows, tmp_path / "out", model=str(model), **QUICK | {"learning_rate": 1e30, "epochs": 4})
+    assert not (tmp_path / "out").exists()
+
+
+def test_stdin_is_read_and_another_stdin_is_refused(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def feed(*numbers: int) -> None:
+        data = b"".join(orjson.dumps(revision(n)) + b"\n" for n in numbers)
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+    feed(1, 2, 3, 4)
+    command("-", tmp_path / "out", model=str(model), **QUICK)
+    assert manifest_of(tmp_path / "out")["counts"]["in"] == 4
+    feed(1, 2, 3, 5)
+    with pytest.raises(CaiError, match=r"rows\.sha256"):
+        command("-", tmp_path / "out", model=str(model), **QUICK)
+
+
+def test_batch_size_and_start_model_decide_the_output_but_save_steps_do_not(
+    model: Path, rows: str, tmp_path: Path
+) -> None:
+    other = tiny_model_dir(tmp_path / "other", seed=1)
+    with interrupted_after(2):
+        command(rows, tmp_path / "out", model=str(model), save_steps=1, **QUICK)
+    with pytest.raises(CaiError, match=r"settings\.batch_size: 4 -> 2"):
+        command(rows, tmp_path / "out", model=str(model), save_steps=1, **QUICK | {"batch_size": 2})
+    with pytest.raises(CaiError, match=r"model\.fingerprint"):
+        command(rows, tmp_path / "out", model=str(other), save_steps=1, **QUICK)
+    command(rows, tmp_path / "out", model=str(model), save_steps=9, **QUICK)
+
+
+def test_the_card_names_model_data_and_license_but_no_folder_of_this_machine(
+    model: Path, rows: str, tmp_path: Path
+) -> None:
+    start = shutil.copytree(model, tmp_path / "start")
+    (start / "source.json").write_text('{"license": "Apache-2.0"}')
+    command(rows, tmp_path / "first", model=str(start), **QUICK)
+    command(rows, tmp_path / "second", model=str(tmp_path / "first"), **QUICK)
+    card = (tmp_path / "second/README.md").read_text()
+    assert ModelSource.resolve(str(tmp_path / "second")).license == "apache-2.0"
+    assert "# sft of first" in card
+    assert manifest_of(tmp_path / "second")["provenance"]["input"]["revisions"] in card
+    assert str(tmp_path) not in card
+
+
+def test_the_held_out_share_is_met_and_depends_on_seed_and_key_alone() -> None:
+    keys = [f"k{i}" for i in range(100)]
+    held = held_out_keys(keys, 0.1, seed=0)
+    assert len(held) == 10
+    assert held == held_out_keys(keys[::-1] * 2, 0.1, seed=0)
+    assert held != held_out_keys(keys, 0.1, seed=1)
+    assert len(held_out_keys(keys[:20], 0.01, seed=0)) == 1
+    assert not held_out_keys(keys[:19], 0.01, seed=0)
+    assert not held_out_keys(keys, 0.0, seed=0)
+
+
+def test_metrics_are_whole_after_a_torn_line_and_a_step_done_twice(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    metrics = Metrics(path, ["loss", "held_out_loss"])
+    for step in (0, 1, 2, 3):
+        metrics.put(step, {"loss": step / 2})
+    with path.open("ab") as file:
+        file.write(b'{"step": 4, "lo')
+    metrics = Metrics(path, ["loss", "held_out_loss"])
+    metrics.cut_after(1)
+    metrics.put(2, {"loss": 7.0})
+    metrics.put(2, {"held_out_loss": 8.0})
+    assert [(r["step"], r["loss"]) for r in rows_in(path)] == [(0, 0.0), (1, 0.5), (2, 7.0)]
+    assert rows_in(path)[-1] == {"step": 2, "loss": 7.0, "held_out_loss": 8.0}
+
+
+def test_no_checkpoint_is_taken_for_one_where_none_is_whole(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path) is None
+    (tmp_path / "checkpoint-5").mkdir()
+    (tmp_path / "checkpoint-5/trainer_state.json").write_text("{}")
+    assert newest_checkpoint(tmp_path) is None
+    assert not (tmp_path / "checkpoint-5").exists()
+
+
+def test_an_unknown_device_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="--device"):
+        pick_device("tpu")
