@@ -113,7 +113,7 @@ def test_scores_of_another_preference_model_are_not_mixed_in(pm: Path, tmp_path:
     )
     command(file, tmp_path / "out.jsonl", pm=str(pm))
     with pytest.raises(CaiError, match=r"pm\.fingerprint"):
-        command(file, str(other), str(tmp_path / "out.jsonl"))
+        command(file, tmp_path / "out.jsonl", pm=str(other))
 
 
 def test_scored_rows_are_prompts_and_can_be_scored_again(pm: Path, tmp_path: Path) -> None:
