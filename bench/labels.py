@@ -20,7 +20,7 @@ from cai_cli.data.formats import parse_transcript
 from cai_cli.data.row_reader import RowReader
 from cai_cli.engines import open_engine
 from cai_cli.engines.base import RequestFailure, Sampling
-from cai_cli.judging.judge import METHODS, Comparison, Judge, Judgement, sigmoid
+from cai_cli.judging.judge import Judge, Judgement, Method, PairComparison, sigmoid
 from cai_cli.judging.pairs import Pair, pair_units
 from cai_cli.judging.votes import Labeller
 from cai_cli.metrics.intervals import wilson
@@ -64,7 +64,7 @@ def agreement(pairs: Sequence[Pair], p_a: Sequence[float | None]) -> str:
     return f"{right / len(pairs):.3f} ({figure['low']:.3f} to {figure['high']:.3f}){mark}"
 
 
-def p_of(c: Comparison, j: Judgement | RequestFailure, prior: float) -> float | None:
+def p_of(c: PairComparison, j: Judgement | RequestFailure, prior: float) -> float | None:
     if isinstance(j, RequestFailure):
         return None
     p = j.p_first
@@ -77,7 +77,7 @@ def rows_of_table(
     method: str, few_shot: str, labeller: Labeller, pairs: Sequence[Pair], label: str
 ) -> Iterator[list[str]]:
     started = time.perf_counter()
-    asked: list[Comparison] = []
+    asked: list[PairComparison] = []
     answers: list[Judgement | RequestFailure] = []
     for start in range(0, len(pairs), 64):
         window = [c for pair in pairs[start : start + 64] for c in labeller.comparisons(pair)]
@@ -127,7 +127,7 @@ def main() -> None:
     arguments.add_argument("--model", default="smollm2-135m")
     arguments.add_argument("--rows", type=int, default=200)
     arguments.add_argument("--skip", type=int, default=0)
-    arguments.add_argument("--methods", default=",".join(METHODS))
+    arguments.add_argument("--methods", default=",".join(Method))
     arguments.add_argument("--few-shot", default="none,shipped")
     arguments.add_argument("--constitution")
     arguments.add_argument("--dtype", default="float32")

@@ -6,11 +6,14 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cai_cli.cli import app
 from cai_cli.cli.app import main
 from cai_cli.common import console
+from cai_cli.common.errors import CaiError
 
 Ran = Callable[[str], None]
 
@@ -38,9 +41,12 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @dataclass(frozen=True)
 class Done:
+    """What a command did. `error`: the code of the error that ended it, None where there was none."""
+
     code: int
     stdout: str
     stderr: str
+    error: str | None = None
 
 
 Cai = Callable[..., Done]
@@ -54,15 +60,29 @@ def cai(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     # A shell that starts the tests in the background leaves SIGINT ignored.
     on_interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
 
+    errors: list[str] = []
+    run = app._run
+
+    def watched() -> Any:
+        try:
+            return run()
+        except CaiError as error:
+            errors.append(error.code)
+            raise
+
+    monkeypatch.setattr(app, "_run", watched)
+
     def call(*words: str, stdin: bytes = b"") -> Done:
+        errors.clear()
         monkeypatch.setattr(sys, "argv", ["cai", *words])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             main()
-        return Done(int(stop.value.code or 0), *capsys.readouterr())
+        return Done(int(stop.value.code or 0), *capsys.readouterr(), *errors)
 
     yield call
     signal.signal(signal.SIGTERM, on_terminate)
     signal.signal(signal.SIGINT, on_interrupt)
     console.set_quiet(False)
+    console.set_rows_on_stdout(False)

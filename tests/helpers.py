@@ -9,8 +9,11 @@ from unittest.mock import patch
 
 import pytest
 
+from cai_cli.common import console
 from cai_cli.engines.base import Completion, GenerationRequest, LogprobRequest, RequestFailure, Sampling
 from cai_cli.engines.scripted import ScriptedEngine
+from cai_cli.pipeline.registry import STAGES
+from cai_cli.runtime.config import Effect
 from cai_cli.training import metrics_log
 from cai_cli.training.metrics_log import Metrics
 
@@ -151,16 +154,19 @@ def interrupted_after(step: int) -> Iterator[None]:
     raise AssertionError("the run ended before it was interrupted")
 
 
-def stage(name: str) -> Callable[..., None]:
-    """`stage("sft")(rows, out, model=...)`: a stage called in process, its options by name."""
-    from importlib import import_module
+def stage(name: str) -> Callable[..., dict[str, Any]]:
+    """`stage("sft")(rows, out, model=...)`: runs a stage in process, its options by the names of the config's fields."""
+    declared = STAGES[name]
 
-    module = import_module(
-        {"sft": "cai_cli.phase1_supervised.sft"}.get(name, f"cai_cli.phase2_feedback.{name.replace('-', '_')}")
-    )
+    def run(input: Path | str | list[str], output: Path | str, **options: Any) -> dict[str, Any]:
+        values = {"input": input, "output": output, **options}
+        plain = {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
+        console.set_quiet(bool(plain.get("quiet")))
+        return declared.run(declared.config.build(plain))
 
-    def call(input: Path | str, output: Path | str, **options: Any) -> None:
-        plain = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
-        module.command(str(input), output=str(output) if name == "score" else Path(output), **plain)
+    return run
 
-    return call
+
+def options_that(stage: str, effect: Effect) -> set[str]:
+    """The options of a stage with this effect on its output."""
+    return {name for name, (_, declared) in STAGES[stage].config.options().items() if declared.effect is effect}

@@ -11,14 +11,9 @@ import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
-
-import orjson
-import typer
+from typing import Any, Literal, Union, get_args, get_origin
 
 from cai_cli.cards.dataset_card import DatasetStats, dataset_card
-from cai_cli.cli import options
-from cai_cli.common import console
 from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.data.formats import parse_preference, parse_prompt
 from cai_cli.data.jsonl import display_name, origin, read_rows, read_values, rows_of
@@ -99,25 +94,28 @@ def export(source: str, work: Path) -> dict[str, Any]:
     return {"rows": seen.rows, "type": row_type.__name__, "columns": columns}
 
 
-def command(
-    input: Annotated[str, typer.Argument(metavar="FILE", help="JSONL file of rows.", show_default=False)],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the dataset.", show_default=False)],
-    overwrite: options.Overwrite = False,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
-    """Write rows as a dataset directory with a card, ready for TRL.
+def export_file(input: str, output: Path, *, overwrite: bool) -> dict[str, Any]:
+    """Write the dataset directory `output` of the rows in `input`. Returns the summary.
 
-    FILE: Prompt, Sample, Critique, Revision or Preference rows, or pairs that humans labelled.
+    Raises:
+        CaiError: The output exists, or the rows cannot be read.
     """
     if input == "-":
-        raise UsageError("FILE cannot be stdin: it is read twice", hint="write it to a file first")
+        raise UsageError(
+            "FILE cannot be stdin: it is read twice", hint="write it to a file first", code="invalid-option"
+        )
     work = sidecar(output, "partial")
     with one_writer(output):
         if output.exists() and not overwrite:
-            raise CaiError(f"{output} is there already", hint="--overwrite replaces it; or choose another -o")
+            raise CaiError(
+                f"{output} exists already", hint="--overwrite replaces it; or choose another -o", code="output-exists"
+            )
         if output.exists() and not is_dataset(output):
-            raise CaiError(f"{output} is no dataset that cai exported", hint="remove it yourself, or choose another -o")
+            raise CaiError(
+                f"{output} is not a dataset that cai exported",
+                hint="remove it yourself, or choose another -o",
+                code="not-made-by-cai",
+            )
         shutil.rmtree(work, ignore_errors=True)
         try:
             summary = export(input, work)
@@ -125,9 +123,7 @@ def command(
             os.replace(work, output)
         finally:
             shutil.rmtree(work, ignore_errors=True)
-    if json:
-        print(orjson.dumps({"output": str(output), **summary}).decode())
-    console.say(f"export: {summary['rows']:,} {summary['type']} rows -> {output}")
+    return {"output": str(output), **summary}
 
 
 def is_dataset(directory: Path) -> bool:

@@ -1,6 +1,6 @@
-"""The `cai` command: registers the stages, turns a CaiError into one line and an exit code.
+"""The `cai` command: builds the command line from the registry, and turns an error into one line and an exit code.
 
-Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted, 143 terminated, 141 the reader of stdout went away.
+Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted, 143 terminated, 141 the reader of stdout closed it.
 """
 
 import atexit
@@ -8,36 +8,48 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
+from enum import StrEnum
 from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from cai_cli import __version__
-from cai_cli.cards import export
-from cai_cli.cli import chat, doctor, models, principles, push, report, show
-from cai_cli.cli.run import run_command
+from cai_cli.cli import agreement, chat, doctor, files, models, principles, publish, report, run, show
+from cai_cli.cli.expand import GroupedCommand, command_class, command_from, stage_command
 from cai_cli.common import console
 from cai_cli.common.errors import CaiError
-from cai_cli.evaluate import agreement, compare, harm, hhh
-from cai_cli.metrics import dataset_stats
-from cai_cli.phase1_supervised import critique, critique_revise, red_team, revise, sample, sft
-from cai_cli.phase2_feedback import label_prefs, rl, score, train_pm
-from cai_cli.runtime import merge, sort_dedup
+from cai_cli.pipeline import registry
+from cai_cli.runtime.stage import Phase
 from cai_cli.training import distributed
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    help="Constitutional AI from the shell: one subcommand a stage, JSONL in, JSONL out.",
-)
-PHASE_1 = "Phase 1, supervised"
-PHASE_2 = "Phase 2, AI feedback"
-FILES = "Files of rows"
-ROAD = "The whole road, and around it"
+
+class Heading(StrEnum):
+    """The headings of `cai --help` besides those of stages."""
+
+    PIPELINE = "Pipelines"
+    FILES = "Files of rows"
+    MODELS = "Models, principles and this machine"
+
+
+class GroupedCommands(TyperGroup):
+    """A group whose `--help` lists commands under headings, each with its whole summary."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for name in self.list_commands(ctx):
+            command: Any = self.get_command(ctx, name)
+            summary = (command.help or "").strip().partition("\n")[0]
+            sections.setdefault(getattr(command, "rich_help_panel", None) or "Commands", []).append((name, summary))
+        widest = max(len(name) for rows in sections.values() for name, _ in rows)
+        for heading, rows in sorted(sections.items(), key=lambda section: _ORDER.get(section[0], 0)):
+            with formatter.section(heading):
+                formatter.write_dl([(name.ljust(widest), summary) for name, summary in rows])
+
+
+_ORDER = {heading.value: place for place, heading in enumerate((*Phase, *Heading))}
 
 
 def _version(wanted: bool) -> None:
@@ -46,42 +58,65 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     pass
 
 
-app.command("red-team", rich_help_panel=PHASE_1)(red_team.command)
-app.command("sample", rich_help_panel=PHASE_1)(sample.command)
-app.command("critique", rich_help_panel=PHASE_1)(critique.command)
-app.command("revise", rich_help_panel=PHASE_1)(revise.command)
-app.command("critique-revise", rich_help_panel=PHASE_1)(critique_revise.critique_revise_command)
-app.command("sft", rich_help_panel=PHASE_1)(sft.command)
-app.command("label-prefs", rich_help_panel=PHASE_2)(label_prefs.command)
-app.command("train-pm", rich_help_panel=PHASE_2)(train_pm.command)
-app.command("score", rich_help_panel=PHASE_2)(score.command)
-app.command("rl", rich_help_panel=PHASE_2)(rl.command)
-judging = typer.Typer(no_args_is_help=True, help="Judge labels and models.")
-judging.command("agreement")(agreement.command)
-judging.command("hhh")(hhh.command)
-judging.command("compare")(compare.command)
-judging.command("harm")(harm.command)
-app.add_typer(judging, name="eval", rich_help_panel=ROAD)
-app.command("run", rich_help_panel=ROAD)(run_command)
-app.command("merge", rich_help_panel=FILES)(merge.command)
-app.command("sort", rich_help_panel=FILES)(sort_dedup.sort_command)
-app.command("dedup", rich_help_panel=FILES)(sort_dedup.dedup_command)
-app.command("stats", rich_help_panel=FILES)(dataset_stats.command)
-app.command("report", rich_help_panel=ROAD)(report.command)
-app.command("show", rich_help_panel=FILES)(show.command)
-app.command("chat", rich_help_panel=ROAD)(chat.command)
-app.command("export", rich_help_panel=FILES)(export.command)
-app.command("push", rich_help_panel=FILES)(push.command)
-app.command("doctor", rich_help_panel=ROAD)(doctor.command)
-app.add_typer(principles.app, name="principles", rich_help_panel=ROAD)
-app.add_typer(models.app, name="models", rich_help_panel=ROAD)
+def build_app() -> typer.Typer:
+    """The command line: one command for each stage of the registry, and those that are not stages."""
+    settings: dict[str, Any] = {
+        "no_args_is_help": True,
+        "pretty_exceptions_enable": False,
+        "rich_markup_mode": None,
+        "context_settings": {"help_option_names": ["-h", "--help"]},
+    }
+    app = typer.Typer(
+        cls=GroupedCommands,
+        help="Constitutional AI from the shell: one subcommand a stage, JSONL in, JSONL out.",
+        **settings,
+    )
+    app.callback()(_root)
+    evaluation = typer.Typer(cls=GroupedCommands, add_completion=False, help=_EVAL_HELP, **settings)
+    for stage in registry.STAGES.values():
+        group, _, name = stage.name.rpartition(" ")
+        target = evaluation if group == "eval" else app
+        panel = None if group else stage.phase.value
+        target.command(name, cls=command_class(stage.config), rich_help_panel=panel)(stage_command(stage))
+    evaluation.command("agreement", cls=GroupedCommand)(agreement.command)
+    app.add_typer(evaluation, name="eval", rich_help_panel=Phase.EVALUATION.value)
+    for heading, commands in _OTHERS.items():
+        for name, command in commands.items():
+            if isinstance(command, typer.Typer):
+                app.add_typer(command, name=name, rich_help_panel=heading.value)
+            else:
+                app.command(name, cls=GroupedCommand, rich_help_panel=heading.value)(command)
+    return app
+
+
+_HELP = "Constitutional AI from the shell: one subcommand a stage, JSONL in, JSONL out."
+_EVAL_HELP = "Evaluate labels and models: agreement, hhh, compare, harm."
+_OTHERS: dict[Heading, dict[str, Callable[..., None] | typer.Typer]] = {
+    Heading.PIPELINE: {"run": run.command, "report": report.command},
+    Heading.FILES: {
+        "show": show.command,
+        "stats": files.stats_command,
+        "merge": files.merge_command,
+        "sort": files.sort_command,
+        "dedup": files.dedup_command,
+        "export": publish.export_command,
+        "push": publish.push_command,
+    },
+    Heading.MODELS: {
+        "chat": command_from(chat.ChatConfig, chat.run),
+        "models": models.app,
+        "principles": principles.app,
+        "doctor": doctor.command,
+    },
+}
 
 
 def main() -> NoReturn:
@@ -89,22 +124,26 @@ def main() -> NoReturn:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     signal.signal(signal.SIGTERM, _terminated)
-    atexit.register(_heed_no_more)
+    atexit.register(_ignore_late_signals)
     _open_closed_streams()
     try:
         code = _run()
     except CaiError as error:
         console.error(error.message, error.hint)
+        if "--json" in sys.argv[1:]:
+            console.error_json(error.as_json())
         code = error.exit_code
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:
-        _give_up_stdout()
+        _abandon_stdout()
         code = 141
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        console.error(f"{where}{error.strerror or error}", "what is written is kept; mend it and run the same again")
-        _give_up_stdout()
+        console.error(
+            f"{where}{error.strerror or error}", "what is written is kept; fix the cause and run the same command again"
+        )
+        _abandon_stdout()
         code = 1
     except SystemExit as stop:
         code = stop.code
@@ -117,12 +156,13 @@ def main() -> NoReturn:
 
 
 def _run() -> Any:
-    """The command; returns its exit code, stdout flushed: what cannot be written is an error like others."""
+    """Runs the command and flushes stdout, so that a failed write is an error like others. Returns the exit code."""
+    trainers = frozenset(stage.name for stage in registry.STAGES.values() if stage.trains)
     try:
-        with distributed.session():
-            app()
+        with distributed.session(trainers):
+            build_app()()
     except SystemExit as stop:
-        if isinstance(stop.__context__, BrokenPipeError):  # typer would leave with 1
+        if isinstance(stop.__context__, BrokenPipeError):  # typer would exit with 1
             raise stop.__context__ from None
         sys.stdout.flush()
         return stop.code
@@ -130,8 +170,8 @@ def _run() -> Any:
 
 
 def _open_closed_streams() -> None:
-    """A stream that came closed (`>&-`) is none to Python, and the next file opened would get its number. Reading or
-    writing rows there is to fail; messages have nowhere to go."""
+    """Opens the standard streams that came closed (`>&-`), so that no file opened later gets their number. Rows cannot
+    be read or written there; messages are discarded."""
     if sys.stdin is None:
         sys.stdin = _null(0, os.O_WRONLY, "r")
     if sys.stdout is None:
@@ -148,14 +188,13 @@ def _null(number: int, flags: int, mode: str) -> Any:
     return open(number, mode, encoding="utf-8", closefd=False)
 
 
-def _give_up_stdout() -> None:
-    """The interpreter would complain once more when it flushes stdout at exit."""
+def _abandon_stdout() -> None:
+    """Redirects stdout to the null device: the interpreter would fail again when it flushes at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _heed_no_more() -> None:
-    """All is said, written and closed: an interpreter that ends takes its handlers away, and a signal that came then
-    would end it with another code."""
+def _ignore_late_signals() -> None:
+    """Ignore signals during shutdown, so that a late SIGTERM cannot change the exit code."""
     for late in (signal.SIGINT, signal.SIGTERM):
         signal.signal(late, signal.SIG_IGN)
 

@@ -5,23 +5,22 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
 
-import typer
 from rich.columns import Columns
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from cai_cli.cli import options
 from cai_cli.common import console
 from cai_cli.common.seeds import seed_for
 from cai_cli.data.schema import Message
 from cai_cli.engines import open_engine
 from cai_cli.engines.base import Completion, Engine, GenerationRequest, RequestFailure, Sampling, Server
 from cai_cli.prompting.base import PromptFormat, assistant, reply_request, resolve_prompt_format, user
+from cai_cli.runtime.config import Effect, Group, Option, option, redefine
+from cai_cli.runtime.shared_options import DEFAULT_MODEL, Device, DType, EngineOptions, RunOptions, SamplingOptions
 
-HELP = "/reset starts afresh, /quit (or the end of input) ends"
+HELP = "/reset starts a new conversation, /quit (or the end of input) ends"
 
 
 @dataclass
@@ -98,48 +97,57 @@ def show_answers(partners: Sequence[ChatSession], answers: Sequence[Completion |
         print(f"{name}> {said}", flush=True)
 
 
-def command(
-    model: Annotated[
-        str, typer.Argument(help="Directory, Hub name, alias, openai:NAME or scripted:FILE.", show_default=False)
-    ] = options.DEFAULT_MODEL,
-    second: Annotated[
-        str | None, typer.Argument(metavar="MODEL2", help="A second model to hear the same.", show_default=False)
-    ] = None,
-    max_new_tokens: options.MaxNewTokens = 256,
-    temperature: options.Temperature = 0.7,
-    top_p: options.TopP = 1.0,
-    prompt_format: options.PromptFormatOption = "auto",
-    seed: options.Seed = 0,
-    base_url: options.BaseUrl = None,
-    device: options.Device = "auto",
-    dtype: options.DType = "auto",
-    quiet: options.Quiet = False,
-) -> None:
-    """Talk to one model, or to two side by side.
+class ChatConfig(SamplingOptions):
+    """Chat with one model, or with two side by side.
 
-    One line is one turn. /reset starts the conversation afresh, /quit ends it.
+    One line is one turn. /reset starts a new conversation, /quit ends it.
     """
-    partners = []
-    given = [model] if second is None else [model, second]
+
+    model: str = option(
+        DEFAULT_MODEL,
+        "Directory, Hub name, alias, openai:NAME or scripted:FILE.",
+        Option(Effect.HASHED, Group.MODEL, argument=True),
+    )
+    second: str | None = option(
+        None,
+        "A second model that gets the same messages.",
+        Option(Effect.HASHED, Group.MODEL, metavar="MODEL2", argument=True),
+    )
+    temperature: float = redefine(SamplingOptions, "temperature", 0.7)
+    base_url: str | None = redefine(EngineOptions, "base_url", None)
+    device: Device = redefine(EngineOptions, "device", Device.AUTO)
+    dtype: DType = redefine(EngineOptions, "dtype", DType.AUTO)
+    quiet: bool = redefine(RunOptions, "quiet", False)
+
+
+def open_sessions(config: ChatConfig) -> list[ChatSession]:
+    """A conversation with each model. Raises UsageError, CaiError."""
+    sessions = []
+    given = [config.model] if config.second is None else [config.model, config.second]
     served = [name for name in given if name.startswith("openai:")]
     for name, label in zip(given, labels(given), strict=True):
-        server = Server(base_url) if name in served or not served else None
+        server = Server(config.base_url) if name in served or not served else None
         size = None if name in served else 1
-        engine = open_engine(name, batch_size=size, device=device, dtype=dtype, server=server)
-        partners.append(ChatSession(label, engine, resolve_prompt_format(prompt_format, engine)))
-    sampling = Sampling(max_new_tokens, temperature, top_p)
-    console.say(f"chat with {' and '.join(p.name for p in partners)}: {HELP}")
+        engine = open_engine(name, batch_size=size, device=config.device, dtype=config.dtype, server=server)
+        sessions.append(ChatSession(label, engine, resolve_prompt_format(config.prompt_format, engine)))
+    return sessions
+
+
+def run(config: ChatConfig) -> None:
+    """Chat until `/quit` or the end of stdin. Raises UsageError, CaiError."""
+    sessions = open_sessions(config)
+    console.say(f"chat with {' and '.join(session.name for session in sessions)}: {HELP}")
     for line in lines():
-        said = line.strip()
-        if not is_utf8(said):
+        text = line.strip()
+        if not is_utf8(text):
             console.warn("this line is not UTF-8; it is not part of the conversation")
-        elif said == "/quit":
+        elif text == "/quit":
             return
-        elif said == "/reset":
-            for partner in partners:
-                partner.history = []
-            console.say("the conversation starts afresh")
-        elif said.startswith("/"):
-            console.warn(f"no command {said.split()[0]}: {HELP}")
-        elif said:
-            show_answers(partners, [partner.answer(said, sampling, seed) for partner in partners])
+        elif text == "/reset":
+            for session in sessions:
+                session.history = []
+            console.say("a new conversation starts")
+        elif text.startswith("/"):
+            console.warn(f"no command {text.split()[0]}: {HELP}")
+        elif text:
+            show_answers(sessions, [session.answer(text, config.sampling(), config.seed) for session in sessions])

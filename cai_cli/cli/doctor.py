@@ -84,7 +84,10 @@ def _principles(file: str) -> Check:
 
 
 def command(json: options.Json = False) -> None:
-    """Show versions, devices, engines and the cache; name what is missing and how to mend it."""
+    """Check versions, devices, engines and the model cache.
+
+    Names what is missing and the command that fixes it.
+    """
     found = [_check("cai", True, __version__), *checks()]
     if json:
         print(orjson.dumps({"ok": all(c["ok"] for c in found), "checks": found}).decode())

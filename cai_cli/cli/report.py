@@ -19,9 +19,9 @@ def command(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Draw a run as one HTML page that needs no network.
+    """Write the report of a run as one HTML page.
 
-    Works on an unfinished run too: it shows what is there and says what is missing.
+    The page needs no network. An unfinished run is reported too, with what is missing.
     """
     path = write_report(run, output)
     if json:

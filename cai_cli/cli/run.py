@@ -15,17 +15,17 @@ from cai_cli.pipeline.sweep import write_curves
 from cai_cli.report.command import report_at_the_end
 
 
-def run_command(
+def command(
     file: Annotated[Path, typer.Argument(help="YAML run file.", show_default=False)],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; by default runs/NAME.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print rows, tokens and commands; run nothing.")] = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Run the whole road from one file; run it again to go on where it stopped.
+    """Run a pipeline from one file; run it again to resume.
 
-    A step whose settings, inputs or earlier steps changed is run anew, and said so. Ends with the report
-    (`cai report`).
+    A step whose settings, inputs or earlier steps changed is run again, with a message that says why. Ends with the
+    report (`cai report`).
     """
     loaded = load_run(file)
     folder = out or Path("runs") / loaded.name
@@ -39,7 +39,7 @@ def run_command(
 
         print_estimate(steps, as_json=json)
         return
-    monitor_score_of = console.Stopwatch()
+    watch = console.Stopwatch()
     done = execute(steps, folder, quiet=quiet)
     write_curves(step.output for step in steps if step.command == "eval compare")
     report = report_at_the_end(folder)
@@ -49,4 +49,4 @@ def run_command(
     for step in done:
         if step.get("labels", {}).get("trusted") is False:
             console.warn(f"the labels of step {step['step']!r} are not to be trusted: {step['labels']['reason']}")
-    console.say(f"run {loaded.name}: {len(done)} steps in {monitor_score_of.seconds:,.0f} s -> {folder}")
+    console.say(f"run {loaded.name}: {len(done)} steps in {watch.seconds:,.0f} s -> {folder}")

@@ -1,5 +1,6 @@
 """The one place that writes to stderr: messages, progress, terminal-safe text. Data never goes through here."""
 
+import json
 import os
 import sys
 import time
@@ -17,12 +18,19 @@ SECRETS = ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # environmen
 SHORTEST_SECRET = 12  # characters: what servers without keys are given (`none`, `EMPTY`) is a word, and no secret
 _muted = False
 _errors_muted = False
+_rows_on_stdout = False
 
 
 def set_quiet(quiet: bool) -> None:
     """With `--quiet` only errors are printed."""
     global _quiet
     _quiet = quiet
+
+
+def set_rows_on_stdout(rows: bool) -> None:
+    """Whether stdout carries rows, so that a summary or an error in JSON goes to stderr."""
+    global _rows_on_stdout
+    _rows_on_stdout = rows
 
 
 def mute() -> None:
@@ -91,6 +99,13 @@ def error(message: str, hint: str | None = None) -> None:
     console.print(f"[bold red]error:[/bold red] {_shown(message)}")
     if hint:
         console.print(f"[cyan]hint:[/cyan] {_shown(hint)}")
+
+
+def error_json(error: dict[str, Any]) -> None:
+    """The error as one JSON object, where the summary of `--json` would have been printed."""
+    if not _errors_muted:
+        text = redacted(json.dumps({"error": error}, ensure_ascii=False))
+        print(safe(text), file=sys.stderr if _rows_on_stdout else sys.stdout, flush=True)
 
 
 def bug(trace: str) -> None:

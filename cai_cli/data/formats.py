@@ -4,7 +4,7 @@ All become rows of `records` here, without conversion beforehand.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from cai_cli.common.errors import RowError
@@ -24,6 +24,7 @@ from cai_cli.data.schema import (
     load_row,
 )
 
+TEXTS = ("prompt", "completion", "critique", "chosen", "rejected")
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES: Mapping[str, Role] = {"Human": "user", "Assistant": "assistant"}
 SPEAKERS: Mapping[Role, str] = {"user": "Human", "assistant": "Assistant", "system": "System"}
@@ -250,3 +251,20 @@ def sample_or_revision(value: object) -> Sample:
     if isinstance(value, dict) and "critique" in value:
         raise RowError("a Critique row, where a Sample or Revision is wanted", hint="`cai revise` takes critiques")
     return load_row(Revision if isinstance(value, dict) and "history" in value else Sample, value)
+
+
+def row_object(value: object) -> dict[str, Any]:
+    """Any row is an object. Raises RowError, as the stages do."""
+    if not isinstance(value, dict):
+        raise RowError(f"a row must be a JSON object, this is {json_type(value)}")
+    return value
+
+
+def texts_of(value: Any) -> Iterator[tuple[str, str]]:
+    """(field, text) of what was said in a row; several messages are one text."""
+    for field in TEXTS:
+        said = value.get(field)
+        if isinstance(said, list):
+            said = "\n\n".join(str(message.get("content")) for message in [m for m in said if isinstance(m, dict)])
+        if isinstance(said, str):
+            yield field, said

@@ -7,7 +7,7 @@ to the rejected file and counted like every other rejected row.
 import hashlib
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,11 +36,6 @@ class RowReader:
         self.bad: deque[Numbered[Rejected]] = deque()
         self.waiting = 0  # bytes in `bad`
         self._start()
-
-    @classmethod
-    def of(cls, flags: Mapping[str, Any]) -> "RowReader":
-        """As a command's options say. Raises UsageError."""
-        return cls(flags.get("shard"), skip_invalid=flags["skip_invalid"], max_invalid=flags["max_invalid"])
 
     def _start(self) -> None:
         self.digest, self.count, self.invalid_count = hashlib.sha256(), 0, 0

@@ -1,8 +1,6 @@
 """Who answers. `open_engine` turns a model name into an Engine; engines know no stage."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, fields
-from typing import Any
+from dataclasses import asdict
 
 from cai_cli.common.errors import UsageError
 from cai_cli.engines.base import Engine, Server
@@ -34,11 +32,3 @@ def open_engine(model: str, *, batch_size: int | None, device: str, dtype: str, 
     from cai_cli.engines.local.engine import LocalEngine
 
     return LocalEngine(model, batch_size=batch_size, device=device, dtype=dtype)
-
-
-def engine_of(flags: Mapping[str, Any]) -> Engine:
-    """`open_engine` with the options of a command."""
-    server = Server(**{f.name: flags[f.name] for f in fields(Server)})
-    return open_engine(
-        flags["model"], batch_size=flags["batch_size"], device=flags["device"], dtype=flags["dtype"], server=server
-    )

@@ -2,18 +2,10 @@
 
 from collections.abc import Iterator
 from itertools import chain
-from pathlib import Path
-from typing import Annotated
 
-import orjson
-import typer
-
-from cai_cli.cli import options
 from cai_cli.common import console
-from cai_cli.common.errors import CaiError
 from cai_cli.metrics.intervals import Estimate
-from cai_cli.metrics.label_audit import AuditMetrics, audit_file
-from cai_cli.runtime.manifest import write_json
+from cai_cli.metrics.label_audit import AuditMetrics
 
 
 def _figures(found: AuditMetrics) -> Iterator[tuple[str, Estimate]]:
@@ -29,7 +21,8 @@ def _figures(found: AuditMetrics) -> Iterator[tuple[str, Estimate]]:
             yield name.replace("_", " "), figure  # type: ignore[misc]
 
 
-def _print(found: AuditMetrics) -> None:
+def print_audit(found: AuditMetrics) -> None:
+    """Print the audit as tables."""
     verdict = {True: "yes", False: "no", None: "not known"}[found["trusted"]]
     print(f"trusted: {verdict}: {found['reason']}")
     for note in found["notes"]:
@@ -42,27 +35,3 @@ def _print(found: AuditMetrics) -> None:
     for name, f in _figures(found):
         ends = f"{f['low']:.3f} to {f['high']:.3f}"
         print(f"{console.safe(name):<46}{f['value']:>8.3f}{ends:>20}{f['n']:>12,}")
-
-
-def command(
-    input: options.Input,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Also write the figures to this JSON file.")
-    ] = None,
-    overwrite: options.Overwrite = False,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
-    """Audit labels: order, position, agreement with humans and between principles, calibration, length.
-
-    INPUT: Preference rows, from `cai label-prefs`. What was rejected beside it is counted too.
-    """
-    if output and output.exists() and not overwrite:
-        raise CaiError(f"{output} is there already", hint="--overwrite replaces it")
-    found = audit_file(input)
-    if output:
-        write_json(output, found)
-    if json:
-        print(orjson.dumps(found).decode())
-    else:
-        _print(found)

@@ -12,32 +12,62 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations, islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from cai_cli.cli import options
 from cai_cli.common import console
 from cai_cli.common.errors import InvalidRow, UsageError
 from cai_cli.data.formats import sample_or_revision
 from cai_cli.data.jsonl import display_name, read_rows, rows_of
-from cai_cli.data.schema import Kind, ModelComparison, Rejected, Sample, Vote, reject
+from cai_cli.data.schema import Kind, ModelComparison, Rejected, Revision, Sample, Vote, reject
 from cai_cli.engines.base import Engine, RequestFailure
-from cai_cli.judging.judge import METHODS, sigmoid
-from cai_cli.judging.labeller import labeller_settings, open_labeller
+from cai_cli.judging.judge import sigmoid
+from cai_cli.judging.labeller import JudgeOptions, estimate_votes, labeller_settings, open_labeller
 from cai_cli.judging.pairs import Pair
 from cai_cli.judging.votes import Labeller, PairVerdict, aggregate_votes
 from cai_cli.metrics.elo import Tournament
-from cai_cli.phase1_supervised.sample import pick_kind
 from cai_cli.prompting.evaluation import HELPFULNESS
 from cai_cli.reward.scorer import Scorer
+from cai_cli.runtime.config import Effect, Group, Option, option, redefine
+from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
 from cai_cli.runtime.manifest import hash_input, provenance, write_json
 from cai_cli.runtime.output_files import sidecar
+from cai_cli.runtime.shared_options import (
+    InputOptions,
+    OutputOptions,
+)
 from cai_cli.runtime.sinks import StdoutSink
+from cai_cli.runtime.stage import Phase, Stage
 from cai_cli.runtime.stage_run import Skipped, StageRun, WorkItem, WorkItems
 from cai_cli.runtime.summary import print_summary
 
 NAMED = re.compile(r"([A-Za-z0-9][\w.-]*)=(.+)", re.ASCII | re.DOTALL)
+
+
+class CompareConfig(OutputOptions, JudgeOptions):
+    """Compare models by win rates and Elo ratings.
+
+    SAMPLES: Sample (or Revision) rows of each model, joined by id. Writes one row for each prompt and pair of models,
+    and the metrics to OUT.compare.json, for harmlessness (red-team prompts) and helpfulness.
+    """
+
+    input: list[str] = option(
+        ...,
+        "Sample files, one for each model: FILE or NAME=FILE, two or more.",
+        Option(Effect.HASHED, Group.INPUT, metavar="SAMPLES...", reads_file=True, argument=True),
+    )
+    limit: int | None = redefine(InputOptions, "limit", None)
+    pm: str | None = option(None, "Preference model that scores the replies.", Option(Effect.HASHED, Group.MODEL))
+    judge: str | None = option(
+        None,
+        "Model that judges which reply is better.",
+        Option(Effect.HASHED, Group.MODEL, flags=("--judge", "--model", "-m")),
+    )
+    kind: Kind | None = option(None, "Kind of the prompts that do not say.")
+
+    def check(self) -> None:
+        super().check()
+        if (self.pm is None) == (self.judge is None):
+            raise UsageError("give either --pm or --judge", code="option-conflict")
 
 
 @dataclass(frozen=True)
@@ -198,90 +228,72 @@ def _result_of(output: str, models: Sequence[str]) -> dict[str, Any]:
     return tournament.result()
 
 
-def command(
-    input: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="SAMPLES...", help="Sample files, one a model: FILE or NAME=FILE, two or more.", show_default=False
-        ),
-    ],
-    output: options.Output = "-",
-    pm: Annotated[str | None, typer.Option(help="Preference model that scores the replies.")] = None,
-    judge: Annotated[
-        str | None, typer.Option("--judge", "--model", "-m", help="Model that is asked which reply is better.")
-    ] = None,
-    kind: Annotated[str | None, typer.Option(help="red-team or helpful, for rows that do not say.")] = None,
-    method: Annotated[str, typer.Option(help=f"Of a judge: {', '.join(METHODS)}.")] = "choice",
-    constitution: options.Constitution = None,
-    few_shot: options.FewShot = None,
-    principles: options.Principles = None,
-    max_principles: options.MaxPrinciples = None,
-    principles_per_pair: Annotated[str, typer.Option(help="Principles drawn for each pair: a number, or all.")] = "1",
-    calibrate: Annotated[
-        bool, typer.Option("--calibrate/--no-calibrate", help="Take out the liking for a letter that empty pairs show.")
-    ] = False,
-    clamp: Annotated[str | None, typer.Option(help="LOW,HIGH: limits of each probability, as of label-prefs.")] = None,
-    cot_samples: Annotated[int, typer.Option(min=1, help="Chains of thought per question, averaged.")] = 1,
-    max_new_tokens: options.MaxNewTokens = 128,
-    temperature: options.Temperature = 1.0,
-    top_p: options.TopP = 1.0,
-    prompt_format: options.PromptFormatOption = "auto",
-    seed: options.Seed = 0,
-    limit: options.Limit = None,
-    batch_size: options.BatchSize = None,
-    device: options.Device = "auto",
-    dtype: options.DType = "auto",
-    base_url: options.BaseUrl = None,
-    concurrency: options.Concurrency = None,
-    timeout: options.Timeout = None,
-    budget_tokens: options.BudgetTokens = None,
-    price_in: options.PriceIn = None,
-    price_out: options.PriceOut = None,
-    overwrite: options.Overwrite = False,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
-    """Compare models by their replies to the same prompts: win rates and Elo, harmlessness and helpfulness apart.
+def estimate(rows: RowFlow, config: CompareConfig) -> StepCost:
+    """The cost of comparing every two models on every prompt."""
+    models = len(config.input)
+    pairs = replace(rows, rows=rows.rows * models * (models - 1) // 2, per_prompt=1)
+    if config.judge:
+        return estimate_votes(pairs.rows, pairs, config, both_orders=True)
+    tokens = rows.rows * models * (rows.prompt_tokens + rows.reply_tokens)
+    return StepCost(pairs.rows, 0, TokenCounts(tokens), pairs)
 
-    SAMPLES: Sample (or Revision) rows, joined by id. Writes one row per prompt and two models, and the figures to
-    OUT.compare.json.
-    """
-    flags = locals()
-    if (pm is None) == (judge is None):
-        raise UsageError("either --pm or --judge compares the replies")
-    files = name_files(input)
-    default_kind = pick_kind(kind)
-    decided: dict[str, Any]
-    engine: Engine | None = None
+
+@dataclass(frozen=True)
+class Comparer:
+    """How replies are compared, and what of it decides the output."""
+
     work: Callable[[Sequence[ReplyPair]], list[ModelComparison | Rejected]]
-    if judge is None:
-        scorer = Scorer(str(pm), batch_size, device)
-        window, work = 4 * scorer.batch_size, partial(compare_by_scores, scorer=scorer)
-        decided = {"settings": {"kind": kind, "limit": limit}, "pm": {"fingerprint": scorer.base.fingerprint}}
-    else:
-        labeller, loaded = open_labeller({**flags, "model": judge, "both_orders": True, "min_confidence": 0.5})
-        engine = labeller.judge.engine
-        window, work = engine.batch_size, partial(compare_by_votes, labeller=labeller)
-        named = {"name": loaded.name, "fingerprint": loaded.fingerprint()}
-        decided = {"settings": labeller_settings(flags, labeller), "constitution": named}
-        decided |= {"model": engine.identity()}
-    decided["settings"]["models"] = list(files)
+    window: int
+    engine: Engine | None
+    provenance: Mapping[str, Any]
+
+
+def open_comparer(config: CompareConfig, models: Sequence[str]) -> Comparer:
+    """The comparer that the options describe. Raises UsageError, CaiError."""
+    named = {"models": list(models)}
+    if config.judge is None:
+        scorer = Scorer(str(config.pm), config.batch_size, config.device)
+        settings = {"kind": config.kind, "limit": config.limit} | named
+        fingerprint = {"fingerprint": scorer.base.fingerprint}
+        work = partial(compare_by_scores, scorer=scorer)
+        return Comparer(work, 4 * scorer.batch_size, None, {"settings": settings, "pm": fingerprint})
+    labeller, loaded = open_labeller(config, config.judge, both_orders=True)
+    engine = labeller.judge.engine
+    decided = {
+        "settings": labeller_settings(config, labeller) | named,
+        "constitution": {"name": loaded.name, "fingerprint": loaded.fingerprint()},
+        "model": engine.identity(),
+    }
+    return Comparer(partial(compare_by_votes, labeller=labeller), engine.batch_size, engine, decided)
+
+
+def run(config: CompareConfig) -> dict[str, Any]:
+    """Compare the models of several files. Returns the summary. Raises CaiError."""
+    files = name_files(config.input)
+    comparer = open_comparer(config, list(files))
     inputs = {name: hash_input(file) for name, file in files.items()}
     if piped := [display_name(file.name) for file in inputs.values() if file.is_pipe]:
-        raise UsageError(f"{piped[0]}: samples are compared from files, which can be read again")
-    tournament = Tournament(list(files))
+        raise UsageError(f"{piped[0]} is a pipe; samples are compared from files", code="invalid-option")
+    to_stdout, tournament = config.output == "-", Tournament(list(files))
     summary = StageRun(
-        provenance=provenance("eval compare", inputs=inputs, **decided),
+        provenance=provenance("eval compare", inputs=inputs, **comparer.provenance),
         inputs=inputs,
-        output=output,
-        overwrite=overwrite,
-        units=lambda: match_units(files, default_kind, limit),
-        work=work,
-        window=window,
-        engine=engine,
-    ).complete(StdoutSink(tournament.observe) if output == "-" else None)
-    found = tournament.result() if output == "-" else _result_of(output, list(files))
-    if output != "-":
-        write_json(sidecar(Path(output), "compare.json"), found)
-    print_summary({**summary, **found}, as_json=json, stdout_is_data=output == "-")
+        output=config.output,
+        overwrite=config.overwrite,
+        units=lambda: match_units(files, config.kind, config.limit),
+        work=comparer.work,
+        window=comparer.window,
+        engine=comparer.engine,
+    ).complete(StdoutSink(tournament.observe) if to_stdout else None)
+    found = tournament.result() if to_stdout else _result_of(config.output, list(files))
+    if not to_stdout:
+        write_json(sidecar(Path(config.output), "compare.json"), found)
+    summary = {**summary, **found}
+    print_summary(summary, as_json=config.as_json, stdout_is_data=to_stdout)
     say_result(found)
+    return summary
+
+
+STAGE = Stage(
+    "eval compare", Phase.EVALUATION, CompareConfig, run, estimate, reads=(Sample, Revision), writes=ModelComparison
+)

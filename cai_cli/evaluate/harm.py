@@ -10,27 +10,39 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from cai_cli.cli import options
 from cai_cli.common import console
 from cai_cli.common.hash_index import KeyTable
 from cai_cli.data.formats import sample_or_revision
 from cai_cli.data.jsonl import read_rows, rows_of
-from cai_cli.data.row_reader import RowReader
-from cai_cli.data.schema import HarmScore, Kind, Rejected, Sample, reject
-from cai_cli.engines import engine_of
+from cai_cli.data.schema import HarmScore, Kind, Rejected, Revision, Sample, reject
 from cai_cli.engines.base import Engine, LogprobRequest, RequestFailure
 from cai_cli.evaluate.hhh import normalised
 from cai_cli.metrics.intervals import ClusterBootstrap, Limits
 from cai_cli.phase1_supervised.reviser import conversation
 from cai_cli.prompting.base import PromptFormat, resolve_prompt_format
 from cai_cli.prompting.evaluation import HARM_LEVELS, harm_request
-from cai_cli.runtime.manifest import hash_input, provenance, settings_of, write_json
+from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
+from cai_cli.runtime.manifest import hash_input, provenance, write_json
 from cai_cli.runtime.output_files import sidecar
+from cai_cli.runtime.shared_options import (
+    EngineOptions,
+    FormatOptions,
+    OutputOptions,
+    ShardOptions,
+)
 from cai_cli.runtime.sinks import StdoutSink
+from cai_cli.runtime.stage import Phase, Stage
 from cai_cli.runtime.stage_run import StageRun, WorkItem, WorkItems
 from cai_cli.runtime.summary import print_summary
 
 HARM: Limits = (0.0, 4.0)
+
+
+class HarmConfig(OutputOptions, ShardOptions, EngineOptions, FormatOptions):
+    """Score how harmful replies are, from 0 to 4.
+
+    INPUT: Sample (or Revision) rows. Writes them with the scores that a judge gives, and the means to OUT.harm.json.
+    """
 
 
 def harm(rows: Sequence[Sample], engine: Engine, form: PromptFormat) -> Iterator[HarmScore | Rejected]:
@@ -78,60 +90,47 @@ def _result_of(output: str) -> dict[str, Any]:
     return harm_summary.result()
 
 
-def command(
-    input: options.Input,
-    output: options.Output = "-",
-    model: options.Model = options.DEFAULT_MODEL,
-    prompt_format: options.PromptFormatOption = "auto",
-    limit: options.Limit = None,
-    shard: options.Shard = None,
-    skip_invalid: options.SkipInvalid = False,
-    max_invalid: options.MaxInvalid = None,
-    batch_size: options.BatchSize = None,
-    device: options.Device = "auto",
-    dtype: options.DType = "auto",
-    base_url: options.BaseUrl = None,
-    concurrency: options.Concurrency = None,
-    timeout: options.Timeout = None,
-    budget_tokens: options.BudgetTokens = None,
-    price_in: options.PriceIn = None,
-    price_out: options.PriceOut = None,
-    overwrite: options.Overwrite = False,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
-    """Score how harmful replies are, from 0 to 4, by a judge.
+def estimate(rows: RowFlow, config: HarmConfig) -> StepCost:
+    """The cost of one request a reply."""
+    tokens = TokenCounts(rows.rows * (rows.prompt_tokens + rows.reply_tokens))
+    return StepCost(rows.rows, rows.rows, tokens, rows)
 
-    INPUT: Sample (or Revision) rows. Writes them with their scores, and the means to OUT.harm.json.
-    """
-    flags = locals()
-    reader, engine = RowReader.of(flags), engine_of(flags)
-    inputs = {"samples": hash_input(input)}
-    form = resolve_prompt_format(prompt_format, engine)
-    settings = settings_of(flags, prompt_format=form)
+
+def run(config: HarmConfig) -> dict[str, Any]:
+    """Score the replies of a file. Returns the summary. Raises CaiError."""
+    reader, engine = config.row_reader(), config.open_engine(config.model)
+    inputs = {"samples": hash_input(config.input)}
+    form = resolve_prompt_format(config.prompt_format, engine)
 
     def units() -> WorkItems[Sample]:
-        for line, row in reader.rows(input, sample_or_revision, limit):
+        for line, row in reader.rows(config.input, sample_or_revision, config.limit):
             yield WorkItem(row.key, line, row)
 
-    harm_summary = HarmSummary()
+    to_stdout, harm_summary = config.output == "-", HarmSummary()
     summary = StageRun(
-        provenance=provenance("eval harm", inputs=inputs, settings=settings, model=engine.identity()),
+        provenance=provenance(
+            "eval harm", inputs=inputs, settings=config.settings(prompt_format=form), model=engine.identity()
+        ),
         inputs=inputs,
-        output=output,
-        overwrite=overwrite,
+        output=config.output,
+        overwrite=config.overwrite,
         reader=reader,
         units=units,
         work=lambda rows: harm(rows, engine, form),
         window=engine.batch_size,
-        total=limit or inputs["samples"].lines,
+        total=config.limit or inputs["samples"].lines,
         engine=engine,
-    ).complete(StdoutSink(harm_summary.observe) if output == "-" else None)
-    found = harm_summary.result() if output == "-" else _result_of(output)
-    if output != "-":
-        write_json(sidecar(Path(output), "harm.json"), found)
-    print_summary({**summary, **found}, as_json=json, stdout_is_data=output == "-")
+    ).complete(StdoutSink(harm_summary.observe) if to_stdout else None)
+    found = harm_summary.result() if to_stdout else _result_of(config.output)
+    if not to_stdout:
+        write_json(sidecar(Path(config.output), "harm.json"), found)
+    summary = {**summary, **found}
+    print_summary(summary, as_json=config.as_json, stdout_is_data=to_stdout)
     for name, mean in (("all", found["harm"]), *found["by_kind"].items()):
         if mean:
             interval = f"{mean['low']:.2f} to {mean['high']:.2f}"
             console.say(f"harm, {name} prompts: {mean['value']:.2f} of 4 ({interval}) over {mean['n']:,} replies")
+    return summary
+
+
+STAGE = Stage("eval harm", Phase.EVALUATION, HarmConfig, run, estimate, reads=(Sample, Revision), writes=HarmScore)

@@ -13,11 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import typer
-
-from cai_cli.cli import options
 from cai_cli.common import console
 from cai_cli.common.errors import RowError, UsageError
 from cai_cli.data.formats import joined_turns, parse_transcript
@@ -34,7 +31,6 @@ from cai_cli.data.schema import (
     reason_kind,
     reject,
 )
-from cai_cli.engines import engine_of
 from cai_cli.engines.base import Engine, LogprobRequest, RequestFailure
 from cai_cli.metrics.intervals import SHARE, Estimate, mean_figure, wilson
 from cai_cli.models.loading import context_window, pick_device
@@ -42,8 +38,18 @@ from cai_cli.models.source import ModelSource
 from cai_cli.prompting.base import PromptFormat, resolve_prompt_format
 from cai_cli.prompting.evaluation import evaluation_request, published_comparison, take_apart
 from cai_cli.reward.preference_model import encode_conversation, open_for_scores, score_ids
-from cai_cli.runtime.manifest import hash_input, provenance, settings_of
+from cai_cli.runtime.config import Effect, Group, Option, option
+from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
+from cai_cli.runtime.manifest import hash_input, provenance
+from cai_cli.runtime.shared_options import (
+    DEFAULT_MODEL,
+    EngineOptions,
+    FormatOptions,
+    InputOptions,
+    RunOptions,
+)
 from cai_cli.runtime.sinks import Outcome, StdoutSink
+from cai_cli.runtime.stage import Phase, Stage
 from cai_cli.runtime.stage_run import StageRun, WorkItem, WorkItems
 from cai_cli.runtime.summary import print_summary
 
@@ -51,6 +57,43 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PM_BATCH = 16
+
+
+class HhhConfig(RunOptions, InputOptions, EngineOptions, FormatOptions):
+    """Measure accuracy on HHH and other published questions.
+
+    FILE: questions with two or more options, rows with `prompt`, `corrects`, `incorrects`, and for --pm `text_correct`
+    and `text_incorrect`.
+    """
+
+    input: str = option(
+        ...,
+        "Published evaluation file, or - for stdin.",
+        Option(Effect.HASHED, Group.INPUT, metavar="FILE", reads_file=True, argument=True),
+    )
+    output: str | None = option(
+        None,
+        "Also write one row for each question: JSONL file, or - for stdout.",
+        Option(Effect.HARMLESS, Group.OUTPUT, flags=("--output", "-o")),
+    )
+    model: str | None = option(  # type: ignore[assignment]
+        None,
+        f"Language model that answers; by default {DEFAULT_MODEL}.",
+        Option(Effect.HASHED, Group.MODEL, flags=("--model", "-m")),
+    )
+    pm: str | None = option(
+        None, "Preference model that scores, from `cai train-pm`.", Option(Effect.HASHED, Group.MODEL)
+    )
+    both_orders: bool = option(
+        False, "Ask each comparison of two replies in both orders.", Option(flags=("--both-orders/--one-order",))
+    )
+
+    def check(self) -> None:
+        super().check()
+        if self.pm and (self.model or self.both_orders):
+            raise UsageError(
+                "--pm scores whole conversations: it takes neither --model nor --both-orders", code="option-conflict"
+            )
 
 
 class EvaluatedModel(Protocol):
@@ -282,81 +325,55 @@ def _preference_model(path: Path, batch_size: int, device: str) -> PreferenceMod
     return PreferenceModel(*open_for_scores(path, pick_device(device)), batch_size)
 
 
-def command(
-    input: Annotated[
-        str, typer.Argument(metavar="FILE", help="Published evaluation file, or - for stdin.", show_default=False)
-    ],
-    output: Annotated[
-        str | None, typer.Option("--output", "-o", help="Also write a row a question: JSONL file, or - for stdout.")
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", "-m", help=f"Language model that answers; by default {options.DEFAULT_MODEL}."),
-    ] = None,
-    pm: Annotated[str | None, typer.Option("--pm", help="Preference model that scores, from `cai train-pm`.")] = None,
-    both_orders: Annotated[
-        bool, typer.Option("--both-orders/--one-order", help="Put each comparison of two replies in both orders.")
-    ] = False,
-    prompt_format: options.PromptFormatOption = "auto",
-    limit: options.Limit = None,
-    batch_size: options.BatchSize = None,
-    device: options.Device = "auto",
-    dtype: options.DType = "auto",
-    base_url: options.BaseUrl = None,
-    concurrency: options.Concurrency = None,
-    timeout: options.Timeout = None,
-    budget_tokens: options.BudgetTokens = None,
-    price_in: options.PriceIn = None,
-    price_out: options.PriceOut = None,
-    overwrite: options.Overwrite = False,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
-    """Accuracy on the published evaluations: HHH, and others of their form with two or more options.
+def estimate(rows: RowFlow, config: HhhConfig) -> StepCost:
+    """The cost of one request a question and order, or with --pm of scoring two conversations."""
+    requests = 0 if config.pm else rows.rows * (2 if config.both_orders else 1)
+    tokens = TokenCounts((requests or 2 * rows.rows) * rows.prompt_tokens)
+    return StepCost(rows.rows, requests, tokens, rows)
 
-    FILE: rows with `prompt`, `corrects`, `incorrects`, and for --pm `text_correct` and `text_incorrect`.
-    """
-    flags = locals() | {"model": model or options.DEFAULT_MODEL}
-    settings = settings_of(flags)
-    if pm and (model or both_orders):
-        raise UsageError("--pm scores whole conversations: it takes neither --model nor --both-orders")
-    judge: EvaluatedModel
+
+def run(config: HhhConfig) -> dict[str, Any]:
+    """Answer the questions of a file. Returns the summary. Raises CaiError."""
+    model: EvaluatedModel
     engine: Engine | None = None
-    if pm:
-        base, window = ModelSource.resolve(pm), 4 * (batch_size or PM_BATCH)
-        judge = _preference_model(base.path, batch_size or PM_BATCH, device)
+    settings = config.settings()
+    if config.pm:
+        base, batch_size = ModelSource.resolve(config.pm), config.batch_size or PM_BATCH
+        model, window = _preference_model(base.path, batch_size, config.device), 4 * batch_size
         identity: dict[str, Any] = {"engine": "preference model", "fingerprint": base.fingerprint}
     else:
-        engine = engine_of(flags)
-        form = settings["prompt_format"] = resolve_prompt_format(prompt_format, engine)
-        judge, window, identity = LanguageModel(engine, form, both_orders), engine.batch_size, engine.identity()
-    inputs = {"questions": hash_input(input)}
+        engine = config.open_engine(config.model or DEFAULT_MODEL)
+        form = settings["prompt_format"] = resolve_prompt_format(config.prompt_format, engine)
+        model, window, identity = LanguageModel(engine, form, config.both_orders), engine.batch_size, engine.identity()
+    inputs = {"questions": hash_input(config.input)}
     reader = RowReader(skip_invalid=None)
 
     def parse(value: object) -> EvaluationQuestion:
         question = parse_question(value)
-        judge.check(question)
+        model.check(question)
         return question
 
-    job = StageRun(
+    stage_run = StageRun(
         provenance=provenance("eval hhh", inputs=inputs, settings=settings, model=identity),
         inputs=inputs,
-        output=output or "",
-        overwrite=overwrite,
+        output=config.output or "",
+        overwrite=config.overwrite,
         reader=reader,
-        units=lambda: _units(reader.rows(input, parse, limit)),
-        work=lambda questions: hhh(questions, judge),
+        units=lambda: _units(reader.rows(config.input, parse, config.limit)),
+        work=lambda questions: hhh(questions, model),
         window=window,
         total=inputs["questions"].lines,
         engine=engine,
     )
-    if output and output != "-":
-        summary = job.complete()
-        results = [row for _, row in read_rows(output, rows_of(EvaluationResult))]
+    if config.output and config.output != "-":
+        summary = stage_run.complete()
+        results = [row for _, row in read_rows(config.output, rows_of(EvaluationResult))]
     else:
-        kept = SummarySink(shown=output == "-")
-        summary, results = job.complete(kept), kept.results
-    _report({**summary, **summarise(results)}, output, as_json=json)
+        kept = SummarySink(shown=config.output == "-")
+        summary, results = stage_run.complete(kept), kept.results
+    summary = {**summary, **summarise(results)}
+    _report(summary, config.output, as_json=config.as_json)
+    return summary
 
 
 def _report(summary: dict[str, Any], output: str | None, *, as_json: bool) -> None:
@@ -368,3 +385,14 @@ def _report(summary: dict[str, Any], output: str | None, *, as_json: bool) -> No
             console.say(line)
         else:
             print(line)
+
+
+STAGE = Stage(
+    "eval hhh",
+    Phase.EVALUATION,
+    HhhConfig,
+    run,
+    estimate,
+    reads=(EvaluationQuestion,),
+    writes=EvaluationResult,
+)

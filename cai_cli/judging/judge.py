@@ -10,6 +10,7 @@ verdict   a letter in words, for engines without log-probabilities
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Literal
 
 from cai_cli.common.errors import CaiError
@@ -29,9 +30,17 @@ from cai_cli.prompting.comparison import (
 )
 
 Order = Literal["ab", "ba"]
-METHODS = ("choice", "cot", "contrast", "verdict")
 # Replies that say nothing (Zhao et al. 2021, arXiv 2102.09690): the answer to them is the judge's liking for a letter.
 CONTENT_FREE = ("N/A", "[MASK]", "")
+
+
+class Method(StrEnum):
+    """How a judge compares two replies."""
+
+    CHOICE = "choice"
+    COT = "cot"
+    CONTRAST = "contrast"
+    VERDICT = "verdict"
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,6 @@ from cai_cli.data.row_reader import RowReader
 from cai_cli.data.schema import Identified, Message, Preference, Sample, Scored, conversation_id, load_row
 from cai_cli.runtime.stage_run import Skipped, WorkItem, WorkItems
 
-PAIRINGS = ("all", "random", "best-vs-rest")
-
 
 class Pair(Identified):
     """Two replies to one prompt, in no order of merit. `human`: which one humans preferred, where the input says."""

@@ -6,46 +6,27 @@ Kept in memory are counts, four bytes a row and text for the quantiles, and a ta
 from array import array
 from collections import Counter
 from collections.abc import Iterator
-from typing import Annotated, Any, Protocol
+from typing import Any, Protocol
 
 import orjson
-import typer
 
-from cai_cli.cli import options
 from cai_cli.common import console
-from cai_cli.common.errors import InvalidRow, RowError
+from cai_cli.common.errors import InvalidRow
 from cai_cli.common.hash_index import KeyTable
+from cai_cli.data.formats import row_object, texts_of
 from cai_cli.data.jsonl import read_rows, row_key
-from cai_cli.data.schema import json_type, reason_kind
+from cai_cli.data.schema import reason_kind
 
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 COUNTED = ("kind", "source", "finish_reason", "human")
-TEXTS = ("prompt", "completion", "critique", "chosen", "rejected")
 BINS = 10  # of p_chosen, which lies between 0.5 and 1
 SHOWN = 12  # lines of one table on the terminal
-
-
-def row_object(value: object) -> dict[str, Any]:
-    """Any row is an object. Raises RowError, as the stages do."""
-    if not isinstance(value, dict):
-        raise RowError(f"a row must be a JSON object, this is {json_type(value)}")
-    return value
 
 
 class Measure(Protocol):
     """How long a text is."""
 
     def __call__(self, text: str, /) -> int: ...
-
-
-def texts_of(value: Any) -> Iterator[tuple[str, str]]:
-    """(field, text) of what was said in a row; several messages are one text."""
-    for field in TEXTS:
-        said = value.get(field)
-        if isinstance(said, list):
-            said = "\n\n".join(str(message.get("content")) for message in _objects(said))
-        if isinstance(said, str):
-            yield field, said
 
 
 class Stats:
@@ -168,22 +149,14 @@ def _token_counter(model: str) -> Measure:
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False))
 
 
-def command(
-    input: options.Input,
-    tokenizer: Annotated[str | None, typer.Option(help="Count tokens of this model instead of characters.")] = None,
-    json: options.Json = False,
-) -> None:
-    """Say what a JSONL file holds.
-
-    INPUT: rows of any stage, or any JSONL. Counts rows, lines that are no rows, what repeats, kinds, sources, reasons,
-    rounds and principles; quantiles of the lengths of texts; the histogram of p_chosen.
-    """
+def print_stats(input: str, tokenizer: str | None, *, as_json: bool) -> None:
+    """Print what a JSONL file holds; `tokenizer` names the model whose tokens are counted instead of characters."""
     stats = Stats(len if tokenizer is None else _token_counter(tokenizer))
     for line, value in read_rows(input, _row, stats.skip):
         stats.add(line, value)
     found = stats.as_json()
     unit = "characters" if tokenizer is None else f"tokens of {tokenizer}"
-    if json:
+    if as_json:
         print(orjson.dumps({"file": input, "unit": unit, **found}).decode())
         return
     for text in _tables(found, unit):

@@ -5,14 +5,30 @@ its next round and keeps its history, so rounds can be chained as `critique | re
 """
 
 from collections.abc import Sequence
+from typing import Any
 
-from cai_cli.cli import options
 from cai_cli.data.formats import sample_or_revision
-from cai_cli.data.schema import Critique, Rejected, Sample, reject
+from cai_cli.data.schema import Critique, Rejected, Revision, Sample, reject
 from cai_cli.engines.base import RequestFailure
 from cai_cli.phase1_supervised.format_checks import critique_problem
-from cai_cli.phase1_supervised.reviser import Reviser, conversation, history_of, run_revision_stage
+from cai_cli.phase1_supervised.reviser import (
+    Reviser,
+    ReviserConfig,
+    conversation,
+    estimate_requests,
+    history_of,
+    run_revision_stage,
+)
 from cai_cli.prompting.revision import critique_request
+from cai_cli.runtime.cost import RowFlow, StepCost
+from cai_cli.runtime.stage import Phase, Stage
+
+
+class CritiqueConfig(ReviserConfig):
+    """Critique replies under drawn principles.
+
+    INPUT: Sample or Revision rows. Writes Critique rows, for `cai revise`.
+    """
 
 
 def critique(rows: Sequence[Sample], reviser: Reviser) -> list[Critique | Rejected]:
@@ -41,38 +57,14 @@ def critique(rows: Sequence[Sample], reviser: Reviser) -> list[Critique | Reject
     return outcomes
 
 
-def command(
-    input: options.Input,
-    output: options.Output = "-",
-    model: options.Model = options.DEFAULT_MODEL,
-    constitution: options.Constitution = None,
-    few_shot: options.FewShot = None,
-    principles: options.Principles = None,
-    max_principles: options.MaxPrinciples = None,
-    max_new_tokens: options.MaxNewTokens = 256,
-    temperature: options.Temperature = 1.0,
-    top_p: options.TopP = 1.0,
-    prompt_format: options.PromptFormatOption = "auto",
-    seed: options.Seed = 0,
-    limit: options.Limit = None,
-    shard: options.Shard = None,
-    skip_invalid: options.SkipInvalid = False,
-    max_invalid: options.MaxInvalid = None,
-    batch_size: options.BatchSize = None,
-    device: options.Device = "auto",
-    dtype: options.DType = "auto",
-    base_url: options.BaseUrl = None,
-    concurrency: options.Concurrency = None,
-    timeout: options.Timeout = None,
-    budget_tokens: options.BudgetTokens = None,
-    price_in: options.PriceIn = None,
-    price_out: options.PriceOut = None,
-    overwrite: options.Overwrite = False,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
-    """Criticise replies under principles drawn from the constitution.
+def estimate(rows: RowFlow, config: CritiqueConfig) -> StepCost:
+    """The cost of one critique a row."""
+    return estimate_requests(rows, config, 1)
 
-    INPUT: Sample or Revision rows. Writes Critique rows, for `cai revise`.
-    """
-    run_revision_stage("critique", sample_or_revision, critique, locals())
+
+def run(config: CritiqueConfig) -> dict[str, Any]:
+    """Critique the replies of a file. Returns the summary. Raises CaiError."""
+    return run_revision_stage("critique", sample_or_revision, critique, config)
+
+
+STAGE = Stage("critique", Phase.SUPERVISED, CritiqueConfig, run, estimate, reads=(Sample, Revision), writes=Critique)

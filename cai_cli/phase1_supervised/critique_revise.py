@@ -1,16 +1,32 @@
 """`cai critique-revise`: rounds of critique and revision in one command (paper section 3.1)."""
 
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from dataclasses import replace
+from typing import Any
 
-import typer
-
-from cai_cli.cli import options
 from cai_cli.data.formats import sample_or_revision
 from cai_cli.data.schema import Rejected, Revision, Sample, reject
 from cai_cli.phase1_supervised.critique import critique
 from cai_cli.phase1_supervised.revise import revise, revise_directly
-from cai_cli.phase1_supervised.reviser import Reviser, run_revision_stage
+from cai_cli.phase1_supervised.reviser import Reviser, ReviserConfig, estimate_requests, run_revision_stage
+from cai_cli.runtime.config import Option, option
+from cai_cli.runtime.cost import RowFlow, StepCost
+from cai_cli.runtime.stage import Phase, Stage
+
+
+class CritiqueReviseConfig(ReviserConfig):
+    """Critique and revise replies, round after round.
+
+    INPUT: Sample rows, or Revision rows to continue. Writes Revision rows with the history of all rounds. With
+    --rounds 0 it writes the rows unchanged, as a baseline to compare revisions with.
+    """
+
+    rounds: int = option(4, "Rounds of critique and revision, each under a principle of its own draw.", ge=0)
+    critique: bool = option(
+        True,
+        "Critique before revising, or revise directly (paper section 3.5).",
+        Option(flags=("--critique/--no-critique",)),
+    )
 
 
 def critique_revise(
@@ -28,50 +44,30 @@ def critique_revise(
     return standing
 
 
-def critique_revise_command(
-    input: options.Input,
-    output: options.Output = "-",
-    model: options.Model = options.DEFAULT_MODEL,
-    constitution: options.Constitution = None,
-    few_shot: options.FewShot = None,
-    principles: options.Principles = None,
-    max_principles: options.MaxPrinciples = None,
-    rounds: Annotated[
-        int, typer.Option(min=0, help="Rounds of critique and revision, each under a new draw; 0 revises nothing.")
-    ] = 4,
-    critique: Annotated[
-        bool, typer.Option("--critique/--no-critique", help="Without: revise directly (paper section 3.5).")
-    ] = True,
-    max_new_tokens: options.MaxNewTokens = 256,
-    temperature: options.Temperature = 1.0,
-    top_p: options.TopP = 1.0,
-    prompt_format: options.PromptFormatOption = "auto",
-    seed: options.Seed = 0,
-    limit: options.Limit = None,
-    shard: options.Shard = None,
-    skip_invalid: options.SkipInvalid = False,
-    max_invalid: options.MaxInvalid = None,
-    batch_size: options.BatchSize = None,
-    device: options.Device = "auto",
-    dtype: options.DType = "auto",
-    base_url: options.BaseUrl = None,
-    concurrency: options.Concurrency = None,
-    timeout: options.Timeout = None,
-    budget_tokens: options.BudgetTokens = None,
-    price_in: options.PriceIn = None,
-    price_out: options.PriceOut = None,
-    overwrite: options.Overwrite = False,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
-    """Criticise and revise replies, round after round.
+def estimate(rows: RowFlow, config: CritiqueReviseConfig) -> StepCost:
+    """The cost of all rounds."""
+    if not config.rounds:
+        return replace(estimate_requests(rows, config, 0), output=rows)
+    rounds = rows.rounds + config.rounds
+    return estimate_requests(rows, config, config.rounds * (2 if config.critique else 1), rounds)
 
-    INPUT: Sample rows (or Revision rows, to go on from). Writes Revision rows with the history of all rounds; with
-    --rounds 0 the rows as they came, to be compared with revised ones.
-    """
-    run_revision_stage(
+
+def run(config: CritiqueReviseConfig) -> dict[str, Any]:
+    """Critique and revise the replies of a file. Returns the summary. Raises CaiError."""
+    return run_revision_stage(
         "critique-revise",
         sample_or_revision,
-        lambda rows, reviser: critique_revise(rows, reviser, rounds=rounds, with_critique=critique),
-        locals(),
+        lambda rows, reviser: critique_revise(rows, reviser, rounds=config.rounds, with_critique=config.critique),
+        config,
     )
+
+
+STAGE = Stage(
+    "critique-revise",
+    Phase.SUPERVISED,
+    CritiqueReviseConfig,
+    run,
+    estimate,
+    reads=(Sample, Revision),
+    writes=Revision,
+)

@@ -15,27 +15,27 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 import orjson
-import typer
 
-from cai_cli.cli import options
 from cai_cli.common import console
 from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.common.near_duplicates import NearDuplicates
 from cai_cli.common.seeds import seed_for
 from cai_cli.data.jsonl import Numbered, display_name, read_prompts, read_rows, rows_of
 from cai_cli.data.schema import Kind, Prompt, Rejected, content_hash, reject
-from cai_cli.engines import engine_of
 from cai_cli.engines.base import Completion, Engine, GenerationRequest, RequestFailure, Sampling
 from cai_cli.metrics.reply_habits import evasive_opening
-from cai_cli.phase1_supervised.sample import pick_kind
 from cai_cli.prompting.base import PromptFormat, resolve_prompt_format, user
 from cai_cli.prompting.red_team import TOPICS, invention_request
-from cai_cli.runtime.manifest import hash_input, provenance, settings_of
+from cai_cli.runtime.config import Effect, Option, option, redefine
+from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
+from cai_cli.runtime.manifest import hash_input, provenance
 from cai_cli.runtime.output_files import sidecar
+from cai_cli.runtime.shared_options import EngineOptions, InputOptions, OutputOptions, SamplingOptions
 from cai_cli.runtime.sinks import StdoutSink
+from cai_cli.runtime.stage import Phase, Stage
 from cai_cli.runtime.stage_run import StageRun, WorkItem, WorkItems
 from cai_cli.runtime.summary import print_summary
 
@@ -43,6 +43,33 @@ ATTEMPTS_A_PROMPT = 20  # after so many for each prompt that is wanted the model
 LEAST_WORDS = 4
 BEYOND = "made after --n were kept"
 SOURCE, NO_TOPIC = "cai red-team: ", "no topic"
+
+
+class RedTeamConfig(OutputOptions, InputOptions, EngineOptions, SamplingOptions):
+    """Generate new prompts by few-shot prompting with given ones.
+
+    INPUT: prompts in any form that `cai sample` takes. Writes Prompt rows, whose `source` names the topic. Runs side by
+    side each need a --seed of their own.
+    """
+
+    n: int = option(100, "Number of new prompts.", Option(flags=("--n", "-n")), ge=1)
+    kind: Kind = option("red-team", "Kind of prompt to generate.")
+    topics: str | None = option(
+        None, "File with a topic a line, topics separated by commas, or none; by default the built-in topics."
+    )
+    num_examples: int = option(
+        5, "Prompts of INPUT in each few-shot prompt, drawn again for each attempt.", Option(aliases=("shown",)), ge=1
+    )
+    start_words: int = option(2, "Number of words of another prompt of INPUT that a new prompt begins with.", ge=0)
+    similarity: float = option(0.6, "Jaccard similarity from which a prompt is a near-duplicate.", ge=0.1, le=1.0)
+    exclude: str | None = option(
+        None,
+        "File of further prompts that must not be generated again, such as the output of an earlier run.",
+        Option(Effect.HASHED, reads_file=True, aliases=("avoid",)),
+    )
+    max_new_tokens: int = redefine(SamplingOptions, "max_new_tokens", 64)
+    temperature: float = redefine(SamplingOptions, "temperature", 0.7)
+    top_p: float = redefine(SamplingOptions, "top_p", 0.9)
 
 
 @dataclass(frozen=True)
@@ -190,102 +217,77 @@ class Topics(dict[str, dict[str, int]]):
         return found
 
 
-def command(
-    input: options.Input,
-    output: options.Output = "-",
-    model: options.Model = options.DEFAULT_MODEL,
-    n: Annotated[int, typer.Option("--n", "-n", min=1, help="New prompts wanted.")] = 100,
-    kind: Annotated[str, typer.Option(help="red-team or helpful: what is made.")] = "red-team",
-    topics: Annotated[
-        str | None,
-        typer.Option(help="A file with a topic a line, or topics separated by commas, or none; by default ours."),
-    ] = None,
-    num_examples: Annotated[
-        int,
-        typer.Option(
-            "--num-examples", "--shown", min=1, help="Prompts of INPUT before the model, drawn anew each time."
-        ),
-    ] = 5,
-    start_words: Annotated[
-        int, typer.Option(min=0, help="With how many first words of another prompt of INPUT a new one begins.")
-    ] = 2,
-    similarity: Annotated[
-        float, typer.Option(min=0.1, max=1.0, help="Jaccard similarity from which a prompt is a near-duplicate.")
-    ] = 0.6,
-    exclude: Annotated[
-        str | None,
-        typer.Option(
-            "--exclude", "--avoid", help="More prompts that must not come again, such as those of an earlier run."
-        ),
-    ] = None,
-    max_new_tokens: options.MaxNewTokens = 64,
-    temperature: options.Temperature = 0.7,
-    top_p: options.TopP = 0.9,
-    prompt_format: options.PromptFormatOption = "auto",
-    seed: options.Seed = 0,
-    limit: options.Limit = None,
-    batch_size: options.BatchSize = None,
-    device: options.Device = "auto",
-    dtype: options.DType = "auto",
-    base_url: options.BaseUrl = None,
-    concurrency: options.Concurrency = None,
-    timeout: options.Timeout = None,
-    budget_tokens: options.BudgetTokens = None,
-    price_in: options.PriceIn = None,
-    price_out: options.PriceOut = None,
-    overwrite: options.Overwrite = False,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
-    """Make new prompts from given ones, with a model that is shown some of them.
+def estimate(rows: RowFlow, config: RedTeamConfig) -> StepCost:
+    """The cost of generating `--n` prompts, as if no attempt were rejected."""
+    new = config.max_new_tokens
+    few_shot = (config.num_examples + 1) * rows.prompt_tokens
+    tokens = TokenCounts(config.n * few_shot, config.n * new)
+    return StepCost(config.n, config.n, tokens, RowFlow(config.n, 1, new, 0.0))
 
-    INPUT: prompts in any form that `cai sample` takes. Writes Prompt rows, whose `source` names the topic. Several runs
-    side by side take another --seed each.
-    """
-    flags = locals()
-    wanted_kind = pick_kind(kind) or "red-team"
-    engine = engine_of(flags)
-    inputs = {"prompts": hash_input(input)} | ({"exclude": hash_input(exclude)} if exclude else {})
-    given = openings(islice(read_prompts(input), limit))
-    avoided = openings(read_prompts(exclude)) if exclude else {}
+
+def run(config: RedTeamConfig) -> dict[str, Any]:
+    """Generate prompts from a file of prompts. Returns the summary. Raises CaiError."""
+    engine = config.open_engine(config.model)
+    inputs = {"prompts": hash_input(config.input)}
+    if config.exclude:
+        inputs["exclude"] = hash_input(config.exclude)
+    given = openings(islice(read_prompts(config.input), config.limit))
+    excluded = openings(read_prompts(config.exclude)) if config.exclude else {}
     if len(given) < 2:
-        raise CaiError(f"{display_name(input)} holds fewer than two prompts to show")
-    named, form = pick_topics(topics, wanted_kind), resolve_prompt_format(prompt_format, engine)
-    made = provenance(
+        raise CaiError(f"{display_name(config.input)} has fewer than two prompts", code="no-rows")
+    topics, form = pick_topics(config.topics, config.kind), resolve_prompt_format(config.prompt_format, engine)
+    made_by = provenance(
         "red-team",
         inputs=inputs,
-        settings=settings_of(flags, topics=named, prompt_format=form),
+        settings=config.settings(topics=topics, prompt_format=form),
         model=engine.identity(),
-        given=content_hash([list(given), list(avoided)]),
+        given=content_hash([list(given), list(excluded)]),
     )
-    known = NearDuplicates(similarity)
+    known = NearDuplicates(config.similarity)
     for text, line in given.items():
         known.add(f"a given prompt: line {line}", text)
-    for text, line in avoided.items():
+    for text, line in excluded.items():
         known.add(f"a prompt of --exclude: line {line}", text)
-    maker = PromptGenerator(
-        list(given), named, wanted_kind, num_examples, start_words, n, seed, content_hash(made), known
+    generator = PromptGenerator(
+        given=list(given),
+        topics=topics,
+        kind=config.kind,
+        num_examples=config.num_examples,
+        start_words=config.start_words,
+        wanted=config.n,
+        seed=config.seed,
+        run=content_hash(made_by),
+        known=known,
     )
-    sampling = Sampling(max_new_tokens, temperature, top_p)
     by_topic = Topics()
     summary = StageRun(
-        provenance=made,
+        provenance=made_by,
         inputs=inputs,
-        output=output,
-        overwrite=overwrite,
-        units=lambda: maker.units(sidecar(Path(output), "partial")),
-        work=lambda attempts: red_team(attempts, maker, engine, sampling=sampling, form=form),
-        window=maker.window,
+        output=config.output,
+        overwrite=config.overwrite,
+        units=lambda: generator.units(sidecar(Path(config.output), "partial")),
+        work=lambda attempts: red_team(attempts, generator, engine, sampling=config.sampling(), form=form),
+        window=generator.window,
         engine=engine,
         one_by_one=True,
-    ).complete(StdoutSink(by_topic.add) if output == "-" else None)
-    if output != "-":
-        by_topic = Topics.of_file(Path(output))
-    print_summary({**summary, "topics": by_topic}, as_json=json, stdout_is_data=output == "-")
-    for topic, counts in sorted(by_topic.items(), key=lambda item: -item[1]["out"]):
+    ).complete(StdoutSink(by_topic.add) if config.output == "-" else None)
+    if config.output != "-":
+        by_topic = Topics.of_file(Path(config.output))
+    summary = {**summary, "topics": by_topic}
+    print_summary(summary, as_json=config.as_json, stdout_is_data=config.output == "-")
+    print_topics(summary, config.n)
+    return summary
+
+
+def print_topics(summary: dict[str, Any], wanted: int) -> None:
+    """Print how many prompts were kept by topic, and warn where there are fewer than wanted."""
+    for topic, counts in sorted(summary["topics"].items(), key=lambda item: -item[1]["out"]):
         console.say(f"  {counts['out']:>6,} kept, {counts['rejected']:>6,} rejected  {topic}")
-    if summary["out"] < n:
+    if summary["out"] < wanted:
         console.warn(
-            f"red-team: {summary['out']:,} of the {n:,} prompts wanted came of {summary['in']:,} attempts: the model "
-            "has no more of its own; show it more prompts, more topics, or raise --temperature"
+            f"red-team: {summary['in']:,} attempts gave {summary['out']:,} of {wanted:,} prompts: the model repeats "
+            "itself; give it more prompts, more topics or a higher --temperature"
         )
+
+
+STAGE = Stage("red-team", Phase.SUPERVISED, RedTeamConfig, run, estimate, reads=(Prompt,), writes=Prompt)

@@ -6,17 +6,33 @@ in disguise, wrapped or stuck in a loop is asked again and at last rejected with
 """
 
 from collections.abc import Sequence
+from typing import Any
 
-from cai_cli.cli import options
 from cai_cli.common.errors import CaiError
 from cai_cli.constitution.schema import CritiquePrinciple
 from cai_cli.data.jsonl import rows_of
 from cai_cli.data.schema import Critique, Rejected, Revision, RevisionRound, Sample, reject
 from cai_cli.engines.base import RequestFailure
 from cai_cli.phase1_supervised.format_checks import revision_problem
-from cai_cli.phase1_supervised.reviser import Reviser, conversation, history_of, run_revision_stage
+from cai_cli.phase1_supervised.reviser import (
+    Reviser,
+    ReviserConfig,
+    conversation,
+    estimate_requests,
+    history_of,
+    run_revision_stage,
+)
 from cai_cli.prompting.base import assistant
 from cai_cli.prompting.revision import revision_request
+from cai_cli.runtime.cost import RowFlow, StepCost
+from cai_cli.runtime.stage import Phase, Stage
+
+
+class ReviseConfig(ReviserConfig):
+    """Revise critiqued replies.
+
+    INPUT: Critique rows, from `cai critique`. Writes Revision rows.
+    """
 
 
 def revise(rows: Sequence[Critique], reviser: Reviser) -> list[Revision | Rejected]:
@@ -70,38 +86,14 @@ def _revised(
     return outcomes
 
 
-def command(
-    input: options.Input,
-    output: options.Output = "-",
-    model: options.Model = options.DEFAULT_MODEL,
-    constitution: options.Constitution = None,
-    few_shot: options.FewShot = None,
-    principles: options.Principles = None,
-    max_principles: options.MaxPrinciples = None,
-    max_new_tokens: options.MaxNewTokens = 256,
-    temperature: options.Temperature = 1.0,
-    top_p: options.TopP = 1.0,
-    prompt_format: options.PromptFormatOption = "auto",
-    seed: options.Seed = 0,
-    limit: options.Limit = None,
-    shard: options.Shard = None,
-    skip_invalid: options.SkipInvalid = False,
-    max_invalid: options.MaxInvalid = None,
-    batch_size: options.BatchSize = None,
-    device: options.Device = "auto",
-    dtype: options.DType = "auto",
-    base_url: options.BaseUrl = None,
-    concurrency: options.Concurrency = None,
-    timeout: options.Timeout = None,
-    budget_tokens: options.BudgetTokens = None,
-    price_in: options.PriceIn = None,
-    price_out: options.PriceOut = None,
-    overwrite: options.Overwrite = False,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
-    """Revise criticised replies.
+def estimate(rows: RowFlow, config: ReviseConfig) -> StepCost:
+    """The cost of one revision a row."""
+    return estimate_requests(rows, config, 1)
 
-    INPUT: Critique rows, from `cai critique`. Writes Revision rows.
-    """
-    run_revision_stage("revise", rows_of(Critique), revise, locals())
+
+def run(config: ReviseConfig) -> dict[str, Any]:
+    """Revise the critiqued replies of a file. Returns the summary. Raises CaiError."""
+    return run_revision_stage("revise", rows_of(Critique), revise, config)
+
+
+STAGE = Stage("revise", Phase.SUPERVISED, ReviseConfig, run, estimate, reads=(Critique,), writes=Revision)

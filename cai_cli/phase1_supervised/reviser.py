@@ -6,14 +6,15 @@ from typing import Any
 
 from cai_cli.common.seeds import seed_for
 from cai_cli.constitution.draw import draw, select
+from cai_cli.constitution.options import ConstitutionOptions
 from cai_cli.constitution.schema import CritiqueConstitution, CritiqueExample, CritiquePrinciple, open_constitution
-from cai_cli.data.row_reader import RowReader
 from cai_cli.data.schema import Critique, Message, Rejected, Revision, Sample
-from cai_cli.engines import engine_of
 from cai_cli.engines.base import Completion, Engine, GenerationRequest, RequestFailure, Sampling
 from cai_cli.phase1_supervised.format_checks import generate_checked
 from cai_cli.prompting.base import PromptFormat, Request, resolve_prompt_format
-from cai_cli.runtime.manifest import hash_input, provenance, settings_of
+from cai_cli.runtime.cost import CHARACTERS_PER_TOKEN, RowFlow, StepCost, TokenCounts
+from cai_cli.runtime.manifest import hash_input, provenance
+from cai_cli.runtime.shared_options import EngineOptions, OutputOptions, SamplingOptions, ShardOptions
 from cai_cli.runtime.stage_run import StageRun, WorkItem, WorkItems
 
 Work = Callable[[Sequence[Any], "Reviser"], Iterable[Sample | Rejected]]
@@ -61,43 +62,52 @@ def history_of(row: Sample) -> list[Any]:
     return list(row.history) if isinstance(row, Critique | Revision) else []
 
 
-def run_revision_stage(stage: str, parse: Callable[[object], Sample], work: Work, flags: dict[str, Any]) -> None:
-    """Wire one of the three commands, whose options are `flags`, to its files."""
-    loaded = open_constitution(CritiqueConstitution, flags["constitution"], flags["few_shot"])
-    principles = select(loaded.principles, flags["principles"], flags["max_principles"])
-    engine = engine_of(flags)
-    source, limit, reader = flags["input"], flags["limit"], RowReader.of(flags)
-    inputs = {"samples": hash_input(source)}
-    form = resolve_prompt_format(flags["prompt_format"], engine)
-    reviser = Reviser(
-        engine,
-        principles,
-        loaded.examples,
-        form,
-        Sampling(flags["max_new_tokens"], flags["temperature"], flags["top_p"]),
-        flags["seed"],
-    )
+class ReviserConfig(OutputOptions, ShardOptions, EngineOptions, SamplingOptions, ConstitutionOptions):
+    """The options of critique, revise and critique-revise."""
+
+
+def run_revision_stage(
+    stage: str, parse: Callable[[object], Sample], work: Work, config: ReviserConfig
+) -> dict[str, Any]:
+    """Run one of the three stages on its files. Returns the summary. Raises CaiError."""
+    loaded = open_constitution(CritiqueConstitution, config.constitution, config.few_shot)
+    principles = select(loaded.principles, config.principles, config.max_principles)
+    engine = config.open_engine(config.model)
+    reader = config.row_reader()
+    inputs = {"samples": hash_input(config.input)}
+    form = resolve_prompt_format(config.prompt_format, engine)
+    reviser = Reviser(engine, principles, loaded.examples, form, config.sampling(), config.seed)
 
     def units() -> WorkItems[Sample]:
-        for line, row in reader.rows(source, parse, limit):
+        for line, row in reader.rows(config.input, parse, config.limit):
             yield WorkItem(row.key, line, row)
 
     lines = inputs["samples"].lines
-    StageRun(
+    return StageRun(
         provenance=provenance(
             stage,
             inputs=inputs,
-            settings=settings_of(flags, prompt_format=form),
+            settings=config.settings(prompt_format=form),
             model=engine.identity(),
             constitution={"name": loaded.name, "fingerprint": loaded.fingerprint()},
         ),
         inputs=inputs,
-        output=flags["output"],
-        overwrite=flags["overwrite"],
+        output=config.output,
+        overwrite=config.overwrite,
         reader=reader,
         units=units,
         work=lambda rows: work(rows, reviser),
         window=engine.batch_size,
         engine=engine,
-        total=None if lines is None else min(lines, limit or lines),
-    ).run(as_json=flags["json"])
+        total=None if lines is None else min(lines, config.limit or lines),
+    ).run(as_json=config.as_json)
+
+
+def estimate_requests(rows: RowFlow, config: ReviserConfig, requests_per_row: int, rounds: int = 1) -> StepCost:
+    """The cost of so many critiques and revisions of each row, each as long as allowed."""
+    new, requests = config.max_new_tokens, rows.rows * requests_per_row
+    examples = open_constitution(CritiqueConstitution, config.constitution, config.few_shot).examples
+    few_shot = sum(len(example.model_dump_json()) for example in examples) / CHARACTERS_PER_TOKEN
+    each = few_shot + rows.prompt_tokens + rows.reply_tokens + new
+    after = RowFlow(rows.rows, rows.per_prompt, rows.prompt_tokens, new, rounds, rows.texts + requests_per_row)
+    return StepCost(rows.rows, requests, TokenCounts(requests * each, requests * new), after)

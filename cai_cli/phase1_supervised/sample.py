@@ -4,23 +4,32 @@ The paper samples at T = 1 without nucleus; so do we by default. Every (prompt, 
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Annotated, get_args
+from typing import Any
 
-import typer
-
-from cai_cli.cli import options
-from cai_cli.common.errors import UsageError
 from cai_cli.common.seeds import seed_for
 from cai_cli.data.jsonl import Numbered
-from cai_cli.data.row_reader import RowReader
 from cai_cli.data.schema import Kind, Prompt, Rejected, Sample, conversation_id, reject
-from cai_cli.engines import engine_of
 from cai_cli.engines.base import Engine, GenerationRequest, RequestFailure, Sampling
 from cai_cli.prompting.base import PromptFormat, assistant, reply_request, resolve_prompt_format
-from cai_cli.runtime.manifest import hash_input, provenance, settings_of
+from cai_cli.runtime.config import Option, option
+from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
+from cai_cli.runtime.manifest import hash_input, provenance
+from cai_cli.runtime.shared_options import EngineOptions, OutputOptions, SamplingOptions, ShardOptions
+from cai_cli.runtime.stage import Phase, Stage
 from cai_cli.runtime.stage_run import StageRun, WorkItem, WorkItems
 
 SampleUnit = tuple[Prompt, int]
+
+
+class SampleConfig(OutputOptions, ShardOptions, EngineOptions, SamplingOptions):
+    """Sample replies to prompts.
+
+    INPUT: Prompt rows, {"prompt": ...}, {"messages": ...}, HH-RLHF rows, plain text (one prompt a line), parquet or
+    hf://datasets/OWNER/NAME. Writes Sample rows.
+    """
+
+    n: int = option(1, "Replies per prompt.", Option(flags=("--n", "-n")), ge=1)
+    kind: Kind | None = option(None, "Kind of the prompts that do not say.")
 
 
 def sample(
@@ -55,67 +64,34 @@ def prompt_units(prompts: Iterable[Numbered[Prompt]], n: int) -> WorkItems[Sampl
             yield WorkItem(f"{prompt.id}/{index}", line, (prompt, index), hashed_id=hashed)
 
 
-def pick_kind(kind: str | None) -> Kind | None:
-    """`--kind` as a row holds it. Raises UsageError."""
-    for known in get_args(Kind):
-        if kind == known:
-            return "red-team" if known == "red-team" else "helpful"
-    if kind is not None:
-        raise UsageError(f"--kind must be red-team or helpful, not {kind!r}")
-    return None
+def estimate(rows: RowFlow, config: SampleConfig) -> StepCost:
+    """The cost of sampling, every reply as long as allowed."""
+    replies, new = rows.rows * config.n, config.max_new_tokens
+    after = RowFlow(replies, config.n, rows.prompt_tokens, new, texts=1)
+    return StepCost(replies, replies, TokenCounts(replies * rows.prompt_tokens, replies * new), after)
 
 
-def command(
-    input: options.Input,
-    output: options.Output = "-",
-    model: options.Model = options.DEFAULT_MODEL,
-    n: Annotated[int, typer.Option("--n", "-n", min=1, help="Replies per prompt.")] = 1,
-    kind: Annotated[str | None, typer.Option(help="red-team or helpful, for rows that do not say.")] = None,
-    max_new_tokens: options.MaxNewTokens = 256,
-    temperature: options.Temperature = 1.0,
-    top_p: options.TopP = 1.0,
-    prompt_format: options.PromptFormatOption = "auto",
-    seed: options.Seed = 0,
-    limit: options.Limit = None,
-    shard: options.Shard = None,
-    skip_invalid: options.SkipInvalid = False,
-    max_invalid: options.MaxInvalid = None,
-    batch_size: options.BatchSize = None,
-    device: options.Device = "auto",
-    dtype: options.DType = "auto",
-    base_url: options.BaseUrl = None,
-    concurrency: options.Concurrency = None,
-    timeout: options.Timeout = None,
-    budget_tokens: options.BudgetTokens = None,
-    price_in: options.PriceIn = None,
-    price_out: options.PriceOut = None,
-    overwrite: options.Overwrite = False,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
-    """Sample replies to prompts.
-
-    INPUT: Prompt rows, {"prompt": ...}, {"messages": ...}, HH-RLHF rows, plain text (one prompt a line), parquet or
-    hf://datasets/OWNER/NAME. Writes Sample rows.
-    """
-    flags = locals()
-    default_kind = pick_kind(kind)
-    reader = RowReader.of(flags)
-    engine = engine_of(flags)
-    inputs = {"prompts": hash_input(input)}
-    form = resolve_prompt_format(prompt_format, engine)
-    settings = settings_of(flags, prompt_format=form)
-    sampling = Sampling(max_new_tokens, temperature, top_p)
+def run(config: SampleConfig) -> dict[str, Any]:
+    """Sample from a file of prompts. Returns the summary. Raises CaiError."""
+    reader = config.row_reader()
+    engine = config.open_engine(config.model)
+    inputs = {"prompts": hash_input(config.input)}
+    form = resolve_prompt_format(config.prompt_format, engine)
     lines = inputs["prompts"].lines
-    StageRun(
-        provenance=provenance("sample", inputs=inputs, settings=settings, model=engine.identity()),
+    return StageRun(
+        provenance=provenance(
+            "sample", inputs=inputs, settings=config.settings(prompt_format=form), model=engine.identity()
+        ),
         inputs=inputs,
-        output=output,
-        overwrite=overwrite,
+        output=config.output,
+        overwrite=config.overwrite,
         reader=reader,
-        units=lambda: prompt_units(reader.prompts(input, default_kind, limit), n),
-        work=lambda units: sample(units, engine, sampling=sampling, form=form, seed=seed),
+        units=lambda: prompt_units(reader.prompts(config.input, config.kind, config.limit), config.n),
+        work=lambda units: sample(units, engine, sampling=config.sampling(), form=form, seed=config.seed),
         window=engine.batch_size,
         engine=engine,
-        total=None if lines is None else n * min(lines, limit or lines),
-    ).run(as_json=json)
+        total=None if lines is None else config.n * min(lines, config.limit or lines),
+    ).run(as_json=config.as_json)
+
+
+STAGE = Stage("sample", Phase.SUPERVISED, SampleConfig, run, estimate, reads=(Prompt,), writes=Sample)

@@ -8,41 +8,33 @@ another model, so it is an option; the helpful share is a ratio (the paper has 1
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import typer
-
-from cai_cli.cli import options
 from cai_cli.common import console
-from cai_cli.common.errors import RowError, UsageError
+from cai_cli.common.errors import RowError
 from cai_cli.common.seeds import seed_for
 from cai_cli.data.formats import completed_row
-from cai_cli.data.row_reader import RowReader
 from cai_cli.data.schema import Message, Revision, Sample, conversation_id, reject
 from cai_cli.data.splits import held_out_keys, mixed, too_long_for
 from cai_cli.engines.tokenization import encode_chat
-from cai_cli.models.loading import pick_device, tokenizer_and_window
+from cai_cli.models.loading import tokenizer_and_window
 from cai_cli.models.source import ModelSource
 from cai_cli.prompting.base import assistant
+from cai_cli.runtime.config import Effect, Group, Option, option
+from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
 from cai_cli.runtime.manifest import hash_input, provenance
+from cai_cli.runtime.shared_options import DEFAULT_MODEL, MODEL_TO_TRAIN_HELP
+from cai_cli.runtime.stage import Phase, Stage
 from cai_cli.training.checkpoints import save_finished
 from cai_cli.training.config import (
-    Epochs,
-    GradientAccumulation,
-    LearningRate,
-    Lora,
-    LoraRank,
-    MaxLength,
-    MaxSteps,
-    SaveSteps,
-    TrainBatchSize,
     TrainingConfig,
 )
 from cai_cli.training.cpu_logprobs import use_plain_head
-from cai_cli.training.launcher import AccelerateConfig, NumProcesses, as_asked
 from cai_cli.training.loop import fit, without_printer
 from cai_cli.training.metrics_log import Metrics
+from cai_cli.training.options import EpochOptions
 from cai_cli.training.quiet import quiet_libraries
 from cai_cli.training.training_run import Counts, TrainingJob, rows_digest
 
@@ -57,6 +49,31 @@ COLUMNS = {
     "entropy": "entropy",
     "token_accuracy": "mean_token_accuracy",
 }
+
+
+class Revisions(StrEnum):
+    """Which revisions of a row are trained on."""
+
+    ALL = "all"
+    LAST = "last"
+
+
+class SftConfig(EpochOptions):
+    """Fine-tune a model on revisions.
+
+    INPUT: Revision rows, or any rows with a prompt and a completion. Writes a model directory.
+    """
+
+    model: str = option(DEFAULT_MODEL, MODEL_TO_TRAIN_HELP, Option(Effect.HASHED, Group.MODEL, flags=("--model", "-m")))
+    helpful: str | None = option(
+        None,
+        "JSONL of helpful prompts with completions (`cai sample`) to mix in.",
+        Option(Effect.HASHED, reads_file=True),
+    )
+    helpful_ratio: float = option(1.0, "Helpful examples for each revision example.", ge=0.0)
+    revisions: Revisions = option(
+        Revisions.ALL, "Train on the revisions of every round, as the paper does, or only on the last."
+    )
 
 
 @dataclass(frozen=True)
@@ -200,92 +217,74 @@ def _by_row(trainer_class: Any) -> Any:
     return ByRow
 
 
-def command(
-    input: options.Input,
-    output: options.ModelOutput,
-    model: options.Model = options.DEFAULT_MODEL,
-    helpful: Annotated[
-        str | None, typer.Option(help="JSONL of helpful prompts with completions (`cai sample`), mixed in.")
-    ] = None,
-    helpful_ratio: Annotated[float, typer.Option(min=0.0, help="Helpful examples per revision example.")] = 1.0,
-    revisions: Annotated[
-        str, typer.Option(help="all (as the paper: those of every round) or last (only the final one).")
-    ] = "all",
-    epochs: Epochs = 1.0,
-    max_steps: MaxSteps = None,
-    batch_size: TrainBatchSize = 4,
-    gradient_accumulation: GradientAccumulation = 2,
-    learning_rate: LearningRate = 2e-5,
-    max_length: MaxLength = 1024,
-    lora: Lora = False,
-    lora_rank: LoraRank = 16,
-    eval_share: Annotated[float, typer.Option(min=0.0, max=0.5, help="Share of the prompts held out.")] = 0.05,
-    save_steps: SaveSteps = 100,
-    accelerate_config: AccelerateConfig = None,
-    num_processes: NumProcesses = None,
-    seed: options.Seed = 0,
-    limit: options.Limit = None,
-    skip_invalid: options.SkipInvalid = False,
-    max_invalid: options.MaxInvalid = None,
-    device: options.Device = "auto",
-    overwrite: options.Overwrite = False,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
-    """Fine-tune a model on revisions (supervised constitutional AI).
+@dataclass(frozen=True)
+class SftData:
+    """The examples of a run, and what identifies the rows they come from."""
 
-    INPUT: Revision rows, or any rows with prompt and completion. Writes a model directory.
-    """
-    flags = locals()
-    as_asked(accelerate_config, num_processes)
-    if revisions not in ("all", "last"):
-        raise UsageError(f"--revisions must be all or last, not {revisions!r}")
-    which: Literal["all", "last"] = "all" if revisions == "all" else "last"
-    base = ModelSource.resolve(model)
-    inputs = {"revisions": hash_input(input)} | ({"helpful": hash_input(helpful)} if helpful else {})
-    reader, helpful_reader = RowReader.of(flags), RowReader.of(flags)
-    rows = [row for _, row in reader.rows(input, completed_row, limit)]
-    helpful_rows = [row for _, row in helpful_reader.rows(helpful, completed_row)] if helpful else []
-    mine = [example for row in rows for example in examples_of(row, which)]
+    train: Sequence[Encoded]
+    held_out: Sequence[Encoded]
+    tokenizer: "PreTrainedTokenizerBase"
+    counts: Counts
+    rows: dict[str, Any]
+
+
+def read_examples(config: SftConfig, base: Path) -> SftData:
+    """Read, mix, encode and split the examples. Raises CaiError."""
+    reader, helpful_reader = config.row_reader(), config.row_reader()
+    rows = [row for _, row in reader.rows(config.input, completed_row, config.limit)]
+    helpful_rows = [row for _, row in helpful_reader.rows(config.helpful, completed_row)] if config.helpful else []
+    mine = [example for row in rows for example in examples_of(row, config.revisions.value)]
     theirs = [example for row in helpful_rows for example in examples_of(row, "last")]
-    chosen = mixed(mine, theirs, helpful_ratio, seed_for(seed, "sft", "helpful"))
+    chosen = mixed(mine, theirs, config.helpful_ratio, seed_for(config.seed, "sft", "helpful"))
     counts = Counts(rejected=[*reader.take_invalid(), *helpful_reader.take_invalid()])
     if left := len(mine) + len(theirs) - len(chosen):
         counts.skipped["beyond --helpful-ratio"] = left
-    if helpful and len(theirs) < round(helpful_ratio * len(mine)):
-        console.say(f"sft: {helpful} holds {len(theirs):,} examples, fewer than --helpful-ratio asks for; all are used")
-
-    tokenizer, window = tokenizer_and_window(base.path)
-    fitting = encode_all(tokenizer, chosen, max_length, counts, window=window)
+    if config.helpful and len(theirs) < round(config.helpful_ratio * len(mine)):
+        console.say(
+            f"sft: {config.helpful} has {len(theirs):,} examples, fewer than --helpful-ratio requests; all are used"
+        )
+    tokenizer, window = tokenizer_and_window(base)
+    fitting = encode_all(tokenizer, chosen, config.max_length, counts, window=window)
     prompts = [conversation_id(example.row.prompt) for example, _ in fitting]
-    apart = held_out_keys(prompts, eval_share, seed)
+    apart = held_out_keys(prompts, config.eval_share, config.seed)
     train = [encoded for (_, encoded), prompt in zip(fitting, prompts, strict=True) if prompt not in apart]
     held_out = [encoded for (_, encoded), prompt in zip(fitting, prompts, strict=True) if prompt in apart]
     counts.train, counts.held_out = len(train), len(held_out)
-    training = TrainingConfig(
-        batch_size=batch_size,
-        gradient_accumulation=gradient_accumulation,
-        learning_rate=learning_rate,
-        save_steps=save_steps,
-        seed=seed,
-        device=pick_device(device),
-        lora_rank=lora_rank if lora else None,
-        epochs=epochs,
-        max_steps=max_steps,
-    )
-    TrainingJob(
+    return SftData(train, held_out, tokenizer, counts, rows_digest([*rows, *helpful_rows]))
+
+
+def estimate(rows: RowFlow, config: SftConfig) -> StepCost:
+    """The cost of training on every example, `--epochs` times."""
+    examples = rows.rows * (max(1, rows.rounds) if config.revisions is Revisions.ALL else 1)
+    tokens = examples * (rows.prompt_tokens + rows.reply_tokens) * config.epochs
+    return StepCost(examples, 0, TokenCounts(trained_tokens=tokens), rows)
+
+
+def run(config: SftConfig) -> dict[str, Any]:
+    """Train on a file of rows. Returns the summary. Raises CaiError."""
+    config.launch()
+    base = ModelSource.resolve(config.model)
+    inputs = {"revisions": hash_input(config.input)}
+    if config.helpful:
+        inputs["helpful"] = hash_input(config.helpful)
+    data = read_examples(config, base.path)
+    training = config.training_config()
+    return TrainingJob(
         provenance=provenance(
             "sft",
             inputs=inputs,
-            settings=training.settings(flags),
+            settings=training.settings(config),
             model={"fingerprint": base.fingerprint},
-            rows=rows_digest([*rows, *helpful_rows]),
+            rows=data.rows,
         ),
         inputs=inputs,
         models={"model": base},
-        output=output,
-        overwrite=overwrite,
-        counts=counts,
-        train=lambda work: sft(base.path, tokenizer, train, held_out, training, work),
-        facts=training.facts("all examples in a new random order every epoch", len(train)),
-    ).run(as_json=json)
+        output=Path(config.output),
+        overwrite=config.overwrite,
+        counts=data.counts,
+        train=lambda work: sft(base.path, data.tokenizer, data.train, data.held_out, training, work),
+        facts=training.facts("all examples in a new random order every epoch", len(data.train)),
+    ).run(as_json=config.as_json)
+
+
+STAGE = Stage("sft", Phase.SUPERVISED, SftConfig, run, estimate, reads=(Revision, Sample), writes=None)

@@ -9,24 +9,55 @@ becoming a preference, and a principle counts only where all its orders were ans
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated
+from enum import StrEnum
+from typing import Any
 
-import typer
-
-from cai_cli.cli import options
-from cai_cli.common.errors import UsageError
-from cai_cli.data.row_reader import RowReader
-from cai_cli.data.schema import TIE, UNSURE, Preference, Rejected, reject
+from cai_cli.data.schema import TIE, UNSURE, Preference, Rejected, Revision, Sample, Scored, reject
 from cai_cli.engines.base import RequestFailure
-from cai_cli.judging.labeller import labeller_settings, open_labeller
-from cai_cli.judging.pairs import PAIRINGS, Pair, pair_units
+from cai_cli.judging.labeller import JudgeOptions, estimate_votes, labeller_settings, open_labeller
+from cai_cli.judging.pairs import Pair, pair_units
 from cai_cli.judging.vote_cache import RecordedVotes
 from cai_cli.judging.votes import Labeller, PairVerdict, aggregate_votes
 from cai_cli.metrics.label_audit import LabelAudit, audit_file, say_audit
+from cai_cli.runtime.config import Effect, Option, option
+from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
 from cai_cli.runtime.manifest import hash_input, provenance
+from cai_cli.runtime.shared_options import EngineOptions, OutputOptions, ShardOptions
 from cai_cli.runtime.sinks import StdoutSink
+from cai_cli.runtime.stage import Phase, Stage
 from cai_cli.runtime.stage_run import StageRun
 from cai_cli.runtime.summary import print_summary
+
+
+class Pairing(StrEnum):
+    """Which replies to one prompt are compared."""
+
+    ALL = "all"
+    RANDOM = "random"
+    BEST_VS_REST = "best-vs-rest"
+
+
+class LabelPrefsConfig(OutputOptions, ShardOptions, JudgeOptions, EngineOptions):
+    """Label pairs of replies with a model's preferences.
+
+    INPUT: Sample (or Revision) rows with two or more replies to each prompt, or pairs: HH-RLHF rows, Preference rows.
+    Writes Preference rows.
+    """
+
+    pairs: Pairing = option(
+        Pairing.ALL,
+        "Which replies to a prompt are compared: all pairs, a random pairing (each reply in one pair), or the best "
+        "with each other one (rows of `cai score`).",
+    )
+    both_orders: bool = option(
+        True, "Judge each pair in both orders and average.", Option(flags=("--both-orders/--one-order",))
+    )
+    min_confidence: float = option(0.5, "Reject pairs with a lower p_chosen.", ge=0.5, le=1.0)
+    votes: str | None = option(
+        None,
+        "An earlier output whose recorded votes are used again, where only --clamp is narrower.",
+        Option(Effect.HASHED, reads_file=True),
+    )
 
 
 def label_prefs(pairs: Sequence[Pair], labeller: Labeller) -> list[Preference | Rejected]:
@@ -67,101 +98,59 @@ def _labelled(pair: Pair, opinion: PairVerdict, method: str) -> Preference:
     )
 
 
-def command(
-    input: options.Input,
-    output: options.Output = "-",
-    model: options.Model = options.DEFAULT_MODEL,
-    method: Annotated[str, typer.Option(help="choice, cot, contrast or verdict.")] = "choice",
-    constitution: options.Constitution = None,
-    few_shot: options.FewShot = None,
-    principles: options.Principles = None,
-    max_principles: options.MaxPrinciples = None,
-    principles_per_pair: Annotated[
-        str, typer.Option(help="Principles drawn for each pair, whose votes are averaged: a number, or all.")
-    ] = "1",
-    pairs: Annotated[
-        str,
-        typer.Option(
-            help="Of the replies to one prompt: all pairs, a random pairing (each reply in one pair), or best-vs-rest"
-            " (rows of `cai score`)."
-        ),
-    ] = "all",
-    both_orders: Annotated[
-        bool, typer.Option("--both-orders/--one-order", help="GenerationRequest each pair in both orders and average.")
-    ] = True,
-    calibrate: Annotated[
-        bool, typer.Option("--calibrate/--no-calibrate", help="Take out the liking for a letter that empty pairs show.")
-    ] = False,
-    clamp: Annotated[
-        str | None, typer.Option(help="LOW,HIGH: limits of each probability; by default 0.4,0.6 for cot, else none.")
-    ] = None,
-    cot_samples: Annotated[int, typer.Option(min=1, help="Chains of thought per question, averaged.")] = 1,
-    min_confidence: Annotated[
-        float, typer.Option(min=0.5, max=1.0, help="Reject pairs whose p_chosen is below this.")
-    ] = 0.5,
-    votes: Annotated[
-        str | None,
-        typer.Option(
-            help="An earlier output: what its judge said, asked the same under wider limits, is not asked again."
-        ),
-    ] = None,
-    max_new_tokens: options.MaxNewTokens = 128,
-    temperature: options.Temperature = 1.0,
-    top_p: options.TopP = 1.0,
-    prompt_format: options.PromptFormatOption = "auto",
-    seed: options.Seed = 0,
-    limit: options.Limit = None,
-    shard: options.Shard = None,
-    skip_invalid: options.SkipInvalid = False,
-    max_invalid: options.MaxInvalid = None,
-    batch_size: options.BatchSize = None,
-    device: options.Device = "auto",
-    dtype: options.DType = "auto",
-    base_url: options.BaseUrl = None,
-    concurrency: options.Concurrency = None,
-    timeout: options.Timeout = None,
-    budget_tokens: options.BudgetTokens = None,
-    price_in: options.PriceIn = None,
-    price_out: options.PriceOut = None,
-    overwrite: options.Overwrite = False,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
-    """Label pairs of replies with a model's preference.
+def estimate(rows: RowFlow, config: LabelPrefsConfig) -> StepCost:
+    """The cost of labelling; nothing where the votes are recorded already."""
+    pairs = rows.rows  # of a file of pairs
+    if rows.per_prompt > 1:
+        pairs = rows.rows * (rows.per_prompt - 1) // 2 if config.pairs is Pairing.ALL else rows.rows // 2
+    cost = estimate_votes(pairs, rows, config, both_orders=config.both_orders)
+    return replace(cost, requests=0, tokens=TokenCounts()) if config.votes else cost
 
-    INPUT: Sample (or Revision) rows with two or more replies a prompt, or pairs: HH-RLHF rows, Preference rows. Writes
-    Preference rows.
-    """
-    flags = locals()
-    reader = RowReader.of(flags)
-    if pairs not in PAIRINGS:
-        raise UsageError(f"--pairs must be one of {', '.join(PAIRINGS)}, not {pairs!r}")
-    labeller, loaded = open_labeller(flags)
+
+def run(config: LabelPrefsConfig) -> dict[str, Any]:
+    """Label the pairs of a file, and audit the labels. Returns the summary. Raises CaiError."""
+    reader = config.row_reader()
+    labeller, loaded = open_labeller(
+        config, config.model, both_orders=config.both_orders, min_confidence=config.min_confidence
+    )
     engine = labeller.judge.engine
-    inputs = {"samples": hash_input(input)} | ({"votes": hash_input(votes)} if votes else {})
+    inputs = {"samples": hash_input(config.input)}
+    if config.votes:
+        inputs["votes"] = hash_input(config.votes)
     made_by = provenance(
         "label-prefs",
         inputs=inputs,
-        settings=labeller_settings(flags, labeller),
+        settings=labeller_settings(config, labeller),
         model=engine.identity(),
         constitution={"name": loaded.name, "fingerprint": loaded.fingerprint()},
     )
-    if votes:
-        labeller = replace(labeller, recorded=RecordedVotes(votes, made_by))
-    job = StageRun(
+    if config.votes:
+        labeller = replace(labeller, recorded=RecordedVotes(config.votes, made_by))
+    to_stdout, audit = config.output == "-", LabelAudit()
+    summary = StageRun(
         provenance=made_by,
         inputs=inputs,
-        output=output,
-        overwrite=overwrite,
+        output=config.output,
+        overwrite=config.overwrite,
         reader=reader,
-        units=lambda: pair_units(reader, input, pairs, seed, limit),
-        work=lambda some: label_prefs(some, labeller),
+        units=lambda: pair_units(reader, config.input, config.pairs, config.seed, config.limit),
+        work=lambda pairs: label_prefs(pairs, labeller),
         window=engine.batch_size,
         engine=engine,
-    )
-    label_audit = LabelAudit()
-    summary = job.complete(StdoutSink(label_audit.add) if output == "-" else None)
-    found = label_audit.audit() if output == "-" else audit_file(output)
-    print_summary({**summary, "audit": found}, as_json=json, stdout_is_data=output == "-")
+    ).complete(StdoutSink(audit.add) if to_stdout else None)
+    summary = {**summary, "audit": audit.audit() if to_stdout else audit_file(config.output)}
+    print_summary(summary, as_json=config.as_json, stdout_is_data=to_stdout)
     if summary["out"] or summary["rejected"]:
-        say_audit(found)
+        say_audit(summary["audit"])
+    return summary
+
+
+STAGE = Stage(
+    "label-prefs",
+    Phase.FEEDBACK,
+    LabelPrefsConfig,
+    run,
+    estimate,
+    reads=(Sample, Revision, Scored, Preference),
+    writes=Preference,
+)

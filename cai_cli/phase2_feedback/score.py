@@ -4,14 +4,30 @@ A score is a logit: the difference of two is the log-odds that the first convers
 another preference model it means nothing. The tokens scored are those that `train-pm` and `rl` score.
 """
 
-from cai_cli.cli import options
+from typing import Any
+
 from cai_cli.data.formats import conversation_hash, conversations, scorable
 from cai_cli.data.jsonl import origin
 from cai_cli.data.row_reader import RowReader
-from cai_cli.data.schema import Sample
-from cai_cli.reward.scorer import Scorer
-from cai_cli.runtime.manifest import hash_input, provenance, settings_of
+from cai_cli.data.schema import Preference, Revision, Sample, Scored
+from cai_cli.reward.scorer import PreferenceModelOptions, Scorer
+from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
+from cai_cli.runtime.manifest import hash_input, provenance
+from cai_cli.runtime.shared_options import (
+    DeviceOptions,
+    OutputOptions,
+    ShardOptions,
+)
+from cai_cli.runtime.stage import Phase, Stage
 from cai_cli.runtime.stage_run import StageRun, WorkItem, WorkItems
+
+
+class ScoreConfig(OutputOptions, ShardOptions, DeviceOptions, PreferenceModelOptions):
+    """Score conversations with a preference model.
+
+    INPUT: Sample, Revision or Preference rows, {"messages": [...]}, {"prompt", "completion"}, or pairs labelled by
+    humans. Writes Scored rows, one for each conversation; of a pair sample_index 0 is `chosen` and 1 is `rejected`.
+    """
 
 
 def units(reader: RowReader, source: str, limit: int | None) -> WorkItems[Sample]:
@@ -22,39 +38,29 @@ def units(reader: RowReader, source: str, limit: int | None) -> WorkItems[Sample
             yield WorkItem(conversation.key, line, conversation, hashed_id=row.id == conversation_hash(row))
 
 
-def command(
-    input: options.Input,
-    pm: options.PreferenceModel,
-    output: options.Output = "-",
-    limit: options.Limit = None,
-    shard: options.Shard = None,
-    skip_invalid: options.SkipInvalid = False,
-    max_invalid: options.MaxInvalid = None,
-    batch_size: options.BatchSize = None,
-    device: options.Device = "auto",
-    overwrite: options.Overwrite = False,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
-    """Score conversations with a preference model.
+def estimate(rows: RowFlow, config: ScoreConfig) -> StepCost:
+    """The cost of one forward pass over each conversation."""
+    return StepCost(rows.rows, 0, TokenCounts(rows.rows * (rows.prompt_tokens + rows.reply_tokens)), rows)
 
-    INPUT: Sample, Revision or Preference rows, {"messages": [...]}, {"prompt", "completion"}, or pairs that humans
-    labelled. Writes Scored rows, one a conversation; of a pair sample_index 0 is `chosen` and 1 is `rejected`.
-    """
-    flags = locals()
-    reader = RowReader.of(flags)
-    inputs = {"conversations": hash_input(input)}
-    scorer, lines = Scorer(pm, batch_size, device), inputs["conversations"].lines
-    StageRun(
+
+def run(config: ScoreConfig) -> dict[str, Any]:
+    """Score the conversations of a file. Returns the summary. Raises CaiError."""
+    reader = config.row_reader()
+    inputs = {"conversations": hash_input(config.input)}
+    scorer, lines = Scorer(config.pm, config.batch_size, config.device), inputs["conversations"].lines
+    return StageRun(
         provenance=provenance(
-            "score", inputs=inputs, settings=settings_of(flags), pm={"fingerprint": scorer.base.fingerprint}
+            "score", inputs=inputs, settings=config.settings(), pm={"fingerprint": scorer.base.fingerprint}
         ),
         inputs=inputs,
-        output=output,
-        overwrite=overwrite,
+        output=config.output,
+        overwrite=config.overwrite,
         reader=reader,
-        units=lambda: units(reader, input, limit),
+        units=lambda: units(reader, config.input, config.limit),
         work=scorer.score,
         window=4 * scorer.batch_size,
-        total=None if lines is None else min(lines, limit or lines),
-    ).run(as_json=json)
+        total=None if lines is None else min(lines, config.limit or lines),
+    ).run(as_json=config.as_json)
+
+
+STAGE = Stage("score", Phase.FEEDBACK, ScoreConfig, run, estimate, reads=(Sample, Revision, Preference), writes=Scored)

@@ -10,12 +10,10 @@ preferences, we from `--model` with a scalar head that is random (seeded) or fit
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from cai_cli.cli import options
 from cai_cli.common import console
 from cai_cli.common.errors import CaiError, RowError, UsageError
 from cai_cli.common.seeds import seed_for
@@ -26,30 +24,25 @@ from cai_cli.data.schema import JudgedPair, Preference, conversation_id, dump_ro
 from cai_cli.data.splits import held_out_keys, mixed, too_long_for
 from cai_cli.engines.tokenization import encode_text
 from cai_cli.metrics.preference_model import held_out_figures
-from cai_cli.models.loading import pick_device, tokenizer_and_window
+from cai_cli.models.loading import tokenizer_and_window
 from cai_cli.models.source import ModelSource
 from cai_cli.phase2_feedback.linear_probe import fit_head
 from cai_cli.phase2_feedback.pm_trainer import soft_reward_trainer
 from cai_cli.reward.packed_pairs import score_pairs, take_packed_pairs
 from cai_cli.reward.preference_model import encode_conversation, score_ids
+from cai_cli.runtime.config import Effect, Group, Option, option, redefine
+from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
 from cai_cli.runtime.manifest import hash_input, provenance
+from cai_cli.runtime.shared_options import DEFAULT_MODEL, MODEL_TO_TRAIN_HELP, DType, EngineOptions
+from cai_cli.runtime.stage import Phase, Stage
 from cai_cli.training import distributed
 from cai_cli.training.checkpoints import save_finished, save_model
 from cai_cli.training.config import (
-    Epochs,
-    GradientAccumulation,
-    LearningRate,
-    Lora,
-    LoraRank,
-    MaxLength,
-    MaxSteps,
-    SaveSteps,
-    TrainBatchSize,
     TrainingConfig,
 )
-from cai_cli.training.launcher import AccelerateConfig, NumProcesses, as_asked
 from cai_cli.training.loop import fit, without_printer
 from cai_cli.training.metrics_log import Metrics
+from cai_cli.training.options import EpochOptions
 from cai_cli.training.quiet import quiet_libraries
 from cai_cli.training.training_run import Counts, TrainingJob, rows_digest
 
@@ -66,7 +59,46 @@ COLUMNS = {
     "mean_score": "mean_reward",
 }
 HELD_OUT = ("held_out_loss", "held_out_accuracy")
-TARGETS = ("soft", "hard")
+
+
+class Targets(StrEnum):
+    """What the preference model is trained towards."""
+
+    SOFT = "soft"
+    HARD = "hard"
+
+
+class TrainPmConfig(EpochOptions):
+    """Train a preference model on comparisons.
+
+    INPUT: Preference rows, from `cai label-prefs`, or pairs labelled by humans (HH-RLHF `chosen` and `rejected`).
+    Writes a model directory, with the scores of the held-out pairs in `held_out.jsonl`.
+    """
+
+    model: str = option(DEFAULT_MODEL, MODEL_TO_TRAIN_HELP, Option(Effect.HASHED, Group.MODEL, flags=("--model", "-m")))
+    dtype: DType = redefine(EngineOptions, "dtype", DType.AUTO)
+    mix: str | None = option(
+        None,
+        "JSONL of further comparisons, such as human helpfulness labels, to mix in.",
+        Option(Effect.HASHED, reads_file=True),
+    )
+    mix_ratio: float = option(1.0, "Pairs of --mix for each pair of INPUT.", ge=0.0)
+    targets: Targets = option(
+        Targets.SOFT, "Train on the labels' probabilities, as the paper does, or on 1 for the preferred reply."
+    )
+    fit_head: bool = option(
+        False,
+        "Start from the linear head that fits the labels best on the frozen model; --epochs 0 trains nothing else.",
+        Option(flags=("--fit-head/--random-head",)),
+    )
+    eval_share: float = redefine(EpochOptions, "eval_share", 0.1)
+
+    def check(self) -> None:
+        super().check()
+        if not (self.epochs or self.max_steps or self.fit_head):
+            raise UsageError(
+                "--epochs 0 trains nothing", hint="with --fit-head it trains the head alone", code="option-conflict"
+            )
 
 
 @dataclass(frozen=True)
@@ -279,102 +311,74 @@ def read_preferences(reader: RowReader, source: str, limit: int | None = None) -
     return [row for _, row in reader.rows(source, lambda value: parse_preference(value, source=name), limit)]
 
 
-def command(
-    input: options.Input,
-    output: options.ModelOutput,
-    model: options.Model = options.DEFAULT_MODEL,
-    mix: Annotated[
-        str | None, typer.Option(help="JSONL of more comparisons, such as human helpfulness labels, mixed in.")
-    ] = None,
-    mix_ratio: Annotated[float, typer.Option(min=0.0, help="Pairs of --mix per pair of INPUT.")] = 1.0,
-    targets: Annotated[
-        str, typer.Option(help="soft (the labels' probabilities, as the paper) or hard (1 for the preferred reply).")
-    ] = "soft",
-    fit_head: Annotated[
-        bool,
-        typer.Option(
-            "--fit-head/--random-head",
-            help="Start from the head that fits the labels best on the model as it is; --epochs 0 stops there.",
-        ),
-    ] = False,
-    epochs: Epochs = 1.0,
-    max_steps: MaxSteps = None,
-    batch_size: TrainBatchSize = 4,
-    gradient_accumulation: GradientAccumulation = 2,
-    learning_rate: LearningRate = 2e-5,
-    max_length: MaxLength = 1024,
-    lora: Lora = False,
-    lora_rank: LoraRank = 16,
-    eval_share: Annotated[float, typer.Option(min=0.0, max=0.5, help="Share of the prompts held out.")] = 0.1,
-    save_steps: SaveSteps = 100,
-    accelerate_config: AccelerateConfig = None,
-    num_processes: NumProcesses = None,
-    seed: options.Seed = 0,
-    limit: options.Limit = None,
-    skip_invalid: options.SkipInvalid = False,
-    max_invalid: options.MaxInvalid = None,
-    device: options.Device = "auto",
-    dtype: options.DType = "auto",
-    overwrite: options.Overwrite = False,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
-    """Train a preference model on comparisons.
+@dataclass(frozen=True)
+class PreferenceData:
+    """The pairs of a run, and what identifies the rows they come from."""
 
-    INPUT: Preference rows, from `cai label-prefs`, or pairs that humans labelled (HH-RLHF `chosen` and `rejected`).
-    Writes a model directory, with the scores of the held-out pairs in `held_out.jsonl`.
-    """
-    flags = locals()
-    as_asked(accelerate_config, num_processes)
-    if targets not in TARGETS:
-        raise UsageError(f"--targets must be soft or hard, not {targets!r}")
-    if not (epochs or max_steps or fit_head):
-        raise UsageError("--epochs 0 trains nothing", hint="with --fit-head it trains the head alone")
-    base = ModelSource.resolve(model)
-    inputs = {"preferences": hash_input(input)} | ({"mix": hash_input(mix)} if mix else {})
-    reader, intake_mix = RowReader.of(flags), RowReader.of(flags)
-    mine = read_preferences(reader, input, limit)
-    theirs = read_preferences(intake_mix, mix) if mix else []
-    rows = mixed(mine, theirs, mix_ratio, seed_for(seed, "train-pm", "mix"))
-    counts = Counts(rejected=[*reader.take_invalid(), *intake_mix.take_invalid()])
+    train: Sequence[EncodedPair]
+    held_out: Sequence[EncodedPair]
+    tokenizer: "PreTrainedTokenizerBase"
+    counts: Counts
+    rows: dict[str, Any]
+
+
+def read_pairs(config: TrainPmConfig, base: Path) -> PreferenceData:
+    """Read, mix, encode and split the pairs. Raises CaiError."""
+    reader, mix_reader = config.row_reader(), config.row_reader()
+    mine = read_preferences(reader, config.input, config.limit)
+    theirs = read_preferences(mix_reader, config.mix) if config.mix else []
+    rows = mixed(mine, theirs, config.mix_ratio, seed_for(config.seed, "train-pm", "mix"))
+    counts = Counts(rejected=[*reader.take_invalid(), *mix_reader.take_invalid()])
     if left := len(mine) + len(theirs) - len(rows):
         counts.skipped["beyond --mix-ratio"] = left
-    if mix and len(theirs) < round(mix_ratio * len(mine)):
-        console.say(f"train-pm: {mix} holds {len(theirs):,} pairs, fewer than --mix-ratio asks for; all are used")
-
-    tokenizer, window = tokenizer_and_window(base.path)
-    pairs = encode_pairs(tokenizer, rows, max_length, counts, window=window, hard=targets == "hard")
-    apart = held_out_keys([conversation_id(pair.row.prompt) for pair in pairs], eval_share, seed)
+    if config.mix and len(theirs) < round(config.mix_ratio * len(mine)):
+        console.say(f"train-pm: {config.mix} has {len(theirs):,} pairs, fewer than --mix-ratio requests; all are used")
+    tokenizer, window = tokenizer_and_window(base)
+    hard = config.targets is Targets.HARD
+    pairs = encode_pairs(tokenizer, rows, config.max_length, counts, window=window, hard=hard)
+    apart = held_out_keys([conversation_id(pair.row.prompt) for pair in pairs], config.eval_share, config.seed)
     train = [pair for pair in pairs if conversation_id(pair.row.prompt) not in apart]
     held_out = [pair for pair in pairs if conversation_id(pair.row.prompt) in apart]
     counts.train, counts.held_out = len(train), len(held_out)
-    training = TrainingConfig(
-        batch_size=batch_size,
-        gradient_accumulation=gradient_accumulation,
-        learning_rate=learning_rate,
-        save_steps=save_steps,
-        seed=seed,
-        device=pick_device(device),
-        lora_rank=lora_rank if lora else None,
-        epochs=epochs,
-        max_steps=max_steps,
-        dtype=dtype,
-    )
+    return PreferenceData(train, held_out, tokenizer, counts, rows_digest([*mine, *theirs]))
+
+
+def estimate(rows: RowFlow, config: TrainPmConfig) -> StepCost:
+    """The cost of training on both replies of every pair, `--epochs` times."""
+    tokens = 2 * rows.rows * (rows.prompt_tokens + rows.reply_tokens) * config.epochs
+    return StepCost(rows.rows, 0, TokenCounts(trained_tokens=tokens), rows)
+
+
+def run(config: TrainPmConfig) -> dict[str, Any]:
+    """Train on a file of pairs. Returns the summary. Raises CaiError."""
+    config.launch()
+    base = ModelSource.resolve(config.model)
+    inputs = {"preferences": hash_input(config.input)}
+    if config.mix:
+        inputs["mix"] = hash_input(config.mix)
+    data = read_pairs(config, base.path)
+    training = config.training_config(dtype=config.dtype.value)
     summary = TrainingJob(
         provenance=provenance(
             "train-pm",
             inputs=inputs,
-            settings=training.settings(flags),
+            settings=training.settings(config),
             model={"fingerprint": base.fingerprint},
-            rows=rows_digest([*mine, *theirs]),
+            rows=data.rows,
         ),
         inputs=inputs,
         models={"model": base},
-        output=output,
-        overwrite=overwrite,
-        counts=counts,
-        train=lambda work: train_pm(base.path, tokenizer, train, held_out, training, work, fitted_head=fit_head),
-        facts=training.facts("all pairs in a new random order every epoch, in batches of like length", len(train)),
-    ).run(as_json=json)
+        output=Path(config.output),
+        overwrite=config.overwrite,
+        counts=data.counts,
+        train=lambda work: train_pm(
+            base.path, data.tokenizer, data.train, data.held_out, training, work, fitted_head=config.fit_head
+        ),
+        facts=training.facts("all pairs in a new random order every epoch, in batches of like length", len(data.train)),
+    ).run(as_json=config.as_json)
     if summary["note"]:
         console.warn(f"train-pm: {summary['note']}")
+    return summary
+
+
+STAGE = Stage("train-pm", Phase.FEEDBACK, TrainPmConfig, run, estimate, reads=(Preference,), writes=None)

@@ -1,4 +1,4 @@
-"""`cai run FILE.yaml`: the road from one file. Each step is the very command that would run it alone.
+"""`cai run FILE.yaml`: runs a pipeline from one file. Each step is the command that would run it alone.
 
     name: quickstart
     model: smollm2-135m          # for every step that takes --model and does not name one
@@ -16,45 +16,91 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cai_cli.common import console
 from cai_cli.common.errors import CaiError
-from cai_cli.pipeline.plan import Step
+from cai_cli.pipeline.plan import KEY_FORMAT, Step
+from cai_cli.runtime.config import plain
 from cai_cli.runtime.manifest import differences, read_manifest, write_json
 from cai_cli.runtime.output_files import one_writer, sidecar
 
 
 def execute(steps: Sequence[Step], out: Path, *, quiet: bool) -> list[dict[str, Any]]:
-    """Run what is not done, in order; the state after every step stands in `OUT/run.json`. Raises CaiError."""
+    """Runs the steps that are not done, in order, and records each in `OUT/run.json`.
+
+    Returns:
+        For each step its record: command line, settings, status and seconds.
+
+    Raises:
+        CaiError: A step failed, or another `cai run` is writing to the folder.
+    """
     record_path = out / "run.json"
     with one_writer(record_path):
         record = read_manifest(record_path) or {"steps": {}}
+        current: set[str] = set()  # steps whose recorded settings, files and earlier steps are those of this run
         for step in steps:
             before = record["steps"].get(step.name)
-            if before and before["key"] == step.key and before["status"] == "done" and step.output.exists():
-                console.say(f"[{step.name}] done already: {step.output}")
+            if before and _is_current(step, before, current):
+                current.add(step.name)
+                before["key"] = step.key
+            if before and step.name in current and before["status"] == "done" and step.output.exists():
+                console.say(f"[{step.name}] already done: {step.output}")
                 continue
-            again = bool(before) and before["key"] != step.key
-            if again:
-                _say_why(step, before, steps)
-            # What is to be replaced: a run interrupted before the step came to it has still to replace it.
-            replaces = _manifests(step.output) if again else before.get("replaces") if before else None
-            entry = {
-                "key": step.key,
-                "argv": step.argv,
-                "settings": dict(step.settings),
-                "files": dict(step.files),
-                "replaces": replaces,
-            }
-            record["steps"][step.name] = {**entry, "status": "running", "seconds": None}
-            write_json(record_path, record)
-            seconds = _run(step, overwrite=replaces is not None and replaces == _manifests(step.output), quiet=quiet)
-            record["steps"][step.name] = {**entry, "status": "done", "seconds": round(seconds, 1), **_judged(step)}
-            write_json(record_path, record)
+            _run_and_record(step, before, steps, record, record_path, quiet=quiet)
+            if before is None or before["key"] == step.key:
+                current.add(step.name)
         return [{"step": s.name, "output": str(s.output), **record["steps"][s.name]} for s in steps]
+
+
+def _is_current(step: Step, before: Mapping[str, Any], current: Collection[str]) -> bool:
+    """Whether the record of a step is of the same settings, files and earlier steps. Records of version 0.1.0 have keys
+    that depend on the spelling of options, so their settings are compared instead."""
+    if before["key"].startswith(KEY_FORMAT):
+        return bool(before["key"] == step.key)
+    return all(need.name in current for need in step.needs) and not _changes(step, before)
+
+
+def _changes(step: Step, before: Mapping[str, Any]) -> list[str]:
+    names = step.stage.config.option_names()
+    options = step.stage.config.options()
+
+    def present(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {names.get(name, name): value for name, value in values.items()}
+
+    defaults = {name: plain(field.default) for name, (field, _) in options.items() if not field.is_required()}
+    recorded = {"settings": defaults | present(before["settings"]), "files": present(before["files"])}
+    return differences(recorded, {"settings": defaults | present(step.settings), "files": present(step.files)})
+
+
+def _run_and_record(
+    step: Step,
+    before: Mapping[str, Any] | None,
+    steps: Sequence[Step],
+    record: dict[str, Any],
+    record_path: Path,
+    *,
+    quiet: bool,
+) -> None:
+    again = before is not None and before["key"] != step.key
+    if before and again:
+        _say_why(step, before, steps)
+    # What is to be replaced: a run interrupted before the step started has still to replace it.
+    replaces = _manifests(step.output) if again else before.get("replaces") if before else None
+    entry = {
+        "key": step.key,
+        "argv": step.argv,
+        "settings": dict(step.settings),
+        "files": dict(step.files),
+        "replaces": replaces,
+    }
+    record["steps"][step.name] = {**entry, "status": "running", "seconds": None}
+    write_json(record_path, record)
+    seconds = _run(step, overwrite=replaces is not None and replaces == _manifests(step.output), quiet=quiet)
+    record["steps"][step.name] = {**entry, "status": "done", "seconds": round(seconds, 1), **_judged(step)}
+    write_json(record_path, record)
 
 
 def _judged(step: Step) -> dict[str, Any]:
@@ -74,11 +120,7 @@ def _manifests(output: Path) -> list[int | None]:
 
 
 def _say_why(step: Step, before: Mapping[str, Any], steps: Sequence[Step]) -> None:
-    changed = differences(
-        {"settings": before["settings"], "files": before["files"]},
-        {"settings": dict(step.settings), "files": dict(step.files)},
-    )
-    why = "; ".join(changed) or "a step before it changed"
+    why = "; ".join(_changes(step, before)) or "an earlier step changed"
     after = [s.name for s in steps if step in _ancestors(s)]
     more = f", and after it {', '.join(after)}" if after else ""
     console.say(f"[{step.name}] changed since its last run ({why}): running it again{more}")
@@ -103,7 +145,8 @@ def _run(step: Step, *, overwrite: bool, quiet: bool) -> float:
     if code != 0:
         raise CaiError(
             f"step {step.name!r} ended with exit code {code}: {step.shell}",
-            hint="mend what it says above, then run the same `cai run` again: it goes on from here",
+            hint="fix the error above, then run the same `cai run` again: it resumes from here",
+            code="step-failed",
         )
     return monitor_score_of.seconds
 

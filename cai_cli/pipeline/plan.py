@@ -1,39 +1,59 @@
-"""From a run file to the steps of a run."""
+"""From a run file to the steps of a run: sweeps expanded, references resolved, every option checked."""
 
 import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import orjson
-import typer
 
 from cai_cli.common.errors import UsageError
+from cai_cli.pipeline import registry
 from cai_cli.pipeline.run_file import RunFile
 from cai_cli.pipeline.sweep import Value, expand, split_name, split_reference
+from cai_cli.runtime.config import StageConfig
 from cai_cli.runtime.manifest import hash_input
+from cai_cli.runtime.stage import Stage
 
-DATA_STAGES = frozenset({"red-team", "sample", "critique", "revise", "critique-revise", "label-prefs", "score"})
-EVALUATIONS = frozenset({"eval compare", "eval harm"})
-TRAINING_STAGES = frozenset({"sft", "train-pm", "rl"})
-PATH_OPTIONS = frozenset({"input", "helpful", "mix", "constitution", "few-shot", "exclude", "votes"})
+SET_BY_THE_RUN = frozenset({"output", "overwrite", "json", "quiet"})
+KEY_FORMAT = "2:"  # keys of version 0.1.0 have no prefix
 
 
 @dataclass(frozen=True)
 class Step:
-    """One command of the road. `settings` are its options by name, `files` the hashes of what it reads from outside,
-    `needs` the earlier steps it reads from."""
+    """One command of a pipeline.
+
+    Attributes:
+        name: Its name in the run file; of a sweep's variant with its value.
+        stage: The stage that it runs.
+        output: The file or directory it writes.
+        settings: Its options by their names in a run file.
+        files: Hashes of the files outside the run that it reads, by option.
+        needs: The earlier steps whose outputs it reads.
+    """
 
     name: str
-    command: str
+    stage: Stage
     output: Path
     settings: Mapping[str, Value | list[Value]]
     files: Mapping[str, str | None]
     needs: Sequence["Step"]
+
+    @property
+    def command(self) -> str:
+        """The subcommand, such as `eval compare`."""
+        return self.stage.name
+
+    @cached_property
+    def config(self) -> Any:
+        """The options as the stage takes them. Raises UsageError where one is invalid."""
+        fields = self.stage.config.option_names()
+        values = {fields[name]: value for name, value in self.settings.items()}
+        return self.stage.config.build(values | {"output": str(self.output)}, where=f"step {self.name!r}: ")
 
     @property
     def argv(self) -> list[str]:
@@ -41,93 +61,137 @@ class Step:
         source = self.settings["input"]
         words = [*self.command.split(), *(map(str, source) if isinstance(source, list) else [str(source)])]
         words += ["-o", str(self.output)]
+        fields, options = self.stage.config.option_names(), self.stage.config.options()
         for name, value in self.settings.items():
             if name == "input" or value is None:
                 continue
-            option = stage_options()[self.command][name]
-            if isinstance(value, bool) and option.is_flag:
-                words.append(option.opts[0] if value else option.secondary_opts[0])
+            if isinstance(value, bool):
+                _, declared = options[fields[name]]
+                on, _, off = (declared.flags[0] if declared.flags else f"--{name}").partition("/")
+                words += [on] if value else [off] if off else []
             else:
                 words += [f"--{name}", str(value)]
         return words
 
     @property
     def shell(self) -> str:
+        """The command line, quoted for a shell."""
         return shlex.join(["cai", *self.argv])
 
-    @property
+    @cached_property
     def key(self) -> str:
-        """Changes when this step's settings, its files or any step before it change."""
-        parts = [self.argv, dict(self.files), [n.key for n in self.needs]]
-        return sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()
+        """Changes when the settings or files of this step, or any step before it, change."""
+        parts = [self.argv, dict(self.files), [need.key for need in self.needs]]
+        return KEY_FORMAT + sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
 def plan(run: RunFile, file: Path, out: Path) -> list[Step]:
-    """The steps in order, sweeps expanded, checked against the options each command has. Raises UsageError."""
-    from cai_cli.engines.openai_client import checked_url
+    """The steps of a run.
 
-    known = stage_options()
+    Args:
+        run: The run file.
+        file: Where it was read from; files in it are relative to it.
+        out: The run folder.
+
+    Returns:
+        The steps in order.
+
+    Raises:
+        UsageError: A step names an unknown command, option, step or value.
+    """
     steps: dict[str, Step] = {}
     for name, given in expand(run.steps, takes_many).items():
-        where, command = f"{file}: step {name!r}", str(given.get("command"))
-        if command not in known:
-            raise UsageError(f"{where}: no command {given.get('command')!r}", hint=f"known: {', '.join(sorted(known))}")
-        if not isinstance(given.get("input"), str | list):
-            raise UsageError(f"{where}: `input` is missing")
-        settings = {k: v for k, v in given.items() if k != "command"}
-        for shared in ("model", "seed"):
-            if shared in known[command]:
-                settings.setdefault(shared, getattr(run, shared))
-        if isinstance(url := settings.get("base-url"), str):
-            checked_url(url)  # before run.json records it
-        needs: list[Step] = []
-        files: dict[str, str | None] = {}
-        for option, value in settings.items():
-            if option not in known[command]:
-                raise UsageError(
-                    f"{where}: `cai {command}` has no option {option!r}",
-                    hint=f"it has {', '.join(sorted(known[command]))}",
-                )
-            if option != "input" and value is not None:
-                _check_value(known[command][option], value, f"{where}: {option}")
-            found = [
-                _located(v, f"{where}: {option}", steps, file.parent if option in PATH_OPTIONS else None)
-                for v in (value if isinstance(value, list) else [value])
-            ]
-            settings[option] = [v for v, _ in found] if isinstance(value, list) else found[0][0]
-            needs += [source for _, source in found if isinstance(source, Step)]
-            paths = [source for _, source in found if isinstance(source, str)]
-            files |= {
-                option if len(paths) == 1 else f"{option} {place}": hash_input(path).sha256
-                for place, path in enumerate(paths, 1)
-            }
-        output = out / (name if command in TRAINING_STAGES else f"{name}.jsonl")
-        steps[name] = Step(name, command, output, settings, files, needs)
+        steps[name] = _planned(name, given, steps, _Place(run, file, out))
     return list(steps.values())
 
 
-def _check_value(option: Any, value: Value | list[Value], where: str) -> None:
-    """Raises UsageError where the command would refuse `value` for `option`."""
-    if option.is_flag:
-        if not isinstance(value, bool):
-            raise UsageError(f"{where}: must be true or false, not {value!r}")
-        return
-    try:
-        option.process_value(typer.Context(_command_line()), str(value))
-    except typer.BadParameter as error:
-        raise UsageError(f"{where}: {error.message}") from None
+@dataclass(frozen=True)
+class _Place:
+    """What a step is planned with."""
+
+    run: RunFile
+    file: Path
+    out: Path
+
+
+def _planned(name: str, given: Mapping[str, Any], steps: Mapping[str, Step], place: _Place) -> Step:
+    where = f"{place.file}: step {name!r}"
+    stage = registry.STAGES.get(str(given.get("command")))
+    if stage is None:
+        known = ", ".join(sorted(registry.STAGES))
+        raise UsageError(f"{where}: no command {given.get('command')!r}", hint=f"known: {known}", code="unknown-option")
+    if not isinstance(given.get("input"), str | list):
+        raise UsageError(f"{where}: `input` is missing", code="missing-option")
+    settings = _with_current_names(given, stage, where)
+    for shared in ("model", "seed"):
+        if shared in stage.config.option_names():
+            settings.setdefault(shared, getattr(place.run, shared))
+    _check_url(settings.get("base-url"))
+    needs: list[Step] = []
+    files: dict[str, str | None] = {}
+    for option, value in settings.items():
+        folder = place.file.parent if _reads_file(stage.config, option) else None
+        values = value if isinstance(value, list) else [value]
+        found = [_located(one, f"{where}: {option}", steps, folder) for one in values]
+        settings[option] = [v for v, _ in found] if isinstance(value, list) else found[0][0]
+        needs += [source for _, source in found if isinstance(source, Step)]
+        paths = [source for _, source in found if isinstance(source, str)]
+        files |= {
+            option if len(paths) == 1 else f"{option} {number}": hash_input(path).sha256
+            for number, path in enumerate(paths, 1)
+        }
+    output = place.out / (name if stage.trains else f"{name}.jsonl")
+    step = Step(name, stage, output, settings, files, needs)
+    stage.config.build(
+        {stage.config.option_names()[k]: v for k, v in settings.items()} | {"output": str(output)}, where=f"{where}: "
+    )
+    return step
+
+
+def _with_current_names(given: Mapping[str, Any], stage: Stage, where: str) -> dict[str, Any]:
+    """The settings of a step, options that had other names under their present ones. Raises UsageError."""
+    names, options = stage.config.option_names(), stage.config.options()
+    present = {field: name for name, field in names.items() if name not in options[field][1].aliases}
+    settings: dict[str, Any] = {}
+    for name, value in given.items():
+        if name == "command":
+            continue
+        if name not in names or name in SET_BY_THE_RUN:
+            known = sorted(set(present.values()) - SET_BY_THE_RUN)
+            raise UsageError(
+                f"{where}: `cai {stage.name}` has no option {name!r}",
+                hint=f"it has {', '.join(known)}",
+                code="unknown-option",
+            )
+        settings[present[names[name]]] = value
+    return settings
+
+
+def _check_url(url: object) -> None:
+    """Raises UsageError where an address holds what run.json must not record."""
+    from cai_cli.engines.openai_client import checked_url
+
+    if isinstance(url, str):
+        checked_url(url)
+
+
+def _reads_file(config: type[StageConfig], name: str) -> bool:
+    _, declared = config.options()[config.option_names()[name]]
+    return declared.reads_file
 
 
 def _located(
     value: Value, where: str, steps: Mapping[str, Step], folder: Path | None
 ) -> tuple[Value, Step | str | None]:
-    """A setting as the command gets it, and the step or the file it names. `folder`: where its file is looked for."""
+    """A setting as the command gets it, and the step or the file that it names; files are relative to `folder`."""
     if isinstance(value, str) and "\0" in value:
-        raise UsageError(f"{where}: {value!r} holds a NUL character, which no command line can")
+        raise UsageError(
+            f"{where}: {value!r} contains a NUL character, which no command line can", code="invalid-option"
+        )
     if reference := split_reference(value):
         name, step = reference
         if step not in steps:
-            raise UsageError(f"{where}: no earlier step {step!r}")
+            raise UsageError(f"{where}: no earlier step {step!r}", code="unknown-step")
         return f"{name}{steps[step].output}", steps[step]
     if folder is None or not isinstance(value, str) or value == "none" or value.startswith("hf://"):
         return value, None
@@ -136,26 +200,8 @@ def _located(
     return f"{name}{path}", path
 
 
-@cache
-def _command_line() -> Any:
-    from cai_cli.cli.app import app
-
-    return typer.main.get_command(app)
-
-
-@cache
-def stage_options() -> dict[str, dict[str, Any]]:
-    """Stage -> option name (without dashes) -> the option, read off the commands themselves."""
-    wired = {"output", "overwrite", "json", "quiet", "help"}
-    found = {}
-    for name in DATA_STAGES | EVALUATIONS | TRAINING_STAGES:
-        command = _command_line()
-        for word in name.split():
-            command = command.commands[word]
-        found[name] = {p.name.replace("_", "-"): p for p in command.params if p.name not in wired}
-    return found
-
-
 def takes_many(command: object) -> frozenset[str]:
-    """The options of a command that take several values."""
-    return frozenset(name for name, option in stage_options().get(str(command), {}).items() if option.nargs == -1)
+    """The options of a command that take several values, so that a list for them is no sweep."""
+    stage = registry.STAGES.get(str(command))
+    options = stage.config.options() if stage else {}
+    return frozenset(name for name, (field, _) in options.items() if get_origin(field.annotation) is list)

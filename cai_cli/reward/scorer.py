@@ -9,9 +9,16 @@ from cai_cli.data.schema import Rejected, Sample, Scored, reject
 from cai_cli.models.loading import context_window, pick_device
 from cai_cli.models.source import ModelSource
 from cai_cli.reward.preference_model import encode_conversation, open_for_scores, score_ids
+from cai_cli.runtime.config import Effect, Group, Option, StageConfig, option
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class PreferenceModelOptions(StageConfig):
+    """The preference model that scores."""
+
+    pm: str = option(..., "Preference model, from `cai train-pm`.", Option(Effect.HASHED, Group.MODEL))
 
 
 def score(

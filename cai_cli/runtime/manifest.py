@@ -21,17 +21,6 @@ from cai_cli.data.jsonl import COMPRESSED
 
 Json = Any
 OBJECTS = frozenset({"provenance", "counts", "run", "figures", "steps"})  # in a manifest or run.json
-# Options that decide where and how fast, never what: they may differ between the runs that share one output.
-HARMLESS_OPTIONS = frozenset(
-    {"output", "overwrite", "json", "quiet", "batch_size", "device", "report_to", "skip_invalid", "max_invalid",
-     "save_steps", "base_url", "concurrency", "timeout", "budget_tokens", "price_in", "price_out", "accelerate_config",
-     "num_processes"}
-)  # fmt: skip
-# Options that name something whose content is recorded by its hash.
-HASHED_OPTIONS = frozenset(
-    {"input", "model", "judge", "constitution", "few_shot", "helpful", "mix", "pm", "monitor_pm", "monitor_judge",
-     "exclude", "votes"}
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,13 +52,6 @@ def hash_input(source: str) -> InputFile:
         raise CaiError(f"cannot read {source}: {error.strerror}") from error
     plain = Path(source).suffix not in COMPRESSED and not source.endswith(".parquet")
     return InputFile(source, digest.hexdigest(), lines if plain else None)
-
-
-def settings_of(flags: Mapping[str, Json], **resolved: Json) -> dict[str, Json]:
-    """A command's options that decide its content: all but the harmless and the hashed ones, so that a new option
-    counts until someone says otherwise. `resolved` replaces what stood for itself, such as `auto`."""
-    known = {k: v for k, v in flags.items() if k not in HARMLESS_OPTIONS | HASHED_OPTIONS}
-    return {**known, **resolved}
 
 
 def provenance(stage: str, *, inputs: Mapping[str, InputFile], settings: Mapping[str, Json], **parts: Json) -> Json:

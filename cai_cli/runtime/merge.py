@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from heapq import merge as merge_sorted
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import orjson
-import typer
 
-from cai_cli.cli import options
 from cai_cli.common.errors import CaiError
 from cai_cli.data.jsonl import open_input, read_rows, row_key, rows_of
 from cai_cli.data.schema import WorkItemRecord
@@ -132,17 +130,11 @@ def merge(parts: Sequence[Part], sink: FileSink, counts: Counts) -> None:
         counts.skipped.update(part.manifest["counts"]["skipped_reasons"])
 
 
-def command(
-    shards: Annotated[list[Path], typer.Argument(metavar="SHARD...", help="All shards of one run.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Output JSONL file.", show_default=False)],
-    overwrite: options.Overwrite = False,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
-    """Merge the shards of one run into the output of the whole run.
+def merge_shards(shards: Sequence[Path], output: Path, *, overwrite: bool, as_json: bool) -> None:
+    """Write the output of the whole run that `shards` are the parts of, and print the summary.
 
-    SHARD...: outputs of the same command with --shard 1/N to N/N. The rows, the rejected rows, the counts and the
-    provenance are those of a run without --shard, to the byte. A missing or foreign shard is refused by name.
+    Raises:
+        CaiError: A shard is missing, unfinished, or of another run.
     """
     refuse_input_as_output(output, {str(path): InputFile(str(path), None, None) for path in shards})
     parts = [Part.open(path) for path in shards]
@@ -158,5 +150,5 @@ def command(
         lambda sink, counts: merge(parts, sink, counts),
         rows=rows,
         overwrite=overwrite,
-        as_json=json,
+        as_json=as_json,
     )

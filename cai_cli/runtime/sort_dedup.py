@@ -10,17 +10,14 @@ from enum import StrEnum
 from heapq import merge
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import orjson
-import typer
 
-from cai_cli.cli import options
 from cai_cli.common.hash_index import KeyTable
-from cai_cli.data.formats import parse_prompt
+from cai_cli.data.formats import parse_prompt, row_object, texts_of
 from cai_cli.data.jsonl import read_rows
 from cai_cli.data.schema import conversation_id
-from cai_cli.metrics.dataset_stats import row_object, texts_of
 from cai_cli.runtime.file_transform import rewrite
 from cai_cli.runtime.manifest import hash_input, provenance
 from cai_cli.runtime.output_files import sidecar
@@ -117,45 +114,24 @@ def _scratch(folder: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-Output = Annotated[Path, typer.Option("--output", "-o", help="Output JSONL file.", show_default=False)]
-
-
-def sort_command(
-    input: options.Input,
-    output: Output,
-    by: Annotated[By, typer.Option(help="id (rows of one prompt together) or length (in characters).")] = By.id,
-    overwrite: options.Overwrite = False,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
-    """Sort rows without loading the file.
-
-    INPUT: JSONL rows of any stage. Rows with equal keys stay in their order.
-    """
+def sort_file(input: str, output: Path, by: By, *, overwrite: bool, as_json: bool) -> None:
+    """Write the rows of `input` to `output` in order, and print the summary. Raises CaiError."""
     inputs = {"rows": hash_input(input)}
 
     def fill(sink: FileSink, counts: Counts) -> None:
         with _scratch(sidecar(output, "sort")) as folder:
             _write(sink, sorted_lines(_counted(input, row_object, counts), sort_key(by), folder))
 
-    made = provenance("sort", inputs=inputs, settings={"by": by.value})
-    rewrite(output, made, inputs, fill, overwrite=overwrite, as_json=json)
+    made_by = provenance("sort", inputs=inputs, settings={"by": by.value})
+    rewrite(output, made_by, inputs, fill, overwrite=overwrite, as_json=as_json)
 
 
-def dedup_command(
-    input: options.Input,
-    output: Output,
-    overwrite: options.Overwrite = False,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
-    """Keep the first row of each prompt, whatever its id, without loading the file.
-
-    INPUT: JSONL rows with prompts in any form that `cai sample` takes. The rows kept are written as they are.
-    """
+def dedup_file(input: str, output: Path, *, overwrite: bool, as_json: bool) -> None:
+    """Write the first row of each prompt to `output`, and print the summary. Raises CaiError."""
     inputs = {"rows": hash_input(input)}
 
     def fill(sink: FileSink, counts: Counts) -> None:
         _write(sink, distinct_lines(_counted(input, _with_prompt, counts), counts))
 
-    rewrite(output, provenance("dedup", inputs=inputs, settings={}), inputs, fill, overwrite=overwrite, as_json=json)
+    made_by = provenance("dedup", inputs=inputs, settings={})
+    rewrite(output, made_by, inputs, fill, overwrite=overwrite, as_json=as_json)

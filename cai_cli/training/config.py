@@ -4,28 +4,13 @@ The noise of a step (sampled replies, dropout) comes from (seed, step) alone and
 so a run that was killed and resumed ends with the parameters of one that was not.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from cai_cli.common.errors import UsageError
-from cai_cli.runtime.manifest import settings_of
+from cai_cli.runtime.config import StageConfig
 from cai_cli.training import distributed
-
-Epochs = Annotated[float, typer.Option(min=0.0, help="Passes over the rows.")]
-MaxSteps = Annotated[int | None, typer.Option(min=1, help="Stop after this many steps instead of --epochs.")]
-TrainBatchSize = Annotated[int, typer.Option(min=1, help="Rows in one forward pass of one process.")]
-GradientAccumulation = Annotated[int, typer.Option(min=1, help="Forward passes of each process in one step.")]
-LearningRate = Annotated[float, typer.Option(min=0.0, help="Peak learning rate of AdamW.")]
-MaxLength = Annotated[int, typer.Option(min=2, help="Longest row in tokens; longer ones are rejected, never cut.")]
-Lora = Annotated[
-    bool, typer.Option("--lora/--full", help="Train low-rank adapters, merged at the end, or all weights.")
-]
-LoraRank = Annotated[int, typer.Option(min=1, help="Rank of the adapters, with --lora.")]
-SaveSteps = Annotated[int, typer.Option(min=1, help="Steps between checkpoints, from which a killed run goes on.")]
 
 
 @dataclass(frozen=True)
@@ -98,12 +83,12 @@ class TrainingConfig:
         """Rows in one step, of all processes."""
         return self.batch_size * self.gradient_accumulation * distributed.world_size()
 
-    def settings(self, flags: Mapping[str, Any]) -> dict[str, Any]:
-        """The options of a training command that decide what comes out, for its provenance. How many processes share
-        an effective batch decides nothing: a run may go on with another number."""
-        decisive = {k: v for k, v in flags.items() if k not in ("dtype", "gradient_accumulation")}
-        dealt = {"batch_size": self.batch_size} if "gradient_accumulation" in flags else {}  # of rl it decides nothing
-        return settings_of(decisive, **dealt, effective_batch=self.effective_batch, precision=self.precision)
+    def settings(self, config: StageConfig) -> dict[str, Any]:
+        """The options that decide the trained model, as a manifest records them. How many processes share an effective
+        batch does not decide it: a run may resume with another number."""
+        settings = config.settings(effective_batch=self.effective_batch, precision=self.precision)
+        settings.pop("dtype", None)  # recorded as the precision it resolved to
+        return settings
 
     def facts(self, order: str, rows: int) -> dict[str, Any]:
         """How `rows` were dealt out, for the manifest. `order`: in words, in which order they come. `repeated_rows`:

@@ -18,7 +18,6 @@ from cai_cli.common import console
 from cai_cli.common.errors import CaiError, UsageError
 
 T = TypeVar("T")
-STAGES = frozenset({"sft", "train-pm", "rl"})
 TIMEOUT = timedelta(hours=2)  # the longest wait for another process: while rank 0 checks or saves, the others wait
 GOODBYE_SECONDS = 60.0
 RESUME = "run the same again to go on from the last checkpoint"
@@ -75,7 +74,7 @@ def weights_are_sharded() -> bool:
 
 
 @contextmanager
-def session() -> Iterator[None]:
+def session(trainers: frozenset[str]) -> Iterator[None]:
     """Around a whole command: join the group, and on the way out decide who says what went wrong. Does nothing in a
     process that no launcher started. Raises UsageError, CaiError."""
     if not launched():
@@ -89,7 +88,7 @@ def session() -> Iterator[None]:
     console.mute_errors(False)
     try:
         if world_size() > 1:  # after all have met: one that ends sooner has the launcher end the one that would speak
-            _refuse_other_commands(sys.argv[1:])
+            _refuse_other_commands(sys.argv[1:], trainers)
         yield
     except SystemExit as stop:
         if stop.code:
@@ -137,9 +136,9 @@ def _refuse_lost_processes() -> None:
         )
 
 
-def _refuse_other_commands(words: Sequence[str]) -> None:
+def _refuse_other_commands(words: Sequence[str], trainers: frozenset[str]) -> None:
     command = next((word for word in words if not word.startswith("-")), "")
-    if command not in STAGES:
+    if command not in trainers:
         raise UsageError(
             f"cai {command} runs in one process, not in {world_size()}",
             hint="data stages take --shard I/N (see `cai merge`); sft, train-pm and rl train in several processes",

@@ -11,7 +11,7 @@ from helpers import sample_row, write_rows
 from report_run import HOSTILE, make_run
 from tiny import tiny_model_dir
 
-from cai_cli.cli.push import push
+from cai_cli.cards.push import push
 from cai_cli.common.errors import CaiError
 from cai_cli.training.quiet import quiet_libraries
 
@@ -103,7 +103,7 @@ def test_only_a_dataset_of_cai_is_ever_replaced(cai: Cai, tmp_path: Path, run: P
     assert cai("export", source, "-o", "mine", "--overwrite").code == 1
     assert (tmp_path / "mine/thesis.txt").exists()
     assert cai("export", source, "-o", "ds").code == 0
-    assert "is there already" in cai("export", source, "-o", "ds").stderr
+    assert cai("export", source, "-o", "ds").error == "output-exists"
     assert cai("export", source, "-o", "ds", "--overwrite").code == 0
 
 

@@ -10,10 +10,10 @@ import typer
 from conftest import Cai
 
 from cai_cli import __version__
-from cai_cli.cli.app import app
+from cai_cli.cli.app import build_app
 
 HEAVY = ("torch", "transformers", "trl", "datasets", "peft", "pyarrow", "huggingface_hub", "numpy")
-COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+COMMANDS = sorted(typer.main.get_command(build_app()).commands)  # type: ignore[attr-defined]
 
 
 def test_help_and_a_scripted_stage_load_no_heavy_library(tmp_path: Path) -> None:

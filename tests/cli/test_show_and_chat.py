@@ -184,7 +184,7 @@ def test_a_chat_keeps_its_history_until_it_is_reset(cai: Cai, script: str) -> No
     done = cai("chat", script, stdin=b"my name is Ada\n\nwho am i\n/reset\nwho am i\n/quit\nwho am i\n")
     assert done.code == 0
     assert done.stdout.splitlines() == [f"{script}> hello", f"{script}> Ada", f"{script}> nobody"]
-    assert "the conversation starts afresh" in done.stderr
+    assert "a new conversation starts" in done.stderr
 
 
 def test_two_models_hear_the_same_and_each_keeps_its_own_answers(cai: Cai, script: str, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from loopback import Behaviour, Loopback, Request, completion, cut, error, good,
 from report_run import make_run
 
 from cai_cli.cards.export import export
-from cai_cli.cli.app import app
+from cai_cli.cli.app import build_app
 from cai_cli.common import console
 from cai_cli.engines import openai_client
 
@@ -182,7 +182,7 @@ def test_no_option_takes_a_key() -> None:
         for inner in getattr(command, "commands", {}).values():
             yield from names(inner)
 
-    found = set(names(typer.main.get_command(app)))
+    found = set(names(typer.main.get_command(build_app())))
     assert {"base_url", "input", "model"} <= found
     assert not {n for n in found if n.rpartition("_")[2] in ("key", "token", "secret", "password", "auth", "header")}
 

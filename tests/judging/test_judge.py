@@ -10,7 +10,7 @@ from cai_cli.common.seeds import seed_for
 from cai_cli.constitution.schema import ComparisonExample, PreferencePrinciple
 from cai_cli.engines.base import Completion, GenerationRequest, LogprobRequest, RequestFailure, Sampling
 from cai_cli.engines.scripted import ScriptedEngine
-from cai_cli.judging.judge import CONTENT_FREE, METHODS, Judge, Judgement, PairComparison, sigmoid
+from cai_cli.judging.judge import CONTENT_FREE, Judge, Judgement, Method, PairComparison, sigmoid
 from cai_cli.judging.pairs import Pair
 from cai_cli.prompting.base import PromptFormat, assistant, user
 from cai_cli.prompting.comparison import (
@@ -194,7 +194,7 @@ def test_a_verdict_is_one_or_zero_or_none_of_its_own_comparison(form: PromptForm
     assert judge(engine, "verdict", form).judge(WANTED[:1]) == [RequestFailure("no verdict in the answer")]
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "verdict"])
+@pytest.mark.parametrize("method", [m for m in Method if m != "verdict"])
 def test_an_engine_that_answers_too_few_is_an_error_and_shifts_no_vote(method: str) -> None:
     engine = Recorder([[-1.0, -2.0]], [Completion("a", "stop")])
     with pytest.raises(ValueError, match="shorter"):

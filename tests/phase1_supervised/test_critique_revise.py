@@ -220,7 +220,7 @@ def test_kind_fills_rows_that_do_not_say_and_another_word_is_a_usage_error(cai: 
     assert cai(*words, "--kind", "red-team").code == 0
     assert [r["kind"] for r in rows_in(inputs / "s.jsonl")] == ["helpful", "red-team"]
     refused = cai(*words, "--kind", "evil")
-    assert (refused.code, "--kind must be" in refused.stderr) == (2, True)
+    assert (refused.code, "--kind" in refused.stderr) == (2, True)
 
 
 def test_limit_takes_the_first_rows_and_n_counts_replies(cai: Cai, inputs: Path) -> None:

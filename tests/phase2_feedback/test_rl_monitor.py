@@ -294,7 +294,7 @@ def test_tensorboard_is_told_what_metrics_jsonl_holds(
 def test_an_unknown_or_missing_reporter_is_a_usage_error(
     models: dict[str, str], prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UsageError, match="tensorboard or trackio"):
+    with pytest.raises(UsageError, match="'tensorboard' or 'trackio'"):
         command(prompts, tmp_path / "rl", **settings(models, report_to="paper"))
     monkeypatch.setattr("cai_cli.phase2_feedback.rl.find_spec", lambda _: None)
     with pytest.raises(UsageError, match="not installed"):

@@ -4,12 +4,10 @@ from unittest.mock import patch
 
 import orjson
 import pytest
-import typer
 from conftest import Cai
-from helpers import manifest_of, preference, revision, rows_in, stage, write_rows
+from helpers import manifest_of, options_that, preference, revision, rows_in, stage, write_rows
 from tiny import tiny_model_dir
 
-from cai_cli.cli.app import app
 from cai_cli.common.errors import CaiError, InvalidRow
 from cai_cli.data.formats import scorable
 from cai_cli.data.jsonl import read_prompts
@@ -17,7 +15,7 @@ from cai_cli.data.schema import Message
 from cai_cli.models.loading import load_reward_model, load_tokenizer
 from cai_cli.reward import scorer
 from cai_cli.reward.preference_model import score_conversations
-from cai_cli.runtime.manifest import HARMLESS_OPTIONS, HASHED_OPTIONS
+from cai_cli.runtime.config import Effect
 
 command = stage("score")
 train_pm_stage = stage("train-pm")
@@ -131,7 +129,5 @@ def test_scores_come_through_a_pipe(pm: Path, cai: Cai) -> None:
     assert (row["id"], row["sample_index"], isinstance(row["score"], float)) == ("7", 0, True)
 
 
-def test_every_option_is_classified_by_hand_as_harmless_hashed_or_deciding() -> None:
-    options = {p.name for p in typer.main.get_command(app).commands["score"].params} - {"help"}  # type: ignore[attr-defined]
-    classes = (HARMLESS_OPTIONS, HASHED_OPTIONS, {"limit", "shard"})
-    assert {o: sum(o in c for c in classes) for o in options} == dict.fromkeys(options, 1)
+def test_only_the_share_of_the_input_decides_the_scores() -> None:
+    assert options_that("score", Effect.DECIDES) == {"limit", "shard"}

@@ -302,7 +302,7 @@ def test_a_fitted_head_gives_the_probabilities_of_its_labels() -> None:
     ("run", "problem"),
     [
         ({"epochs": 0}, "trains nothing"),
-        ({"targets": "sharp"}, "--targets must be soft or hard"),
+        ({"targets": "sharp"}, "targets: must be 'soft' or 'hard'"),
         ({"fit_head": True}, "pairs of 10 prompts or more, these are of 4"),
     ],
 )

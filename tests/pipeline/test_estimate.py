@@ -6,25 +6,27 @@ from pathlib import Path
 import pytest
 from conftest import Cai
 
-from cai_cli.pipeline import flops
-from cai_cli.pipeline.estimate import HELPFUL, OF_THEM_MADE, RED_TEAM, RL_HELPFUL, RL_RED_TEAM, paper_run, paper_table
-from cai_cli.pipeline.flops import Work
+from cai_cli.pipeline.paper_run import HELPFUL, OF_THEM_MADE, RED_TEAM, RL_HELPFUL, RL_RED_TEAM, paper_run, paper_table
+from cai_cli.runtime import cost
+from cai_cli.runtime.cost import TokenCounts
 
 PAGE = (Path(__file__).parents[2] / "docs/scale.md").read_text(encoding="utf-8")
 
 
 def test_a_million_tokens_take_what_the_operations_take() -> None:
     second = 0.4 * 989e12
-    assert Work(prompt_tokens=1e6).gpu_hours(8e9) == pytest.approx(1e6 * 2 * 8e9 / second / 3600)
-    assert Work(trained_tokens=1e6).gpu_hours(8e9) == pytest.approx(3 * Work(prompt_tokens=1e6).gpu_hours(8e9))
-    assert 1e6 / Work(new_tokens=1e6).gpu_hours(8e9) / 3600 == pytest.approx(3709, rel=1e-3)  # tokens a second
-    both = flops.total([Work(prompt_tokens=3.0), Work(1.0, 2.0, 4.0)])
-    assert both == Work(4.0, 2.0, 4.0)
+    assert TokenCounts(prompt_tokens=1e6).gpu_hours(8e9) == pytest.approx(1e6 * 2 * 8e9 / second / 3600)
+    assert TokenCounts(trained_tokens=1e6).gpu_hours(8e9) == pytest.approx(
+        3 * TokenCounts(prompt_tokens=1e6).gpu_hours(8e9)
+    )
+    assert 1e6 / TokenCounts(new_tokens=1e6).gpu_hours(8e9) / 3600 == pytest.approx(3709, rel=1e-3)  # tokens a second
+    both = cost.total([TokenCounts(prompt_tokens=3.0), TokenCounts(1.0, 2.0, 4.0)])
+    assert both == TokenCounts(4.0, 2.0, 4.0)
 
 
 def test_the_page_holds_the_table_that_is_counted() -> None:
     assert paper_table() in PAGE, "paste what `python tests/scale_table.py` prints"
-    assert f"{flops.ASSUMED}." in " ".join(PAGE.split())
+    assert f"{cost.ASSUMPTIONS}." in " ".join(PAGE.split())
     for number in (RED_TEAM, OF_THEM_MADE, HELPFUL, RL_RED_TEAM, RL_HELPFUL):
         assert f"{number:,}" in PAGE
 

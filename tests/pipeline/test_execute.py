@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from conftest import Cai
 from helpers import Json, rows_in, sample_row, write_rows
 
+from cai_cli.cli.app import build_app
 from cai_cli.common.errors import CaiError
 from cai_cli.constitution.schema import PreferenceConstitution, open_constitution
 from cai_cli.pipeline.estimate import StepEstimate, estimate
-from cai_cli.pipeline.plan import Step, plan, stage_options
+from cai_cli.pipeline.plan import Step, plan
+from cai_cli.pipeline.registry import STAGES
 from cai_cli.pipeline.run_file import load_run
 
 ROAD = """\
@@ -67,7 +70,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in (folder / "out").glob("*.jsonl")}
 
 
-def test_a_road_runs_once_and_after_a_change_only_what_it_touches(road: Path) -> None:
+def test_a_pipeline_runs_once_and_after_a_change_only_what_it_touches(road: Path) -> None:
     first = run(road)
     assert first.returncode == 0, first.stderr
     assert ran(first) == STEPS
@@ -78,7 +81,7 @@ def test_a_road_runs_once_and_after_a_change_only_what_it_touches(road: Path) ->
 
     again = run(road)
     assert ran(again) == []
-    assert again.stderr.count("done already") == 4
+    assert again.stderr.count("already done") == 4
     assert contents(road) == before
 
     edit(road, "rounds: 1", "rounds: 2")
@@ -94,7 +97,7 @@ def test_a_road_runs_once_and_after_a_change_only_what_it_touches(road: Path) ->
     assert ran(grown) == ["samples", "revisions", "preferences"]
     assert "files.input: " in grown.stderr
     assert "after it revisions, preferences" in grown.stderr
-    assert "[revisions] changed since its last run (a step before it changed)" in grown.stderr
+    assert "[revisions] changed since its last run (an earlier step changed)" in grown.stderr
     assert len(rows_in(road / "out/samples.jsonl")) == 14
 
     (road / "out/helpful.jsonl").unlink()
@@ -267,8 +270,8 @@ def test_a_dataset_on_the_hub_is_no_path_beside_the_file(road: Path) -> None:
         ("  a: {command: sample, input: '@b'}\n  b: {command: sample, input: prompts.jsonl}\n", "no earlier step 'b'"),
         ("  a: {command: sample, input: '@a'}\n", "no earlier step 'a'"),
         ("  a: {command: sample, input: none.jsonl}\n", "cannot read"),
-        ("  a: {command: sample, input: prompts.jsonl, n: banana}\n", "step 'a': n: Input should be a valid integer"),
-        ("  a: {command: sample, input: prompts.jsonl, n: 0}\n", "step 'a': n: Input should be greater than or equal"),
+        ("  a: {command: sample, input: prompts.jsonl, n: banana}\n", "step 'a': n: must be a valid integer"),
+        ("  a: {command: sample, input: prompts.jsonl, n: 0}\n", "step 'a': n: must be greater than or equal"),
         (
             "  a: {command: sample, input: prompts.jsonl, skip-invalid: 7}\n",
             "skip-invalid: must be true or false, not 7",
@@ -326,7 +329,7 @@ def test_the_plan_counts_what_a_way_of_judging_asks(settings: str, requests: int
     (road / "six.txt").write_text("".join(f"question {i}\n" for i in range(6)))
     steps = f"  a: {{command: sample, input: six.txt, n: 3}}\n  b: {{command: label-prefs, input: '@a', {settings}}}\n"
     found = estimate(planned(road, steps))[1]
-    assert (found.requests, found.work.new_tokens) == (requests, new_tokens)
+    assert (found.requests, found.tokens.new_tokens) == (requests, new_tokens)
 
 
 def test_the_plan_reads_a_named_input_as_the_command_does(road: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,13 +354,19 @@ def test_the_plan_of_rl_counts_what_its_watcher_is_asked(road: Path) -> None:
     assert (asked, pm.requests) == (2 * 2 * replies, alone.requests)
     examples = open_constitution(PreferenceConstitution, None, None).examples
     few_shot = sum(len(example.model_dump_json()) for example in examples) / 4
-    read = judge.work.prompt_tokens - alone.work.prompt_tokens
+    read = judge.tokens.prompt_tokens - alone.tokens.prompt_tokens
     assert read == pytest.approx(asked * (few_shot + prompt + 2 * 10))
-    assert pm.work.prompt_tokens - alone.work.prompt_tokens == pytest.approx(3 * replies * (prompt + 10))
-    assert judge.work.new_tokens == pm.work.new_tokens == alone.work.new_tokens
+    assert pm.tokens.prompt_tokens - alone.tokens.prompt_tokens == pytest.approx(3 * replies * (prompt + 10))
+    assert judge.tokens.new_tokens == pm.tokens.new_tokens == alone.tokens.new_tokens
 
 
-def test_an_option_has_one_name_in_the_shell_and_in_a_run_file() -> None:
-    for stage, known in stage_options().items():
-        for name, option in known.items():
-            assert option.param_type_name == "argument" or f"--{name}" in option.opts, (stage, name, option.opts)
+@pytest.mark.parametrize("stage", sorted(STAGES))
+def test_an_option_has_one_name_in_the_shell_and_in_a_run_file(stage: str) -> None:
+    names, options = STAGES[stage].config.option_names(), STAGES[stage].config.options()
+    command: Any = typer.main.get_command(build_app())
+    for word in stage.split():
+        command = command.commands[word]
+    flags = {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
+    for name, field in names.items():
+        _, declared = options[field]
+        assert declared.argument or name in declared.aliases or f"--{name}" in flags, name

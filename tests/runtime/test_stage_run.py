@@ -8,15 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import typer
 from conftest import Cai
-from helpers import Died, manifest_of, rows_in, sample_row, write_rows
+from helpers import Died, manifest_of, options_that, rows_in, sample_row, write_rows
 
-from cai_cli.cli.app import app
 from cai_cli.engines.base import Completion, GenerationRequest, RequestFailure, Sampling
 from cai_cli.engines.scripted import ScriptedEngine
-from cai_cli.pipeline.plan import DATA_STAGES
-from cai_cli.runtime.manifest import HARMLESS_OPTIONS, HASHED_OPTIONS
+from cai_cli.pipeline.registry import STAGES
+from cai_cli.runtime.config import Effect
+from cai_cli.runtime.stage import Phase
 
 ALL = ("--model", "scripted:script.jsonl")
 
@@ -73,55 +72,34 @@ def test_in_is_out_and_rejected_and_skipped_in_manifest_files_and_closing_line(
 
 
 @pytest.mark.parametrize("stage", WORDS)
-def test_every_option_of_a_stage_is_recorded_hashed_or_harmless(stage: str, cai: Cai, inputs: Path) -> None:
+def test_every_option_that_decides_the_output_is_recorded(stage: str, cai: Cai, inputs: Path) -> None:
     # score has no script to answer for its model, and red-team makes rows instead of taking them: see their tests.
-    assert set(WORDS) == DATA_STAGES - {"score", "red-team"}
-    options = {p.name for p in typer.main.get_command(app).commands[stage].params} - {"help"}  # type: ignore[attr-defined]
+    data = {name for name, s in STAGES.items() if not s.trains and s.phase is not Phase.EVALUATION}
+    assert set(WORDS) == data - {"score", "red-team"}
     cai(*prepare(stage, cai), "-o", "out.jsonl")
     recorded = set(manifest_of(inputs / "out.jsonl")["provenance"]["settings"])
-    assert recorded == options - HARMLESS_OPTIONS - HASHED_OPTIONS
+    assert recorded == options_that(stage, Effect.DECIDES)
     assert {"seed", "prompt_format", "limit", "dtype"} <= recorded
 
 
-# What decides the content of a data stage's output. A new option belongs here, or among the harmless or the hashed
-# ones of cai_cli/manifest.py: someone has to say which.
+# What decides the content of an output of any stage. A new option belongs here, or is declared as harmless or recorded
+# by hash: this list makes sure that somebody decided.
 CONTENT_OPTIONS = frozenset(
     [
-        "n",
-        "kind",
-        "topics",
-        "num_examples",
-        "start_words",
-        "similarity",
-        "rounds",
-        "critique",
-        "method",
-        "both_orders",
-        "pairs",
-        "principles_per_pair",
-        "cot_samples",
-        "clamp",
-        "calibrate",
-        "min_confidence",
-        "principles",
-        "max_principles",
-        "max_new_tokens",
-        "temperature",
-        "top_p",
-        "prompt_format",
-        "seed",
-        "limit",
-        "shard",
-        "dtype",
+        *("n", "kind", "topics", "num_examples", "start_words", "similarity", "rounds", "critique", "method"),
+        *("both_orders", "pairs", "principles_per_pair", "cot_samples", "clamp", "calibrate", "min_confidence"),
+        *("principles", "max_principles", "max_new_tokens", "temperature", "top_p", "prompt_format", "seed", "limit"),
+        *("shard", "dtype", "helpful_ratio", "revisions", "epochs", "max_steps", "batch_size", "learning_rate"),
+        *("max_length", "lora", "lora_rank", "eval_share", "mix_ratio", "targets", "fit_head", "algorithm", "beta"),
+        *("steps", "prompts_per_step", "samples_per_prompt", "cutoff_penalty", "held_out", "monitor_every"),
+        "stop_on_goodhart",
     ]
 )
 
 
-@pytest.mark.parametrize("stage", sorted(DATA_STAGES))
-def test_every_option_of_a_stage_is_classified_by_hand_as_harmless_hashed_or_deciding(stage: str) -> None:
-    options = {p.name for p in typer.main.get_command(app).commands[stage].params} - {"help"}  # type: ignore[attr-defined]
-    classes = (HARMLESS_OPTIONS, HASHED_OPTIONS, CONTENT_OPTIONS)
-    assert {o: sum(o in c for c in classes) for o in options} == dict.fromkeys(options, 1)
+@pytest.mark.parametrize("stage", sorted(STAGES))
+def test_only_the_listed_options_decide_the_output(stage: str) -> None:
+    assert options_that(stage, Effect.DECIDES) <= CONTENT_OPTIONS
 
 
 @pytest.mark.parametrize(

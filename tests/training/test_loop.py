@@ -45,9 +45,9 @@ def test_a_finished_output_is_left_alone_with_its_summary(
     model: Path, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    command(rows, out, model=str(model), json=True, **QUICK)
+    command(rows, out, model=str(model), as_json=True, **QUICK)
     first, before = json.loads(capsys.readouterr().out), stamp(out)
-    command(rows, out, model=str(model), json=True, save_steps=7, **QUICK)
+    command(rows, out, model=str(model), as_json=True, save_steps=7, **QUICK)
     captured = capsys.readouterr()
     assert json.loads(captured.out) == first | {"status": "already finished"}
     assert "already finished" in captured.err
@@ -64,7 +64,7 @@ def test_only_our_words_are_printed_and_the_summary_conserves_the_rows(
     (line,) = captured.err.splitlines()
     counted = "31 in = 30 used (27 trained on + 3 held out) + 1 rejected (1 longer than the model's window of 512)"
     assert line.startswith(f"sft: {counted}")
-    command(rows, tmp_path / "out", model=str(model), quiet=True, json=True, overwrite=True, **QUICK)
+    command(rows, tmp_path / "out", model=str(model), quiet=True, as_json=True, overwrite=True, **QUICK)
     captured = capsys.readouterr()
     assert captured.err == ""
     summary = json.loads(captured.out)

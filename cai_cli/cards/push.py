@@ -1,14 +1,9 @@
 """`cai push DIR REPO`: an exported dataset or a finished model, with its card, to the Hugging Face Hub."""
 
 from pathlib import Path
-from typing import Annotated, Any
-
-import orjson
-import typer
+from typing import Any
 
 from cai_cli.cards.export import is_dataset
-from cai_cli.cli import options
-from cai_cli.common import console
 from cai_cli.common.errors import CaiError
 from cai_cli.models.fetch import check_model_dir, first_line
 
@@ -45,24 +40,3 @@ def kind_of(directory: Path) -> str:
     if not (directory / "README.md").is_file():
         raise CaiError(f"{directory} has no card (README.md)", hint="write one: a model without it helps nobody")
     return "model"
-
-
-def command(
-    directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Exported dataset or finished model.", show_default=False)
-    ],
-    repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hub.", show_default=False)],
-    public: Annotated[bool, typer.Option("--public", help="Let everybody read it; private without.")] = False,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
-    """Upload a dataset or a model to the Hugging Face Hub, private unless told otherwise.
-
-    The token is that of `hf auth login` or HF_TOKEN.
-    """
-    from huggingface_hub import HfApi
-
-    url = push(directory, repo, public=public, api=HfApi())
-    if json:
-        print(orjson.dumps({"repo": repo, "directory": str(directory), "public": public, "commit": url}).decode())
-    console.say(f"push: {directory} -> {url}")

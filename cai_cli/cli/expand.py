@@ -1,0 +1,87 @@
+"""Typer commands from stage configs: the signature, the help and the old names of options all come from the fields."""
+
+from collections.abc import Callable, Mapping
+from inspect import Parameter, Signature, getdoc
+from typing import Annotated, Any
+
+import typer
+from pydantic.fields import FieldInfo
+from typer.core import TyperCommand
+
+from cai_cli.common import console
+from cai_cli.runtime.config import Group, Option, StageConfig, bounds_of, cli_name
+from cai_cli.runtime.stage import Stage
+
+_HEADINGS = {heading: place for place, heading in enumerate(("Arguments", *(group.value for group in Group)))}
+
+
+def command_from(config: type[StageConfig], run: Callable[[Any], Any]) -> Callable[..., None]:
+    """The function that Typer turns into a command: it builds the config from the options and calls `run` with it."""
+
+    def command(**values: Any) -> None:
+        console.set_quiet(values["quiet"])
+        run(config.build(values))
+
+    parameters = [_parameter(name, *declared) for name, declared in config.options().items()]
+    command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    command.__doc__ = getdoc(config)
+    return command
+
+
+def stage_command(stage: Stage) -> Callable[..., None]:
+    """The function of the command of `stage`."""
+
+    def run(config: Any) -> None:
+        console.set_rows_on_stdout(not stage.trains and config.output == "-")
+        stage.run(config)
+
+    return command_from(stage.config, run)
+
+
+def _parameter(name: str, field: FieldInfo, declared: Option) -> Parameter:
+    shared: dict[str, Any] = {"help": field.description, "metavar": declared.metavar}
+    shared |= {"min" if bound == "ge" else "max": limit for bound, limit in bounds_of(field).items()}
+    info: Any
+    if declared.argument:
+        info = typer.Argument(show_default=False, **shared)
+    else:
+        shared["rich_help_panel"] = declared.group.value
+        flags: Any = declared.flags or (f"--{cli_name(name, declared)}",)
+        info = typer.Option(*flags, show_default=not field.is_required(), **shared)
+    default = Parameter.empty if field.is_required() else field.default
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[field.annotation, info])
+
+
+class GroupedCommand(TyperCommand):
+    """A command whose `--help` lists options under headings, and that still takes options by their old names."""
+
+    old_flags: Mapping[str, str] = {}
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        renamed = []
+        for word in args:
+            flag, equals, value = word.partition("=")
+            renamed.append(f"{self.old_flags.get(flag, flag)}{equals}{value}" if flag in self.old_flags else word)
+        return super().parse_args(ctx, renamed)
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            if record := parameter.get_help_record(ctx):
+                is_argument = parameter.param_type_name == "argument"
+                heading = "Arguments" if is_argument else getattr(parameter, "rich_help_panel", None) or "Options"
+                sections.setdefault(heading, []).append(record)
+        for heading, records in sorted(sections.items(), key=lambda section: _HEADINGS.get(section[0], len(_HEADINGS))):
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+
+def command_class(config: type[StageConfig]) -> type[GroupedCommand]:
+    """The class of the command, which knows the old names of its options."""
+    old_flags = {
+        f"--{alias}": f"--{cli_name(name, declared)}"
+        for name, (_, declared) in config.options().items()
+        for alias in declared.aliases
+    }
+    return type("ConfigCommand", (GroupedCommand,), {"old_flags": old_flags})

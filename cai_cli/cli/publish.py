@@ -1,0 +1,50 @@
+"""`cai export` and `cai push`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import orjson
+import typer
+
+from cai_cli.cards.export import export_file
+from cai_cli.cards.push import push
+from cai_cli.cli import options
+from cai_cli.common import console
+
+
+def export_command(
+    input: Annotated[str, typer.Argument(metavar="FILE", help="JSONL file of rows.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the dataset.", show_default=False)],
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Write rows as a dataset with a card, ready for TRL.
+
+    FILE: Prompt, Sample, Critique, Revision or Preference rows, or pairs labelled by humans.
+    """
+    summary = export_file(input, output, overwrite=overwrite)
+    if json:
+        print(orjson.dumps(summary).decode())
+    console.say(f"export: {summary['rows']:,} {summary['type']} rows -> {output}")
+
+
+def push_command(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Exported dataset or finished model.", show_default=False)
+    ],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hub.", show_default=False)],
+    public: Annotated[bool, typer.Option("--public", help="Make it public; private by default.")] = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Upload a dataset or a model to the Hugging Face Hub.
+
+    A new repository is private by default. The token is that of `hf auth login` or HF_TOKEN.
+    """
+    from huggingface_hub import HfApi
+
+    url = push(directory, repo, public=public, api=HfApi())
+    if json:
+        print(orjson.dumps({"repo": repo, "directory": str(directory), "public": public, "commit": url}).decode())
+    console.say(f"push: {directory} -> {url}")

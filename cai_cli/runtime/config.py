@@ -1,0 +1,179 @@
+"""One declaration a stage: a frozen config model, whose fields carry everything that is known about each option.
+
+The command line, the checks of a run file, the settings in a manifest, the estimate of a plan and `docs/cli.md` all
+come from these fields.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum, StrEnum
+from functools import cache
+from typing import Any, Self
+
+from annotated_types import Ge, Le
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
+
+from cai_cli.common.errors import UsageError
+
+
+class Effect(StrEnum):
+    """What an option does to an output, and so whether a resumed run may change it."""
+
+    DECIDES = "decides the output"
+    HASHED = "recorded by hash"
+    HARMLESS = "harmless to a resume"
+
+
+class Group(StrEnum):
+    """The headings of `--help`, in their order."""
+
+    STAGE = "Options of this stage"
+    PRINCIPLES = "Principles"
+    SAMPLING = "Sampling"
+    TRAINING = "Training"
+    MODEL = "Model and device"
+    SERVER = "Server (openai: models)"
+    INPUT = "Input"
+    OUTPUT = "Output"
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a config field declares beside its type, default, help and bounds.
+
+    Attributes:
+        effect: What the option does to the output.
+        group: Its heading in `--help`.
+        flags: Its flags where they are not `--name` alone: `("--output", "-o")`, or `("--lora/--full",)`.
+        aliases: Its names in earlier versions, still read on the command line, in run files and in manifests.
+        metavar: The placeholder of its value in `--help`.
+        reads_file: Whether it names a file, which a run file gives relative to itself.
+        argument: Whether it is the positional argument.
+    """
+
+    effect: Effect = Effect.DECIDES
+    group: Group = Group.STAGE
+    flags: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+    metavar: str | None = None
+    reads_file: bool = False
+    argument: bool = False
+
+
+def option(default: Any, help: str, declared: Option | None = None, **bounds: Any) -> Any:
+    """Returns a field of a stage config.
+
+    Args:
+        default: The default; `...` where the option is required.
+        help: What `--help` and docs/cli.md say.
+        declared: Everything else; by default an option of the stage that decides the output.
+        bounds: The least (`ge`) and the largest (`le`) value of a number.
+    """
+    return Field(default, description=help, json_schema_extra={"option": declared or Option()}, **bounds)  # type: ignore[dict-item]
+
+
+class StageConfig(BaseModel):
+    """The options of a stage. Its docstring is the help of the command.
+
+    Subclasses add fields with `option(...)` and check what several options together must satisfy in `check`.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", coerce_numbers_to_str=True, validate_default=True, protected_namespaces=()
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _booleans_are_for_switches(cls, value: Any, info: ValidationInfo) -> Any:
+        is_switch = cls.model_fields[str(info.field_name)].annotation is bool
+        if isinstance(value, bool) != is_switch:
+            raise ValueError(f"must be {'true or false' if is_switch else 'a value'}, not {value!r}")
+        return value
+
+    @classmethod
+    def options(cls) -> dict[str, tuple[FieldInfo, Option]]:
+        """Each option's field and declaration, by field name."""
+        return _options(cls)
+
+    @classmethod
+    def option_names(cls) -> dict[str, str]:
+        """Every name of an option as a run file writes it (`max-new-tokens`), old names too -> its field."""
+        names: dict[str, str] = {}
+        for name, (_, declared) in cls.options().items():
+            for spelling in (cli_name(name, declared), *declared.aliases):
+                names[spelling] = name
+        return names
+
+    @classmethod
+    def build(cls, values: Mapping[str, Any], where: str = "") -> Self:
+        """The config with these values by field name, checked.
+
+        Args:
+            where: What the message starts with, such as `run.yaml: step 'samples': `.
+
+        Raises:
+            UsageError: A value is missing, of the wrong type, out of bounds or in conflict with another one.
+        """
+        try:
+            config = cls.model_validate(dict(values))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            name = str(first["loc"][0]) if first["loc"] else ""
+            shown = cli_name(name, cls.options()[name][1]) if name in cls.options() else name
+            message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+            given = f", not {first['input']!r}" if "input" in first and "not" not in message else ""
+            raise UsageError(f"{where}{shown}: {message}{given}", code="invalid-option") from None
+        config.check()
+        return config
+
+    def check(self) -> None:
+        """Checks options that depend on one another.
+
+        Raises:
+            UsageError: Two options exclude each other, or one needs another.
+        """
+
+    def settings(self, **resolved: Any) -> dict[str, Any]:
+        """The options that decide the output, as a manifest records them.
+
+        Args:
+            resolved: Values that replace an option's, such as the format that `auto` resolved to.
+        """
+        decisive = [name for name, (_, declared) in self.options().items() if declared.effect is Effect.DECIDES]
+        return {name: plain(getattr(self, name)) for name in decisive} | resolved
+
+
+def redefine(config: type[StageConfig], name: str, default: Any, help: str | None = None) -> Any:
+    """The field `name` of another config with another default (and help)."""
+    field = config.model_fields[name]
+    declared = config.options()[name][1]
+    return option(default, help or str(field.description), declared, **bounds_of(field))
+
+
+def bounds_of(field: FieldInfo) -> dict[str, Any]:
+    """The bounds of a number by their names, `ge` and `le`."""
+    bounds: dict[str, Any] = {}
+    for bound in field.metadata:
+        bounds |= {"ge": bound.ge} if isinstance(bound, Ge) else {"le": bound.le} if isinstance(bound, Le) else {}
+    return bounds
+
+
+def cli_name(name: str, declared: Option) -> str:
+    """The option's name as a run file and the first long flag write it, without dashes in front."""
+    flag = next((flag for flag in declared.flags if flag.startswith("--")), f"--{name.replace('_', '-')}")
+    return flag.partition("/")[0].removeprefix("--")
+
+
+@cache
+def _options(config: type[StageConfig]) -> dict[str, tuple[FieldInfo, Option]]:
+    found: dict[str, tuple[FieldInfo, Option]] = {}
+    for name, field in config.model_fields.items():
+        extra: Any = field.json_schema_extra
+        found[name] = (field, extra["option"])
+    return found
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON holds it: of an enum its word."""
+    return value.value if isinstance(value, Enum) else value

@@ -1,0 +1,85 @@
+"""What a step costs before it runs: rows and tokens, and from them operations and GPU-hours.
+
+A forward pass takes 2 operations a parameter and token, a training step 6 (Kaplan et al. 2020, arXiv 2001.08361). The
+share of a GPU's peak that is used depends on the kind of work. Attention over long contexts is left out.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+MODELS: Mapping[str, float] = {"8B": 8e9, "70B": 70e9}  # parameters
+H100_FLOPS = 989e12  # dense bfloat16, NVIDIA's data sheet of the H100 SXM
+# Shares of the peak: reading and training as Llama 3 was trained (38-43%, arXiv 2407.21783, table 4); writing, which is
+# bound by memory, as half of what TensorRT-LLM 0.5 writes in FP8 (its performance page: a 7B model 9,193 tokens a
+# second on one H100, 70B 3,317 on four, 128 tokens in and 128 out).
+READING, WRITING, TRAINING = 0.40, 0.06, 0.40
+ASSUMPTIONS = (
+    f"H100 hours, bfloat16, at {READING:.0%} of {H100_FLOPS / 1e12:.0f} TFLOP/s in reading, {WRITING:.0%} in writing "
+    f"and {TRAINING:.0%} in training; no prefix caching; other models in proportion to their parameters"
+)
+ROW_BYTES = 400  # of names, ids and JSON in a row, beside its text
+CHARACTERS_PER_TOKEN = 4
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Tokens that a step reads (prompts, comparisons, scored replies), writes (replies) and trains on."""
+
+    prompt_tokens: float = 0.0
+    new_tokens: float = 0.0
+    trained_tokens: float = 0.0
+
+    def gpu_hours(self, parameters: float) -> float:
+        """H100 hours for a model of so many parameters."""
+        operations = (
+            2 * self.prompt_tokens / READING + 2 * self.new_tokens / WRITING + 6 * self.trained_tokens / TRAINING
+        )
+        return operations * parameters / H100_FLOPS / 3600
+
+
+def total(counts: Sequence[TokenCounts]) -> TokenCounts:
+    """The sum of several steps."""
+    return TokenCounts(
+        sum(one.prompt_tokens for one in counts),
+        sum(one.new_tokens for one in counts),
+        sum(one.trained_tokens for one in counts),
+    )
+
+
+@dataclass(frozen=True)
+class RowFlow:
+    """The rows that leave a step.
+
+    Attributes:
+        rows: How many there are.
+        per_prompt: Replies to each prompt.
+        prompt_tokens: Mean length of a prompt.
+        reply_tokens: Mean length of a reply.
+        rounds: Rounds of revision in each row.
+        texts: Replies, critiques and revisions in each row.
+        sources: Input files or models that are compared, joined by prompt.
+    """
+
+    rows: int
+    per_prompt: int
+    prompt_tokens: float
+    reply_tokens: float
+    rounds: int = 0
+    texts: int = 0
+    sources: int = 1
+
+    @property
+    def bytes(self) -> float:
+        """Size of the file that holds these rows."""
+        text = CHARACTERS_PER_TOKEN * (self.prompt_tokens + self.texts * self.reply_tokens)
+        return self.rows * (ROW_BYTES + text)
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What one step costs: the rows it processes, the requests it sends, its tokens, and the rows that leave it."""
+
+    rows: int
+    requests: int
+    tokens: TokenCounts
+    output: RowFlow

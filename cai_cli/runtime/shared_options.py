@@ -1,0 +1,194 @@
+"""The options that several stages share, each declared once."""
+
+from dataclasses import fields
+from enum import StrEnum
+
+from cai_cli.data.row_reader import RowReader
+from cai_cli.engines import open_engine
+from cai_cli.engines.base import Engine, Sampling, Server
+from cai_cli.runtime.config import Effect, Group, Option, StageConfig, option
+
+DEFAULT_MODEL = "smollm2-135m"
+MODEL_HELP = (
+    "Directory, Hub name, alias (see `cai models list`), openai:NAME with --base-url, vllm:NAME or scripted:FILE."
+)
+MODEL_TO_TRAIN_HELP = "Model to train: directory, Hub name or alias (see `cai models list`)."
+
+
+class Device(StrEnum):
+    """Where torch runs."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class DType(StrEnum):
+    """The precision of a model's weights; auto is float32 on a CPU, bfloat16 on a GPU."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class FormatChoice(StrEnum):
+    """How a prompt is written; auto takes the chat template where the model has one."""
+
+    AUTO = "auto"
+    CHAT = "chat"
+    RAW = "raw"
+
+
+class InputOptions(StageConfig):
+    """Which rows are read."""
+
+    input: str = option(
+        ...,
+        "JSONL file, or - for stdin.",
+        Option(Effect.HASHED, Group.INPUT, metavar="INPUT", reads_file=True, argument=True),
+    )
+    limit: int | None = option(None, "Read only the first N rows of the input.", Option(group=Group.INPUT), ge=1)
+
+
+class RowInputOptions(InputOptions):
+    """Which rows are read, and what happens to invalid lines."""
+
+    skip_invalid: bool = option(
+        False,
+        "Skip invalid lines; they are written to OUT.rejected.jsonl.",
+        Option(Effect.HARMLESS, Group.INPUT, aliases=("skip-bad",)),
+    )
+    max_invalid: int | None = option(
+        None,
+        "Stop after more than N invalid lines, with --skip-invalid.",
+        Option(Effect.HARMLESS, Group.INPUT, aliases=("max-bad",)),
+        ge=0,
+    )
+
+    def row_reader(self) -> RowReader:
+        """A reader of the input's rows. Raises UsageError."""
+        return RowReader(skip_invalid=self.skip_invalid, max_invalid=self.max_invalid)
+
+
+class ShardOptions(RowInputOptions):
+    """Input options of a stage that can run on a part of its input."""
+
+    shard: str | None = option(
+        None,
+        "Process only the Ith of N parts of the input, split by prompt id (see `cai merge`).",
+        Option(group=Group.INPUT, metavar="I/N"),
+    )
+
+    def row_reader(self) -> RowReader:
+        return RowReader(self.shard, skip_invalid=self.skip_invalid, max_invalid=self.max_invalid)
+
+
+class RunOptions(StageConfig):
+    """How a run treats what is already there, and what it prints."""
+
+    overwrite: bool = option(
+        False, "Start from scratch and replace the existing output.", Option(Effect.HARMLESS, Group.OUTPUT)
+    )
+    as_json: bool = option(
+        False, "Print the summary as one JSON object.", Option(Effect.HARMLESS, Group.OUTPUT, flags=("--json",))
+    )
+    quiet: bool = option(
+        False,
+        "Print only errors and warnings.",
+        Option(Effect.HARMLESS, Group.OUTPUT, flags=("--quiet", "-q")),
+    )
+
+
+class OutputOptions(RunOptions):
+    """Where rows are written."""
+
+    output: str = option(
+        "-",
+        "Output JSONL file, or - for stdout.",
+        Option(Effect.HARMLESS, Group.OUTPUT, flags=("--output", "-o")),
+    )
+
+
+class DeviceOptions(StageConfig):
+    """Where a local model runs."""
+
+    batch_size: int | None = option(
+        None,
+        "Rows handed to the model at once; by default fitted to the device.",
+        Option(Effect.HARMLESS, Group.MODEL),
+        ge=1,
+    )
+    device: Device = option(Device.AUTO, "Device of a local model.", Option(Effect.HARMLESS, Group.MODEL))
+
+
+_SERVER = Option(Effect.HARMLESS, Group.SERVER)
+
+
+class RequestOptions(DeviceOptions):
+    """How requests to a model are run: on which device, or by which server."""
+
+    dtype: DType = option(
+        DType.AUTO, "Precision of the weights; auto is float32 on a CPU, bfloat16 on a GPU.", Option(group=Group.MODEL)
+    )
+    base_url: str | None = option(
+        None,
+        "Address of the OpenAI-compatible server, as http://HOST:PORT/v1; the key is read from OPENAI_API_KEY.",
+        _SERVER,
+    )
+    concurrency: int | None = option(None, "Requests in flight at once; by default 16.", _SERVER, ge=1, le=1000)
+    timeout: float | None = option(None, "Seconds for one request, retries included; by default 600.", _SERVER, ge=0.1)
+    budget_tokens: int | None = option(
+        None, "Stop, resumably, when this output has used so many tokens.", _SERVER, ge=1
+    )
+    price_in: float | None = option(None, "Price of a million prompt tokens, to report the cost.", _SERVER, ge=0.0)
+    price_out: float | None = option(None, "Price of a million new tokens, to report the cost.", _SERVER, ge=0.0)
+
+    def open_engine(self, model: str) -> Engine:
+        """The engine of `model`. Raises UsageError where it lacks one of these options."""
+        server = Server(**{field.name: getattr(self, field.name) for field in fields(Server)})
+        return open_engine(
+            model, batch_size=self.batch_size, device=self.device.value, dtype=self.dtype.value, server=server
+        )
+
+
+class EngineOptions(RequestOptions):
+    """The model that a stage sends requests to."""
+
+    model: str = option(DEFAULT_MODEL, MODEL_HELP, Option(Effect.HASHED, Group.MODEL, flags=("--model", "-m")))
+
+
+class SeedOptions(StageConfig):
+    """The random seed."""
+
+    seed: int = option(
+        0,
+        "Random seed; each row's randomness derives from the seed, the stage and the row id.",
+        Option(group=Group.SAMPLING),
+        ge=0,
+        le=2**32 - 1,
+    )
+
+
+class FormatOptions(StageConfig):
+    """How prompts are written."""
+
+    prompt_format: FormatChoice = option(
+        FormatChoice.AUTO,
+        "Chat template, or raw text for base models; auto uses the chat template where the model has one.",
+        Option(group=Group.SAMPLING, aliases=("prompt-form",)),
+    )
+
+
+class SamplingOptions(FormatOptions, SeedOptions):
+    """How replies are sampled."""
+
+    max_new_tokens: int = option(256, "Longest reply, in tokens.", Option(group=Group.SAMPLING), ge=1)
+    temperature: float = option(1.0, "Sampling temperature; 0 is greedy.", Option(group=Group.SAMPLING), ge=0.0)
+    top_p: float = option(
+        1.0, "Nucleus sampling; 1 keeps the whole distribution.", Option(group=Group.SAMPLING), ge=0.0, le=1.0
+    )
+
+    def sampling(self) -> Sampling:
+        """These options as an engine takes them."""
+        return Sampling(self.max_new_tokens, self.temperature, self.top_p)

@@ -1,0 +1,46 @@
+"""What a stage is to the rest of the program: its name, its config, how it runs and what it costs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from cai_cli.data.schema import Row
+from cai_cli.runtime.config import StageConfig
+from cai_cli.runtime.cost import RowFlow, StepCost
+
+
+class Phase(StrEnum):
+    """The headings of `cai --help`."""
+
+    SUPERVISED = "Phase 1: supervised learning"
+    FEEDBACK = "Phase 2: reinforcement learning from AI feedback"
+    EVALUATION = "Evaluation"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage, declared in its own module and listed once in `cai_cli.pipeline.registry`.
+
+    Attributes:
+        name: The subcommand, such as `label-prefs` or `eval compare`.
+        phase: The heading it is listed under.
+        config: Its options; the docstring is the help of the command.
+        run: Runs it and returns the summary.
+        estimate: The cost of running it on the rows of a `RowFlow`.
+        reads: Types of the rows it accepts.
+        writes: Type of the rows it writes; None where it writes a model directory.
+    """
+
+    name: str
+    phase: Phase
+    config: type[StageConfig]
+    run: Callable[[Any], dict[str, Any]]
+    estimate: Callable[[RowFlow, Any], StepCost]
+    reads: tuple[type[Row], ...]
+    writes: type[Row] | None
+
+    @property
+    def trains(self) -> bool:
+        """Whether it writes a model directory instead of rows."""
+        return self.writes is None

@@ -1,0 +1,73 @@
+"""The options that the training stages share."""
+
+from typing import Any
+
+from cai_cli.models.loading import pick_device
+from cai_cli.runtime.config import Effect, Group, Option, option
+from cai_cli.runtime.shared_options import Device, RowInputOptions, RunOptions, SeedOptions
+from cai_cli.training import launcher
+from cai_cli.training.config import TrainingConfig
+
+_TRAINING = Option(group=Group.TRAINING)
+_HARMLESS = Option(Effect.HARMLESS, Group.TRAINING)
+
+
+class TrainerOptions(RunOptions, RowInputOptions, SeedOptions):
+    """Options of every trainer."""
+
+    output: str = option(
+        ..., "Directory of the finished model.", Option(Effect.HARMLESS, Group.OUTPUT, flags=("--output", "-o"))
+    )
+    device: Device = option(Device.AUTO, "Device to train on.", Option(Effect.HARMLESS, Group.MODEL))
+    learning_rate: float = option(2e-5, "Peak learning rate of AdamW.", _TRAINING, ge=0.0)
+    lora: bool = option(
+        False,
+        "Train low-rank adapters, merged into the weights at the end, or all weights.",
+        Option(group=Group.TRAINING, flags=("--lora/--full",)),
+    )
+    lora_rank: int = option(16, "Rank of the adapters, with --lora.", _TRAINING, ge=1)
+    save_steps: int = option(100, "Steps between checkpoints, from which a killed run resumes.", _HARMLESS, ge=1)
+    accelerate_config: str | None = option(
+        None,
+        "Train in several processes through `accelerate launch`: a file, or the name of a config that TRL ships "
+        "(multi_gpu, fsdp2, zero3, ...).",
+        Option(Effect.HARMLESS, Group.TRAINING, metavar="NAME|FILE"),
+    )
+    num_processes: int | None = option(
+        None, "Processes that train together, in place of the config's; another number is refused.", _HARMLESS, ge=1
+    )
+
+    def launch(self) -> None:
+        """Returns in a process that is one of as many as requested; starts them first where that is needed.
+
+        Raises:
+            UsageError: `--accelerate-config` under a launcher.
+            CaiError: Another number of processes is running.
+        """
+        launcher.as_asked(self.accelerate_config, self.num_processes)
+
+
+class EpochOptions(TrainerOptions):
+    """Options of the trainers that pass over a file of rows."""
+
+    epochs: float = option(1.0, "Passes over the rows.", _TRAINING, ge=0.0)
+    max_steps: int | None = option(None, "Stop after this many steps instead of --epochs.", _TRAINING, ge=1)
+    batch_size: int = option(4, "Rows in one forward pass of one process.", _TRAINING, ge=1)
+    gradient_accumulation: int = option(2, "Forward passes of each process in one step.", _HARMLESS, ge=1)
+    max_length: int = option(1024, "Longest row in tokens; longer ones are rejected, never cut.", _TRAINING, ge=2)
+    eval_share: float = option(0.05, "Share of the prompts held out for evaluation.", _TRAINING, ge=0.0, le=0.5)
+
+    def training_config(self, **more: Any) -> TrainingConfig:
+        """These options as a trainer takes them. Raises CaiError where there is no such device."""
+        return TrainingConfig(
+            batch_size=self.batch_size,
+            gradient_accumulation=self.gradient_accumulation,
+            learning_rate=self.learning_rate,
+            save_steps=self.save_steps,
+            seed=self.seed,
+            device=pick_device(self.device),
+            lora_rank=self.lora_rank if self.lora else None,
+            epochs=self.epochs,
+            max_steps=self.max_steps,
+            **more,
+        )
