@@ -1,4 +1,4 @@
-# make demo: set up, run the whole road on the embedded model, leave a run folder.  make test: set up, test.
+# make demo: install, run the whole pipeline on the embedded model and write a run folder.  make test: install, test.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 
 setup: $(STAMP)
 
-# torch comes first and by its pinned version: a loose request would fetch gigabytes of GPU packages.
+# torch is installed first, by its pinned version: an unpinned torch downloads gigabytes of GPU packages.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch
@@ -17,21 +17,21 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/cai run examples/quickstart.yaml
-	@echo "Open runs/quickstart/report.html; beside it are the rows of every stage, sl-cai, pm, rl-cai, and their manifests."
+	@echo "Open runs/quickstart/report.html. The same folder holds the rows of every stage, the models sl-cai, pm and rl-cai, and their manifests."
 
-# One thread a worker: two torch processes that each want both cores slow each other tenfold.
+# One thread a worker: two torch processes that each use both cores slow each other down tenfold.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
-# Everything that can happen to a long run, done to it for real; the last line is `N passed, N failed`.
+# Fault injection: SIGKILL, full and read-only disks, torn files, signals, broken models; prints `N passed, N failed`.
 faults: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist load -m '' tests/faults
 
-# Half an hour against a server of which one answer in a hundred fails.
+# Half an hour against a server that fails one request in a hundred.
 soak: setup
 	CAI_SOAK_SECONDS=1800 $(BIN)/pytest -m '' tests/faults/test_soak.py
 
-# The real server of `pytest -m server`; compiling it takes some minutes, once.
+# The model server that `pytest -m server` uses; it is compiled once, which takes some minutes.
 server-env: .server-venv/.installed
 
 .server-venv/.installed: tests/server_env.py tests/server_requirements.txt | $(STAMP)
@@ -48,21 +48,22 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive cai_cli
 
-# Known vulnerabilities of what constraints.txt pins. Says so loudly where no service can be asked.
+# Known vulnerabilities of the pinned dependencies (constraints.txt). Warns when no vulnerability service is reachable.
 audit: setup
 	$(BIN)/python tests/audit.py
 
-# Lines that `make test` runs, in the processes it starts too; fails under the share in pyproject.toml.
+# Line coverage of `make test` and its subprocesses; fails below the share in pyproject.toml.
 coverage: setup
 	rm -rf runs/coverage && mkdir -p runs/coverage
 	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 2 --dist loadfile
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
-# Mutants of what reads rows, builds prompts and makes labels (pyproject.toml); the survivors are listed at the end.
-# Their engine has packages of its own, which are kept out of the environment. It goes on where it stopped.
+# Mutation tests of the code that reads rows, builds prompts and makes labels (pyproject.toml); survivors are listed last.
+# mutmut's own dependencies stay out of the environment. A second run resumes the first.
 mutants: setup .mutants-env
 	-PYTHONPATH=.mutants-env OMP_NUM_THREADS=1 $(BIN)/python -m mutmut run --max-children 2
 	PYTHONPATH=.mutants-env $(BIN)/python -m mutmut results

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The road of quickstart.yaml as plain shell: every line runs alone, run again it goes on where it stopped.
-# A test holds the two equal.
+# The pipeline of quickstart.yaml as shell commands. Each line runs on its own; the same line again resumes it.
+# A test compares the two files.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

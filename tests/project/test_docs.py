@@ -1,27 +1,74 @@
-"""What is written down is true: README commands run, generated pages are current, the two quickstarts are one road."""
+"""The documentation is true: its commands run, its links and names exist, and its generated pages are current."""
 
+import ast
 import os
 import re
+import shlex
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
+import yaml
 from cli_docs import render
 
+from cai_cli import __version__
+from cai_cli.cli.app import app
 from cai_cli.metrics.intervals import wilson
 from cai_cli.pipeline.plan import plan
 from cai_cli.pipeline.run_file import load_run
 
 ROOT = Path(__file__).parents[2]
+# docs/cli.md is generated. Commands run in this order: those of docs/evaluation.md use the outputs of docs/stages.md.
+PAGES = sorted(
+    {*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md")} - {ROOT / "docs/cli.md"},
+    key=lambda page: (page.name != "README.md", page.name != "stages.md", page),
+)
+LIGHT = re.compile(r"cai (principles|models|doctor|run .*--dry-run)")
 
 
-def readme_commands() -> list[str]:
-    """Every command line of the README's `sh` blocks, continuation lines joined."""
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").replace("\n  | ", " | ").splitlines()
-    return [line.partition("    #")[0].strip() for line in lines if line.strip()]
+def blocks(page: Path, language: str) -> list[str]:
+    """The command lines of a page's code blocks in `language`, continuation lines joined, comments cut off."""
+    text = "".join(re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
+    lines = text.replace("\\\n", " ").replace("\n  | ", " | ").splitlines()
+    return [line.partition("   #")[0].strip() for line in lines if line.strip()]
+
+
+def commands() -> list[str]:
+    """The commands of all `sh` blocks, in reading order."""
+    return [line for page in PAGES for line in blocks(page, "sh")]
+
+
+def spans(page: Path) -> list[str]:
+    """The inline code of a page."""
+    prose = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
+
+
+def cli_commands(command: Any, path: str = "cai") -> Iterator[tuple[str, Any]]:
+    """(`cai eval hhh`, its command) of every command and group."""
+    yield path, command
+    for name, child in getattr(command, "commands", {}).items():
+        yield from cli_commands(child, f"{path} {name}")
+
+
+CLI: dict[str, Any] = dict(cli_commands(typer.main.get_command(app)))
+
+
+def command_of(line: str) -> str:
+    """The command that a line names, such as `cai eval hhh`; the line's first two words where there is no such command."""
+    words = line.split()
+    known = [" ".join(words[:n]) for n in (3, 2) if " ".join(words[:n]) in CLI]
+    return known[0] if known else " ".join(words[:2])
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub gives to a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 def run_shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -36,7 +83,7 @@ def run_shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_cli_page_is_what_help_says() -> None:
+def test_the_cli_page_is_the_output_of_help() -> None:
     assert (ROOT / "docs/cli.md").read_text() == render(), "run `make docs`"
 
 
@@ -48,55 +95,135 @@ def test_the_shell_quickstart_is_the_yaml_quickstart(monkeypatch: pytest.MonkeyP
     assert [line for line in script if line.startswith("cai ")] == [step.shell for step in steps]
 
 
-def test_the_readme_names_the_two_make_targets_and_they_exist() -> None:
-    makefile = (ROOT / "Makefile").read_text()
-    targets = [line for line in readme_commands() if line.startswith("make ")]
-    assert targets == ["make demo", "make test"]
-    for target in targets:
-        assert re.search(rf"^{target.split()[1]}:", makefile, re.MULTILINE)
+def test_the_make_targets_of_the_pages_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    named = {s for page in PAGES for s in [*spans(page), *blocks(page, "sh")] if s.startswith("make ")}
+    assert {"make demo", "make test"} <= set(blocks(ROOT / "README.md", "sh"))
+    for target in named:
+        assert re.search(rf"^{target.split()[1]}:", makefile, re.MULTILINE), target
 
 
-def test_every_promise_of_the_readme_names_tests_that_exist() -> None:
-    promises = (ROOT / "README.md").read_text(encoding="utf-8").partition("## What we promise")[2].partition("\n## ")[0]
-    lines = re.split(r"\n- ", promises)[1:]
-    assert len(lines) >= 10
-    for line in lines:
-        links = re.findall(r"\[[^]]+\]\(([^)]+)\)", line)
-        assert links, line
+def test_the_readme_installs_as_the_makefile_does() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("--quiet ", "").replace("-e '.[dev]'", ".")
+    installs = [line for line in blocks(ROOT / "README.md", "sh") if line.startswith("pip ")]
+    assert installs
+    for line in installs:
+        assert f"$(BIN)/{line}\n" in makefile
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 900
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    released = re.search(r"^## \[(\d+\.\d+\.\d+)\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert released
+    assert released.groups() == (citation["version"], str(citation["date-released"]))
+    assert citation["version"] == __version__
+
+
+def test_every_guarantee_names_tests_that_exist() -> None:
+    page = (ROOT / "docs/guarantees.md").read_text(encoding="utf-8").partition("## Limits")[0]
+    guarantees = re.findall(r"^- (.*?)(?=\n- |\n#|\Z)", page, re.MULTILINE | re.DOTALL)
+    assert guarantees
+    for guarantee in guarantees:
+        links = re.findall(r"\[[^]]+\]\(([^)]+)\)", guarantee)
+        assert links, guarantee
         for link in links:
-            assert (ROOT / link).name.startswith("test_")
-            assert re.search(r"^(async )?def test_", (ROOT / link).read_text(), re.MULTILINE), link
+            file = ROOT / "docs" / link
+            assert file.name.startswith("test_")
+            assert re.search(r"^(async )?def test_", file.read_text(), re.MULTILINE), link
 
 
-def test_readme_commands_that_need_no_model_run() -> None:
-    light = [c for c in readme_commands() if re.match(r"cai (principles|models|doctor|run .*--dry-run)", c)]
-    assert len(light) == 7
-    for command in light:
+@pytest.mark.parametrize("page", [*PAGES, *ROOT.glob(".github/**/*.md")], ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?://", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {slug(heading) for heading in headings}, link
+
+
+def test_the_files_that_the_pages_name_exist() -> None:
+    for page in PAGES:
+        for span in spans(page):
+            if re.fullmatch(r"[\w-]+(/[\w.-]*)+", span) and not span.startswith("runs/"):
+                places = [ROOT, ROOT / "cai_cli"]
+                if any((place / span.partition("/")[0]).is_dir() for place in places):
+                    assert any((place / span).exists() for place in places), f"{page.name}: {span}"
+
+
+def test_the_commands_and_options_that_the_pages_name_exist() -> None:
+    options = {o for command in CLI.values() for p in command.params for o in (*p.opts, *p.secondary_opts)}
+    for page in PAGES:
+        for span in spans(page):
+            if re.match(r"cai [a-z]", span):
+                assert command_of(span) in CLI, f"{page.name}: {span}"
+            for option in re.findall(r"^--[\w-]+", span):
+                assert option in options, f"{page.name}: {span}"
+
+
+def test_commands_that_need_no_model_run() -> None:
+    light = {command for command in commands() if LIGHT.match(command)}
+    assert light
+    for command in sorted(light):
         done = run_shell(command, ROOT)
         assert done.returncode == 0, f"{command}: {done.stderr}"
         assert done.stdout
 
 
+def test_commands_that_need_a_gpu_or_a_server_have_valid_options() -> None:
+    """The `text` blocks show commands that no test can run: they are parsed only."""
+    for page in PAGES:
+        variables = {"URL": "http://127.0.0.1:8000/v1"}
+        for line in blocks(page, "text"):
+            for name, value in variables.items():
+                line = re.sub(rf"\${name}\b", value, line)  # noqa: PLW2901
+            if assigned := re.fullmatch(r"(\w+)=\"(.*)\"", line):
+                variables[assigned[1]] = assigned[2]
+            elif line.startswith("cai "):
+                name = command_of(line)
+                CLI[name].make_context(name, shlex.split(line, comments=True)[len(name.split()) :])
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_readme_stage_commands_run_on_the_real_model(tmp_path: Path) -> None:
+def test_all_other_commands_run_on_the_real_model(tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    heavy = [
-        c
-        for c in readme_commands()
-        if re.match(
-            r"cai (red-team|sample|critique|revise|sft|label-prefs|train-pm|score|rl|merge|sort|dedup|stats|report|show|export"
-            r"|eval)",
-            c,
-        )
-    ]
-    assert len(heavy) == 26
+    heavy = [command for command in commands() if not re.match(r"make |pip ", command) and not LIGHT.match(command)]
+    assert all(command.startswith("cai ") for command in heavy)
     for command in heavy:
         done = run_shell(command, tmp_path)
         assert done.returncode == 0, f"{command}: {done.stderr}"
-    made = {p.name for p in (tmp_path / "runs/readme").iterdir()}
-    wanted = {"samples.jsonl", "preferences.jsonl", "sl-cai", "pm", "rl-cai", "piped", "merged.jsonl", "report.html"}
-    assert wanted | {"dataset"} <= made
+    made = {p.name for p in (tmp_path / "runs/docs").iterdir()}
+    expected = {"samples.jsonl", "preferences.jsonl", "sl-cai", "pm", "rl-cai", "piped", "merged.jsonl", "report.html"}
+    assert expected | {"dataset"} <= made
+
+
+def error_codes() -> set[str]:
+    """The error codes in the package: literal `code=` arguments, and the defaults of such parameters."""
+    found = set()
+    for file in (ROOT / "cai_cli").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            values: list[ast.expr | None] = []
+            if isinstance(node, ast.Call):
+                values = [keyword.value for keyword in node.keywords if keyword.arg == "code"]
+            elif isinstance(node, ast.arguments):
+                values = [d for a, d in zip(node.kwonlyargs, node.kw_defaults, strict=True) if a.arg == "code"]
+            found |= {v.value for v in values if isinstance(v, ast.Constant) and isinstance(v.value, str)}
+    return found
+
+
+def test_the_page_of_error_codes_lists_every_code() -> None:
+    page = (ROOT / "docs/errors.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `([a-z-]+)` \|", page, re.MULTILINE)
+    assert sorted(listed) == sorted(error_codes())
 
 
 @pytest.mark.slow
@@ -114,6 +241,7 @@ def test_a_wheel_carries_the_principles_and_the_report_s_templates(tmp_path: Pat
     assert {p.name for p in Path(found.stdout.strip()).iterdir()} == {"critique_revision.yaml", "preference.yaml"}
     templates = {p.name for p in (target / "cai_cli/report/templates").iterdir()}
     assert templates == {"page.html.j2", "macros.html.j2", "style.css", "script.js"}
+    assert (target / "cai_cli/py.typed").exists()
 
 
 def test_the_intervals_of_the_table_of_labels_are_wilsons_of_its_shares() -> None:
