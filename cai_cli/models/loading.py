@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cai_cli.cli.models import app
 from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.models.fetch import ALIASES, check_model_dir, loading
 from cai_cli.models.fingerprint import fingerprint
@@ -17,7 +16,7 @@ from cai_cli.models.names import resolve
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["ALIASES", "app", "fingerprint", "load_causal_lm", "load_reward_model", "load_tokenizer", "resolve"]
+__all__ = ["ALIASES", "fingerprint", "load_causal_lm", "load_reward_model", "load_tokenizer", "resolve"]
 DTYPES = ("float32", "bfloat16", "float16")
 
 
