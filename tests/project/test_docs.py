@@ -17,7 +17,7 @@ import yaml
 from cli_docs import render
 
 from cai_cli import __version__
-from cai_cli.cli.app import app
+from cai_cli.cli.app import build_app
 from cai_cli.metrics.intervals import wilson
 from cai_cli.pipeline.plan import plan
 from cai_cli.pipeline.run_file import load_run
@@ -56,7 +56,7 @@ def cli_commands(command: Any, path: str = "cai") -> Iterator[tuple[str, Any]]:
         yield from cli_commands(child, f"{path} {name}")
 
 
-CLI: dict[str, Any] = dict(cli_commands(typer.main.get_command(app)))
+CLI: dict[str, Any] = dict(cli_commands(typer.main.get_command(build_app())))
 
 
 def command_of(line: str) -> str:
