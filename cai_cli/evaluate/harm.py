@@ -16,7 +16,7 @@ from cai_cli.data.formats import sample_or_revision
 from cai_cli.data.jsonl import read_rows, rows_of
 from cai_cli.data.schema import HarmScore, Kind, Rejected, Revision, Sample, reject
 from cai_cli.engines.base import Engine, LogprobRequest, RequestFailure
-from cai_cli.evaluate.hhh import normalised
+from cai_cli.evaluate.evaluated_models import normalised
 from cai_cli.metrics.intervals import ClusterBootstrap, Limits
 from cai_cli.phase1_supervised.reviser import conversation
 from cai_cli.prompting.base import PromptFormat, resolve_prompt_format

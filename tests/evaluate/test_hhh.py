@@ -16,7 +16,8 @@ from cai_cli.common.errors import RowError
 from cai_cli.data.schema import EvaluationQuestion, EvaluationResult, Rejected, parse_question
 from cai_cli.engines.base import LogprobRequest, RequestFailure
 from cai_cli.engines.scripted import ScriptedEngine
-from cai_cli.evaluate.hhh import LanguageModel, exchanged, hhh, normalised, summarise, summary_lines
+from cai_cli.evaluate.evaluated_models import LanguageModel, exchanged, normalised
+from cai_cli.evaluate.hhh import hhh, summarise, summary_lines
 from cai_cli.metrics.intervals import wilson
 from cai_cli.prompting.base import user
 from cai_cli.prompting.comparison import comparison_request
