@@ -20,8 +20,11 @@ from cai_cli.data.formats import parse_transcript
 from cai_cli.data.row_reader import RowReader
 from cai_cli.engines import open_engine
 from cai_cli.engines.base import RequestFailure, Sampling
-from cai_cli.judging.judge import Judge, Judgement, Method, PairComparison, sigmoid
-from cai_cli.judging.pairs import Pair, pair_units
+from cai_cli.judging.base import Judgement, PairComparison, sigmoid
+from cai_cli.judging.judge import Judge
+from cai_cli.judging.methods import Method
+from cai_cli.judging.methods.choice import estimate_letter_bias
+from cai_cli.judging.pairs import Pair, pair_items
 from cai_cli.judging.votes import Labeller
 from cai_cli.metrics.intervals import wilson
 from cai_cli.prompting.base import assistant
@@ -35,7 +38,7 @@ def pairs_in(file: str) -> Iterator[Pair]:
     with open(file, "rb") as lines:
         first = orjson.loads(next(lines))
     if "corrects" not in first:
-        yield from (unit.value for unit in pair_units(RowReader(), file, "all", 0, None) if isinstance(unit, WorkItem))
+        yield from (unit.value for unit in pair_items(RowReader(), file, "all", 0, None) if isinstance(unit, WorkItem))
         return
     for number, line in enumerate(open(file, "rb")):  # noqa: SIM115
         row = orjson.loads(line)
@@ -87,7 +90,7 @@ def rows_of_table(
     firsts = [j.p_first for j in answers if isinstance(j, Judgement)]
     picks = sum(p > 0.5 for p in firsts) / max(1, len(firsts))
     for calibrated in (False, True) if method == "choice" else (False,):
-        priors = labeller.judge._letter_priors([c.principle for c in asked]) if calibrated else {}
+        priors = estimate_letter_bias(labeller.judge, [c.principle for c in asked]) if calibrated else {}
         by_order = {
             order: [
                 p_of(c, j, priors.get(c.principle.id, 0.0))

@@ -151,15 +151,15 @@ def preference(number: int, ids: list[str], rng: random.Random, texts: list[str]
 def rl_metrics(rng: random.Random) -> list[Json]:
     rows = []
     for step in range(1, 61):
-        watched = step % 10 == 0
+        monitored = step % 10 == 0
         rows.append(
             {
                 "step": step, "loss": rng.gauss(0, 0.05), "learning_rate": 1e-6, "grad_norm": 1 + rng.random(),
                 "reward": step / 60 + rng.gauss(0, 0.1), "reward_std": 0.3, "shaped_reward": step / 70 + rng.gauss(0, 0.1),
                 "kl": step / 40 + rng.random() * 0.1, "entropy": 2 - step / 100, "reply_tokens": 60 + step, "cut_off_share": 0.1,
-                "watch_score": (0.5 - (step - 30) ** 2 / 3000) if watched else None,
-                "boilerplate_share": step / 90 if watched else None,
-                "goodhart": "the watcher falls while the score rises" if step == 50 else None,
+                "watch_score": (0.5 - (step - 30) ** 2 / 3000) if monitored else None,
+                "boilerplate_share": step / 90 if monitored else None,
+                "goodhart": "watch_score falls while pm_score rises since step 0" if step == 50 else None,
             }
         )  # fmt: skip
     return rows

@@ -1,1 +1,1 @@
-"""Model and dataset cards."""
+"""README.md files of models and datasets, and the export of datasets."""

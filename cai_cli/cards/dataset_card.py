@@ -14,15 +14,15 @@ PAPER = "[Constitutional AI](https://arxiv.org/abs/2212.08073)"
 USED_BY: Mapping[type[Row], str] = {
     Prompt: "TRL's RLOOTrainer and GRPOTrainer",
     Sample: "TRL's SFTTrainer",
-    Revision: "TRL's SFTTrainer (`completion` is the last revision; `history` holds the rounds before)",
-    Critique: "no trainer as it is: the replies are criticised, not revised",
-    Preference: "TRL's RewardTrainer and DPOTrainer (hard labels; `p_chosen` is the soft one)",
+    Revision: "TRL's SFTTrainer (`completion` is the last revision; `history` holds the earlier rounds)",
+    Critique: "no trainer: it holds critiques, and no revised replies",
+    Preference: "TRL's RewardTrainer and DPOTrainer (hard labels; `p_chosen` is the soft label)",
 }
 
 
 @dataclass
 class DatasetStats:
-    """What the card says about the rows, counted while they are written."""
+    """Statistics of the rows of an exported dataset, collected while they are written."""
 
     rows: int = 0
     principles: Counter[str] = field(default_factory=Counter)
@@ -31,6 +31,7 @@ class DatasetStats:
     p_chosen: float = 0.0
 
     def add(self, row: Row) -> None:
+        """Add one row."""
         self.rows += 1
         self.principles.update(draws(row))
         self.cut_off += isinstance(row, Sample) and row.finish_reason == "length"
@@ -38,25 +39,36 @@ class DatasetStats:
             self.human += row.human is not None
             self.p_chosen += row.p_chosen
 
-    def figures(self, row_type: type[Row]) -> dict[str, Any]:
-        found: dict[str, Any] = {"rows": self.rows}
+    def by_name(self, row_type: type[Row]) -> dict[str, Any]:
+        """Return the statistics that apply to this type of rows, by their names on the card."""
+        statistics: dict[str, Any] = {"rows": self.rows}
         if issubclass(row_type, Sample):
-            found["replies cut at the length limit"] = self.cut_off
+            statistics["replies cut off at the length limit"] = self.cut_off
         if row_type is Preference:
-            found |= {"mean p_chosen": self.p_chosen / self.rows, "with a human label": self.human}
-        return found
+            statistics |= {"mean p_chosen": self.p_chosen / self.rows, "with a human label": self.human}
+        return statistics
 
 
 def dataset_card(
     name: str,
     row_type: type[Row],
     columns: list[str],
-    seen: DatasetStats,
+    stats: DatasetStats,
     manifest: Mapping[str, Any] | None,
     sha256: str | None,
 ) -> str:
-    """README.md of a dataset: what it is, the principles behind it, what made it, and the figures of its rows. It
-    names no folder of this machine."""
+    """Return the README.md of a dataset: its rows, the principles behind them, and how they were made.
+
+    The card contains no local path.
+
+    Args:
+        name: Name of the file of rows.
+        row_type: Type of the rows.
+        columns: Columns of the dataset.
+        stats: Statistics of the rows.
+        manifest: Manifest of the file, or None.
+        sha256: Hash of the file, or None.
+    """
     from huggingface_hub import DatasetCard, DatasetCardData
 
     head = DatasetCardData(
@@ -67,12 +79,12 @@ def dataset_card(
         f"# {cell(name)}",
         f"{row_type.__name__} rows, exported by cai {__version__}; {PAPER}. Read by {USED_BY[row_type]}.",
         f"Columns: {', '.join(f'`{column}`' for column in columns)}.",
-        table("Figures", seen.figures(row_type)),
+        table("Statistics", stats.by_name(row_type)),
     ]
     if manifest:
-        parts += [_principles(drawn_counts(seen.principles, manifest)), _made_by(manifest)]
+        parts += [_principles(drawn_counts(stats.principles, manifest)), _made_by(manifest)]
     else:
-        parts.append("No manifest says what made these rows.")
+        parts.append("How these rows were made is unknown: the file has no manifest.")
     if sha256:
         parts.append(f"sha256 of `{cell(name)}`: `{sha256}`")
     text = "\n\n".join(part for part in parts if part)
@@ -83,25 +95,25 @@ def _principles(used: Drawn | None) -> str:
     if used is None:
         return ""
     rows = "".join(
-        f"| `{cell(name)}` | {count:,} | {cell(_says(used, name))} |\n" for name, count in used.counts.items()
+        f"| `{cell(name)}` | {count:,} | {cell(_text_of(used, name))} |\n" for name, count in used.counts.items()
     )
     return (
         f"## Principles\n\nConstitution `{cell(used.constitution)}` (`{used.fingerprint}`).\n\n"
-        f"| principle | drawn | what it asks |\n|---|---|---|\n{rows}"
+        f"| principle | drawn | text |\n|---|---|---|\n{rows}"
     ).rstrip()
 
 
-def _says(used: Drawn, name: str) -> str:
+def _text_of(used: Drawn, name: str) -> str:
     principle = used.principles.get(name)
     texts = principle.model_dump(include={"critique", "revision", "comparison"}) if principle else {}
-    return " / ".join(texts.values()) or "(its text is not at hand)"
+    return " / ".join(texts.values()) or "(text not available)"
 
 
 def _made_by(manifest: Mapping[str, Any]) -> str:
     made = manifest["provenance"]
     model = {f"model, {key}": value for key, value in (made.get("model") or {}).items()}
     parts = [
-        f"## What made it\n\n`cai {made['stage']}` {made['cai']}",
+        f"## How it was made\n\n`cai {made['stage']}` {made['cai']}",
         table("", {**model, **{f"input `{k}`, sha256": v for k, v in made["input"].items() if v}}),
         table("Settings", made["settings"]),
         table("Rows in and out", {k: v for k, v in manifest["counts"].items() if not k.endswith("_reasons")}),

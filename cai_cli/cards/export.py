@@ -1,8 +1,7 @@
-"""`cai export FILE -o DIR`: rows as a dataset directory, typed parquet and a card, that `datasets.load_dataset(DIR)`
-and TRL's trainers read as it is.
+"""Write rows as a dataset directory, typed parquet and a card (`cai export FILE -o DIR`).
 
-Nothing is renamed on the way: samples and revisions are TRL's prompt-completion form, preferences its explicit-prompt
-preference form, and the columns beside those stay.
+`datasets.load_dataset(DIR)` and TRL's trainers read the directory directly. Columns keep their names: samples and
+revisions have TRL's prompt-completion format, preferences its explicit-prompt preference format, plus our own columns.
 """
 
 import os
@@ -23,13 +22,21 @@ from cai_cli.runtime.output_files import one_writer, sidecar
 
 
 def kind_of(source: str) -> tuple[type[Row], Callable[[object], Row]]:
-    """The type of a file's rows and their parser, by the fields of its first row. Raises CaiError."""
+    """Return the type of a file's rows and their parser, by the fields of its first row.
+
+    Raises:
+        CaiError: The file has no rows, or holds rejected rows.
+    """
     first: Any = next((value for _, value in read_values(source)), None)
     if first is None:
-        raise CaiError(f"{display_name(source)} holds no rows")
+        raise CaiError(f"{display_name(source)} holds no rows", code="no-rows")
     fields = set(first) if isinstance(first, dict) else set()
     if {"reason", "row"} <= fields:
-        raise CaiError(f"{source} holds rejected rows, which are no data", hint="export the file beside it")
+        raise CaiError(
+            f"{source} holds rejected rows, which are not data",
+            hint="export the file beside it",
+            code="unknown-row-type",
+        )
     if {"chosen", "rejected"} <= fields:
         return Preference, lambda value: parse_preference(value, source=origin(source))
     for field_name, row_type in (("critique", Critique), ("history", Revision), ("sample_index", Sample)):
@@ -39,7 +46,7 @@ def kind_of(source: str) -> tuple[type[Row], Callable[[object], Row]]:
 
 
 def features(row_type: type[Row]) -> Any:
-    """The columns of a row type as `datasets.Features`: typed even where every value is null or every list empty."""
+    """Return the columns of a row type as `datasets.Features`, typed also where all values are null or empty lists."""
     from datasets import Features
 
     return Features({name: _feature(info.annotation) for name, info in row_type.model_fields.items()})
@@ -61,17 +68,24 @@ def _feature(annotation: Any) -> Any:
 
 
 def export(source: str, work: Path) -> dict[str, Any]:
-    """Write the dataset of `source` into the new directory `work`; returns a summary. Raises CaiError."""
+    """Write the dataset of `source` into the new directory `work`.
+
+    Returns:
+        A summary: the number of `rows`, their `type` and the `columns`.
+
+    Raises:
+        CaiError: The file cannot be read, or a row is not valid.
+    """
     from datasets import Dataset
     from datasets.utils.logging import disable_progress_bar, enable_progress_bar
 
     file = hash_input(source)
     row_type, parse = kind_of(source)
-    seen = DatasetStats()
+    stats = DatasetStats()
 
     def rows() -> Iterator[dict[str, Any]]:
         for _, row in read_rows(source, parse):
-            seen.add(row)
+            stats.add(row)
             yield row.model_dump()
 
     (work / "data").mkdir(parents=True)
@@ -89,13 +103,13 @@ def export(source: str, work: Path) -> dict[str, Any]:
     finally:
         enable_progress_bar()
     manifest = read_manifest(sidecar(Path(source), "manifest.json"))
-    card = dataset_card(Path(source).name, row_type, columns, seen, manifest, file.sha256)
+    card = dataset_card(Path(source).name, row_type, columns, stats, manifest, file.sha256)
     (work / "README.md").write_text(card, encoding="utf-8")
-    return {"rows": seen.rows, "type": row_type.__name__, "columns": columns}
+    return {"rows": stats.rows, "type": row_type.__name__, "columns": columns}
 
 
 def export_file(input: str, output: Path, *, overwrite: bool) -> dict[str, Any]:
-    """Write the dataset directory `output` of the rows in `input`. Returns the summary.
+    """Write the dataset directory `output` of the rows in `input` and return the summary.
 
     Raises:
         CaiError: The output exists, or the rows cannot be read.
@@ -108,7 +122,7 @@ def export_file(input: str, output: Path, *, overwrite: bool) -> dict[str, Any]:
     with one_writer(output):
         if output.exists() and not overwrite:
             raise CaiError(
-                f"{output} exists already", hint="--overwrite replaces it; or choose another -o", code="output-exists"
+                f"{output} already exists", hint="--overwrite replaces it; or choose another -o", code="output-exists"
             )
         if output.exists() and not is_dataset(output):
             raise CaiError(
@@ -127,4 +141,5 @@ def export_file(input: str, output: Path, *, overwrite: bool) -> dict[str, Any]:
 
 
 def is_dataset(directory: Path) -> bool:
+    """Return whether a directory looks like an exported dataset."""
     return (directory / "README.md").is_file() and any(directory.glob("data/*.parquet"))

@@ -1,4 +1,4 @@
-"""Markdown tables for model and dataset cards."""
+"""Markdown tables for the cards."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,16 @@ from cai_cli.common import console
 
 
 def table(title: str, values: Mapping[str, Any]) -> str:
-    """A two-column Markdown table under a heading; nothing of nothing."""
+    """Return a two-column Markdown table under a heading, or an empty string without values.
+
+    Examples:
+        >>> print(table("Statistics", {"rows": 8}))
+        ### Statistics
+        <BLANKLINE>
+        | | |
+        |---|---|
+        | rows | 8 |
+    """
     if not values:
         return ""
     rows = "".join(f"| {cell(name)} | {cell(value)} |\n" for name, value in values.items())
@@ -15,7 +24,12 @@ def table(title: str, values: Mapping[str, Any]) -> str:
 
 
 def cell(value: Any) -> str:
-    """A value inside a Markdown table: one line, and no bar, markup or control character of its own."""
+    """Return a value as the text of a table cell: one line, with markup and control characters escaped.
+
+    Examples:
+        >>> print(cell("a | b <script>"))
+        a \\| b \\<script\\>
+    """
     text = f"{value:.6g}" if isinstance(value, float) else console.safe(str(value))
     for mark in "\\|<>[]":
         text = text.replace(mark, f"\\{mark}")

@@ -13,8 +13,14 @@ PAPER = "[Constitutional AI](https://arxiv.org/abs/2212.08073)"
 
 
 def model_card(manifest: Mapping[str, Any], models: Mapping[str, ModelSource]) -> str:
-    """README.md of a finished model: what it was made from, with which settings, and the figures that came out."""
-    provenance, stage, figures = manifest["provenance"], manifest["provenance"]["stage"], manifest["figures"]
+    """Return the README.md of a finished model: what it was made from, its settings and its metrics.
+
+    Args:
+        manifest: Manifest of the model; those before 0.2 call the metrics `figures`.
+        models: Role ("model", "pm", ...) -> the model that it was made from.
+    """
+    provenance, stage = manifest["provenance"], manifest["provenance"]["stage"]
+    metrics = manifest["metrics"] if "metrics" in manifest else manifest["figures"]
     base = models["model"]
     head: dict[str, Any] = {"library_name": "transformers", "tags": ["constitutional-ai", f"cai-{stage}", "trl"]}
     if base.license:
@@ -32,7 +38,7 @@ def model_card(manifest: Mapping[str, Any], models: Mapping[str, ModelSource]) -
     return (
         f"---\n{yaml.safe_dump(head, sort_keys=True)}---\n\n# {stage} of {base.public_name}\n\n"
         f"Made by `cai {stage}` {provenance['cai']} ({PAPER}).\n\n"
-        + (f"**{figures['note']}**\n\n" if figures.get("note") else "")
+        + (f"**{metrics['note']}**\n\n" if metrics.get("note") else "")
         + table("Made from", made_from | hashes)
         + "".join(
             table(f"Principles: {p['constitution']}, drawn in {p['stage']}", _draws(p))
@@ -40,16 +46,16 @@ def model_card(manifest: Mapping[str, Any], models: Mapping[str, ModelSource]) -
         )
         + table("Rows", {k: v for k, v in manifest["counts"].items() if not k.endswith("_reasons")})
         + table("Settings", provenance["settings"])
-        + table("Figures", {k: v for k, v in _flat(figures).items() if k != "note"})
+        + table("Metrics", {k: v for k, v in _flat(metrics).items() if k != "note"})
         + table("Training", manifest["run"]["training"])
         + table("Versions", manifest["run"]["versions"])
     )
 
 
-def _flat(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """Figures by name, a figure of several parts or of several bins as that many."""
+def _flat(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metrics by name; a metric with several parts or bins becomes as many metrics."""
     flat: dict[str, Any] = {}
-    for name, value in figures.items():
+    for name, value in metrics.items():
         if isinstance(value, list):
             flat |= {f"{name}, bin {k}": part for k, part in enumerate(value, start=1)}
         elif isinstance(value, dict) and "value" not in value:
@@ -60,7 +66,7 @@ def _flat(figures: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _draws(principles: Mapping[str, Any]) -> dict[str, str]:
-    """One constitution of `recorded_principles`: its hash, then each principle and how often it was drawn."""
+    """Return the rows about one entry of `recorded_principles`: its hash, and how often each principle was drawn."""
     return {
         "fingerprint": f"`{principles['fingerprint']}`",
         **{f"`{name}`": f"{count:,} times" for name, count in principles["drawn"].items()},

@@ -8,30 +8,30 @@ from cai_cli.metrics.intervals import Estimate
 from cai_cli.metrics.label_audit import AuditMetrics
 
 
-def _figures(found: AuditMetrics) -> Iterator[tuple[str, Estimate]]:
-    """All figures by name, those of principles and bins after the others."""
-    bins = ((f"right at {b['from']:.1f} to {b['to']:.1f}", b["right"]) for b in found["reliability"])
+def estimates(audit: AuditMetrics) -> Iterator[tuple[str, Estimate]]:
+    """Yield (name, estimate) for every metric with an interval; those of bins and principles come last."""
+    bins = ((f"right at {b['from']:.1f} to {b['to']:.1f}", b["right"]) for b in audit["reliability"])
     by_principle = (
-        (f"{principle}: {name}", figure)
-        for principle, figures in found["principles"].items()
-        for name, figure in figures.items()
+        (f"{principle}: {name}", metric)
+        for principle, metrics in audit["principles"].items()
+        for name, metric in metrics.items()
     )
-    for name, figure in chain(found.items(), bins, by_principle):
-        if isinstance(figure, dict) and "low" in figure:
-            yield name.replace("_", " "), figure  # type: ignore[misc]
+    for name, metric in chain(audit.items(), bins, by_principle):
+        if isinstance(metric, dict) and "low" in metric:
+            yield name.replace("_", " "), metric  # type: ignore[misc]
 
 
-def print_audit(found: AuditMetrics) -> None:
-    """Print the audit as tables."""
-    verdict = {True: "yes", False: "no", None: "not known"}[found["trusted"]]
-    print(f"trusted: {verdict}: {found['reason']}")
-    for note in found["notes"]:
+def print_audit(audit: AuditMetrics) -> None:
+    """Print the audit on stdout: the verdict, the notes, the counts, and a table of the metrics."""
+    verdict = {True: "yes", False: "no", None: "unknown"}[audit["trusted"]]
+    print(f"trusted: {verdict}: {audit['reason']}")
+    for note in audit["notes"]:
         print(f"  {note}")
-    counted = f"{found['pairs']:,} pairs, {found['votes']:,} votes, {found['ties']:,} ties"
-    print(f"{counted}, {found['human_only']:,} judged by humans only")
-    for why, n in found["rejected"].items():
+    counts = f"{audit['pairs']:,} pairs, {audit['votes']:,} votes, {audit['ties']:,} ties"
+    print(f"{counts}, {audit['human_only']:,} judged by humans only")
+    for why, n in audit["rejected"].items():
         print(f"  {n:,} rejected: {console.safe(why)}")
     print(f"{'':<46}{'value':>8}{'95% interval':>20}{'n':>12}")
-    for name, f in _figures(found):
-        ends = f"{f['low']:.3f} to {f['high']:.3f}"
-        print(f"{console.safe(name):<46}{f['value']:>8.3f}{ends:>20}{f['n']:>12,}")
+    for name, e in estimates(audit):
+        ends = f"{e['low']:.3f} to {e['high']:.3f}"
+        print(f"{console.safe(name):<46}{e['value']:>8.3f}{ends:>20}{e['n']:>12,}")

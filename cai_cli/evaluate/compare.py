@@ -1,9 +1,10 @@
-"""`cai eval compare`: several models over the same prompts, compared two by two (paper section 4.3).
+"""Compare several models on the same prompts, two at a time (`cai eval compare`; paper section 4.3).
 
-The paper asks crowdworkers which of two models' replies is better, on harmlessness and on helpfulness apart. Departure:
-here a preference model (`--pm`: the difference of two scores is the log-odds) or a judge (`--judge`: as `label-prefs`
-asks it, in both orders, under principles) is asked. A judge compares replies to helpful prompts by their helpfulness,
-all others under the principles. Sampling is a stage of its own: what is compared are files of `cai sample`.
+In the paper, crowdworkers decide which of two models' replies is better, for harmlessness and for helpfulness
+separately. Departure: here a preference model decides (`--pm`: the difference of two scores is the log-odds) or a judge
+(`--judge`: prompted as by `label-prefs`, in both orders, under principles). A judge compares replies to helpful prompts
+by their helpfulness, and all others under the principles. Sampling is a stage of its own: the inputs are outputs of
+`cai sample`.
 """
 
 import re
@@ -20,7 +21,7 @@ from cai_cli.data.formats import sample_or_revision
 from cai_cli.data.jsonl import display_name, read_rows, rows_of
 from cai_cli.data.schema import Kind, ModelComparison, Rejected, Revision, Sample, Vote, reject
 from cai_cli.engines.base import Engine, RequestFailure
-from cai_cli.judging.judge import sigmoid
+from cai_cli.judging.base import sigmoid
 from cai_cli.judging.labeller import JudgeOptions, estimate_votes, labeller_settings, open_labeller
 from cai_cli.judging.pairs import Pair
 from cai_cli.judging.votes import Labeller, PairVerdict, aggregate_votes
@@ -72,7 +73,7 @@ class CompareConfig(OutputOptions, JudgeOptions):
 
 @dataclass(frozen=True)
 class ReplyPair:
-    """Two models' replies to one prompt, to be compared."""
+    """The replies of two models to one prompt, to be compared."""
 
     id: str
     kind: Kind | None
@@ -83,12 +84,20 @@ class ReplyPair:
 
     @property
     def pair(self) -> Pair:
+        """The two replies, as a judge compares them."""
         sides = {"a": self.a.completion, "b": self.b.completion}
         return Pair(id=self.id, prompt=self.a.prompt, **sides, human=None, source=self.a.source)
 
-    def duel(
+    def comparison(
         self, p_a: float, scores: tuple[float | None, float | None] = (None, None), votes: Sequence[Vote] = ()
     ) -> ModelComparison:
+        """Return the row of this comparison.
+
+        Args:
+            p_a: Probability that the reply of `model_a` is better.
+            scores: Scores of the two replies (logits), where a preference model decided.
+            votes: The judge's votes, where a judge decided.
+        """
         return ModelComparison(
             id=self.id,
             prompt_id=self.a.id,
@@ -106,117 +115,149 @@ class ReplyPair:
         )
 
 
-# --- what is compared with what ----------------------------------------------------------------------------------
+# --- pairing the replies ------------------------------------------------------------------------------------------
 
 
 def name_files(given: Sequence[str]) -> dict[str, str]:
-    """Model name -> file, of FILE (named by its file name) and NAME=FILE. Raises UsageError."""
+    """Return model name -> file.
+
+    Args:
+        given: FILE, which is named by its file name, or NAME=FILE.
+
+    Raises:
+        UsageError: Two models have the same name, or there are fewer than two.
+
+    Examples:
+        >>> name_files(["start.jsonl", "better=runs/sl.jsonl"])
+        {'start': 'start.jsonl', 'better': 'runs/sl.jsonl'}
+    """
     files: dict[str, str] = {}
     for text in given:
         named = None if Path(text).exists() else NAMED.fullmatch(text)
         name, file = (named[1], named[2]) if named else (_name_of(text), text)
         if name in files:
-            raise UsageError(f"two models are called {name!r}", hint="give them names: NAME=FILE")
+            raise UsageError(f"two models have the name {name!r}", hint="name them: NAME=FILE", code="option-conflict")
         files[name] = file
     if len(files) < 2:
-        raise UsageError("a comparison needs the samples of two models or more")
+        raise UsageError("a comparison needs the samples of two or more models", code="missing-option")
     return files
 
 
 def _name_of(file: str) -> str:
-    """`sl-cai.jsonl` is called sl-cai; what could be taken apart elsewhere (spaces, colons) becomes a dash."""
+    """Return the name of `sl-cai.jsonl`, sl-cai; characters with a meaning elsewhere (spaces, colons) become dashes."""
     return re.sub(r"[^\w.,@=+-]+", "-", re.sub(r"\.jsonl(\.zst|\.gz)?$", "", Path(display_name(file)).name))
 
 
-def match_units(files: Mapping[str, str], kind: Kind | None, limit: int | None) -> WorkItems[ReplyPair]:
-    """Every two models on every prompt of any of them (and every sample of it); a prompt that one of two lacks is
-    skipped. All samples are held in memory.
+def reply_pairs(files: Mapping[str, str], kind: Kind | None, limit: int | None) -> WorkItems[ReplyPair]:
+    """Yield the replies of every two models to every prompt, and for each sample of it; all samples are in memory.
 
-    Raises InvalidRow where a file holds a reply twice, or an id that means another prompt in another file.
+    A prompt to which one of two models has no reply is skipped.
+
+    Args:
+        files: Model name -> file of samples.
+        kind: The kind of prompts whose rows have none.
+        limit: Largest number of prompts and samples, or None.
+
+    Raises:
+        InvalidRow: A row is not valid, a reply is repeated, or an id belongs to different prompts in two files.
     """
     tables = {name: _samples(file) for name, file in files.items()}
     for key in islice(dict.fromkeys(key for table in tables.values() for key in table), limit):
-        found = {name: table[key] for name, table in tables.items() if key in table}
-        _, first = next(iter(found.values()))
-        for name, (line, sample) in found.items():
+        replies = {name: table[key] for name, table in tables.items() if key in table}
+        _, first = next(iter(replies.values()))
+        for name, (line, sample) in replies.items():
             if sample.prompt != first.prompt:
-                raise InvalidRow(display_name(files[name]), line, f"id {sample.id!r} is another prompt in another file")
+                reason = f"id {sample.id!r} has a different prompt in another file"
+                raise InvalidRow(display_name(files[name]), line, reason, code="invalid-row")
         for a, b in combinations(tables, 2):
-            if lacking := [name for name in (a, b) if name not in found]:
+            if lacking := [name for name in (a, b) if name not in replies]:
                 yield Skipped(f"no reply of {' or '.join(lacking)}", 0)
                 continue
-            (line, one), (_, other) = found[a], found[b]
+            (line, one), (_, other) = replies[a], replies[b]
             yield WorkItem(f"{key} {a}:{b}", line, ReplyPair(f"{key} {a}:{b}", first.kind or kind, a, b, one, other))
 
 
 def _samples(file: str) -> dict[str, tuple[int, Sample]]:
-    """The replies in `file` by prompt id and number, with their lines."""
+    """Return the replies in `file` with their lines, by prompt id and sample index."""
     table: dict[str, tuple[int, Sample]] = {}
     for line, row in read_rows(file, sample_or_revision):
         if row.key in table:
-            raise InvalidRow(display_name(file), line, f"{row.key!r} stands on line {table[row.key][0]} already")
+            reason = f"{row.key!r} repeats line {table[row.key][0]}"
+            raise InvalidRow(display_name(file), line, reason, code="duplicate-id")
         table[row.key] = (line, row)
     return table
 
 
-# --- who compares --------------------------------------------------------------------------------------------------
+# --- comparing them -----------------------------------------------------------------------------------------------
 
 
-def compare_by_scores(matches: Sequence[ReplyPair], scorer: Scorer) -> list[ModelComparison | Rejected]:
-    """One comparison per match, in order, by the difference of two scores; every reply is scored once."""
-    replies = {(m, s.key): s for match in matches for m, s in _sides(match)}
+def compare_by_scores(pairs: Sequence[ReplyPair], scorer: Scorer) -> list[ModelComparison | Rejected]:
+    """Return one comparison for each pair, in order, by the difference of two scores (paper section 4.1).
+
+    Args:
+        pairs: The replies to compare; a reply in several pairs is scored once.
+        scorer: The preference model.
+    """
+    replies = {(model, sample.key): sample for pair in pairs for model, sample in _sides(pair)}
     scores = dict(zip(replies, scorer.score(list(replies.values())), strict=True))
     outcomes: list[ModelComparison | Rejected] = []
-    for match in matches:
-        a, b = (scores[model, sample.key] for model, sample in _sides(match))
+    for pair in pairs:
+        a, b = (scores[model, sample.key] for model, sample in _sides(pair))
         if isinstance(a, Rejected) or isinstance(b, Rejected):
             why = next(scored.reason for scored in (a, b) if isinstance(scored, Rejected))
-            outcomes.append(reject(match.id, why, match.pair))
+            outcomes.append(reject(pair.id, why, pair.pair))
         else:
-            outcomes.append(match.duel(sigmoid(a.score - b.score), (a.score, b.score)))
+            outcomes.append(pair.comparison(sigmoid(a.score - b.score), (a.score, b.score)))
     return outcomes
 
 
-def _sides(match: ReplyPair) -> tuple[tuple[str, Sample], tuple[str, Sample]]:
-    return (match.model_a, match.a), (match.model_b, match.b)
+def _sides(pair: ReplyPair) -> tuple[tuple[str, Sample], tuple[str, Sample]]:
+    return (pair.model_a, pair.a), (pair.model_b, pair.b)
 
 
-def compare_by_votes(matches: Sequence[ReplyPair], labeller: Labeller) -> list[ModelComparison | Rejected]:
-    """One comparison per match, in order, by the mean of a judge's votes. Equal replies are a tie without a vote."""
-    helpful = replace(labeller, principles=[HELPFULNESS], per_pair=1)
-    asked = [match for match in matches if match.a.completion != match.b.completion]
-    opinions: dict[str, PairVerdict | RequestFailure] = {}
-    for judge, mine in (
-        (labeller, [m for m in asked if m.kind != "helpful"]),
-        (helpful, [m for m in asked if m.kind == "helpful"]),
+def compare_by_votes(pairs: Sequence[ReplyPair], labeller: Labeller) -> list[ModelComparison | Rejected]:
+    """Return one comparison for each pair, in order, by the mean of a judge's votes; equal replies tie without a vote.
+
+    Args:
+        pairs: The replies to compare.
+        labeller: The judge and its principles, which are replaced by helpfulness for prompts of that kind.
+    """
+    by_helpfulness = replace(labeller, principles=[HELPFULNESS], per_pair=1)
+    different = [pair for pair in pairs if pair.a.completion != pair.b.completion]
+    verdicts: dict[str, PairVerdict | RequestFailure] = {}
+    for judge, group in (
+        (labeller, [p for p in different if p.kind != "helpful"]),
+        (by_helpfulness, [p for p in different if p.kind == "helpful"]),
     ):
-        opinions |= dict(zip([m.id for m in mine], aggregate_votes([m.pair for m in mine], judge), strict=True))
+        verdicts |= dict(zip([p.id for p in group], aggregate_votes([p.pair for p in group], judge), strict=True))
     outcomes: list[ModelComparison | Rejected] = []
-    for match in matches:
-        opinion = opinions.get(match.id)
-        if opinion is None:
-            outcomes.append(match.duel(0.5))
-        elif isinstance(opinion, RequestFailure):
-            outcomes.append(reject(match.id, opinion.reason, match.pair))
+    for pair in pairs:
+        verdict = verdicts.get(pair.id)
+        if verdict is None:
+            outcomes.append(pair.comparison(0.5))
+        elif isinstance(verdict, RequestFailure):
+            outcomes.append(reject(pair.id, verdict.reason, pair.pair))
         else:
-            outcomes.append(match.duel(opinion.p_a, votes=opinion.as_rows(labeller.judge.method)))
+            outcomes.append(pair.comparison(verdict.p_a, votes=verdict.as_rows(labeller.judge.method)))
     return outcomes
 
 
-# --- the shell -----------------------------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------------------------------
 
 
-def say_result(found: Mapping[str, Any]) -> None:
-    """Who wins, in words: better only where the interval says so."""
-    for rate in found["win_rates"]:
+def print_result(result: Mapping[str, Any]) -> None:
+    """Print the result of a `Tournament` on stderr; a model is called better only where the interval shows it."""
+    for rate in result["win_rates"]:
         a, b, kind = rate["a"], rate["b"], rate["kind"] or "other"
         value, low, high = rate["value"], rate["low"], rate["high"]
         if high < 0.5:
             a, b, value, low, high = b, a, 1 - value, 1 - high, 1 - low
-        verdict = f"{a} beats {b}" if low > 0.5 else f"no difference shown between {a} and {b}"
-        won = f"{a} wins {value:.0%} ({low:.0%} to {high:.0%}) of {rate['n']:,}, {rate['ties']:,} ties counted half"
+        verdict = f"{a} is better than {b}" if low > 0.5 else f"no significant difference between {a} and {b}"
+        won = (
+            f"{a} wins {value:.0%} ({low:.0%} to {high:.0%}) of {rate['n']:,}, with {rate['ties']:,} ties counted half"
+        )
         console.say(f"{kind} prompts: {verdict}: {won}")
-    for axis, ratings in found["ratings"].items():
+    for axis, ratings in result["ratings"].items():
         for r in ratings:
             console.say(f"Elo, {axis}: {r['model']} {r['value']:.0f} ({r['low']:.0f} to {r['high']:.0f})")
 
@@ -229,7 +270,7 @@ def _result_of(output: str, models: Sequence[str]) -> dict[str, Any]:
 
 
 def estimate(rows: RowFlow, config: CompareConfig) -> StepCost:
-    """The cost of comparing every two models on every prompt."""
+    """Return the cost of comparing every two models on every prompt."""
     models = len(config.input)
     pairs = replace(rows, rows=rows.rows * models * (models - 1) // 2, per_prompt=1)
     if config.judge:
@@ -280,7 +321,7 @@ def run(config: CompareConfig) -> dict[str, Any]:
         inputs=inputs,
         output=config.output,
         overwrite=config.overwrite,
-        units=lambda: match_units(files, config.kind, config.limit),
+        units=lambda: reply_pairs(files, config.kind, config.limit),
         work=comparer.work,
         window=comparer.window,
         engine=comparer.engine,
@@ -290,7 +331,7 @@ def run(config: CompareConfig) -> dict[str, Any]:
         write_json(sidecar(Path(config.output), "compare.json"), found)
     summary = {**summary, **found}
     print_summary(summary, as_json=config.as_json, stdout_is_data=to_stdout)
-    say_result(found)
+    print_result(found)
     return summary
 
 

@@ -1,8 +1,8 @@
-"""`cai eval harm`: how harmful replies are on the paper's absolute scale from 0 to 4 (section 4.5, figure 10).
+"""Score how harmful replies are, on the paper's absolute scale from 0 to 4 (`cai eval harm`; section 4.5, figure 10).
 
-The paper fine-tunes a model on the scores that red-teamers gave. Departure: a judge is asked with the scale in words,
-and a reply's score is the mean of the five numbers under the judge's probabilities. It is an opinion on a scale of the
-judge's own: compare the scores of one judge with each other, not with the paper's.
+The paper fine-tunes a model on the scores that red-teamers gave. Departure: a judge sees the scale in words, and the
+score of a reply is the mean of the five levels under the judge's probabilities. The scale is the judge's own: compare
+scores of the same judge with each other, not with the paper's.
 """
 
 import math
@@ -16,7 +16,7 @@ from cai_cli.data.formats import sample_or_revision
 from cai_cli.data.jsonl import read_rows, rows_of
 from cai_cli.data.schema import HarmScore, Kind, Rejected, Revision, Sample, reject
 from cai_cli.engines.base import Engine, LogprobRequest, RequestFailure
-from cai_cli.evaluate.hhh import normalised
+from cai_cli.evaluate.evaluated_models import normalised
 from cai_cli.metrics.intervals import ClusterBootstrap, Limits
 from cai_cli.phase1_supervised.reviser import conversation
 from cai_cli.prompting.base import PromptFormat, resolve_prompt_format
@@ -45,9 +45,15 @@ class HarmConfig(OutputOptions, ShardOptions, EngineOptions, FormatOptions):
     """
 
 
-def harm(rows: Sequence[Sample], engine: Engine, form: PromptFormat) -> Iterator[HarmScore | Rejected]:
-    """One score per reply, in order."""
-    requests = [harm_request(conversation(row), form) for row in rows]
+def harm(rows: Sequence[Sample], engine: Engine, prompt_format: PromptFormat) -> Iterator[HarmScore | Rejected]:
+    """Yield the score of each reply, from 0 (harmless) to 4, in order.
+
+    Args:
+        rows: The replies.
+        engine: The judge.
+        prompt_format: How the judge's prompts are built.
+    """
+    requests = [harm_request(conversation(row), prompt_format) for row in rows]
     answers = engine.option_logprobs(
         [LogprobRequest(r.text, HARM_LEVELS, r.prefill, row.key) for row, r in zip(rows, requests, strict=True)]
     )
@@ -61,25 +67,26 @@ def harm(rows: Sequence[Sample], engine: Engine, form: PromptFormat) -> Iterator
 
 
 class HarmSummary:
-    """Sums of scores by prompt, while rows come."""
+    """Collects scores by prompt and computes their means, with intervals over prompts."""
 
     def __init__(self) -> None:
         self.prompts = KeyTable()
         self.sums = {kind: ClusterBootstrap(["harm", "n"]) for kind in (None, *get_args(Kind))}
 
     def observe(self, row: HarmScore | Rejected) -> None:
-        """As `add`, for a reply that may have no score."""
+        """Add a score; ignore a rejected reply."""
         if isinstance(row, HarmScore):
             self.add(row)
 
     def add(self, row: HarmScore) -> None:
+        """Add the score of one reply."""
         prompt = self.prompts.number(row.id)
         for kind in {None, row.kind}:
             self.sums[kind].add(prompt, {"harm": row.harm, "n": 1})
 
     def result(self) -> dict[str, Any]:
-        """`harm`: the mean score of all replies; `by_kind`: of those to each kind of prompt. Null of nothing."""
-        means = {kind: sums.figure(lambda s: s["harm"] / s["n"], "n", HARM) for kind, sums in self.sums.items()}
+        """Return `harm`, the mean score of all replies, and `by_kind`, by kind of prompt; None without replies."""
+        means = {kind: sums.estimate(lambda s: s["harm"] / s["n"], "n", HARM) for kind, sums in self.sums.items()}
         return {"harm": means.pop(None), "by_kind": means}
 
 

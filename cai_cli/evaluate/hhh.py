@@ -1,29 +1,25 @@
-"""`cai eval hhh`: the published multiple-choice evaluations (paper section 2 and appendix B).
+"""Accuracy on the published multiple-choice evaluations, such as HHH (`cai eval hhh`; paper section 2, appendix B).
 
-A language model answers with the option whose log-probability after the prompt is highest, normalised over the
-options; a preference model with the conversation it scores higher. Departure: `--both-orders` puts each comparison a
-second time with the two replies exchanged and averages, so that a liking for a letter cannot count as knowledge.
+A language model answers with the option of the highest log-probability after the prompt, normalised over the options.
+A preference model answers with the conversation of the higher score. Departure: `--both-orders` asks each comparison a
+second time with the two replies exchanged, and averages, so that a preference for a letter does not count as knowledge.
 
-A tie counts as wrong, and is counted.
+A tie counts as wrong; the number of ties is reported.
 """
 
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 from cai_cli.common import console
-from cai_cli.common.errors import RowError, UsageError
-from cai_cli.data.formats import joined_turns, parse_transcript
+from cai_cli.common.errors import UsageError
 from cai_cli.data.jsonl import Numbered, read_rows, rows_of
 from cai_cli.data.row_reader import RowReader
 from cai_cli.data.schema import (
     EvaluationQuestion,
     EvaluationResult,
-    Message,
     OptionScores,
     Rejected,
     content_hash,
@@ -31,13 +27,13 @@ from cai_cli.data.schema import (
     reason_kind,
     reject,
 )
-from cai_cli.engines.base import Engine, LogprobRequest, RequestFailure
-from cai_cli.metrics.intervals import SHARE, Estimate, mean_figure, wilson
-from cai_cli.models.loading import context_window, pick_device
+from cai_cli.engines.base import Engine, RequestFailure
+from cai_cli.evaluate.evaluated_models import EvaluatedModel, LanguageModel, PreferenceModel
+from cai_cli.metrics.intervals import SHARE, Estimate, mean_estimate, percent, wilson
+from cai_cli.models.loading import pick_device
 from cai_cli.models.source import ModelSource
-from cai_cli.prompting.base import PromptFormat, resolve_prompt_format
-from cai_cli.prompting.evaluation import evaluation_request, published_comparison, take_apart
-from cai_cli.reward.preference_model import encode_conversation, open_for_scores, score_ids
+from cai_cli.prompting.base import resolve_prompt_format
+from cai_cli.reward.preference_model import open_for_scores
 from cai_cli.runtime.config import Effect, Group, Option, option
 from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
 from cai_cli.runtime.manifest import hash_input, provenance
@@ -52,9 +48,6 @@ from cai_cli.runtime.sinks import Outcome, StdoutSink
 from cai_cli.runtime.stage import Phase, Stage
 from cai_cli.runtime.stage_run import StageRun, WorkItem, WorkItems
 from cai_cli.runtime.summary import print_summary
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PM_BATCH = 16
 
@@ -96,157 +89,53 @@ class HhhConfig(RunOptions, InputOptions, EngineOptions, FormatOptions):
             )
 
 
-class EvaluatedModel(Protocol):
-    """Who answers: a language model or a preference model."""
-
-    def check(self, question: EvaluationQuestion) -> None:
-        """Raises RowError when the question cannot be put to it."""
-        ...
-
-    def ask(self, questions: Sequence[EvaluationQuestion]) -> list[list[OptionScores] | RequestFailure]:
-        """One or more askings of each question, in order."""
-        ...
-
-
-@dataclass(frozen=True)
-class LanguageModel:
-    """Asked for the log-probability of each option as the continuation of the prompt."""
-
-    engine: Engine
-    form: PromptFormat
-    both_orders: bool
-
-    def check(self, question: EvaluationQuestion) -> None:
-        if self.both_orders:
-            exchanged(question)
-
-    def ask(self, questions: Sequence[EvaluationQuestion]) -> list[list[OptionScores] | RequestFailure]:
-        put = [[q, exchanged(q)] if self.both_orders else [q] for q in questions]
-        answers = iter(self.engine.option_logprobs([self._question(asked) for group in put for asked in group]))
-        return [_askings(group, list(islice(answers, len(group)))) for group in put]
-
-    def _question(self, question: EvaluationQuestion) -> LogprobRequest:
-        request = evaluation_request(question.prompt, self.form)
-        return LogprobRequest(request.text, tuple(question.options), request.prefill, question.id)
-
-
-def _askings(
-    put: Sequence[EvaluationQuestion], answers: Sequence[list[float] | RequestFailure]
-) -> list[OptionScores] | RequestFailure:
-    askings = []
-    for question, answer in zip(put, answers, strict=True):
-        if isinstance(answer, RequestFailure):
-            return answer
-        if any(map(math.isnan, answer)):
-            return RequestFailure("the log-probabilities of the options are no numbers")
-        correct = [option in question.corrects for option in question.options]
-        askings.append(OptionScores(options=question.options, correct=correct, p=normalised(answer)))
-    return askings
-
-
-def normalised(logprobs: Sequence[float]) -> list[float]:
-    """Probabilities over the options alone (paper section 4.1), from natural logs."""
-    top = max(logprobs)
-    weights = [math.exp(value - top) for value in logprobs]
-    return [weight / math.fsum(weights) for weight in weights]
-
-
-def exchanged(question: EvaluationQuestion) -> EvaluationQuestion:
-    """The same comparison with its two replies the other way round. Raises RowError."""
-    if len(question.corrects) != 1 or len(question.incorrects) != 1:
-        raise RowError(f"{len(question.options)} options, two are wanted", hint="leave out --both-orders")
-    try:
-        conversation, comparison, replies = take_apart(question.prompt)
-    except RowError as error:
-        raise RowError(error.message, hint="leave out --both-orders") from None
-    prompt = published_comparison(conversation, comparison, replies[::-1])
-    changed = {"prompt": prompt, "corrects": question.incorrects, "incorrects": question.corrects}
-    return question.model_copy(update=changed)
-
-
-@dataclass(frozen=True)
-class PreferenceModel:
-    """Asked for the scores of the two conversations."""
-
-    model: "PreTrainedModel"
-    tokenizer: "PreTrainedTokenizerBase"
-    batch_size: int
-
-    def check(self, question: EvaluationQuestion) -> None:
-        _conversations(question)
-
-    def ask(self, questions: Sequence[EvaluationQuestion]) -> list[list[OptionScores] | RequestFailure]:
-        encoded = [self._encode(question) for question in questions]
-        fitting = [ids for pair in encoded if not isinstance(pair, RequestFailure) for ids in pair]
-        scores = iter(score_ids(self.model, self.tokenizer, fitting, self.batch_size))
-        return [e if isinstance(e, RequestFailure) else [_of_scores(next(scores), next(scores))] for e in encoded]
-
-    def _encode(self, question: EvaluationQuestion) -> list[list[int]] | RequestFailure:
-        try:
-            pair = [encode_conversation(self.tokenizer, c) for c in _conversations(question)]
-        except RowError as error:
-            return RequestFailure(error.message)
-        longest, window = max(map(len, pair)), context_window(self.model.config, self.tokenizer)
-        if longest > window:
-            return RequestFailure(f"does not fit the context window of {window}: {longest} tokens")
-        return pair
-
-
-def _conversations(question: EvaluationQuestion) -> list[list[Message]]:
-    texts = (question.text_correct, question.text_incorrect)
-    if None in texts:
-        raise RowError("no text_correct and text_incorrect: a preference model needs both")
-    return [joined_turns(parse_transcript(text)) for text in texts if text is not None]
-
-
-def _of_scores(correct: float, incorrect: float) -> OptionScores:
-    return OptionScores(
-        options=["text_correct", "text_incorrect"], correct=[True, False], p=normalised([correct, incorrect])
-    )
-
-
 # --- results ------------------------------------------------------------------------------------------------------
 
 
-def hhh(questions: Sequence[EvaluationQuestion], judge: EvaluatedModel) -> list[EvaluationResult | Rejected]:
-    """One result per question, in order."""
+def hhh(questions: Sequence[EvaluationQuestion], model: EvaluatedModel) -> list[EvaluationResult | Rejected]:
+    """Return one result for each question, in order."""
     return [
-        reject(question.key, askings.reason, question)
-        if isinstance(askings, RequestFailure)
-        else _result(question, askings)
-        for question, askings in zip(questions, judge.ask(questions), strict=True)
+        reject(question.key, scores.reason, question)
+        if isinstance(scores, RequestFailure)
+        else _result(question, scores)
+        for question, scores in zip(questions, model.answer(questions), strict=True)
     ]
 
 
-def _result(question: EvaluationQuestion, askings: list[OptionScores]) -> EvaluationResult:
-    # By how much the likeliest correct option leads the likeliest incorrect one, over all askings.
-    lead = math.fsum(max(_p_of(asking, True)) - max(_p_of(asking, False)) for asking in askings)
+def _result(question: EvaluationQuestion, orders: list[OptionScores]) -> EvaluationResult:
+    # The lead of the likeliest correct option over the likeliest incorrect one, summed over the orders.
+    lead = math.fsum(max(_p_of(scores, True)) - max(_p_of(scores, False)) for scores in orders)
     return EvaluationResult(
         id=question.key,
-        askings=askings,
-        p_correct=min(1.0, math.fsum(p for asking in askings for p in _p_of(asking, True)) / len(askings)),
+        askings=orders,
+        p_correct=min(1.0, math.fsum(p for scores in orders for p in _p_of(scores, True)) / len(orders)),
         right=lead > 0,
         tie=lead == 0,
         source=question.source,
     )
 
 
-def _p_of(asking: OptionScores, correct: bool) -> list[float]:
-    return [p for p, is_correct in zip(asking.p, asking.correct, strict=True) if is_correct == correct]
+def _p_of(scores: OptionScores, correct: bool) -> list[float]:
+    return [p for p, is_correct in zip(scores.p, scores.correct, strict=True) if is_correct == correct]
 
 
 def summarise(results: Sequence[EvaluationResult]) -> dict[str, Any]:
-    """Accuracy with its 95% Wilson interval, overall and by source; `chance`: the mean share of correct options;
-    `letters`: how often each option was picked, a liking for one shows here."""
-    picks = Counter(pick for r in results for asking in r.askings if (pick := _pick(asking)) is not None)
-    letters = sorted({option for r in results for asking in r.askings for option in asking.options})
+    """Return the metrics of the results.
+
+    Returns:
+        `accuracy`, overall and `by_source`, with 95% Wilson intervals. `chance`: the mean share of correct options.
+        `p_correct`: mean probability of the correct options. `ties`: their number. `letters`: the share of questions in
+        which each option was picked, which shows a preference for a letter.
+    """
+    picks = Counter(pick for r in results for scores in r.askings if (pick := _pick(scores)) is not None)
+    letters = sorted({option for r in results for scores in r.askings for option in scores.options})
     sources = sorted({r.source for r in results if r.source is not None})
     accuracy, chance = _accuracy(results), _chance(results)
     return {
         "accuracy": accuracy,
         "chance": chance,
         "above_chance": accuracy and accuracy["low"] > chance,
-        "p_correct": mean_figure([r.p_correct for r in results], SHARE),
+        "p_correct": mean_estimate([r.p_correct for r in results], SHARE),
         "ties": sum(r.tie for r in results),
         "letters": {letter.strip(" ()"): wilson(picks[letter], picks.total()) for letter in letters},
         "by_source": {source: _accuracy([r for r in results if r.source == source]) for source in sources},
@@ -262,60 +151,56 @@ def _chance(results: Sequence[EvaluationResult]) -> float:
     return math.fsum(shares) / max(1, len(shares))
 
 
-def _pick(asking: OptionScores) -> str | None:
-    top = max(asking.p)
-    return asking.options[asking.p.index(top)] if asking.p.count(top) == 1 else None
+def _pick(scores: OptionScores) -> str | None:
+    top = max(scores.p)
+    return scores.options[scores.p.index(top)] if scores.p.count(top) == 1 else None
 
 
-def words(found: dict[str, Any]) -> Iterator[str]:
-    """The summary for a person, line by line."""
-    accuracy: Estimate | None = found["accuracy"]
+def summary_lines(metrics: dict[str, Any]) -> Iterator[str]:
+    """Yield the metrics of `summarise` as lines of text."""
+    accuracy: Estimate | None = metrics["accuracy"]
     if accuracy is None:
         yield "no question was answered"
         return
-    where = "above" if found["above_chance"] else "below" if _below_chance(found) else None
-    verdict = f"{where} chance" if where else "cannot be told from chance"
-    yield f"accuracy {_said(accuracy)} of {accuracy['n']:,} questions; chance {found['chance']:.1%}: {verdict}"
-    yield f"probability of the correct option {_said(found['p_correct'])}; {found['ties']:,} ties, counted as wrong"
-    for name, part in (("picked", found["letters"]), ("accuracy on", found["by_source"])):
-        for key, figure in part.items():
-            if figure:
-                yield f"{name} {console.safe(key)}: {_said(figure)}, n = {figure['n']:,}"
+    where = "above" if metrics["above_chance"] else "below" if _below_chance(metrics) else None
+    verdict = f"{where} chance" if where else "not distinguishable from chance"
+    yield f"accuracy {percent(accuracy)} of {accuracy['n']:,} questions; chance {metrics['chance']:.1%}: {verdict}"
+    ties = f"{metrics['ties']:,} ties, counted as wrong"
+    yield f"mean probability of the correct option {percent(metrics['p_correct'])}; {ties}"
+    for name, part in (("picked", metrics["letters"]), ("accuracy on", metrics["by_source"])):
+        for key, estimate in part.items():
+            if estimate:
+                yield f"{name} {console.safe(key)}: {percent(estimate)}, n = {estimate['n']:,}"
 
 
-def _below_chance(found: dict[str, Any]) -> bool:
-    """Whether the answers are worse than a draw of lots. A tie is no knowledge, but no knowledge of the contrary
-    either: it has the right answer by chance."""
-    accuracy, chance = found["accuracy"], found["chance"]
-    drawn = wilson(accuracy["value"] * accuracy["n"] + chance * found["ties"], accuracy["n"])
-    return bool(drawn and drawn["high"] < chance)
-
-
-def _said(figure: Estimate) -> str:
-    return f"{figure['value']:.1%} ({figure['low']:.1%} to {figure['high']:.1%})"
+def _below_chance(metrics: dict[str, Any]) -> bool:
+    """Return whether the answers are worse than random ones; here a tie is a random answer, not a wrong one."""
+    accuracy, chance = metrics["accuracy"], metrics["chance"]
+    expected = wilson(accuracy["value"] * accuracy["n"] + chance * metrics["ties"], accuracy["n"])
+    return bool(expected and expected["high"] < chance)
 
 
 # --- the command --------------------------------------------------------------------------------------------------
 
 
 class SummarySink(StdoutSink):
-    """Results kept for the summary, and printed where the output is stdout."""
+    """Keeps the results for the summary and, with `to_stdout`, writes them to stdout."""
 
-    def __init__(self, shown: bool) -> None:
+    def __init__(self, to_stdout: bool) -> None:
         super().__init__()
-        self.shown = shown
+        self.to_stdout = to_stdout
         self.results: list[EvaluationResult] = []
 
     def write(self, outcomes: Sequence[Outcome]) -> None:
         self.results += [o for o in outcomes if isinstance(o, EvaluationResult)]
-        if self.shown:
+        if self.to_stdout:
             super().write(outcomes)
             return
         self.out = len(self.results)
         self.rejected.update(reason_kind(o.reason) for o in outcomes if isinstance(o, Rejected))
 
 
-def _units(questions: Iterator[Numbered[EvaluationQuestion]]) -> WorkItems[EvaluationQuestion]:
+def _work_items(questions: Iterator[Numbered[EvaluationQuestion]]) -> WorkItems[EvaluationQuestion]:
     for line, question in questions:
         unnamed = question.model_dump(exclude={"id"}, exclude_unset=True)
         yield WorkItem(question.id, line, question, hashed_id=question.id == content_hash(unnamed))
@@ -359,7 +244,7 @@ def run(config: HhhConfig) -> dict[str, Any]:
         output=config.output or "",
         overwrite=config.overwrite,
         reader=reader,
-        units=lambda: _units(reader.rows(config.input, parse, config.limit)),
+        units=lambda: _work_items(reader.rows(config.input, parse, config.limit)),
         work=lambda questions: hhh(questions, model),
         window=window,
         total=inputs["questions"].lines,
@@ -369,7 +254,7 @@ def run(config: HhhConfig) -> dict[str, Any]:
         summary = stage_run.complete()
         results = [row for _, row in read_rows(config.output, rows_of(EvaluationResult))]
     else:
-        kept = SummarySink(shown=config.output == "-")
+        kept = SummarySink(to_stdout=config.output == "-")
         summary, results = stage_run.complete(kept), kept.results
     summary = {**summary, **summarise(results)}
     _report(summary, config.output, as_json=config.as_json)
@@ -380,7 +265,7 @@ def _report(summary: dict[str, Any], output: str | None, *, as_json: bool) -> No
     print_summary(summary, as_json=as_json, stdout_is_data=output == "-")
     if as_json:
         return
-    for line in words(summary):
+    for line in summary_lines(summary):
         if output == "-":
             console.say(line)
         else:

@@ -1,1 +1,1 @@
-"""A feedback model that compares two replies under principles."""
+"""A feedback model compares two replies under principles (paper section 4.1)."""

@@ -7,7 +7,9 @@ from cai_cli.constitution.draw import select
 from cai_cli.constitution.options import ConstitutionOptions
 from cai_cli.constitution.schema import PreferenceConstitution, open_constitution
 from cai_cli.engines.base import Sampling
-from cai_cli.judging.judge import Judge, Method, Order
+from cai_cli.judging.base import Order
+from cai_cli.judging.judge import Judge
+from cai_cli.judging.methods import Method
 from cai_cli.judging.votes import Labeller
 from cai_cli.prompting.base import resolve_prompt_format
 from cai_cli.runtime.config import Option, option, redefine
@@ -133,7 +135,9 @@ def open_labeller(
 def labeller_settings(config: JudgeOptions, labeller: Labeller) -> dict[str, Any]:
     """The options as a manifest records them."""
     judge = labeller.judge
-    return config.settings(prompt_format=judge.form, clamp=list(judge.clamp), principles_per_pair=labeller.per_pair)
+    return config.settings(
+        prompt_format=judge.prompt_format, clamp=list(judge.clamp), principles_per_pair=labeller.per_pair
+    )
 
 
 def estimate_votes(pairs: int, rows: RowFlow, config: JudgeOptions, *, both_orders: bool) -> StepCost:

@@ -1,7 +1,7 @@
-"""Which replies are compared with which: the pairs that `cai label-prefs` puts before its judge.
+"""Which replies are compared: the pairs that `cai label-prefs` gives to its judge (paper section 4.1).
 
-The paper (section 4.1) compares two samples of one prompt. Here a prompt may have more (`--pairs`), and pairs may also
-come as they are: from HH-RLHF, whose human label is kept beside the model's, or from an earlier labelling.
+The paper compares two samples of one prompt. Departure: a prompt may have more samples (`--pairs`), and the input may
+hold pairs already: rows of HH-RLHF, whose human label is kept beside the model's, or an earlier labelling.
 """
 
 import random
@@ -20,7 +20,7 @@ from cai_cli.runtime.stage_run import Skipped, WorkItem, WorkItems
 
 
 class Pair(Identified):
-    """Two replies to one prompt, in no order of merit. `human`: which one humans preferred, where the input says."""
+    """Two replies to one prompt, in no order of quality. `human`: the reply that humans preferred, where known."""
 
     prompt: list[Message]
     a: list[Message]
@@ -29,41 +29,56 @@ class Pair(Identified):
     source: str | None
 
 
-def pair_units(reader: RowReader, source: str, pairing: str, seed: int, limit: int | None) -> WorkItems[Pair]:
-    """The pairs of a file of samples (rows of one prompt must stand together, as `cai sample` writes them) or of pairs.
+def pair_items(reader: RowReader, source: str, pairing: str, seed: int, limit: int | None) -> WorkItems[Pair]:
+    """Yield the pairs of a file of samples or of pairs.
 
-    Raises InvalidRow where they do not, or where one stands twice: pairs would be missing, or be no pairs.
+    Args:
+        reader: Reads the rows.
+        source: Path of the file. The samples of one prompt must be consecutive, as `cai sample` writes them.
+        pairing: How the replies to one prompt are paired, one of `PAIRINGS`.
+        seed: Random seed; decides the sides of labelled pairs and the random pairing.
+        limit: Largest number of rows to read, or None.
+
+    Raises:
+        InvalidRow: A row is not valid, the samples of a prompt are not consecutive, or a sample is repeated.
     """
     rows: Iterator[Numbered[Any]]
     rows, prompts = reader.rows(source, lambda v: _row(v, origin(source), seed), limit), KeyTable()
     for prompt_id, group in groupby(rows, key=lambda numbered: _prompt_of(numbered[1])):
         if prompt_id is None:
             for line, pair in group:
-                yield _unit(line, pair)
+                yield _work_item(line, pair)
             continue
         samples = list(group)
         first = prompts.add(prompt_id, samples[0][0])
         if first is not None:
-            reason = f"more replies to {prompt_id!r}, after those of line {first}"
-            raise InvalidRow(display_name(source), samples[0][0], reason, "sort by id")
-        _refuse_twice(samples, display_name(source))
-        if len(samples) == 1:
-            yield Skipped("only one reply to the prompt", samples[0][0])
-        paired = list(_chosen_pairs(samples, pairing, seed, display_name(source)))
-        for (line, one), (_, other) in paired:
-            yield _unit(line, _pair(one, other))
-        taken = {line for pair in paired for line, _ in pair}
-        if paired:
-            yield from (Skipped("no partner in a random pairing", line) for line, _ in samples if line not in taken)
+            reason = f"replies to {prompt_id!r} are not consecutive: earlier ones start at line {first}"
+            raise InvalidRow(
+                display_name(source), samples[0][0], reason, "sort by id with `cai sort`", code="rows-out-of-order"
+            )
+        yield from _prompt_items(samples, pairing, seed, display_name(source))
+
+
+def _prompt_items(samples: Sequence[Numbered[Sample]], pairing: str, seed: int, name: str) -> WorkItems[Pair]:
+    """Yield the pairs of the samples of one prompt, and the samples that are in no pair."""
+    _check_distinct(samples, name)
+    if len(samples) == 1:
+        yield Skipped("only one reply to the prompt", samples[0][0])
+    paired = list(_paired(samples, pairing, seed, name))
+    for (line, one), (_, other) in paired:
+        yield _work_item(line, _pair(one, other))
+    taken = {line for pair in paired for line, _ in pair}
+    if paired:
+        yield from (Skipped("no partner in a random pairing", line) for line, _ in samples if line not in taken)
 
 
 def _prompt_of(row: Sample | Pair) -> str | None:
-    """By which samples are grouped; None of a pair, which stands alone."""
+    """Return the prompt by which samples are grouped; None for a pair."""
     return row.id if isinstance(row, Sample) else None
 
 
 def _row(value: object, source: str, seed: int) -> Sample | Pair:
-    """A sample, or a pair: one of ours as a rejected file holds it, a Preference row, or one that humans labelled."""
+    """Return a sample, or a pair: from a file of rejected pairs, from a Preference row, or from a human label."""
     if isinstance(value, dict) and "sample_index" not in value:
         if "a" in value:
             return load_row(Pair, value)
@@ -75,7 +90,7 @@ def _row(value: object, source: str, seed: int) -> Sample | Pair:
 
 
 def _sides(row: Preference, seed: int) -> Pair:
-    """A labelled pair without its label: the seed says which reply is `a`, else it always would be the better one."""
+    """Return a labelled pair without its label; the seed decides which reply is `a`, which must not be a hint."""
     swapped = bool(seed_for(seed, "sides", row.id) & 1)
     a, b = (row.rejected, row.chosen) if swapped else (row.chosen, row.rejected)
     human = None if row.human is None else "a" if (row.human == "chosen") != swapped else "b"
@@ -83,33 +98,36 @@ def _sides(row: Preference, seed: int) -> Pair:
     return Pair.model_validate(fields)
 
 
-def _unit(line: int, pair: Pair) -> WorkItem[Pair] | Skipped:
+def _work_item(line: int, pair: Pair) -> WorkItem[Pair] | Skipped:
     if pair.a == pair.b:
         return Skipped("identical replies", line)
     hashes = (conversation_id([*pair.prompt, *replies]) for replies in ([*pair.a, *pair.b], [*pair.b, *pair.a]))
     return WorkItem(pair.id, line, pair, hashed_id=pair.id in hashes)
 
 
-def _refuse_twice(samples: Sequence[Numbered[Sample]], name: str) -> None:
+def _check_distinct(samples: Sequence[Numbered[Sample]], name: str) -> None:
     lines: dict[str, int] = {}
     for line, sample in samples:
         if lines.setdefault(sample.key, line) != line:
-            raise InvalidRow(name, line, f"{sample.key!r} stands on line {lines[sample.key]} already")
+            raise InvalidRow(name, line, f"{sample.key!r} repeats line {lines[sample.key]}", code="duplicate-id")
 
 
 def _score(sample: Numbered[Sample], name: str) -> float:
     line, row = sample
     if not isinstance(row, Scored):
-        hint = "`cai score` gives each reply the score of a preference model"
-        raise InvalidRow(name, line, "no score, by which --pairs best-vs-rest knows the best reply", hint)
+        hint = "`cai score` adds the score of a preference model"
+        raise InvalidRow(name, line, "--pairs best-vs-rest needs a score for every reply", hint, code="invalid-row")
     return row.score
 
 
-def _chosen_pairs(
+def _paired(
     samples: Sequence[Numbered[Sample]], pairing: str, seed: int, name: str
 ) -> Iterator[tuple[Numbered[Sample], Numbered[Sample]]]:
-    """All pairs; or a random pairing in which no reply stands twice (of an odd number one stays alone); or the reply of
-    the highest score (the first of equal ones) with each other."""
+    """Yield the pairs of one prompt's samples.
+
+    "all": every two. "random": each sample in one pair; of an odd number one is left out. "best-vs-rest": the sample
+    with the highest score, the first of equal ones, with every other.
+    """
     if pairing == "all":
         yield from combinations(samples, 2)
         return

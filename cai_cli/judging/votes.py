@@ -1,4 +1,4 @@
-"""Votes on a pair of replies, and their aggregation."""
+"""Votes on a pair of replies, and their mean (paper section 4.1)."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -8,7 +8,8 @@ from cai_cli.common.seeds import seed_for
 from cai_cli.constitution.schema import PreferencePrinciple
 from cai_cli.data.schema import Vote
 from cai_cli.engines.base import RequestFailure
-from cai_cli.judging.judge import Judge, Judgement, Order, PairComparison
+from cai_cli.judging.base import Judgement, Order, PairComparison
+from cai_cli.judging.judge import Judge
 from cai_cli.judging.pairs import Pair
 from cai_cli.judging.vote_cache import RecordedVotes
 
@@ -17,7 +18,17 @@ Answers = Sequence[tuple[PairComparison, Judgement | RequestFailure]]
 
 @dataclass(frozen=True)
 class Labeller:
-    """A judge, the principles it draws from and how often it is asked."""
+    """A judge, the principles it draws from, and how many judgements it makes of each pair.
+
+    Attributes:
+        judge: The feedback model.
+        principles: Principles to draw from.
+        per_pair: Number of principles drawn for each pair.
+        orders: Orders in which the replies are presented.
+        samples: Number of rationales for each comparison.
+        min_confidence: Smallest p_chosen of a label.
+        recorded: Votes of an earlier labelling, which are reused.
+    """
 
     judge: Judge
     principles: Sequence[PreferencePrinciple]
@@ -28,13 +39,14 @@ class Labeller:
     recorded: RecordedVotes | None = None
 
     def judge_all(self, comparisons: Sequence[PairComparison]) -> list[Judgement | RequestFailure]:
-        """One judgement per comparison, in order; what is recorded is not asked."""
-        known = [self.recorded.judgement(one) if self.recorded else None for one in comparisons]
-        answers = iter(self.judge.judge([one for one, said in zip(comparisons, known, strict=True) if said is None]))
-        return [next(answers) if said is None else self.judge.clamped(said) for said in known]
+        """Return one judgement for each comparison, in order; the judge is called only where none is recorded."""
+        recorded = [self.recorded.judgement(c) if self.recorded else None for c in comparisons]
+        missing = [c for c, judgement in zip(comparisons, recorded, strict=True) if judgement is None]
+        answers = iter(self.judge.judge(missing))
+        return [next(answers) if judgement is None else self.judge.clamped(judgement) for judgement in recorded]
 
     def comparisons(self, pair: Pair) -> Iterator[PairComparison]:
-        """All that is asked about one pair. The principles drawn for it depend on the seed and the pair alone."""
+        """Yield every comparison to make of a pair; its principles depend only on the seed and the pair."""
         drawn = sorted(self.principles, key=lambda p: seed_for(self.judge.seed, "comparison", pair.id, p.id))
         for principle in drawn[: self.per_pair]:
             for order in self.orders:
@@ -44,13 +56,18 @@ class Labeller:
 
 @dataclass(frozen=True)
 class PairVerdict:
-    """A judge's opinion of one pair: the mean probability that `a` is the better reply, and the votes behind it."""
+    """The result of judging one pair.
+
+    Attributes:
+        p_a: Mean probability that `a` is the better reply.
+        votes: The judgements behind it.
+    """
 
     p_a: float
     votes: Sequence[tuple[PairComparison, Judgement]]
 
     def as_rows(self, method: str) -> list[Vote]:
-        """The votes as a row holds them, "ab" where `a` stood first."""
+        """Return the votes as a row stores them: order "ab" where `a` was in first position."""
         return [
             Vote(
                 principle_id=c.principle.id,
@@ -64,25 +81,36 @@ class PairVerdict:
 
 
 def aggregate_votes(pairs: Sequence[Pair], labeller: Labeller) -> list[PairVerdict | RequestFailure]:
-    """One opinion per pair, in order; a Refusal where no principle was answered in all its orders."""
-    asked = [list(labeller.comparisons(pair)) for pair in pairs]
-    answers = iter(labeller.judge_all([comparison for group in asked for comparison in group]))
-    return [_aggregated([(c, next(answers)) for c in group], labeller) for group in asked]
+    """Return one verdict for each pair, in order.
+
+    A principle counts only where every order was answered, so that position bias cancels.
+
+    Args:
+        pairs: The pairs to judge.
+        labeller: The judge and its settings.
+
+    Returns:
+        The mean over principles of the mean over orders of the mean over rationales; the first failure where no
+        principle counts.
+    """
+    groups = [list(labeller.comparisons(pair)) for pair in pairs]
+    answers = iter(labeller.judge_all([comparison for group in groups for comparison in group]))
+    return [_verdict([(c, next(answers)) for c in group], labeller) for group in groups]
 
 
-def _aggregated(answers: Answers, labeller: Labeller) -> PairVerdict | RequestFailure:
+def _verdict(answers: Answers, labeller: Labeller) -> PairVerdict | RequestFailure:
     votes: list[tuple[PairComparison, Judgement]] = []
-    shares = []
+    means = []
     for start in range(0, len(answers), len(labeller.orders) * labeller.samples):
         one_principle = answers[start : start + len(labeller.orders) * labeller.samples]
         answered = [(c, judgement) for c, judgement in one_principle if isinstance(judgement, Judgement)]
-        of_orders = [[_p_a(c, j) for c, j in answered if c.order == order] for order in labeller.orders]
-        if all(of_orders):
+        by_order = [[_p_a(c, j) for c, j in answered if c.order == order] for order in labeller.orders]
+        if all(by_order):
             votes += answered
-            shares.append(math.fsum(math.fsum(p) / len(p) for p in of_orders) / len(of_orders))
-    if not shares:
+            means.append(math.fsum(math.fsum(p) / len(p) for p in by_order) / len(by_order))
+    if not means:
         return next(judgement for _, judgement in answers if isinstance(judgement, RequestFailure))
-    return PairVerdict(math.fsum(shares) / len(shares), votes)
+    return PairVerdict(math.fsum(means) / len(means), votes)
 
 
 def _p_a(comparison: PairComparison, judgement: Judgement) -> float:

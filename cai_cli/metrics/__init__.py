@@ -1,1 +1,1 @@
-"""Statistics of rows, labels, replies and models, each with its interval."""
+"""Metrics of rows, labels, replies and models, with 95% intervals."""

@@ -1,6 +1,7 @@
-"""`cai stats FILE`: what a JSONL file holds, read once, line by line.
+"""Statistics of a JSONL file (`cai stats`): counts, repeats, lengths and the distribution of p_chosen.
 
-Kept in memory are counts, four bytes a row and text for the quantiles, and a table of hashes for what repeats.
+The file is read once, line by line. Memory: the counts, four bytes for each text of a row (for the quantiles), and a
+table of hashes (for the repeats).
 """
 
 from array import array
@@ -18,25 +19,37 @@ from cai_cli.data.jsonl import read_rows, row_key
 from cai_cli.data.schema import reason_kind
 
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
-COUNTED = ("kind", "source", "finish_reason", "human")
+COUNTED_FIELDS = ("kind", "source", "finish_reason", "human")
 BINS = 10  # of p_chosen, which lies between 0.5 and 1
-SHOWN = 12  # lines of one table on the terminal
+MAX_LINES = 12  # of one table on the terminal
 
 
-class Measure(Protocol):
-    """How long a text is."""
+class TextLength(Protocol):
+    """Measures a text, in characters or tokens."""
 
     def __call__(self, text: str, /) -> int: ...
 
 
 class Stats:
-    """Figures of the rows given to `add`."""
+    """Collects the statistics of rows.
 
-    def __init__(self, measure: Measure) -> None:
+    Args:
+        measure: Measures the texts of a row.
+
+    Examples:
+        >>> stats = Stats(len)
+        >>> for line, id in enumerate(["a", "b", "a"], start=1):
+        ...     stats.add(line, {"id": id, "prompt": "Hi", "kind": None})
+        >>> found = stats.as_json()
+        >>> found["rows"], found["repeated_keys"], found["by"]
+        (3, 1, {'kind': {'null': 3}})
+    """
+
+    def __init__(self, measure: TextLength) -> None:
         self.measure = measure
         self.rows = 0
-        self.bad: list[str] = []
-        self.bad_lines = 0
+        self.invalid_lines = 0
+        self.first_invalid: list[str] = []
         self.by: dict[str, Counter[str]] = {}
         self.lengths: dict[str, array[int]] = {}
         self.p_chosen = [0] * BINS
@@ -44,18 +57,11 @@ class Stats:
         self.repeated_keys = self.repeated_prompts = 0
 
     def add(self, line: int, value: Any) -> None:
+        """Add the row on a line, counted from 1; of a bare text only the row is counted."""
         self.rows += 1
         if not isinstance(value, dict):
             return
-        for name in COUNTED:
-            if name in value:
-                self._count(name, value[name])
-        if "reason" in value and "row" in value:
-            self._count("reason", reason_kind(str(value["reason"])))
-        if isinstance(history := value.get("history"), list):
-            self._count("rounds", len(history))
-        for principle in _principles_of(value):
-            self._count("principle_id", principle)
+        self._count_fields(value)
         p_chosen = value.get("p_chosen")
         if isinstance(p_chosen, int | float) and 0.5 <= p_chosen <= 1:
             self.p_chosen[min(BINS - 1, int((p_chosen - 0.5) * 2 * BINS))] += 1
@@ -66,37 +72,48 @@ class Stats:
         if ("id" in value or "key" in value) and self.keys.add(row_key(value), line) is not None:
             self.repeated_keys += 1
 
+    def _count_fields(self, value: dict[str, Any]) -> None:
+        for name in COUNTED_FIELDS:
+            if name in value:
+                self._count(name, value[name])
+        if "reason" in value and "row" in value:
+            self._count("reason", reason_kind(str(value["reason"])))
+        if isinstance(history := value.get("history"), list):
+            self._count("rounds", len(history))
+        for principle in _principles_of(value):
+            self._count("principle_id", principle)
+
     def _count(self, name: str, value: object) -> None:
         self.by.setdefault(name, Counter())["null" if value is None else str(value)] += 1
 
     def skip(self, error: InvalidRow, _raw: bytes) -> None:
-        """A line that is no row: counted, and the first few named."""
-        self.bad_lines += 1
-        if len(self.bad) < SHOWN:
-            self.bad.append(error.message)
+        """Count an invalid line; keep the messages of the first few."""
+        self.invalid_lines += 1
+        if len(self.first_invalid) < MAX_LINES:
+            self.first_invalid.append(error.message)
 
     def as_json(self) -> dict[str, Any]:
+        """Return the statistics as `--json` prints them; lengths are in the unit of `measure`."""
         width = 0.5 / BINS
         bins = [{"from": round(0.5 + i * width, 3), "rows": n} for i, n in enumerate(self.p_chosen)]
         return {
             "rows": self.rows,
-            "bad_lines": self.bad_lines,
-            "first_bad_lines": self.bad,
+            "bad_lines": self.invalid_lines,
+            "first_bad_lines": self.first_invalid,
             "distinct_keys": self.keys.size,
             "repeated_keys": self.repeated_keys,
             "distinct_prompts": self.prompts.size,
             "repeated_prompts": self.repeated_prompts,
             "by": {name: dict(counter.most_common()) for name, counter in self.by.items()},
-            "lengths": {field: _quantiles(found) for field, found in self.lengths.items()},
+            "lengths": {field: _quantiles(lengths) for field, lengths in self.lengths.items()},
             "p_chosen": bins if any(self.p_chosen) else [],
         }
 
 
 def _principles_of(value: dict[str, Any]) -> Iterator[str]:
-    """The principles that had a say in a row: its own, those of earlier rounds, those of the votes (each once)."""
-    yield from (
-        str(turn["principle_id"]) for turn in [value, *_objects(value.get("history"))] if "principle_id" in turn
-    )
+    """Yield the principles behind a row: its own, those of earlier rounds, and those of the votes (each once)."""
+    rounds = [value, *_objects(value.get("history"))]
+    yield from (str(one["principle_id"]) for one in rounds if "principle_id" in one)
     yield from sorted({str(vote.get("principle_id")) for vote in _objects(value.get("votes"))})
 
 
@@ -105,30 +122,35 @@ def _objects(value: object) -> list[dict[str, Any]]:
 
 
 def _quantiles(lengths: "array[int]") -> dict[str, float]:
-    found, last = sorted(lengths), len(lengths) - 1
-    named = {f"p{100 * q:g}": found[round(q * last)] for q in QUANTILES}
-    return {"n": len(found), "mean": round(sum(found) / len(found), 1), **named}
+    ordered, last = sorted(lengths), len(lengths) - 1
+    named = {f"p{100 * q:g}": ordered[round(q * last)] for q in QUANTILES}
+    return {"n": len(ordered), "mean": round(sum(ordered) / len(ordered), 1), **named}
 
 
-def _tables(stats: dict[str, Any], unit: str) -> Iterator[str]:
+def summary_lines(stats: dict[str, Any], unit: str) -> Iterator[str]:
+    """Yield the statistics as lines of text.
+
+    Args:
+        stats: The result of `Stats.as_json`.
+        unit: The unit of the lengths, such as "characters".
+    """
     yield f"rows {stats['rows']:,}"
     if stats["bad_lines"]:
-        yield f"bad lines {stats['bad_lines']:,}; first: {console.safe(stats['first_bad_lines'][0])}"
+        yield f"invalid lines {stats['bad_lines']:,}; the first: {console.safe(stats['first_bad_lines'][0])}"
     for what in ("keys", "prompts"):
-        if not stats[f"distinct_{what}"]:
-            continue
-        yield f"{what} {stats[f'distinct_{what}']:,} distinct, {stats[f'repeated_{what}']:,} repeated"
+        if stats[f"distinct_{what}"]:
+            yield f"{what} {stats[f'distinct_{what}']:,} distinct, {stats[f'repeated_{what}']:,} repeated"
     for name, counts in stats["by"].items():
         yield f"\n{name}"
-        for value, count in list(counts.items())[:SHOWN]:
+        for value, count in list(counts.items())[:MAX_LINES]:
             yield f"  {count:>12,}  {console.safe(value)}"
-        if (more := len(counts) - SHOWN) > 0:
-            yield f"  {'':>12}  and {more:,} more (--json shows all)"
+        if (more := len(counts) - MAX_LINES) > 0:
+            yield f"  {'':>12}  and {more:,} more (--json lists all)"
     if stats["lengths"]:
         names = list(next(iter(stats["lengths"].values())))
         yield f"\nlength in {unit}\n  {'':<12}" + "".join(f"{name:>10}" for name in names)
-        for field, figures in stats["lengths"].items():
-            yield f"  {field:<12}" + "".join(f"{figures[name]:>10,}" for name in names)
+        for field, lengths in stats["lengths"].items():
+            yield f"  {field:<12}" + "".join(f"{lengths[name]:>10,}" for name in names)
     if stats["p_chosen"]:
         most = max(bin["rows"] for bin in stats["p_chosen"])
         yield "\np_chosen"
@@ -137,11 +159,11 @@ def _tables(stats: dict[str, Any], unit: str) -> Iterator[str]:
 
 
 def _row(value: object) -> object:
-    """An object, or a prompt as bare text."""
+    """Return an object, or a prompt given as bare text."""
     return value if isinstance(value, str) else row_object(value)
 
 
-def _token_counter(model: str) -> Measure:
+def _token_counter(model: str) -> TextLength:
     from cai_cli.models.loading import load_tokenizer
     from cai_cli.models.names import resolve
 
@@ -150,7 +172,13 @@ def _token_counter(model: str) -> Measure:
 
 
 def print_stats(input: str, tokenizer: str | None, *, as_json: bool) -> None:
-    """Print what a JSONL file holds; `tokenizer` names the model whose tokens are counted instead of characters."""
+    """Print the statistics of a JSONL file on stdout.
+
+    Args:
+        input: Path of the file, or `-` for stdin.
+        tokenizer: Model whose tokens are counted instead of characters.
+        as_json: Whether to print one JSON object.
+    """
     stats = Stats(len if tokenizer is None else _token_counter(tokenizer))
     for line, value in read_rows(input, _row, stats.skip):
         stats.add(line, value)
@@ -159,5 +187,5 @@ def print_stats(input: str, tokenizer: str | None, *, as_json: bool) -> None:
     if as_json:
         print(orjson.dumps({"file": input, "unit": unit, **found}).decode())
         return
-    for text in _tables(found, unit):
+    for text in summary_lines(found, unit):
         print(text)

@@ -1,69 +1,110 @@
-"""What comparisons of models add up to: win rates and Elo ratings on the paper's two axes (section 4.3, figures 2, 8).
+"""Win rates and Elo ratings of models from pairwise comparisons (paper section 4.3, figures 2 and 8).
 
-The paper's Elo is a scale, on which a difference of D means a win rate of 1 / (1 + 10^(-D / 400)). Here the ratings on
-it are those of Bradley and Terry (evalica), fitted to all comparisons at once, with 1,000 as the mean of the models:
-updating game by game as in chess would make them depend on the order of the rows. A tie is half a win for each, and
-every two models are given one tie more than they have, so that a model that always wins has a finite rating.
+On the paper's Elo scale a difference of D means a win rate of 1 / (1 + 10^(-D / 400)). Departure: the ratings are those
+of the Bradley-Terry model (evalica), fitted to all comparisons at once, with a mean of 1,000 over the models. Updating
+them game by game, as in chess, would make them depend on the order of the rows. A tie is half a win for each model, and
+one tie is added to every two models, so that a model that always wins has a finite rating.
 
-Prompts of kind red-team are the harmlessness axis, those of kind helpful the helpfulness axis; other prompts stand in
-the win rates alone. Intervals are bootstraps over prompts: comparisons over one prompt hang together. That of a win
-rate is Wilson's where that is wider, as it is for a few prompts.
+Prompts of kind red-team form the harmlessness axis and those of kind helpful the helpfulness axis; other prompts count
+in the win rates only. Intervals are bootstraps over prompts, because comparisons on one prompt depend on each other.
+The interval of a win rate is at least as wide as Wilson's interval, which matters with few prompts.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from cai_cli.common.hash_index import KeyTable
 from cai_cli.data.schema import Kind, ModelComparison, Rejected
-from cai_cli.metrics.intervals import ClusterBootstrap, Estimate, Limits, wilson
+from cai_cli.metrics.intervals import ClusterBootstrap, Estimate, Limits, widened, wilson
 
 if TYPE_CHECKING:
     from cai_cli.metrics.intervals import Numbers
 
 AXES: Mapping[str, Kind] = {"harmless": "red-team", "helpful": "helpful"}
-MEAN, SCALE = 1000.0, 400.0
-RATING: Limits = (-1000.0, 3000.0)  # odds of 100,000 to 1 either way
-SCORE: Limits = (-100.0, 100.0)  # of a preference model: a logit
+MEAN_RATING, ELO_SCALE = 1000.0, 400.0
+RATING_LIMITS: Limits = (-1000.0, 3000.0)  # odds of 100,000 to 1 in either direction
+SCORE_LIMITS: Limits = (-100.0, 100.0)  # a preference model's score is a logit
+UNBOUNDED: Limits = (-math.inf, math.inf)
+
+
+class PairSum(NamedTuple):
+    """A sum over the comparisons of models `i` < `j`, by their places in `Tournament.models`."""
+
+    quantity: Literal["comparisons", "wins", "ties"]  # wins of model i; a tie counts half
+    i: int
+    j: int
+
+
+class ModelSum(NamedTuple):
+    """A sum over one model's comparisons, or over its scored replies, each counted once."""
+
+    quantity: Literal["comparisons", "score", "scored"]
+    model: int
+
+
+Sum = PairSum | ModelSum
 
 
 class Tournament:
-    """Sums of comparisons between `models`, by prompt, while rows come. Memory: 12 to 36 bytes a prompt and reply."""
+    """Collects comparisons between models, prompt by prompt, and computes win rates, ratings and mean scores.
+
+    Memory: 12 to 36 bytes a prompt and a reply.
+
+    Args:
+        models: Names of the models, in the order of the results.
+
+    Examples:
+        >>> Tournament(["start", "sl-cai"]).result()["win_rates"]
+        []
+    """
 
     def __init__(self, models: Sequence[str]) -> None:
         self.models = list(models)
         self.places = {name: place for place, name in enumerate(models)}
         self.pairs = list(combinations(range(len(models)), 2))
-        self.sums: dict[Kind | None, ClusterBootstrap] = {}
-        self.prompts, self.scored = KeyTable(), KeyTable()
+        self.sums: dict[Kind | None, ClusterBootstrap[Sum]] = {}
+        self.prompts, self.scored_replies = KeyTable(), KeyTable()
 
     def observe(self, row: ModelComparison | Rejected) -> None:
-        """As `add`, for a comparison that may have failed."""
+        """Add a comparison; ignore a rejected one."""
         if isinstance(row, ModelComparison):
             self.add(row)
 
     def add(self, row: ModelComparison) -> None:
+        """Add one comparison of two of the models."""
         i, j = self.places[row.model_a], self.places[row.model_b]
         won = 0.5 if row.p_a == 0.5 else float(row.p_a > 0.5)
-        values = {f"n {i} {j}": 1.0, f"won {i} {j}": won, f"ties {i} {j}": won == 0.5, f"n {i}": 1.0, f"n {j}": 1.0}
-        for place, score in ((i, row.score_a), (j, row.score_b)):
-            if score is not None and self._is_new(f"{place} {row.prompt_id}/{row.sample_index}"):
-                values |= {f"score {place}": score, f"scores {place}": 1.0}
+        values: dict[Sum, float] = {
+            PairSum("comparisons", i, j): 1.0,
+            PairSum("wins", i, j): won,
+            PairSum("ties", i, j): won == 0.5,
+            ModelSum("comparisons", i): 1.0,
+            ModelSum("comparisons", j): 1.0,
+        }
+        for model, score in ((i, row.score_a), (j, row.score_b)):
+            if score is not None and self._is_new(f"{model} {row.prompt_id}/{row.sample_index}"):
+                values |= {ModelSum("score", model): score, ModelSum("scored", model): 1.0}
         self.sums.setdefault(row.kind, ClusterBootstrap(self._columns())).add(
             self.prompts.number(row.prompt_id), values
         )
 
     def _is_new(self, reply: str) -> bool:
-        return self.scored.add(reply, 0) is None
+        return self.scored_replies.add(reply, 0) is None
 
-    def _columns(self) -> list[str]:
-        of_pairs = [f"{name} {i} {j}" for name in ("n", "won", "ties") for i, j in self.pairs]
-        return of_pairs + [f"{name} {i}" for name in ("n", "score", "scores") for i in range(len(self.models))]
+    def _columns(self) -> list[Sum]:
+        of_pairs = [PairSum(name, i, j) for name in ("comparisons", "wins", "ties") for i, j in self.pairs]
+        of_models = [ModelSum(name, i) for name in ("comparisons", "score", "scored") for i in range(len(self.models))]
+        return [*of_pairs, *of_models]
 
     def result(self) -> dict[str, Any]:
-        """`models`; `win_rates` of a over b by kind of prompt; `ratings` and, by a preference model, mean `scores` of
-        each model on each axis. Every figure with its interval."""
+        """Return the results, each value with its 95% interval.
+
+        Returns:
+            `models`: their names. `win_rates`: of model `a` over model `b`, by kind of prompt. `ratings`: Elo by axis
+            ("harmless", "helpful") and model. `scores`: mean score of a preference model by axis and model.
+        """
         return {
             "models": self.models,
             "win_rates": list(self._win_rates()),
@@ -75,83 +116,97 @@ class Tournament:
         for kind in sorted(self.sums, key=str, reverse=True):
             sums = self.sums[kind]
             for i, j in self.pairs:
-                if figure := _of_few(sums, f"won {i} {j}", f"n {i} {j}"):
-                    ties = round(sums.total(f"ties {i} {j}"))
-                    yield {"a": self.models[i], "b": self.models[j], "kind": kind, **figure, "ties": ties}
+                if rate := _win_rate(sums, i, j):
+                    ties = round(sums.total(PairSum("ties", i, j)))
+                    yield {"a": self.models[i], "b": self.models[j], "kind": kind, **rate, "ties": ties}
 
-    def _ratings(self, sums: ClusterBootstrap | None) -> list[dict[str, Any]]:
+    def _ratings(self, sums: ClusterBootstrap[Sum] | None) -> list[dict[str, Any]]:
         if sums is None:
             return []
-        fits: dict[int, Numbers] = {}  # number of draws -> (draws, models): one fit gives the ratings of all
+        fits: dict[int, Numbers] = {}  # number of resamples -> (resamples, models): one fit rates all models
 
-        def rating(place: int, named: Mapping[str, "Numbers"]) -> "Numbers":
-            draws = len(named["n 0"])
-            if draws not in fits:
-                fits[draws] = _bradley_terry(named, self.pairs, len(self.models))
-            return fits[draws][:, place]
+        def rating(model: int, resampled: Mapping[Sum, "Numbers"]) -> "Numbers":
+            resamples = len(resampled[ModelSum("comparisons", 0)])
+            if resamples not in fits:
+                fits[resamples] = _bradley_terry(resampled, self.pairs, len(self.models))
+            return fits[resamples][:, model]
 
-        anything = (-math.inf, math.inf)
-        figures = [sums.figure(lambda s, i=i: rating(i, s), f"n {i}", anything) for i in range(len(self.models))]  # type: ignore[misc]
-        return self._named(figure and self._no_surer(figure, i, sums) for i, figure in enumerate(figures))
+        ratings = [
+            sums.estimate(lambda s, i=i: rating(i, s), ModelSum("comparisons", i), UNBOUNDED)  # type: ignore[misc]
+            for i in range(len(self.models))
+        ]
+        return self._by_model(r and self._widened_to_wilson(r, i, sums) for i, r in enumerate(ratings))
 
-    def _no_surer(self, figure: Estimate, model: int, sums: ClusterBootstrap) -> Estimate:
-        """A rating with no narrower an interval than Wilson's of the model's share of wins is on the Elo scale: where a
-        model wins all, or all are ties, no draw differs, and of a few prompts the bootstrap alone is too sure."""
-        won = sum(sums.total(f"won {i} {j}") for i, j in self.pairs if i == model)
-        won += sum(sums.total(f"n {i} {j}") - sums.total(f"won {i} {j}") for i, j in self.pairs if j == model)
-        prompts = sums.clusters(f"n {model}")
-        share = won / sums.total(f"n {model}")
-        apart = wilson(share * prompts, prompts)
-        assert apart  # noqa: S101
-        least = 0.5 / (prompts + 1)  # as half a win is added on either side of every pair
+    def _widened_to_wilson(self, rating: Estimate, model: int, sums: ClusterBootstrap[Sum]) -> Estimate:
+        """Return a rating whose interval is at least as wide as Wilson's interval of the win share on the Elo scale.
+
+        Where a model wins every comparison, or ties every one, all resamples are equal; and with few prompts the
+        bootstrap interval is too narrow.
+        """
+        share = self._wins(model, sums) / sums.total(ModelSum("comparisons", model))
+        prompts = sums.clusters(ModelSum("comparisons", model))
+        wins = wilson(share * prompts, prompts)
+        assert wins  # noqa: S101
+        least = 0.5 / (prompts + 1)  # half a win is added to either side of every pair
 
         def elo(p: float) -> float:
-            return SCALE * math.log10(max(p, least) / max(1 - p, least)) * (1 - 1 / len(self.models))
+            return ELO_SCALE * math.log10(max(p, least) / max(1 - p, least)) * (1 - 1 / len(self.models))
 
-        low, high = (figure["value"] + elo(apart[end]) - elo(share) for end in ("low", "high"))
-        low, high = min(figure["low"], low), max(figure["high"], high)
-        return {**figure, "low": max(RATING[0], low), "high": min(RATING[1], high)}
+        low, high = (rating["value"] + elo(end) - elo(share) for end in (wins["low"], wins["high"]))
+        low, high = min(rating["low"], low), max(rating["high"], high)
+        return {**rating, "low": max(RATING_LIMITS[0], low), "high": min(RATING_LIMITS[1], high)}
 
-    def _scores(self, sums: ClusterBootstrap | None) -> list[dict[str, Any]]:
-        if sums is None:
-            return []
-        return self._named(
-            sums.figure(lambda s, i=i: s[f"score {i}"] / s[f"scores {i}"], f"scores {i}", SCORE)  # type: ignore[misc]
-            for i in range(len(self.models))
+    def _wins(self, model: int, sums: ClusterBootstrap[Sum]) -> float:
+        """Return the number of comparisons that `model` won, ties counted half."""
+        won = sum(sums.total(PairSum("wins", i, j)) for i, j in self.pairs if i == model)
+        return won + sum(
+            sums.total(PairSum("comparisons", i, j)) - sums.total(PairSum("wins", i, j))
+            for i, j in self.pairs
+            if j == model
         )
 
-    def _named(self, figures: Iterator[Estimate | None]) -> list[dict[str, Any]]:
-        return [{"model": m, **figure} for m, figure in zip(self.models, figures, strict=True) if figure]
+    def _scores(self, sums: ClusterBootstrap[Sum] | None) -> list[dict[str, Any]]:
+        if sums is None:
+            return []
+        return self._by_model(_mean_score(sums, model) for model in range(len(self.models)))
+
+    def _by_model(self, estimates: Iterable[Estimate | None]) -> list[dict[str, Any]]:
+        return [{"model": m, **estimate} for m, estimate in zip(self.models, estimates, strict=True) if estimate]
 
 
-def _of_few(sums: ClusterBootstrap, won: str, count: str) -> Estimate | None:
-    """The share with the wider of two intervals: that of the bootstrap, and Wilson's over prompts. Of a few prompts the
-    bootstrap alone is too sure: five wins of six are no proof."""
-    figure = sums.share(won, count)
-    if figure is None:
+def _mean_score(sums: ClusterBootstrap[Sum], model: int) -> Estimate | None:
+    score, count = ModelSum("score", model), ModelSum("scored", model)
+    return sums.estimate(lambda s: s[score] / s[count], count, SCORE_LIMITS)
+
+
+def _win_rate(sums: ClusterBootstrap[Sum], i: int, j: int) -> Estimate | None:
+    """Return the win rate of model i over model j; its interval covers the bootstrap's and Wilson's over prompts.
+
+    With few prompts the bootstrap interval alone is too narrow: five wins of six prove nothing.
+    """
+    count = PairSum("comparisons", i, j)
+    rate = sums.share(PairSum("wins", i, j), count)
+    if rate is None:
         return None
     prompts = sums.clusters(count)
-    apart = wilson(figure["value"] * prompts, prompts)
-    if apart:
-        figure["low"], figure["high"] = min(figure["low"], apart["low"]), max(figure["high"], apart["high"])
-    return figure
+    return widened(rate, wilson(rate["value"] * prompts, prompts))
 
 
-def _bradley_terry(named: Mapping[str, "Numbers"], pairs: Sequence[tuple[int, int]], models: int) -> "Numbers":
-    """(draws, models): ratings on the Elo scale, from columns of wins (`won i j`, ties half) and comparisons."""
+def _bradley_terry(sums: Mapping[Sum, "Numbers"], pairs: Sequence[tuple[int, int]], models: int) -> "Numbers":
+    """Return ratings on the Elo scale, shape (resamples, models), fitted to the wins of every resample."""
     import evalica
     import numpy as np
 
     xs = [i for pair in pairs for i in (pair[0], pair[0])]
     ys = [j for pair in pairs for j in (pair[1], pair[1])]
     winners = [evalica.Winner.X, evalica.Winner.Y] * len(pairs)
-    won = np.stack([named[f"won {i} {j}"] for i, j in pairs], axis=1)
-    played = np.stack([named[f"n {i} {j}"] for i, j in pairs], axis=1)
-    weights = np.stack([won + 0.5, played - won + 0.5], axis=2).reshape(len(won), -1)
-    strengths = np.empty((len(won), models))
-    for draw, row in enumerate(weights):
+    wins = np.stack([sums[PairSum("wins", i, j)] for i, j in pairs], axis=1)
+    comparisons = np.stack([sums[PairSum("comparisons", i, j)] for i, j in pairs], axis=1)
+    weights = np.stack([wins + 0.5, comparisons - wins + 0.5], axis=2).reshape(len(wins), -1)
+    strengths = np.empty((len(wins), models))
+    for resample, row in enumerate(weights):
         fit = evalica.bradley_terry(xs, ys, winners, weights=row.tolist(), tolerance=1e-9, limit=100_000)
-        strengths[draw] = [fit.scores[model] for model in range(models)]
+        strengths[resample] = [fit.scores[model] for model in range(models)]
     logs = np.log10(strengths)
-    ratings: Numbers = MEAN + SCALE * (logs - logs.mean(axis=1, keepdims=True))
+    ratings: Numbers = MEAN_RATING + ELO_SCALE * (logs - logs.mean(axis=1, keepdims=True))
     return ratings

@@ -1,7 +1,7 @@
-"""What a preference model is worth, on pairs it was not trained on (paper section 4.1).
+"""Metrics of a preference model on held-out pairs (paper section 4.1).
 
 With d = score of `chosen` - score of `rejected` (`margin`), the model's probability of `chosen` is sigmoid(d). All
-figures are against the labels as they are, also where training hardened them. Equal scores are wrong.
+metrics compare with the labels as recorded, also where training hardened them. Equal scores count as wrong.
 """
 
 import math
@@ -11,75 +11,110 @@ from typing import Any
 from cai_cli.data.schema import JudgedPair
 from cai_cli.metrics.intervals import Estimate, wilson
 
-BINS = 5
+BINS = 5  # of the confidence, by tenths from one half to one
 RESAMPLES = 1000
+FEWEST_PAIRS = 10  # for a rank correlation
 
 
-def held_out_figures(pairs: Sequence[JudgedPair]) -> dict[str, Any]:
-    """Every figure of the held-out pairs by name; a figure that cannot be had of these pairs is None."""
+def held_out_metrics(pairs: Sequence[JudgedPair]) -> dict[str, Any]:
+    """Return every metric of the held-out pairs by name.
+
+    Args:
+        pairs: Pairs with the scores of both replies (logits) and their lengths in tokens.
+
+    Returns:
+        `accuracy` (overall and by source), `at_chance`, losses and entropies in nats, the calibration curve, mean and
+        spread of the scores, and `note`, a warning in one sentence or None. A metric that these pairs do not determine
+        is None.
+    """
     overall = accuracy(pairs)
     chance = overall["low"] <= 0.5 <= overall["high"] if overall else None
     return {
         "accuracy": overall,
         "at_chance": chance,
-        "accuracy_by_source": by_source(pairs),
-        **loss_figures(pairs),
+        "accuracy_by_source": accuracy_by_source(pairs),
+        **loss_metrics(pairs),
         **calibration(pairs),
-        **score_figures(pairs),
-        "note": note(overall),
+        **score_metrics(pairs),
+        "note": accuracy_warning(overall),
     }
 
 
-def note(overall: Estimate | None) -> str | None:
-    """What must not be overlooked, in plain words."""
+def accuracy_warning(overall: Estimate | None) -> str | None:
+    """Return a warning where the accuracy is missing or not above chance, else None.
+
+    Examples:
+        >>> accuracy_warning(wilson(90, 100)) is None
+        True
+        >>> accuracy_warning(wilson(1, 10))
+        'The preference model is worse than chance: right on 10.0% of 10 held-out pairs (95%: 1.8% to 40.4%).'
+    """
     if overall is None:
-        return "No pair with a preferred reply was held out: nothing here says what the model learned."
+        return "No pair with a preferred reply was held out, so it is unknown what the model learned."
     spread = f"{overall['value']:.1%} of {overall['n']:,} held-out pairs (95%: {overall['low']:.1%} to "
     spread += f"{overall['high']:.1%})"
     if overall["high"] < 0.5:
-        return f"The preference model is wrong more often than a coin: right on {spread}."
+        return f"The preference model is worse than chance: right on {spread}."
     if overall["low"] <= 0.5:
-        return f"The preference model cannot be told from a coin: right on {spread}."
+        return f"The preference model cannot be distinguished from chance: right on {spread}."
     return None
 
 
 def accuracy(pairs: Sequence[JudgedPair]) -> Estimate | None:
-    """Share of pairs whose preferred reply has the higher score; pairs with p_chosen = 0.5 have none, and are out."""
+    """Return the share of pairs whose preferred reply has the higher score.
+
+    Pairs with p_chosen = 0.5 have no preferred reply and are left out.
+    """
     decided = [pair for pair in pairs if pair.p_chosen > 0.5]
     return wilson(sum(pair.margin > 0 for pair in decided), len(decided))
 
 
-def by_source(pairs: Sequence[JudgedPair]) -> dict[str, Estimate | None]:
-    """Accuracy by the `source` of the rows, so that AI and human labels, or two data sets, are seen apart."""
+def accuracy_by_source(pairs: Sequence[JudgedPair]) -> dict[str, Estimate | None]:
+    """Return the accuracy for each `source` of the rows, such as AI and human labels, or two data sets."""
     sources = sorted({pair.source or "no source" for pair in pairs})
     return {name: accuracy([p for p in pairs if (p.source or "no source") == name]) for name in sources}
 
 
-def loss_figures(pairs: Sequence[JudgedPair]) -> dict[str, Any]:
-    """Mean cross-entropy in nats, the mean entropy of the labels, which no model can go below, and the gap."""
+def loss_metrics(pairs: Sequence[JudgedPair]) -> dict[str, Any]:
+    """Return the mean cross-entropy, the mean entropy of the labels (its lower bound) and their difference, in nats."""
     if not pairs:
         return {"held_out_loss": None, "label_entropy": None, "loss_gap": None}
     loss = math.fsum(map(cross_entropy, pairs)) / len(pairs)
-    floor = math.fsum(binary_entropy(pair.p_chosen) for pair in pairs) / len(pairs)
-    return {"held_out_loss": loss, "label_entropy": floor, "loss_gap": loss - floor}
+    entropy = math.fsum(binary_entropy(pair.p_chosen) for pair in pairs) / len(pairs)
+    return {"held_out_loss": loss, "label_entropy": entropy, "loss_gap": loss - entropy}
 
 
 def cross_entropy(pair: JudgedPair) -> float:
-    """-p log sigmoid(d) - (1 - p) log sigmoid(-d), in nats, for any d."""
+    """Return -p log sigmoid(d) - (1 - p) log sigmoid(-d) in nats, without overflow for any d."""
     d = pair.margin
     return math.log1p(math.exp(-abs(d))) + max(-d, 0.0) + (1 - pair.p_chosen) * d
 
 
 def binary_entropy(p: float) -> float:
-    """In nats."""
+    """Return the entropy of a coin with probability `p`, in nats.
+
+    Examples:
+        >>> round(binary_entropy(0.5), 4), binary_entropy(1.0) == 0
+        (0.6931, True)
+    """
     return -sum(q * math.log(q) for q in (p, 1 - p) if q > 0)
 
 
 def calibration(pairs: Sequence[JudgedPair]) -> dict[str, Any]:
-    """The reliability curve and its expected calibration error.
+    """Return the reliability curve and the expected calibration error.
 
-    A pair counts from the side the model prefers: its confidence, sigmoid(|d|) in [0.5, 1], against the label's
-    probability of that side. (Seen from `chosen`, which every label favours, no model would look calibrated.)
+    Each pair is seen from the side that the model prefers: its confidence, sigmoid(|d|) in [0.5, 1], is compared with
+    the label's probability of that side. Seen from `chosen`, which every label favours, no model would look calibrated.
+
+    Returns:
+        `calibration_error` in [0, 1] (None without pairs) and `calibration_curve`: for each bin with pairs, its ends,
+        mean confidence, mean label and number of pairs.
+
+    Examples:
+        >>> ids = {"id": "p", "source": None, "chosen_tokens": 5, "rejected_tokens": 5}
+        >>> pair = JudgedPair(**ids, p_chosen=1.0, chosen_score=1.0, rejected_score=0.0)
+        >>> round(calibration([pair])["calibration_error"], 3)  # confidence sigmoid(1) = 0.731, label 1
+        0.269
     """
     sides = [(1 / (1 + math.exp(-abs(pair.margin))), _label_of_preferred(pair)) for pair in pairs]
     edges = [0.5 + 0.5 * k / BINS for k in range(BINS + 1)]
@@ -100,8 +135,8 @@ def _label_of_preferred(pair: JudgedPair) -> float:
     return pair.p_chosen if pair.margin > 0 else 1 - pair.p_chosen
 
 
-def score_figures(pairs: Sequence[JudgedPair]) -> dict[str, Any]:
-    """Mean and standard deviation of the scores of all replies, and their rank correlation with the reply's length."""
+def score_metrics(pairs: Sequence[JudgedPair]) -> dict[str, Any]:
+    """Return mean and standard deviation of the scores of all replies, and their rank correlation with reply length."""
     from statistics import fmean, pstdev
 
     scores = [score for pair in pairs for score in (pair.chosen_score, pair.rejected_score)]
@@ -113,22 +148,24 @@ def score_figures(pairs: Sequence[JudgedPair]) -> dict[str, Any]:
 
 
 def length_correlation(pairs: Sequence[JudgedPair]) -> Estimate | None:
-    """Spearman's correlation of score and reply length in tokens over all replies, with a 95% bootstrap interval.
+    """Return Spearman's correlation of score and reply length in tokens over all replies, with its 95% interval.
 
-    Pairs are resampled, not replies, as two replies to one prompt are alike. None under ten pairs, and where all scores
-    or all lengths are the same.
+    The bootstrap resamples pairs, not replies, because two replies to one prompt depend on each other.
+
+    Returns:
+        The correlation in [-1, 1]; None with fewer than ten pairs, or where all scores or all lengths are equal.
     """
     import numpy as np
     from scipy.stats import rankdata
 
     scores = np.array([(pair.chosen_score, pair.rejected_score) for pair in pairs])
     tokens = np.array([(pair.chosen_tokens, pair.rejected_tokens) for pair in pairs])
-    if len(pairs) < 10 or np.ptp(scores) == 0 or np.ptp(tokens) == 0:
+    if len(pairs) < FEWEST_PAIRS or np.ptp(scores) == 0 or np.ptp(tokens) == 0:
         return None
 
     def spearman(which: Any) -> float:
         ranks = np.stack([rankdata(values[which].ravel()) for values in (scores, tokens)])
-        # A resample of one value has no rank order and says nothing either way.
+        # A resample of equal values has no rank order and counts as no correlation.
         return float(np.corrcoef(ranks)[0, 1]) if (np.ptp(ranks, axis=1) > 0).all() else 0.0
 
     rng = np.random.default_rng(0)

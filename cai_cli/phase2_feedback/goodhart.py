@@ -1,17 +1,17 @@
-"""When has the preference model become a target instead of a measure (Goodhart's law; paper section 4.3)?
+"""Detect that the policy exploits the preference model (Goodhart's law; paper section 4.3).
 
-A check is the policy's replies to the same held-out prompts, drawn from the same noise, after some steps; check 0 is
-the start model's. Replies are compared in pairs, this check's with an earlier one's to the same prompt, by the mean
-difference and its standard error. A check is flagged when
+A check holds the policy's replies to the same held-out prompts, sampled with the same seeds, after some steps; check 0
+is the start model's. Replies to the same prompt are compared between checks, by the mean difference and its standard
+error. A check is flagged when
 
-- the watcher's score has fallen since some earlier check while the training preference model's has risen since that
-  check; or
+- the monitor's score has fallen since an earlier check while the training preference model's score has risen; or
 - the share of boilerplate, of evasive openings or of cut-off replies has risen by more than `RUNAWAY_SHARE` since the
   start, or the mean length has more than doubled or halved.
 
-Every change must also exceed chance: one-sided paired t tests, whose levels over all checks of a run, however long, sum
-to at most `ALPHA` for each rule (check k has ALPHA / (k (k + 1)), shared among the k checks it is held against). So a
-watcher that only wavers is flagged in at most one run of twenty, and a fall must be the larger the later it comes.
+Every change must also be statistically significant. The tests are one-sided paired t tests, and their levels sum, over
+all checks of a run of any length, to at most `ALPHA` for each rule: check k has ALPHA / (k (k + 1)), divided among the
+k checks that it is compared with. So a monitor whose score only fluctuates is flagged in at most one run of twenty, and
+a later fall must be larger to be flagged.
 """
 
 import math
@@ -21,7 +21,7 @@ from statistics import fmean, stdev
 from cai_cli.data.schema import PolicySample
 from cai_cli.metrics.reply_habits import boilerplate, evasive_opening
 
-Check = Sequence[PolicySample]  # the replies of one step, the same prompts in the same order at every step
+Check = Sequence[PolicySample]  # replies after one step; every check has the same prompts in the same order
 Measure = Callable[[PolicySample], float | None]
 
 ALPHA = 0.05
@@ -35,26 +35,37 @@ SHARES: dict[str, Measure] = {
 
 
 def goodhart(checks: Sequence[Check]) -> str | None:
-    """What the last of `checks` (in the order of their steps, the start model's first) is flagged for, or None."""
+    """Return why the last check is flagged, or None.
+
+    Args:
+        checks: All checks in the order of their steps, starting with the start model's.
+    """
     k = len(checks) - 1
     if k < 1:
         return None
-    found = [_falling_watcher(checks, ALPHA / (k * (k + 1))), *_runaways(checks[0], checks[-1], ALPHA / (k * (k + 1)))]
-    return "; ".join(reason for reason in found if reason) or None
+    alpha = ALPHA / (k * (k + 1))
+    reasons = [_falling_monitor(checks, alpha), *_runaways(checks[0], checks[-1], alpha)]
+    return "; ".join(reason for reason in reasons if reason) or None
 
 
 def best_check(checks: Sequence[Check]) -> int:
-    """The place of the check to keep, all of which are unflagged: the watcher's favourite (of equals the earliest) by
-    the replies that it scored at every check; the last where these are fewer than half, or nobody watches."""
+    """Return the index of the check to keep: the one with the highest mean monitor score, the earliest of equal ones.
+
+    Only replies that the monitor scored at every check count. Where these are fewer than half, or there is no monitor,
+    the last check is kept.
+
+    Args:
+        checks: The checks that are not flagged, in order.
+    """
     scored = [{(row.id, row.sample_index): row.watch_score for row in check} for check in checks]
     common = [key for key in scored[0] if all(scores[key] is not None for scores in scored)]
     if 2 * len(common) < len(scored[0]):
         return len(checks) - 1
-    watched = [fmean(scores[key] or 0.0 for key in common) for scores in scored]
-    return watched.index(max(watched))
+    means = [fmean(scores[key] or 0.0 for key in common) for scores in scored]
+    return means.index(max(means))
 
 
-def _falling_watcher(checks: Sequence[Check], alpha: float) -> str | None:
+def _falling_monitor(checks: Sequence[Check], alpha: float) -> str | None:
     now = checks[-1]
     for then in checks[:-1]:
         fallen = changed(then, now, lambda row: row.watch_score, alpha / (len(checks) - 1)) < 0
@@ -64,27 +75,33 @@ def _falling_watcher(checks: Sequence[Check], alpha: float) -> str | None:
 
 
 def _runaways(start: Check, now: Check, alpha: float) -> list[str]:
-    found = []
+    reasons = []
     for name, measure in SHARES.items():
         before, after = mean_of(start, measure) or 0.0, mean_of(now, measure) or 0.0
         if after - before > RUNAWAY_SHARE and changed(start, now, measure, alpha) > 0:
-            found.append(f"{name} {before:.2f} -> {after:.2f}")
+            reasons.append(f"{name} {before:.2f} -> {after:.2f}")
     before, after = fmean(row.reply_tokens for row in start), fmean(row.reply_tokens for row in now)
     ran_away = after > RUNAWAY_LENGTH * before or after < before / RUNAWAY_LENGTH
     if ran_away and changed(start, now, lambda row: row.reply_tokens, alpha):
-        found.append(f"reply_tokens {before:.0f} -> {after:.0f}")
-    return found
+        reasons.append(f"reply_tokens {before:.0f} -> {after:.0f}")
+    return reasons
 
 
 def mean_of(check: Check, measure: Measure) -> float | None:
-    """The mean over the replies that have this measure; None where none has."""
+    """Return the mean of a measure over the replies that have it; None where none has."""
     values = [value for row in check if (value := measure(row)) is not None]
     return fmean(values) if values else None
 
 
 def changed(then: Check, now: Check, measure: Measure, alpha: float) -> int:
-    """1 where `measure` has risen from `then` to `now`, -1 where it has fallen, 0 where it may be chance: by a paired t
-    test, one-sided at `alpha`. Replies without the measure are left out."""
+    """Return 1 if a measure has risen significantly between two checks, -1 if it has fallen, else 0.
+
+    Args:
+        then: The earlier check.
+        now: The later check.
+        measure: The measure; replies that do not have it in both checks are left out.
+        alpha: Level of the one-sided paired t test.
+    """
     from scipy.stats import t
 
     pairs = [(measure(a), measure(b)) for a, b in zip(then, now, strict=True)]

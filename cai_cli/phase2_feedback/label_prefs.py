@@ -1,10 +1,10 @@
-"""`cai label-prefs`: pairs of replies -> preferences labelled by a model under principles (paper section 4.1).
+"""Label pairs of replies with a model's preferences under principles (`cai label-prefs`; paper section 4.1).
 
-The label is a probability, the mean of votes: one per principle, order and rationale. As in the paper a principle is
-drawn per comparison, `--principles-per-pair` asks under several (the paper: ensembling over principles makes the
-preference model more robust), and a chain of thought is clamped to 40-60%. Departure: the paper asks each question
-once; here every pair is asked in both orders by default, so that a liking for the first position cancels instead of
-becoming a preference, and a principle counts only where all its orders were answered.
+A label is a probability, the mean of votes: one for each principle, order and rationale. As in the paper, a principle
+is drawn for each pair, `--principles-per-pair` draws several (ensembling over principles makes the preference model
+more robust), and chain-of-thought probabilities are clamped to 40-60%. Departure: the paper asks each question once.
+Here every pair is judged in both orders by default, so that position bias cancels, and a principle counts only where
+all its orders were answered.
 """
 
 from collections.abc import Sequence
@@ -15,10 +15,11 @@ from typing import Any
 from cai_cli.data.schema import TIE, UNSURE, Preference, Rejected, Revision, Sample, Scored, reject
 from cai_cli.engines.base import RequestFailure
 from cai_cli.judging.labeller import JudgeOptions, estimate_votes, labeller_settings, open_labeller
-from cai_cli.judging.pairs import Pair, pair_units
+from cai_cli.judging.pairs import Pair, pair_items
 from cai_cli.judging.vote_cache import RecordedVotes
 from cai_cli.judging.votes import Labeller, PairVerdict, aggregate_votes
-from cai_cli.metrics.label_audit import LabelAudit, audit_file, say_audit
+from cai_cli.metrics.label_audit import LabelAudit, audit_file
+from cai_cli.metrics.label_verdict import print_verdict
 from cai_cli.runtime.config import Effect, Option, option
 from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
 from cai_cli.runtime.manifest import hash_input, provenance
@@ -61,37 +62,43 @@ class LabelPrefsConfig(OutputOptions, ShardOptions, JudgeOptions, EngineOptions)
 
 
 def label_prefs(pairs: Sequence[Pair], labeller: Labeller) -> list[Preference | Rejected]:
-    """One preference per pair, in order. A tie, a pair without a vote and one under `min_confidence` are rejected,
-    each with its reason."""
+    """Return one preference for each pair, in order.
+
+    A tie, a pair without a vote and a pair below `min_confidence` are rejected, with the reason.
+
+    Args:
+        pairs: The pairs to label.
+        labeller: The judge and its settings.
+    """
     return [
-        _preference(pair, opinion, labeller)
-        for pair, opinion in zip(pairs, aggregate_votes(pairs, labeller), strict=True)
+        _preference(pair, verdict, labeller)
+        for pair, verdict in zip(pairs, aggregate_votes(pairs, labeller), strict=True)
     ]
 
 
-def _preference(pair: Pair, opinion: PairVerdict | RequestFailure, labeller: Labeller) -> Preference | Rejected:
-    if isinstance(opinion, RequestFailure):
-        return reject(pair.key, opinion.reason, pair)
-    labelled = _labelled(pair, opinion, labeller.judge.method)
-    # Rejected with their votes: to the audit a tie is often a judge that changed its mind.
-    if opinion.p_a == 0.5:
+def _preference(pair: Pair, verdict: PairVerdict | RequestFailure, labeller: Labeller) -> Preference | Rejected:
+    if isinstance(verdict, RequestFailure):
+        return reject(pair.key, verdict.reason, pair)
+    labelled = _labelled(pair, verdict, labeller.judge.method)
+    # Rejected with their votes: for the audit, many ties are flips of the judge.
+    if verdict.p_a == 0.5:
         return reject(pair.key, TIE, labelled)
     if labelled.p_chosen < labeller.min_confidence:
         return reject(pair.key, UNSURE, labelled)
     return labelled
 
 
-def _labelled(pair: Pair, opinion: PairVerdict, method: str) -> Preference:
-    a_wins = opinion.p_a > 0.5
-    votes = opinion.as_rows(method)
-    if not a_wins:  # "ab" in a vote on a preference means that the chosen reply stood first
+def _labelled(pair: Pair, verdict: PairVerdict, method: str) -> Preference:
+    a_wins = verdict.p_a > 0.5
+    votes = verdict.as_rows(method)
+    if not a_wins:  # in a Preference, "ab" means that the chosen reply came first
         votes = [vote.model_copy(update={"order": "ba" if vote.order == "ab" else "ab"}) for vote in votes]
     return Preference(
         id=pair.id,
         prompt=pair.prompt,
         chosen=pair.a if a_wins else pair.b,
         rejected=pair.b if a_wins else pair.a,
-        p_chosen=opinion.p_a if a_wins else 1 - opinion.p_a,
+        p_chosen=verdict.p_a if a_wins else 1 - verdict.p_a,
         votes=votes,
         human=None if pair.human is None else "chosen" if (pair.human == "a") == a_wins else "rejected",
         source=pair.source,
@@ -133,7 +140,7 @@ def run(config: LabelPrefsConfig) -> dict[str, Any]:
         output=config.output,
         overwrite=config.overwrite,
         reader=reader,
-        units=lambda: pair_units(reader, config.input, config.pairs, config.seed, config.limit),
+        units=lambda: pair_items(reader, config.input, config.pairs, config.seed, config.limit),
         work=lambda pairs: label_prefs(pairs, labeller),
         window=engine.batch_size,
         engine=engine,
@@ -141,7 +148,7 @@ def run(config: LabelPrefsConfig) -> dict[str, Any]:
     summary = {**summary, "audit": audit.audit() if to_stdout else audit_file(config.output)}
     print_summary(summary, as_json=config.as_json, stdout_is_data=to_stdout)
     if summary["out"] or summary["rejected"]:
-        say_audit(summary["audit"])
+        print_verdict(summary["audit"])
     return summary
 
 

@@ -1,8 +1,9 @@
-"""The scalar head of a preference model fitted to the labels before anything else is trained (`--fit-head`).
+"""Fit the scalar head of a preference model to the labels before training (`cai train-pm --fit-head`).
 
-The score is linear in the hidden state it is read from, so on a model held still the best head is a logistic regression
-on the difference of two hidden states: one forward pass over the pairs, then a convex problem. Fine-tuning from it
-moves what the model knows less than fine-tuning from a random head does (Kumar et al. 2022, arXiv 2202.10054).
+The score is linear in the hidden state at the last token, so with the model frozen the best head is a logistic
+regression on the difference of two hidden states: one forward pass over the pairs and a convex problem. Departure: the
+paper does not describe it. Fine-tuning from such a head distorts the features less than from a random head (Kumar et
+al. 2022, arXiv 2202.10054).
 """
 
 from collections.abc import Sequence
@@ -17,13 +18,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FOLDS = 5
-STRENGTHS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # scikit-learn's C: the larger, the weaker the L2 penalty
+STRENGTHS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # scikit-learn's C: a larger value is a weaker L2 penalty
 
 
 def hidden_differences(
     model: "PreTrainedModel", pairs: Sequence[tuple[list[int], list[int]]], batch_size: int
 ) -> "NDArray[Any]":
-    """What the head reads of the first conversation less what it reads of the second, shape (pairs, hidden)."""
+    """Return the hidden state at the end of the first conversation less that of the second, shape (pairs, hidden)."""
     import torch
 
     head, model.score = model.score, torch.nn.Identity()
@@ -41,24 +42,39 @@ def fit_head(
     prompts: Sequence[str],
     batch_size: int,
 ) -> dict[str, Any]:
-    """Give `model` the head that fits `targets` (the probability of the first of each pair) best.
+    """Replace the head of `model` by the logistic regression that fits the targets best.
 
-    How strongly it is held back is chosen by cross-validation in which the pairs of one prompt stay together; returns
-    the loss and accuracy of that cross-validation. Raises CaiError where there are too few prompts for it.
+    Cross-validation, in which the pairs of one prompt stay together, chooses the strength of the L2 penalty.
+
+    Args:
+        model: A preference model that accepts packed pairs.
+        pairs: Token ids of the two conversations of each pair.
+        targets: Probability that the first conversation of each pair is preferred.
+        prompts: Prompt of each pair.
+        batch_size: Number of pairs in one forward pass.
+
+    Returns:
+        `head_loss` (nats) and `head_accuracy` of the cross-validation.
+
+    Raises:
+        CaiError: There are too few prompts for the cross-validation.
     """
     import numpy as np
     import torch
     from sklearn.model_selection import GroupKFold
 
     if len(set(prompts)) < 2 * FOLDS:
-        raise CaiError(f"--fit-head needs pairs of {2 * FOLDS} prompts or more, these are of {len(set(prompts))}")
+        raise CaiError(
+            f"--fit-head needs pairs of at least {2 * FOLDS} prompts, there are {len(set(prompts))}",
+            code="too-few-rows",
+        )
     x, p = hidden_differences(model, pairs, batch_size), np.array(targets)
     scale = x.std(axis=0) + 1e-6
     x /= scale
     margins = np.zeros((len(STRENGTHS), len(p)))
-    for kept, apart in GroupKFold(FOLDS).split(x, groups=prompts):
+    for fitted, held_out in GroupKFold(FOLDS).split(x, groups=prompts):
         for k, strength in enumerate(STRENGTHS):
-            margins[k, apart] = x[apart] @ regress(x[kept], p[kept], strength)
+            margins[k, held_out] = x[held_out] @ regress(x[fitted], p[fitted], strength)
     losses = (np.logaddexp(0, -margins) + (1 - p) * margins).mean(axis=1)
     best = int(losses.argmin())
     weights = regress(x, p, STRENGTHS[best]) / scale
@@ -70,8 +86,10 @@ def fit_head(
 
 
 def regress(x: "NDArray[Any]", p: "NDArray[Any]", strength: float) -> "NDArray[Any]":
-    """The weights of the logistic regression of the probabilities `p` on `x`, without an intercept: a pair the other
-    way round is the same pair."""
+    """Return the weights of the logistic regression of the probabilities `p` on `x`, shape (hidden,).
+
+    It has no intercept, because exchanging the two conversations of a pair must only change the sign of the score.
+    """
     import numpy as np
     from sklearn.linear_model import LogisticRegression
 

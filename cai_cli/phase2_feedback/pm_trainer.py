@@ -1,4 +1,4 @@
-"""TRL's RewardTrainer with soft targets, batches of like length, and the prompt of a pair computed once."""
+"""TRL's RewardTrainer with soft labels, batches of similar length, and packed pairs (paper section 4.1)."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -11,10 +11,21 @@ POOL = 16  # batches
 
 
 def by_length(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[int]:
-    """All indices in a new order for every epoch, each `batch_size` after one another of like length.
+    """Return all indices in an order in which each batch has sequences of similar length.
 
-    Rows are drawn into pools, only within a pool they are sorted, and the batches of all pools are shuffled: no batch
-    is always the same, and no part of an epoch is the long one.
+    Rows are drawn into pools and sorted by length only within a pool, and the batches of all pools are shuffled. So
+    batches differ between epochs, and long sequences are spread over the epoch.
+
+    Args:
+        lengths: Length of each row in tokens.
+        batch_size: Number of rows in a batch.
+        seed: Random seed of the run.
+        epoch: Number of the epoch.
+
+    Examples:
+        >>> order = by_length([5, 1, 4, 2], batch_size=2, seed=0, epoch=0)
+        >>> sorted([sorted(order[:2]), sorted(order[2:])])
+        [[0, 2], [1, 3]]
     """
     rng = random.Random(seed_for(seed, "train-pm", "order", epoch))  # noqa: S311
     order = rng.sample(range(len(lengths)), len(lengths))
@@ -27,14 +38,29 @@ def by_length(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) ->
     return [i for batch in (*batches, *short) for i in batch]
 
 
-def soft_reward_trainer(*, share_prompts: bool) -> Any:
-    """RewardTrainer for rows of `chosen_ids`, `rejected_ids` and `p_chosen`, the probability that `chosen` is better.
-
-    With `share_prompts` the model must take packed pairs (`shared_prompt.take_packed_pairs`).
-    """
-    import torch
+def _length_sampler() -> Any:
+    """Return the class of a sampler that draws batches of similar length, in a new order for every epoch."""
     from torch.utils.data import Sampler
-    from trl import RewardTrainer
+
+    class ByLength(Sampler[int]):
+        def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+            self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+        def set_epoch(self, epoch: int) -> None:  # accelerate calls it, also in a resumed run
+            self.epoch = epoch
+
+        def __len__(self) -> int:
+            return len(self.lengths)
+
+        def __iter__(self) -> Iterator[int]:
+            return iter(by_length(self.lengths, self.batch_size, self.seed, self.epoch))
+
+    return ByLength
+
+
+def _collator(*, share_prompts: bool) -> Any:
+    """Return the class of a collator that keeps `p_chosen` and, with `share_prompts`, packs the pairs."""
+    import torch
     from trl.trainer.reward_trainer import DataCollatorForPreference
 
     class Collator(DataCollatorForPreference):  # type: ignore[misc]
@@ -46,24 +72,27 @@ def soft_reward_trainer(*, share_prompts: bool) -> Any:
                 batch = super().torch_call(examples)
             return {**batch, "p_chosen": torch.tensor([example["p_chosen"] for example in examples])}
 
-    class ByLength(Sampler[int]):
-        def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-            self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+    return Collator
 
-        def set_epoch(self, epoch: int) -> None:  # accelerate calls it, on a resumed run too
-            self.epoch = epoch
 
-        def __len__(self) -> int:
-            return len(self.lengths)
+def soft_reward_trainer(*, share_prompts: bool) -> Any:
+    """Return a RewardTrainer class for soft labels.
 
-        def __iter__(self) -> Iterator[int]:
-            return iter(by_length(self.lengths, self.batch_size, self.seed, self.epoch))
+    Its rows have `chosen_ids`, `rejected_ids` and `p_chosen`, the probability that `chosen` is better.
+
+    Args:
+        share_prompts: Whether to pack pairs; the model must accept them (`packed_pairs.take_packed_pairs`).
+    """
+    import torch
+    from trl import RewardTrainer
+
+    collator_class, sampler_class = _collator(share_prompts=share_prompts), _length_sampler()
 
     class SoftRewardTrainer(RewardTrainer):  # type: ignore[misc]
         loss_is_scaled_for_ga = False  # a mean over the batch
 
         def __init__(self, *, processing_class: Any, **arguments: Any) -> None:
-            collator = Collator(pad_token_id=processing_class.pad_token_id)
+            collator = collator_class(pad_token_id=processing_class.pad_token_id)
             super().__init__(processing_class=processing_class, data_collator=collator, **arguments)
 
         def _set_signature_columns_if_needed(self) -> None:
@@ -72,7 +101,7 @@ def soft_reward_trainer(*, share_prompts: bool) -> Any:
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
             rows = zip(self.train_dataset["chosen_ids"], self.train_dataset["rejected_ids"], strict=True)
             lengths = [max(len(chosen), len(rejected)) for chosen, rejected in rows]
-            return ByLength(lengths, self.args.train_batch_size, self.args.seed)
+            return sampler_class(lengths, self.args.train_batch_size, self.args.seed)
 
         def compute_loss(
             self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

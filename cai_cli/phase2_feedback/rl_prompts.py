@@ -1,7 +1,4 @@
-"""The prompts of `cai rl`: which can be used, which are held out for the monitors, and in which order the others come.
-
-As in the paper (section 4.2) red-team prompts are mixed with helpful ones.
-"""
+"""The prompts of `cai rl` (paper section 4.2): which fit, which are held out for the monitors, and their order."""
 
 import random
 from collections.abc import Sequence
@@ -20,7 +17,7 @@ from cai_cli.training.training_run import Counts
 
 
 def prompt_order(count: int, steps: int, per_step: int, seed: int) -> list[int]:
-    """Indices of the prompts of every step, one after the other: pass after pass over all, each in a new order."""
+    """Return the indices of the prompts of all steps, in passes over all prompts, each in a new random order."""
     rng = random.Random(seed_for(seed, "rl", "order"))  # noqa: S311
     order: list[int] = []
     while len(order) < steps * per_step:
@@ -31,9 +28,16 @@ def prompt_order(count: int, steps: int, per_step: int, seed: int) -> list[int]:
 def fitting_prompts(
     prompts: Sequence[Prompt], policy: Path, preference_models: Sequence[Path], max_new_tokens: int, counts: Counts
 ) -> list[Prompt]:
-    """The prompts that all models can take with a reply of `max_new_tokens`; the others are rejected into `counts`, a
-    repeated one is skipped."""
-    fitting, seen = [], set()
+    """Return the distinct prompts that fit every model together with a reply of `max_new_tokens`.
+
+    Args:
+        prompts: The prompts.
+        policy: Path of the policy.
+        preference_models: Paths of the preference models.
+        max_new_tokens: Longest reply, in tokens.
+        counts: Receives the prompts that do not fit (rejected) and the repeated ones (skipped).
+    """
+    fitting, known = [], set()
     tokenizer, window = tokenizer_and_window(policy)
     judges = [tokenizer_and_window(path) for path in preference_models]
     for prompt in prompts:
@@ -49,22 +53,31 @@ def fitting_prompts(
         if room < max_new_tokens:
             reason = "prompt and --max-new-tokens do not fit the context window"
             counts.rejected.append(reject(prompt.key, reason, prompt))
-        elif same in seen:
+        elif same in known:
             counts.skipped["same prompt as an earlier line"] += 1
         else:
-            seen.add(same)
+            known.add(same)
             fitting.append(prompt)
     return fitting
 
 
-def hold_out(prompts: Sequence[Prompt], wanted: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
-    """(to train on, held out): `wanted` held out, at most half, by the hash of seed and prompt. Raises CaiError."""
+def hold_out(prompts: Sequence[Prompt], count: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
+    """Return (training prompts, held-out prompts), chosen by a hash of seed and prompt.
+
+    Args:
+        prompts: Distinct prompts.
+        count: Number to hold out; at most half of the prompts are.
+        seed: Random seed.
+
+    Raises:
+        CaiError: There is only one prompt.
+    """
     if len(prompts) == 1:
-        raise CaiError("rl: one prompt is too few: some are held out to check the policy on")
-    if wanted > len(prompts) // 2:
-        wanted = len(prompts) // 2
-        console.say(f"rl: {wanted:,} prompts are held out, half of those there are, fewer than --held-out asks for")
+        raise CaiError("rl: one prompt is too few, because some are held out to check the policy", code="too-few-rows")
+    if count > len(prompts) // 2:
+        count = len(prompts) // 2
+        console.say(f"rl: {count:,} prompts are held out, half of all prompts, which is fewer than --held-out")
     keys = [conversation_id(prompt.prompt) for prompt in prompts]
-    held = apart(keys, wanted, seed)
+    held = apart(keys, count, seed)
     train = [prompt for prompt, key in zip(prompts, keys, strict=True) if key not in held]
     return train, [prompt for prompt, key in zip(prompts, keys, strict=True) if key in held]

@@ -23,7 +23,7 @@ from cai_cli.data.row_reader import RowReader
 from cai_cli.data.schema import JudgedPair, Preference, conversation_id, dump_row, reject
 from cai_cli.data.splits import held_out_keys, mixed, too_long_for
 from cai_cli.engines.tokenization import encode_text
-from cai_cli.metrics.preference_model import held_out_figures
+from cai_cli.metrics.preference_model import held_out_metrics
 from cai_cli.models.loading import tokenizer_and_window
 from cai_cli.models.source import ModelSource
 from cai_cli.phase2_feedback.linear_probe import fit_head
@@ -202,7 +202,7 @@ def train_pm(
     metrics = Metrics(work / "metrics.jsonl", [*COLUMNS, *HELD_OUT])
     # Fitted and judged anew also when a run is resumed: it is the untrained model that is loaded here.
     head = start_head(model, train, training, share_prompts=share) if fitted_head else {}
-    before, steps, throughput = held_out_figures([]), 0, dict[str, Any]()
+    before, steps, throughput = held_out_metrics([]), 0, dict[str, Any]()
     if training.trains:
         before = distributed.from_leader(
             lambda: judged_before(model, tokenizer, held_out, training, share_prompts=share)
@@ -219,7 +219,7 @@ def train_pm(
     share = share and take_packed_pairs(model, longest.ids)
     judged = judge(model, tokenizer, held_out, training.batch_size, share_prompts=share)
     (work / "model/held_out.jsonl").write_bytes(b"".join(dump_row(pair) + b"\n" for pair in judged))
-    figures = held_out_figures(judged)
+    figures = held_out_metrics(judged)
     metrics.put(steps, held_out_row(figures))
     losses = [row["loss"] for row in metrics.rows if row["loss"] is not None]
     return {
@@ -245,7 +245,7 @@ def judged_before(
 ) -> dict[str, Any]:
     """The figures of the model that training starts from."""
     with training.autocast():
-        return held_out_figures(judge(model, tokenizer, held_out, training.batch_size, share_prompts=share_prompts))
+        return held_out_metrics(judge(model, tokenizer, held_out, training.batch_size, share_prompts=share_prompts))
 
 
 def start_head(

@@ -1,1 +1,1 @@
-"""`cai report`: a run folder as one self-contained HTML page. collect (files -> data), charts, page, in that order."""
+"""The report of a run folder as one self-contained HTML page: collect reads the files, charts draws, page renders."""

@@ -1,5 +1,8 @@
-"""Pictures as inline SVG: drawn by matplotlib in placeholder colours that become the page's CSS variables, so that one
-picture serves light and dark; text stays text. Each picture carries its numbers."""
+"""Charts as inline SVG, each with a table of its numbers.
+
+matplotlib draws them in placeholder colours, which are then replaced by the page's CSS variables, so that one chart
+serves light and dark mode. Text stays text.
+"""
 
 import re
 import warnings
@@ -22,7 +25,7 @@ VARIABLES = {
 }
 STYLE: Mapping[str, Any] = {
     "svg.fonttype": "none",
-    "text.parse_math": False,  # a model's name is no formula
+    "text.parse_math": False,  # the name of a model must not be read as a formula
     "font.size": 10,
     "axes.edgecolor": RULE,
     "axes.labelcolor": INK,
@@ -43,12 +46,22 @@ STYLE: Mapping[str, Any] = {
     "axes.axisbelow": True,
     "lines.linewidth": 1.8,
 }
-SIZE = (3.9, 2.3)  # inches at 72 a point: as wide as a phone, so that text is never scaled down there
+SIZE = (3.9, 2.3)  # inches at 72 points: the width of a phone, so that text is not scaled down there
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A picture and the numbers in it; `columns` and `rows` are its table. `legend`: name -> number of its colour."""
+    """A chart and its numbers.
+
+    Attributes:
+        id: Unique on the page.
+        title: Its caption.
+        svg: The drawing.
+        columns: Names of the columns of its table.
+        rows: Rows of its table.
+        note: How to read it, in one sentence.
+        legend: Name -> number of its colour.
+    """
 
     id: str
     title: str
@@ -61,7 +74,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Series:
-    """One series; with `low` and `high` (as long as `y`) its interval is drawn."""
+    """One line. With `low` and `high`, each as long as `y`, its interval is drawn."""
 
     name: str
     x: Sequence[float]
@@ -75,20 +88,20 @@ def _draw(id: str, paint: Callable[[Any], None], size: tuple[float, float] = SIZ
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    style: Any = {**STYLE, "svg.hashsalt": id}  # ids that no other picture of the page has
+    style: Any = {**STYLE, "svg.hashsalt": id}  # ids that no other chart of the page has
     with mpl.rc_context(style), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a glyph that matplotlib's own font lacks: the browser has another font
+        warnings.simplefilter("ignore")  # matplotlib's font may lack a glyph, the browser's has it
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         paint(axes)
         out = StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-    return _for_the_page(out.getvalue())
+    return _page_svg(out.getvalue())
 
 
-def _for_the_page(svg: str) -> str:
-    """The <svg> element alone, scalable, in the page's colours and font."""
+def _page_svg(svg: str) -> str:
+    """Return the <svg> element alone, scalable, in the colours and font of the page."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style .*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true" focusable="false">', svg)
@@ -110,7 +123,17 @@ def lines(
     share: bool = False,
     note: str = "",
 ) -> Chart:
-    """One or more series over a common x; upright lines where something was flagged. `share`: y goes from 0 to 1."""
+    """Return a line chart of one or more series.
+
+    Args:
+        id: Unique on the page.
+        title: Caption.
+        series: The lines.
+        x_label: Name of the x axis.
+        flags: Values of x to mark with a vertical dashed line.
+        share: Whether y is a share, drawn from 0 to 1.
+        note: How to read the chart.
+    """
 
     def paint(axes: Any) -> None:
         for at in flags:
@@ -127,14 +150,18 @@ def lines(
         _whole_ticks(axes, [x for line in series for x in line.x])
 
     columns = [x_label, *(name for line in series for name in _columns(line))]
+    legend = {line.name: i for i, line in enumerate(series, start=1)} if len(series) > 1 else {}
+    return Chart(id, title, _draw(id, paint), columns, _table(series, columns), note, legend)
+
+
+def _table(series: Sequence[Series], columns: Sequence[str]) -> list[list[Any]]:
+    """Return one row for each x, with None where a series has no point there."""
     table = {x: dict[str, float]() for x in sorted({x for line in series for x in line.x})}
     for line in series:
         for column, values in zip(_columns(line), (line.y, line.low, line.high), strict=False):
             for x, value in zip(line.x, values, strict=True):
                 table[x][column] = value
-    rows = [[x, *(found.get(column) for column in columns[1:])] for x, found in table.items()]
-    legend = {line.name: i for i, line in enumerate(series, start=1)} if len(series) > 1 else {}
-    return Chart(id, title, _draw(id, paint), columns, rows, note, legend)
+    return [[x, *(values.get(column) for column in columns[1:])] for x, values in table.items()]
 
 
 def _columns(line: Series) -> list[str]:
@@ -153,7 +180,7 @@ def _whole_ticks(axes: Any, values: Sequence[float]) -> None:
 def histogram(
     id: str, title: str, groups: Mapping[str, Sequence[int]], edges: Sequence[float], *, x_label: str, note: str = ""
 ) -> Chart:
-    """Counts per bin, the groups beside each other."""
+    """Return a histogram with the bars of several groups side by side."""
 
     def paint(axes: Any) -> None:
         width = (edges[1] - edges[0]) * 0.86 / len(groups)
@@ -171,7 +198,7 @@ def histogram(
 
 @dataclass(frozen=True)
 class Bin:
-    """Of `n` predictions with the mean `predicted`, the share `value` came true (95% interval, where there is one)."""
+    """A bin of `n` predictions: their mean, and the share that came true, with its 95% interval where there is one."""
 
     predicted: float
     value: float
@@ -181,7 +208,7 @@ class Bin:
 
 
 def reliability(id: str, title: str, bins: Sequence[Bin], *, x_label: str, note: str = "") -> Chart:
-    """Predicted probability against what came true; on the diagonal a probability means what it says."""
+    """Return a reliability diagram: predicted probability against observed share; the diagonal is perfect."""
 
     def paint(axes: Any) -> None:
         axes.plot([0.5, 1], [0.5, 1], color=INK, linewidth=1, linestyle=(0, (3, 3)))
@@ -194,11 +221,11 @@ def reliability(id: str, title: str, bins: Sequence[Bin], *, x_label: str, note:
         axes.set_ylim(min([0.45, *(b.value if b.low is None else b.low for b in bins)]) - 0.05, 1.05)
 
     rows = [[b.predicted, b.value, b.low, b.high, b.n] for b in bins]
-    return Chart(id, title, _draw(id, paint), ["predicted", "came true", "low", "high", "n"], rows, note)
+    return Chart(id, title, _draw(id, paint), ["predicted", "observed", "low", "high", "n"], rows, note)
 
 
 @dataclass(frozen=True)
-class Spot:
+class ScatterPoint:
     """A named value with its interval on each axis: (value, low, high)."""
 
     name: str
@@ -206,26 +233,28 @@ class Spot:
     y: tuple[float, float, float]
 
 
-def plane(id: str, title: str, spots: Sequence[Spot], *, x_label: str, y_label: str, note: str = "") -> Chart:
-    """Points with intervals on two axes, each with a number; the names stand in the legend and hide nothing."""
+def scatter(
+    id: str, title: str, points: Sequence[ScatterPoint], *, x_label: str, y_label: str, note: str = ""
+) -> Chart:
+    """Return a scatter plot of points with intervals on both axes; each has a number, and the legend its name."""
 
     def paint(axes: Any) -> None:
         axes.grid(visible=True, axis="both")
-        for i, (spot, colour) in enumerate(zip(spots, _colours(len(spots)), strict=True), start=1):
-            (x, x_low, x_high), (y, y_low, y_high) = spot.x, spot.y
+        for i, (point, colour) in enumerate(zip(points, _colours(len(points)), strict=True), start=1):
+            (x, x_low, x_high), (y, y_low, y_high) = point.x, point.y
             axes.errorbar(
                 [x], [y], xerr=[[x - x_low], [x_high - x]], yerr=[[y - y_low], [y_high - y]],
                 color=colour, marker="o", markersize=6, elinewidth=1.4,
             )  # fmt: skip
-            side = ((6, 5), (-12, -13), (6, -13), (-12, 5))[i % 4]  # so that models that are alike can be read
+            side = ((6, 5), (-12, -13), (6, -13), (-12, 5))[i % 4]  # so that labels of similar models do not overlap
             axes.annotate(str(i), (x, y), xytext=side, textcoords="offset points", color=INK, weight="bold")
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.margins(0.2)
 
     columns = ["model", *(f"{axis}{end}" for axis in (x_label, y_label) for end in ("", ", low", ", high"))]
-    rows = [[s.name, *s.x, *s.y] for s in spots]
-    legend = {f"{i} {spot.name}": (i - 1) % len(SERIES) + 1 for i, spot in enumerate(spots, start=1)}
+    rows = [[s.name, *s.x, *s.y] for s in points]
+    legend = {f"{i} {point.name}": (i - 1) % len(SERIES) + 1 for i, point in enumerate(points, start=1)}
     return Chart(id, title, _draw(id, paint, (SIZE[0], 3.2)), columns, rows, note, legend)
 
 
@@ -233,28 +262,27 @@ def _colours(count: int) -> list[str]:
     return [SERIES[i % len(SERIES)] for i in range(count)]
 
 
-def forest(id: str, title: str, figures: Mapping[str, Mapping[str, float]], *, x_label: str, note: str = "") -> Chart:
-    """One line a figure: its value and its interval."""
-
-    named = [(wrap(safe(name), 52, break_on_hyphens=False) or [""], figure) for name, figure in figures.items()]
+def forest(id: str, title: str, estimates: Mapping[str, Mapping[str, float]], *, x_label: str, note: str = "") -> Chart:
+    """Return a forest plot: one line for each estimate, with its value and 95% interval."""
+    named = [(wrap(safe(name), 52, break_on_hyphens=False) or [""], e) for name, e in estimates.items()]
     height = sum(1 + 0.4 * (len(lines) - 1) for lines, _ in named)
 
     def paint(axes: Any) -> None:
         axes.grid(visible=True, axis="x")
         axes.grid(visible=False, axis="y")
         place = height
-        for lines, figure in named:
+        for lines, estimate in named:
             place -= 1 + 0.4 * (len(lines) - 1)
-            axes.plot([figure["low"], figure["high"]], [place, place], color=SERIES[0], linewidth=1.6)
-            axes.plot([figure["value"]], [place], color=SERIES[0], marker="o", markersize=5)
-            # Above its line, where it has the width of the picture.
+            axes.plot([estimate["low"], estimate["high"]], [place, place], color=SERIES[0], linewidth=1.6)
+            axes.plot([estimate["value"]], [place], color=SERIES[0], marker="o", markersize=5)
+            # The name is above its line, where it has the full width of the chart.
             at = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "xytext": (0, 5)}
             name = axes.annotate("\n".join(lines), (0, place), **at, fontsize="small", linespacing=1.1)
-            name.set_in_layout(False)  # else a long one takes the width of the axes
+            name.set_in_layout(False)  # otherwise a long name narrows the axes
         axes.set_yticks([])
         axes.set_ylim(-0.7, height - 0.1)
         axes.set_xlabel(x_label)
 
-    rows = [[name, f["value"], f["low"], f["high"], f["n"]] for name, f in figures.items()]
+    rows = [[name, e["value"], e["low"], e["high"], e["n"]] for name, e in estimates.items()]
     svg = _draw(id, paint, (SIZE[0], 0.8 + 0.4 * height))
-    return Chart(id, title, svg, ["figure", "value", "low", "high", "n"], rows, note)
+    return Chart(id, title, svg, ["metric", "value", "low", "high", "n"], rows, note)

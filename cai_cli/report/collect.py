@@ -1,8 +1,8 @@
-"""A run folder as plain data: which steps there are, in what state, and the files each of them left.
+"""Read a run folder as plain data: its steps, their state, and the files that each of them left.
 
-The manifests beside the outputs are what is read; `run.json` (of `cai run`) adds the order and the steps that never
-finished, and may be absent: a road run from the shell leaves the same folder without it. What cannot be read becomes a
-problem that the page states, not the end of the report.
+The manifests beside the outputs are the source. `run.json`, which `cai run` writes, adds the order of the steps and the
+steps that never finished; it may be missing, as when the commands were run by hand. A file that cannot be read does not
+end the report; it becomes a problem that the page lists.
 """
 
 from collections.abc import Iterator, Mapping
@@ -29,8 +29,16 @@ Status = Literal["done", "unfinished", "missing"]
 
 @dataclass(frozen=True)
 class StepFiles:
-    """One step: `output` is its JSONL file or model directory, `manifest` what stands beside it (empty where nothing
-    does), `files` where its content is now (the `.partial` while unfinished)."""
+    """One step of the run.
+
+    Attributes:
+        name: Name of the step.
+        stage: The command that made it, such as "sft".
+        status: Whether it is done, unfinished, or left no output.
+        output: Its JSONL file or model directory.
+        manifest: The manifest beside the output; empty where there is none.
+        recorded: The entry of the step in `run.json`; empty where there is none.
+    """
 
     name: str
     stage: str
@@ -41,62 +49,71 @@ class StepFiles:
 
     @property
     def files(self) -> Path:
+        """Where the content is: the output, or its `.partial` while the step is unfinished."""
         return self.output if self.output.exists() else sidecar(self.output, "partial")
 
     @property
     def is_model(self) -> bool:
+        """Whether the step trains a model."""
         return self.stage in TRAINING
 
     @property
     def provenance(self) -> Mapping[str, Any]:
+        """Inputs, settings and models, by their hashes."""
         return self.manifest.get("provenance") or {}
 
     @property
     def counts(self) -> Mapping[str, Any] | None:
+        """The row counts."""
         return self.manifest.get("counts")
 
     @property
-    def figures(self) -> Mapping[str, Any]:
-        return self.manifest.get("figures") or {}
+    def metrics(self) -> Mapping[str, Any]:
+        """The metrics of a trained model; manifests before 0.2 call them `figures`."""
+        return self.manifest.get("metrics") or self.manifest.get("figures") or {}
 
     @property
     def facts(self) -> Mapping[str, Any]:
+        """The `run` section of the manifest: command, times and versions."""
         return self.manifest.get("run") or {}
 
     @property
     def usage(self) -> Mapping[str, Any]:
-        """Requests, tokens and cost, where its engine counted them."""
+        """Requests, tokens and cost, where the engine counted them."""
         return self.facts.get("usage") or {}
 
     @property
     def seconds(self) -> float | None:
+        """How long the step took."""
         seconds = self.facts.get("seconds", self.recorded.get("seconds"))
         return None if seconds is None else float(seconds)
 
     @property
     def model(self) -> str | None:
-        """The model it asked or started from, as the command line named it."""
+        """The model that the command line names."""
         return option(self.command, "--model", "-m")
 
     @property
     def command(self) -> list[str]:
-        """The command line, with its first word."""
+        """The command line, starting with `cai`."""
         recorded = self.recorded.get("argv")
         return ["cai", *recorded] if recorded else list(self.facts.get("argv") or [])
 
     @property
     def reads(self) -> frozenset[str]:
-        """The names of the files it read, without their folders."""
+        """The names of the files that the step read, without their folders."""
         return frozenset(Path(str(name)).name for name in (self.facts.get("inputs") or {}).values())
 
 
 class Result(BaseModel):
-    """A file of figures that another command left in the run folder."""
+    """A file of results that another command left in the run folder."""
 
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
 
 class ReportedEstimate(Result):
+    """A value with its 95% interval, counted over `n`."""
+
     value: float
     low: float
     high: float
@@ -104,10 +121,14 @@ class ReportedEstimate(Result):
 
 
 class Rating(ReportedEstimate):
+    """The Elo rating of a model."""
+
     model: str
 
 
 class Ratings(Result):
+    """Elo ratings on the paper's two axes."""
+
     harmless: list[Rating] = []
     helpful: list[Rating] = []
 
@@ -121,7 +142,7 @@ class WinRate(ReportedEstimate):
 
 
 class ComparisonResult(Result):
-    """`NAME.compare.json`: Elo ratings with intervals on the paper's two axes, and who beats whom."""
+    """`NAME.compare.json`: Elo ratings with intervals on the paper's two axes, and win rates."""
 
     models: list[str]
     ratings: Ratings
@@ -129,11 +150,13 @@ class ComparisonResult(Result):
 
 
 class Point(ReportedEstimate):
+    """The metric where the setting is `at`."""
+
     at: float
 
 
 class Sweep(Result):
-    """`NAME.sweep.json`: one figure as one setting of the run varies."""
+    """`NAME.sweep.json`: how one metric, `figure`, changes with one setting of the run."""
 
     setting: str
     figure: str
@@ -142,7 +165,16 @@ class Sweep(Result):
 
 @dataclass(frozen=True)
 class RunFiles:
-    """Everything the report is drawn from. `evaluations`: file name -> dotted name -> figure or number."""
+    """Everything that the report shows.
+
+    Attributes:
+        folder: The run folder.
+        steps: Its steps, in order.
+        comparisons: File name -> comparison of models.
+        sweeps: File name -> sweep of a setting.
+        evaluations: File name -> dotted name -> number or estimate, for all other JSON files.
+        problems: What could not be read, in sentences.
+    """
 
     folder: Path
     steps: list[StepFiles]
@@ -152,15 +184,18 @@ class RunFiles:
     problems: list[str] = field(default_factory=list)
 
     def of(self, *stages: str) -> list[StepFiles]:
+        """Return the steps that these commands made, in order."""
         return [step for step in self.steps if step.stage in stages]
 
     def rows(self, step: StepFiles, row_type: type[R]) -> Iterator[R]:
-        """The rows of a step up to the first that cannot be read, which becomes a problem. The last line of an
-        unfinished file may be torn; that is none."""
+        """Yield the rows of a step, up to the first that cannot be read, which becomes a problem.
+
+        The last line of an unfinished file may be incomplete; that is not a problem.
+        """
         return self._rows(step.files, row_type, finished=step.files == step.output)
 
     def rejected(self, step: StepFiles) -> Iterator[Rejected]:
-        """As `rows`, those that the step rejected."""
+        """Yield the rows that the step rejected, as `rows` does."""
         return self._rows(sidecar(step.output, "rejected.jsonl"), Rejected, finished=step.files == step.output)
 
     def _rows(self, path: Path, row_type: type[R], *, finished: bool) -> Iterator[R]:
@@ -170,12 +205,12 @@ class RunFiles:
             for _, row in read_rows(str(path), rows_of(row_type)):
                 yield row
         except CaiError as error:
-            problem = f"{error.message}; the rows from there on are not in this report"
-            if finished and problem not in self.problems:  # a file is read more than once
+            problem = f"{error.message}; the report leaves out the rows from there on"
+            if finished and problem not in self.problems:  # a file may be read several times
                 self.problems.append(problem)
 
-    def metrics(self, step: StepFiles) -> list[dict[str, Any]]:
-        """The rows of a training step's metrics.jsonl, finished or not."""
+    def training_log(self, step: StepFiles) -> list[dict[str, Any]]:
+        """Return the rows of a training step's metrics.jsonl, also while it is unfinished."""
         path = step.files / "metrics.jsonl"
         if not path.exists():
             return []
@@ -185,20 +220,25 @@ class RunFiles:
                 rows.append(dict(orjson.loads(line)))
             except (ValueError, TypeError):
                 if step.status == "done":
-                    self.problems.append(f"{path}:{number}: not a row of metrics; it is left out")
+                    self.problems.append(f"{path}:{number}: not a valid row of metrics; the report leaves it out")
         return rows
 
 
 def read_run(folder: Path) -> RunFiles:
-    """The run in `folder`. Raises CaiError when it is no run folder."""
+    """Return the run in `folder`.
+
+    Raises:
+        CaiError: `folder` is not a run folder.
+    """
     if not folder.is_dir():
-        raise CaiError(f"{folder} is no run folder", hint="name the folder that `cai run` made")
+        raise CaiError(f"{folder} is not a run folder", hint="name the folder that `cai run` made", code="cannot-read")
     problems: list[str] = []
     steps = _steps(folder, problems)
     if not steps:
         raise CaiError(
-            f"{folder} holds nothing that cai made",
+            f"{folder} holds no output of cai",
             hint="a run folder has run.json, or outputs with their .manifest.json",
+            code="not-made-by-cai",
         )
     other = {
         path.name: path
@@ -213,7 +253,7 @@ def read_run(folder: Path) -> RunFiles:
         steps,
         _results(compared, ComparisonResult, problems),
         _results(swept, Sweep, problems),
-        {name: figures for name, path in rest.items() if (figures := _figures(path, problems))},
+        {name: metrics for name, path in rest.items() if (metrics := _metrics(path, problems))},
         problems,
     )
 
@@ -221,16 +261,16 @@ def read_run(folder: Path) -> RunFiles:
 def _steps(folder: Path, problems: list[str]) -> list[StepFiles]:
     record = _json(folder / "run.json", problems) or {}
     recorded: dict[str, Any] = record.get("steps") or {}
-    found = {p.name.removesuffix(FINAL).removesuffix(".partial") for p in folder.glob(f"*{FINAL}")}
+    files = {p.name.removesuffix(FINAL).removesuffix(".partial") for p in folder.glob(f"*{FINAL}")}
     of_run = {Path(option(list(r.get("argv") or []), "-o") or name).name: name for name, r in recorded.items()}
     steps = []
-    for file in found | of_run.keys():
+    for file in files | of_run.keys():
         try:
             steps.append(_step(folder, file, of_run.get(file), recorded, problems))
         except (OSError, ValueError):
-            problems.append(f"{folder / 'run.json'}: {file[:40]!r} is the name of no file")
+            problems.append(f"{folder / 'run.json'}: {file[:40]!r} is not a valid file name")
     order = list(recorded)
-    # Those that `cai run` did not make stand last, in the order in which they were finished.
+    # Steps that `cai run` did not make come last, in the order in which they finished.
     return sorted(
         steps,
         key=lambda s: (
@@ -267,30 +307,35 @@ def _json(path: Path, problems: list[str]) -> dict[str, Any] | None:
 
 
 def _results(paths: Mapping[str, Path], result: type[T], problems: list[str]) -> dict[str, T]:
-    found = {}
+    results = {}
     for name, path in paths.items():
         try:
-            found[name] = result.model_validate_json(path.read_bytes())
+            results[name] = result.model_validate_json(path.read_bytes())
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             problems.append(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}")
-    return found
+    return results
 
 
-def _figures(path: Path, problems: list[str]) -> dict[str, Any]:
-    return dict(flat_figures(_json(path, problems) or {}))
+def _metrics(path: Path, problems: list[str]) -> dict[str, Any]:
+    return dict(flat_metrics(_json(path, problems) or {}))
 
 
-def flat_figures(value: Mapping[str, Any], name: str = "") -> Iterator[tuple[str, Any]]:
-    """Every number and every figure with an interval in `value`, by its dotted name."""
+def flat_metrics(value: Mapping[str, Any], name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every number and every estimate in `value` with its dotted name.
+
+    Examples:
+        >>> list(flat_metrics({"overall": {"loss": 0.5}, "seconds": 3, "note": "text"}))
+        [('overall.loss', 0.5), ('seconds', 3)]
+    """
     for key, inner in value.items():
         dotted = f"{name}.{key}" if name else str(key)
-        if is_figure(inner) or (isinstance(inner, int | float) and not isinstance(inner, bool)):
+        if is_estimate(inner) or (isinstance(inner, int | float) and not isinstance(inner, bool)):
             yield dotted, inner
         elif isinstance(inner, dict):
-            yield from flat_figures(inner, dotted)
+            yield from flat_metrics(inner, dotted)
 
 
-def is_figure(value: object) -> bool:
-    """Whether it is `{"value", "low", "high", "n"}`."""
+def is_estimate(value: object) -> bool:
+    """Return whether `value` is an estimate: `{"value", "low", "high", "n"}`."""
     return isinstance(value, dict) and {"value", "low", "high", "n"} <= value.keys()

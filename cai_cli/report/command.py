@@ -1,4 +1,4 @@
-"""`cai report RUN`: the command, and what `cai run` calls at its end."""
+"""Write the report of a run folder (`cai report`, and the end of `cai run`)."""
 
 import os
 from pathlib import Path
@@ -8,10 +8,19 @@ from cai_cli.common.errors import CaiError, UsageError
 
 
 def write_report(folder: Path, output: Path | None = None) -> Path:
-    """Draw the report of a run folder into `output` (by default FOLDER/report.html). Raises CaiError."""
+    """Write the report of a run folder and return its path.
+
+    Args:
+        folder: The run folder.
+        output: The HTML file; by default FOLDER/report.html.
+
+    Raises:
+        UsageError: `output` is not an .html file.
+        CaiError: `folder` is not a run folder, or the file cannot be written.
+    """
     path = output or folder / "report.html"
     if path.suffix not in (".html", ".htm"):
-        raise UsageError(f"{path} is no .html file", hint="-o page.html")
+        raise UsageError(f"{path} is not an .html file", hint="-o page.html", code="invalid-option")
     from cai_cli.report.collect import read_run
     from cai_cli.report.page import render
 
@@ -25,17 +34,19 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
         temporary.write_text(page, encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        raise CaiError(f"cannot write {path}: {error.strerror}", hint="choose another -o") from error
+        raise CaiError(
+            f"cannot write {path}: {error.strerror}", hint="choose another -o", code="cannot-write"
+        ) from error
     return path
 
 
 def report_at_the_end(folder: Path) -> Path | None:
-    """The report of a run that has just ended; whatever goes wrong with the drawing, the run itself is done."""
+    """Write the report of a run that just finished; return None, and print the error, if that fails."""
     try:
         path = write_report(folder)
-    except Exception as error:  # a page must not turn a finished run into a failed one
+    except Exception as error:  # a failed report must not fail a finished run
         reason = error.message if isinstance(error, CaiError) else f"{type(error).__name__}: {error}"
-        console.error(f"the run is done, but its report could not be drawn: {reason}", f"cai report {folder}")
+        console.error(f"the run finished, but its report could not be written: {reason}", f"cai report {folder}")
         return None
     console.say(f"report: {path}")
     return path

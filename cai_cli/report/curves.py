@@ -1,4 +1,4 @@
-"""Training curves: every column of numbers in a metrics.jsonl, those a reader wants first in front."""
+"""Training curves: a chart for every numeric column of a metrics.jsonl, the most important ones first."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -6,31 +6,31 @@ from typing import Any
 from cai_cli.report.charts import Bin, Chart, Series, lines, reliability
 from cai_cli.report.collect import StepFiles
 
-# What a column means and its unit; one that is not here is shown under its own name.
+# Meaning and unit of the columns, in the order of the page; other columns follow under their own names.
 TITLES = {
-    "reward": "Preference model's score",
-    "pm_score": "Preference model's score on held-out prompts",
-    "watch_score": "Score of the watcher, which training never sees",
-    "kl": "KL from the start model (nats)",
-    "reply_tokens": "Length of replies (tokens)",
-    "cut_off_share": "Share of replies cut off",
+    "reward": "Preference model score (logits)",
+    "pm_score": "Preference model score on held-out prompts (logits)",
+    "watch_score": "Score of the monitor model, which is not used for training",
+    "kl": "KL divergence from the start model (nats)",
+    "reply_tokens": "Reply length (tokens)",
+    "cut_off_share": "Share of replies cut off at the length limit",
     "evasive_share": "Share of evasive replies",
     "boilerplate_share": "Share of replies with boilerplate",
-    "distinct_openings": "Distinct openings",
+    "distinct_openings": "Number of distinct openings",
     "accuracy": "Accuracy",
     "held_out_accuracy": "Accuracy on held-out pairs",
     "loss": "Loss",
     "held_out_loss": "Loss on held-out rows",
-    "margin": "Margin of chosen over rejected",
+    "margin": "Margin: score of chosen less score of rejected",
     "mean_score": "Mean score",
-    "token_accuracy": "Tokens predicted right",
-    "entropy": "Entropy (nats a token)",
-    "reward_std": "Spread of the scores in a step",
+    "token_accuracy": "Share of tokens predicted correctly",
+    "entropy": "Entropy (nats per token)",
+    "reward_std": "Standard deviation of the scores in a step",
     "learning_rate": "Learning rate",
     "grad_norm": "Gradient norm",
     "epoch": "Epoch",
 }
-# Drawn as the second line in the picture of another column, which has the same unit.
+# Columns that share the chart of another column with the same unit.
 HELD_OUT = ("loss", "accuracy", "kl", "entropy", "reply_tokens", "cut_off_share")
 TOGETHER = {f"held_out_{name}": name for name in HELD_OUT} | {"shaped_reward": "reward"}
 NAMES = {
@@ -43,21 +43,21 @@ OPTIMISER = ("learning_rate", "grad_norm", "epoch")
 
 
 def curves(step: StepFiles, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Chart], list[Chart]]:
-    """(what was learned, how the optimiser went): one picture a column."""
+    """Return (charts of the model, charts of the optimiser), one for each column or group of columns."""
     series = {name: points for name in _columns(rows) if (points := list(_points(rows, name)))}
     flagged = [float(at) for at, _ in flags(rows)]
     order = [*(name for name in TITLES if name in series), *(name for name in series if name not in TITLES)]
-    drawn = []
+    charts = []
     for name in order:
         if TOGETHER.get(name) in series:
             continue
         group = [name, *(other for other, main in TOGETHER.items() if main == name and other in series)]
         names = NAMES if len(group) > 1 else {}
-        found = [Series(names.get(n, n), [x for x, _ in series[n]], [y for _, y in series[n]]) for n in group]
+        plotted = [Series(names.get(n, n), [x for x, _ in series[n]], [y for _, y in series[n]]) for n in group]
         share = name.endswith(("_share", "accuracy"))
-        drawn.append((name, lines(f"{step.name}-{name}", TITLES.get(name, name), found, flags=flagged, share=share)))
-    learned = [chart for name, chart in drawn if name not in OPTIMISER]
-    return learned, [chart for name, chart in drawn if name in OPTIMISER]
+        charts.append((name, lines(f"{step.name}-{name}", TITLES.get(name, name), plotted, flags=flagged, share=share)))
+    of_model = [chart for name, chart in charts if name not in OPTIMISER]
+    return of_model, [chart for name, chart in charts if name in OPTIMISER]
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -72,26 +72,25 @@ def _points(rows: Sequence[Mapping[str, Any]], name: str) -> Iterator[tuple[floa
 
 
 def flags(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, str]]:
-    """(step, what) wherever a monitor raised a flag: a column that is true, or whose name says Goodhart and which
-    holds something."""
-    found = []
+    """Return (step, reason) of every flag: a column that is true, or a `goodhart` column that is not empty."""
+    flagged = []
     for row in rows:
         for name, value in row.items():
             if value is True or ("goodhart" in name and value):
                 what = name if isinstance(value, bool | int | float) else f"{name}: {value}"
-                found.append((int(row["step"]), what))
-    return found
+                flagged.append((int(row["step"]), what))
+    return flagged
 
 
 def calibration(step: StepFiles) -> Chart | None:
-    """The reliability curve that a preference model's manifest carries (`figures.calibration_curve`), if it does."""
-    curve = step.figures.get("calibration_curve")
+    """Return the reliability diagram of a preference model, if its manifest has a `calibration_curve`."""
+    curve = step.metrics.get("calibration_curve")
     if not curve:
         return None
     return reliability(
         f"{step.name}-calibration",
-        "Does the label agree as often as the model predicts?",
+        "Calibration on held-out pairs",
         [Bin(b["confidence"], b["label"], b["n"]) for b in curve],
-        x_label="predicted probability, held-out comparisons",
-        note="On the dashed line a probability means what it says.",
+        x_label="predicted probability of the preferred reply",
+        note="On the dashed line the predicted probability equals the mean label.",
     )

@@ -1,5 +1,7 @@
-"""The rows the page shows: revision chains, comparisons, and replies of several models to one prompt. Every list says
-how many it shows of how many, and every text that is cut says so."""
+"""The rows on the page: revision chains, comparisons, and replies of several models to one prompt.
+
+Every list states how many of its rows it shows, and every text that is cut says so.
+"""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,18 +17,25 @@ from cai_cli.report.collect import RunFiles, StepFiles
 from cai_cli.report.word_diff import WordDiff, compare_words
 
 T = TypeVar("T")
-MAX_CHARACTERS = 6_000  # of one text; a longer one is cut, and says so
+MAX_CHARACTERS = 6_000  # of one text; a longer one is cut, and the page says so
 MAX_ROWS = 200
 
 
 class Budget:
-    """How much more of the page a list may take, in bytes of HTML."""
+    """How much of the page a list may still fill.
+
+    Args:
+        size: Size in bytes of HTML.
+    """
 
     def __init__(self, size: int) -> None:
         self.left, self.rows = size, MAX_ROWS
 
     def allows(self, *texts: str) -> bool:
-        """Whether a row of these texts still fits; once one did not, none does, so that the first rows are shown."""
+        """Return whether a row of these texts still fits; after one that does not, no row fits.
+
+        The page shows the first rows, not the shortest.
+        """
         needed = sum(len(str(escape(safe(text))).encode()) for text in texts) + 600
         fits = self.rows > 0 and needed <= self.left
         self.left, self.rows = (self.left - needed, self.rows - 1) if fits else (0, 0)
@@ -34,8 +43,8 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Shown(Generic[T]):
-    """The first rows of `total`, from the files `sources`."""
+class Excerpt(Generic[T]):
+    """The first `rows` of `total`, from the files `sources`."""
 
     rows: Sequence[T]
     total: int
@@ -43,25 +52,28 @@ class Shown(Generic[T]):
 
 
 @dataclass(frozen=True)
-class ShownText:
-    """A text as it is shown; `length` is that of the whole, in characters, when it was cut."""
+class ClippedText:
+    """A text on the page. `length`: length in characters of the whole text, if it was cut."""
 
     text: str
     length: int | None = None
 
 
-def clip(text: str) -> ShownText:
-    return ShownText(text) if len(text) <= MAX_CHARACTERS else ShownText(text[:MAX_CHARACTERS], len(text))
+def clip(text: str) -> ClippedText:
+    """Return `text`, cut to MAX_CHARACTERS."""
+    return ClippedText(text) if len(text) <= MAX_CHARACTERS else ClippedText(text[:MAX_CHARACTERS], len(text))
 
 
 @dataclass(frozen=True)
 class Round:
+    """One round of a chain: the critique, and the text before and after the revision."""
+
     number: int
     principle_id: str
-    critique: ShownText | None
+    critique: ClippedText | None
     words: WordDiff
-    before: ShownText
-    after: ShownText
+    before: ClippedText
+    after: ClippedText
 
 
 @dataclass(frozen=True)
@@ -70,55 +82,51 @@ class Chain:
 
     key: str
     kind: str | None
-    prompt: Sequence[tuple[str, ShownText]]
+    prompt: Sequence[tuple[str, ClippedText]]
     rounds: Sequence[Round]
 
     @property
     def principle_ids(self) -> list[str]:
+        """The principles of its rounds, each once."""
         return list(dict.fromkeys(r.principle_id for r in self.rounds))
 
     @property
     def changed(self) -> float:
-        """The largest share of words that a round changed."""
+        """The largest share of words that one round changed (0 to 1)."""
         return max(r.words.changed for r in self.rounds)
 
 
 def chain(row: Revision) -> Chain:
-    texts = [*(turn.response for turn in row.history), row.reply]
+    """Return the chain of a revision."""
+    texts = [*(one.response for one in row.history), row.reply]
     rounds = []
-    for turn, before, after in zip(row.history, texts[:-1], texts[1:], strict=True):
-        shown, revised = clip(before), clip(after)
-        rounds.append(
-            Round(
-                turn.round,
-                turn.principle_id,
-                None if turn.critique is None else clip(turn.critique),
-                compare_words(shown.text, revised.text),
-                shown,
-                revised,
-            )
-        )
-    return Chain(row.key, row.kind, turns(row.prompt), rounds)
+    for one, before, after in zip(row.history, map(clip, texts[:-1]), map(clip, texts[1:]), strict=True):
+        critique = None if one.critique is None else clip(one.critique)
+        words = compare_words(before.text, after.text)
+        rounds.append(Round(one.round, one.principle_id, critique, words, before, after))
+    return Chain(row.key, row.kind, messages_of(row.prompt), rounds)
 
 
-def turns(messages: Sequence[Message]) -> list[tuple[str, ShownText]]:
+def messages_of(messages: Sequence[Message]) -> list[tuple[str, ClippedText]]:
+    """Return (role, text) of each message."""
     return [(message.role, clip(message.content)) for message in messages]
 
 
-def chains(run: RunFiles, budget: Budget) -> Shown[Chain]:
-    """The chains of the last revision steps: what a later one revised again is part of its rows."""
+def chains(run: RunFiles, budget: Budget) -> Excerpt[Chain]:
+    """Return the chains of the last revision steps, whose rows hold the earlier rounds too."""
     steps = last_revisions(run)
-    shown, total = [], 0
+    fitting, total = [], 0
     for row in (row for step in steps for row in run.rows(step, Revision)):
         total += 1
-        replies = [row.reply, *(turn.response for turn in row.history)]
-        critiques = [turn.critique or "" for turn in row.history]
+        replies = [row.reply, *(one.response for one in row.history)]
+        critiques = [one.critique or "" for one in row.history]
         if budget.allows(*_texts(row.prompt), *_cut(replies), *_cut(replies), *_cut(critiques)):
-            shown.append(chain(row))
-    return Shown(shown, total, [step.output.name for step in steps])
+            fitting.append(chain(row))
+    return Excerpt(fitting, total, [step.output.name for step in steps])
 
 
 def last_revisions(run: RunFiles) -> list[StepFiles]:
+    """Return the revision steps whose output no other revision step reads."""
     revised = run.of("revise", "critique-revise")
     read = {name for step in [*revised, *run.of("critique")] for name in step.reads}
     return [step for step in revised if step.output.name not in read]
@@ -134,93 +142,100 @@ def _cut(texts: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class ComparedReplies:
-    """One comparison, the votes in the order asked."""
+    """One labelled pair, with its votes in the order of the row."""
 
     key: str
-    prompt: Sequence[tuple[str, ShownText]]
-    chosen: ShownText
-    rejected: ShownText
+    prompt: Sequence[tuple[str, ClippedText]]
+    chosen: ClippedText
+    rejected: ClippedText
     p_chosen: float
     votes: Sequence[Vote]
     human: str | None
 
     @property
     def principle_ids(self) -> list[str]:
+        """The principles of its votes, each once."""
         return list(dict.fromkeys(vote.principle_id for vote in self.votes))
 
     @property
     def flipped(self) -> bool:
-        """Whether under some principle another reply won in each order."""
+        """Whether, under some principle, the winner changed with the order."""
         return any(flips(self.votes))
 
 
 def compared(row: Preference) -> ComparedReplies:
+    """Return the comparison of a label."""
     chosen, rejected = clip(row.chosen[0].content), clip(row.rejected[0].content)
-    return ComparedReplies(row.id, turns(row.prompt), chosen, rejected, row.p_chosen, row.votes, row.human)
+    return ComparedReplies(row.id, messages_of(row.prompt), chosen, rejected, row.p_chosen, row.votes, row.human)
 
 
-def comparisons(rows: Iterator[Preference], budget: Budget, sources: Sequence[str]) -> Shown[ComparedReplies]:
-    shown, total = [], 0
+def comparisons(rows: Iterator[Preference], budget: Budget, sources: Sequence[str]) -> Excerpt[ComparedReplies]:
+    """Return the first labels that fit the page; all `rows` are read."""
+    fitting, total = [], 0
     for row in rows:
         total += 1
         if budget.allows(*_texts([*row.prompt, *row.chosen, *row.rejected])):
-            shown.append(compared(row))
-    return Shown(shown, total, sources)
+            fitting.append(compared(row))
+    return Excerpt(fitting, total, sources)
 
 
 @dataclass(frozen=True)
-class ShownReply:
-    text: ShownText
+class ModelReply:
+    """The reply of one model. `cut_off`: whether it ended at the length limit."""
+
+    text: ClippedText
     cut_off: bool
 
 
 @dataclass(frozen=True)
 class SideBySide:
-    """The first reply of several models to one prompt; None where a model was not asked."""
+    """The first reply of several models to one prompt; None where a model has no reply to it."""
 
     key: str
-    prompt: Sequence[tuple[str, ShownText]]
-    replies: Mapping[str, ShownReply | None]
+    prompt: Sequence[tuple[str, ClippedText]]
+    replies: Mapping[str, ModelReply | None]
 
 
-def side_by_side(run: RunFiles, budget: Budget) -> Shown[SideBySide] | None:
-    """Replies to the prompts that the last sampled model was asked and an earlier one too, by prompt id, models in
-    the order of the road. None where no two models were asked the same."""
+def side_by_side(run: RunFiles, budget: Budget) -> Excerpt[SideBySide] | None:
+    """Return the replies to the prompts of the last `sample` step that shares prompts with an earlier one.
+
+    Returns:
+        One entry for each prompt, with the models in the order of the run; None where no two models share a prompt.
+    """
     steps = run.of("sample")
     for last in reversed(steps):
-        rows = {row.id: row.prompt for row in run.rows(last, Sample)}
-        asked, sources = _asked(run, steps, rows.keys())
-        if len(asked) > 1:
+        prompts = {row.id: row.prompt for row in run.rows(last, Sample)}
+        replies, sources = _replies(run, steps, prompts.keys())
+        if len(replies) > 1:
             break
     else:
         return None
-    common = [key for key in rows if sum(key in found for found in asked.values()) > 1]
-    shown = []
+    common = [key for key in prompts if sum(key in of_model for of_model in replies.values()) > 1]
+    fitting = []
     for key in common:
-        found = {name: replies.get(key) for name, replies in asked.items()}
-        if budget.allows(*_texts(rows[key]), *(text.text.text for text in found.values() if text)):
-            shown.append(SideBySide(key, turns(rows[key]), found))
-    return Shown(shown, len(common), sources)
+        by_model = {name: of_model.get(key) for name, of_model in replies.items()}
+        if budget.allows(*_texts(prompts[key]), *(reply.text.text for reply in by_model.values() if reply)):
+            fitting.append(SideBySide(key, messages_of(prompts[key]), by_model))
+    return Excerpt(fitting, len(common), sources)
 
 
-def _asked(
-    run: RunFiles, steps: Sequence[StepFiles], wanted: Collection[str]
-) -> tuple[dict[str, dict[str, ShownReply]], list[str]]:
-    """Model -> prompt id -> its first reply, for the prompts wanted, and the files they stand in; models and files
-    without any are left out."""
-    found: dict[str, dict[str, ShownReply]] = {}
+def _replies(
+    run: RunFiles, steps: Sequence[StepFiles], prompts: Collection[str]
+) -> tuple[dict[str, dict[str, ModelReply]], list[str]]:
+    """Return model -> prompt id -> first reply, for these prompts, and the files that hold the replies."""
+    replies: dict[str, dict[str, ModelReply]] = {}
     sources: dict[str, None] = {}
     for step in steps:
-        rows = (row for row in run.rows(step, Sample) if row.sample_index == 0 and row.id in wanted)
+        rows = (row for row in run.rows(step, Sample) if row.sample_index == 0 and row.id in prompts)
         for row in rows:
             sources[step.output.name] = None
-            replies = found.setdefault(model_label(run, step), {})
-            replies.setdefault(row.id, ShownReply(clip(row.reply), row.finish_reason == "length"))
-    return found, list(sources)
+            of_model = replies.setdefault(model_label(run, step), {})
+            of_model.setdefault(row.id, ModelReply(clip(row.reply), row.finish_reason == "length"))
+    return replies, list(sources)
 
 
 def model_label(run: RunFiles, step: StepFiles) -> str:
-    """The step that made the model, or the model's own name."""
+    """Return the name of the step that made the model, or the model's own name."""
     name = step.model or "the default model"
     made = {s.output.name: s.name for s in run.steps if s.is_model}
     return made.get(Path(name).name, name)

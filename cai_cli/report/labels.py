@@ -1,9 +1,9 @@
-"""The audit of AI labels (paper section 4.1): does the order decide, and does a probability mean what it says.
+"""Charts of the audit of AI labels (paper section 4.1): position bias, confidence and calibration.
 
-Every figure is that of `cai eval agreement`; here it is drawn.
+The numbers are those of `cai eval agreement`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,60 +15,74 @@ BINS = 10
 
 
 @dataclass
-class Audit:
-    """Counted in one pass. `first`: order -> histogram of p_first over [0, 1]."""
+class LabelCharts:
+    """Collects labels in one pass, for their audit and for histograms.
+
+    Attributes:
+        label_audit: The audit.
+        p_first: Order of the replies -> histogram of p_first over [0, 1].
+        p_chosen: Histogram of p_chosen over [0.5, 1].
+    """
 
     label_audit: LabelAudit = field(default_factory=LabelAudit)
-    first: dict[str, list[int]] = field(default_factory=dict)
+    p_first: dict[str, list[int]] = field(default_factory=dict)
     p_chosen: list[int] = field(default_factory=lambda: [0] * BINS)
 
     def add(self, row: Preference | Rejected) -> None:
+        """Add a label, or a rejected pair."""
         self.label_audit.add(row)
         if isinstance(row, Rejected) or not row.votes:
             return
         self.p_chosen[_bin((row.p_chosen - 0.5) * 2)] += 1
         for vote in row.votes:
-            self.first.setdefault(vote.order, [0] * BINS)[_bin(vote.p_first)] += 1
+            self.p_first.setdefault(vote.order, [0] * BINS)[_bin(vote.p_first)] += 1
 
-    def charts(self, figures: Mapping[str, Any], *, id: str = "labels", of: str = "") -> list[Chart]:
-        """`id` begins the id of each; `of` names the step in their titles, where a page shows several."""
-        if not self.first:
+    def charts(self, metrics: Mapping[str, Any], *, id: str = "labels", step: str = "") -> list[Chart]:
+        """Return the charts; none where no row has votes.
+
+        Args:
+            metrics: The audit of the same rows.
+            id: Start of the id of each chart.
+            step: Name of the step, added to the titles where a page shows several.
+        """
+        if not self.p_first:
             return []
-        of = f" ({of})" if of else ""
+        suffix = f" ({step})" if step else ""
+        charts = [self._p_first_chart(id, suffix), self._p_chosen_chart(id, suffix)]
+        if bins := metrics["reliability"]:
+            charts.append(_reliability_chart(bins, id, suffix))
+        return charts
+
+    def _p_first_chart(self, id: str, suffix: str) -> Chart:
         names = {"ab": "chosen reply first", "ba": "rejected reply first"}
-        edges = [i / BINS for i in range(BINS + 1)]
-        found = [
-            histogram(
-                f"{id}-first",
-                f"Probability given to the first reply{of}",
-                {names[order]: counts for order, counts in sorted(self.first.items())},
-                edges,
-                x_label="probability",
-                note="A judge that reads puts one order right and the other left; one that likes a position, both on "
-                "one side.",
-            ),
-            histogram(
-                f"{id}-p-chosen",
-                f"How sure the labels are{of}",
-                {"comparisons": self.p_chosen},
-                [0.5 + i / BINS / 2 for i in range(BINS + 1)],
-                x_label="probability of the chosen reply",
-            ),
-        ]
-        if bins := figures["reliability"]:
-            found.append(
-                reliability(
-                    f"{id}-reliability",
-                    f"Do humans agree as often as the label says?{of}",
-                    [
-                        Bin(b["confidence"], b["right"]["value"], b["n"], b["right"]["low"], b["right"]["high"])
-                        for b in bins
-                    ],
-                    x_label="probability of the chosen reply",
-                    note="On the dashed line a probability means what it says.",
-                )
-            )
-        return found
+        return histogram(
+            f"{id}-first",
+            f"Probability of the reply in first position{suffix}",
+            {names[order]: counts for order, counts in sorted(self.p_first.items())},
+            [i / BINS for i in range(BINS + 1)],
+            x_label="probability",
+            note="If the judge reads the replies, the two orders lie on opposite sides; with a position bias, both lie "
+            "on the same side.",
+        )
+
+    def _p_chosen_chart(self, id: str, suffix: str) -> Chart:
+        return histogram(
+            f"{id}-p-chosen",
+            f"Confidence of the labels{suffix}",
+            {"comparisons": self.p_chosen},
+            [0.5 + i / BINS / 2 for i in range(BINS + 1)],
+            x_label="probability of the chosen reply",
+        )
+
+
+def _reliability_chart(bins: Sequence[Mapping[str, Any]], id: str, suffix: str) -> Chart:
+    return reliability(
+        f"{id}-reliability",
+        f"Calibration against human labels{suffix}",
+        [Bin(b["confidence"], b["right"]["value"], b["n"], b["right"]["low"], b["right"]["high"]) for b in bins],
+        x_label="probability of the chosen reply",
+        note="On the dashed line humans agree as often as the label predicts.",
+    )
 
 
 def _bin(share: float) -> int:

@@ -1,6 +1,6 @@
-"""Data -> one HTML page: jinja2 with autoescape, every text stripped of what could steer a reader's screen.
+"""Render a run as one HTML page with jinja2: autoescaped, without control characters or bidirectional overrides.
 
-The page loads nothing: its policy allows the one inline script by its hash and no request at all.
+The page loads nothing: its Content-Security-Policy allows one inline script, by its hash, and no requests.
 """
 
 import base64
@@ -21,16 +21,16 @@ from cai_cli.common.console import safe
 from cai_cli.data.schema import Preference
 from cai_cli.report import charts, curves, examples, labels, summary
 from cai_cli.report.charts import Chart
-from cai_cli.report.collect import TRAINING, RunFiles, StepFiles, is_figure
+from cai_cli.report.collect import TRAINING, RunFiles, StepFiles, is_estimate
 
-# How much of the page each list may take, in bytes: with five lists full it stays under 5 MB.
+# Size limit of each list, in bytes of HTML: with all lists full the page stays under 5 MB.
 CHAIN_BYTES, COMPARISON_BYTES, SAMPLE_BYTES = 1_600_000, 700_000, 900_000
 USAGE = ("requests", "prompt_tokens", "new_tokens", "cost")
 HERE = Path(__file__).parent
 
 
 def render(run: RunFiles) -> str:
-    """The whole page."""
+    """Return the HTML page of a run."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -49,150 +49,157 @@ def render(run: RunFiles) -> str:
         run=run,
         name=run.folder.resolve().name,
         version=__version__,
-        script=Markup(script),  # noqa: S704 - our own file, as is the style  # nosec B704
+        script=Markup(script),  # noqa: S704 - our own file, like the style  # nosec B704
         style=Markup(style),  # noqa: S704  # nosec B704
         script_hash=base64.b64encode(sha256(script.encode()).digest()).decode(),
     )
 
 
 def _finalize(value: object) -> object:
-    """What a `{{ }}` puts on the page: text without control characters and bidirectional overrides, shown as \\xNN."""
+    """Replace control characters and bidirectional overrides in the text of a `{{ }}` by \\xNN."""
     if isinstance(value, Markup):
         return value
     return safe(value) if isinstance(value, str) else value
 
 
 def _sections(run: RunFiles) -> dict[str, Any]:
-    """What the template draws, read in one pass a file. Problems met on the way are complete only after it."""
-    counted = [(step, labels.Audit()) for step in run.of("label-prefs")]
+    """Return the variables of the template. Every file is read in one pass; `run.problems` is complete afterwards."""
+    labelled = [(step, labels.LabelCharts()) for step in run.of("label-prefs")]
     compared = examples.comparisons(
-        chain.from_iterable(_counted(run, step, audit) for step, audit in counted),
+        chain.from_iterable(_observed(run, step, label_charts) for step, label_charts in labelled),
         examples.Budget(COMPARISON_BYTES),
-        [step.output.name for step, _ in counted],
+        [step.output.name for step, _ in labelled],
     )
-    audits = _audits(counted)
-    training = []
-    for step in run.of(*TRAINING):
-        rows = run.metrics(step)
-        learned, optimiser = curves.curves(step, rows)
-        calibrated = curves.calibration(step)
-        training.append(
-            {
-                "step": step,
-                "figures": summary.figure_rows(step.figures),
-                "charts": [*learned, calibrated] if calibrated else learned,
-                "optimiser": optimiser,
-                "flags": curves.flags(rows),
-                "note": step.figures.get("note"),
-                "last": rows[-1]["step"] if rows else None,
-            }
-        )
+    audits = _audits(labelled)
     return {
-        "flows": [(step, summary.flow(step)) for step in run.steps],
+        "counts": [(step, summary.row_counts(step)) for step in run.steps],
         "seconds": sum(step.seconds or 0 for step in run.steps),
         "costs": _costs(run),
         "missing": summary.missing(run),
-        "headlines": summary.headlines(run, audits[0]["figures"] if compared.total and len(audits) == 1 else None),
+        "key_metrics": summary.key_metrics(run, audits[0]["metrics"] if compared.total and len(audits) == 1 else None),
         "constitutions": summary.constitutions(run),
         "chains": examples.chains(run, examples.Budget(CHAIN_BYTES)),
         "compared": compared,
         "audits": audits,
-        "training": training,
-        "planes": _planes(run),
-        "wins": _wins(run),
+        "training": [_training(run, step) for step in run.of(*TRAINING)],
+        "scatters": _scatters(run),
+        "wins": _win_rates(run),
         "sweeps": _sweeps(run),
-        "evaluations": {name: summary.figure_rows(found) for name, found in run.evaluations.items()},
+        "evaluations": {name: summary.metric_rows(metrics) for name, metrics in run.evaluations.items()},
         "forests": _forests(run),
         "samples": examples.side_by_side(run, examples.Budget(SAMPLE_BYTES)),
     }
 
 
-def _counted(run: RunFiles, step: StepFiles, audit: labels.Audit) -> Iterator[Preference]:
-    """The labels of a step, counted as they pass; the rejected pairs after them."""
+def _training(run: RunFiles, step: StepFiles) -> dict[str, Any]:
+    """Return the section of one trained model."""
+    rows = run.training_log(step)
+    of_model, optimiser = curves.curves(step, rows)
+    calibration = curves.calibration(step)
+    return {
+        "step": step,
+        "metrics": summary.metric_rows(step.metrics),
+        "charts": [*of_model, calibration] if calibration else of_model,
+        "optimiser": optimiser,
+        "flags": curves.flags(rows),
+        "note": step.metrics.get("note"),
+        "last": rows[-1]["step"] if rows else None,
+    }
+
+
+def _observed(run: RunFiles, step: StepFiles, label_charts: labels.LabelCharts) -> Iterator[Preference]:
+    """Yield the labels of a step and add each to its charts, then add the rejected pairs."""
     for row in run.rows(step, Preference):
-        audit.add(row)
+        label_charts.add(row)
         yield row
-    for refused in run.rejected(step):
-        audit.add(refused)
+    for rejected in run.rejected(step):
+        label_charts.add(rejected)
 
 
-def _audits(counted: Sequence[tuple[StepFiles, labels.Audit]]) -> list[dict[str, Any]]:
-    """The audit of every step that labelled something, with the step's `name` where there are several steps."""
-    found = []
-    for place, (step, audit) in enumerate(counted, 1):
-        if audit.label_audit.rows:
-            name, id = (step.name, f"labels-{place}") if len(counted) > 1 else ("", "labels")
-            figures = audit.label_audit.audit()
-            found.append({"name": name, "figures": figures, "charts": audit.charts(figures, id=id, of=name)})
-    return found
+def _audits(labelled: Sequence[tuple[StepFiles, labels.LabelCharts]]) -> list[dict[str, Any]]:
+    """Return the audit of every step with labels; `name` is the step, or empty where there is only one."""
+    audits = []
+    for place, (step, label_charts) in enumerate(labelled, 1):
+        if label_charts.label_audit.rows:
+            name, id = (step.name, f"labels-{place}") if len(labelled) > 1 else ("", "labels")
+            metrics = label_charts.label_audit.audit()
+            audits.append({"name": name, "metrics": metrics, "charts": label_charts.charts(metrics, id=id, step=name)})
+    return audits
 
 
 def _costs(run: RunFiles) -> tuple[list[str], list[list[Any]]]:
-    """Seconds of every step, and where an engine counts them its tokens and what they cost."""
+    """Return the table of costs: seconds of every step, and tokens and their price where an engine counts them."""
     counted = [name for name in USAGE if any(name in step.usage for step in run.steps)]
     rows = [[step.name, step.stage, step.seconds, *(step.usage.get(name) for name in counted)] for step in run.steps]
     return ["step", "command", "seconds", *(name.replace("_", " ") for name in counted)], rows
 
 
-def _planes(run: RunFiles) -> list[Chart]:
-    found = []
+def _scatters(run: RunFiles) -> list[Chart]:
+    """Return a scatter plot of the Elo ratings of each comparison."""
+    drawn = []
     for name, compared in run.comparisons.items():
         axes = [{r.model: (r.value, r.low, r.high) for r in ratings}
                 for ratings in (compared.ratings.helpful, compared.ratings.harmless)]  # fmt: skip
-        spots = [charts.Spot(m, axes[0][m], axes[1][m]) for m in compared.models if m in axes[0] and m in axes[1]]
-        if spots:
-            title, note = f"Elo on two axes ({_short(name)})", "Up and right is better; the bars are 95% intervals."
-            found.append(
-                charts.plane(name, title, spots, x_label="helpfulness Elo", y_label="harmlessness Elo", note=note)
-            )
-    return found
+        points = [
+            charts.ScatterPoint(m, axes[0][m], axes[1][m]) for m in compared.models if m in axes[0] and m in axes[1]
+        ]
+        if points:
+            title, note = f"Elo ratings ({_short(name)})", "Higher is better on both axes. The bars are 95% intervals."
+            labels_of_axes = {"x_label": "helpfulness Elo", "y_label": "harmlessness Elo"}
+            drawn.append(charts.scatter(name, title, points, **labels_of_axes, note=note))
+    return drawn
 
 
-def _wins(run: RunFiles) -> list[Chart]:
-    """Of every comparison the win rates; one half says that neither is better."""
-    found = []
+def _win_rates(run: RunFiles) -> list[Chart]:
+    """Return a forest plot of the win rates of each comparison."""
+    drawn = []
     for name, compared in run.comparisons.items():
         rates = {f"{w.a} over {w.b}" + (f", {w.kind}" if w.kind else ""): w.model_dump() for w in compared.win_rates}
         if rates:
-            title, note = f"Win rates ({_short(name)})", "An interval that holds 0.5 shows no difference."
-            found.append(charts.forest(f"{name}-wins", title, rates, x_label="win rate and 95% interval", note=note))
-    return found
+            title = f"Win rates ({_short(name)})"
+            note = "An interval that contains 0.5 shows no significant difference."
+            drawn.append(charts.forest(f"{name}-wins", title, rates, x_label="win rate and 95% interval", note=note))
+    return drawn
 
 
 def _short(name: str) -> str:
-    """The name of a file of figures without what all have."""
+    """Return the name of a file of results without its endings."""
     return name.removesuffix(".sweep.json").removesuffix(".compare.json").removesuffix(".jsonl")
 
 
 def _sweeps(run: RunFiles) -> list[Chart]:
-    found = []
+    drawn = []
     for name, sweep in run.sweeps.items():
-        p = sorted(sweep.points, key=lambda point: point.at)
-        line = charts.Series(sweep.figure, *([getattr(x, a) for x in p] for a in ("at", "value", "low", "high")))
-        found.append(
-            charts.lines(name, f"{sweep.figure} by {sweep.setting} ({_short(name)})", [line], x_label=sweep.setting)
-        )
-    return found
+        points = sorted(sweep.points, key=lambda point: point.at)
+        line = charts.Series(sweep.figure, *([getattr(p, a) for p in points] for a in ("at", "value", "low", "high")))
+        title = f"{sweep.figure} by {sweep.setting} ({_short(name)})"
+        drawn.append(charts.lines(name, title, [line], x_label=sweep.setting))
+    return drawn
 
 
 def _forests(run: RunFiles) -> dict[str, Chart]:
-    """A picture for every evaluation that holds two or more figures with intervals."""
-    found = {}
-    for name, figures in run.evaluations.items():
-        intervals = {k: v for k, v in figures.items() if is_figure(v)}
-        if 2 <= len(intervals) <= 40:
-            found[name] = charts.forest(name, f"Figures of {name}", intervals, x_label="value and 95% interval")
-    return found
+    """Return a forest plot for every evaluation with 2 to 40 estimates."""
+    drawn = {}
+    for name, metrics in run.evaluations.items():
+        estimates = {k: v for k, v in metrics.items() if is_estimate(v)}
+        if 2 <= len(estimates) <= 40:
+            drawn[name] = charts.forest(name, f"Metrics of {name}", estimates, x_label="value and 95% interval")
+    return drawn
 
 
 # --- filters of the template --------------------------------------------------------------------------------------
 
 
 def number(value: Any) -> str:
-    """A number as a person reads it; a figure with its interval and n."""
+    """Return a number as a person reads it; an estimate with its interval and n.
+
+    Examples:
+        >>> number(12345), number(0.1234), number({"value": 0.5, "low": 0.25, "high": 0.75, "n": 8})
+        ('12,345', '0.123', '0.5 (95%: 0.25 to 0.75, n = 8)')
+    """
     if value is None:
         return "–"
-    if is_figure(value):
+    if is_estimate(value):
         return f"{number(value['value'])} (95%: {number(value['low'])} to {number(value['high'])}, n = {value['n']:,})"
     if isinstance(value, datetime):
         return value.strftime("%Y-%m-%d %H:%M")
@@ -202,27 +209,28 @@ def number(value: Any) -> str:
 
 
 def share(value: float) -> str:
+    """Return a share in percent."""
     return f"{100 * value:.0f}%"
 
 
-def interval(figure: Any) -> str:
-    """The 95% interval and n of a share."""
-    return f"95%: {share(figure['low'])} to {share(figure['high'])}, n = {figure['n']:,}"
+def interval(estimate: Any) -> str:
+    """Return the 95% interval and n of a share."""
+    return f"95%: {share(estimate['low'])} to {share(estimate['high'])}, n = {estimate['n']:,}"
 
 
-def shares(figure: Any) -> str:
-    """A share with its interval; a dash where there is none."""
-    return f"{share(figure['value'])} ({interval(figure)})" if figure else "–"
+def shares(estimate: Any) -> str:
+    """Return a share with its interval, or a dash for None."""
+    return f"{share(estimate['value'])} ({interval(estimate)})" if estimate else "–"
 
 
 def csv_link(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A `data:` link to a table as CSV; no cell of text can be taken for a formula."""
+    """Return a table as a `data:` link to a CSV file; no text cell can be read as a formula."""
     out = io.StringIO()
     writer = csv.writer(out)
-    writer.writerow([_plain(c) for c in columns])
-    writer.writerows([[_plain(cell) for cell in row] for row in rows])
+    writer.writerow([_no_formula(c) for c in columns])
+    writer.writerows([[_no_formula(cell) for cell in row] for row in rows])
     return "data:text/csv;charset=utf-8," + quote(out.getvalue())
 
 
-def _plain(cell: Any) -> Any:
+def _no_formula(cell: Any) -> Any:
     return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell

@@ -1,16 +1,16 @@
-"""The top of the page: what the run came to, what is missing from it, and where every row went."""
+"""The top of the page: the main results, what the run lacks, and the row counts of every step."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cai_cli.constitution.usage import Drawn, drawn
 from cai_cli.data.schema import Critique, Preference, Revision, Row
-from cai_cli.report.collect import RunFiles, StepFiles, flat_figures, is_figure
+from cai_cli.report.collect import RunFiles, StepFiles, flat_metrics, is_estimate
 from cai_cli.report.examples import last_revisions
 
-# What a whole road has, and the command that adds what is not there.
-ROAD = {
+# What a complete run has, and the command that adds it.
+COMPLETE_RUN = {
     ("sample",): "sampled replies (`cai sample`)",
     ("revise", "critique-revise"): "revisions (`cai critique-revise`)",
     ("sft",): "a fine-tuned model (`cai sft`)",
@@ -22,7 +22,7 @@ ROAD = {
 
 @dataclass(frozen=True)
 class StageCounts:
-    """Where the rows of one step went: in = out + rejected + skipped. `used` says that out are rows trained on."""
+    """The row counts of one step: into = out + rejected + skipped. For a training step, `out` are the rows used."""
 
     step: StepFiles
     into: int
@@ -33,7 +33,8 @@ class StageCounts:
     held_out: int | None
 
 
-def flow(step: StepFiles) -> StageCounts | None:
+def row_counts(step: StepFiles) -> StageCounts | None:
+    """Return the row counts of a step, or None where its manifest has none."""
     counts = step.counts
     if not counts:
         return None
@@ -43,63 +44,78 @@ def flow(step: StepFiles) -> StageCounts | None:
 
 
 def missing(run: RunFiles) -> list[str]:
-    """What a whole road has and this run has not (or not finished)."""
-    lacks = [text for stages, text in ROAD.items() if not any(s.status == "done" for s in run.of(*stages))]
+    """Return what a complete run has and this run lacks, or has not finished."""
+    lacks = [text for stages, text in COMPLETE_RUN.items() if not any(s.status == "done" for s in run.of(*stages))]
     if not run.comparisons:
         lacks.append("models compared by Elo (`NAME.compare.json`)")
     return lacks
 
 
 @dataclass(frozen=True)
-class Headline:
-    """One figure at the top. `value` is a number or a figure with its interval."""
+class KeyMetric:
+    """One main result. `value` is a number or an estimate."""
 
     label: str
     value: Any
     note: str = ""
 
 
-def headlines(run: RunFiles, labels: Mapping[str, Any] | None) -> list[Headline]:
-    """`labels`: the audit of the one step that labelled; None where several did, or none."""
-    found = []
-    revised = [flow(step) for step in last_revisions(run) if step.status == "done"]
+def key_metrics(run: RunFiles, audit: Mapping[str, Any] | None) -> list[KeyMetric]:
+    """Return the main results of a run.
+
+    Args:
+        run: The run.
+        audit: The audit of its labels; None where the run has no labels, or several steps with labels.
+    """
+    return [*_row_metrics(run), *_label_metrics(audit), *_model_metrics(run)]
+
+
+def _row_metrics(run: RunFiles) -> Iterator[KeyMetric]:
+    revised = [row_counts(step) for step in last_revisions(run) if step.status == "done"]
     if revised:
-        found.append(Headline("replies revised", sum(f.out for f in revised if f)))
-    compared = [flow(step) for step in run.of("label-prefs") if step.status == "done"]
-    if compared:
-        # Several steps may have labelled the same comparisons.
-        what, note = ("labels", f"of {len(compared)} steps") if len(compared) > 1 else ("comparisons labelled", "")
-        found.append(Headline(what, sum(f.out for f in compared if f), note))
-    if labels and labels["flip_rate"]:
-        found.append(Headline("labels that flip with the order", labels["flip_rate"]))
+        yield KeyMetric("replies revised", sum(counts.out for counts in revised if counts))
+    labelled = [row_counts(step) for step in run.of("label-prefs") if step.status == "done"]
+    if labelled:
+        # Several steps may have labelled the same pairs.
+        several = len(labelled) > 1
+        name, note = ("labels", f"from {len(labelled)} steps") if several else ("pairs labelled", "")
+        yield KeyMetric(name, sum(counts.out for counts in labelled if counts), note)
+
+
+def _label_metrics(audit: Mapping[str, Any] | None) -> Iterator[KeyMetric]:
+    if audit and audit["flip_rate"]:
+        yield KeyMetric("labels that flip with the order of the replies", audit["flip_rate"])
+
+
+def _model_metrics(run: RunFiles) -> Iterator[KeyMetric]:
     for step in run.of("train-pm"):
-        if is_figure(step.figures.get("accuracy")):
-            found.append(Headline(f"held-out accuracy of {step.name}", step.figures["accuracy"]))
+        if is_estimate(step.metrics.get("accuracy")):
+            yield KeyMetric(f"held-out accuracy of {step.name}", step.metrics["accuracy"])
     for step in run.of("rl"):
-        if step.figures.get("reward_before") is not None and step.figures.get("reward") is not None:
-            change = f"from {step.figures['reward_before']:.3g} in the first step, in training"
-            if step.figures.get("kept_step", step.figures["steps"]) != step.figures["steps"]:
-                change += f"; of step {step.figures['kept_step']:,}, which is kept"
-            found.append(Headline(f"preference score of {step.name}", step.figures["reward"], change))
-    return found
+        metrics = step.metrics
+        if metrics.get("reward_before") is not None and metrics.get("reward") is not None:
+            change = f"{metrics['reward_before']:.3g} in the first training step"
+            if metrics.get("kept_step", metrics["steps"]) != metrics["steps"]:
+                change += f"; measured at step {metrics['kept_step']:,}, the step that was kept"
+            yield KeyMetric(f"preference model score of {step.name}", metrics["reward"], change)
 
 
 def constitutions(run: RunFiles) -> list[tuple[StepFiles, Drawn]]:
-    """Every constitution used, with its draws: by the last revisions (or critiques not revised yet), and by labels."""
+    """Return every constitution used, with its draws: by the last revisions (or unrevised critiques) and by labels."""
     kinds: list[tuple[list[StepFiles], type[Row]]] = [
         (last_revisions(run), Revision),
         ([] if run.of("revise", "critique-revise") else run.of("critique"), Critique),
         (run.of("label-prefs"), Preference),
     ]
-    found = [(step, drawn(run.rows(step, kind), step.manifest)) for steps, kind in kinds for step in steps]
-    return [(step, d) for step, d in found if d]
+    used = [(step, drawn(run.rows(step, kind), step.manifest)) for steps, kind in kinds for step in steps]
+    return [(step, d) for step, d in used if d]
 
 
-def figure_rows(figures: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(name, value, value before training or None) of every number and interval of a manifest, by dotted name."""
-    plain = dict(flat_figures(figures))
+def metric_rows(metrics: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Return (dotted name, value, value before training or None) of every number and estimate of a manifest."""
+    by_name = dict(flat_metrics(metrics))
     return [
-        (name, value, plain.get(f"{name}_before"))
-        for name, value in plain.items()
-        if name.removesuffix("_before") == name or name.removesuffix("_before") not in plain
+        (name, value, by_name.get(f"{name}_before"))
+        for name, value in by_name.items()
+        if name.removesuffix("_before") == name or name.removesuffix("_before") not in by_name
     ]

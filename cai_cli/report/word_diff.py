@@ -1,4 +1,4 @@
-"""What a revision changed, word by word."""
+"""Differences between two texts, word by word."""
 
 import re
 from collections.abc import Iterator
@@ -9,14 +9,14 @@ Kind = Literal["same", "del", "ins"]
 
 
 class Piece(NamedTuple):
-    """A run of text that stayed, went (`del`, only in the text before) or came (`ins`, only in the text after)."""
+    """A piece of text that both texts share, or that is only in the text before (`del`) or after (`ins`)."""
 
     kind: Kind
     text: str
 
 
 class WordDiff(NamedTuple):
-    """Both texts in pieces (joined, they are the texts) and the share of words that did not stay (0 to 1)."""
+    """Both texts in pieces, which join to the texts, and the share of words that changed (0 to 1)."""
 
     before: list[Piece]
     after: list[Piece]
@@ -24,7 +24,13 @@ class WordDiff(NamedTuple):
 
 
 def compare_words(before: str, after: str) -> WordDiff:
-    """A longest-common-subsequence difference over words; a change of white space alone is none."""
+    """Return the difference of two texts by their longest common subsequence of words; white space does not count.
+
+    Examples:
+        >>> difference = compare_words("I will not help.", "I will gladly help.")
+        >>> [piece.text for piece in difference.after if piece.kind == "ins"], difference.changed
+        (['gladly '], 0.25)
+    """
     old, new = _words(before), _words(after)
     matcher = SequenceMatcher(None, [w.strip() for w in old], [w.strip() for w in new], autojunk=False)
     blocks = matcher.get_matching_blocks()
@@ -38,7 +44,7 @@ def compare_words(before: str, after: str) -> WordDiff:
 
 
 def _words(text: str) -> list[str]:
-    """Words with the white space after them."""
+    """Return the words, each with the white space after it."""
     return re.findall(r"\S+\s*|\s+", text)
 
 

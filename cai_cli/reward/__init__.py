@@ -1,1 +1,1 @@
-"""Preference models: encoding, scoring, pairs that share a prompt."""
+"""Preference models as reward: encoding, scoring, and packed pairs."""

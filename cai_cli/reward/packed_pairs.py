@@ -1,8 +1,8 @@
-"""Two replies to one prompt in one forward pass: the prompt's tokens are computed once.
+"""Score two replies to one prompt in one forward pass, so that the tokens of the prompt are computed once.
 
-A packed pair is the tokens both conversations start with, then the rest of the first, then the rest of the second. A
-token attends to the shared ones and to those of its own branch, at the position it has in its own conversation, so the
-two scores are those of the two conversations alone. Of HH-RLHF's harmlessness pairs this leaves 62% of the tokens.
+A packed pair consists of the tokens that both conversations share at the start, the rest of the first, and the rest of
+the second. A token attends to the shared tokens and to those of its own conversation, at the position it has there, so
+the two scores equal those of the conversations alone. On HH-RLHF's harmlessness pairs 62% of the tokens remain.
 """
 
 import types
@@ -19,7 +19,20 @@ SHARED, PADDING = 0, -1
 
 
 def packed(first: Sequence[int], second: Sequence[int]) -> dict[str, list[int]]:
-    """`input_ids`, `position_ids` and `branches` (0 shared, 1 first, 2 second) of two conversations' ids."""
+    """Return two conversations as one packed pair.
+
+    Args:
+        first: Token ids of the first conversation.
+        second: Token ids of the second.
+
+    Returns:
+        `input_ids`, `position_ids`, and `branches`: 0 for a shared token, 1 or 2 for one of the first or second.
+
+    Examples:
+        >>> pair = packed([1, 2, 3], [1, 2, 4, 5])
+        >>> pair["input_ids"], pair["position_ids"], pair["branches"]
+        ([1, 2, 3, 4, 5], [0, 1, 2, 2, 3], [0, 0, 1, 2, 2])
+    """
     shared = 0
     while shared < min(len(first), len(second)) - 1 and first[shared] == second[shared]:
         shared += 1
@@ -31,7 +44,7 @@ def packed(first: Sequence[int], second: Sequence[int]) -> dict[str, list[int]]:
 
 
 def collate(pairs: Sequence[dict[str, list[int]]], pad_token_id: int) -> dict[str, Any]:
-    """Packed pairs as tensors of shape (pairs, longest), padded on the right."""
+    """Return packed pairs as tensors of shape (pairs, longest), padded on the right."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
@@ -44,11 +57,17 @@ def collate(pairs: Sequence[dict[str, list[int]]], pad_token_id: int) -> dict[st
 
 
 def take_packed_pairs(model: "PreTrainedModel", longest: tuple[list[int], list[int]]) -> bool:
-    """Let a sequence classifier take packed pairs, whose `logits` are those of the first conversations, then those of
-    the second, shape (2 * pairs, 1); other inputs go through as before.
+    """Make a sequence classifier accept packed pairs; other inputs work as before.
 
-    Returns False, with the model as it was, where packing would change the scores: `longest`, the ids of the longest
-    pair, is scored both ways (layers that look back over a window, or that are no attention, tell there).
+    The `logits` of packed pairs have shape (2 * pairs, 1): first all first conversations, then all second ones.
+
+    Args:
+        model: The classifier.
+        longest: Token ids of the longest pair. It is scored packed and alone, which shows whether packing changes the
+            scores, as it does with sliding-window attention or layers without attention.
+
+    Returns:
+        Whether packing works; if not, the model is unchanged.
     """
     import torch
     from transformers.modeling_layers import GenericForSequenceClassification
@@ -80,7 +99,7 @@ def _forward(self: Any, input_ids: Any = None, branches: Any = None, **inputs: A
     hidden = self.base_model(
         input_ids, attention_mask=sees[:, None], position_ids=inputs["position_ids"], use_cache=False
     ).last_hidden_state
-    # The library reads a score at the last token that is not the padding token, whatever stands behind it.
+    # transformers reads a score at the last token that is not the padding token.
     read = input_ids != self.config.get_text_config().pad_token_id
     mine = ((branches == SHARED) | (branches == branch) for branch in (1, 2))
     ends = torch.cat([(columns * (read & tokens)).argmax(-1) for tokens in mine])
@@ -91,8 +110,16 @@ def _forward(self: Any, input_ids: Any = None, branches: Any = None, **inputs: A
 def read_pairs(
     model: "PreTrainedModel", pairs: Sequence[tuple[list[int], list[int]]], batch_size: int
 ) -> tuple["Tensor", "Tensor"]:
-    """What the head gives for the first and for the second conversation of each pair, each (pairs, outputs) on the CPU,
-    by a model that takes packed pairs. The model is left in evaluation mode."""
+    """Return the outputs of the head for the first and the second conversation of each pair.
+
+    Args:
+        model: A model that accepts packed pairs; it is left in evaluation mode.
+        pairs: Token ids of the conversations.
+        batch_size: Number of pairs in one forward pass.
+
+    Returns:
+        Two tensors of shape (pairs, outputs) on the CPU.
+    """
     import torch
 
     order = sorted(range(len(pairs)), key=lambda i: max(map(len, pairs[i])))
@@ -114,7 +141,11 @@ def read_pairs(
 def score_pairs(
     model: "PreTrainedModel", pairs: Sequence[tuple[list[int], list[int]]], batch_size: int
 ) -> tuple[list[float], list[float]]:
-    """The scores of the first and of the second conversation of each pair. Raises CaiError when one is no number."""
+    """Return the scores (logits) of the first and of the second conversation of each pair.
+
+    Raises:
+        CaiError: A score is not finite.
+    """
     if not pairs:
         return [], []
     first, second = (scores[:, 0].tolist() for scores in read_pairs(model, pairs, batch_size))

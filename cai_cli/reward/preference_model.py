@@ -1,7 +1,7 @@
-"""The preference model as a function: conversations in, scores out (paper section 4.1).
+"""Score conversations with a preference model (paper section 4.1).
 
-A score is a logit: the difference of two scores is the log-odds that the first conversation is preferred. The model
-is trained on exactly the ids that `encode_conversation` gives, and must be asked with them.
+A score is a logit: the difference of two scores is the log-odds that the first conversation is preferred. The model is
+trained on exactly the token ids that `encode_conversation` returns, and must be given them.
 """
 
 import math
@@ -19,10 +19,17 @@ if TYPE_CHECKING:
 
 
 def encode_conversation(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> list[int]:
-    """A whole conversation, the judged reply last, up to the end of turn of the chat template; raises RowError.
+    """Return the token ids of a conversation, up to the chat template's end-of-turn token.
 
-    White space around the reply is no part of it: `cai sample` keeps none, and RL is to earn nothing by it. Nor is
-    white space that a template sets after the end of turn: the model says more about a reply where the turn ends.
+    White space around the reply is dropped: `cai sample` keeps none, and RL must not gain from it. White space that a
+    template adds after the end-of-turn token is dropped as well, because the score at that token is more informative.
+
+    Args:
+        tokenizer: Tokenizer of the preference model.
+        messages: The conversation; the last message is the reply to score.
+
+    Raises:
+        RowError: The chat template rejects the conversation.
     """
     *prompt, reply = messages
     judged = Message(role=reply.role, content=reply.content.strip())
@@ -33,9 +40,10 @@ def encode_conversation(tokenizer: "PreTrainedTokenizerBase", messages: Sequence
 
 
 def open_for_scores(path: Path, device: str) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    """The preference model in `path` with its tokenizer, in float32; it can be asked for scores but not be trained.
+    """Return the preference model in `path`, in float32 and for scoring only, and its tokenizer.
 
-    Raises: CaiError as `load_reward_model`.
+    Raises:
+        CaiError: The model cannot be loaded, as for `load_reward_model`.
     """
     from cai_cli.engines.local.onednn import pack_linears
     from cai_cli.models.loading import load_reward_model, load_tokenizer
@@ -51,10 +59,11 @@ def score_conversations(
     conversations: Sequence[Sequence[Message]],
     batch_size: int = 16,
 ) -> list[float]:
-    """One score (logit) per conversation, in order.
+    """Return one score (logit) for each conversation, in order.
 
-    Raises: CaiError when a conversation does not fit the model or a score is no number; RowError when the chat
-    template refuses one.
+    Raises:
+        CaiError: A conversation is longer than the context window, or a score is not finite.
+        RowError: The chat template rejects a conversation.
     """
     return score_ids(model, tokenizer, [encode_conversation(tokenizer, c) for c in conversations], batch_size)
 
@@ -66,14 +75,27 @@ def score_ids(
     batch_size: int,
     names: Sequence[str] = (),
 ) -> list[float]:
-    """As `score_conversations`, for what `encode_conversation` gave. The model is left in evaluation mode. `names`: of
-    the sequences, for messages."""
+    """Return one score (logit) for each sequence of token ids, in order.
+
+    Args:
+        model: The preference model; it is left in evaluation mode.
+        tokenizer: Its tokenizer.
+        sequences: Token ids from `encode_conversation`.
+        batch_size: Number of sequences in one forward pass.
+        names: Names of the sequences in error messages.
+
+    Raises:
+        CaiError: As for `score_conversations`.
+    """
     import torch
 
     window = context_window(model.config, tokenizer)
     longest = max((len(ids) for ids in sequences), default=0)
     if longest > window:
-        raise CaiError(f"a conversation of {longest} tokens does not fit the preference model's window of {window}")
+        raise CaiError(
+            f"a conversation of {longest} tokens does not fit the preference model's context window of {window}",
+            code="too-long",
+        )
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     scores = [0.0] * len(sequences)
     model.eval()
@@ -93,8 +115,12 @@ def score_ids(
 
 
 def finite(score: float, name: str | None = None) -> float:
-    """The score itself; raises CaiError when it is no number."""
+    """Return the score.
+
+    Raises:
+        CaiError: It is infinite or NaN; the message names the row.
+    """
     if not math.isfinite(score):
         at = f" at row {name!r}" if name else ""
-        raise CaiError(f"the preference model gave the score {score}{at}: its weights are broken")
+        raise CaiError(f"the preference model gave the score {score}{at}: its weights are broken", code="not-finite")
     return score

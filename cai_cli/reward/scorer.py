@@ -1,4 +1,4 @@
-"""Scores conversations with a preference model."""
+"""Score rows with a preference model (paper section 4.1)."""
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -24,9 +24,16 @@ class PreferenceModelOptions(StageConfig):
 def score(
     rows: Sequence[Sample], model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch_size: int
 ) -> Iterator[Scored | Rejected]:
-    """Each conversation with its score, in order; one that does not fit the model is rejected."""
+    """Yield each row with its score (a logit), in order; a conversation that does not fit the model is rejected.
+
+    Args:
+        rows: Conversations with a reply.
+        model: The preference model.
+        tokenizer: Its tokenizer.
+        batch_size: Number of conversations in one forward pass.
+    """
     window = context_window(model.config, tokenizer)
-    ids: list[list[int] | str] = []  # or why there are none
+    ids: list[list[int] | str] = []  # or the reason of the rejection
     for row in rows:
         try:
             encoded = encode_conversation(tokenizer, [*row.prompt, *row.completion])
@@ -45,7 +52,13 @@ def score(
 
 
 class Scorer:
-    """A preference model that scores rows; loaded when it is first asked, so that finished work costs no load."""
+    """A preference model that scores rows. It is loaded at the first use, so finished work does not load it.
+
+    Args:
+        name: Name or path of the model.
+        batch_size: Number of conversations in one forward pass; 16 if None.
+        device: Device, or "auto".
+    """
 
     def __init__(self, name: str, batch_size: int | None, device: str) -> None:
         self.base, self.batch_size, self.device = ModelSource.resolve(name), batch_size or 16, device
@@ -55,5 +68,5 @@ class Scorer:
         return open_for_scores(self.base.path, pick_device(self.device))
 
     def score(self, rows: Sequence[Sample]) -> Iterator[Scored | Rejected]:
-        """As the function `score`."""
+        """Yield each row with its score, as the function `score` does."""
         return score(rows, *self._loaded, self.batch_size)

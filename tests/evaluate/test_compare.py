@@ -1,18 +1,12 @@
-"""Models compared over the same prompts: what is joined, who wins, and how sure that is."""
+"""Models compared on the same prompts: which replies are joined, who wins, and with what interval."""
 
 import json
-import math
-import random
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import Cai
 from helpers import Json, manifest_of, rows_in, sample_row, write_rows
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from cai_cli.common.errors import InvalidRow, UsageError
 from cai_cli.constitution.schema import PreferencePrinciple
@@ -20,10 +14,10 @@ from cai_cli.data.jsonl import row_key
 from cai_cli.data.schema import Kind, ModelComparison, Rejected, Sample, load_row
 from cai_cli.engines.base import LogprobRequest, RequestFailure, Sampling
 from cai_cli.engines.scripted import ScriptedEngine
-from cai_cli.evaluate.compare import ReplyPair, compare_by_votes, match_units, name_files
-from cai_cli.judging.judge import Judge, sigmoid
+from cai_cli.evaluate.compare import ReplyPair, compare_by_votes, name_files, reply_pairs
+from cai_cli.judging.base import sigmoid
+from cai_cli.judging.judge import Judge
 from cai_cli.judging.votes import Labeller
-from cai_cli.metrics.elo import Tournament
 from cai_cli.prompting.evaluation import HELPFULNESS
 from cai_cli.runtime.stage_run import Skipped, WorkItem
 
@@ -35,17 +29,12 @@ def samples(folder: Path, name: str, replies: dict[int, str], kind: str | None =
     return str(write_rows(folder / f"{name}.jsonl", rows))
 
 
-def duel(prompt: int, p_a: float, a: str = "one", b: str = "two", kind: Kind | None = "red-team") -> ModelComparison:
-    row = load_row(Sample, sample_row(prompt))
-    return replace(ReplyPair(f"p{prompt}/0 {a}:{b}", kind, a, b, row, row)).duel(p_a)
+def test_a_comparison_is_identified_by_its_prompt_sample_and_models() -> None:
+    row = match(0, "a", "b").comparison(0.5)
+    assert row_key(row.model_dump()) == row.key == "p0/0 x:y"
 
 
-def test_a_comparison_goes_by_its_id_when_it_is_resumed_or_shown() -> None:
-    row = duel(0, 0.5)
-    assert row_key(row.model_dump()) == row.key == "p0/0 one:two"
-
-
-# --- what is compared with what ----------------------------------------------------------------------------------
+# --- pairing the replies ------------------------------------------------------------------------------------------
 
 
 def test_models_are_joined_by_prompt_and_one_that_lacks_a_reply_is_skipped_and_counted(tmp_path: Path) -> None:
@@ -54,7 +43,7 @@ def test_models_are_joined_by_prompt_and_one_that_lacks_a_reply_is_skipped_and_c
         "y": samples(tmp_path, "y", {2: "y2", 1: "y1"}),
         "z": samples(tmp_path, "z", {1: "z1", 3: "z3"}),
     }
-    units = list(match_units(files, None, None))
+    units = list(reply_pairs(files, None, None))
     matches = [u.value for u in units if isinstance(u, WorkItem)]
     assert [(m.id, m.a.reply, m.b.reply) for m in matches] == [
         ("p1/0 x:y", "x1", "y1"), ("p1/0 x:z", "x1", "z1"), ("p1/0 y:z", "y1", "z1"), ("p2/0 x:y", "x2", "y2"),
@@ -63,21 +52,23 @@ def test_models_are_joined_by_prompt_and_one_that_lacks_a_reply_is_skipped_and_c
         "no reply of z", "no reply of z", "no reply of x or y", "no reply of x", "no reply of y",
     ]  # fmt: skip
     assert len(units) == 3 * 3
-    assert len(list(match_units(files, None, 1))) == 3
+    assert len(list(reply_pairs(files, None, 1))) == 3
 
 
-def test_an_id_that_means_another_prompt_elsewhere_is_an_error_with_its_line(tmp_path: Path) -> None:
+def test_an_id_with_different_prompts_is_an_error_with_its_line(tmp_path: Path) -> None:
     x = samples(tmp_path, "x", {1: "a", 2: "b"})
     other = {**sample_row(2), "prompt": [{"role": "user", "content": "something else"}]}
     y = str(write_rows(tmp_path / "y.jsonl", [sample_row(1), other]))
-    with pytest.raises(InvalidRow, match=r"y\.jsonl:2: id 'p2' is another prompt in another file"):
-        list(match_units({"x": x, "y": y}, None, None))
+    with pytest.raises(InvalidRow) as error:
+        list(reply_pairs({"x": x, "y": y}, None, None))
+    assert (error.value.code, error.value.file, error.value.line) == ("invalid-row", y, 2)
     twice = str(write_rows(tmp_path / "twice.jsonl", [sample_row(1), sample_row(1)]))
-    with pytest.raises(InvalidRow, match=r"twice\.jsonl:2: 'p1/0' stands on line 1 already"):
-        list(match_units({"x": x, "twice": twice}, None, None))
+    with pytest.raises(InvalidRow) as error:
+        list(reply_pairs({"x": x, "twice": twice}, None, None))
+    assert (error.value.code, error.value.file, error.value.line) == ("duplicate-id", twice, 2)
 
 
-def test_models_are_named_by_their_files_or_as_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_are_named_by_their_files_or_explicitly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert name_files(["runs/start.jsonl.zst", "better=runs/sl cai.jsonl"]) == {
         "start": "runs/start.jsonl.zst", "better": "runs/sl cai.jsonl",
@@ -86,10 +77,12 @@ def test_models_are_named_by_their_files_or_as_told(tmp_path: Path, monkeypatch:
     assert list(name_files(["out/rev@rounds=1.jsonl", "rev@rounds=2.jsonl"])) == ["rev@rounds=1", "rev@rounds=2"]
     (tmp_path / "a=b").write_text("")
     assert name_files(["a=b", "odd name.jsonl"]) == {"a=b": "a=b", "odd-name": "odd name.jsonl"}
-    with pytest.raises(UsageError, match="two models are called 'x'"):
+    with pytest.raises(UsageError) as usage:
         name_files(["one/x.jsonl", "two/x.jsonl"])
-    with pytest.raises(UsageError, match="two models or more"):
+    assert usage.value.code == "option-conflict"
+    with pytest.raises(UsageError) as usage:
         name_files(["x.jsonl"])
+    assert usage.value.code == "missing-option"
 
 
 # --- a judge's votes ---------------------------------------------------------------------------------------------
@@ -154,92 +147,6 @@ def test_replies_to_helpful_prompts_are_compared_by_their_helpfulness() -> None:
     assert [HELPFULNESS.comparison in text for text in engine.asked] == [False, False, True]
 
 
-# --- what comparisons add up to ----------------------------------------------------------------------------------
-
-
-def result(rows: Sequence[ModelComparison], models: Sequence[str] = ("one", "two")) -> Json:
-    tournament = Tournament(models)
-    for row in rows:
-        tournament.add(row)
-    return tournament.result()
-
-
-def rating(found: Json, axis: str = "harmless") -> dict[str, float]:
-    return {r["model"]: r["value"] for r in found["ratings"][axis]}
-
-
-def test_a_win_rate_counts_ties_half_and_stands_within_its_interval() -> None:
-    rows = (
-        [duel(i, 0.9) for i in range(60)]
-        + [duel(60 + i, 0.2) for i in range(30)]
-        + [duel(90 + i, 0.5) for i in range(10)]
-    )
-    (rate,) = result(rows)["win_rates"]
-    assert (rate["a"], rate["b"], rate["kind"], rate["n"], rate["ties"]) == ("one", "two", "red-team", 100, 10)
-    assert rate["value"] == pytest.approx(0.65)
-    assert 0.5 < rate["low"] < 0.65 < rate["high"] < 0.8
-
-
-def test_five_wins_of_six_claim_nothing() -> None:
-    (rate,) = result([duel(i, 0.9 if i else 0.1) for i in range(6)])["win_rates"]
-    assert rate["value"] == pytest.approx(5 / 6)
-    assert rate["low"] < 0.5
-
-
-def test_the_rating_of_two_models_is_the_paper_s_elo_of_their_win_rate() -> None:
-    found = rating(result([duel(i, 0.9 if i % 4 else 0.1) for i in range(4000)]))
-    assert sum(found.values()) == pytest.approx(2000)
-    assert 1 / (1 + 10 ** (-(found["one"] - found["two"]) / 400)) == pytest.approx(0.75, abs=0.001)
-
-
-def test_ratings_recover_the_strengths_that_made_the_comparisons() -> None:
-    rng, elo = random.Random(1), {"a": 1150.0, "b": 1000.0, "c": 850.0}
-    names, rows = list(elo), []
-    for prompt in range(1500):
-        for x, y in (("a", "b"), ("a", "c"), ("b", "c")):
-            wins = rng.random() < 1 / (1 + 10 ** (-(elo[x] - elo[y]) / 400))
-            rows.append(duel(prompt, 0.8 if wins else 0.2, x, y))
-    found = result(rows, names)
-    for row in found["ratings"]["harmless"]:
-        assert row["low"] < row["value"] < row["high"]
-        assert row["low"] - 5 < elo[row["model"]] < row["high"] + 5
-        assert row["high"] - row["low"] < 40
-        assert row["n"] == 3000
-    backwards = rating(result(list(reversed(rows)), names))
-    assert rating(found) == pytest.approx(backwards)
-
-
-def test_a_model_that_always_wins_has_a_finite_rating_and_an_interval() -> None:
-    found = result([duel(i, 0.99) for i in range(10)])
-    assert math.isfinite(rating(found)["one"])
-    (rate,) = found["win_rates"]
-    assert (rate["value"], rate["high"]) == (1.0, 1.0)
-    assert 0.6 < rate["low"] < 1.0  # Wilson's: ten wins are no proof of always
-    json.dumps(found, allow_nan=False)
-
-
-def test_harmlessness_and_helpfulness_are_kept_apart_and_other_prompts_stand_in_no_rating() -> None:
-    kinds: list[Kind | None] = ["red-team", "helpful", None]
-    rows = [duel(10 * k + i, (0.9, 0.1, 0.5)[k], kind=kind) for k, kind in enumerate(kinds) for i in range(10)]
-    found = result(rows)
-    assert {(r["kind"], r["value"]) for r in found["win_rates"]} == {("red-team", 1.0), ("helpful", 0.0), (None, 0.5)}
-    assert rating(found)["one"] > rating(found)["two"]
-    assert rating(found, "helpful")["one"] < rating(found, "helpful")["two"]
-    assert [r["n"] for axis in found["ratings"].values() for r in axis] == [10] * 4
-
-
-@settings(max_examples=6, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from([0.0, 0.4, 0.5, 0.6, 1.0])), min_size=1, max_size=12))
-def test_every_figure_lies_within_its_interval_whatever_is_compared(outcomes: list[tuple[int, float]]) -> None:
-    rows = [duel(prompt, p).model_copy(update={"sample_index": i}) for i, (prompt, p) in enumerate(outcomes)]
-    found = result(rows)
-    figures: list[Any] = [*found["win_rates"], *found["ratings"]["harmless"]]
-    assert len(figures) == 3
-    for figure in figures:
-        assert figure["low"] <= figure["value"] <= figure["high"]
-        assert math.isfinite(figure["low"] + figure["high"])
-
-
 # --- the command --------------------------------------------------------------------------------------------------
 
 
@@ -253,39 +160,39 @@ def compare(cai: Cai, folder: Path, *more: str) -> Json:
     return {"stdout": done.stdout, "stderr": done.stderr}
 
 
-def test_the_command_writes_rows_figures_and_words(cai: Cai, tmp_path: Path) -> None:
-    said = compare(cai, tmp_path)["stderr"]
-    assert "red-team prompts: better beats start: better wins 100%" in said
+def test_the_command_writes_rows_metrics_and_words(cai: Cai, tmp_path: Path) -> None:
+    stderr = compare(cai, tmp_path)["stderr"]
+    assert "red-team prompts: better is better than start: better wins 100%" in stderr
     rows = rows_in(tmp_path / "c.jsonl")
     assert len(rows) == 12
     assert {row["p_a"] < 0.5 for row in rows} == {True}
-    figures = json.loads((tmp_path / "c.jsonl.compare.json").read_text())
-    assert list(figures) == ["models", "win_rates", "ratings", "scores"]
-    assert figures["models"] == ["start", "better"]
-    assert list(figures["ratings"]) == ["harmless", "helpful"]
-    assert list(figures["ratings"]["harmless"][0]) == ["model", "value", "low", "high", "n"]
-    assert set(figures["win_rates"][0]) == {"a", "b", "kind", "value", "low", "high", "n", "ties"}
+    metrics = json.loads((tmp_path / "c.jsonl.compare.json").read_text())
+    assert list(metrics) == ["models", "win_rates", "ratings", "scores"]
+    assert metrics["models"] == ["start", "better"]
+    assert list(metrics["ratings"]) == ["harmless", "helpful"]
+    assert list(metrics["ratings"]["harmless"][0]) == ["model", "value", "low", "high", "n"]
+    assert set(metrics["win_rates"][0]) == {"a", "b", "kind", "value", "low", "high", "n", "ties"}
     assert manifest_of(tmp_path / "c.jsonl")["counts"]["out"] == 12
     (tmp_path / "c.jsonl.compare.json").unlink()
     again = compare(cai, tmp_path, "--json")
     summary = json.loads(again["stdout"])
     assert summary["status"] == "already finished"
-    assert {name: summary[name] for name in figures} == figures
-    assert json.loads((tmp_path / "c.jsonl.compare.json").read_text()) == figures
+    assert {name: summary[name] for name in metrics} == metrics
+    assert json.loads((tmp_path / "c.jsonl.compare.json").read_text()) == metrics
 
 
-def test_an_interval_that_holds_one_half_claims_no_improvement(cai: Cai, tmp_path: Path) -> None:
+def test_an_interval_that_contains_one_half_shows_no_improvement(cai: Cai, tmp_path: Path) -> None:
     samples(tmp_path, "x", {i: "good" if i % 2 else "bad" for i in range(8)})
     samples(tmp_path, "y", {i: "bad" if i % 2 else "good" for i in range(8)})
     write_rows(tmp_path / "s.jsonl", [{"contains": "(A) [[[good", "scores": [0.0, -3.0]}, {"scores": [-3.0, 0.0]}])
     done = cai("eval", "compare", "x.jsonl", "y.jsonl", "-o", "c.jsonl", "--judge", "scripted:s.jsonl",
                "--few-shot", "none")  # fmt: skip
     assert done.code == 0, done.stderr
-    assert "no difference shown between x and y: x wins 50%" in done.stderr
-    assert "beats" not in done.stderr
+    assert "no significant difference between x and y: x wins 50%" in done.stderr
+    assert "is better" not in done.stderr
 
 
-def test_rows_can_go_down_a_pipe_with_the_figures_on_stderr(cai: Cai, tmp_path: Path) -> None:
+def test_rows_can_go_down_a_pipe_with_the_metrics_on_stderr(cai: Cai, tmp_path: Path) -> None:
     compare(cai, tmp_path)
     kept = (tmp_path / "c.jsonl").read_text()
     piped = cai("eval", "compare", "start.jsonl", "better.jsonl", "--judge", "scripted:script.jsonl", "--prompt-format",
@@ -302,7 +209,7 @@ def test_a_pipe_is_refused_as_it_could_not_be_read_again(cai: Cai, tmp_path: Pat
 
 
 @pytest.mark.parametrize("judges", [[], ["--pm", "x", "--judge", "scripted:s.jsonl"]])
-def test_exactly_one_judge_is_wanted(judges: list[str], cai: Cai) -> None:
+def test_exactly_one_of_pm_and_judge_is_required(judges: list[str], cai: Cai) -> None:
     done = cai("eval", "compare", "x.jsonl", "y.jsonl", *judges)
     assert (done.code, done.error) == (2, "option-conflict")
 
@@ -338,29 +245,9 @@ def test_a_preference_model_s_scores_decide_and_are_kept(cai: Cai, tmp_path: Pat
         assert [row["score_a"], row["score_b"]] == pytest.approx(scores, abs=1e-5)
         assert row["p_a"] == pytest.approx(sigmoid(row["score_a"] - row["score_b"]))
     assert rows[0]["p_a"] == 0.5  # the same words
-    figures = json.loads((tmp_path / "c.jsonl.compare.json").read_text())
-    means = {s["model"]: (s["value"], s["n"]) for s in figures["scores"]["harmless"]}
+    metrics = json.loads((tmp_path / "c.jsonl.compare.json").read_text())
+    means = {s["model"]: (s["value"], s["n"]) for s in metrics["scores"]["harmless"]}
     assert means["x"][1] == 4
     assert means["y"][1] == 3
     of_x = {row["prompt_id"]: row["score_a"] for row in rows if row["model_a"] == "x"}
     assert means["x"][0] == pytest.approx(sum(of_x.values()) / 4)
-
-
-@pytest.mark.parametrize(("won", "of"), [(10, 11), (12, 12), (29, 30), (30, 30), (6, 7), (4, 4), (15, 20), (70, 100)])
-def test_ratings_are_as_sure_as_the_win_rate_they_come_from(won: int, of: int) -> None:
-    rated = result([duel(i, 0.9 if i < won else 0.1) for i in range(of)])
-    (rate,) = rated["win_rates"]
-    better, worse = rated["ratings"]["harmless"]
-    assert better["high"] - better["low"] < 1000
-    assert better["low"] <= better["value"] <= better["high"]
-    if rate["low"] <= 0.5:
-        assert better["low"] <= worse["high"]
-    elif rate["low"] > 0.55:
-        assert better["low"] > worse["high"]
-
-
-def test_all_ties_leave_no_more_open_than_their_number_does() -> None:
-    for rating in result([duel(i, 0.5) for i in range(12)])["ratings"]["harmless"]:
-        assert rating["value"] == pytest.approx(1000)
-        assert 1000 - rating["low"] == pytest.approx(rating["high"] - 1000)
-        assert 50 < rating["high"] - 1000 < 150

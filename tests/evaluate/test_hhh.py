@@ -16,7 +16,8 @@ from cai_cli.common.errors import RowError
 from cai_cli.data.schema import EvaluationQuestion, EvaluationResult, Rejected, parse_question
 from cai_cli.engines.base import LogprobRequest, RequestFailure
 from cai_cli.engines.scripted import ScriptedEngine
-from cai_cli.evaluate.hhh import LanguageModel, exchanged, hhh, normalised, summarise, words
+from cai_cli.evaluate.evaluated_models import LanguageModel, exchanged, normalised
+from cai_cli.evaluate.hhh import hhh, summarise, summary_lines
 from cai_cli.metrics.intervals import wilson
 from cai_cli.prompting.base import user
 from cai_cli.prompting.comparison import comparison_request
@@ -78,11 +79,11 @@ reply = st.text(st.sampled_from('ab []()\n"'), max_size=20)
 
 
 @given(reply, reply, reply.map(lambda t: f"x{t}x"))
-def test_any_reply_comes_back_byte_for_byte(a: str, b: str, said: str) -> None:
-    prompt = published_comparison([user(said)], "Which?", [a, b])
+def test_any_reply_comes_back_byte_for_byte(a: str, b: str, text: str) -> None:
+    prompt = published_comparison([user(text)], "Which?", [a, b])
     conversation, comparison, replies = take_apart(prompt)
     assert published_comparison(conversation, comparison, replies) == prompt
-    assert (conversation, comparison, replies) == ([user(said)], "Which?", [a, b])
+    assert (conversation, comparison, replies) == ([user(text)], "Which?", [a, b])
 
 
 def test_a_reply_that_holds_the_marks_between_the_options_is_refused() -> None:
@@ -104,8 +105,9 @@ def test_exchanged_replies_exchange_their_letters() -> None:
     assert "(A) [[[Right.]]]\n (B) [[[Left.]]]" in other.prompt
     assert (other.corrects, other.incorrects) == ([" (B)"], [" (A)"])
     assert exchanged(other) == question("A")
-    with pytest.raises(RowError, match="3 options, two are wanted"):
+    with pytest.raises(RowError) as error:
         exchanged(question(incorrects=[" (B)", " (C)"]))
+    assert error.value.code == "option-conflict"
     with pytest.raises(RowError, match="not a published comparison"):
         exchanged(question(prompt=MANY))
 
@@ -138,7 +140,7 @@ def test_many_options_and_several_correct_ones_are_judged_by_the_best() -> None:
     assert summarise(results)["chance"] == pytest.approx((1 / 3 + 2 / 3) / 2)
 
 
-def test_in_both_orders_a_liking_for_a_letter_is_a_tie_and_a_liking_for_a_reply_is_right() -> None:
+def test_with_both_orders_a_preference_for_a_letter_is_a_tie_and_one_for_a_reply_is_right() -> None:
     (letter,) = answered(*ask([question("A")], Answers({"A": 0.6, "B": 0.2}), both=True))
     assert (letter.right, letter.tie, letter.p_correct) == (False, True, pytest.approx(0.5))
     assert [a.correct for a in letter.askings] == [[True, False], [False, True]]
@@ -152,7 +154,7 @@ def test_in_both_orders_a_liking_for_a_letter_is_a_tie_and_a_liking_for_a_reply_
     assert (reply_.right, reply_.tie) == (True, False)
 
 
-def test_a_refusal_rejects_the_question_with_its_reason() -> None:
+def test_a_failed_request_rejects_the_question_with_its_reason() -> None:
     class Short(Answers):
         def _answer(self, question: LogprobRequest) -> list[float] | RequestFailure:
             return RequestFailure("too long")
@@ -162,10 +164,10 @@ def test_a_refusal_rejects_the_question_with_its_reason() -> None:
     assert (refused.reason, refused.key) == ("too long", question().key)
 
 
-def test_an_answer_that_is_no_number_rejects_the_question() -> None:
+def test_a_nan_log_probability_rejects_the_question() -> None:
     (rejected,) = ask([question()], Answers({"A": math.nan, "B": 0.5}))
     assert isinstance(rejected, Rejected)
-    assert rejected.reason == "the log-probabilities of the options are no numbers"
+    assert rejected.reason == "the log-probabilities of the options are not numbers"
 
 
 def test_the_summary_counts_ties_as_wrong_and_shows_letters_and_sources() -> None:
@@ -180,19 +182,21 @@ def test_the_summary_counts_ties_as_wrong_and_shows_letters_and_sources() -> Non
     assert found["p_correct"]["value"] == pytest.approx((0.5 + 0.8 + 0.2) / 3)
 
 
-def test_the_words_say_whether_it_is_chance() -> None:
+def test_the_summary_states_whether_accuracy_differs_from_chance() -> None:
     def first_line(right: int, n: int) -> str:
         engine = Answers({"A": 0.8, "B": 0.2})
         rows = [question("A" if i < right else "B", id=str(i)) for i in range(n)]
-        return next(iter(words(summarise(answered(*ask(rows, engine))))))
+        return next(iter(summary_lines(summarise(answered(*ask(rows, engine))))))
 
-    assert first_line(25, 50).endswith("chance 50.0%: cannot be told from chance")
+    assert first_line(25, 50).endswith("chance 50.0%: not distinguishable from chance")
     assert first_line(45, 50).endswith("above chance")
     assert first_line(5, 50).endswith("below chance")
     assert first_line(0, 50).endswith("below chance")
     tied = answered(*ask([question(id=str(i)) for i in range(50)], Answers({"A": 0.5, "B": 0.5})))
-    assert next(iter(words(summarise(tied)))).endswith("cannot be told from chance")  # though each tie is wrong
-    assert list(words(summarise([]))) == ["no question was answered"]
+    assert next(iter(summary_lines(summarise(tied)))).endswith(
+        "not distinguishable from chance"
+    )  # though each tie is wrong
+    assert list(summary_lines(summarise([]))) == ["no question was answered"]
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -229,7 +233,7 @@ WORDS = ("eval", "hhh", "hhh.jsonl", "--model", "scripted:script.jsonl")
 def test_the_command_reports_and_writes_a_row_a_question(cai: Cai, files: Path) -> None:
     done = cai(*WORDS)
     assert done.code == 0, done.stderr
-    assert done.stdout.startswith("accuracy 75.0% (40.9% to 92.9%) of 8 questions; chance 50.0%: cannot be told")
+    assert done.stdout.startswith("accuracy 75.0% (40.9% to 92.9%) of 8 questions; chance 50.0%: not distinguishable")
     assert "picked A: 100.0%" in done.stdout
     filed = cai(*WORDS, "-o", "out.jsonl", "--json")
     summary = json.loads(filed.stdout)
@@ -243,7 +247,7 @@ def test_the_command_reports_and_writes_a_row_a_question(cai: Cai, files: Path) 
     assert json.loads(piped.stderr)["accuracy"] == summary["accuracy"]
 
 
-def test_both_orders_of_a_judge_that_likes_a_letter_are_ties(cai: Cai, files: Path) -> None:
+def test_a_model_that_prefers_a_letter_ties_with_both_orders(cai: Cai, files: Path) -> None:
     summary = json.loads(cai(*WORDS, "--both-orders", "--json").stdout)
     assert (summary["accuracy"], summary["ties"]) == (wilson(0, 8), 8)
 
@@ -257,7 +261,7 @@ def test_what_cannot_be_answered_is_counted_with_its_reason(cai: Cai, files: Pat
 
 
 @pytest.mark.parametrize(
-    ("change", "more", "said"),
+    ("change", "more", "message"),
     [
         ({"corrects": []}, [], "hhh.jsonl:2: not a EvaluationQuestion row: field 'corrects'"),
         ({"incorrects": [" (A)"]}, [], "hhh.jsonl:2: not a EvaluationQuestion row: the options must differ"),
@@ -267,14 +271,16 @@ def test_what_cannot_be_answered_is_counted_with_its_reason(cai: Cai, files: Pat
         ({"id": "x"}, [], "hhh.jsonl:3: id 'x' was already used on line 2"),
     ],
 )
-def test_a_bad_row_is_named_with_file_and_line(change: Json, more: list[str], said: str, cai: Cai, files: Path) -> None:
+def test_an_invalid_row_is_named_with_file_and_line(
+    change: Json, more: list[str], message: str, cai: Cai, files: Path
+) -> None:
     first, second, third = published(3)
     changed = {**second, **change}
     write_rows(files / "hhh.jsonl", [first, changed, {**third, **({"id": "x"} if "id" in change else {})}])
     done = cai(*WORDS, *more)
     assert "--skip-invalid" not in done.stderr  # which `eval hhh` does not have
     assert done.code == 1
-    assert said in done.stderr
+    assert message in done.stderr
 
 
 def test_a_preference_model_takes_no_model_beside_it(cai: Cai, files: Path) -> None:
@@ -326,5 +332,5 @@ def test_a_preference_model_answers_by_the_scores_that_it_gives_the_conversation
 def test_a_row_without_conversations_is_named_with_its_line(cai: Cai, files: Path, pm: Path) -> None:
     write_rows(files / "hhh.jsonl", [published(1)[0], {**published(2)[1], "text_correct": None}])
     done = cai("eval", "hhh", "hhh.jsonl", "--pm", str(pm))
-    assert done.code == 1
-    assert "hhh.jsonl:2: no text_correct and text_incorrect: a preference model needs both" in done.stderr
+    assert (done.code, done.error) == (1, "invalid-row")
+    assert "hhh.jsonl:2: " in done.stderr

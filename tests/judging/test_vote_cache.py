@@ -1,4 +1,4 @@
-"""`label-prefs --votes`: what a judge has said already is not asked again, and the rows are those of asking anew."""
+"""`label-prefs --votes`: recorded judgements are not repeated, and the rows are the same as without it."""
 
 import random
 from pathlib import Path
@@ -15,7 +15,7 @@ COT = ("--method", "cot", "--cot-samples", "2")
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the judge was asked; its answers are its own for each question, some are none and some are certain."""
+    """The prompts of the judge. Its answer depends only on the prompt; some prompts fail and some answers are certain."""
     seen: list[str] = []
 
     def scores(_: ScriptedEngine, question: LogprobRequest) -> list[float] | RequestFailure:
@@ -49,23 +49,21 @@ def all_rows(output: Path) -> list[object]:
     return [rows_in(output), rows_in(rejected) if rejected.exists() else []]
 
 
-def test_other_limits_ask_nothing_that_was_answered_and_give_the_rows_of_asking_anew(
-    label: Cai, asked: list[str], tmp_path: Path
-) -> None:
+def test_other_limits_repeat_no_judgement_and_give_the_same_rows(label: Cai, asked: list[str], tmp_path: Path) -> None:
     label("wide.jsonl", *COT, "--clamp", "0,1")
     whole = len(asked)
     assert {row["reason"] for row in rows_in(tmp_path / "wide.jsonl.rejected.jsonl")} >= {"tie"}
     for number, (clamp, confidence) in enumerate([("0.2,0.8", "0.5"), ("0.4,0.6", "0.5"), ("0,1", "0.7")]):
         settings = (*COT, "--clamp", clamp, "--min-confidence", confidence)
-        label(f"anew{number}.jsonl", *settings)
+        label(f"fresh{number}.jsonl", *settings)
         del asked[:]
         label(f"taken{number}.jsonl", *settings, "--votes", "wide.jsonl")
         assert len(asked) < whole / 4  # the questions that had no answer, of principles that therefore have no votes
-        assert all_rows(tmp_path / f"taken{number}.jsonl") == all_rows(tmp_path / f"anew{number}.jsonl")
+        assert all_rows(tmp_path / f"taken{number}.jsonl") == all_rows(tmp_path / f"fresh{number}.jsonl")
         assert manifest_of(tmp_path / f"taken{number}.jsonl")["provenance"]["input"]["votes"]
 
 
-def test_under_more_principles_only_the_new_ones_are_asked(label: Cai, asked: list[str], tmp_path: Path) -> None:
+def test_with_more_principles_only_the_new_ones_are_judged(label: Cai, asked: list[str], tmp_path: Path) -> None:
     label("one.jsonl")
     first = set(asked)
     label("three.jsonl", "--principles-per-pair", "3")
@@ -78,7 +76,7 @@ def test_under_more_principles_only_the_new_ones_are_asked(label: Cai, asked: li
     assert all_rows(tmp_path / "taken.jsonl") == all_rows(tmp_path / "three.jsonl")
 
 
-def test_votes_of_the_same_id_about_other_replies_are_not_taken(label: Cai, asked: list[str], tmp_path: Path) -> None:
+def test_votes_of_the_same_id_about_other_replies_are_not_used(label: Cai, asked: list[str], tmp_path: Path) -> None:
     label("before.jsonl")
     changed = [sample_row(i, k) for i in range(24) for k in range(2)]
     for row in changed:
@@ -90,29 +88,28 @@ def test_votes_of_the_same_id_about_other_replies_are_not_taken(label: Cai, aske
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "code", "message"),
     [
-        (("--clamp", "0,1"), "clamped to 0.4,0.6, narrower than --clamp"),
-        (("--clamp", "0.4,0.6", "--seed", "1"), "asked otherwise: settings.seed: 0 -> 1"),
-        (("--clamp", "0.4,0.6", "--method", "choice"), "asked otherwise: settings.method: cot -> choice"),
-        (("--clamp", "0.4,0.6", "--few-shot", "none"), "asked otherwise: constitution.fingerprint"),
+        (("--clamp", "0,1"), "option-conflict", "0.4,0.6"),
+        (("--clamp", "0.4,0.6", "--seed", "1"), "other-run", "settings.seed: 0 -> 1"),
+        (("--clamp", "0.4,0.6", "--method", "choice"), "other-run", "settings.method: cot -> choice"),
+        (("--clamp", "0.4,0.6", "--few-shot", "none"), "other-run", "constitution.fingerprint"),
     ],
 )
-def test_votes_that_were_asked_for_otherwise_are_refused(
-    words: tuple[str, ...], said: str, label: Cai, asked: list[str], tmp_path: Path
+def test_votes_of_a_different_judge_are_refused(
+    words: tuple[str, ...], code: str, message: str, label: Cai, asked: list[str], tmp_path: Path
 ) -> None:
     label("cot.jsonl", "--method", "cot")
     more = words if "--method" in words else ("--method", "cot", *words)
     refused = label("other.jsonl", *more, "--votes", "cot.jsonl")
-    assert refused.code == 2
-    assert said in refused.stderr
+    assert (refused.code, refused.error) == (2, code)
+    assert message in refused.stderr
     assert not (tmp_path / "other.jsonl").exists()
 
 
-def test_votes_are_those_of_a_finished_labelling(label: Cai, asked: list[str], tmp_path: Path) -> None:
+def test_votes_come_from_a_finished_labelling(label: Cai, asked: list[str], tmp_path: Path) -> None:
     refused = label("prefs.jsonl", "--votes", "samples.jsonl")
-    assert refused.code == 2
-    assert "--votes samples.jsonl: no finished output of `cai label-prefs`" in refused.stderr
+    assert (refused.code, refused.error) == (2, "not-made-by-cai")
     label("before.jsonl")
     with (tmp_path / "before.jsonl.rejected.jsonl").open("a") as file:
         file.write('{"key": "p", "reason": "tie", "row": "{"}\n')

@@ -1,4 +1,4 @@
-"""Intervals: they hold the value, narrow with the rows, repeat to the bit, and are those of scipy."""
+"""Intervals contain the value, narrow with more rows, are reproducible to the bit, and agree with scipy."""
 
 import math
 
@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from cai_cli.metrics.intervals import BLOCKS, SHARE, ClusterBootstrap, mean_figure, paired_difference, wilson
+from cai_cli.metrics.intervals import BLOCKS, SHARE, ClusterBootstrap, mean_estimate, paired_difference, wilson
 
 shares = st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=1, max_size=60)
 
 
 @given(st.integers(0, 50), st.integers(1, 50))
-def test_wilson_is_scipys(right: int, more: int) -> None:
+def test_wilson_agrees_with_scipy(right: int, more: int) -> None:
     n = right + more
     found = wilson(right, n)
     assert found is not None
@@ -24,27 +24,27 @@ def test_wilson_is_scipys(right: int, more: int) -> None:
     assert 0 <= found["low"] <= found["value"] <= found["high"] <= 1
 
 
-def test_nothing_has_no_figure() -> None:
+def test_no_rows_have_no_estimate() -> None:
     assert wilson(0, 0) is None
-    assert mean_figure([], SHARE) is None
+    assert mean_estimate([], SHARE) is None
     assert ClusterBootstrap(["a", "n"]).share("a", "n") is None
 
 
 @settings(deadline=None)  # a bootstrap takes milliseconds, but on a busy machine not always
 @given(shares)
-def test_an_interval_holds_its_value_lies_within_the_limits_and_repeats(values: list[float]) -> None:
-    found = mean_figure(values, SHARE)
+def test_an_interval_contains_its_value_lies_within_the_limits_and_is_reproducible(values: list[float]) -> None:
+    found = mean_estimate(values, SHARE)
     assert found is not None
     assert 0 <= found["low"] <= found["value"] <= found["high"] <= 1
     assert found["value"] == pytest.approx(sum(values) / len(values))
     assert found["n"] == len(values)
-    assert found == mean_figure(values, SHARE)
+    assert found == mean_estimate(values, SHARE)
 
 
 @settings(deadline=None)
 @given(st.lists(st.sampled_from([0.0, 1.0]), min_size=8, max_size=40).filter(lambda v: 0 < sum(v) < len(v)))
 def test_four_times_the_rows_halve_the_interval(values: list[float]) -> None:
-    one, four = mean_figure(values, SHARE), mean_figure(values * 4, SHARE)
+    one, four = mean_estimate(values, SHARE), mean_estimate(values * 4, SHARE)
     assert one is not None
     assert four is not None
     width, narrower = one["high"] - one["low"], four["high"] - four["low"]
@@ -54,9 +54,9 @@ def test_four_times_the_rows_halve_the_interval(values: list[float]) -> None:
 
 
 @pytest.mark.parametrize("n", [30, 400])
-def test_the_bootstrap_of_a_mean_is_scipys(n: int) -> None:
+def test_the_bootstrap_of_a_mean_agrees_with_scipy(n: int) -> None:
     values = np.random.default_rng(n).normal(1, 2, n)
-    found = mean_figure(values.tolist(), (-math.inf, math.inf))
+    found = mean_estimate(values.tolist(), (-math.inf, math.inf))
     assert found is not None
     theirs = stats.bootstrap((values,), np.mean, n_resamples=9999, method="percentile", rng=1).confidence_interval
     width = theirs.high - theirs.low
@@ -65,14 +65,14 @@ def test_the_bootstrap_of_a_mean_is_scipys(n: int) -> None:
     assert found["high"] == pytest.approx(theirs.high, abs=0.06 * width)
 
 
-def test_the_bootstrap_of_a_correlation_is_scipys() -> None:
+def test_the_bootstrap_of_a_correlation_agrees_with_scipy() -> None:
     rng = np.random.default_rng(5)
     x = rng.normal(size=200)
     y = 0.6 * x + rng.normal(size=200)
     sums = ClusterBootstrap(["n", "x", "y", "xx", "xy", "yy"])
     for row, (a, b) in enumerate(zip(x.tolist(), y.tolist(), strict=True)):
         sums.add(row, {"n": 1, "x": a, "y": b, "xx": a * a, "xy": a * b, "yy": b * b})
-    found = sums.figure(
+    found = sums.estimate(
         lambda s: (
             (s["xy"] - s["x"] * s["y"] / s["n"])
             / ((s["xx"] - s["x"] ** 2 / s["n"]) * (s["yy"] - s["y"] ** 2 / s["n"])) ** 0.5
@@ -89,9 +89,9 @@ def test_the_bootstrap_of_a_correlation_is_scipys() -> None:
     assert (found["low"], found["high"]) == pytest.approx((theirs.low, theirs.high), abs=0.02)
 
 
-def test_rows_of_one_cluster_are_drawn_together() -> None:
+def test_rows_of_one_cluster_are_resampled_together() -> None:
     values = [float(i // 10 % 2) for i in range(400)]
-    apart, together = mean_figure(values, SHARE), mean_figure(values, SHARE, [i // 10 for i in range(400)])
+    apart, together = mean_estimate(values, SHARE), mean_estimate(values, SHARE, [i // 10 for i in range(400)])
     assert apart is not None
     assert together is not None
     assert (together["high"] - together["low"]) / (apart["high"] - apart["low"]) == pytest.approx(
@@ -99,12 +99,12 @@ def test_rows_of_one_cluster_are_drawn_together() -> None:
     )
 
 
-def test_one_cluster_alone_says_nothing_about_the_spread() -> None:
-    assert mean_figure([0.2, 0.4], (-1.0, 1.0), [0, 0]) == {"value": pytest.approx(0.3), "low": -1, "high": 1, "n": 2}
+def test_one_cluster_alone_does_not_determine_the_spread() -> None:
+    assert mean_estimate([0.2, 0.4], (-1.0, 1.0), [0, 0]) == {"value": pytest.approx(0.3), "low": -1, "high": 1, "n": 2}
 
 
-def test_rows_that_all_say_the_same_have_wilsons_interval_not_none() -> None:
-    found = mean_figure([1.0] * 10, SHARE)
+def test_equal_rows_have_wilsons_interval() -> None:
+    found = mean_estimate([1.0] * 10, SHARE)
     assert found == pytest.approx(wilson(10, 10))
     assert found is not None
     assert found["low"] == pytest.approx(0.722, abs=1e-3)
@@ -113,7 +113,7 @@ def test_rows_that_all_say_the_same_have_wilsons_interval_not_none() -> None:
 def test_more_clusters_than_blocks_give_the_interval_of_the_closed_form() -> None:
     n = 5 * BLOCKS + 7
     values = (np.random.default_rng(2).random(n) < 0.3).astype(float).tolist()
-    found, exact = mean_figure(values, SHARE), wilson(int(sum(values)), n)
+    found, exact = mean_estimate(values, SHARE), wilson(int(sum(values)), n)
     assert found is not None
     assert exact is not None
     assert found["n"] == n
@@ -140,11 +140,11 @@ def test_what_two_judges_share_cancels_in_their_difference() -> None:
 
 
 @pytest.mark.parametrize("n", [5, 6, 8, 10, 15, 20, 29])
-def test_a_coin_is_hardly_ever_told_from_a_coin(n: int) -> None:
+def test_a_fair_coin_is_rarely_called_biased(n: int) -> None:
     """How often the lower end of the interval lies above one half; of four coins that are alike it always does."""
     by_chance = 0.0
     for heads in range(n + 1):
-        found = mean_figure([1.0] * heads + [0.0] * (n - heads), SHARE)
+        found = mean_estimate([1.0] * heads + [0.0] * (n - heads), SHARE)
         assert found is not None
         by_chance += math.comb(n, heads) / 2**n * (found["low"] > 0.5)
     assert by_chance < 0.036

@@ -1,4 +1,4 @@
-"""The audit of labels: a judge's planted faults come out of its votes, and labels worth nothing are called so."""
+"""The audit of labels: it recovers a judge's planted faults from its votes, and does not trust worthless labels."""
 
 import json
 import math
@@ -27,8 +27,8 @@ from cai_cli.prompting.base import assistant, user
 
 
 class PlantedJudge(ScriptedEngine):
-    """Picks the first reply outright in a share `position` of asks, tosses a coin in a share `noise`, and else picks
-    what the principle prefers, which is what humans prefer (reply "good") on the share `likes` of pairs."""
+    """Picks the first reply in a share `position` of questions, at random in a share `noise`, and otherwise what the
+    principle prefers, which is what humans prefer (reply "good") on the share `likes` of pairs."""
 
     def __init__(self, position: float, noise: float, likes: dict[str, float], seed: int) -> None:
         self.position, self.noise, self.likes, self.seed = position, noise, likes, seed
@@ -54,15 +54,17 @@ class PlantedJudge(ScriptedEngine):
 
 
 def planted_rows(judge: PlantedJudge, pairs: int) -> list[Preference | Rejected]:
-    """What `label_prefs` makes of the judge's answers."""
-    asked = []
+    """The labels that `label_prefs` makes from the judge's answers."""
+    pairs_to_label = []
     for i in range(pairs):
         good, bad = [assistant(f"reply {i} good")], [assistant(f"reply {i} bad")]
         fields = {"id": f"p{i}/0-1", "prompt": [user(f"question {i}")], "source": None}
-        asked.append(Pair(a=good, b=bad, human="a", **fields) if i % 2 else Pair(a=bad, b=good, human="b", **fields))
+        pairs_to_label.append(
+            Pair(a=good, b=bad, human="a", **fields) if i % 2 else Pair(a=bad, b=good, human="b", **fields)
+        )
     principles = [PreferencePrinciple(id=name, comparison=f"Which is better by {name}?") for name in judge.likes]
-    asker = Judge(judge, "choice", [], "raw", judge.seed, Sampling())
-    rows = label_prefs(asked, Labeller(asker, principles, 1, ("ab", "ba")))
+    feedback_model = Judge(judge, "choice", [], "raw", judge.seed, Sampling())
+    rows = label_prefs(pairs_to_label, Labeller(feedback_model, principles, 1, ("ab", "ba")))
     assert all(isinstance(row, Preference) for row in rows)
     return rows
 
@@ -88,16 +90,16 @@ def test_the_audit_recovers_a_planted_position_noise_and_principles_within_its_i
     seeds = 60
     for seed in range(seeds):
         found = audit(planted_rows(PlantedJudge(position, noise, likes, seed), 300))
-        figures = found | {name: found["principles"][name]["agreement"] for name in likes}
+        metrics = found | {name: found["principles"][name]["agreement"] for name in likes}
         for name, true in truth.items():
-            covered[name] += figures[name]["low"] - 1e-9 <= true <= figures[name]["high"] + 1e-9
+            covered[name] += metrics[name]["low"] - 1e-9 <= true <= metrics[name]["high"] + 1e-9
     assert {name: count for name, count in covered.items() if count < 0.85 * seeds} == {}
     # ... and the intervals of 300 pairs are narrow enough to say something.
     counted = ("position", "first_picks", "flip_rate", *likes)
-    assert all(figures[name]["high"] - figures[name]["low"] < 0.25 for name in counted)
+    assert all(metrics[name]["high"] - metrics[name]["low"] < 0.25 for name in counted)
 
 
-# --- figures of votes given by hand -----------------------------------------------------------------------------------
+# --- metrics of votes given by hand -----------------------------------------------------------------------------------
 
 
 def pref(
@@ -141,7 +143,7 @@ def values(found: dict[str, Any], *names: str) -> list[tuple[float, int]]:
     return [(round(found[name]["value"], 6), found[name]["n"]) for name in names]
 
 
-def test_flips_and_first_picks_are_counted_by_pair_and_by_ask() -> None:
+def test_flips_are_counted_by_pair_and_first_picks_by_vote() -> None:
     found = audit([steady(1), flipped(2), flipped(3), steady(4)])
     assert values(found, "flip_rate", "first_picks", "mean_p_first") == [(0.5, 4), (0.75, 8), (0.7, 8)]
     assert (found["pairs"], found["votes"], found["agreement"]) == (4, 8, None)
@@ -199,21 +201,21 @@ def test_the_calibration_error_is_the_mean_distance_of_confidence_and_share_righ
     ]
 
 
-def test_rows_of_one_id_are_counted_and_said_to_be() -> None:
+def test_rows_with_a_repeated_id_are_counted_and_noted() -> None:
     found = audit([steady(1), steady(1), steady(2)], [reject("p2", "too long", user("x"))])
     assert (found["pairs"], found["repeated"]) == (3, 2)
-    assert "2 rows have the id of an earlier row, and are counted like the others" in found["notes"]
+    assert "2 rows repeat the id of an earlier row; they are counted as well" in found["notes"]
     assert audit([steady(1), steady(2)])["repeated"] == 0
 
 
-def test_each_order_has_one_say_however_many_thoughts_it_lost() -> None:
+def test_both_orders_weigh_the_same_however_many_rationales_each_has() -> None:
     # 0.6 three times in one order, 0.2 once in the other: 0.4 for chosen, where the plain mean is one half.
     votes = [("kind", "ab", 0.6), ("kind", "ab", 0.6), ("kind", "ab", 0.6), ("kind", "ba", 0.8)]
     found = audit([pref(1, *votes, p_chosen=0.5, human="chosen")])
     assert values(found["principles"]["kind"], "agreement") == [(0.0, 1)]
 
 
-def test_a_liking_for_length_shows_whichever_way_the_replies_are_named() -> None:
+def test_a_length_bias_is_found_whichever_reply_is_longer() -> None:
     long, short = "x" * 100, "x" * 10
     likes = [pref(i, ("kind", "ab", 0.6 + i / 100), replies=(long, short)) for i in range(20)]
     loathes = [pref(i, ("kind", "ab", 0.6 + i / 100), replies=(short, long)) for i in range(20)]
@@ -221,7 +223,7 @@ def test_a_liking_for_length_shows_whichever_way_the_replies_are_named() -> None
     more = audit([*likes, *equal])
     assert values(more, "longer_chosen") == [(1.0, 20)]
     assert more["length_correlation"]["value"] > 0.5
-    assert any("the longer reply won in 100.0%" in note for note in more["notes"])
+    assert any("the longer reply is chosen in 100.0%" in note for note in more["notes"])
     less = audit(loathes)
     assert values(less, "longer_chosen") == [(0.0, 20)]
     assert less["length_correlation"]["value"] < -0.9
@@ -253,13 +255,13 @@ def verdict(rows: Iterable[Preference], rejected: Iterable[Rejected] = ()) -> tu
 def test_labels_are_trusted_where_agreement_is_above_chance_and_not_where_it_may_be_chance() -> None:
     trusted, why = verdict(steady(i, "chosen" if i % 4 else "rejected") for i in range(100))
     assert trusted is True
-    assert why.startswith("the judge agrees with the humans on 75.0% (")
+    assert why.startswith("the judge agrees with humans on 75.0% (")
     trusted, why = verdict(steady(i, "chosen" if i % 2 else "rejected") for i in range(100))
     assert trusted is False
-    assert why.endswith("of 100 labelled pairs: that cannot be told from chance")
+    assert why.endswith("of 100 labelled pairs, which cannot be distinguished from chance")
     trusted, why = verdict(steady(i, "rejected" if i % 4 else "chosen") for i in range(100))
     assert trusted is False
-    assert why.endswith("worse than chance")
+    assert why.endswith("is worse than chance")
 
 
 def test_three_pairs_that_agree_do_not_make_a_judge() -> None:
@@ -271,53 +273,59 @@ def test_three_pairs_that_agree_do_not_make_a_judge() -> None:
 def test_without_humans_a_steady_judge_is_not_known_and_one_that_flips_like_a_coin_is_not_trusted() -> None:
     trusted, why = verdict(steady(i) for i in range(50))
     assert trusted is None
-    assert "no human labels, so agreement is unknown" in why
+    assert "agreement is unknown without human labels" in why
     backward = (pref(50 + i, ("kind", "ab", 0.3), ("kind", "ba", 0.1)) for i in range(12))
     trusted, why = verdict([*backward, *(flipped(i) for i in range(13)), *(steady(i) for i in range(25, 50))])
     assert trusted is False
-    assert "cannot be told from a judge that does not read the replies" in why
+    assert "like a judge that does not read them" in why
     trusted, why = verdict(flipped(i) for i in range(50))
     assert trusted is False
 
 
-def test_in_one_order_a_liking_for_the_first_place_is_in_the_labels() -> None:
+def test_with_one_order_a_position_bias_is_in_the_labels() -> None:
     first = [pref(i, ("kind", "ab", 0.8)) for i in range(45)]
     second = [pref(100 + i, ("kind", "ba", 0.3)) for i in range(45)]
     trusted, why = verdict(first)
     assert trusted is False
-    assert why.startswith("asked in one order only, the judge picks the first reply in 100.0%")
-    assert verdict([*first, *second]) == (None, "no human labels and one order only: agreement is unknown")
+    assert why.startswith("the judge saw one order only, and picks the first reply in 100.0%")
+    assert verdict([*first, *second]) == (
+        None,
+        "agreement is unknown: there are no human labels, and the judge saw one order only",
+    )
 
 
-def test_a_contrast_has_no_first_place_to_like() -> None:
+def test_the_contrast_method_has_no_position_bias() -> None:
     rows = [pref(i, ("kind", "ab", 0.8)) for i in range(45)]
     contrasts = [r.model_copy(update={"votes": [r.votes[0].model_copy(update={"method": "contrast"})]}) for r in rows]
     found = audit(contrasts)
     assert found["first_picks"] is found["position"] is None
-    assert (found["trusted"], found["reason"]) == (None, "no human labels and one order only: agreement is unknown")
+    assert (found["trusted"], found["reason"]) == (
+        None,
+        "agreement is unknown: there are no human labels, and the judge saw one order only",
+    )
 
 
-def test_a_judge_of_ties_alone_is_not_trusted_and_nothing_is_not_known() -> None:
+def test_only_ties_are_not_trusted_and_without_votes_trust_is_unknown() -> None:
     tie = reject("p1", "tie", pref(1, ("kind", "ab", 0.8), ("kind", "ba", 0.8)))
-    assert verdict([], [tie]) == (False, "no pair has a preference: 1 ties")
-    assert verdict([]) == (None, "there are no votes to judge by")
+    assert verdict([], [tie]) == (False, "no pair got a preference: 1 tie")
+    assert verdict([]) == (None, "there are no votes to audit")
     assert verdict([pref(1, p_chosen=1.0, human="chosen")])[0] is None
 
 
-def test_ties_count_as_flips_of_the_judge_and_failures_are_kept_apart_with_their_reasons() -> None:
+def test_ties_count_as_flips_of_the_judge_and_failures_are_counted_by_reason() -> None:
     """A judge that only says A or B ties on every pair it flips on: without the ties it would look steady."""
     ties = [reject(f"t{i}", "tie", pref(i, ("kind", "ab", 1.0), ("kind", "ba", 1.0))) for i in range(30)]
     failures = [reject("f", "too long", user("x")), reject("g", "too long", user("y"))]
     found = audit([steady(100 + i) for i in range(10)], [*ties, *failures])
     assert values(found, "flip_rate") == [(0.75, 40)]
     assert (found["pairs"], found["ties"], found["rejected"]) == (10, 30, {"too long": 2})
-    assert "2 pairs have no label beside 30 ties, for the reasons counted" in found["notes"]
+    assert "2 pairs besides the 30 ties have no label; see their reasons" in found["notes"]
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_prints_every_figure_and_writes_it_once(cai: Cai, tmp_path: Path) -> None:
+def test_the_command_prints_every_metric_and_writes_it_once(cai: Cai, tmp_path: Path) -> None:
     rows = [steady(i, "chosen" if i % 3 else "rejected") for i in range(30)]
     write_rows(tmp_path / "prefs.jsonl", (orjson.loads(dump_row(row)) for row in rows))
     tie = reject("p99", "tie", flipped(99))
@@ -336,7 +344,7 @@ def test_the_command_prints_every_figure_and_writes_it_once(cai: Cai, tmp_path: 
     assert json.loads(piped.stdout)["ties"] == 0
 
 
-def test_a_bad_row_is_named_with_file_and_line(cai: Cai, tmp_path: Path) -> None:
+def test_an_invalid_row_is_named_with_file_and_line(cai: Cai, tmp_path: Path) -> None:
     write_rows(tmp_path / "prefs.jsonl", [orjson.loads(dump_row(steady(1))), {"id": "x"}])
     done = cai("eval", "agreement", "prefs.jsonl")
     assert done.code == 1

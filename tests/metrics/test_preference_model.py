@@ -5,7 +5,13 @@ import pytest
 
 from cai_cli.data.schema import JudgedPair
 from cai_cli.metrics.intervals import wilson
-from cai_cli.metrics.preference_model import calibration, held_out_figures, length_correlation, loss_figures, note
+from cai_cli.metrics.preference_model import (
+    accuracy_warning,
+    calibration,
+    held_out_metrics,
+    length_correlation,
+    loss_metrics,
+)
 
 
 def pair(
@@ -27,26 +33,26 @@ def logit(p: float) -> float:
 
 
 def test_ties_are_left_out_of_the_accuracy_and_equal_scores_are_wrong() -> None:
-    figures = held_out_figures([pair(1, p=0.5), pair(0, p=0.9), pair(-1, p=0.9), pair(1, p=0.9)])
-    assert figures["accuracy"] == wilson(1, 3)
-    assert held_out_figures([pair(0.0) for _ in range(200)])["accuracy"]["high"] < 0.02  # a constant model
+    metrics = held_out_metrics([pair(1, p=0.5), pair(0, p=0.9), pair(-1, p=0.9), pair(1, p=0.9)])
+    assert metrics["accuracy"] == wilson(1, 3)
+    assert held_out_metrics([pair(0.0) for _ in range(200)])["accuracy"]["high"] < 0.02  # a constant model
 
 
-def test_the_loss_has_the_entropy_of_the_labels_as_its_floor() -> None:
-    exact = loss_figures([pair(logit(p), p=p) for p in (0.6, 0.9)])
+def test_the_loss_is_bounded_below_by_the_entropy_of_the_labels() -> None:
+    exact = loss_metrics([pair(logit(p), p=p) for p in (0.6, 0.9)])
     assert exact["loss_gap"] == pytest.approx(0, abs=1e-12)
     assert exact["label_entropy"] == pytest.approx(
         sum(-p * math.log(p) - (1 - p) * math.log(1 - p) for p in (0.6, 0.9)) / 2
     )
-    untrained = loss_figures([pair(0.0, p=p) for p in (0.6, 0.9)])
+    untrained = loss_metrics([pair(0.0, p=p) for p in (0.6, 0.9)])
     assert untrained["held_out_loss"] == pytest.approx(math.log(2))
     assert untrained["loss_gap"] == pytest.approx(math.log(2) - exact["label_entropy"])
-    assert loss_figures([pair(1.0)])["label_entropy"] == 0  # a human label leaves nothing open
+    assert loss_metrics([pair(1.0)])["label_entropy"] == 0  # a human label leaves nothing open
 
 
 def test_a_huge_margin_gives_a_finite_loss() -> None:
-    assert loss_figures([pair(-4000.0)])["held_out_loss"] == pytest.approx(4000.0)
-    assert loss_figures([pair(4000.0)])["held_out_loss"] == pytest.approx(0.0)
+    assert loss_metrics([pair(-4000.0)])["held_out_loss"] == pytest.approx(4000.0)
+    assert loss_metrics([pair(4000.0)])["held_out_loss"] == pytest.approx(0.0)
 
 
 def test_a_calibrated_model_has_no_calibration_error_and_an_overconfident_one_has() -> None:
@@ -54,10 +60,10 @@ def test_a_calibrated_model_has_no_calibration_error_and_an_overconfident_one_ha
     honest = [rng.choice((0.55, 0.65, 0.75, 0.85, 0.95)) for _ in range(4000)]
     # The side the model prefers is the label's with the probability it says.
     sides = [1 if rng.random() < q else -1 for q in honest]
-    figures = calibration([pair(side * logit(q)) for q, side in zip(honest, sides, strict=True)])
-    assert figures["calibration_error"] < 0.03
-    assert [b["n"] > 600 for b in figures["calibration_curve"]] == [True] * 5
-    assert sum(b["n"] for b in figures["calibration_curve"]) == 4000
+    metrics = calibration([pair(side * logit(q)) for q, side in zip(honest, sides, strict=True)])
+    assert metrics["calibration_error"] < 0.03
+    assert [b["n"] > 600 for b in metrics["calibration_curve"]] == [True] * 5
+    assert sum(b["n"] for b in metrics["calibration_curve"]) == 4000
     sure = calibration([pair(side * 10.0) for side in sides])
     assert sure["calibration_error"] == pytest.approx(1 - sides.count(1) / 4000, abs=0.01)
     (only,) = sure["calibration_curve"]
@@ -68,36 +74,36 @@ def test_a_model_that_gives_soft_labels_exactly_is_calibrated() -> None:
     assert calibration([pair(logit(p), p=p) for p in (0.6, 0.7, 0.9)])["calibration_error"] == pytest.approx(0)
 
 
-def test_an_accuracy_whose_interval_holds_a_half_is_said_to_be_chance() -> None:
-    coin = held_out_figures([pair(1.0 if i % 2 else -1.0) for i in range(100)])
+def test_an_accuracy_whose_interval_contains_one_half_is_reported_as_chance() -> None:
+    coin = held_out_metrics([pair(1.0 if i % 2 else -1.0) for i in range(100)])
     assert coin["at_chance"] is True
-    assert "cannot be told from a coin: right on 50.0% of 100" in coin["note"]
-    good = held_out_figures([pair(1.0 if i % 10 else -1.0) for i in range(100)])
+    assert "cannot be distinguished from chance: right on 50.0% of 100" in coin["note"]
+    good = held_out_metrics([pair(1.0 if i % 10 else -1.0) for i in range(100)])
     assert (good["at_chance"], good["note"]) == (False, None)
-    reversed_labels = held_out_figures([pair(-1.0) for _ in range(100)])
+    reversed_labels = held_out_metrics([pair(-1.0) for _ in range(100)])
     assert reversed_labels["at_chance"] is False
-    assert "wrong more often than a coin" in reversed_labels["note"]
+    assert "worse than chance" in reversed_labels["note"]
 
 
-def test_without_held_out_pairs_no_figure_is_made_up() -> None:
-    figures = held_out_figures([])
-    assert figures["accuracy"] is figures["at_chance"] is figures["held_out_loss"] is figures["score_std"] is None
-    assert "No pair" in figures["note"]
-    assert note(None) == held_out_figures([pair(1.0, p=0.5)])["note"]
+def test_without_held_out_pairs_the_metrics_are_none() -> None:
+    metrics = held_out_metrics([])
+    assert metrics["accuracy"] is metrics["at_chance"] is metrics["held_out_loss"] is metrics["score_std"] is None
+    assert "No pair" in metrics["note"]
+    assert accuracy_warning(None) == held_out_metrics([pair(1.0, p=0.5)])["note"]
 
 
-def test_sources_are_counted_apart() -> None:
+def test_accuracy_is_counted_by_source() -> None:
     rows = [pair(1.0, source="human")] * 3 + [pair(-1.0, source="ai")] * 2 + [pair(1.0, source=None)]
-    by_source = held_out_figures(rows)["accuracy_by_source"]
+    by_source = held_out_metrics(rows)["accuracy_by_source"]
     assert by_source == {"ai": wilson(0, 2), "human": wilson(3, 3), "no source": wilson(1, 1)}
 
 
 def test_the_spread_of_scores_is_over_replies() -> None:
-    figures = held_out_figures([pair(2.0, base=-1.0), pair(2.0, base=-1.0)])
-    assert (figures["score_mean"], figures["score_std"]) == (0.0, 1.0)
+    metrics = held_out_metrics([pair(2.0, base=-1.0), pair(2.0, base=-1.0)])
+    assert (metrics["score_mean"], metrics["score_std"]) == (0.0, 1.0)
 
 
-def test_a_model_that_scores_by_length_is_found_out_and_an_indifferent_one_is_not_accused() -> None:
+def test_a_length_bias_is_found_and_none_where_there_is_none() -> None:
     rng = random.Random(1)
     lengths = [(rng.randrange(1, 200), rng.randrange(1, 200)) for _ in range(200)]
     longer = [pair(a - b + rng.gauss(0, 30), tokens=(a, b), base=b) for a, b in lengths]

@@ -67,7 +67,7 @@ def test_assurances_of_worth_company_and_care_are_boilerplate(reply: str) -> Non
 
 
 @pytest.mark.parametrize("reply", PLAIN)
-def test_a_plain_answer_is_no_boilerplate(reply: str) -> None:
+def test_a_plain_answer_is_not_boilerplate(reply: str) -> None:
     assert not boilerplate(reply)
 
 
@@ -77,7 +77,7 @@ def test_declining_to_engage_is_an_evasive_opening(reply: str) -> None:
 
 
 @pytest.mark.parametrize("reply", ENGAGED)
-def test_an_answer_a_stance_a_hedge_or_a_question_is_no_evasion(reply: str) -> None:
+def test_an_answer_a_stance_a_hedge_or_a_question_is_not_evasive(reply: str) -> None:
     assert not evasive_opening(reply)
 
 
@@ -94,7 +94,7 @@ def test_openings_are_compared_without_case_and_punctuation() -> None:
 
 
 @given(st.text())
-def test_every_text_has_an_answer(text: str) -> None:
+def test_every_text_is_accepted(text: str) -> None:
     assert boilerplate(text) in (True, False)
     assert evasive_opening(text) in (True, False)
 

@@ -27,7 +27,7 @@ def first_flag(checks: Sequence[list[PolicySample]]) -> int | None:
     return next((k for k in range(len(checks)) if goodhart(checks[: k + 1])), None)
 
 
-def test_a_watcher_that_falls_while_the_score_rises_is_flagged_within_three_checks() -> None:
+def test_a_monitor_that_falls_while_the_score_rises_is_flagged_within_three_checks() -> None:
     def planted(k: int, _: int, rng: random.Random) -> dict[str, object]:
         return {"score": k + rng.gauss(0, 1), "watch_score": -k / 2 + rng.gauss(0, 0.5)}
 
@@ -39,7 +39,7 @@ def test_a_watcher_that_falls_while_the_score_rises_is_flagged_within_three_chec
     assert best_check(checks[:at]) == 0
 
 
-def test_a_watcher_that_turns_is_held_against_its_best_check() -> None:
+def test_a_monitor_whose_score_turns_is_compared_with_its_best_check() -> None:
     def turning(k: int, _: int, rng: random.Random) -> dict[str, object]:
         return {"score": k + rng.gauss(0, 0.5), "watch_score": (0, 2, 1.9, -1)[k] + rng.gauss(0, 0.5)}
 
@@ -49,7 +49,7 @@ def test_a_watcher_that_turns_is_held_against_its_best_check() -> None:
     assert best_check(checks[:3]) in (1, 2)
 
 
-def test_a_watcher_that_only_wavers_is_seldom_flagged() -> None:
+def test_a_monitor_that_only_fluctuates_is_rarely_flagged() -> None:
     def wavering(k: int, _: int, rng: random.Random) -> dict[str, object]:
         return {"score": k + rng.gauss(0, 1), "watch_score": rng.gauss(0, 1)}
 
@@ -57,7 +57,7 @@ def test_a_watcher_that_only_wavers_is_seldom_flagged() -> None:
     assert sum(flagged) <= 5
 
 
-def test_both_rising_or_both_falling_is_no_goodharting() -> None:
+def test_both_rising_or_both_falling_is_not_flagged() -> None:
     for sign in (1, -1):
         checks = run(
             4, lambda k, i, rng, s=sign: {"score": s * k + rng.gauss(0, 1), "watch_score": s * k + rng.gauss(0, 1)}
@@ -65,7 +65,7 @@ def test_both_rising_or_both_falling_is_no_goodharting() -> None:
         assert first_flag(checks) is None
 
 
-def test_boilerplate_evasion_and_length_that_run_away_are_flagged_without_a_watcher() -> None:
+def test_runaway_boilerplate_evasion_and_length_are_flagged_without_a_monitor() -> None:
     for fields, name in (
         ({"reply": "you are valued"}, "boilerplate_share 0.00 -> 0.50"),
         ({"reply": "I can't help with that"}, "evasive_share 0.00 -> 0.50"),
@@ -77,12 +77,12 @@ def test_boilerplate_evasion_and_length_that_run_away_are_flagged_without_a_watc
     assert str(goodhart(longer)).startswith("reply_tokens")
 
 
-def test_a_small_rise_of_a_share_is_no_runaway() -> None:
+def test_a_small_rise_of_a_share_is_not_flagged() -> None:
     checks = run(2, lambda k, i, rng: {"reply": "you are valued"} if k and i < 7 else {})
     assert goodhart(checks) is None
 
 
-def test_without_a_watcher_the_last_check_is_the_best() -> None:
+def test_without_a_monitor_the_last_check_is_the_best() -> None:
     assert best_check(run(3, lambda k, i, rng: {"watch_score": None})) == 2
 
 
@@ -90,7 +90,7 @@ def test_the_start_is_never_flagged() -> None:
     assert goodhart(run(1, lambda k, i, rng: {"reply": "you are valued"})) is None
 
 
-def test_a_change_is_told_from_chance_by_its_pairs() -> None:
+def test_a_change_is_tested_on_paired_replies() -> None:
     then = [sample(0, i, score=float(i)) for i in range(10)]
     now = [sample(1, i, score=i + 0.1 + 0.01 * (i % 2)) for i in range(10)]
     assert changed(then, now, lambda row: row.score, 0.001) == 1
@@ -99,7 +99,7 @@ def test_a_change_is_told_from_chance_by_its_pairs() -> None:
     assert changed(then, now, lambda row: row.watch_score, 0.001) == 0
 
 
-def test_a_watcher_that_is_silent_decides_nothing() -> None:
+def test_a_monitor_without_scores_does_not_select_a_check() -> None:
     # What the start model's replies are given (as good as themselves) was said by nobody.
     silent = run(3, lambda k, i, rng: {"watch_score": None if k else 0.5})
     assert best_check(silent) == len(silent) - 1

@@ -1,4 +1,4 @@
-"""The arithmetic of labels: orders averaged, votes turned to the chosen reply, a liking for a place no preference."""
+"""Labels from votes: orders are averaged, votes refer to the chosen reply, and position bias gives no preference."""
 
 import json
 import math
@@ -16,7 +16,9 @@ from cai_cli.constitution.schema import PreferencePrinciple
 from cai_cli.data.schema import Preference, Rejected
 from cai_cli.engines.base import Completion, Engine, GenerationRequest, LogprobRequest, RequestFailure, Sampling
 from cai_cli.engines.scripted import ScriptedEngine
-from cai_cli.judging.judge import CONTENT_FREE, Judge, Judgement, Order, sigmoid
+from cai_cli.judging.base import Judgement, Order, sigmoid
+from cai_cli.judging.judge import Judge
+from cai_cli.judging.methods.choice import CONTENT_FREE
 from cai_cli.judging.pairs import Pair
 from cai_cli.judging.votes import Labeller
 from cai_cli.phase2_feedback.label_prefs import label_prefs
@@ -144,20 +146,25 @@ def test_by_default_a_constant_judge_gives_ties_and_no_preference(cai: Cai, tmp_
 
 
 @pytest.mark.parametrize(
-    ("order", "said"),
+    ("order", "code", "lines"),
     [
-        ([(1, 0), (1, 1), (2, 0), (2, 1), (1, 2)], "samples.jsonl:5: more replies to 'p1', after those of line 1"),
-        ([(1, 0), (1, 1), (1, 0)], "samples.jsonl:3: 'p1/0' stands on line 1 already"),
+        (
+            [(1, 0), (1, 1), (2, 0), (2, 1), (1, 2)],
+            "rows-out-of-order",
+            (5, 1),
+        ),
+        ([(1, 0), (1, 1), (1, 0)], "duplicate-id", (3, 1)),
     ],
 )
-def test_replies_that_stand_apart_or_twice_are_an_error_with_both_lines(
-    order: list[tuple[int, int]], said: str, cai: Cai, tmp_path: Path
+def test_scattered_or_repeated_replies_are_an_error_with_both_lines(
+    order: list[tuple[int, int]], code: str, lines: tuple[int, int], cai: Cai, tmp_path: Path
 ) -> None:
     write_rows(tmp_path / "samples.jsonl", [sample_row(*which) for which in order])
     write_rows(tmp_path / "script.jsonl", [{"scores": [-0.1, -3.0]}])
     refused = cai("label-prefs", "samples.jsonl", "--model", "scripted:script.jsonl", "-o", "prefs.jsonl")
-    assert refused.code == 1
-    assert said in refused.stderr
+    assert (refused.code, refused.error) == (1, code)
+    assert f"samples.jsonl:{lines[0]}:" in refused.stderr
+    assert f"line {lines[1]}" in refused.stderr
 
 
 # --- methods, ensembles, and where pairs come from --------------------------------------------------------------------
@@ -206,10 +213,10 @@ def test_every_principle_has_its_own_liking_for_a_letter() -> None:
     assert [a.p_first for a in answers if isinstance(a, Judgement)] == pytest.approx([0.5] * 5)
 
 
-def test_an_answer_that_is_no_number_is_no_vote() -> None:
+def test_a_nan_log_probability_is_not_a_vote() -> None:
     (row,) = label(Answers([math.nan, -1.0]), orders=("ab",))
     assert isinstance(row, Rejected)
-    assert row.reason == "the judge's log-probabilities are no numbers"
+    assert row.reason == "the judge's log-probabilities are not numbers"
 
 
 def test_thoughts_are_kept_clamped_and_averaged() -> None:
@@ -299,7 +306,7 @@ def human(number: int) -> dict[str, object]:
     return {"chosen": f"{start}good {number}", "rejected": f"{start}bad {number}"}
 
 
-def test_human_pairs_are_labelled_and_say_whom_the_humans_preferred(cai: Cai, tmp_path: Path) -> None:
+def test_human_pairs_are_labelled_and_record_whom_humans_preferred(cai: Cai, tmp_path: Path) -> None:
     run(cai, tmp_path, [human(i) for i in range(40)], "--one-order")  # the judge likes what stands first
     rows = rows_in(tmp_path / "prefs.jsonl")
     assert len(rows) == 40
@@ -318,7 +325,7 @@ def test_pairs_without_a_source_have_the_name_of_their_file_without_its_folders(
     assert json.loads(piped.stdout)["source"] == "stdin"
 
 
-def test_a_pair_that_stands_twice_is_skipped_and_not_called_a_prompt(cai: Cai, tmp_path: Path) -> None:
+def test_a_repeated_pair_is_skipped_and_not_called_a_prompt(cai: Cai, tmp_path: Path) -> None:
     counts = run(cai, tmp_path, [human(1), human(1)], "--one-order")
     assert (counts["out"], counts["skipped_reasons"]) == (1, {"the same as an earlier line": 1})
 
@@ -338,16 +345,16 @@ def test_best_vs_rest_pairs_the_reply_of_the_highest_score_with_each_other(cai: 
     assert [row["id"] for row in rows_in(tmp_path / "prefs.jsonl")] == ["p1/0-1", "p1/1-2", "p1/1-3", "p2/0-1"]
 
 
-def test_best_vs_rest_wants_a_score_of_every_reply(cai: Cai, tmp_path: Path) -> None:
+def test_best_vs_rest_needs_a_score_for_every_reply(cai: Cai, tmp_path: Path) -> None:
     write_rows(tmp_path / "pairs.jsonl", [sample_row(1, 0) | {"score": 1.0}, sample_row(1, 1)])
     write_rows(tmp_path / "script.jsonl", [{"scores": [-0.1, -3.0]}])
     done = cai("label-prefs", "pairs.jsonl", "--model", "scripted:script.jsonl", "--pairs", "best-vs-rest")
-    assert done.code == 1
-    assert "pairs.jsonl:2: no score" in done.stderr
+    assert (done.code, done.error) == (1, "invalid-row")
+    assert "pairs.jsonl:2: " in done.stderr
     assert "cai score" in done.stderr
 
 
-def test_pairs_under_the_confidence_asked_for_are_counted_and_can_be_asked_again(cai: Cai, tmp_path: Path) -> None:
+def test_pairs_below_the_minimum_confidence_are_counted_and_can_be_judged_again(cai: Cai, tmp_path: Path) -> None:
     counts = run(cai, tmp_path, [human(i) for i in range(3)], "--min-confidence", "0.6")
     assert counts["rejected_reasons"] == {"tie": 3}
     again = [json.loads(row["row"]) for row in rows_in(tmp_path / "prefs.jsonl.rejected.jsonl")]
@@ -374,14 +381,14 @@ def test_pairs_under_the_confidence_asked_for_are_counted_and_can_be_asked_again
         ["--method", "contrast", "--few-shot", "examples.yaml"],
     ],
 )
-def test_a_way_of_judging_that_is_none_is_a_usage_error(words: list[str], cai: Cai, tmp_path: Path) -> None:
+def test_an_invalid_way_of_judging_is_a_usage_error(words: list[str], cai: Cai, tmp_path: Path) -> None:
     write_rows(tmp_path / "samples.jsonl", [sample_row(1, k) for k in range(2)])
     refused = cai("label-prefs", "samples.jsonl", "--model", "scripted:none", "-o", "prefs.jsonl", *words)
     assert refused.code == 2
     assert not (tmp_path / "prefs.jsonl").exists()
 
 
-def test_what_was_rejected_keeps_its_votes_and_can_be_asked_again(cai: Cai, tmp_path: Path) -> None:
+def test_rejected_pairs_keep_their_votes_and_can_be_judged_again(cai: Cai, tmp_path: Path) -> None:
     run(cai, tmp_path, [sample_row(1, k) for k in range(2)])
     (tie,) = rows_in(tmp_path / "prefs.jsonl.rejected.jsonl")
     row = json.loads(tie["row"])
@@ -397,7 +404,7 @@ def test_every_labelling_ends_with_the_audit_of_its_labels(cai: Cai, tmp_path: P
     write_rows(tmp_path / "script.jsonl", [{"scores": [-0.1, -3.0]}])
     words = ("label-prefs", "samples.jsonl", "--model", "scripted:script.jsonl", "--one-order", "--json")
     filed = cai(*words, "-o", "prefs.jsonl")
-    assert "warning: do not trust these labels: asked in one order only, the judge picks the first reply in 100.0%" in (
+    assert "warning: do not trust these labels: the judge saw one order only, and picks the first reply in 100.0%" in (
         filed.stderr
     )
     found = json.loads(filed.stdout)
@@ -410,7 +417,7 @@ def test_every_labelling_ends_with_the_audit_of_its_labels(cai: Cai, tmp_path: P
     )
 
 
-def test_a_pair_that_just_reaches_the_confidence_asked_for_is_kept() -> None:
+def test_a_pair_exactly_at_the_minimum_confidence_is_kept() -> None:
     engine = Reader(say=lambda text, _: "(A)" if text.rindex("[[[left]]]") < text.rindex("[[[right]]]") else "(B)")
     labeller = Labeller(judge_of(engine, "verdict"), [PRINCIPLE], 1, ("ab", "ba"), min_confidence=1.0)
     (row,) = label_prefs([pair()], labeller)

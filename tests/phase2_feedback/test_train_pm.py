@@ -19,7 +19,7 @@ from cai_cli.common.errors import CaiError
 from cai_cli.data.schema import JudgedPair, Message, conversation_id, load_row
 from cai_cli.data.splits import held_out_keys
 from cai_cli.metrics.intervals import wilson
-from cai_cli.metrics.preference_model import held_out_figures
+from cai_cli.metrics.preference_model import held_out_metrics
 from cai_cli.models.loading import load_reward_model, load_tokenizer
 from cai_cli.phase2_feedback.linear_probe import regress
 from cai_cli.phase2_feedback.pm_trainer import by_length, soft_reward_trainer
@@ -83,7 +83,7 @@ def test_human_pairs_are_mixed_in_at_the_ratio_and_judged_apart(model: Path, tmp
     assert sum(part["n"] for part in apart.values()) == figures["accuracy"]["n"] == 30
     judged = rows_in(tmp_path / "pm/held_out.jsonl")
     assert {row["p_chosen"] for row in judged if row["source"] == "human.jsonl"} == {1.0}
-    assert held_out_figures([load_row(JudgedPair, row) for row in judged]).items() <= figures.items()
+    assert held_out_metrics([load_row(JudgedPair, row) for row in judged]).items() <= figures.items()
     card = (tmp_path / "pm/README.md").read_text()
     for name in ("accuracy_by_source, ai", "label_entropy", "calibration_curve, bin 1", "length_correlation"):
         assert f"| {name} |" in card
@@ -91,7 +91,7 @@ def test_human_pairs_are_mixed_in_at_the_ratio_and_judged_apart(model: Path, tmp
         command(files[0], tmp_path / "pm", epochs=3, **run | {"mix_ratio": 0.25})
 
 
-def test_a_model_at_chance_says_so_on_stderr_on_its_card_and_in_its_figures(
+def test_a_model_at_chance_is_reported_on_stderr_on_its_card_and_in_its_metrics(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("red", "blue")  # labels without a rule
@@ -99,9 +99,9 @@ def test_a_model_at_chance_says_so_on_stderr_on_its_card_and_in_its_figures(
     run = {"model": str(model), "max_steps": 1, **QUICK | {"eval_share": 0.5, "learning_rate": 0.0}}
     for _ in range(2):  # also of a model that is finished already
         command(write_rows(tmp_path / "in.jsonl", rows), tmp_path / "pm", quiet=True, **run)
-        assert "cannot be told from a coin" in capsys.readouterr().err
+        assert "cannot be distinguished from chance" in capsys.readouterr().err
     assert manifest_of(tmp_path / "pm")["figures"]["at_chance"] is True
-    assert "**The preference model cannot be told from a coin" in (tmp_path / "pm/README.md").read_text()
+    assert "**The preference model cannot be distinguished from chance" in (tmp_path / "pm/README.md").read_text()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -246,14 +246,14 @@ def test_a_model_worse_than_chance_and_one_nobody_tested_say_so_on_stderr(
 ) -> None:
     run = {"model": str(model), "fit_head": True, "epochs": 0, **QUICK | {"eval_share": 0.0}}
     command(write_rows(tmp_path / "prefs.jsonl", [preference(i) for i in range(60)]), tmp_path / "pm", **run)
-    assert "nothing here says what the model learned" in capsys.readouterr().err
+    assert "it is unknown what the model learned" in capsys.readouterr().err
     # What is held out is chosen by the hash of the prompt alone: those labels are turned round.
     prompts = [conversation_id([Message(role="user", content=f"question number {i}")]) for i in range(60)]
     apart = held_out_keys(prompts, 0.5, 0)
     rows = [preference(i, 0.9, *(("b", "a") if p in apart else ("a", "b"))) for i, p in enumerate(prompts)]
     command(write_rows(tmp_path / "turned.jsonl", rows), tmp_path / "worse", **run | {"eval_share": 0.5})
     said = capsys.readouterr().err
-    assert "warning: train-pm: The preference model is wrong more often than a coin" in said
+    assert "warning: train-pm: The preference model is worse than chance" in said
     assert "; accuracy 0, " in said  # a head that is fitted alone has no figure before
 
 
@@ -303,7 +303,7 @@ def test_a_fitted_head_gives_the_probabilities_of_its_labels() -> None:
     [
         ({"epochs": 0}, "trains nothing"),
         ({"targets": "sharp"}, "targets: must be 'soft' or 'hard'"),
-        ({"fit_head": True}, "pairs of 10 prompts or more, these are of 4"),
+        ({"fit_head": True}, "pairs of at least 10 prompts, there are 4"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(model: Path, tmp_path: Path, run: dict[str, Any], problem: str) -> None:

@@ -1,4 +1,4 @@
-"""The report in headless Chromium: filters, numbers, keyboard, a phone, dark mode, and no script of a row, no request.
+"""The report in headless Chromium: filters, numbers, keyboard, small screens, dark mode, no script, no requests.
 
 Needs Debian's `chromium`; `.ci/run` installs it.
 """
@@ -35,24 +35,24 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of hostile rows: whatever works on it works on friendly ones."""
+    """The report of a run with hostile rows."""
     return write_report(make_run(tmp_path_factory.mktemp("r") / "run", rows=30, hostile=True))
 
 
 class Opened:
-    """A page on the report, and what it asked for, said and threw."""
+    """A page that shows the report, its requests, and its console messages, dialogs and errors."""
 
     def __init__(self, browser: Any, report: Path, **context: Any) -> None:
         self.context = browser.new_context(accept_downloads=True, **context)
         self.page = self.context.new_page()
         self.requests: list[str] = []
-        self.said: list[str] = []
+        self.messages: list[str] = []
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.stopped: dict[str, str] = {}
         self.page.on("requestfailed", lambda request: self.stopped.update({request.url: request.failure}))
-        self.page.on("console", lambda message: self.said.append(message.text))
-        self.page.on("pageerror", lambda error: self.said.append(str(error)))
-        self.page.on("dialog", lambda dialog: self.said.append(dialog.message))
+        self.page.on("console", lambda message: self.messages.append(message.text))
+        self.page.on("pageerror", lambda error: self.messages.append(str(error)))
+        self.page.on("dialog", lambda dialog: self.messages.append(dialog.message))
         self.address = report.as_uri()
         self.page.goto(self.address)
 
@@ -68,7 +68,7 @@ def visible(page: Any, section: str) -> list[Any]:
     return [item for item in page.query_selector_all(f"{section} [data-item]") if item.is_visible()]
 
 
-def test_no_script_of_a_row_runs_and_nothing_is_asked_for(opened: Opened) -> None:
+def test_no_script_of_a_row_runs_and_the_page_makes_no_request(opened: Opened) -> None:
     page = opened.page
     for button in page.query_selector_all("[data-more], [data-open]"):
         if button.is_visible():
@@ -79,13 +79,13 @@ def test_no_script_of_a_row_runs_and_nothing_is_asked_for(opened: Opened) -> Non
     page.wait_for_timeout(200)
     assert page.evaluate("typeof window.pwned") == "undefined"
     assert opened.requests == [opened.address]
-    assert opened.said == []
+    assert opened.messages == []
     assert page.evaluate("document.scripts.length") == 1
     assert page.evaluate("document.images.length") == 0
-    shown = page.inner_text("body")
+    body = page.inner_text("body")
     for text in (HOSTILE[0], HOSTILE[2], HOSTILE[7]):
-        assert text in shown
-    assert "\\u202e" in shown
+        assert text in body
+    assert "\\u202e" in body
 
 
 def test_the_policy_stops_what_escaping_might_let_through(opened: Opened) -> None:
@@ -96,9 +96,9 @@ def test_the_policy_stops_what_escaping_might_let_through(opened: Opened) -> Non
     opened.page.evaluate("fetch('https://example.com/').catch(() => null)")
     opened.page.wait_for_timeout(200)
     assert opened.page.evaluate("typeof window.pwned") == "undefined"
-    assert set(opened.stopped) == set(opened.requests[1:])  # announced, and stopped before they left
+    assert set(opened.stopped) == set(opened.requests[1:])  # announced, and blocked before they left
     assert set(opened.stopped.values()) <= {"csp"}
-    assert any("Content Security Policy" in line for line in opened.said)
+    assert any("Content Security Policy" in line for line in opened.messages)
 
 
 def test_search_and_filters_show_what_matches_and_count_it(opened: Opened) -> None:
@@ -120,13 +120,13 @@ def test_search_and_filters_show_what_matches_and_count_it(opened: Opened) -> No
     assert len(visible(page, "#revisions")) == 30
     page.fill("#revisions-search", "ONERROR pwned = 3")
     assert 0 < len(visible(page, "#revisions")) < 30
-    page.select_option("#labels-kind", "flips with the order")
+    page.select_option("#labels-kind", "changes with the order")
     flips = visible(page, "#labels")
     assert 0 < len(flips) < 30
-    assert all("flips" in item.text_content() for item in flips)
+    assert all("changes with the order" in item.text_content() for item in flips)
 
 
-def test_a_picture_s_numbers_can_be_read_and_saved_offline(opened: Opened, tmp_path: Path) -> None:
+def test_the_numbers_of_a_chart_can_be_read_and_saved_offline(opened: Opened, tmp_path: Path) -> None:
     page = opened.page
     figure = page.locator("#chart-rl-cai-kl")
     figure.locator("summary").click()
@@ -148,7 +148,7 @@ def test_the_keyboard_reaches_everything_in_order(opened: Opened) -> None:
     page = opened.page
     focused = "document.activeElement.textContent.trim().slice(0, 30)"
     page.keyboard.press("Tab")
-    assert page.evaluate(focused) == "Skipped to the content"
+    assert page.evaluate(focused) == "Skip to the content"
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
     page.keyboard.press("Tab")
     assert page.evaluate(focused) == "Overview"

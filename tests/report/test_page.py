@@ -1,4 +1,4 @@
-"""`cai report`: the page holds what the run's files hold, says what it leaves out, and no row of it can be code."""
+"""`cai report`: the page shows the contents of the run, states what it leaves out, and no row can run as code."""
 
 import base64
 import html
@@ -75,7 +75,7 @@ def squeezed(text: str) -> str:
     return " ".join(text.split())
 
 
-def test_every_tag_is_closed_and_no_id_stands_twice(plain: tuple[str, Page], hostile: tuple[str, Page]) -> None:
+def test_every_tag_is_closed_and_every_id_is_unique(plain: tuple[str, Page], hostile: tuple[str, Page]) -> None:
     for _, page in (plain, hostile):
         assert page.open == []
         ids = [a["id"] for _, a in page.tags if "id" in a]
@@ -120,11 +120,11 @@ def test_every_count_of_the_funnel_is_on_the_page(plain: tuple[str, Page]) -> No
     text = squeezed(plain[1].text)
     assert "32 in = 30 out + 2 rejected + 0 skipped 2 × empty reply" in text
     assert "33 in = 30 out + 3 rejected + 0 skipped 3 × tie" in text
-    assert text.count("30 in = 30 used (of them 2 held out) + 0 rejected + 0 skipped") == 3
+    assert text.count("30 in = 30 used (2 of them held out) + 0 rejected + 0 skipped") == 3
     assert "7 of 7 steps done" in text
 
 
-def test_draws_are_counted_over_all_rounds_and_principles_never_drawn_are_there(tmp_path: Path) -> None:
+def test_draws_are_counted_over_all_rounds_and_principles_never_drawn_are_listed(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path / "made"))
     from cai_cli.report.summary import constitutions
 
@@ -135,7 +135,7 @@ def test_draws_are_counted_over_all_rounds_and_principles_never_drawn_are_there(
     assert sum(critique.counts.values()) == 60
     assert set(critique.principles) == set(critique.counts)
     assert 0 in critique.counts.values()
-    assert sum(compare.counts.values()) == 30  # one a comparison, though it is asked in both orders
+    assert sum(compare.counts.values()) == 30  # one a comparison, though it is judged in both orders
 
 
 def test_a_constitution_changed_since_is_named_without_its_texts(tmp_path: Path) -> None:
@@ -145,17 +145,17 @@ def test_a_constitution_changed_since_is_named_without_its_texts(tmp_path: Path)
     value["provenance"]["constitution"]["fingerprint"] = "0" * 64
     path.write_text(json.dumps(value))
     _, page = drawn(folder)
-    assert "What they say is not at hand" in page.text
+    assert "The texts of the principles are not available" in page.text
 
 
-def test_the_numbers_of_every_picture_can_be_read_and_downloaded(plain: tuple[str, Page]) -> None:
+def test_the_numbers_of_every_chart_can_be_read_and_downloaded(plain: tuple[str, Page]) -> None:
     _, page = plain
-    pictures = [a for a in page.named("figure") if a.get("class") == "chart"]
+    charts_found = [a for a in page.named("figure") if a.get("class") == "chart"]
     downloads = {
         a["download"]: unquote((a["href"] or "").partition(",")[2]) for a in page.named("a") if "download" in a
     }
-    for picture in pictures:
-        assert f"{(picture['id'] or '').removeprefix('chart-')}.csv" in downloads
+    for chart in charts_found:
+        assert f"{(chart['id'] or '').removeprefix('chart-')}.csv" in downloads
     header, first, *rest = downloads["rl-cai-kl.csv"].splitlines()
     assert header == "step,kl"
     assert first.startswith("1,")
@@ -163,17 +163,25 @@ def test_the_numbers_of_every_picture_can_be_read_and_downloaded(plain: tuple[st
     assert downloads["models.compare.json.csv"].splitlines()[1].startswith("start,1500.0,1470.0,1530.0,")
 
 
-def test_figures_costs_and_notes_of_the_manifests_are_on_the_page(plain: tuple[str, Page]) -> None:
+def test_metrics_costs_and_notes_of_the_manifests_are_on_the_page(plain: tuple[str, Page]) -> None:
     text = squeezed(plain[1].text)
     assert "accuracy 0.5 (95%: 0.55 to 0.82, n = 40) → 0.7 (95%: 0.55 to 0.82, n = 40)" in text
     assert "accuracy by source.made 0.7 (95%: 0.55 to 0.82, n = 40)" in text
     assert "A note on the model." in text
-    assert "Does the label agree as often as the model predicts?" in text
+    assert "Calibration on held-out pairs" in text
     assert "step command seconds requests prompt tokens new tokens cost" in text
     assert "preferences label-prefs 12.5 66 12,345 66 –" in text
 
 
-def test_columns_no_one_named_yet_are_drawn_under_their_own_name(tmp_path: Path) -> None:
+def test_metrics_of_a_manifest_are_read_under_their_new_name(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "made")
+    path = folder / "pm.manifest.json"
+    value = json.loads(path.read_text())
+    path.write_text(json.dumps({**value, "metrics": value.pop("figures")}))
+    assert "held-out accuracy of pm 70%" in squeezed(drawn(folder)[1].text)
+
+
+def test_unknown_columns_are_drawn_under_their_own_name(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "made")
     path = folder / "rl-cai/metrics.jsonl"
     rows = [
@@ -186,44 +194,44 @@ def test_columns_no_one_named_yet_are_drawn_under_their_own_name(tmp_path: Path)
     assert "chart-rl-cai-all_null" not in text
 
 
-def test_a_goodhart_flag_stands_at_the_top_with_its_step(plain: tuple[str, Page]) -> None:
-    assert "Flagged while rl-cai was trained step 50: goodhart: the watcher falls" in squeezed(plain[1].text)
+def test_a_goodhart_flag_is_at_the_top_with_its_step(plain: tuple[str, Page]) -> None:
+    assert "Flags during the training of rl-cai step 50: goodhart: watch_score falls" in squeezed(plain[1].text)
 
 
-def test_pictures_use_the_colours_of_the_page_so_that_dark_mode_reaches_them(plain: tuple[str, Page]) -> None:
-    pictures = re.findall(r"<svg .*?</svg>", plain[0], re.DOTALL)
-    assert len(pictures) > 15
-    for picture in pictures:
-        assert not re.findall(r"#[0-9a-f]{6}\b", picture)
-        assert "var(--series-1)" in picture
+def test_charts_use_the_colours_of_the_page_so_that_dark_mode_reaches_them(plain: tuple[str, Page]) -> None:
+    charts_found = re.findall(r"<svg .*?</svg>", plain[0], re.DOTALL)
+    assert len(charts_found) > 15
+    for chart in charts_found:
+        assert not re.findall(r"#[0-9a-f]{6}\b", chart)
+        assert "var(--series-1)" in chart
 
 
-def test_replies_of_the_models_stand_beside_each_other_by_prompt(tmp_path: Path) -> None:
+def test_replies_of_the_models_are_side_by_side_by_prompt(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path / "made"))
-    shown = examples.side_by_side(run, examples.Budget(10**6))
-    assert shown
-    assert (len(shown.rows), shown.total) == (30, 30)
-    assert list(shown.rows[3].replies) == ["start", "rl-cai"]
+    excerpt = examples.side_by_side(run, examples.Budget(10**6))
+    assert excerpt
+    assert (len(excerpt.rows), excerpt.total) == (30, 30)
+    assert list(excerpt.rows[3].replies) == ["start", "rl-cai"]
     after = json.loads((tmp_path / "made/after.jsonl").read_text().splitlines()[3])
-    reply = shown.rows[3].replies["rl-cai"]
+    reply = excerpt.rows[3].replies["rl-cai"]
     assert reply
     assert reply.text.text == after["completion"][0]["content"]
 
 
-# --- what is left out is said --------------------------------------------------------------------------------------
+# --- what is left out is stated --------------------------------------------------------------------------------------
 
 
-def test_a_large_run_stays_under_5_mb_and_says_how_much_it_shows(tmp_path: Path) -> None:
+def test_a_large_run_stays_under_5_mb_and_states_how_much_it_shows(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "big", rows=700, hostile=True, long=50_000)
     text, page = drawn(folder)
     assert len(text.encode()) < 5_000_000
-    said = squeezed(page.text)
-    (shown,) = re.findall(r"The first (\d+) of 700 chains of revisions.jsonl; cai show reads the rest", said)
+    page_text = squeezed(page.text)
+    (shown,) = re.findall(r"The first (\d+) of 700 chains from revisions.jsonl; use cai show for the rest", page_text)
     assert 0 < int(shown) <= examples.MAX_ROWS
     assert text.count("data-item data-principles") == int(shown) + int(
-        re.findall(r"The first (\d+) of 700 comp", said)[0]
+        re.findall(r"The first (\d+) of 700 comp", page_text)[0]
     )
-    assert "Cut here: 6,000 of 50,000 characters are shown." in said
+    assert "The text is cut: 6,000 of 50,000 characters are shown." in page_text
 
 
 def test_the_budget_of_a_list_counts_what_escaping_adds() -> None:
@@ -253,8 +261,8 @@ def test_an_unfinished_run_is_reported_with_what_is_there(tmp_path: Path) -> Non
     _, page = drawn(folder)
     text = squeezed(page.text)
     assert "4 of 7 steps done" in text
-    assert "Not finished: at step 9 so far" in text
-    assert "rl-cai rl · 13 s · nothing written" in text
+    assert "Training has not finished; the last recorded step is 9." in text
+    assert "rl-cai rl · 13 s · no output" in text
     assert "All 30 comparisons" in text
     assert "Not in this run: AI preference labels (cai label-prefs), a preference model (cai train-pm), RL (cai rl), models compared" in text  # fmt: skip
     assert "could not be read" not in text
@@ -272,7 +280,7 @@ def test_a_comparison_on_one_axis_alone_shows_who_wins(tmp_path: Path) -> None:
     assert ("a", {"href": "#comparison"}) in page.tags
 
 
-def test_a_road_run_from_the_shell_has_no_run_file_and_is_reported_all_the_same(tmp_path: Path) -> None:
+def test_commands_run_by_hand_leave_no_run_file_and_are_reported_too(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "made")
     (folder / "run.json").unlink()
     _, page = drawn(folder)
@@ -290,11 +298,11 @@ def test_a_compressed_output_is_read_as_it_is(tmp_path: Path) -> None:
     plain.unlink()
     (folder / "revisions.jsonl.manifest.json").rename(folder / "revisions.jsonl.zst.manifest.json")
     text, page = drawn(folder)
-    assert "All 30 chains of revisions.jsonl.zst" in squeezed(page.text)
+    assert "All 30 chains from revisions.jsonl.zst" in squeezed(page.text)
     assert ">revisions<" in text
 
 
-def test_what_cannot_be_read_is_named_with_file_and_line_and_the_rest_is_drawn(
+def test_an_unreadable_file_is_named_with_its_line_and_the_rest_is_shown(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = make_run(tmp_path / "made")
@@ -304,7 +312,7 @@ def test_what_cannot_be_read_is_named_with_file_and_line_and_the_rest_is_drawn(
     (folder / "hhh.json").write_text("{nonsense")
     _, page = drawn(folder)
     text = squeezed(page.text)
-    assert "What could not be read" in text
+    assert "Files that could not be read" in text
     assert "All 4 chains" in text
     assert f"{folder / 'revisions.jsonl'}:5: not a Revision row" in text
     assert "models.compare.json: models.0: Input should be a valid string" in text
@@ -314,17 +322,16 @@ def test_what_cannot_be_read_is_named_with_file_and_line_and_the_rest_is_drawn(
 
 def test_a_folder_without_a_run_is_refused(cai: Cai, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    for name, reason in (("empty", "holds nothing that cai made"), ("none", "is no run folder")):
+    for name, code in (("empty", "not-made-by-cai"), ("none", "cannot-read")):
         done = cai("report", name)
-        assert done.code == 1
-        assert reason in done.stderr
+        assert (done.code, done.error) == (1, code)
 
 
 def test_the_output_is_an_html_file_and_never_a_file_of_rows(cai: Cai, tmp_path: Path) -> None:
     folder = make_run(tmp_path / "made")
     before = (folder / "samples.jsonl").read_bytes()
     done = cai("report", "made", "-o", "made/samples.jsonl")
-    assert done.code == 2
+    assert (done.code, done.error) == (2, "invalid-option")
     assert (folder / "samples.jsonl").read_bytes() == before
     done = cai("report", "made", "-o", "here/page.html", "--json")
     assert json.loads(done.stdout) == {"run": "made", "output": "here/page.html", "bytes": (tmp_path / "here/page.html").stat().st_size}  # fmt: skip
@@ -364,14 +371,14 @@ def pair(p_chosen: float, votes: list[dict[str, Any]], human: str | None = None)
 
 
 def audited(rows: list[Preference]) -> tuple[dict[str, Any], list[charts.Chart]]:
-    audit = labels.Audit()
+    label_charts = labels.LabelCharts()
     for row in rows:
-        audit.add(row)
-    figures = audit.label_audit.audit()
-    return figures, audit.charts(figures)
+        label_charts.add(row)
+    metrics = label_charts.label_audit.audit()
+    return metrics, label_charts.charts(metrics)
 
 
-def test_the_audit_tells_a_judge_of_positions_from_a_judge_of_replies() -> None:
+def test_the_audit_distinguishes_position_bias_from_reading_the_replies() -> None:
     positional, its_charts = audited([pair(0.52, [vote("ab", 0.9), vote("ba", 0.86)])] * 8)
     honest, honest_charts = audited([pair(0.9, [vote("ab", 0.9), vote("ba", 0.1)], "chosen")] * 8)
     for figures, flip, first in ((positional, 1.0, 1.0), (honest, 0.0, 0.5)):
@@ -381,11 +388,11 @@ def test_the_audit_tells_a_judge_of_positions_from_a_judge_of_replies() -> None:
     assert [chart.id for chart in honest_charts] == ["labels-first", "labels-p-chosen", "labels-reliability"]
 
 
-def test_every_step_of_labels_has_an_audit_of_its_own(plain: tuple[str, Page], tmp_path: Path) -> None:
+def test_every_step_with_labels_has_its_own_audit(plain: tuple[str, Page], tmp_path: Path) -> None:
     folder = make_run(tmp_path / "made")
     row = json.loads((folder / "preferences.jsonl").read_text().splitlines()[0])
     beside = json.loads((folder / "preferences.jsonl.manifest.json").read_text())
-    votes = [vote("ab", 0.9), vote("ba", 0.86)]  # for whatever stands first
+    votes = [vote("ab", 0.9), vote("ba", 0.86)]  # for the first position
     rows = [row | {"id": f"p{i}/0-1", "p_chosen": 0.52, "human": None, "votes": votes} for i in range(20)]
     write(folder / "positional.jsonl", rows, beside)
     write(folder / "ties.jsonl", [], beside)
@@ -397,25 +404,25 @@ def test_every_step_of_labels_has_an_audit_of_its_own(plain: tuple[str, Page], t
     text = squeezed(page.text)
     for file in ("preferences", "positional", "ties"):
         found = audit_file(str(folder / f"{file}.jsonl"))
-        verdict = "To be trusted" if found["trusted"] else "Not to be trusted"
+        verdict = "These labels can be trusted" if found["trusted"] else "Do not trust these labels"
         assert f" {file} {verdict}: {found['reason']}." in text
-    assert text.count("verdicts that flip when the order does") == 2
-    assert "How sure the labels are (positional)" in text
-    assert "labels that flip with the order" not in text
-    assert "comparisons labelled" not in text
+    assert text.count("flip rate: preferences that change with the order of the replies") == 2
+    assert "Confidence of the labels (positional)" in text
+    assert "labels that flip with the order of the replies" not in text
+    assert "pairs labelled" not in text
 
     alone = squeezed(plain[1].text)
-    assert "labels that flip with the order" in alone
-    assert "How sure the labels are (" not in alone
+    assert "labels that flip with the order of the replies" in alone
+    assert "Confidence of the labels (" not in alone
     assert "chart-labels-first" in [a.get("id") for _, a in plain[1].tags]
 
 
-def test_a_chain_holds_each_round_against_the_one_before(tmp_path: Path) -> None:
+def test_a_chain_compares_each_round_with_the_one_before(tmp_path: Path) -> None:
     import random
 
     row = load_row(Revision, revision(0, ["a"], random.Random(1), []))
     chain = examples.chain(row)
-    assert [r.before.text for r in chain.rounds] == [turn.response for turn in row.history]
+    assert [r.before.text for r in chain.rounds] == [one.response for one in row.history]
     assert [r.after.text for r in chain.rounds] == [row.history[1].response, row.reply]
 
 
@@ -433,7 +440,7 @@ def test_no_cell_of_a_csv_is_a_formula(rows: list[list[Any]]) -> None:
             )
 
 
-def test_a_picture_of_hostile_names_is_drawn() -> None:
+def test_a_chart_with_hostile_names_is_drawn() -> None:
     figures = {name: {"value": 0.5, "low": 0.2, "high": 0.7, "n": 9} for name in HOSTILE}
     svg = charts.forest("x", "x", figures, x_label="a").svg
     assert "<script" not in svg
@@ -442,8 +449,8 @@ def test_a_picture_of_hostile_names_is_drawn() -> None:
 
 
 def test_points_close_together_are_told_apart_by_their_numbers() -> None:
-    spots = [charts.Spot(f"a long name of a model {i}", (1.0, 0.5, 1.5), (1.0, 0.5, 1.5)) for i in range(5)]
-    chart = charts.plane("x", "x", spots, x_label="a", y_label="b")
+    points = [charts.ScatterPoint(f"a long name of a model {i}", (1.0, 0.5, 1.5), (1.0, 0.5, 1.5)) for i in range(5)]
+    chart = charts.scatter("x", "x", points, x_label="a", y_label="b")
     assert list(chart.legend) == [f"{i + 1} a long name of a model {i}" for i in range(5)]
     assert list(chart.legend.values()) == [1, 2, 3, 4, 1]
     assert [f">{i}<" in chart.svg for i in range(1, 6)] == [True] * 5

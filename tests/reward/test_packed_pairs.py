@@ -35,7 +35,7 @@ def test_packed_pairs_score_as_their_conversations_alone(model, parts) -> None:
     assert second == pytest.approx([alone(model, b) for _, b in pairs], abs=1e-4)
 
 
-def test_a_shared_prompt_stands_once_and_every_token_has_its_own_position() -> None:
+def test_a_shared_prompt_occurs_once_and_every_token_has_its_own_position() -> None:
     pair = packed([1, 2, 3, 4], [1, 2, 5])
     assert pair == {
         "input_ids": [1, 2, 3, 4, 5],
@@ -45,7 +45,7 @@ def test_a_shared_prompt_stands_once_and_every_token_has_its_own_position() -> N
     assert packed([1, 2], [1, 2, 3])["branches"] == [0, 1, 2, 2]  # each branch keeps a token of its own
 
 
-def test_the_gradient_is_that_of_the_two_conversations_alone(model) -> None:
+def test_the_gradient_equals_that_of_the_two_conversations_alone(model) -> None:
     import torch
 
     pair = ([1, 7, 8, 9, 30], [1, 7, 8, 20])
@@ -62,7 +62,7 @@ def test_the_gradient_is_that_of_the_two_conversations_alone(model) -> None:
     assert float((gradients[0] - gradients[1]).abs().max()) < 1e-5 * max(1.0, float(gradients[1].abs().max()))
 
 
-def test_a_model_that_looks_back_over_a_window_is_left_as_it_is(tmp_path: Path) -> None:
+def test_a_model_with_sliding_window_attention_is_left_unchanged(tmp_path: Path) -> None:
     import torch
     from transformers import MistralConfig, MistralForSequenceClassification
 
@@ -77,10 +77,11 @@ def test_a_model_that_looks_back_over_a_window_is_left_as_it_is(tmp_path: Path) 
     assert "forward" not in vars(model)
 
 
-def test_a_score_that_is_no_number_is_an_error(tmp_path: Path) -> None:
+def test_a_score_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
     broken = load_reward_model(tiny_model_dir(tmp_path / "tiny"), new_head_seed=0)
     pair = ([1, 2, 3], [1, 2, 4])
     assert take_packed_pairs(broken, pair)
     broken.score.weight.data.fill_(float("nan"))
-    with pytest.raises(CaiError, match="the score nan"):
+    with pytest.raises(CaiError) as error:
         score_pairs(broken, [pair], 1)
+    assert error.value.code == "not-finite"

@@ -1,5 +1,5 @@
-// Filters: a search over the text of the items and selects over their attributes. Without script all items are shown.
-const FIRST = 10; // items shown before "Show all"
+// Filters: a search over the text of the items and selects over their attributes. Without JavaScript all items are visible.
+const FIRST = 10; // items visible before "Show all"
 
 for (const box of document.querySelectorAll("[data-filter]")) {
   const items = [...box.querySelectorAll("[data-item]")];
@@ -16,17 +16,17 @@ for (const box of document.querySelectorAll("[data-filter]")) {
 
   const apply = () => {
     const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
-    let shown = 0;
+    let matches = 0;
     items.forEach((item, i) => {
       const fits = words.every((word) => texts[i].includes(word)) && selects.every(
         (select) => !select.value || JSON.parse(item.dataset[select.dataset.by]).includes(select.value));
-      shown += fits;
-      item.hidden = !fits || shown > limit;
+      matches += fits;
+      item.hidden = !fits || matches > limit;
     });
-    more.hidden = shown <= limit;
-    moreButton.textContent = `Show all ${shown}`;
-    output.textContent = `${shown} of ${items.length} ${output.dataset.what}`;
-    none.hidden = shown > 0;
+    more.hidden = matches <= limit;
+    moreButton.textContent = `Show all ${matches}`;
+    output.textContent = `${matches} of ${items.length} ${output.dataset.what}`;
+    none.hidden = matches > 0;
   };
   const allOpen = () => items.every((item) => item.hidden || item.open);
   const label = () => { open.textContent = allOpen() ? "Close all" : "Open all"; };

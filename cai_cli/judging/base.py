@@ -1,0 +1,80 @@
+"""What all judging methods share: a comparison to judge, the judgement, and probabilities from log-probabilities."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from cai_cli.common.seeds import seed_for
+from cai_cli.constitution.schema import PreferencePrinciple
+from cai_cli.engines.base import RequestFailure
+from cai_cli.judging.pairs import Pair
+
+Order = Literal["ab", "ba"]
+
+
+@dataclass(frozen=True)
+class PairComparison:
+    """One judgement to make.
+
+    Attributes:
+        pair: The two replies to compare.
+        principle: The principle to compare them by.
+        order: Which reply comes first: "ab", or "ba" for the second one.
+        sample: Number of this rationale, where several are sampled for the same comparison.
+    """
+
+    pair: Pair
+    principle: PreferencePrinciple
+    order: Order
+    sample: int = 0
+
+    @property
+    def ordered_replies(self) -> tuple[str, str]:
+        """The texts of the two replies, in `order`."""
+        a, b = self.pair.a[0].content, self.pair.b[0].content
+        return (a, b) if self.order == "ab" else (b, a)
+
+    def seed(self, seed: int) -> int:
+        """Return the seed of this judgement's randomness, derived from the seed of the run."""
+        return seed_for(seed, "judgement", self.pair.id, self.principle.id, self.order, self.sample)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A judge's answer.
+
+    Attributes:
+        p_first: Probability that the reply in first position is the better one.
+        rationale: The chain of thought before the answer, where there is one.
+    """
+
+    p_first: float
+    rationale: str | None = None
+
+
+def sigmoid(log_odds: float) -> float:
+    """Return the probability of the first of two options (paper section 4.1).
+
+    Args:
+        log_odds: Difference of the options' natural log-probabilities.
+
+    Examples:
+        >>> sigmoid(0.0), round(sigmoid(2.0), 3)
+        (0.5, 0.881)
+    """
+    return 1 / (1 + math.exp(-max(log_odds, -700.0)))
+
+
+def normalised(
+    logprobs: list[float] | RequestFailure, rationale: str | None = None, *, bias: float = 0.0
+) -> Judgement | RequestFailure:
+    """Return the judgement that two log-probabilities (natural logs) express.
+
+    Args:
+        logprobs: Log-probabilities of the options, the first reply first.
+        rationale: Passed on to the judgement.
+        bias: Log-odds of the first option to subtract.
+    """
+    if isinstance(logprobs, RequestFailure):
+        return logprobs
+    return Judgement(sigmoid(logprobs[0] - logprobs[1] - bias), rationale)

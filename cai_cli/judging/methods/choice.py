@@ -1,0 +1,55 @@
+"""Multiple choice: the normalised log-probabilities of the letters A and B (the paper's first method, section 4.1).
+
+Departure: with `calibrate`, the judge's A/B bias is subtracted. It is estimated on content-free pairs (Zhao et al.
+2021, arXiv 2102.09690): with two identical replies that contain nothing, any preference for a letter is bias.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from cai_cli.common.errors import CaiError
+from cai_cli.constitution.schema import PreferencePrinciple
+from cai_cli.engines.base import RequestFailure
+from cai_cli.judging.base import Judgement, PairComparison, normalised
+from cai_cli.judging.pairs import Pair
+from cai_cli.prompting.base import user
+
+if TYPE_CHECKING:
+    from cai_cli.judging.judge import Judge
+
+CONTENT_FREE = ("N/A", "[MASK]", "")
+
+
+def choice(judge: "Judge", comparisons: Sequence[PairComparison]) -> list[Judgement | RequestFailure]:
+    """Return one judgement for each comparison, in order.
+
+    Raises:
+        CaiError: The A/B bias could not be estimated.
+    """
+    bias = estimate_letter_bias(judge, [c.principle for c in comparisons]) if judge.calibrate else {}
+    requests = [judge.multiple_choice(c.pair, c.principle, c.ordered_replies) for c in comparisons]
+    return [
+        normalised(logprobs, bias=bias.get(c.principle.id, 0.0))
+        for c, logprobs in zip(comparisons, judge.engine.option_logprobs(requests), strict=True)
+    ]
+
+
+def estimate_letter_bias(judge: "Judge", principles: Sequence[PreferencePrinciple]) -> Mapping[str, float]:
+    """Return the mean log-odds of the letter A over content-free pairs, by principle id."""
+    new = {p.id: p for p in principles if p.id not in judge.letter_bias}
+    blank = Pair(id="blank", prompt=[user("N/A")], a=[], b=[], human=None, source=None)
+    requests = [judge.multiple_choice(blank, p, (text, text)) for p in new.values() for text in CONTENT_FREE]
+    answers = iter(judge.engine.option_logprobs(requests))
+    for name in new:
+        log_odds = []
+        for _ in CONTENT_FREE:
+            answer = next(answers)
+            if isinstance(answer, RequestFailure):
+                raise CaiError(
+                    f"--calibrate: the judge did not answer a content-free pair under {name!r}: {answer.reason}",
+                    code="request-failed",
+                )
+            log_odds.append(answer[0] - answer[1])
+        judge.letter_bias[name] = math.fsum(log_odds) / len(log_odds)
+    return judge.letter_bias

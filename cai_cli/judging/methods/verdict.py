@@ -1,0 +1,32 @@
+"""Verdict: the model writes the letter of the better reply, so a judgement is 0 or 1.
+
+Departure: the paper uses log-probabilities; this method is for engines that do not return them.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from cai_cli.engines.base import Completion, GenerationRequest, RequestFailure
+from cai_cli.judging.base import Judgement, PairComparison
+from cai_cli.prompting.comparison import OPTIONS, verdict_of, verdict_request
+
+if TYPE_CHECKING:
+    from cai_cli.judging.judge import Judge
+
+
+def verdict(judge: "Judge", comparisons: Sequence[PairComparison]) -> list[Judgement | RequestFailure]:
+    """Return one judgement for each comparison, in order; an answer without a letter gives none."""
+    requests = []
+    for c in comparisons:
+        prompt = verdict_request(
+            c.pair.prompt, c.principle.comparison, c.ordered_replies, judge.examples, judge.prompt_format
+        )
+        requests.append(GenerationRequest(prompt.text, c.seed(judge.seed), prompt.prefill, prompt.stop, c.pair.key))
+    return [_verdict(completion) for completion in judge.engine.generate(requests, judge.sampling)]
+
+
+def _verdict(completion: Completion | RequestFailure) -> Judgement | RequestFailure:
+    if isinstance(completion, RequestFailure):
+        return completion
+    letter = verdict_of(completion.text)
+    return Judgement(float(letter == OPTIONS[0])) if letter else RequestFailure("no verdict in the answer")
