@@ -17,26 +17,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from cai_cli.common import console
 from cai_cli.common.errors import RowError, UsageError
-from cai_cli.data.formats import joined_turns, parse_transcript
+from cai_cli.data.evaluation_schema import EvaluationQuestion, EvaluationResult, OptionScores, parse_question
 from cai_cli.data.jsonl import Numbered, read_rows, rows_of
 from cai_cli.data.row_reader import RowReader
-from cai_cli.data.schema import (
-    EvaluationQuestion,
-    EvaluationResult,
-    Message,
-    OptionScores,
-    Rejected,
-    content_hash,
-    parse_question,
-    reason_kind,
-    reject,
-)
+from cai_cli.data.schema import Message, Rejected, content_hash, reason_kind, reject
+from cai_cli.data.transcripts import joined_turns, parse_transcript
 from cai_cli.engines.base import Engine, LogprobRequest, RequestFailure
 from cai_cli.metrics.intervals import SHARE, Estimate, mean_figure, wilson
 from cai_cli.models.loading import context_window, pick_device
 from cai_cli.models.source import ModelSource
 from cai_cli.prompting.base import PromptFormat, resolve_prompt_format
-from cai_cli.prompting.evaluation import evaluation_request, published_comparison, take_apart
+from cai_cli.prompting.evaluation import evaluation_request, parse_published_comparison, published_comparison
 from cai_cli.reward.preference_model import encode_conversation, open_for_scores, score_ids
 from cai_cli.runtime.config import Effect, Group, Option, option
 from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
@@ -156,7 +147,7 @@ def exchanged(question: EvaluationQuestion) -> EvaluationQuestion:
     if len(question.corrects) != 1 or len(question.incorrects) != 1:
         raise RowError(f"{len(question.options)} options, two are wanted", hint="leave out --both-orders")
     try:
-        conversation, comparison, replies = take_apart(question.prompt)
+        conversation, comparison, replies = parse_published_comparison(question.prompt)
     except RowError as error:
         raise RowError(error.message, hint="leave out --both-orders") from None
     prompt = published_comparison(conversation, comparison, replies[::-1])

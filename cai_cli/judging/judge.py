@@ -16,8 +16,8 @@ from typing import Literal
 from cai_cli.common.errors import CaiError
 from cai_cli.common.seeds import seed_for
 from cai_cli.constitution.schema import ComparisonExample, PreferencePrinciple
+from cai_cli.data.schema import Pair
 from cai_cli.engines.base import Engine, GenerationRequest, LogprobRequest, RequestFailure, Sampling
-from cai_cli.judging.pairs import Pair
 from cai_cli.prompting.base import PromptFormat, user
 from cai_cli.prompting.comparison import (
     OPTIONS,

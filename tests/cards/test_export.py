@@ -84,7 +84,7 @@ def test_what_is_no_data_is_refused_and_nothing_is_left(cai: Cai, tmp_path: Path
     write_rows(tmp_path / "bad.jsonl", [sample_row(1), {**sample_row(2), "more": 1}])
     (tmp_path / "empty.jsonl").write_text("")
     for file, reason in (
-        ("rejected.jsonl", "rejected rows, which are no data"),
+        ("rejected.jsonl", "rejected rows, which are not data"),
         ("bad.jsonl", "bad.jsonl:2: not a Sample row: unknown field 'more'"),
         ("empty.jsonl", "holds no rows"),
         ("none.jsonl", "cannot read"),

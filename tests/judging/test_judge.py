@@ -8,10 +8,10 @@ import pytest
 from cai_cli.common.errors import CaiError
 from cai_cli.common.seeds import seed_for
 from cai_cli.constitution.schema import ComparisonExample, PreferencePrinciple
+from cai_cli.data.schema import Pair
 from cai_cli.engines.base import Completion, GenerationRequest, LogprobRequest, RequestFailure, Sampling
 from cai_cli.engines.scripted import ScriptedEngine
 from cai_cli.judging.judge import CONTENT_FREE, Judge, Judgement, Method, PairComparison, sigmoid
-from cai_cli.judging.pairs import Pair
 from cai_cli.prompting.base import PromptFormat, assistant, user
 from cai_cli.prompting.comparison import (
     OPTIONS,
