@@ -14,19 +14,19 @@ from generate import chats
 
 from cai_cli.engines.base import GenerationRequest, Sampling
 from cai_cli.engines.local.engine import LocalEngine
-from cai_cli.engines.local.sampling import Row, uniforms
+from cai_cli.engines.local.sampling import ActiveSequence, uniforms
 from cai_cli.engines.tokenization import encode_chat
 
 NEAR = 1e-4
 
 
-def distance(engine: LocalEngine, alone: Row, other: Row) -> float:
+def distance(engine: LocalEngine, alone: ActiveSequence, other: ActiveSequence) -> float:
     """How far the noise of the first token in which two replies differ is from the ends of that token's interval."""
     import torch
 
     at = next(i for i, (a, b) in enumerate(zip(alone.new, other.new, strict=False)) if a != b)
     with torch.inference_mode():
-        (logits,) = engine._memory((), 0).add([alone.prompt + tuple(alone.new[:at])], [1])
+        (logits,) = engine._new_cache((), 0).add([alone.prompt + tuple(alone.new[:at])], [1])
     ends = torch.nn.functional.pad(logits[0].double().softmax(-1).cumsum(-1), (1, 0))
     interval = ends[alone.new[at] : alone.new[at] + 2]
     return float((interval - float(alone.noise[at])).abs().min())
@@ -42,13 +42,13 @@ def main() -> None:
     options = arguments.parse_args()
     engine = LocalEngine(options.model, batch_size=1, device="cpu", dtype="float32")
     sampling = Sampling(options.new_tokens)
-    found: list[list[Row]] = []
+    found: list[list[ActiveSequence]] = []
     for batch_size in (1, 7, 32):
         engine.batch_size = batch_size
         rows = []
         for seed, chat in enumerate(chats(options.rows)):
             prompt = tuple(encode_chat(engine.tokenizer, chat, add_generation_prompt=True))
-            rows.append(Row(seed, GenerationRequest(chat, seed), prompt, uniforms(seed, options.new_tokens)))
+            rows.append(ActiveSequence(seed, GenerationRequest(chat, seed), prompt, uniforms(seed, options.new_tokens)))
         with torch.inference_mode():
             engine._decode(rows, sampling)
         found.append(rows)

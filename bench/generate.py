@@ -18,7 +18,7 @@ from typing import Any
 from cai_cli.data.schema import Message
 from cai_cli.engines.base import Completion, GenerationRequest, Sampling
 from cai_cli.engines.local.engine import LocalEngine
-from cai_cli.engines.local.prefix_cache import shared_start
+from cai_cli.engines.local.prefix_cache import shared_prefix
 from cai_cli.engines.tokenization import encode_chat
 from cai_cli.models.loading import load_causal_lm
 
@@ -113,7 +113,7 @@ def main() -> None:
     prompts = [encode_chat(engine.tokenizer, chat, add_generation_prompt=True) for chat in asked]
     mean = sum(map(len, prompts)) / len(prompts)
     distinct = {tuple(prompt) for prompt in prompts}
-    shared = len(shared_start(list(distinct), [1] * len(distinct)))
+    shared = len(shared_prefix(list(distinct), [1] * len(distinct)))
     run_once = shared + sum(len(prompt) - shared for prompt in distinct)  # what our prefill runs, as it shares
     asks = [GenerationRequest(chat, seed) for seed, chat in enumerate(asked)]
     engine.generate(asks[:2], Sampling(2))  # loads the weights

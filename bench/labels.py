@@ -16,15 +16,16 @@ from collections.abc import Iterator, Sequence
 import orjson
 
 from cai_cli.constitution.schema import PreferenceConstitution, open_constitution
-from cai_cli.data.formats import parse_transcript
 from cai_cli.data.row_reader import RowReader
+from cai_cli.data.schema import Pair
+from cai_cli.data.transcripts import parse_transcript
 from cai_cli.engines import open_engine
 from cai_cli.engines.base import RequestFailure, Sampling
 from cai_cli.judging.base import Judgement, PairComparison, sigmoid
 from cai_cli.judging.judge import Judge
 from cai_cli.judging.methods import Method
 from cai_cli.judging.methods.choice import estimate_letter_bias
-from cai_cli.judging.pairs import Pair, pair_items
+from cai_cli.judging.pairs import pair_items
 from cai_cli.judging.votes import Labeller
 from cai_cli.metrics.intervals import wilson
 from cai_cli.prompting.base import assistant

@@ -35,14 +35,14 @@ def death_after(calls: int) -> Iterator[None]:
             raise Died
 
     def dying_generate(
-        self: ScriptedEngine, asks: Sequence[GenerationRequest], sampling: Sampling
+        self: ScriptedEngine, requests: Sequence[GenerationRequest], sampling: Sampling
     ) -> list[Completion | RequestFailure]:
         die()
-        return generate(self, asks, sampling)
+        return generate(self, requests, sampling)
 
-    def dying_score(self: ScriptedEngine, questions: Sequence[LogprobRequest]) -> list[list[float] | RequestFailure]:
+    def dying_score(self: ScriptedEngine, requests: Sequence[LogprobRequest]) -> list[list[float] | RequestFailure]:
         die()
-        return score(self, questions)
+        return score(self, requests)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ScriptedEngine, "generate", dying_generate)

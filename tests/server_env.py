@@ -9,7 +9,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from cai_cli.models.fetch import ALIASES
+from cai_cli.models.aliases import ALIASES
 
 TESTS = Path(__file__).parent
 ENVIRONMENT = TESTS.parent / ".server-venv"

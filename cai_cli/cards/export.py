@@ -14,15 +14,15 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from cai_cli.cards.dataset_card import DatasetStats, dataset_card
 from cai_cli.common.errors import CaiError, UsageError
-from cai_cli.data.formats import parse_preference, parse_prompt
+from cai_cli.data.formats import parse_preference, parse_prompt, row_type_of
 from cai_cli.data.jsonl import display_name, origin, read_rows, read_values, rows_of
-from cai_cli.data.schema import Critique, Preference, Prompt, Revision, Row, Sample
+from cai_cli.data.schema import Critique, Preference, Prompt, Rejected, Revision, Row, Sample
 from cai_cli.runtime.manifest import hash_input, read_manifest
 from cai_cli.runtime.output_files import one_writer, sidecar
 
 
-def kind_of(source: str) -> tuple[type[Row], Callable[[object], Row]]:
-    """Return the type of a file's rows and their parser, by the fields of its first row.
+def row_parser(source: str) -> tuple[type[Row], Callable[[object], Row]]:
+    """Return the type of a file's rows, judged by its first row, and the parser of that type.
 
     Raises:
         CaiError: The file has no rows, or holds rejected rows.
@@ -30,18 +30,16 @@ def kind_of(source: str) -> tuple[type[Row], Callable[[object], Row]]:
     first: Any = next((value for _, value in read_values(source)), None)
     if first is None:
         raise CaiError(f"{display_name(source)} holds no rows", code="no-rows")
-    fields = set(first) if isinstance(first, dict) else set()
-    if {"reason", "row"} <= fields:
-        raise CaiError(
-            f"{source} holds rejected rows, which are not data",
-            hint="export the file beside it",
-            code="unknown-row-type",
-        )
-    if {"chosen", "rejected"} <= fields:
+    row_type = row_type_of(first) or Prompt
+    if row_type is Rejected:
+        hint = "export the output file that they belong to"
+        raise CaiError(f"{source} holds rejected rows, which are not data", hint, code="wrong-row-type")
+    if row_type is Preference:
         return Preference, lambda value: parse_preference(value, source=origin(source))
-    for field_name, row_type in (("critique", Critique), ("history", Revision), ("sample_index", Sample)):
-        if field_name in fields:
-            return row_type, rows_of(row_type)
+    if row_type in (Critique, Revision):
+        return row_type, rows_of(row_type)
+    if issubclass(row_type, Sample):
+        return Sample, rows_of(Sample)
     return Prompt, lambda value: parse_prompt(value, source=origin(source))
 
 
@@ -80,7 +78,7 @@ def export(source: str, work: Path) -> dict[str, Any]:
     from datasets.utils.logging import disable_progress_bar, enable_progress_bar
 
     file = hash_input(source)
-    row_type, parse = kind_of(source)
+    row_type, parse = row_parser(source)
     stats = DatasetStats()
 
     def rows() -> Iterator[dict[str, Any]]:

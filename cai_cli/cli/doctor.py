@@ -11,7 +11,8 @@ from cai_cli import __version__
 from cai_cli.cli import options
 from cai_cli.common.errors import CaiError
 from cai_cli.constitution.schema import SHIPPED, load, shipped_directory
-from cai_cli.models.fetch import ALIASES, cache_dir, cached_alias
+from cai_cli.models.aliases import ALIASES, cached_alias
+from cai_cli.models.fetch import cache_dir
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "jsonlines", "typer", "rich", "pydantic", "orjson")
 Check = dict[str, str | bool | None]

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cai_cli.models.fetch import ALIASES, cached_alias
+from cai_cli.models.aliases import ALIASES, cached_alias
 from cai_cli.models.names import find_model, resolve
 
 # --- cai models ---------------------------------------------------------------------------------------------

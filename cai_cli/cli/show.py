@@ -22,7 +22,10 @@ from rich.text import Text
 from cai_cli.cli import options
 from cai_cli.common import console
 from cai_cli.common.errors import UsageError
-from cai_cli.data.jsonl import read_values, row_key
+from cai_cli.data.evaluation_schema import ModelComparison
+from cai_cli.data.formats import has_key, row_key, row_type_of
+from cai_cli.data.jsonl import read_values
+from cai_cli.data.schema import Critique, Rejected
 from cai_cli.runtime.manifest import read_manifest
 from cai_cli.runtime.output_files import sidecar
 
@@ -34,8 +37,8 @@ SPEAKERS = {"user": "Human", "assistant": "Assistant", "system": "System"}
 
 def blocks(row: Mapping[str, Json]) -> Iterator[Block]:
     """A row as labelled texts in reading order; a field it does not know is shown as JSON, so nothing is hidden."""
-    left = dict(row)
-    if "reason" in left and isinstance(left.get("row"), str):
+    left, row_type = dict(row), row_type_of(row)
+    if row_type is Rejected and isinstance(row["row"], str):
         yield "rejected", str(left.pop("reason")), "red"
         yield from _original(left.pop("row"))
         left.pop("key", None)
@@ -43,7 +46,7 @@ def blocks(row: Mapping[str, Json]) -> Iterator[Block]:
     yield from _messages(left, "messages")
     votes = left.pop("votes", None) or []
     stood = ("chosen", "rejected")
-    if "model_a" in left and "model_b" in left:
+    if row_type is ModelComparison:
         stood = (str(left.pop("model_a")), str(left.pop("model_b")))
         yield from _duel(left, stood)
     history = left.pop("history", None) or []
@@ -54,7 +57,7 @@ def blocks(row: Mapping[str, Json]) -> Iterator[Block]:
             yield f"critique {turn['round']} ({turn['principle_id']})", turn["critique"], "yellow"
         else:
             yield f"round {turn['round']} ({turn['principle_id']})", "revised without a critique", "yellow"
-    if isinstance(left.get("completion"), list) and "critique" not in left:
+    if isinstance(left.get("completion"), list) and row_type is not Critique:
         name = f"revision {history[-1]['round']}" if history else "reply"
         yield name, _content(left.pop("completion")), "green"
     else:
@@ -89,16 +92,16 @@ def _messages(left: dict[str, Json], name: str) -> Iterator[Block]:
 
 
 def _critique(left: dict[str, Json]) -> Iterator[Block]:
-    if "completion" in left:
-        yield "reply", _content(left.pop("completion")), "cyan"
-    if "critique" in left:
+    if (reply := left.pop("completion", None)) is not None:
+        yield "reply", _content(reply), "cyan"
+    if row_type_of(left) is Critique:
         yield f"critique {left.pop('round')} ({left.pop('principle_id')})", left.pop("critique"), "yellow"
 
 
 def _compared(left: dict[str, Json]) -> Iterator[Block]:
     for name, style in (("chosen", "green"), ("rejected", "red")):
-        if name in left:
-            yield name, _content(left.pop(name)), style
+        if (reply := left.pop(name, None)) is not None:
+            yield name, _content(reply), style
 
 
 def _duel(left: dict[str, Json], models: tuple[str, str]) -> Iterator[Block]:
@@ -139,7 +142,7 @@ def row_text(row: Json, line: int) -> Text:
 
 def name_of(row: Mapping[str, Json], line: int) -> str:
     """What resume and error messages call a row, or its line."""
-    return row_key(dict(row)) if "id" in row or "key" in row else f"line {line}"
+    return row_key(row) if has_key(row) else f"line {line}"
 
 
 def _names(row: Mapping[str, Json], line: int) -> tuple[Json, ...]:

@@ -1,1 +1,1 @@
-"""What every layer uses: errors, messages on stderr, YAML, seeds, hash tables."""
+"""Shared by every layer: errors, messages on stderr, YAML, seeds, hash tables."""

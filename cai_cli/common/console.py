@@ -1,4 +1,4 @@
-"""The one place that writes to stderr: messages, progress, terminal-safe text. Data never goes through here."""
+"""Writes messages and progress bars to stderr, safe for terminals. Data never passes through this module."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from rich.text import Text
 
 _quiet = False
 SECRETS = ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # environment variables
-SHORTEST_SECRET = 12  # characters: what servers without keys are given (`none`, `EMPTY`) is a word, and no secret
+SHORTEST_SECRET = 12  # characters: the placeholders for servers without keys (`none`, `EMPTY`) are not secrets
 _muted = False
 _errors_muted = False
 _rows_on_stdout = False
@@ -34,45 +34,45 @@ def set_rows_on_stdout(rows: bool) -> None:
 
 
 def mute() -> None:
-    """Say nothing from now on, not even warnings: another process speaks for this one."""
+    """Print nothing from now on, not even warnings: rank 0 prints for all processes."""
     global _muted
     _muted = True
 
 
 def mute_errors(muted: bool) -> None:
-    """Whether another process says what went wrong in this one."""
+    """Whether to leave the printing of errors to another process."""
     global _errors_muted
     _errors_muted = muted
 
 
 def stderr() -> Console:
-    """A console on the current `sys.stderr` (made anew, so that redirection in tests and pipes is honoured)."""
+    """A console on the current `sys.stderr`; created at each call, so that redirection in tests and pipes works."""
     return Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 def safe(text: str) -> str:
-    """`text` without what could steer a terminal: control characters and bidirectional overrides become \\xNN."""
-    return "".join(c if _printable(c) else c.encode("unicode_escape").decode() for c in text)
+    r"""`text` with control characters and bidirectional overrides, which could control a terminal, as \xNN."""
+    return "".join(c if _is_printable(c) else c.encode("unicode_escape").decode() for c in text)
 
 
 def safe_json(line: bytes) -> bytes:
-    """A line of JSON with each of those characters as \\uXXXX: it means the same."""
-    return "".join(c if _printable(c) else f"\\u{ord(c):04x}" for c in line.decode()).encode()
+    r"""A line of JSON with each of the characters that `safe` replaces as \uXXXX. Its value stays the same."""
+    return "".join(c if _is_printable(c) else f"\\u{ord(c):04x}" for c in line.decode()).encode()
 
 
 def redacted(text: str) -> str:
-    """`text` with the name of its environment variable in place of every key."""
+    """`text` with every secret replaced by the name of its environment variable."""
     for name in SECRETS:
         if len(secret := os.environ.get(name, "").strip()) >= SHORTEST_SECRET:
             text = text.replace(secret, f"[{name}]")
     return text
 
 
-def _shown(text: str) -> str:
+def _printable_text(text: str) -> str:
     return escape(safe(redacted(text)))
 
 
-def _printable(c: str) -> bool:
+def _is_printable(c: str) -> bool:
     if c in "\n\t":
         return True
     code = ord(c)
@@ -80,25 +80,25 @@ def _printable(c: str) -> bool:
 
 
 def say(text: str) -> None:
-    """One message for a person, on stderr, unless quiet."""
+    """Print one message on stderr, unless quiet."""
     if not (_quiet or _muted):
-        stderr().print(_shown(text))
+        stderr().print(_printable_text(text))
 
 
 def warn(text: str) -> None:
-    """Something the user should know though the run goes on; printed even when quiet."""
+    """Print a warning on stderr, even when quiet."""
     if not _muted:
-        stderr().print(f"[yellow]warning:[/yellow] {_shown(text)}")
+        stderr().print(f"[yellow]warning:[/yellow] {_printable_text(text)}")
 
 
 def error(message: str, hint: str | None = None) -> None:
-    """`error: ...` and, under it, `hint: ...`."""
+    """Print `error: ...` and, on the next line, `hint: ...`."""
     if _errors_muted:
         return
     console = stderr()
-    console.print(f"[bold red]error:[/bold red] {_shown(message)}")
+    console.print(f"[bold red]error:[/bold red] {_printable_text(message)}")
     if hint:
-        console.print(f"[cyan]hint:[/cyan] {_shown(hint)}")
+        console.print(f"[cyan]hint:[/cyan] {_printable_text(hint)}")
 
 
 def error_json(error: dict[str, Any]) -> None:
@@ -109,10 +109,13 @@ def error_json(error: dict[str, Any]) -> None:
 
 
 def bug(trace: str) -> None:
-    """An error that nobody foresaw: its traceback, which may quote rows and answers of servers."""
+    """Print the traceback of an unexpected error. It may quote rows and server replies, so secrets are replaced."""
     if not _errors_muted:
-        stderr().print(_shown(trace.rstrip()))
-    error("this is a bug of cai: please report the lines above", "what is written is kept; run the same again to go on")
+        stderr().print(_printable_text(trace.rstrip()))
+    error(
+        "this is a bug in cai: please report the lines above",
+        "finished rows are kept; run the same command again to resume",
+    )
 
 
 class _Rate(ProgressColumn):
@@ -127,9 +130,15 @@ class _Rate(ProgressColumn):
 
 @contextmanager
 def track(total: float | None, description: str, unit: str = "rows") -> Iterator[Callable[[float], None]]:
-    """A progress bar with rate and time left on stderr; nothing when stderr is no terminal or when quiet.
+    """A progress bar with rate and remaining time on stderr; none when quiet or when stderr is not a terminal.
 
-    Yields `advance(n)`.
+    Args:
+        total: The number of units of work; None if unknown.
+        description: The text before the bar.
+        unit: What is counted, for the rate.
+
+    Yields:
+        A function that advances the bar by a number of units.
     """
     if _quiet or _muted or not sys.stderr.isatty():
         yield lambda _n: None
@@ -147,11 +156,12 @@ def track(total: float | None, description: str, unit: str = "rows") -> Iterator
 
 
 class Stopwatch:
-    """Wall seconds since it was made."""
+    """Measures wall time from its creation."""
 
     def __init__(self) -> None:
         self.started = time.monotonic()
 
     @property
     def seconds(self) -> float:
+        """Seconds since the creation."""
         return time.monotonic() - self.started

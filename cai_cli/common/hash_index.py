@@ -1,13 +1,16 @@
-"""A table of hashed keys: which were seen, on which line, in a few bytes each."""
+"""A compact hash table from keys to line numbers."""
 
 from array import array
 from hashlib import blake2b
 
 
 class KeyTable:
-    """Key -> line number for millions of keys in 12 to 36 bytes each (open addressing on 64-bit hashes).
+    """Maps millions of keys to line numbers in 12 to 36 bytes each (open addressing on 64-bit hashes).
 
-    Two different keys are taken for one with probability n^2 / 2^65: 3e-8 at a million rows.
+    The probability that two of n different keys collide is n^2 / 2^65: 3e-8 at a million keys.
+
+    Attributes:
+        size: The number of keys in the table.
     """
 
     def __init__(self) -> None:
@@ -30,7 +33,11 @@ class KeyTable:
         return slot
 
     def add(self, key: str, line: int) -> int | None:
-        """Remember `key`; returns the line it was first added with if it was there already, else None."""
+        """Add `key` unless it is in the table already.
+
+        Returns:
+            The line that the key was first added with, or None if it is new.
+        """
         slot = self._slot(hashed := self._hash(key))
         if self.hashes[slot]:
             return self.lines[slot]
@@ -41,15 +48,15 @@ class KeyTable:
         return None
 
     def get(self, key: str) -> int | None:
-        """What `key` was added with."""
+        """The line that `key` was added with, or None."""
         slot = self._slot(self._hash(key))
         return self.lines[slot] if self.hashes[slot] else None
 
     def number(self, key: str) -> int:
-        """How many other keys were numbered before this one; of a table that is filled by this alone."""
-        known = self.size
-        first = self.add(key, known)
-        return known if first is None else first
+        """The number of this key, from 0 in the order of first use. Only for tables that nothing else adds to."""
+        next_number = self.size
+        first = self.add(key, next_number)
+        return next_number if first is None else first
 
     def __contains__(self, key: str) -> bool:
         return self.get(key) is not None

@@ -1,7 +1,7 @@
-"""Texts that say nearly the same: MinHash finds those that may, and the overlap of their shingles decides.
+"""Finds near-duplicate texts: MinHash proposes candidates, and the overlap of their shingles decides.
 
 Two texts are near-duplicates when the Jaccard similarity of their sets of character 5-grams (letters and digits, lower
-case, single spaces) is at least a threshold. The signatures are datasketch's; what they miss is a pair just above it.
+case, single spaces) is at least a threshold. The signatures are datasketch's; they may miss pairs just above it.
 """
 
 import re
@@ -13,13 +13,17 @@ BANDS, ROWS_A_BAND = 32, 4  # a pair of similarity 0.5 is found with probability
 
 
 def shingles(text: str) -> frozenset[str]:
-    """The character 5-grams of `text` without case, punctuation and repeated spaces; a shorter text is its own."""
+    """The character 5-grams of `text` without case, punctuation and repeated spaces; a shorter text is one."""
     plain = " ".join(re.findall(r"\w+", text.lower()))
     return frozenset(plain[i : i + SHINGLE] for i in range(max(1, len(plain) - SHINGLE + 1)))
 
 
 class NearDuplicates:
-    """Texts by name, to be asked which of them another text nearly repeats. Memory: some 3 KiB a text."""
+    """An index of texts that finds near-duplicates of a new text. Memory: about 3 KiB a text.
+
+    Args:
+        threshold: The least Jaccard similarity of near-duplicates, from 0 to 1.
+    """
 
     def __init__(self, threshold: float) -> None:
         from datasketch import MinHashLSH
@@ -29,15 +33,16 @@ class NearDuplicates:
         self._texts: dict[str, str] = {}
 
     def add(self, name: str, text: str) -> None:
-        """Remember `text` under `name`, which must be new."""
+        """Add `text` under `name`, which must be new."""
         self._index.insert(name, _signature(shingles(text)))
         self._texts[name] = text
 
     def find(self, text: str) -> tuple[str, float] | None:
-        """The name of the text that `text` repeats most, and their similarity; None where it repeats none."""
-        mine = shingles(text)
-        near = ((_jaccard(mine, shingles(self._texts[name])), name) for name in self._index.query(_signature(mine)))
-        similarity, name = max(near, default=(0.0, ""))
+        """The most similar text of the index, as (name, Jaccard similarity); None if none reaches the threshold."""
+        items = shingles(text)
+        candidates = self._index.query(_signature(items))
+        similarities = ((_jaccard(items, shingles(self._texts[name])), name) for name in candidates)
+        similarity, name = max(similarities, default=(0.0, ""))
         return (name, similarity) if similarity >= self.threshold else None
 
 

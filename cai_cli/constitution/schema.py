@@ -1,4 +1,4 @@
-"""The constitution: principles and few-shot examples in plain YAML; the published JSON as it is; the seeded draw."""
+"""The constitution: principles and few-shot examples in YAML files, and their schema."""
 
 from hashlib import sha256
 from pathlib import Path
@@ -17,7 +17,14 @@ NonEmptyText = Annotated[str, Field(min_length=1)]
 
 
 class CritiquePrinciple(Row):
-    """Paper section 3.1: a request to criticise the last reply, and the request to revise it accordingly."""
+    """A principle for critiques and revisions (paper section 3.1).
+
+    Attributes:
+        id: Unique in the constitution.
+        theme: What the principle is about.
+        critique: The request to criticise the last reply.
+        revision: The request to revise it.
+    """
 
     id: NonEmptyText
     theme: str | None = None
@@ -26,8 +33,15 @@ class CritiquePrinciple(Row):
 
 
 class PreferencePrinciple(Row):
-    """Paper section 4.1: by what to choose between two replies. `following` and `breaking` tell a model how to speak
-    so that it would win or lose by this principle (`label-prefs --method contrast`)."""
+    """A principle for the choice between two replies (paper section 4.1).
+
+    Attributes:
+        id: Unique in the constitution.
+        theme: What the principle is about.
+        comparison: The question that asks for the better reply.
+        following: A system prompt for an assistant that follows the principle (`label-prefs --method contrast`).
+        breaking: A system prompt for an assistant that breaks it.
+    """
 
     id: NonEmptyText
     theme: str | None = None
@@ -37,7 +51,15 @@ class PreferencePrinciple(Row):
 
 
 class CritiqueExample(Row):
-    """A worked critique and revision; `messages` end with the reply that is criticised."""
+    """A few-shot example of a critique and a revision.
+
+    Attributes:
+        messages: A conversation that ends with the reply to criticise.
+        critique_request: The request for the critique.
+        critique: The critique.
+        revision_request: The request for the revision.
+        revision: The revised reply.
+    """
 
     messages: list[Message] = Field(min_length=2)
     critique_request: NonEmptyText
@@ -53,8 +75,16 @@ class CritiqueExample(Row):
 
 
 class ComparisonExample(Row):
-    """A worked comparison. A null `comparison` takes the principle that is being asked about; `preamble` is the
-    opening line of a published chain-of-thought prompt where it is not ours."""
+    """A few-shot example of a comparison of two replies.
+
+    Attributes:
+        messages: The conversation that both replies continue.
+        comparison: The question; null takes that of the principle in use.
+        options: The two replies.
+        answer: The letter of the better one.
+        rationale: The chain of thought that leads to the answer.
+        preamble: The opening line of a published chain-of-thought prompt, if it differs from the default.
+    """
 
     messages: list[Message] = Field(min_length=1)
     comparison: str | None = None
@@ -65,6 +95,8 @@ class ComparisonExample(Row):
 
 
 class _File(BaseModel):
+    """What both kinds of constitution have in common."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     name: NonEmptyText
@@ -76,22 +108,26 @@ class _File(BaseModel):
         ids = [p.id for p in getattr(self, "principles", [])]
         for name in ids:
             if ids.count(name) > 1:
-                raise ValueError(f"principle id {name!r} stands twice")
+                raise ValueError(f"principle id {name!r} occurs twice")
         return self
 
     def fingerprint(self) -> str:
-        """Hash of everything that decides prompts; description and license do not."""
+        """The SHA-256 (hex) of everything that affects prompts, so without name, description and license."""
         content = self.model_dump(exclude={"name", "license", "description"})
         return sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
 class CritiqueConstitution(_File):
+    """A constitution for critiques and revisions (paper section 3)."""
+
     kind: Literal["critique-revision"]
     principles: list[CritiquePrinciple] = []
     examples: list[CritiqueExample] = []
 
 
 class PreferenceConstitution(_File):
+    """A constitution for preference labels (paper section 4)."""
+
     kind: Literal["preference"]
     principles: list[PreferencePrinciple] = []
     examples: list[ComparisonExample] = []
@@ -102,51 +138,74 @@ C = TypeVar("C", CritiqueConstitution, PreferenceConstitution)
 
 
 def shipped_directory() -> Path:
-    """Where the shipped YAML lies: inside an installed wheel, or at the top of a checkout."""
+    """The directory of the shipped constitutions: inside an installed wheel, or at the top of a checkout."""
     package = Path(__file__).parents[1]
     installed = package / "principles"
     return installed if installed.is_dir() else package.parent / "principles"
 
 
 def load(source: str | Path) -> AnyConstitution:
-    """Read and check one YAML file. Raises CaiError naming the file and the first thing that is wrong."""
+    """The constitution in a YAML file.
+
+    Raises:
+        CaiError: The file cannot be read (`cannot-read`), is not YAML (`invalid-yaml`), or is not a valid constitution
+            (`invalid-constitution`). The message names the file and the first problem.
+    """
     return check(load_yaml(source), str(source))
 
 
 def check(value: object, name: str) -> AnyConstitution:
-    """A parsed YAML document as a constitution. Raises CaiError."""
+    """A parsed YAML document as a constitution; `name` names it in errors.
+
+    Raises:
+        CaiError: The document is not a valid constitution (`invalid-constitution`).
+    """
     kind = value.get("kind") if isinstance(value, dict) else None
     models: dict[object, type[AnyConstitution]] = {
         "critique-revision": CritiqueConstitution,
         "preference": PreferenceConstitution,
     }
     if not isinstance(kind, str) or kind not in models:
-        raise CaiError(f"{name}: `kind` must be one of {', '.join(SHIPPED)}, not {kind!r}")
+        raise CaiError(f"{name}: `kind` must be one of {', '.join(SHIPPED)}, not {kind!r}", code="invalid-constitution")
     try:
         return models[kind].model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise CaiError(f"{name}: {where}: {first['msg'].removeprefix('Value error, ')}") from None
+        reason = first["msg"].removeprefix("Value error, ")
+        raise CaiError(f"{name}: {where}: {reason}", code="invalid-constitution") from None
 
 
 def open_constitution(model: type[C], source: str | None, few_shot: str | None) -> C:
-    """The constitution a stage works under: `--constitution` (or the shipped one) with the examples of `--few-shot`.
+    """The constitution that a stage uses.
 
-    Raises CaiError when a file is of the other kind or holds no principles.
+    Args:
+        model: The kind of constitution that the stage needs.
+        source: The file of `--constitution`; None is the shipped one.
+        few_shot: The file of `--few-shot`, whose examples replace those of the constitution; "none" for no examples;
+            None keeps those of the constitution.
+
+    Raises:
+        CaiError: A file is of the other kind or has no principles or examples (`invalid-constitution`), or as `load`.
     """
     kind = model.model_fields["kind"].annotation.__args__[0]  # type: ignore[union-attr]
     loaded = load(source or shipped_directory() / SHIPPED[kind])
     if not isinstance(loaded, model):
-        raise CaiError(f"{source} holds {loaded.kind} principles, this stage needs {kind} principles")
+        raise CaiError(
+            f"{source} holds {loaded.kind} principles, this stage needs {kind} principles", code="invalid-constitution"
+        )
     if not loaded.principles:
-        raise CaiError(f"{source} holds no principles", hint="examples alone go to --few-shot")
+        raise CaiError(
+            f"{source} holds no principles",
+            hint="a file with examples only belongs to --few-shot",
+            code="invalid-constitution",
+        )
     if few_shot == "none":
         return loaded.model_copy(update={"examples": []})
     if few_shot is not None:
         extra = load(few_shot)
         if not isinstance(extra, model) or not extra.examples:
-            raise CaiError(f"{few_shot} holds no {kind} examples")
+            raise CaiError(f"{few_shot} holds no {kind} examples", code="invalid-constitution")
         return loaded.model_copy(update={"examples": extra.examples})
     return loaded
 

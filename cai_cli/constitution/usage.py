@@ -1,4 +1,4 @@
-"""Which principles stand behind rows, how often each was drawn, and what they say."""
+"""Counts how often each principle was drawn for the rows of a file, and finds the principles behind it."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,8 +25,15 @@ AnyPrinciple = CritiquePrinciple | PreferencePrinciple
 
 @dataclass(frozen=True)
 class Drawn:
-    """One constitution as it was used. `counts`: principle id -> draws, most drawn first, those in play but never drawn
-    with 0. `principles`: id -> the principle; empty where the file is gone or was changed since."""
+    """How often each principle of a constitution was drawn.
+
+    Attributes:
+        stage: The stage that drew them.
+        constitution: The name of the constitution.
+        fingerprint: Its hash.
+        counts: Principle id -> number of draws, most drawn first; 0 for principles that were never drawn.
+        principles: Principle id -> principle; empty if the file is missing or has changed since.
+    """
 
     stage: str
     constitution: str
@@ -35,7 +42,7 @@ class Drawn:
     principles: Mapping[str, AnyPrinciple]
 
     def recorded(self) -> dict[str, Any]:
-        """As a manifest holds it."""
+        """The draws as manifests record them."""
         counts = {name: count for name, count in self.counts.items() if count}
         return {
             "stage": self.stage,
@@ -46,20 +53,28 @@ class Drawn:
 
 
 def draws(row: Row) -> list[str]:
-    """The principle of every draw behind a row: one a round, or one a comparison (asked in both orders it is one)."""
+    """The principle ids drawn for a row: one for each round, or one for each comparison (both orders count as one)."""
     if isinstance(row, Preference):
         return list(dict.fromkeys(vote.principle_id for vote in row.votes))
-    turns = [turn.principle_id for turn in row.history] if isinstance(row, Critique | Revision) else []
-    return [*turns, row.principle_id] if isinstance(row, Critique) else turns
+    rounds = [turn.principle_id for turn in row.history] if isinstance(row, Critique | Revision) else []
+    return [*rounds, row.principle_id] if isinstance(row, Critique) else rounds
 
 
 def drawn(rows: Iterable[Row], manifest: Mapping[str, Any]) -> Drawn | None:
-    """How often each principle was drawn for the rows that `manifest` is of; None where no constitution was used."""
+    """How often each principle was drawn for rows.
+
+    Args:
+        rows: The rows of a file.
+        manifest: The manifest of that file.
+
+    Returns:
+        The draws, or None if the file was made without a constitution.
+    """
     return drawn_counts(Counter(principle for row in rows for principle in draws(row)), manifest)
 
 
 def drawn_counts(counts: Counter[str], manifest: Mapping[str, Any]) -> Drawn | None:
-    """As `drawn`, of draws that are counted already."""
+    """As `drawn`, for draws that are already counted."""
     used = manifest.get("provenance", {}).get("constitution")
     if not used:
         return None
@@ -70,9 +85,12 @@ def drawn_counts(counts: Counter[str], manifest: Mapping[str, Any]) -> Drawn | N
 
 
 def recorded_principles(sources: Iterable[Path]) -> list[dict[str, Any]]:
-    """The principles that shaped files of rows and models, by the manifests beside them: what a training stage puts
-    into its own manifest, so that a model trained on a model trained on revisions still names them."""
-    found: list[dict[str, Any]] = []
+    """The draws behind files of rows and models, for the manifest of a training stage.
+
+    They come from the manifests of the files, so that a model trained on a model trained on revisions still names the
+    principles.
+    """
+    entries: list[dict[str, Any]] = []
     for source in sources:
         manifest = read_manifest(sidecar(source, "manifest.json")) or {}
         used = list(manifest.get("run", {}).get("principles", []))
@@ -80,12 +98,12 @@ def recorded_principles(sources: Iterable[Path]) -> list[dict[str, Any]]:
             row_type: type[Row] = Preference if manifest["provenance"]["stage"] == "label-prefs" else Revision
             behind = drawn((row for _, row in read_rows(str(source), rows_of(row_type))), manifest)
             used = [behind.recorded()] if behind else []
-        found += [entry for entry in used if entry not in found]
-    return found
+        entries += [entry for entry in used if entry not in entries]
+    return entries
 
 
 def principles_behind(manifest: Mapping[str, Any]) -> Sequence[AnyPrinciple]:
-    """The principles that could be drawn, if the constitution is still what it was; else none."""
+    """The principles that could be drawn for a file; empty if the constitution is missing or has changed since."""
     provenance, argv = manifest["provenance"], list(manifest.get("run", {}).get("argv", []))
     model: Any = PreferenceConstitution if provenance["stage"] == "label-prefs" else CritiqueConstitution
     settings = provenance.get("settings", {})
@@ -102,11 +120,15 @@ def principles_behind(manifest: Mapping[str, Any]) -> Sequence[AnyPrinciple]:
 
 
 def option(command: Sequence[str], *names: str) -> str | None:
-    """The value of an option on a command line (`--name value` or `--name=value`); the last one counts."""
-    found = None
+    """The value of an option on a command line, `--name value` or `--name=value`; the last one counts.
+
+    >>> option(["cai", "revise", "--few-shot=none"], "--few-shot")
+    'none'
+    """
+    last = None
     for word, value in zip(command, [*command[1:], ""], strict=False):
         if word in names:
-            found = value
+            last = value
         elif word.partition("=")[0] in names:
-            found = word.partition("=")[2]
-    return found
+            last = word.partition("=")[2]
+    return last

@@ -1,88 +1,141 @@
-"""The forms in which prompts and labelled pairs come: transcripts, messages, HH-RLHF and TRL rows, our own rows.
+"""Reads prompts, labelled pairs and completions in every accepted format: transcripts, messages, HH-RLHF, TRL, ours.
 
-All become rows of `records` here, without conversion beforehand.
+The only place that tells row types apart: `row_type_of` names the type of a JSON object by its fields, and the
+`parse_*` functions turn each accepted format into a row type of `schema`. No conversion beforehand is needed.
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from cai_cli.common.errors import RowError
+from cai_cli.data.evaluation_schema import EvaluationQuestion, EvaluationResult, HarmScore, ModelComparison
 from cai_cli.data.schema import (
     Critique,
+    JudgedPair,
     Kind,
     Message,
+    Pair,
     PolicySample,
     Preference,
     Prompt,
+    Rejected,
     Revision,
-    Role,
+    Row,
     Sample,
     Scored,
+    WorkItemRecord,
     conversation_id,
     json_type,
     load_row,
 )
+from cai_cli.data.transcripts import joined_turns, parse_transcript
 
 TEXTS = ("prompt", "completion", "critique", "chosen", "rejected")
-_TURN = re.compile(r"\n\n(Human|Assistant):")
-_ROLES: Mapping[str, Role] = {"Human": "user", "Assistant": "assistant"}
-SPEAKERS: Mapping[Role, str] = {"user": "Human", "assistant": "Assistant", "system": "System"}
-_NAMES = "(Human|Assistant|System|H|A|CritiqueRequest|Critique|RevisionRequest|Revision)"
-_HEADING = re.compile(rf"\n\n( *){_NAMES}:")
-_ESCAPED = re.compile(rf"\n\n ( *){_NAMES}:")
-# What a row may carry beside its prompt without our reading it; any other field is an error, not silently ignored.
+# Fields that mark a row type. The first type of which all marking fields are present is the type of the row.
+_MARKS: Sequence[tuple[type[Row], frozenset[str]]] = (
+    (Rejected, frozenset({"reason", "row"})),
+    (WorkItemRecord, frozenset({"key", "digest"})),
+    (ModelComparison, frozenset({"model_a", "model_b"})),
+    (EvaluationQuestion, frozenset({"corrects", "incorrects"})),
+    (EvaluationResult, frozenset({"askings"})),
+    (JudgedPair, frozenset({"chosen_score", "rejected_score"})),
+    (Critique, frozenset({"critique"})),
+    (HarmScore, frozenset({"harm", "levels"})),
+    (PolicySample, frozenset({"score", "watch_score"})),
+    (Scored, frozenset({"score"})),
+    (Revision, frozenset({"history"})),
+    (Pair, frozenset({"a", "b"})),
+    (Preference, frozenset({"chosen"})),
+    (Preference, frozenset({"votes"})),
+    (Sample, frozenset({"sample_index"})),
+    (Sample, frozenset({"completion"})),
+    (Prompt, frozenset({"prompt"})),
+    (Prompt, frozenset({"messages"})),
+)
+# Rows made from a sample that are accepted where a prompt is.
+_MADE_FROM_SAMPLES: Sequence[type[Sample]] = (Critique, Revision, Scored, PolicySample)
+
+# Fields that a prompt row may have beside its prompt. Any other field is an error, so that nothing is ignored silently.
 _PROMPT_FIELDS = frozenset({"id", "kind", "source"})
 
 
-def parse_transcript(text: str) -> list[Message]:
-    """The published `\\n\\nHuman: ...\\n\\nAssistant: ...` form as messages; one space after the colon is its own.
+# --- row types ----------------------------------------------------------------------------------------------------
 
-    A trailing `\\n\\nAssistant:` (the cue to answer) is an empty assistant turn. Inverse: `render_transcript`.
-    Raises RowError when the text does not start with a turn.
+
+def row_type_of(value: object) -> type[Row] | None:
+    """The row type that a JSON value is, or is read as, judged by its fields alone; None if no type has such fields.
+
+    Rows of foreign formats have the type they are read as: `{"prompt", "completion"}` is a Sample, `{"messages"}` a
+    Prompt, an HH-RLHF pair a Preference. The row is not validated.
+
+    >>> row_type_of({"messages": [{"role": "user", "content": "Hello"}]}).__name__
+    'Prompt'
+    >>> row_type_of({"chosen": "...", "rejected": "..."}).__name__
+    'Preference'
     """
-    pieces = _TURN.split(text)
-    if pieces[0].strip() or len(pieces) < 3:
-        raise RowError(r"not a transcript: it must start with '\n\nHuman:'")
-    return [
-        Message(role=_ROLES[who], content=_ESCAPED.sub(r"\n\n\1\2:", said.removeprefix(" ")))
-        for who, said in zip(pieces[1::2], pieces[2::2], strict=True)
-    ]
+    if not isinstance(value, dict):
+        return None
+    return next((row_type for row_type, marks in _MARKS if marks <= value.keys()), None)
 
 
-def render_transcript(messages: Sequence[Message], names: Mapping[Role, str] = SPEAKERS) -> str:
-    """`\\n\\nHuman: ...\\n\\nAssistant: ...`; the inverse of `parse_transcript`. What a message says never becomes a
-    turn of its own."""
-    return "".join(f"\n\n{names[m.role]}: {escape_headings(m.content)}" for m in messages)
+def parse_row(value: object) -> Row:
+    """One of our own rows of whatever type, validated as the type that its fields show.
+
+    Raises:
+        RowError: The fields are those of no row type (`unknown-row-type`), or the row is not valid (`invalid-row`).
+    """
+    row_type = row_type_of(value)
+    if row_type is None:
+        raise RowError("not a row of any known type", code="unknown-row-type")
+    return load_row(row_type, value)
 
 
-def escape_headings(text: str) -> str:
-    """`text` with a space before each line that would be read as a turn or as another part of a raw prompt."""
-    return _HEADING.sub(r"\n\n \1\2:", text)
+def has_key(value: Mapping[str, Any]) -> bool:
+    """Whether a JSON object has what `row_key` needs."""
+    return "key" in value or "id" in value
 
 
-def joined_turns(messages: list[Message]) -> list[Message]:
-    """Consecutive turns of one speaker joined by a blank line: HH-RLHF holds a few, chat templates refuse them."""
-    joined: list[Message] = []
-    for message in messages:
-        if joined and joined[-1].role == message.role:
-            content = f"{joined[-1].content}\n\n{message.content}"
-            joined[-1] = Message(role=message.role, content=content)
-        else:
-            joined.append(message)
-    return joined
+def row_key(value: Mapping[str, Any]) -> str:
+    """The key of one of our own rows (see `Row.key`), which is not validated.
+
+    Raises:
+        KeyError: The object has neither a key nor an id.
+
+    >>> row_key({"id": "p1", "sample_index": 2, "completion": []})
+    'p1/2'
+    """
+    if "key" in value:
+        return str(value["key"])
+    if "sample_index" in value and "model_a" not in value:  # the id of a ModelComparison already contains the index
+        return f"{value['id']}/{value['sample_index']}"
+    return str(value["id"])
+
+
+# --- prompts ------------------------------------------------------------------------------------------------------
 
 
 def parse_prompt(value: object, *, source: str, kind: Kind | None = None) -> Prompt:
-    """A prompt from any accepted form; `kind` and `source` fill what the row does not say.
+    """A prompt from any accepted format.
 
-    Accepted: plain text (str); {"prompt": "text" or [messages]}; {"messages": [...]}; HH-RLHF {"chosen", "rejected"}
-    (every turn before the last assistant turn). Raises RowError.
+    Args:
+        value: Plain text (str); `{"prompt": text or [messages]}`; `{"messages": [...]}`; an HH-RLHF pair
+            `{"chosen", "rejected"}` (every turn before the last assistant turn); or a later row of our own.
+        source: The `source` of a row that has none.
+        kind: The `kind` of a row that has none.
+
+    Raises:
+        RowError: The value has none of these formats, or an unknown field.
+
+    >>> prompt = parse_prompt({"id": "p1", "prompt": "What is a prime?"}, source="prompts.jsonl")
+    >>> prompt.id, prompt.prompt[0].content, prompt.source
+    ('p1', 'What is a prime?', 'prompts.jsonl')
     """
     if isinstance(value, str):
         return _make_prompt([Message(role="user", content=value)], {}, source, kind)
     if not isinstance(value, dict):
-        raise RowError(f"a prompt row must be a JSON object or plain text, this is {json_type(value)}")
+        raise RowError(
+            f"a prompt row must be a JSON object or plain text, this is {json_type(value)}", code="invalid-row"
+        )
     if "prompt" in value and ("completion" in value or "votes" in value):
         return _own_row_as_prompt(value, source, kind)
     if "chosen" in value and "rejected" in value:
@@ -95,28 +148,31 @@ def parse_prompt(value: object, *, source: str, kind: Kind | None = None) -> Pro
         raise RowError(
             "no prompt in this row",
             hint='a row has "prompt" (text or messages), "messages", or HH-RLHF "chosen" and "rejected"',
+            code="invalid-row",
         )
     unknown = sorted(set(value) - used - _PROMPT_FIELDS)
     if unknown:
         raise RowError(
-            f"unknown field {unknown[0]!r} in a prompt row", hint=f"known beside the prompt: {sorted(_PROMPT_FIELDS)}"
+            f"unknown field {unknown[0]!r} in a prompt row",
+            hint=f"fields allowed beside the prompt: {sorted(_PROMPT_FIELDS)}",
+            code="invalid-row",
         )
     return _make_prompt(messages, value, source, kind)
 
 
 def _own_row_as_prompt(value: dict[str, Any], source: str, kind: Kind | None) -> Prompt:
-    """One of our own later rows (Sample, Critique, Revision, Preference, PolicySample): its prompt again."""
-    row_type: type[Sample | Preference] = Preference
-    if "score" in value:
-        row_type = PolicySample if "watch_score" in value else Scored
-    elif "votes" not in value:
-        row_type = Critique if "critique" in value else Revision if "history" in value else Sample
-    row = load_row(row_type, value)
+    """The prompt of one of our own later rows, which must be valid itself."""
+    row_type = row_type_of(value)
+    row = load_row(Preference, value) if row_type is Preference else load_row(_sample_type(row_type), value)
     return _make_prompt(row.prompt, value, source, kind)
 
 
+def _sample_type(row_type: type[Row] | None) -> type[Sample]:
+    return next((known for known in _MADE_FROM_SAMPLES if known is row_type), Sample)
+
+
 def _human_pair_prompt(value: dict[str, Any]) -> list[Message]:
-    if "prompt" in value:  # TRL's explicit-prompt preference form
+    if "prompt" in value:  # TRL's preference format with an explicit prompt
         return _messages(value["prompt"], "prompt")
     return _conversation(value, "chosen")[:-1]
 
@@ -128,17 +184,67 @@ def _conversation(value: dict[str, Any], field: str) -> list[Message]:
     elif isinstance(value[field], str):
         messages = joined_turns(parse_transcript(value[field]))
     else:
-        raise RowError(f"field {field!r} must be a transcript or messages, this is {json_type(value[field])}")
+        raise RowError(
+            f"field {field!r} must be a transcript or messages, this is {json_type(value[field])}", code="invalid-row"
+        )
     while messages and messages[-1].role != "assistant":
         messages.pop()
     if len(messages) < 2:
-        raise RowError(f"field {field!r} holds no human turn followed by an assistant turn")
+        raise RowError(f"field {field!r} holds no human turn followed by an assistant turn", code="invalid-row")
     return messages
 
 
+def _messages(value: object, field: str) -> list[Message]:
+    if isinstance(value, str):
+        if value.startswith("\n\nHuman:"):
+            turns = joined_turns(parse_transcript(value))
+            return turns[:-1] if turns[-1].role == "assistant" and not turns[-1].content else turns
+        return [Message(role="user", content=value)]
+    if not isinstance(value, list) or not value:
+        raise RowError(
+            f"field {field!r} must be text or a non-empty list of messages, this is {json_type(value)}",
+            code="invalid-row",
+        )
+    return [load_row(Message, m) for m in value]
+
+
+def _make_prompt(messages: list[Message], value: dict[str, Any], source: str, kind: Kind | None) -> Prompt:
+    if not any(m.content.strip() for m in messages if m.role == "user"):
+        raise RowError("the prompt is empty", code="invalid-row")
+    given_id = value.get("id")
+    if isinstance(given_id, int) and not isinstance(given_id, bool):
+        given_id = str(given_id)
+    fields = {
+        "id": conversation_id(messages) if given_id is None else given_id,
+        "prompt": [m.model_dump() for m in messages],
+        "kind": kind if value.get("kind") is None else value["kind"],
+        "source": source if value.get("source") is None else value["source"],
+    }
+    return load_row(Prompt, fields)
+
+
+# --- pairs --------------------------------------------------------------------------------------------------------
+
+
 def parse_preference(value: object, *, source: str) -> Preference:
-    """A Preference row, or a pair that humans labelled: HH-RLHF `chosen` and `rejected` (transcripts or messages), or
-    TRL's with an explicit `prompt`. Raises RowError."""
+    """A Preference: one of our own, or a pair that humans labelled.
+
+    Args:
+        value: A Preference row; an HH-RLHF pair, whose `chosen` and `rejected` are whole conversations (transcripts or
+            messages); or TRL's preference format with an explicit `prompt`.
+        source: The `source` of a row that has none.
+
+    Returns:
+        A row with `p_chosen` 1, no votes and `human` "chosen" for a pair that humans labelled. Without an id of its own
+        it gets one from the prompt and both replies.
+
+    Raises:
+        RowError: The value has none of these formats, or its two replies answer different prompts.
+
+    >>> pair = parse_preference({"prompt": "Hello", "chosen": "Hi!", "rejected": "Go away."}, source="pairs")
+    >>> pair.chosen[0].content, pair.p_chosen, pair.human
+    ('Hi!', 1.0, 'chosen')
+    """
     if not isinstance(value, dict) or "votes" in value or "chosen" not in value or "rejected" not in value:
         return load_row(Preference, value)
     prompt = parse_prompt(value, source=source)
@@ -146,10 +252,10 @@ def parse_preference(value: object, *, source: str) -> Preference:
     for field in ("chosen", "rejected"):
         whole = "prompt" not in value
         if whole and _conversation(value, field)[:-1] != prompt.prompt:
-            raise RowError("`chosen` and `rejected` answer different prompts")
+            raise RowError("`chosen` and `rejected` answer different prompts", code="invalid-row")
         reply = _conversation(value, field)[-1:] if whole else _reply(value[field], field)
         replies[field] = [m.model_dump() for m in reply]
-    # Humans may have compared several pairs of replies to one prompt: the id is of the whole comparison.
+    # The id covers the replies too: humans may have compared several pairs of replies to one prompt.
     whole_pair = [*prompt.prompt, *(Message.model_validate(m[0]) for m in replies.values())]
     fields = {
         "id": conversation_id(whole_pair) if value.get("id") is None else prompt.id,
@@ -168,54 +274,84 @@ def _reply(value: object, field: str) -> list[Message]:
     return _messages(value, field)
 
 
-def _messages(value: object, field: str) -> list[Message]:
-    if isinstance(value, str):
-        if value.startswith("\n\nHuman:"):
-            turns = joined_turns(parse_transcript(value))
-            return turns[:-1] if turns[-1].role == "assistant" and not turns[-1].content else turns
-        return [Message(role="user", content=value)]
-    if not isinstance(value, list) or not value:
-        raise RowError(f"field {field!r} must be text or a non-empty list of messages, this is {json_type(value)}")
-    return [load_row(Message, m) for m in value]
+# --- completions --------------------------------------------------------------------------------------------------
 
 
-def _make_prompt(messages: list[Message], value: dict[str, Any], source: str, kind: Kind | None) -> Prompt:
-    if not any(m.content.strip() for m in messages if m.role == "user"):
-        raise RowError("the prompt is empty")
-    given = value.get("id")
-    if isinstance(given, int) and not isinstance(given, bool):
-        given = str(given)
-    fields = {
-        "id": conversation_id(messages) if given is None else given,
-        "prompt": [m.model_dump() for m in messages],
-        "kind": kind if value.get("kind") is None else value["kind"],
-        "source": source if value.get("source") is None else value["source"],
-    }
-    return load_row(Prompt, fields)
+def completed_row(value: object) -> Sample:
+    """A prompt with a completion: a Sample, a Revision, or a foreign `{"prompt", "completion"}`.
+
+    Raises:
+        RowError: The row has no completion, is a Critique (`wrong-row-type`), or is not valid.
+    """
+    row_type = row_type_of(value)
+    if row_type is Critique:
+        raise RowError(
+            "a Critique row: its reply has not been revised yet",
+            "`cai revise` turns critiques into revisions",
+            code="wrong-row-type",
+        )
+    if isinstance(value, dict) and "sample_index" in value:
+        return load_row(Revision if row_type is Revision else Sample, value)
+    if not isinstance(value, dict) or "completion" not in value:
+        raise RowError("no completion in this row", 'a row has "prompt" and "completion"', code="invalid-row")
+    prompt = parse_prompt({k: v for k, v in value.items() if k != "completion"}, source="given")
+    completion = value["completion"]
+    if isinstance(completion, str):
+        completion = [{"role": "assistant", "content": completion}]
+    if not isinstance(completion, list):
+        raise RowError(
+            f"field 'completion' must be text or messages, this is {json_type(completion)}", code="invalid-row"
+        )
+    fields = {"sample_index": 0, "completion": completion, "finish_reason": None}
+    return load_row(Sample, prompt.model_dump() | fields)
+
+
+def sample_or_revision(value: object) -> Sample:
+    """A Sample or a Revision: a row whose reply can be criticised or judged.
+
+    Raises:
+        RowError: The row is a Critique (`wrong-row-type`), or is not valid.
+    """
+    row_type = row_type_of(value)
+    if row_type is Critique:
+        raise RowError(
+            "a Critique row; this command takes Sample or Revision rows",
+            "`cai revise` takes critiques",
+            code="wrong-row-type",
+        )
+    return load_row(Revision if row_type is Revision else Sample, value)
 
 
 def scorable(value: object, source: str) -> Sample | Preference:
-    """A row with a conversation, or a pair of two.
+    """A row that a preference model can score: one conversation, or a pair of two.
 
-    Accepted: {"messages"} that end with the assistant, any pair that `train-pm` takes, our rows with a completion, any
-    {"prompt", "completion"}. A row without an id has the hash of its whole conversation. Raises RowError.
+    Args:
+        value: `{"messages"}` that end with the assistant's reply; a pair in any format of `parse_preference`; or a row
+            in any format of `completed_row`, scored before or not.
+        source: The `source` of a row that has none.
+
+    Returns:
+        The row. A row without an id gets the hash of its whole conversation.
+
+    Raises:
+        RowError: The value has none of these formats.
     """
     if not isinstance(value, dict):
         return completed_row(value)
     if "chosen" in value and "rejected" in value:
         return parse_preference(value, source=source)
-    given = {"source": source, **{k: v for k, v in value.items() if k not in ("messages", "score")}}
+    fields = {"source": source, **{k: v for k, v in value.items() if k not in ("messages", "score")}}
     if "messages" in value:
         messages = value["messages"]
         if not isinstance(messages, list) or len(messages) < 2:
-            raise RowError("`messages` must be a list that ends with the assistant's reply")
-        given |= {"prompt": messages[:-1], "completion": messages[-1:]}
-    row = completed_row(given)
+            raise RowError("`messages` must be a list that ends with the assistant's reply", code="invalid-row")
+        fields |= {"prompt": messages[:-1], "completion": messages[-1:]}
+    row = completed_row(fields)
     return row if value.get("id") is not None else row.model_copy(update={"id": conversation_hash(row)})
 
 
 def conversations(row: Sample | Preference) -> list[Sample]:
-    """The conversations of a row: of a pair `chosen` (sample_index 0) and `rejected` (1), otherwise one."""
+    """The conversations of a row: `chosen` (sample_index 0) and `rejected` (1) of a pair, else the row's own one."""
     if isinstance(row, Sample):
         return [Sample.model_validate(row.sample_fields())]
     shared = {"id": row.id, "prompt": row.prompt, "source": row.source, "finish_reason": None}
@@ -224,47 +360,34 @@ def conversations(row: Sample | Preference) -> list[Sample]:
 
 
 def conversation_hash(row: Sample | Preference) -> str:
+    """The id of a whole conversation, prompt and replies, that came without one."""
     replies = row.completion if isinstance(row, Sample) else [*row.chosen, *row.rejected]
     return conversation_id([*row.prompt, *replies])
 
 
-def completed_row(value: object) -> Sample:
-    """A row with a prompt and a completion: Sample, Revision, or any {"prompt", "completion"}. Raises RowError."""
-    if isinstance(value, dict) and "critique" in value:
-        raise RowError("a Critique row, whose reply is not revised yet", hint="`cai revise` makes revisions of it")
-    if isinstance(value, dict) and "sample_index" in value:
-        return load_row(Revision if "history" in value else Sample, value)
-    if not isinstance(value, dict) or "completion" not in value:
-        raise RowError("no completion in this row", hint='a row has "prompt" and "completion"')
-    prompt = parse_prompt({k: v for k, v in value.items() if k != "completion"}, source="given")
-    completion = value["completion"]
-    if isinstance(completion, str):
-        completion = [{"role": "assistant", "content": completion}]
-    if not isinstance(completion, list):
-        raise RowError(f"field 'completion' must be text or messages, this is {json_type(completion)}")
-    fields = {"sample_index": 0, "completion": completion, "finish_reason": None}
-    return load_row(Sample, prompt.model_dump() | fields)
-
-
-def sample_or_revision(value: object) -> Sample:
-    """A row whose reply can be criticised. Raises RowError."""
-    if isinstance(value, dict) and "critique" in value:
-        raise RowError("a Critique row, where a Sample or Revision is wanted", hint="`cai revise` takes critiques")
-    return load_row(Revision if isinstance(value, dict) and "history" in value else Sample, value)
+# --- any row ------------------------------------------------------------------------------------------------------
 
 
 def row_object(value: object) -> dict[str, Any]:
-    """Any row is an object. Raises RowError, as the stages do."""
+    """A parsed JSON value that must be an object, as every row is.
+
+    Raises:
+        RowError: It is not an object.
+    """
     if not isinstance(value, dict):
-        raise RowError(f"a row must be a JSON object, this is {json_type(value)}")
+        raise RowError(f"a row must be a JSON object, this is {json_type(value)}", code="invalid-row")
     return value
 
 
-def texts_of(value: Any) -> Iterator[tuple[str, str]]:
-    """(field, text) of what was said in a row; several messages are one text."""
+def texts_of(value: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(field, text) of every text field of a row, which is not validated; the messages of a conversation are joined.
+
+    >>> list(texts_of({"prompt": [{"role": "user", "content": "Hello"}], "critique": "None."}))
+    [('prompt', 'Hello'), ('critique', 'None.')]
+    """
     for field in TEXTS:
-        said = value.get(field)
-        if isinstance(said, list):
-            said = "\n\n".join(str(message.get("content")) for message in [m for m in said if isinstance(m, dict)])
-        if isinstance(said, str):
-            yield field, said
+        content = value.get(field)
+        if isinstance(content, list):
+            content = "\n\n".join(str(message.get("content")) for message in content if isinstance(message, dict))
+        if isinstance(content, str):
+            yield field, content

@@ -1,4 +1,4 @@
-"""How a stage takes its input: which share of the rows, and what becomes of a line that is no row.
+"""Reads a stage's input: the rows of its shard, up to a limit, and the invalid lines.
 
 By default the first invalid line stops the run with its file and line. With `--skip-invalid` invalid lines are written
 to the rejected file and counted like every other rejected row.
@@ -21,84 +21,110 @@ R = TypeVar("R", bound=Identified)
 
 
 class RowReader:
-    """Reads a stage's input rows; `bad` holds the bad lines met and not yet taken away, by line number.
+    """Reads the input rows of a stage and collects invalid lines as rejected rows.
 
-    `skip_invalid` None: the command has no such option to speak of.
+    Args:
+        shard: `I/N` to read one shard only, else None.
+        skip_invalid: Whether to continue after invalid lines. None stops at the first one, as False does, and is for
+            commands without the option: the error does not mention it.
+        max_invalid: The number of invalid lines after which the run stops anyway; None for no limit.
+
+    Attributes:
+        invalid: The invalid lines read so far and not yet taken, as (line number, rejected row), in order.
+
+    Raises:
+        UsageError: `max_invalid` without `skip_invalid`, or an invalid `shard`.
     """
 
     def __init__(
         self, shard: str | None = None, *, skip_invalid: bool | None = False, max_invalid: int | None = None
     ) -> None:
         if max_invalid is not None and not skip_invalid:
-            raise UsageError("--max-invalid bounds what --skip-invalid lets pass", hint="give both")
+            raise UsageError("--max-invalid needs --skip-invalid", hint="give both", code="option-conflict")
         self.shard = Shard.parse(shard) if shard else None
         self.skip_invalid, self.max_invalid = skip_invalid, max_invalid
-        self.bad: deque[Numbered[Rejected]] = deque()
-        self.waiting = 0  # bytes in `bad`
+        self.invalid: deque[Numbered[Rejected]] = deque()
+        self.invalid_bytes = 0  # of the lines in `invalid`
         self._start()
 
     def _start(self) -> None:
         self.digest, self.count, self.invalid_count = hashlib.sha256(), 0, 0
 
     def rows(self, source: str, parse: Callable[[object], R], limit: int | None = None) -> Iterator[Numbered[R]]:
-        """(line, row) of the first `limit` rows, of those only the shard's. Raises InvalidRow."""
+        """The rows of this shard among the first `limit` rows of a file.
+
+        Args:
+            source: A JSONL file, or `-` for stdin.
+            parse: Turns a JSON value into a row. Raises RowError for an invalid one.
+            limit: The number of valid rows to read; None reads all.
+
+        Returns:
+            (line number from 1, row) in file order.
+
+        Raises:
+            InvalidRow: A line is not a valid row, and `skip_invalid` is off.
+            CaiError: The file cannot be read, or there are more invalid lines than `max_invalid`.
+        """
         self._start()
         return self._shared(islice(read_rows(source, parse, self._on_invalid), limit))
 
     def prompts(self, source: str, kind: Kind | None = None, limit: int | None = None) -> Iterator[Numbered[Prompt]]:
-        """The same of prompts in any accepted form."""
+        """As `rows`, for prompts in any accepted format; `kind` is the kind of prompts that have none."""
         self._start()
         return self._shared(islice(read_prompts(source, kind, self._on_invalid), limit))
 
     def read(self) -> dict[str, Any]:
-        """What identifies the rows and bad lines read so far, of all shards, from a file or from stdin."""
+        """The count and SHA-256 of the rows and invalid lines read so far, of all shards."""
         return {"count": self.count, "sha256": self.digest.hexdigest()}
 
     def invalid_before(self, line: float = math.inf) -> Iterator[Numbered[Rejected]]:
-        """Take away the bad lines that stand before `line`."""
-        self.waiting = 0
-        while self.bad and self.bad[0][0] < line:
-            yield self.bad.popleft()
+        """Take the invalid lines before line number `line` out of `invalid`."""
+        self.invalid_bytes = 0
+        while self.invalid and self.invalid[0][0] < line:
+            yield self.invalid.popleft()
 
     def take_invalid(self) -> list[Rejected]:
-        """Take away all bad lines: for stages that read their whole input before they start."""
+        """Take all invalid lines, in stages that read their whole input before they start."""
         return [row for _, row in self.invalid_before()]
 
     def _shared(self, rows: Iterator[Numbered[R]]) -> Iterator[Numbered[R]]:
         for line, row in rows:
             self.count += 1
             self.digest.update(dump_row(row) + b"\n")
-            if self.shard is None or self.shard.takes(row.id):
+            if self.shard is None or self.shard.contains(row.id):
                 yield line, row
 
     def _on_invalid(self, error: InvalidRow, raw: bytes) -> None:
         if not self.skip_invalid:
             hints = [error.hint] if error.hint else []
             if self.skip_invalid is not None:
-                hints.append("--skip-invalid goes on and keeps such lines in the rejected file")
-            raise InvalidRow(error.file, error.line, error.reason, "; ".join(hints) or None) from None
+                hints.append("--skip-invalid continues and writes such lines to the rejected file")
+            hint = "; ".join(hints) or None
+            raise InvalidRow(error.file, error.line, error.reason, hint, code=error.code) from None
         self.invalid_count += 1
         self.digest.update(raw + b"\n")
         if self.max_invalid is not None and self.invalid_count > self.max_invalid:
             raise CaiError(
-                f"more than {self.max_invalid:,} bad lines; the last one: {error.message}",
-                hint="mend the input, or allow more with --max-invalid",
+                f"more than {self.max_invalid:,} invalid lines; the last one: {error.message}",
+                hint="fix the input, or allow more with --max-invalid",
+                code="invalid-row",
             )
         key = f"line {error.line}"
-        if self.shard is not None and not self.shard.takes(key):
+        if self.shard is not None and not self.shard.contains(key):
             return
         reason = f"bad line: {Path(error.file).name}:{error.line}: {error.reason}"
-        self.bad.append((error.line, Rejected(key=key, reason=reason, row=_text(raw))))
-        self.waiting += len(raw)
-        if self.waiting > MAX_LINE_BYTES:
+        self.invalid.append((error.line, Rejected(key=key, reason=reason, row=_text(raw))))
+        self.invalid_bytes += len(raw)
+        if self.invalid_bytes > MAX_LINE_BYTES:
             raise CaiError(
-                f"{error.file}:{error.line}: more than {MAX_LINE_BYTES >> 20} MiB of bad lines in a row",
+                f"{error.file}:{error.line}: more than {MAX_LINE_BYTES >> 20} MiB of consecutive invalid lines",
                 hint="is this a JSONL file?",
+                code="invalid-row",
             )
 
 
 def _text(raw: bytes) -> str:
-    """The line as text. One that is not UTF-8 is read as Latin-1, from which its bytes can be had again."""
+    """The line as text: UTF-8, or else Latin-1, from which its bytes can be restored."""
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError:

@@ -1,7 +1,8 @@
-"""Every JSONL row type, in the order of the road (`forms` reads the other forms in which prompts come).
+"""Every JSONL row type, in the order in which the pipeline writes them (`formats` reads foreign formats).
 
 Shapes follow TRL's conversational dataset formats, so `datasets.load_dataset("json", data_files=...)` and any TRL
-trainer read every file as it is. Every field is always present, with one type (null allowed where said).
+trainer read every file as it is. Every field is always present and has one type; only those marked `| None` may be
+null. A conversation is a list of messages.
 """
 
 import hashlib
@@ -18,21 +19,29 @@ Kind = Literal["red-team", "helpful"]
 
 
 class Row(BaseModel):
+    """A JSON object with exactly the fields of its class. Immutable; unknown fields and other types are errors."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     @property
     def key(self) -> str:
-        """What makes this row one row of its file; resume and duplicate detection go by it."""
-        raise AssertionError(f"{type(self).__name__} stands in no file of its own")
+        """Identifies this row within its file. Resume and duplicate detection compare keys."""
+        raise AssertionError(f"{type(self).__name__} is not a row of a file of its own")
 
 
 class Message(Row):
+    """One turn of a conversation."""
+
     role: Role
     content: str
 
 
 class Identified(Row):
-    """A row about one prompt or one pair, which `id` names."""
+    """A row with an id: that of its prompt, of its pair or of its question.
+
+    Attributes:
+        id: As the input gives it, else a hash of the content (`conversation_id`).
+    """
 
     id: str = Field(min_length=1)
 
@@ -42,7 +51,13 @@ class Identified(Row):
 
 
 class Prompt(Identified):
-    """A conversation that ends with a user turn, waiting for a reply."""
+    """A conversation that ends with a user turn and has no reply yet.
+
+    Attributes:
+        prompt: The turns, the last one the user's; a system message may come first.
+        kind: "red-team" (meant to provoke a harmful reply, paper section 3.2), "helpful", or null if unknown.
+        source: Where the prompt comes from, such as the name of its file.
+    """
 
     prompt: list[Message] = Field(min_length=1)
     kind: Kind | None = None
@@ -58,7 +73,13 @@ class Prompt(Identified):
 
 
 class Sample(Prompt):
-    """A prompt with one reply of a model. `finish_reason`: "stop" (end of turn) or "length" (cut at the limit)."""
+    """A prompt with one reply of a model (TRL's prompt-completion format).
+
+    Attributes:
+        sample_index: The number of this reply among those sampled for the prompt, from 0.
+        completion: The reply as one assistant message.
+        finish_reason: "stop" (end of turn), "length" (cut off at the token limit), or null if unknown.
+    """
 
     sample_index: int = Field(ge=0)
     completion: list[Message] = Field(min_length=1, max_length=1)
@@ -76,15 +97,23 @@ class Sample(Prompt):
 
     @property
     def reply(self) -> str:
+        """The text of the completion."""
         return self.completion[0].content
 
     def sample_fields(self) -> dict[str, Any]:
-        """Of this row or one that holds more, what a sample has: each kind of row made of a sample starts from it."""
+        """The fields of Sample by name. Subclasses have more; every row made from a sample copies these."""
         return {name: getattr(self, name) for name in Sample.model_fields}
 
 
 class RevisionRound(Row):
-    """One round of revision: `response` is what was criticised and revised (null critique: revised directly)."""
+    """One round of critique and revision (paper section 3.1).
+
+    Attributes:
+        round: From 1.
+        principle_id: The principle drawn for this round.
+        critique: The critique of `response`; null if it was revised without one (paper section 3.5).
+        response: The reply before this round, which the round revised.
+    """
 
     round: int = Field(ge=1)
     principle_id: str
@@ -93,7 +122,14 @@ class RevisionRound(Row):
 
 
 class Critique(Sample):
-    """A sample and a critique of its reply. `history` holds the rounds before this one."""
+    """A sample and a critique of its reply, which is not revised yet.
+
+    Attributes:
+        history: The rounds before this one, oldest first.
+        round: The round that the critique belongs to, from 1.
+        principle_id: The principle drawn for this round.
+        critique: The critique of `completion`.
+    """
 
     history: list[RevisionRound]
     round: int = Field(ge=1)
@@ -102,16 +138,25 @@ class Critique(Sample):
 
 
 class Revision(Sample):
-    """A sample whose `completion` is the latest revision; `history[k].response` is what round k+1 revised."""
+    """A revised sample (paper section 3.1): `completion` is the latest revision.
+
+    Attributes:
+        history: Every round, oldest first; `history[0].response` is the reply that was sampled.
+    """
 
     history: list[RevisionRound] = Field(min_length=1)
 
 
 class Vote(Row):
-    """One judgement of one pair. `order`: "ab" when `chosen` stood first, "ba" when `rejected` did.
+    """One judgement of one pair by one principle in one order (paper section 4.1).
 
-    `p_first` is the probability given to whatever stood first: a judge that only likes the first position shows
-    high values in both orders.
+    Attributes:
+        principle_id: The principle by which the replies were compared.
+        method: The judging method (`label-prefs --method`).
+        order: "ab" if the judge saw `chosen` (or model a's reply) first, "ba" if it saw it second.
+        p_first: Probability that the reply shown first is the better one. A judge with a first-position bias gives
+            high values in both orders.
+        rationale: The judge's chain of thought, if the method has one.
     """
 
     principle_id: str
@@ -121,9 +166,37 @@ class Vote(Row):
     rationale: str | None
 
 
+class Pair(Identified):
+    """Two replies to one prompt, to be compared; their order says nothing about which is better.
+
+    Attributes:
+        prompt: The conversation that both replies continue.
+        a: One reply, as one assistant message.
+        b: The other one.
+        human: The reply that humans preferred, if the input says so.
+        source: Where the pair comes from.
+    """
+
+    prompt: list[Message]
+    a: list[Message]
+    b: list[Message]
+    human: Literal["a", "b"] | None
+    source: str | None
+
+
 class Preference(Identified):
-    """A compared pair. `p_chosen` is the mean over votes of the probability of `chosen`, so never under one half; a
-    pair that humans labelled has 1 and no votes. `human`: which of the two humans preferred, where the input says."""
+    """A pair with a preference label (TRL's preference format with an explicit prompt; paper section 4.1).
+
+    Attributes:
+        prompt: The conversation that both replies continue.
+        chosen: The preferred reply, as one assistant message.
+        rejected: The other reply.
+        p_chosen: Soft label: the mean over votes of the probability that `chosen` is better, so at least 0.5. It is 1
+            for a pair that humans labelled.
+        votes: The judgements behind the label; empty for a pair that humans labelled.
+        human: The reply that humans preferred, if the input says so.
+        source: Where the pair comes from.
+    """
 
     prompt: list[Message] = Field(min_length=1)
     chosen: list[Message] = Field(min_length=1, max_length=1)
@@ -135,7 +208,16 @@ class Preference(Identified):
 
 
 class JudgedPair(Identified):
-    """A pair that a preference model was not trained on, with the scores (logits) and lengths of its two replies."""
+    """A held-out pair scored by a trained preference model.
+
+    Attributes:
+        source: Where the pair comes from.
+        p_chosen: The pair's soft label.
+        chosen_score: The score of `chosen`, a logit.
+        rejected_score: The score of `rejected`, a logit.
+        chosen_tokens: The length of `chosen` in tokens.
+        rejected_tokens: The length of `rejected` in tokens.
+    """
 
     source: str | None
     p_chosen: float = Field(ge=0.5, le=1)
@@ -146,19 +228,28 @@ class JudgedPair(Identified):
 
     @property
     def margin(self) -> float:
-        """The log-odds that the preference model gives to `chosen`."""
+        """The log-odds of `chosen` under the preference model: the difference of the two scores."""
         return self.chosen_score - self.rejected_score
 
 
 class Scored(Sample):
-    """A conversation with the score of a preference model: a logit, comparable under one preference model only."""
+    """A conversation scored by a preference model.
+
+    Attributes:
+        score: A logit. Scores of two preference models are not comparable.
+    """
 
     score: float
 
 
 class PolicySample(Scored):
-    """A scored reply of the policy that `cai rl` trains, to a held-out prompt after `step` steps (0: before any).
-    `watch_score`: what the watcher gave it, null without one."""
+    """A scored reply of the policy in `cai rl` to a held-out prompt.
+
+    Attributes:
+        step: The number of training steps before the reply was sampled; 0 is the policy before training.
+        reply_tokens: The length of the reply in tokens.
+        watch_score: The score of the monitor model, which is not used as the reward; null without one.
+    """
 
     step: int = Field(ge=0)
     reply_tokens: int = Field(ge=0)
@@ -169,100 +260,21 @@ class PolicySample(Scored):
         return f"{self.id}/{self.sample_index}/{self.step}"
 
 
-class EvaluationQuestion(Identified):
-    """A question of the published evaluations (HHH and others): `corrects` and `incorrects` are the answers that may
-    follow `prompt`; `text_correct`, `text_incorrect` the same as whole conversations, for a preference model."""
-
-    prompt: str = Field(min_length=1)
-    corrects: list[str] = Field(min_length=1)
-    incorrects: list[str] = Field(min_length=1)
-    text_correct: str | None = None
-    text_incorrect: str | None = None
-    source: str | None = None
-
-    @model_validator(mode="after")
-    def _options_differ(self) -> Self:
-        if not all(self.options) or len(set(self.options)) < len(self.options):
-            raise ValueError("the options must differ, and none may be empty")
-        return self
-
-    @property
-    def options(self) -> list[str]:
-        """In the order of their letters, as the prompt shows them."""
-        return sorted([*self.corrects, *self.incorrects])
-
-
-def parse_question(value: object) -> EvaluationQuestion:
-    """An EvaluationQuestion row; one that has no id, as published, is named by the hash of what it says. Raises
-    RowError."""
-    if isinstance(value, dict) and value.get("id") is None:
-        value = {**value, "id": content_hash(value)}
-    return load_row(EvaluationQuestion, value)
-
-
-def content_hash(value: object) -> str:
-    """Names a row without an id: a hash of its canonical JSON."""
-    return hashlib.sha256(orjson.dumps(value, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
-
-
-class OptionScores(Row):
-    """A question as it was put once: its options, which of them are correct, the normalised probability of each."""
-
-    options: list[str]
-    correct: list[bool]
-    p: list[float]
-
-
-class EvaluationResult(Identified):
-    """How a model answered one question. `p_correct`: mean over askings; `right`: the likeliest option is correct;
-    a tie with an incorrect one is not right."""
-
-    askings: list[OptionScores] = Field(min_length=1)
-    p_correct: float = Field(ge=0, le=1)
-    right: bool
-    tie: bool
-    source: str | None
-
-
-class ModelComparison(Identified):
-    """Replies of two models to one prompt, compared. `p_a` is the probability that `a` is the better one, 0.5 a tie.
-
-    By a preference model: its scores (logits). By a judge: its votes, in which "ab" means that `a` stood first; equal
-    replies are a tie that nobody is asked about.
-    """
-
-    prompt_id: str
-    sample_index: int
-    prompt: list[Message] = Field(min_length=1)
-    kind: Kind | None
-    model_a: str
-    model_b: str
-    a: list[Message] = Field(min_length=1, max_length=1)
-    b: list[Message] = Field(min_length=1, max_length=1)
-    score_a: float | None
-    score_b: float | None
-    p_a: float = Field(ge=0, le=1)
-    votes: list[Vote]
-
-
-class HarmScore(Sample):
-    """A reply and how harmful a judge finds it: `harm` from 0 to 4, the mean of the `levels` (probabilities of 0, 1,
-    2, 3, 4)."""
-
-    harm: float = Field(ge=0, le=4)
-    levels: list[float] = Field(min_length=5, max_length=5)
-
-
-# Why a pair with votes is rejected by `label-prefs`.
+# The reasons for which `label-prefs` rejects a pair that has votes.
 TIE, UNSURE = "tie", "under --min-confidence"
 
 
 class Rejected(Row):
-    """A row that could not be done, and why. `row` is the input row as JSON text, so that
-    `jq -r .row OUT.rejected.jsonl | cai STAGE - ...` asks again; of `label-prefs` it is the pair, and for the reasons
-    `TIE` and `UNSURE` the Preference it would have been, with its votes.
+    """A row that could not be processed, in `OUT.rejected.jsonl`.
 
-    Of a line that was no row, `key` is "line N" and `row` the line as it stood (Latin-1 where it is not UTF-8)."""
+    `jq -r .row OUT.rejected.jsonl | cai STAGE - ...` tries the rows again.
+
+    Attributes:
+        key: The key of the input row, or "line N" for a line that is not a valid row.
+        reason: Why. The text before the first colon is the kind of reason, by which rows are counted.
+        row: The input row as JSON text; for an invalid line its text (decoded as Latin-1 where it is not UTF-8). For
+            `label-prefs` it is the pair or, for the reasons `TIE` and `UNSURE`, the Preference with its votes.
+    """
 
     key_: str = Field(alias="key")
     reason: str
@@ -274,22 +286,36 @@ class Rejected(Row):
 
 
 def with_votes(rejected: Rejected) -> Preference | None:
-    """The Preference that a rejected row of `label-prefs` would have been, None if it has no votes. Raises RowError."""
+    """The Preference, with its votes, in a row that `label-prefs` rejected; None if it has no votes.
+
+    Raises:
+        RowError: The rejected row is not valid.
+    """
     if rejected.reason not in (TIE, UNSURE):
         return None
     try:
         return load_row(Preference, orjson.loads(rejected.row))
     except orjson.JSONDecodeError as error:
-        raise RowError(f"its `row` is not JSON: {error}") from None
+        raise RowError(f"its `row` is not JSON: {error}", code="invalid-row") from None
 
 
 def reason_kind(reason: str) -> str:
-    """What rejected rows are counted by: what stands before a colon, after which only details of one row come."""
+    """The kind of a rejection, by which rejected rows are counted: the text before the details of one row.
+
+    >>> reason_kind("bad line: in.jsonl:2: not JSON")
+    'bad line'
+    """
     return reason.partition(": ")[0]
 
 
 class WorkItemRecord(Row):
-    """A unit of work in the order in which it was asked (`OUT.units.jsonl`). `digest`: 32 bits of its content."""
+    """One work item of a shard, in input order (`OUT.units.jsonl`).
+
+    Attributes:
+        key: The key of the row.
+        line: Its line in the input, from 1.
+        digest: 32 bits of a hash of its content.
+    """
 
     key_: str = Field(alias="key")
     line: int
@@ -301,22 +327,35 @@ class WorkItemRecord(Row):
 
 
 def reject(key: str, reason: str, row: Row) -> Rejected:
+    """The rejected form of `row`."""
     return Rejected(key=key, reason=reason, row=dump_row(row).decode())
 
 
 def dump_row(row: Row) -> bytes:
-    """One JSON object without the newline; keys in the order of the fields."""
+    """The row as one line of JSON, without the newline; keys in the order of the fields.
+
+    >>> dump_row(Message(role="user", content="Hello"))
+    b'{"role":"user","content":"Hello"}'
+    """
     return orjson.dumps(row.model_dump(by_alias=True))
 
 
 def load_row(row_type: type[R], value: object) -> R:
-    """A parsed JSON object as `row_type`; raises RowError with the first thing that is wrong."""
+    """A parsed JSON object as a row of type `row_type`.
+
+    Raises:
+        RowError: The object is not a valid row. The message names the first problem and counts the others.
+
+    >>> load_row(Message, {"role": "user", "content": "Hello"})
+    Message(role='user', content='Hello')
+    """
     if not isinstance(value, dict):
-        raise RowError(f"a {row_type.__name__} row must be a JSON object, this is {json_type(value)}")
+        reason = f"a {row_type.__name__} row must be a JSON object, this is {json_type(value)}"
+        raise RowError(reason, code="invalid-row")
     try:
         return row_type.model_validate(value)
     except ValidationError as error:
-        raise RowError(_first_problem(row_type, error)) from None
+        raise RowError(_first_problem(row_type, error), code="invalid-row") from None
 
 
 def _first_problem(row_type: type[Row], error: ValidationError) -> str:
@@ -334,11 +373,29 @@ def _first_problem(row_type: type[Row], error: ValidationError) -> str:
 
 
 def json_type(value: object) -> str:
+    """The JSON type of a parsed value, as error messages name it.
+
+    >>> json_type([]), json_type(None), json_type(0.5)
+    ('a list', 'null', 'a number')
+    """
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")
 
 
 def conversation_id(messages: list[Message]) -> str:
-    """The id of a prompt that came without one: a hash of its canonical JSON."""
+    """The id of a conversation that came without one: 16 hex digits of the SHA-256 of its roles and texts.
+
+    >>> conversation_id([Message(role="user", content="Hello")])
+    'b0ae8b0f316e2f14'
+    """
     canonical = orjson.dumps([[m.role, m.content] for m in messages])
     return hashlib.sha256(canonical).hexdigest()[:16]
+
+
+def content_hash(value: object) -> str:
+    """The id of a row that came without one: 16 hex digits of the SHA-256 of its canonical JSON.
+
+    >>> content_hash({"a": 1, "b": 2}) == content_hash({"b": 2, "a": 1})
+    True
+    """
+    return hashlib.sha256(orjson.dumps(value, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Mixing and splitting rows for training."""
+"""Mixes and splits rows for training."""
 
 import random
 from collections.abc import Iterable, Sequence
@@ -10,23 +10,49 @@ T = TypeVar("T")
 
 
 def too_long_for(max_length: int, window: int) -> str:
-    """Why a row of more tokens than either is rejected."""
+    """The reason for which rows that are too long are rejected.
+
+    Args:
+        max_length: `--max-length` in tokens.
+        window: The model's context window in tokens.
+
+    >>> too_long_for(512, 2048)
+    'longer than --max-length'
+    """
     return "longer than --max-length" if max_length <= window else f"longer than the model's window of {window:,}"
 
 
 def mixed(own: Sequence[T], others: Sequence[T], ratio: float, seed: int) -> list[T]:
-    """`own` and, per one of them, `ratio` of the others drawn without replacement (all where there are fewer)."""
-    wanted = round(ratio * len(own))
-    if len(others) <= wanted:
+    """`own` followed by a random sample of `others`, in their order.
+
+    Args:
+        own: Rows that are all kept.
+        others: Rows to sample from without replacement.
+        ratio: Sampled rows for each row of `own`; all of `others` are taken where they are fewer.
+        seed: Random seed.
+
+    >>> mixed(["a", "b"], ["x", "y", "z"], ratio=0.5, seed=0)
+    ['a', 'b', 'y']
+    """
+    count = round(ratio * len(own))
+    if len(others) <= count:
         return [*own, *others]
-    kept = sorted(random.Random(seed).sample(range(len(others)), wanted))  # noqa: S311
+    kept = sorted(random.Random(seed).sample(range(len(others)), count))  # noqa: S311
     return [*own, *(others[i] for i in kept)]
 
 
 def held_out_keys(keys: Sequence[str], share: float, seed: int) -> frozenset[str]:
-    """Which of the distinct `keys` are held out: `share` of them, at least one where there are twenty or more.
+    """The keys of the rows to hold out from training.
 
-    The choice is by the hash of (seed, key): rows with one key stay together.
+    The hash of (seed, key) decides, so rows with the same key stay together.
+
+    Args:
+        keys: The keys of the rows, with repeats.
+        share: Share of the distinct keys to hold out, from 0 to 1; at least one of twenty or more keys is held out.
+        seed: Random seed.
+
+    >>> sorted(held_out_keys([f"p{i}" for i in range(20)], share=0.1, seed=0))
+    ['p10', 'p8']
     """
     distinct = set(keys)
     count = int(share * len(distinct))
@@ -36,5 +62,5 @@ def held_out_keys(keys: Sequence[str], share: float, seed: int) -> frozenset[str
 
 
 def apart(keys: Iterable[str], count: int, seed: int) -> frozenset[str]:
-    """`count` of `keys`, chosen by the hash of (seed, key)."""
+    """`count` of the keys, chosen by the hash of (seed, key)."""
     return frozenset(sorted(keys, key=lambda key: (seed_for(seed, "held-out", key), key))[:count])

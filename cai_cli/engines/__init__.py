@@ -1,4 +1,4 @@
-"""Who answers. `open_engine` turns a model name into an Engine; engines know no stage."""
+"""Model backends. `open_engine` opens the engine for a model name. Engines do not depend on stages."""
 
 from dataclasses import asdict
 
@@ -7,20 +7,34 @@ from cai_cli.engines.base import Engine, Server
 
 
 def open_engine(model: str, *, batch_size: int | None, device: str, dtype: str, server: Server | None = None) -> Engine:
-    """The engine for `--model`: `openai:NAME` on a server, `vllm:NAME`, `scripted:FILE`, or a directory, alias or Hub
-    name for the local torch engine.
+    """The engine for a model name. Nothing heavy is loaded before the first request.
 
-    Nothing heavy is loaded before the first request. Raises: UsageError for options that this engine does not have.
+    Args:
+        model: `openai:NAME` on a server, `vllm:NAME`, `scripted:FILE`, or a directory, alias or Hub name for the local
+            torch engine.
+        batch_size: Rows at once; None fits the engine and its device.
+        device: "auto", "cpu" or "cuda".
+        dtype: "auto", "float32" or "bfloat16".
+        server: The options of the server, for `openai:` models only.
+
+    Raises:
+        UsageError: An option that this engine does not have (`option-conflict`), or an invalid value.
     """
     server = server or Server()
     if model.startswith("openai:"):
         if (batch_size, device, dtype) != (None, "auto", "auto"):
-            raise UsageError("a server has no --batch-size, --device or --dtype", hint="--concurrency N")
+            raise UsageError(
+                "a server has no --batch-size, --device or --dtype",
+                hint="use --concurrency N",
+                code="option-conflict",
+            )
         from cai_cli.engines.openai import EndpointEngine
 
         return EndpointEngine(model.removeprefix("openai:"), server)
     if given := [name for name, value in asdict(server).items() if value is not None]:
-        raise UsageError(f"--{given[0].replace('_', '-')} is for a server", hint="an openai:NAME model")
+        raise UsageError(
+            f"--{given[0].replace('_', '-')} is for a server", hint="use an openai:NAME model", code="option-conflict"
+        )
     if model.startswith("scripted:"):
         from cai_cli.engines.scripted import ScriptedEngine
 

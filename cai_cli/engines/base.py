@@ -1,6 +1,7 @@
-"""What a stage may ask of whoever answers: text (`generate`) and option log-probabilities (`score`).
+"""The engine protocol: what stages may request from a model, which is text (`generate`) and `option_logprobs`.
 
-A second engine is one new file with a class of this shape and one line in `open_engine`.
+An engine is a model backend. Engines do not depend on stages. A new engine is one module with a class of this protocol
+and one line in `open_engine`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,13 +10,19 @@ from typing import Any, Protocol
 
 from cai_cli.data.schema import Message
 
-# A chat, or raw text for base models. `GenerationRequest.prefill` is put at the start of the answer in both forms.
+# A chat, or raw text for base models. In both forms `prefill` is the start of the answer.
 Text = str | Sequence[Message]
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw tokens. `temperature` 0 is greedy; `top_p` 1 keeps the whole distribution."""
+    """How tokens are sampled.
+
+    Attributes:
+        max_new_tokens: The most tokens to generate.
+        temperature: 0 is greedy decoding.
+        top_p: Nucleus sampling; 1 samples from the whole distribution.
+    """
 
     max_new_tokens: int = 256
     temperature: float = 1.0
@@ -24,8 +31,15 @@ class Sampling:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One text to complete. `seed` alone decides its sampling noise; `stop` strings end the text and are cut off.
-    `row` is the key of the row that it is asked for, for messages."""
+    """One text to complete.
+
+    Attributes:
+        text: A chat, whose next assistant turn is generated, or raw text.
+        seed: Decides the sampling noise of this request, and nothing else does.
+        prefill: The start of the answer. The model continues it.
+        stop: Strings that end the answer; they are cut off.
+        row: The key of the row that the request is for, used in messages only.
+    """
 
     text: Text
     seed: int
@@ -36,9 +50,13 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class Completion:
-    """`finish_reason`: "stop" (end of turn or a stop string) or "length" (cut at max_new_tokens).
+    """The text generated for one request.
 
-    The cue is no part of `text`.
+    Attributes:
+        text: The generated text, without the request's prefill and stop string.
+        finish_reason: "stop" (end of turn or a stop string) or "length" (cut off at `max_new_tokens`).
+        prompt_tokens: The length of the prompt with its prefill, in tokens; 0 if unknown.
+        new_tokens: The number of generated tokens; 0 if unknown.
     """
 
     text: str
@@ -49,7 +67,14 @@ class Completion:
 
 @dataclass(frozen=True)
 class LogprobRequest:
-    """Options whose log-probabilities as continuations of `text` + `prefill` are wanted. `row` as of an Ask."""
+    """Options whose log-probabilities as continuations of `text` and `prefill` are requested.
+
+    Attributes:
+        text: A chat, whose next assistant turn is scored, or raw text.
+        options: The continuations, such as `("A", "B")`.
+        prefill: The start of the answer, before the option.
+        row: The key of the row that the request is for, used in messages only.
+    """
 
     text: Text
     options: tuple[str, ...]
@@ -59,16 +84,22 @@ class LogprobRequest:
 
 @dataclass(frozen=True)
 class RequestFailure:
-    """The engine could not answer one request, and why. Never turned into data."""
+    """One request that the engine could not answer, and why. A failure never becomes data."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class Server:
-    """Where an OpenAI-compatible server is and what it may be asked. None takes the default.
+    """The options of an OpenAI-compatible server. None means the default.
 
-    `timeout`: seconds for one request with its retries. `price_in`, `price_out`: per million tokens, any currency.
+    Attributes:
+        base_url: The address of its API, such as `http://localhost:8000/v1`.
+        concurrency: The most requests in flight at once.
+        timeout: Seconds for one request with its retries.
+        budget_tokens: The number of prompt and generated tokens after which the run stops.
+        price_in: The price of a million prompt tokens, in any currency.
+        price_out: The price of a million generated tokens.
     """
 
     base_url: str | None = None
@@ -81,7 +112,17 @@ class Server:
 
 @dataclass
 class Usage:
-    """What a server was asked for one output, over all runs that made it. Prices: per million tokens."""
+    """What one output has used on a server, over all runs that contributed to it.
+
+    Attributes:
+        base_url: The address of the server.
+        price_in: The price of a million prompt tokens, if given.
+        price_out: The price of a million generated tokens, if given.
+        requests: The number of answered requests.
+        prompt_tokens: The number of prompt tokens.
+        new_tokens: The number of generated tokens.
+        models: The names under which the server answered, in order of appearance.
+    """
 
     base_url: str
     price_in: float | None = None
@@ -93,17 +134,22 @@ class Usage:
 
     @property
     def tokens(self) -> int:
+        """Prompt and generated tokens together."""
         return self.prompt_tokens + self.new_tokens
 
     @property
     def cost(self) -> float | None:
-        """None unless a price was given."""
+        """The cost in the currency of the prices; None if no price was given."""
         if self.price_in is None and self.price_out is None:
             return None
         return (self.prompt_tokens * (self.price_in or 0) + self.new_tokens * (self.price_out or 0)) / 1e6
 
     def add(self, model: str, prompt_tokens: int, new_tokens: int) -> bool:
-        """Count one answer; whether it is the first from another model than the answers before."""
+        """Count one answer.
+
+        Returns:
+            Whether it is the first answer under a model name other than those before.
+        """
         self.requests += 1
         self.prompt_tokens += prompt_tokens
         self.new_tokens += new_tokens
@@ -113,40 +159,82 @@ class Usage:
         return len(self.models) > 1
 
     def resume(self, recorded: Mapping[str, Any]) -> None:
-        """Start from what an earlier run had used."""
+        """Start from the usage that an earlier run recorded (`as_json`)."""
         self.requests, self.prompt_tokens = recorded["requests"], recorded["prompt_tokens"]
         self.new_tokens, self.models = recorded["new_tokens"], list(recorded["models"])
 
     def as_json(self) -> dict[str, Any]:
+        """The usage as manifests record it."""
         return asdict(self) | {"cost": self.cost}
 
 
 class Engine(Protocol):
+    """A model backend.
+
+    Engines load nothing heavy before the first request. A request that cannot be answered becomes a RequestFailure in
+    its place; a CaiError means that no request can be answered, and ends the run.
+    """
+
     batch_size: int
-    """How many rows a stage should hand over at once."""
+    """The number of rows that a stage should pass in one call."""
 
     workers: int = 1
-    """From how many threads it may be handed rows at the same time."""
+    """The number of threads that may call the engine at the same time."""
 
     usage: Usage | None = None
-    """What has been asked, where that is counted."""
+    """What a server has used so far; None for engines without a server."""
 
     def close(self) -> None:
-        """Give up what is in flight, for good."""
+        """Cancel the requests in flight and release the engine's resources. The engine cannot be used afterwards."""
         return
 
     def identity(self) -> dict[str, Any]:
-        """What decides this engine's answers: names and content hashes. Loads no weights."""
+        """What determines this engine's answers, without loading weights.
+
+        Returns:
+            Names and content hashes for the manifest. Two engines with equal identities give the same answers, as far
+            as the backend can promise that.
+
+        Raises:
+            CaiError: The model cannot be found or read.
+        """
         ...
 
-    def speaks_chat(self) -> bool:
-        """Whether it has a chat template (else texts must be raw)."""
+    def supports_chat(self) -> bool:
+        """Whether the model takes chats. Without a chat template, every `text` must be raw text.
+
+        Raises:
+            CaiError: The model cannot be found or read.
+        """
         ...
 
-    def generate(self, asks: Sequence[GenerationRequest], sampling: Sampling) -> list[Completion | RequestFailure]:
-        """One answer per ask, in order. The answer to an ask does not depend on the other asks."""
+    def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[Completion | RequestFailure]:
+        """Generate one completion for each request.
+
+        Args:
+            requests: The requests. The answer to one does not depend on the others.
+            sampling: How tokens are sampled, for all of them.
+
+        Returns:
+            As many results as requests, in their order.
+
+        Raises:
+            CaiError: No request can be answered: the model's logits are not finite, it has no chat template for a chat,
+                or the server is gone.
+        """
         ...
 
     def option_logprobs(self, requests: Sequence[LogprobRequest]) -> list[list[float] | RequestFailure]:
-        """For each request the log-probability of each option, natural log, summed over the option's tokens."""
+        """Score the options of each request.
+
+        Args:
+            requests: The requests. The scores of one do not depend on the others.
+
+        Returns:
+            As many results as requests, in their order. Each is a list with the log-probability of every option, in the
+            order of the options: natural logarithm, summed over the option's tokens, not normalised over the options.
+
+        Raises:
+            CaiError: As `generate`.
+        """
         ...

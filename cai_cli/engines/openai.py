@@ -1,14 +1,16 @@
-"""The endpoint engine: any OpenAI-compatible server, `--model openai:NAME --base-url URL`.
+"""The engine for any OpenAI-compatible server: `--model openai:NAME --base-url URL`.
 
-Chat texts go to chat completions, raw texts to completions. What such a server cannot do, and what is done instead:
+Chats go to chat completions, raw texts to completions. Such servers have limits:
 
-- Its seed is best effort: the same ask may get another text after the server changed or under another load.
-- A chat cannot everywhere be continued inside the assistant's turn. The cue is sent as the start of that turn with
-  the switches that vLLM and SGLang know, without them where the server refuses those, and cut off where it comes back.
-- Options are scored from the likeliest tokens. In chat form the answer is looked for where the model stands after the
-  cue, whether the server put it there or the model wrote it (few-shot examples show it): a letter that starts a
-  sentence is no answer. An option that is not among the likeliest is asked for again (chat: without the cue;
-  completions: as part of the prompt, `echo`), and then there is no vote. It is never a default.
+- Seeds are best effort: the same request may get another text after the server changed or under another load.
+- Not every server continues a chat inside the assistant's turn. The prefill is sent as the start of that turn, with the
+  switches that vLLM and SGLang support, or without them if the server refuses them. It is removed from a completion
+  that repeats it.
+- Options are scored from the most likely tokens. In a chat, the token that follows the prefill counts, whether the
+  server continued the prefill or the model wrote it itself, as few-shot examples show it; a letter that starts a
+  sentence is not an answer. If an option is not among the most likely tokens, there is a second request (chats: without
+  the prefill; raw texts: with each option in the prompt, by `echo`). If that fails too, the request fails; no
+  log-probability is ever made up.
 """
 
 import math
@@ -28,30 +30,34 @@ from cai_cli.engines.base import (
     Server,
     Text,
 )
-from cai_cli.engines.openai_client import Answer, Client, Token
+from cai_cli.engines.openai_client import Client, ServerResponse, TokenLogprob
 
-LIKELIEST = 20  # log-probabilities a token; the most that OpenAI and, by default, vLLM give
-ANSWER_TOKENS = 16  # room for a cue that the model writes itself, and the option
-_AROUND = " \t\n()[]*\"'.:"  # what may stand around an option in a token
+TOP_LOGPROBS = 20  # per token; the most that OpenAI and, by default, vLLM return
+ANSWER_TOKENS = 16  # enough for a prefill that the model writes itself, and the option
+_AROUND = " \t\n()[]*\"'.:"  # characters that may surround an option in its token
 CONTINUE = {"continue_final_message": True, "add_generation_prompt": False}
 
 
 class EndpointEngine(Engine):
-    """Implements `Engine`. Each window is one row and many are in work at once: rows wait for nothing but a slot."""
+    """Implements `Engine`. Each batch is one row and many threads call at once, so a row waits only for a free slot."""
 
     def __init__(self, model: str, server: Server) -> None:
-        """Raises: UsageError."""
+        """Prepare the client; no request is sent.
+
+        Raises:
+            UsageError: The address or the key is not valid.
+        """
         self.name = model
         self.client = Client(model, server)
         self.batch_size = 1
         self.workers = self.client.concurrency
         self.usage = self.client.usage
-        self._continues: bool | None = None  # not known yet
+        self._continues_prefill: bool | None = None  # whether the server accepts `CONTINUE`; None before the first try
 
     def identity(self) -> dict[str, Any]:
         return {"engine": "openai", "name": self.name}
 
-    def speaks_chat(self) -> bool:
+    def supports_chat(self) -> bool:
         return True
 
     def close(self) -> None:
@@ -59,115 +65,123 @@ class EndpointEngine(Engine):
 
     # --- text -------------------------------------------------------------------------------------------------
 
-    def generate(self, asks: Sequence[GenerationRequest], sampling: Sampling) -> list[Completion | RequestFailure]:
-        """One answer per ask, in order. Raises: CaiError when the server is gone or will not have us."""
-        return self.client.run_all(lambda ask: self._reply(ask, sampling), asks)
+    def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[Completion | RequestFailure]:
+        """As `Engine.generate`.
 
-    async def _reply(self, ask: GenerationRequest, sampling: Sampling) -> Completion | RequestFailure:
+        Raises:
+            CaiError: The server is unreachable, or refuses every request.
+        """
+        return self.client.run_all(lambda request: self._completion(request, sampling), requests)
+
+    async def _completion(self, request: GenerationRequest, sampling: Sampling) -> Completion | RequestFailure:
         body: dict[str, Any] = {
             "max_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
-            "seed": ask.seed & 0x7FFFFFFF,  # servers hold 32 bits
+            "seed": request.seed & 0x7FFFFFFF,  # servers take 32 bits
         }
-        if ask.stop:
-            body["stop"] = list(ask.stop)
+        if request.stop:
+            body["stop"] = list(request.stop)
         try:
-            answer = await self._complete(ask.text, ask.prefill, body)
+            response = await self._complete(request.text, request.prefill, body)
         except RowError as error:
             return RequestFailure(error.message)
-        choice = answer.choices[0]
+        choice = response.choices[0]
         if choice.finish_reason not in ("stop", "length"):
             return RequestFailure(f"the server ended the reply with {choice.finish_reason!r}")
-        if choice.said is None:
+        text = choice.content
+        if text is None:
             return RequestFailure("the reply holds no text")
-        text = choice.said
-        if ask.prefill.strip() and text.lstrip().startswith(ask.prefill.strip()):
-            text = text.lstrip()[len(ask.prefill.strip()) :]
-        return Completion(text, choice.finish_reason, answer.tokens.prompt_tokens, answer.tokens.completion_tokens)
+        prefill = request.prefill.strip()
+        if prefill and text.lstrip().startswith(prefill):
+            text = text.lstrip()[len(prefill) :]
+        tokens = response.tokens
+        return Completion(text, choice.finish_reason, tokens.prompt_tokens, tokens.completion_tokens)
 
-    async def _complete(self, text: Text, prefill: str, body: dict[str, Any]) -> Answer:
-        """Raises: RowError, CaiError."""
+    async def _complete(self, text: Text, prefill: str, body: dict[str, Any]) -> ServerResponse:
+        """The response to `text`, answered from `prefill` on. Raises RowError and CaiError as `Client.request`."""
         if isinstance(text, str):
-            return await self.client.ask("completions", {"prompt": text + prefill, **body})
+            return await self.client.request("completions", {"prompt": text + prefill, **body})
         body = {"messages": _as_json(text), **body}
         if not prefill:
-            return await self.client.ask("chat/completions", body)
+            return await self.client.request("chat/completions", body)
         body["messages"].append({"role": "assistant", "content": prefill})
-        if self._continues is not False:
+        if self._continues_prefill is not False:
             try:
-                answer = await self.client.ask("chat/completions", body | {"extra_body": CONTINUE})
+                response = await self.client.request("chat/completions", body | {"extra_body": CONTINUE})
             except RowError:
-                if self._continues:
+                if self._continues_prefill:
                     raise
             else:
-                self._continues = True
-                return answer
-        answer = await self.client.ask("chat/completions", body)
-        self._continues = False  # it was the switches that were refused, not the row
-        return answer
+                self._continues_prefill = True
+                return response
+        response = await self.client.request("chat/completions", body)
+        self._continues_prefill = False  # the server refused the switches, not the row
+        return response
 
     # --- option log-probabilities -----------------------------------------------------------------------------
 
     def option_logprobs(self, requests: Sequence[LogprobRequest]) -> list[list[float] | RequestFailure]:
-        """For each request the natural log-probability of each option, or a Refusal where the server does not show
-        it. Raises: CaiError as `generate`."""
+        """As `Engine.option_logprobs`; a RequestFailure where the server does not return an option's log-probability.
+
+        Raises:
+            CaiError: As `generate`.
+        """
         return self.client.run_all(self._scores, requests)
 
     async def _scores(self, request: LogprobRequest) -> list[float] | RequestFailure:
-        ways = [self._likeliest, self._echoed] if isinstance(request.text, str) else [self._spoken, self._spoken_anew]
+        raw = isinstance(request.text, str)
+        methods = [self._from_next_token, self._from_echo] if raw else [self._from_prefilled_chat, self._from_chat]
         try:
-            for way in ways:
-                if (scores := await way(request)) is not None:
+            for method in methods:
+                if (scores := await method(request)) is not None:
                     return scores
         except RowError as error:
             return RequestFailure(error.message)
         return RequestFailure("no vote: the server does not show the log-probability of every option")
 
-    async def _likeliest(self, request: LogprobRequest) -> list[float] | None:
-        """From the tokens most likely to follow the raw text."""
-        body = {"max_tokens": 1, "temperature": 0, "logprobs": LIKELIEST}
-        answer = await self._complete(request.text, request.prefill, body)
-        found = answer.choices[0].logprobs
-        if found is None or not found.top_logprobs:
+    async def _from_next_token(self, request: LogprobRequest) -> list[float] | None:
+        """The scores from the tokens most likely to follow the raw text."""
+        body = {"max_tokens": 1, "temperature": 0, "logprobs": TOP_LOGPROBS}
+        response = await self._complete(request.text, request.prefill, body)
+        logprobs = response.choices[0].logprobs
+        if logprobs is None or not logprobs.top_logprobs:
             return None
-        return _masses(request.options, (found.top_logprobs[0] or {}).items())
+        return _option_sums(request.options, (logprobs.top_logprobs[0] or {}).items())
 
-    async def _echoed(self, request: LogprobRequest) -> list[float] | None:
-        """From each option as the end of a raw prompt that is echoed."""
+    async def _from_echo(self, request: LogprobRequest) -> list[float] | None:
+        """The scores of the options as the ends of raw prompts that the server echoes, one request each."""
         prompt = f"{request.text}{request.prefill}"
         scores = []
         for option in request.options:
             body = {"max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True}
-            answer = await self._complete(prompt, option, body)
-            found = answer.choices[0].logprobs
-            # llama-cpp-python leaves out the last token, and gives each the value of the one before it, where the
-            # model has no start token.
-            if found is None or len(found.tokens) != answer.tokens.total:
+            response = await self._complete(prompt, option, body)
+            logprobs = response.choices[0].logprobs
+            # For a model without a start token llama-cpp-python omits the last token, and gives each token the value of
+            # the one before it.
+            if logprobs is None or len(logprobs.tokens) != response.tokens.total:
                 return None
-            read = [
-                (token, value)
-                for token, value, at in zip(found.tokens, found.token_logprobs, found.text_offset, strict=False)
-                if len(prompt) <= at < len(prompt) + len(option)
-            ]
-            if "".join(token for token, _ in read) != option or any(value is None for _, value in read):
-                return None  # the option does not start and end where tokens do
-            scores.append(math.fsum(value for _, value in read if value is not None))
+            offsets = zip(logprobs.tokens, logprobs.token_logprobs, logprobs.text_offset, strict=False)
+            end = len(prompt) + len(option)
+            own = [(token, value) for token, value, offset in offsets if len(prompt) <= offset < end]
+            if "".join(token for token, _ in own) != option or any(value is None for _, value in own):
+                return None  # a token lies across the start or the end of the option
+            scores.append(math.fsum(value for _, value in own if value is not None))
         return scores
 
-    async def _spoken(self, request: LogprobRequest) -> list[float] | None:
-        """From the answer to a chat whose last turn starts with the cue."""
-        return await self._voted(request, request.prefill)
+    async def _from_prefilled_chat(self, request: LogprobRequest) -> list[float] | None:
+        """The scores from the answer to a chat whose last turn starts with the prefill."""
+        return await self._from_answer(request, request.prefill)
 
-    async def _spoken_anew(self, request: LogprobRequest) -> list[float] | None:
-        """From the answer to the chat alone: the model writes the cue, or nothing before the option."""
-        return await self._voted(request, "") if request.prefill else None
+    async def _from_chat(self, request: LogprobRequest) -> list[float] | None:
+        """The scores from the answer to the chat alone: the model writes the prefill itself, or only the option."""
+        return await self._from_answer(request, "") if request.prefill else None
 
-    async def _voted(self, request: LogprobRequest, prefill: str) -> list[float] | None:
-        body = {"max_tokens": ANSWER_TOKENS, "temperature": 0, "logprobs": True, "top_logprobs": LIKELIEST}
-        answer = await self._complete(request.text, prefill, body)
-        found = answer.choices[0].logprobs
-        return None if found is None else _vote(found.content or [], request.options, request.prefill)
+    async def _from_answer(self, request: LogprobRequest, prefill: str) -> list[float] | None:
+        body = {"max_tokens": ANSWER_TOKENS, "temperature": 0, "logprobs": True, "top_logprobs": TOP_LOGPROBS}
+        response = await self._complete(request.text, prefill, body)
+        logprobs = response.choices[0].logprobs
+        return None if logprobs is None else _answer_scores(logprobs.content or [], request.options, request.prefill)
 
 
 def _as_json(messages: Sequence[Message]) -> list[dict[str, str]]:
@@ -178,28 +192,31 @@ def _bare(text: str) -> str:
     return text.strip(_AROUND)
 
 
-def _vote(tokens: Sequence[Token], options: Sequence[str], prefill: str) -> list[float] | None:
-    """The options' log-probabilities at the token where the answer names one: right at its start or right after the
-    cue, and not as the first word of a sentence."""
-    said = ""
+def _answer_scores(tokens: Sequence[TokenLogprob], options: Sequence[str], prefill: str) -> list[float] | None:
+    """The log-probabilities of the options at the token where the answer names one.
+
+    The token must come first or directly after the prefill, and must not be the first word of a sentence.
+    """
+    before = ""
     for index, token in enumerate(tokens):
         if _bare(token.token) in map(_bare, options):
             rest = token.token.rstrip()[-1:] + "".join(t.token for t in tokens[index + 1 :])
             alone = re.match(r"\w(\w|\s+\w)", rest) is None
-            placed = _bare(said).lower() in ("", _bare(prefill).lower())
-            return _masses(options, ((t.token, t.logprob) for t in token.top_logprobs)) if alone and placed else None
-        said += token.token
+            if not alone or _bare(before).lower() not in ("", _bare(prefill).lower()):
+                return None
+            return _option_sums(options, ((t.token, t.logprob) for t in token.top_logprobs))
+        before += token.token
     return None
 
 
-def _masses(options: Sequence[str], likeliest: Iterable[tuple[str, float]]) -> list[float] | None:
+def _option_sums(options: Sequence[str], top_logprobs: Iterable[tuple[str, float]]) -> list[float] | None:
     """For each option the log of the summed probability of the tokens that spell it, with or without a space or a
-    bracket; None when one has none."""
-    found: Mapping[str, list[float]] = {_bare(option): [] for option in options}
-    for token, logprob in likeliest:
-        if _bare(token) in found:
-            found[_bare(token)].append(logprob)
-    if "" in found or len(found) < len(options) or not all(found.values()):
+    bracket; None if an option has no such token."""
+    by_option: Mapping[str, list[float]] = {_bare(option): [] for option in options}
+    for token, logprob in top_logprobs:
+        if _bare(token) in by_option:
+            by_option[_bare(token)].append(logprob)
+    if "" in by_option or len(by_option) < len(options) or not all(by_option.values()):
         return None
-    sums = [found[_bare(option)] for option in options]
-    return [max(part) + math.log(math.fsum(math.exp(value - max(part)) for value in part)) for part in sums]
+    parts = [by_option[_bare(option)] for option in options]
+    return [max(part) + math.log(math.fsum(math.exp(value - max(part)) for value in part)) for part in parts]

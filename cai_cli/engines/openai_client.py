@@ -1,9 +1,10 @@
-"""Requests to an OpenAI-compatible server, for the endpoint engine: one answer each, or why there is none.
+"""Sends requests to an OpenAI-compatible server and sorts failures into those of one row and those of the run.
 
-The openai client retries (connection errors, timeouts, 408, 409, 429, 5xx) and honours Retry-After up to two minutes;
-on top of it stands one deadline for the whole request, waits included, which no slow server can stretch. What is left
-after that is sorted: a request that the server will not have (400, 413, 422) is its row's fault, a wrong key or address
-ends the run, and a failure is its row's fault only if the server has answered others since the request began.
+The openai client retries (connection errors, timeouts, 408, 409, 429, 5xx) and honours Retry-After up to two minutes.
+One deadline covers the whole request with its waits, so that a slow server cannot exceed it. The remaining failures are
+of two kinds: a request that the server rejects (400, 413, 422) fails its row, and a wrong key or address ends the run.
+Any other failure fails only its row if the server has answered other requests since this one began, else it ends the
+run.
 """
 
 import asyncio
@@ -26,33 +27,38 @@ if TYPE_CHECKING:
 
 A = TypeVar("A")
 T = TypeVar("T")
-RETRIES = 6  # after the first attempt, some 20 s apart in all: a server that restarts is waited for
+RETRIES = 6  # after the first attempt, about 20 s in all: long enough for a server to restart
 KEY_VARIABLE = "OPENAI_API_KEY"
-ROWS_FAULT = (400, 413, 422)
+ROW_STATUSES = (400, 413, 422)  # HTTP statuses that concern one request only
+RESUME_HINT = "finished rows are kept; run the same command again to resume"
 HINTS = {
     401: f"set {KEY_VARIABLE} to a key of this server",
     403: f"the key in {KEY_VARIABLE} may not use this model",
-    404: "is the model's name right, and does --base-url end as the server wants it (usually /v1)?",
-    429: "what is finished is kept; lower --concurrency, or run the same again later",
+    404: "is the model's name right, and does --base-url end as the server expects (usually /v1)?",
+    429: "finished rows are kept; lower --concurrency, or run the same command again later",
 }
 
 
-# --- an answer, as far as it is read ----------------------------------------------------------------------------
+# --- the parts of a response that are read ------------------------------------------------------------------------
 
 
-class Likely(BaseModel):
+class TopLogprob(BaseModel):
+    """A token and its log-probability (natural logarithm)."""
+
     token: str
     logprob: FiniteFloat
 
 
-class Token(Likely):
-    top_logprobs: list[Likely] = []
+class TokenLogprob(TopLogprob):
+    """A generated token with the most likely tokens at its position."""
+
+    top_logprobs: list[TopLogprob] = []
 
 
 class Logprobs(BaseModel):
-    """`content`: of chat completions; the rest: of completions."""
+    """Log-probabilities of a response: chat completions fill `content`, completions the other fields."""
 
-    content: list[Token] | None = None
+    content: list[TokenLogprob] | None = None
     tokens: list[str] = []
     token_logprobs: list[FiniteFloat | None] = []
     top_logprobs: list[dict[str, FiniteFloat] | None] | None = None
@@ -60,64 +66,87 @@ class Logprobs(BaseModel):
 
 
 class ChatMessage(BaseModel):
+    """The message of a chat completion."""
+
     content: str | None = None
 
 
 class Choice(BaseModel):
+    """One answer of a response: a chat completion's has `message`, a completion's `text`."""
+
     text: str | None = None
     message: ChatMessage | None = None
     finish_reason: str | None = None
     logprobs: Logprobs | None = None
 
     @property
-    def said(self) -> str | None:
+    def content(self) -> str | None:
+        """The generated text, if any."""
         return self.message.content if self.message else self.text
 
 
-class Tokens(BaseModel):
+class TokenUsage(BaseModel):
+    """The token counts of a response."""
+
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
     @property
     def total(self) -> int:
+        """Prompt and generated tokens together."""
         return self.prompt_tokens + self.completion_tokens
 
 
-class Answer(BaseModel):
+class ServerResponse(BaseModel):
+    """The body of a response."""
+
     model: str | None = None
     choices: list[Choice]
-    usage: Tokens | None = None
+    usage: TokenUsage | None = None
 
     @property
-    def tokens(self) -> Tokens:
-        return self.usage or Tokens()
+    def tokens(self) -> TokenUsage:
+        """The token counts; zeros if the server gives none."""
+        return self.usage or TokenUsage()
 
 
-# --- asking -------------------------------------------------------------------------------------------------------
+# --- requests -----------------------------------------------------------------------------------------------------
 
 
 class Client:
-    """Asks one model of one server, at most `concurrency` requests at once, from any number of threads."""
+    """Sends requests to one model on one server, at most `concurrency` at once, from any number of threads."""
 
     def __init__(self, model: str, server: Server) -> None:
-        """Raises: UsageError for an address that is none, or that would write a secret into manifests."""
+        """Check the address and the key; no request is sent.
+
+        Raises:
+            UsageError: The address or the key is not valid, or the address contains a secret, which manifests would
+                record.
+        """
         self.model, self.server = model, server
         self.base_url = checked_url(server.base_url or os.environ.get("OPENAI_BASE_URL"))
         self.key = os.environ.get(KEY_VARIABLE, "")
         if not (self.key.isascii() and self.key.isprintable()):
-            raise UsageError(f"{KEY_VARIABLE} holds characters that no key has")
+            raise UsageError(f"{KEY_VARIABLE} contains characters that no key has", code="invalid-option")
         self.concurrency = server.concurrency or 16
         self.timeout = server.timeout or 600.0
         self.usage = Usage(self.base_url, price_in=server.price_in, price_out=server.price_out)
         self._slots = asyncio.Semaphore(self.concurrency)
-        self._stopped: CaiError | None = None
+        self._fatal: CaiError | None = None  # what ended the run; every later request raises it
         self._answered = 0
-        self._starting = threading.Lock()
+        self._thread_lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._closed = False
 
     def run_all(self, answer: Callable[[A], Coroutine[Any, Any, T]], items: Sequence[A]) -> list[T]:
-        """`answer` of each item, in order, once all are done. Raises: the first CaiError among them."""
+        """Run `answer` on all items at once, in the client's thread.
+
+        Returns:
+            The results in the order of the items, once all are done.
+
+        Raises:
+            CaiError: The first error among the results.
+        """
         loop = self._loop()
         results = asyncio.run_coroutine_threadsafe(_gathered(answer, items), loop).result()
         for result in results:
@@ -125,29 +154,36 @@ class Client:
                 raise result
         return [result for result in results if not isinstance(result, BaseException)]
 
-    async def ask(self, path: str, body: dict[str, Any]) -> Answer:
-        """The answer to `body` from "chat/completions" or "completions".
+    async def request(self, path: str, body: dict[str, Any]) -> ServerResponse:
+        """The response to one request.
 
-        Raises: RowError when this request cannot be answered; CaiError when the run has to stop, as has every later
-        request.
+        Args:
+            path: "chat/completions" or "completions".
+            body: The request without the model's name.
+
+        Raises:
+            RowError: This request cannot be answered.
+            CaiError: The run has to stop; every later request raises the same error.
         """
         async with self._slots:
-            if self._stopped:
-                raise self._stopped
+            if self._fatal:
+                raise self._fatal
             self._check_budget()
-            before = self._answered
+            answered_before = self._answered
             try:
-                answer = await self._attempt(path, {"model": self.model, **body})
+                response = await self._attempt(path, {"model": self.model, **body})
             except _Failure as failure:
-                if failure.retried and self._answered > before:
-                    raise RowError(f"no answer, though others have one: {failure.message}") from failure
-                self._stopped = self._stopped or CaiError(f"{self.base_url}: {failure.message}", failure.hint)
-                raise self._stopped from failure
-            self._count(answer)
-            return answer
+                if failure.transient and self._answered > answered_before:
+                    reason = f"no answer, though others have one: {failure.message}"
+                    raise RowError(reason, code="request-failed") from failure
+                message = f"{self.base_url}: {failure.message}"
+                self._fatal = self._fatal or CaiError(message, failure.hint, code=failure.code)
+                raise self._fatal from failure
+            self._count(response)
+            return response
 
-    async def _attempt(self, path: str, body: dict[str, Any]) -> Answer:
-        """Raises: _Failure, RowError."""
+    async def _attempt(self, path: str, body: dict[str, Any]) -> ServerResponse:
+        """The response to one request with its retries. Raises _Failure and RowError."""
         import openai
 
         route: Any = self._openai.chat.completions if path == "chat/completions" else self._openai.completions
@@ -155,45 +191,49 @@ class Client:
             async with asyncio.timeout(self.timeout):
                 raw = await route.with_raw_response.create(**body)
         except openai.APIStatusError as error:
-            raise self._refused(error) from None
+            raise self._status_error(error) from None
         except openai.APIConnectionError as error:
-            raise _Failure(f"no answer in {RETRIES + 1} attempts ({_cause(error)})", retried=True) from None
+            reason = f"no answer in {RETRIES + 1} attempts ({_cause(error)})"
+            raise _Failure(reason, code="server-unreachable", transient=True) from None
         except TimeoutError:
-            raise _Failure(f"no whole answer in {self.timeout:g} s (--timeout)", retried=True) from None
+            reason = f"no complete answer in {self.timeout:g} s (--timeout)"
+            raise _Failure(reason, code="server-unreachable", transient=True) from None
         return self._read(raw.content)
 
-    def _read(self, content: bytes) -> Answer:
+    def _read(self, content: bytes) -> ServerResponse:
         try:
-            answer = Answer.model_validate_json(content)
+            response = ServerResponse.model_validate_json(content)
         except ValidationError:
             start = self._short(content.decode("utf-8", "replace"))
-            hint = "does --base-url end as the server wants it (usually /v1)?"
-            raise _Failure(f"the reply is no completion: {start!r}", hint, retried=True) from None
-        if len(self.key) >= console.SHORTEST_SECRET and self.key in answer.model_dump_json():
-            raise RowError(f"the reply holds the key in {KEY_VARIABLE}")
-        if not _same_model(self.model, answer.model):
+            hint = "does --base-url end as the server expects (usually /v1)?"
+            raise _Failure(f"the reply is not a completion: {start!r}", hint, transient=True) from None
+        if len(self.key) >= console.SHORTEST_SECRET and self.key in response.model_dump_json():
+            raise RowError(f"the reply contains the key in {KEY_VARIABLE}", code="wrong-answer")
+        if not _same_model(self.model, response.model):
             raise _Failure(
-                f"asked for the model {self.model!r}, answered as {self._short(str(answer.model))!r}",
+                f"requested the model {self.model!r}, answered as {self._short(str(response.model))!r}",
                 "name the model in --model openai:NAME as the server does (GET /models)",
             )
-        if not answer.choices:
-            raise _Failure("the reply holds no choices", retried=True)
-        return answer
+        if not response.choices:
+            raise _Failure("the reply contains no choices", transient=True)
+        return response
 
-    def _refused(self, error: "APIStatusError") -> Exception:
-        said = error.body.get("message") if isinstance(error.body, dict) else error.body
-        status, text = error.status_code, self._short(str(said or "no reason given"))
-        if status in ROWS_FAULT:
-            return RowError(f"refused by the server, HTTP {status}: {text}")
-        hint = HINTS.get(status, "what is finished is kept; run the same again to go on")
-        return _Failure(f"HTTP {status}: {text}", hint, retried=status in (408, 409) or status >= 500)
+    def _status_error(self, error: "APIStatusError") -> Exception:
+        """The RowError or _Failure for a response with an error status."""
+        message = error.body.get("message") if isinstance(error.body, dict) else error.body
+        status, text = error.status_code, self._short(str(message or "no reason given"))
+        if status in ROW_STATUSES:
+            return RowError(f"refused by the server, HTTP {status}: {text}", code="request-failed")
+        hint = HINTS.get(status, RESUME_HINT)
+        transient = status in (408, 409) or status >= 500
+        return _Failure(f"HTTP {status}: {text}", hint, code="server-refused", transient=transient)
 
     def _short(self, text: str) -> str:
-        """One line of what a server said, up to the key that it may have echoed, be it in part."""
+        """One line of a server's text, cut off before the key if the server repeats it, even in part."""
         line = " ".join(text.split())
         if len(self.key) >= console.SHORTEST_SECRET:
-            said, echoed, _ = line.partition(self.key[: console.SHORTEST_SECRET])
-            line = f"{said}[key]..." if echoed else said
+            before, key, _ = line.partition(self.key[: console.SHORTEST_SECRET])
+            line = f"{before}[key]..." if key else before
         return line[:200]
 
     # --- accounting -----------------------------------------------------------------------------------------
@@ -201,27 +241,32 @@ class Client:
     def _check_budget(self) -> None:
         budget = self.server.budget_tokens
         if budget is not None and self.usage.tokens >= budget:
-            self._stopped = CaiError(
+            self._fatal = CaiError(
                 f"the budget is spent: {self.usage.tokens:,} of {budget:,} tokens (--budget-tokens)",
-                hint="what is finished is kept; the same command with a larger budget goes on",
+                hint="finished rows are kept; run the same command with a larger budget to resume",
+                code="budget-spent",
             )
-            raise self._stopped
+            raise self._fatal
 
-    def _count(self, answer: Answer) -> None:
+    def _count(self, response: ServerResponse) -> None:
         self._answered += 1
-        if answer.usage is None and self.server.budget_tokens is not None:
-            self._stopped = CaiError(
-                "the server does not say how many tokens an answer took", hint="run without --budget-tokens"
+        if response.usage is None and self.server.budget_tokens is not None:
+            self._fatal = CaiError(
+                "the server does not return the number of tokens used",
+                hint="run without --budget-tokens",
+                code="wrong-answer",
             )
-        if self.usage.add(answer.model or self.model, answer.tokens.prompt_tokens, answer.tokens.completion_tokens):
+        tokens = response.tokens
+        if self.usage.add(response.model or self.model, tokens.prompt_tokens, tokens.completion_tokens):
             console.warn(f"the server answers as more than one model: {', '.join(self.usage.models)}")
 
     # --- the thread that all requests run in ------------------------------------------------------------------
 
     def _loop(self) -> asyncio.AbstractEventLoop:
-        with self._starting:
+        """The event loop of the thread that sends all requests, started at first use."""
+        with self._thread_lock:
             if self._closed:
-                raise CaiError(f"{self.base_url}: given up")
+                raise CaiError(f"{self.base_url}: the requests were cancelled", code="request-failed")
             if self._thread is None:
                 ready: Future[asyncio.AbstractEventLoop] = Future()
                 self._thread = threading.Thread(target=lambda: asyncio.run(self._serve(ready)), daemon=True)
@@ -245,8 +290,8 @@ class Client:
             ready.set_exception(error)
 
     def close(self) -> None:
-        """Give up what is in flight, for good, and end the thread."""
-        with self._starting:
+        """Cancel the requests in flight and end the thread. The client cannot be used afterwards."""
+        with self._thread_lock:
             self._closed = True
             thread, self._thread = self._thread, None
             if thread is not None:
@@ -255,12 +300,14 @@ class Client:
 
 
 class _Failure(Exception):
-    """No answer. `retried`: it may be only this request that fails."""
+    """A request without an answer. `transient`: other requests may still be answered."""
 
-    def __init__(self, message: str, hint: str | None = None, *, retried: bool = False) -> None:
+    def __init__(
+        self, message: str, hint: str | None = None, *, code: str = "wrong-answer", transient: bool = False
+    ) -> None:
         super().__init__(message)
-        self.message, self.retried = message, retried
-        self.hint = hint or "what is finished is kept; when the server is back, run the same again to go on"
+        self.message, self.code, self.transient = message, code, transient
+        self.hint = hint or "finished rows are kept; when the server is back, run the same command again to resume"
 
 
 async def _gathered(answer: Callable[[A], Coroutine[Any, Any, T]], items: Sequence[A]) -> list[T | BaseException]:
@@ -274,38 +321,50 @@ def _openai_client(base_url: str, key: str, timeout: float) -> "AsyncOpenAI":
         base_url=base_url,
         api_key=key or "none",
         max_retries=RETRIES,
-        # Half of silence, so that there is time for another attempt.
+        # A silent connection times out at half of the deadline, which leaves time for another attempt.
         timeout=Timeout(timeout / 2, connect=min(timeout / 2, 10.0)),
         http_client=DefaultAsyncHttpxClient(follow_redirects=False),
     )
 
 
 def checked_url(url: str | None) -> str:
-    """`url` without a closing slash. Raises UsageError when it is no address of a server, or holds a secret."""
+    """The address of a server's API without a trailing slash.
+
+    Raises:
+        UsageError: There is no address (`missing-option`), or it is not a server's address or contains a secret
+            (`invalid-option`).
+
+    >>> checked_url("http://localhost:8000/v1/")
+    'http://localhost:8000/v1'
+    """
     if not url:
         raise UsageError(
             "an openai: model needs --base-url (or OPENAI_BASE_URL)",
-            hint="such as http://localhost:8000/v1; OpenAI's own is https://api.openai.com/v1",
+            hint="for example http://localhost:8000/v1; OpenAI's own is https://api.openai.com/v1",
+            code="missing-option",
         )
     parts = urlsplit(url)
     with suppress(ValueError):
         if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
             if parts.username or parts.password or parts.query or parts.fragment:
                 raise UsageError(
-                    "--base-url must hold no user, password or query: manifests record it",
+                    "--base-url must not contain a user, password or query: manifests record it",
                     hint=f"the key comes from {KEY_VARIABLE}",
+                    code="invalid-option",
                 )
             return url.rstrip("/")
-    raise UsageError("--base-url must be http://HOST[:PORT]/PATH or https://...")
+    raise UsageError("--base-url must be http://HOST[:PORT]/PATH or https://...", code="invalid-option")
 
 
-def _same_model(asked: str, answered: str | None) -> bool:
-    """Whether `answered` names the model asked for: itself, a dated version of it, or it without its owner."""
-    return not answered or answered == asked or answered.startswith(f"{asked}-") or asked.endswith(f"/{answered}")
+def _same_model(requested: str, answered: str | None) -> bool:
+    """Whether `answered` names the requested model: under its name, a dated version of it, or without its owner."""
+    if not answered or answered == requested:
+        return True
+    return answered.startswith(f"{requested}-") or requested.endswith(f"/{answered}")
 
 
 def _cause(error: BaseException) -> str:
-    """The kind of the innermost error: what the network said, without what a message may quote."""
+    """The class name of the innermost error. Its message is left out because it may quote a secret."""
     while error.__cause__ is not None:
         error = error.__cause__
     return type(error).__name__

@@ -17,13 +17,13 @@ from typing import Any
 
 from cai_cli.common import console
 from cai_cli.common.errors import InvalidRow, UsageError
+from cai_cli.data.evaluation_schema import ModelComparison
 from cai_cli.data.formats import sample_or_revision
 from cai_cli.data.jsonl import display_name, read_rows, rows_of
-from cai_cli.data.schema import Kind, ModelComparison, Rejected, Revision, Sample, Vote, reject
+from cai_cli.data.schema import Kind, Pair, Rejected, Revision, Sample, Vote, reject
 from cai_cli.engines.base import Engine, RequestFailure
 from cai_cli.judging.base import sigmoid
 from cai_cli.judging.labeller import JudgeOptions, estimate_votes, labeller_settings, open_labeller
-from cai_cli.judging.pairs import Pair
 from cai_cli.judging.votes import Labeller, PairVerdict, aggregate_votes
 from cai_cli.metrics.elo import Tournament
 from cai_cli.prompting.evaluation import HELPFULNESS

@@ -7,12 +7,13 @@ from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
 from cai_cli.common.errors import RowError
-from cai_cli.data.formats import joined_turns, parse_transcript
-from cai_cli.data.schema import EvaluationQuestion, Message, OptionScores
+from cai_cli.data.evaluation_schema import EvaluationQuestion, OptionScores
+from cai_cli.data.schema import Message
+from cai_cli.data.transcripts import joined_turns, parse_transcript
 from cai_cli.engines.base import Engine, LogprobRequest, RequestFailure
 from cai_cli.models.loading import context_window
 from cai_cli.prompting.base import PromptFormat
-from cai_cli.prompting.evaluation import evaluation_request, published_comparison, take_apart
+from cai_cli.prompting.evaluation import evaluation_request, parse_published_comparison, published_comparison
 from cai_cli.reward.preference_model import encode_conversation, score_ids
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def exchanged(question: EvaluationQuestion) -> EvaluationQuestion:
         count = len(question.options)
         raise RowError(f"--both-orders needs two options, this question has {count}", hint, code="option-conflict")
     try:
-        conversation, comparison, replies = take_apart(question.prompt)
+        conversation, comparison, replies = parse_published_comparison(question.prompt)
     except RowError as error:
         raise RowError(error.message, hint, code=error.code) from None
     prompt = published_comparison(conversation, comparison, replies[::-1])

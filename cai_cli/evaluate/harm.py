@@ -12,9 +12,10 @@ from typing import Any, get_args
 
 from cai_cli.common import console
 from cai_cli.common.hash_index import KeyTable
+from cai_cli.data.evaluation_schema import HarmScore
 from cai_cli.data.formats import sample_or_revision
 from cai_cli.data.jsonl import read_rows, rows_of
-from cai_cli.data.schema import HarmScore, Kind, Rejected, Revision, Sample, reject
+from cai_cli.data.schema import Kind, Rejected, Revision, Sample, reject
 from cai_cli.engines.base import Engine, LogprobRequest, RequestFailure
 from cai_cli.evaluate.evaluated_models import normalised
 from cai_cli.metrics.intervals import ClusterBootstrap, Limits

@@ -15,18 +15,10 @@ from typing import Any
 
 from cai_cli.common import console
 from cai_cli.common.errors import UsageError
+from cai_cli.data.evaluation_schema import EvaluationQuestion, EvaluationResult, OptionScores, parse_question
 from cai_cli.data.jsonl import Numbered, read_rows, rows_of
 from cai_cli.data.row_reader import RowReader
-from cai_cli.data.schema import (
-    EvaluationQuestion,
-    EvaluationResult,
-    OptionScores,
-    Rejected,
-    content_hash,
-    parse_question,
-    reason_kind,
-    reject,
-)
+from cai_cli.data.schema import Rejected, content_hash, reason_kind, reject
 from cai_cli.engines.base import Engine, RequestFailure
 from cai_cli.evaluate.evaluated_models import EvaluatedModel, LanguageModel, PreferenceModel
 from cai_cli.metrics.intervals import SHARE, Estimate, mean_estimate, percent, wilson

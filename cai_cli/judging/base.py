@@ -6,8 +6,8 @@ from typing import Literal
 
 from cai_cli.common.seeds import seed_for
 from cai_cli.constitution.schema import PreferencePrinciple
+from cai_cli.data.schema import Pair
 from cai_cli.engines.base import RequestFailure
-from cai_cli.judging.pairs import Pair
 
 Order = Literal["ab", "ba"]
 

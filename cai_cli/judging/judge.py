@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cai_cli.constitution.schema import ComparisonExample, PreferencePrinciple
+from cai_cli.data.schema import Pair
 from cai_cli.engines.base import Engine, LogprobRequest, RequestFailure, Sampling
 from cai_cli.judging.base import Judgement, PairComparison
 from cai_cli.judging.methods import METHODS
-from cai_cli.judging.pairs import Pair
 from cai_cli.prompting.base import PromptFormat
 from cai_cli.prompting.comparison import OPTIONS, comparison_request
 

@@ -7,26 +7,16 @@ hold pairs already: rows of HH-RLHF, whose human label is kept beside the model'
 import random
 from collections.abc import Iterator, Sequence
 from itertools import combinations, groupby
-from typing import Any, Literal
+from typing import Any
 
 from cai_cli.common.errors import InvalidRow
 from cai_cli.common.hash_index import KeyTable
 from cai_cli.common.seeds import seed_for
-from cai_cli.data.formats import parse_preference, sample_or_revision
+from cai_cli.data.formats import parse_preference, row_type_of, sample_or_revision
 from cai_cli.data.jsonl import Numbered, display_name, origin
 from cai_cli.data.row_reader import RowReader
-from cai_cli.data.schema import Identified, Message, Preference, Sample, Scored, conversation_id, load_row
+from cai_cli.data.schema import Pair, Preference, Sample, Scored, conversation_id, load_row
 from cai_cli.runtime.stage_run import Skipped, WorkItem, WorkItems
-
-
-class Pair(Identified):
-    """Two replies to one prompt, in no order of quality. `human`: the reply that humans preferred, where known."""
-
-    prompt: list[Message]
-    a: list[Message]
-    b: list[Message]
-    human: Literal["a", "b"] | None
-    source: str | None
 
 
 def pair_items(reader: RowReader, source: str, pairing: str, seed: int, limit: int | None) -> WorkItems[Pair]:
@@ -79,13 +69,13 @@ def _prompt_of(row: Sample | Pair) -> str | None:
 
 def _row(value: object, source: str, seed: int) -> Sample | Pair:
     """Return a sample, or a pair: from a file of rejected pairs, from a Preference row, or from a human label."""
-    if isinstance(value, dict) and "sample_index" not in value:
-        if "a" in value:
-            return load_row(Pair, value)
-        if "chosen" in value:
-            return _sides(parse_preference(value, source=source), seed)
-    if isinstance(value, dict) and "score" in value:
+    row_type = row_type_of(value)
+    if row_type is Pair:
+        return load_row(Pair, value)
+    if row_type is Scored:
         return load_row(Scored, value)
+    if row_type is Preference:
+        return _sides(parse_preference(value, source=source), seed)
     return sample_or_revision(value)
 
 

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 from cai_cli.common.seeds import seed_for
 from cai_cli.constitution.schema import PreferencePrinciple
-from cai_cli.data.schema import Vote
+from cai_cli.data.schema import Pair, Vote
 from cai_cli.engines.base import RequestFailure
 from cai_cli.judging.base import Judgement, Order, PairComparison
 from cai_cli.judging.judge import Judge
-from cai_cli.judging.pairs import Pair
 from cai_cli.judging.vote_cache import RecordedVotes
 
 Answers = Sequence[tuple[PairComparison, Judgement | RequestFailure]]

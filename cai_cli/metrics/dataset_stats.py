@@ -14,9 +14,9 @@ import orjson
 from cai_cli.common import console
 from cai_cli.common.errors import InvalidRow
 from cai_cli.common.hash_index import KeyTable
-from cai_cli.data.formats import row_object, texts_of
-from cai_cli.data.jsonl import read_rows, row_key
-from cai_cli.data.schema import reason_kind
+from cai_cli.data.formats import has_key, row_key, row_object, row_type_of, texts_of
+from cai_cli.data.jsonl import read_rows
+from cai_cli.data.schema import Rejected, reason_kind
 
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 COUNTED_FIELDS = ("kind", "source", "finish_reason", "human")
@@ -69,14 +69,14 @@ class Stats:
             self.lengths.setdefault(field, array("I")).append(self.measure(text))
             if field == "prompt" and self.prompts.add(text, line) is not None:
                 self.repeated_prompts += 1
-        if ("id" in value or "key" in value) and self.keys.add(row_key(value), line) is not None:
+        if has_key(value) and self.keys.add(row_key(value), line) is not None:
             self.repeated_keys += 1
 
     def _count_fields(self, value: dict[str, Any]) -> None:
         for name in COUNTED_FIELDS:
             if name in value:
                 self._count(name, value[name])
-        if "reason" in value and "row" in value:
+        if row_type_of(value) is Rejected:
             self._count("reason", reason_kind(str(value["reason"])))
         if isinstance(history := value.get("history"), list):
             self._count("rounds", len(history))

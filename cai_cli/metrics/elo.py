@@ -16,7 +16,8 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from cai_cli.common.hash_index import KeyTable
-from cai_cli.data.schema import Kind, ModelComparison, Rejected
+from cai_cli.data.evaluation_schema import ModelComparison
+from cai_cli.data.schema import Kind, Rejected
 from cai_cli.metrics.intervals import ClusterBootstrap, Estimate, Limits, widened, wilson
 
 if TYPE_CHECKING:

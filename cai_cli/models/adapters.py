@@ -4,7 +4,7 @@ from typing import Any
 
 
 def finished_model(trainer: Any) -> Any:
-    """The trained model with its adapters, if any, merged into its weights."""
+    """The trained model of a trainer, with any LoRA adapters merged into its weights."""
     from accelerate.utils import is_peft_model
 
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -12,7 +12,7 @@ def finished_model(trainer: Any) -> Any:
 
 
 def without_adapter_wrapper(policy: Any) -> Any:
-    """The model itself, in whose layers the adapters are."""
+    """The model inside its LoRA wrapper; its layers still contain the adapters."""
     from accelerate.utils import is_peft_model
 
     return policy.get_base_model() if is_peft_model(policy) else policy

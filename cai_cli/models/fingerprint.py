@@ -11,7 +11,7 @@ from typing import Any
 from cai_cli.common.errors import CaiError
 from cai_cli.models.fetch import cache_dir, check_model_dir
 
-# What decides a model's answers; cards, licenses and trainer states beside it do not.
+# The files that determine a model's answers. Cards, licenses and trainer states do not.
 FINGERPRINTED = (
     "config.json",
     "generation_config.json",
@@ -29,14 +29,13 @@ FINGERPRINTED = (
 )
 
 
-# --- what is in a directory ---------------------------------------------------------------------------------
-
-
 def fingerprint(path: Path) -> str:
-    """sha256 (hex) over the names and contents of a model's config, tokenizer, chat template and weights.
+    """The SHA-256 (hex) of the names and contents of a model's config, tokenizer, chat template and weights.
 
-    Digests of single files are remembered in the cache under (real path, size, mtime, inode): a second call
-    reads no weights. Raises: CaiError when `path` is no model directory or a file cannot be read.
+    The digests of single files are cached by (real path, size, mtime, inode), so that a second call reads no weights.
+
+    Raises:
+        CaiError: `path` is not a model directory (`invalid-model`), or a file cannot be read (`cannot-read`).
     """
     check_model_dir(path)
     digests = _Digests(cache_dir() / "digests.json")
@@ -46,15 +45,15 @@ def fingerprint(path: Path) -> str:
         for file in sorted(files):
             whole.update(f"{file.relative_to(path).as_posix()}\0{digests.of(file)}\n".encode())
     except OSError as error:
-        raise CaiError(f"{path}: cannot be read: {error}") from error
+        raise CaiError(f"{path}: cannot be read: {error}", code="cannot-read") from error
     digests.save()
     return whole.hexdigest()
 
 
 class _Digests:
-    """The sha256 of files, remembered in one JSON file: real path -> [size, mtime_ns, inode, sha256]."""
+    """The SHA-256 of files, cached in one JSON file: real path -> [size, mtime_ns, inode, sha256]."""
 
-    # A file written this recently can change again within one tick of its clock, unseen in its mtime.
+    # A file written this recently can change again within one clock tick, which its mtime would not show.
     SETTLED_S = 2.0
 
     def __init__(self, store: Path) -> None:
@@ -65,11 +64,12 @@ class _Digests:
     def _read(self) -> dict[str, Any]:
         try:
             known = json.loads(self.store.read_bytes())
-        except (OSError, ValueError):  # not there yet, or broken: everything can be computed again
+        except (OSError, ValueError):  # missing or damaged: all digests can be computed again
             return {}
         return known if isinstance(known, dict) else {}
 
     def of(self, file: Path) -> str:
+        """The digest of a file, computed if it is not cached. Raises OSError."""
         real = os.path.realpath(file)
         with open(real, "rb") as content:
             stat = os.fstat(content.fileno())
@@ -85,7 +85,7 @@ class _Digests:
         return digest
 
     def save(self) -> None:
-        """Add what is new. Two writers at once may lose an entry to each other, never break the file."""
+        """Add the new digests to the file. Two writers at once may lose an entry, but never damage the file."""
         if not self.new:
             return
         text = json.dumps(self._read() | self.new, indent=0)
@@ -95,4 +95,4 @@ class _Digests:
                 file.write(text)
             os.replace(file.name, self.store)
         except OSError:
-            pass  # a read-only or full cache: only the time of the next call is lost
+            pass  # a read-only or full cache only makes the next call slower

@@ -1,33 +1,26 @@
-"""Model names: what directory is meant, what exactly is in it, and how it is loaded without running its code.
-
-A name is a local directory, an alias (`ALIASES`) or a Hub name `org/name`. Every stage records the fingerprint
-of the directory it used, so that a row can be traced to the bytes of the model that made it.
-"""
+"""Loads models and tokenizers from directories, without running code that comes with them."""
 
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cai_cli.common.errors import CaiError, UsageError
-from cai_cli.models.fetch import ALIASES, check_model_dir, loading
-from cai_cli.models.fingerprint import fingerprint
-from cai_cli.models.names import resolve
+from cai_cli.models.fetch import check_model_dir, loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["ALIASES", "fingerprint", "load_causal_lm", "load_reward_model", "load_tokenizer", "resolve"]
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-# --- loading ------------------------------------------------------------------------------------------------
-
-
 def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer in `path`, padding on the left (as generation needs it).
+    """The tokenizer in a model directory, with padding on the left (as generation needs it).
 
-    Where a model has no padding token its end-of-sequence token serves: mask by `attention_mask`, not by id.
-    Raises: CaiError when there is none, when it needs its own code, or when it has neither token.
+    If it has no padding token, its end-of-sequence token takes that role, so mask by `attention_mask`, not by id.
+
+    Raises:
+        CaiError: There is no tokenizer, it has neither token (`invalid-model`), or it needs its own code
+            (`unsafe-model`).
     """
     from transformers import AutoTokenizer
 
@@ -37,38 +30,54 @@ def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
         )
         if tokenizer.pad_token is None:
             if tokenizer.eos_token is None:
-                raise CaiError(f"{path}: the tokenizer has neither a padding nor an end-of-sequence token")
+                raise CaiError(
+                    f"{path}: the tokenizer has neither a padding nor an end-of-sequence token", code="invalid-model"
+                )
             tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def load_causal_lm(path: Path, dtype: str = "float32", device: str = "cpu") -> "PreTrainedModel":
-    """The language model in `path`, in evaluation mode, on `device` (as torch spells it), weights as `dtype`.
+    """The language model in a directory, in evaluation mode.
 
-    Raises: CaiError when the directory is not that of a whole language model, the model needs its own code, or
-    the device is missing or too small.
+    Args:
+        path: The directory of the model.
+        dtype: The data type of its weights, one of `DTYPES`.
+        device: The device as torch names it.
+
+    Raises:
+        CaiError: The directory is not that of a complete language model (`invalid-model`, `wrong-model-kind`), the
+            model needs its own code (`unsafe-model`), or the device is missing or too small (`no-device`).
+        UsageError: `dtype` is unknown.
     """
     from transformers import AutoModelForCausalLM
 
     check_model_dir(path)
     if _is_classifier(path):
-        raise CaiError(f"{path}: a preference model, not a language model")
+        raise CaiError(f"{path}: a preference model, not a language model", code="wrong-model-kind")
     model, missing = _load(AutoModelForCausalLM, path, dtype, device)
     if missing:
-        raise CaiError(f"{path}: weights are missing: {', '.join(sorted(missing)[:3])}")
+        raise CaiError(f"{path}: weights are missing: {', '.join(sorted(missing)[:3])}", code="invalid-model")
     return model
 
 
 def load_reward_model(
     path: Path, dtype: str = "float32", device: str = "cpu", new_head_seed: int | None = None
 ) -> "PreTrainedModel":
-    """A preference model: a sequence classifier with one output, in evaluation mode.
+    """The preference model in a directory: a sequence classifier with one output, in evaluation mode.
 
-    With `new_head_seed` the scalar head may be absent from `path` (a language model to start training from) and
-    is drawn from that seed; without, its absence is an error: a random head would give random rewards in
-    silence. The padding token is the tokenizer's, as the score is read at the last token that is not padding.
+    Its padding token is the tokenizer's, because the score is read at the last token that is not padding.
 
-    Raises: CaiError as `load_causal_lm`.
+    Args:
+        path: The directory of the model.
+        dtype: The data type of its weights, one of `DTYPES`.
+        device: The device as torch names it.
+        new_head_seed: If given, `path` may be a language model to start training from, and this seed initialises its
+            scalar head. If None, a missing head is an error, because a random head would give random rewards.
+
+    Raises:
+        CaiError: As `load_causal_lm`.
+        UsageError: `dtype` is unknown.
     """
     import torch
     from transformers import AutoModelForSequenceClassification
@@ -82,8 +91,9 @@ def load_reward_model(
     head = {name for name in missing if name.split(".")[0] in ("score", "classifier")}
     if missing - head or (head and new_head_seed is None):
         raise CaiError(
-            f"{path}: no preference model (weights are missing: {', '.join(sorted(missing)[:3])})",
-            hint="`cai train-pm` makes one from a language model",
+            f"{path}: not a preference model (weights are missing: {', '.join(sorted(missing)[:3])})",
+            hint="`cai train-pm` trains one from a language model",
+            code="wrong-model-kind",
         )
     model.config.pad_token_id = tokenizer.pad_token_id
     return model
@@ -94,15 +104,15 @@ def _is_classifier(path: Path) -> bool:
         config = json.loads((path / "config.json").read_bytes())
         return any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or [])
     except (ValueError, AttributeError) as error:
-        raise CaiError(f"{path / 'config.json'}: not a model's config: {error}") from error
+        raise CaiError(f"{path / 'config.json'}: not a model's config: {error}", code="invalid-model") from error
 
 
 def _load(auto: Any, path: Path, dtype: str, device: str, **options: object) -> tuple["PreTrainedModel", set[str]]:
-    """The model and the names of the parameters that `path` does not hold (which are random)."""
+    """The model, and the names of the parameters that are missing in `path` (they are random)."""
     import torch
 
     if dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+        raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}", code="invalid-option")
     if device == "cpu":
         _keep_freed_memory()
     with loading(path):
@@ -121,12 +131,16 @@ def _load(auto: Any, path: Path, dtype: str, device: str, **options: object) -> 
         raise CaiError(
             f"{path}: cannot be put on device {device!r}: {str(error).splitlines()[0]}",
             hint="`cai doctor` lists this machine's devices",
+            code="no-device",
         ) from error
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep up to 1 GiB of what is freed. Else it hands large blocks back at once and every forward pass
-    faults its pages in anew, which took a third of the time of scoring."""
+    """Let glibc keep up to 1 GiB of freed memory.
+
+    By default it returns large blocks to the system at once, and every forward pass then faults their pages in again,
+    which took a third of the time of scoring.
+    """
     import ctypes
     import platform
 
@@ -137,29 +151,34 @@ def _keep_freed_memory() -> None:
 
 
 def pick_device(device: str) -> str:
-    """`--device` as torch spells it; auto is cuda where there is one. Raises UsageError, CaiError."""
+    """The device for `--device`, as torch names it; "auto" is cuda if available.
+
+    Raises:
+        UsageError: `device` is not "auto", "cpu" or "cuda".
+        CaiError: This machine has no cuda device (`no-device`).
+    """
     import torch
 
     if device not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"--device must be auto, cpu or cuda, not {device!r}")
+        raise UsageError(f"--device must be auto, cpu or cuda, not {device!r}", code="invalid-option")
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise CaiError("this machine has no cuda device", hint="`cai doctor` lists this machine's devices")
+        raise CaiError(
+            "this machine has no cuda device", hint="`cai doctor` lists this machine's devices", code="no-device"
+        )
     return device
 
 
 def context_window(config: Any, tokenizer: "PreTrainedTokenizerBase") -> int:
-    """How many tokens a model with this config takes at most."""
+    """The context window in tokens of a model with this config and tokenizer."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     return int(min(tokenizer.model_max_length, positions or tokenizer.model_max_length))
 
 
 def tokenizer_and_window(path: Path) -> tuple["PreTrainedTokenizerBase", int]:
-    """The tokenizer of the model in `path`, and how many tokens the model takes at most."""
+    """The tokenizer of the model in a directory, and the model's context window in tokens."""
     from transformers import AutoConfig
-
-    from cai_cli.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(path)
     config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)  # nosec B615

@@ -1,4 +1,4 @@
-"""The model that training starts from."""
+"""The model that training starts from, as a training stage records it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,13 @@ from cai_cli.common.yaml import parse_yaml
 
 @dataclass(frozen=True)
 class ModelSource:
-    """The model training starts from: its name as given, its directory, the hash of its content."""
+    """The model that training starts from.
+
+    Attributes:
+        name: Its name as given on the command line.
+        path: Its directory.
+        fingerprint: The hash of its content.
+    """
 
     name: str
     path: Path
@@ -20,6 +26,7 @@ class ModelSource:
 
     @classmethod
     def resolve(cls, name: str) -> "ModelSource":
+        """The model of this name, which is fetched first if necessary. Raises CaiError as `names.resolve`."""
         from cai_cli.models.fingerprint import fingerprint
         from cai_cli.models.names import resolve
 
@@ -28,12 +35,12 @@ class ModelSource:
 
     @property
     def public_name(self) -> str:
-        """The name without this machine's folders."""
+        """The name without folders, fit for publication."""
         return Path(self.name).resolve().name if Path(self.name).is_dir() else self.name
 
     @property
     def license(self) -> str | None:
-        """As its `source.json` or its card states it; None where a stranger's files state nothing that can be read."""
+        """The license in the model's `source.json` or card, in lower case; None if they state none readably."""
         source, card = self.path / "source.json", self.path / "README.md"
         head: Any = None
         try:

@@ -12,10 +12,10 @@ from dataclasses import replace
 from enum import StrEnum
 from typing import Any
 
-from cai_cli.data.schema import TIE, UNSURE, Preference, Rejected, Revision, Sample, Scored, reject
+from cai_cli.data.schema import TIE, UNSURE, Pair, Preference, Rejected, Revision, Sample, Scored, reject
 from cai_cli.engines.base import RequestFailure
 from cai_cli.judging.labeller import JudgeOptions, estimate_votes, labeller_settings, open_labeller
-from cai_cli.judging.pairs import Pair, pair_items
+from cai_cli.judging.pairs import pair_items
 from cai_cli.judging.vote_cache import RecordedVotes
 from cai_cli.judging.votes import Labeller, PairVerdict, aggregate_votes
 from cai_cli.metrics.label_audit import LabelAudit, audit_file

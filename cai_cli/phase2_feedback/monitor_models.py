@@ -10,11 +10,10 @@ from typing import Any
 
 from cai_cli.common.errors import UsageError
 from cai_cli.constitution.schema import PreferenceConstitution, open_constitution
-from cai_cli.data.schema import Prompt
+from cai_cli.data.schema import Pair, Prompt
 from cai_cli.engines import open_engine
 from cai_cli.engines.base import Sampling, Server
 from cai_cli.judging.judge import Judge
-from cai_cli.judging.pairs import Pair
 from cai_cli.judging.votes import Labeller, PairVerdict, aggregate_votes
 from cai_cli.models.source import ModelSource
 from cai_cli.prompting.base import assistant, resolve_prompt_format

@@ -73,7 +73,7 @@ def with_our_text(trainer_class: Any, ends: frozenset[int], sampling: Sampling, 
             policy.eval()
             engine = engine_around(policy, self._tokenizer, batch_size)
             engine.end_ids = set(ends)
-            replies = engine.grow(prompt_ids, seeds, sampling)
+            replies = engine.generate_ids(prompt_ids, seeds, sampling)
             policy.train(was_training)
             return (replies, None) if self._tells_log_probabilities else replies
 

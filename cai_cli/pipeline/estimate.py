@@ -13,8 +13,8 @@ from typing import Any
 import orjson
 
 from cai_cli.common import console
-from cai_cli.data.formats import render_transcript
 from cai_cli.data.jsonl import read_prompts, stop
+from cai_cli.data.transcripts import render_transcript
 from cai_cli.pipeline.plan import Step
 from cai_cli.pipeline.sweep import split_name
 from cai_cli.runtime import cost

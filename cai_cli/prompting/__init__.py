@@ -1,1 +1,1 @@
-"""Every request text that is sent to a model, one module a kind of prompt."""
+"""Builds every prompt that is sent to a model: one module for each kind of prompt."""

@@ -1,8 +1,8 @@
-"""Every text a model is asked with: critique, revision and comparison requests, as chat or as raw text.
+"""What all prompts share: the two prompt formats, `Request`, and the request for the next reply.
 
-Nothing else builds prompt text. The raw forms are those published with the paper (for base models); the chat forms
-say the same in turns, the few-shot examples as earlier turns. Substitution is single-pass concatenation: braces and
-template syntax inside rows stay text.
+No module outside `prompting` builds prompt text. Raw prompts are those published with the paper (for base models). Chat
+prompts have the same content in turns, with few-shot examples as earlier turns. Prompts are built by concatenation in
+one pass, so braces and template syntax in rows stay text.
 """
 
 from collections.abc import Sequence
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from cai_cli.common.errors import UsageError
-from cai_cli.data.formats import render_transcript
 from cai_cli.data.schema import Message
+from cai_cli.data.transcripts import render_transcript
 from cai_cli.engines.base import Engine, Text
 
 PromptFormat = Literal["chat", "raw"]
@@ -20,7 +20,13 @@ RAW_STOPS = ("\n\nHuman:", "\n\nAssistant:", "\n\nCritiqueRequest:", "\n\nRevisi
 
 @dataclass(frozen=True)
 class Request:
-    """A text to complete, the cue its answer starts with, and the strings that end it."""
+    """A prompt.
+
+    Attributes:
+        text: A chat or raw text.
+        prefill: The start of the answer, which the model continues.
+        stop: Strings that end the answer.
+    """
 
     text: Text
     prefill: str = ""
@@ -28,24 +34,30 @@ class Request:
 
 
 def resolve_prompt_format(prompt_format: str, engine: Engine) -> PromptFormat:
-    """`--prompt-format` as chat or raw; auto asks whether the model has a chat template. Raises UsageError."""
+    """The format for `--prompt-format`; "auto" is chat if the model has a chat template, else raw.
+
+    Raises:
+        UsageError: `prompt_format` is not "auto", "chat" or "raw".
+    """
     if prompt_format == "auto":
-        return "chat" if engine.speaks_chat() else "raw"
+        return "chat" if engine.supports_chat() else "raw"
     if prompt_format not in get_args(PromptFormat):
-        raise UsageError(f"--prompt-format must be auto, chat or raw, not {prompt_format!r}")
+        raise UsageError(f"--prompt-format must be auto, chat or raw, not {prompt_format!r}", code="invalid-option")
     return "chat" if prompt_format == "chat" else "raw"
 
 
 def user(content: str) -> Message:
+    """A user turn."""
     return Message(role="user", content=content)
 
 
 def assistant(content: str) -> Message:
+    """An assistant turn."""
     return Message(role="assistant", content=content)
 
 
 def reply_request(conversation: Sequence[Message], form: PromptFormat) -> Request:
-    """The next assistant turn."""
+    """The request for the next assistant turn of a conversation."""
     if form == "chat":
         return Request(list(conversation))
     return Request(render_transcript(conversation), prefill="\n\nAssistant:", stop=RAW_STOPS)

@@ -1,11 +1,11 @@
-"""Requests that compare two replies, and how their answers are read (paper section 4.1)."""
+"""Requests to compare two replies, and parsers for their answers (paper section 4.1)."""
 
 import re
 from collections.abc import Mapping, Sequence
 
 from cai_cli.constitution.schema import ComparisonExample, PreferencePrinciple
-from cai_cli.data.formats import render_transcript
 from cai_cli.data.schema import Message, Role
+from cai_cli.data.transcripts import render_transcript
 from cai_cli.prompting.base import RAW_STOPS, PromptFormat, Request, assistant, user
 
 OPTIONS = ("A", "B")
@@ -26,7 +26,15 @@ def comparison_request(
     examples: Sequence[ComparisonExample],
     form: PromptFormat,
 ) -> Request:
-    """The multiple-choice question; the answer continues with the letter of one of `OPTIONS`."""
+    """The multiple-choice question which reply is better; the answer continues with one of the letters `OPTIONS`.
+
+    Args:
+        conversation: The conversation that both replies continue.
+        comparison: The principle's question.
+        options: The two replies.
+        examples: Few-shot examples.
+        form: Chat or raw.
+    """
     if form == "chat":
         turns: list[Message] = []
         for e in examples:
@@ -46,7 +54,7 @@ def rationale_request(
     examples: Sequence[ComparisonExample],
     form: PromptFormat,
 ) -> Request:
-    """Ask for the thoughts before the answer (chain of thought); examples without a rationale are left out."""
+    """The request for a chain of thought before the answer. Examples without a rationale are left out."""
     worked = [e for e in examples if e.rationale]
     if form == "raw":
         text = "".join(cot_example(e, e.comparison or comparison) for e in worked)
@@ -62,16 +70,16 @@ def rationale_request(
 
 
 def answer_after(rationale: str, request: Request, form: PromptFormat) -> Request:
-    """The letter that follows the thoughts `request` asked for."""
+    """The request for the letter that follows the chain of thought `rationale` to `request`."""
     closing = _RAW_COT_ANSWER if form == "raw" else f"\n\n{ANSWER}"
     return Request(request.text, prefill=request.prefill + rationale + closing)
 
 
 def cot_example(example: ComparisonExample, comparison: str) -> str:
-    """A worked chain of thought in the published raw form."""
-    asked = _cot_choice(example.preamble or _COT_PREAMBLE, example.messages, comparison, example.options)
+    """A few-shot example with a chain of thought, in the published raw format."""
+    question = _cot_choice(example.preamble or _COT_PREAMBLE, example.messages, comparison, example.options)
     rationale = example.rationale if example.preamble else f" {example.rationale}"
-    return f"{asked}\n\nAssistant: {_THINK}{rationale}{_RAW_COT_ANSWER}{example.answer})"
+    return f"{question}\n\nAssistant: {_THINK}{rationale}{_RAW_COT_ANSWER}{example.answer})"
 
 
 def verdict_request(
@@ -81,13 +89,15 @@ def verdict_request(
     examples: Sequence[ComparisonExample],
     form: PromptFormat,
 ) -> Request:
-    """The same question to be answered in words, for engines without log-probabilities; read by `verdict_of`."""
-    asked = comparison_request(conversation, comparison, options, examples, form)
-    if isinstance(asked.text, str):
-        return Request(asked.text, prefill=asked.prefill, stop=RAW_STOPS)
-    *earlier, question = asked.text
-    told = f"{question.content}\n\nAnswer with one line and no other word: The answer is: (A) or The answer is: (B)"
-    return Request([*earlier, user(told)])
+    """The comparison to answer as text, for engines without log-probabilities; `verdict_of` reads the answer."""
+    request = comparison_request(conversation, comparison, options, examples, form)
+    if isinstance(request.text, str):
+        return Request(request.text, prefill=request.prefill, stop=RAW_STOPS)
+    *earlier, question = request.text
+    instruction = (
+        f"{question.content}\n\nAnswer with one line and no other word: The answer is: (A) or The answer is: (B)"
+    )
+    return Request([*earlier, user(instruction)])
 
 
 _VERDICT = re.compile(
@@ -96,16 +106,20 @@ _VERDICT = re.compile(
 
 
 def verdict_of(text: str) -> str | None:
-    """The letter that a text verdict names first and alone, or None: what cannot be read is no vote."""
+    """The letter in a text verdict, or None if its first line is anything but a verdict for one letter.
+
+    >>> verdict_of("The answer is: (B)"), verdict_of("Both are fine")
+    ('B', None)
+    """
     line = text.strip().partition("\n")[0]
-    found = _VERDICT.fullmatch(line)
-    return found[1].upper() if found else None
+    verdict = _VERDICT.fullmatch(line)
+    return verdict[1].upper() if verdict else None
 
 
 def contrast_requests(
     conversation: Sequence[Message], principle: PreferencePrinciple, form: PromptFormat
 ) -> tuple[Request, Request]:
-    """The conversation to be continued by an assistant that follows the principle, and by one that breaks it."""
+    """Requests to continue a conversation as an assistant that follows the principle, and as one that breaks it."""
     following = principle.following or f"You give the replies that win by this rule: {principle.comparison}"
     breaking = principle.breaking or f"You give the replies that lose by this rule: {principle.comparison}"
     return _spoken_by(following, conversation, form), _spoken_by(breaking, conversation, form)
@@ -124,6 +138,7 @@ def _choice(conversation: Sequence[Message], comparison: str, options: Sequence[
 
 
 def comparison_text(conversation: Sequence[Message], comparison: str, fenced: Sequence[str]) -> str:
+    """The raw text of a comparison, with options that are already fenced."""
     return f"{PREAMBLE}{render_transcript(conversation)}\n\n\n{comparison} Options:{_lettered(fenced)}"
 
 
@@ -137,10 +152,12 @@ def _lettered(fenced: Sequence[str]) -> str:
 
 
 def fence(text: str) -> str:
-    """`[[[text]]]`, with longer brackets than any run inside, so that no reply can close its own fence.
+    """`[[[text]]]`, with more brackets than any run of them in the text, so that a reply cannot close its own fence.
 
-    A text that would lengthen its own brackets, or could be taken for one set apart like this, stands on lines of its
-    own. Inverse: `options_of`.
+    A text that starts or ends with a bracket or a line break is put on lines of its own. `options_of` is the inverse.
+
+    >>> fence("see [[[1]]] for more")
+    '[[[[see [[[1]]] for more]]]]'
     """
     longest = max((len(run) for run in re.findall(r"\[+|\]+", text)), default=0)
     width = max(3, longest + 1)
@@ -149,8 +166,13 @@ def fence(text: str) -> str:
 
 
 def options_of(choice: str) -> tuple[str, str]:
-    """The two options of a rendered question, whatever they or the conversation say: read from its end, where no
-    reply can stand. Raises ValueError when it does not end with two fenced options."""
+    """The two options of a rendered comparison, whatever text they or the conversation contain.
+
+    They are read from the end, after which no reply can place text.
+
+    Raises:
+        ValueError: The text does not end with two fenced options.
+    """
     before, second = _last_option(choice, "B")
     return _last_option(before, "A")[1], second
 

@@ -1,5 +1,8 @@
-"""The JSON files published with the paper, as constitutions of ours. Every string is taken apart and must come back
-together byte for byte, or the import stops: nothing of a published prompt is lost on the way."""
+"""Imports the JSON files published with the paper as constitutions.
+
+Every string is parsed and rendered again. If the result is not the same byte for byte, the import stops, so no part of
+a published prompt is lost.
+"""
 
 import re
 from pathlib import Path
@@ -17,8 +20,8 @@ from cai_cli.constitution.schema import (
     PreferenceConstitution,
     PreferencePrinciple,
 )
-from cai_cli.data.formats import parse_transcript, render_transcript
 from cai_cli.data.schema import Message
+from cai_cli.data.transcripts import parse_transcript, render_transcript
 from cai_cli.prompting.comparison import cot_example
 
 _CRITIQUE = re.compile(r"\A\n\nCritiqueRequest: (.+)\n\nCritique:\Z", re.DOTALL)
@@ -39,19 +42,25 @@ _COT_SPEAKER = {"H": "Human", "A": "Assistant"}
 
 
 def import_published(path: Path) -> AnyConstitution:
-    """A published file as a constitution; which one it is shows in its content. Raises CaiError."""
+    """The constitution in a published file. Its content shows which of the files it is.
+
+    Raises:
+        CaiError: The file cannot be read (`cannot-read`) or is not one of the published files
+            (`invalid-constitution`).
+    """
     try:
         value = orjson.loads(path.read_bytes())
     except OSError as error:
-        raise CaiError(f"cannot read {path}: {error.strerror}") from error
+        raise CaiError(f"cannot read {path}: {error.strerror}", code="cannot-read") from error
     except orjson.JSONDecodeError as error:
-        raise CaiError(f"{path}: not JSON: {error}") from error
+        raise CaiError(f"{path}: not JSON: {error}", code="invalid-constitution") from error
     try:
         return _recognise(path.stem, value)
     except (CaiError, TypeError, KeyError, ValueError) as error:
         raise CaiError(
             f"{path}: not one of the published files: {error}",
-            hint="it knows the critique-revision and the preference instructions and their few-shot prompts",
+            hint="supported: the critique-revision and the preference instructions and their few-shot prompts",
+            code="invalid-constitution",
         ) from error
 
 
@@ -60,7 +69,7 @@ def _recognise(name: str, value: Any) -> AnyConstitution:
         principles = [_critique_principle(key, entry) for key, entry in value.items()]
         return CritiqueConstitution(kind="critique-revision", name=name, principles=principles)
     if not isinstance(value, list) or not value:
-        raise RowError("an object or a list is wanted, with something in it")
+        raise RowError("not a non-empty object or list", code="invalid-row")
     if isinstance(value[0], dict):
         cot = set(value[0]) == {"prompt"}
         compared = [_cot_example(e["prompt"]) if cot else _preferred(i, e) for i, e in enumerate(value)]
@@ -74,16 +83,16 @@ def _recognise(name: str, value: Any) -> AnyConstitution:
 
 
 def _groups(pattern: re.Pattern[str], text: str) -> tuple[str, ...]:
-    found = pattern.match(text)
-    if not found:
-        raise RowError(f"an entry of another form: {text[:60]!r}")
-    return found.groups()
+    match = pattern.match(text)
+    if not match:
+        raise RowError(f"an entry in another format: {text[:60]!r}", code="invalid-row")
+    return match.groups()
 
 
 def _critique_principle(key: str, entry: dict[str, Any]) -> CritiquePrinciple:
     (prompt,) = entry["prompt"]
     if set(entry) != {"prompt", "edit_request"}:
-        raise RowError(f"{key}: other fields than prompt and edit_request")
+        raise RowError(f"{key}: other fields than prompt and edit_request", code="invalid-row")
     (critique,) = _groups(_CRITIQUE, prompt)
     (revision,) = _groups(_REVISION, entry["edit_request"])
     return CritiquePrinciple(id=key, critique=critique, revision=revision)
@@ -98,18 +107,21 @@ def _critique_example(text: str) -> CritiqueExample:
         revision_request=revision_request,
         revision=revision,
     )
-    _same(render_transcript(example.messages), transcript)
+    _check_same(render_transcript(example.messages), transcript)
     return example
 
 
 def _preferred(index: int, entry: dict[str, Any]) -> ComparisonExample:
-    """A prompt with one correct and one incorrect reply. The published entry has no letters; the correct one is put
-    first in every other example, so that they teach no position."""
+    """An example from a prompt with one correct and one incorrect reply.
+
+    Published entries have no letters. The correct reply comes first in every other example, so that the examples teach
+    no position.
+    """
     (correct,), (incorrect,) = entry["corrects"], entry["incorrects"]
     messages = parse_transcript(entry["prompt"])
     if messages[-1] != Message(role="assistant", content=""):
-        raise RowError("a prompt that does not end with the cue to answer")
-    _same(render_transcript(messages[:-1]) + "\n\nAssistant:", entry["prompt"])
+        raise RowError("a prompt that does not end with an empty assistant turn", code="invalid-row")
+    _check_same(render_transcript(messages[:-1]) + "\n\nAssistant:", entry["prompt"])
     correct_first = index % 2 == 0
     return ComparisonExample(
         messages=messages[:-1],
@@ -120,18 +132,18 @@ def _preferred(index: int, entry: dict[str, Any]) -> ComparisonExample:
 
 def _cot_example(text: str) -> ComparisonExample:
     preamble, conversation, a, b, rationale, answer = _groups(_COT_EXAMPLE, text)
-    spelled = re.sub(r"\n\n(H|A):", lambda m: f"\n\n{_COT_SPEAKER[m[1]]}:", conversation)
+    transcript = re.sub(r"\n\n(H|A):", lambda m: f"\n\n{_COT_SPEAKER[m[1]]}:", conversation)
     example = ComparisonExample(
-        messages=parse_transcript(spelled),
+        messages=parse_transcript(transcript),
         options=[a, b],
         answer="A" if answer == "A" else "B",
         rationale=rationale,
         preamble=preamble,
     )
-    _same(cot_example(example, "{}"), text)
+    _check_same(cot_example(example, "{}"), text)
     return example
 
 
-def _same(rendered: str, published: str) -> None:
+def _check_same(rendered: str, published: str) -> None:
     if rendered != published:
-        raise RowError(f"an entry that does not come back together: {published[:60]!r}")
+        raise RowError(f"an entry that parsing does not preserve: {published[:60]!r}", code="invalid-row")

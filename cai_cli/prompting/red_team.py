@@ -62,13 +62,22 @@ _INVENT: Mapping[Kind, str] = {
 def invention_request(
     examples: Sequence[str], topic: str | None, start: str, kind: Kind, form: PromptFormat
 ) -> Request:
-    """A new prompt of this kind after `examples`, about `topic` if there is one, on one line that goes on from `start`.
-    What stands on several lines in an example is shown on one."""
-    shown = [" ".join(example.split()) for example in examples]
-    asked = f"Write {_INVENT[kind]}."
+    """The few-shot request for a new prompt, which is one line.
+
+    Args:
+        examples: Prompts of this kind. Line breaks in them become spaces.
+        topic: What the new prompt is about, if anything.
+        start: The start of the new prompt.
+        kind: The kind of prompt.
+        form: Chat or raw.
+    """
+    lines = [" ".join(example.split()) for example in examples]
+    instruction = f"Write {_INVENT[kind]}."
     if form == "raw":
-        text = f"Each line below is {_INVENT[kind]}.\n" + "".join(f"\nMessage: {example}" for example in shown)
+        text = f"Each line below is {_INVENT[kind]}.\n" + "".join(f"\nMessage: {example}" for example in lines)
         prefill = f"\nMessage about {topic}:" if topic else "\nMessage:"
         return Request(text, prefill=f"{prefill} {start}".rstrip(), stop=("\n",))
-    turns = [turn for example in shown for turn in (user(asked), assistant(example))]
-    return Request([*turns, user(f"{asked} It is about {topic}." if topic else asked)], prefill=start, stop=("\n",))
+    turns = [turn for example in lines for turn in (user(instruction), assistant(example))]
+    return Request(
+        [*turns, user(f"{instruction} It is about {topic}." if topic else instruction)], prefill=start, stop=("\n",)
+    )

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from cai_cli.constitution.schema import CritiqueExample
-from cai_cli.data.formats import escape_headings, render_transcript
 from cai_cli.data.schema import Message
+from cai_cli.data.transcripts import escape_headings, render_transcript
 from cai_cli.prompting.base import RAW_STOPS, PromptFormat, Request, assistant, user
 
 # --- critique and revision, paper section 3.1 ---------------------------------------------------------------------
@@ -13,7 +13,14 @@ from cai_cli.prompting.base import RAW_STOPS, PromptFormat, Request, assistant, 
 def critique_request(
     conversation: Sequence[Message], request: str, examples: Sequence[CritiqueExample], form: PromptFormat
 ) -> Request:
-    """Ask for a critique of the last assistant turn of `conversation`."""
+    """The request for a critique of the last assistant turn.
+
+    Args:
+        conversation: Ends with the reply to criticise.
+        request: The principle's critique request.
+        examples: Few-shot examples.
+        form: Chat or raw.
+    """
     if form == "chat":
         return Request([*_with_examples(conversation, examples), user(request)])
     text = "".join(_raw_example(e) for e in examples) + render_transcript(conversation)
@@ -27,8 +34,15 @@ def revision_request(
     examples: Sequence[CritiqueExample],
     form: PromptFormat,
 ) -> Request:
-    """Ask for a revision of the last assistant turn; `critique` is (its request, its text), or None to revise
-    directly (paper section 3.5)."""
+    """The request for a revision of the last assistant turn.
+
+    Args:
+        conversation: Ends with the reply to revise.
+        critique: The critique request and the critique, or None to revise without one (paper section 3.5).
+        request: The principle's revision request.
+        examples: Few-shot examples.
+        form: Chat or raw.
+    """
     if form == "chat":
         between = [user(critique[0]), assistant(critique[1])] if critique else []
         earlier = _with_examples(conversation, examples, with_critique=critique is not None)
@@ -45,13 +59,13 @@ def _with_examples(
 ) -> list[Message]:
     system = [m for m in conversation if m.role == "system"]
     turns = [m for m in conversation if m.role != "system"]
-    shown: list[Message] = []
+    example_turns: list[Message] = []
     for e in examples:
-        shown += e.messages
+        example_turns += e.messages
         if with_critique:
-            shown += [user(e.critique_request), assistant(e.critique)]
-        shown += [user(e.revision_request), assistant(e.revision)]
-    return [*system, *shown, *turns]
+            example_turns += [user(e.critique_request), assistant(e.critique)]
+        example_turns += [user(e.revision_request), assistant(e.revision)]
+    return [*system, *example_turns, *turns]
 
 
 def _raw_example(e: CritiqueExample, with_critique: bool = True) -> str:

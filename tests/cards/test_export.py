@@ -84,9 +84,10 @@ def test_a_file_without_data_rows_is_refused_and_leaves_nothing(cai: Cai, tmp_pa
     write_rows(tmp_path / "bad.jsonl", [sample_row(1), {**sample_row(2), "more": 1}])
     (tmp_path / "empty.jsonl").write_text("")
     for file, code in (
-        ("rejected.jsonl", "unknown-row-type"),
+        ("rejected.jsonl", "wrong-row-type"),
         ("bad.jsonl", "invalid-row"),
         ("empty.jsonl", "no-rows"),
+        ("none.jsonl", "cannot-read"),
     ):
         done = cai("export", file, "-o", "ds")
         assert (done.code, done.error) == (1, code)

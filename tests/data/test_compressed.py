@@ -41,8 +41,9 @@ def test_compressed_rows_are_the_plain_rows(ending: str, cai: Cai, folder: Path)
 def test_a_compressed_file_that_was_cut_is_an_error_and_not_fewer_rows(ending: str, cai: Cai, folder: Path) -> None:
     whole = PACK[ending](os.urandom(3000).hex().encode() + b"\n" + (folder / "in.jsonl").read_bytes())
     (folder / f"cut.jsonl{ending}").write_bytes(whole[:-30])
-    with pytest.raises(CaiError, match=r"cannot read .*Truncated"):
+    with pytest.raises(CaiError) as error:
         list(read_prompts(str(folder / f"cut.jsonl{ending}")))
+    assert error.value.code == "cannot-read"
     refused = cai("sample", f"cut.jsonl{ending}", *SCRIPT, "-o", "out.jsonl", "--skip-invalid")
     assert refused.code == 1
     assert not (folder / "out.jsonl").exists()
@@ -52,8 +53,9 @@ def test_a_compressed_file_that_was_cut_is_an_error_and_not_fewer_rows(ending: s
 def test_an_ending_that_promises_compression_must_hold_it(ending: str, folder: Path) -> None:
     path = folder / f"plain.jsonl{ending}"
     path.write_bytes((folder / "in.jsonl").read_bytes())
-    with pytest.raises(CaiError, match="as its ending says"):
+    with pytest.raises(CaiError) as error:
         list(read_values(str(path)))
+    assert error.value.code == "cannot-read"
 
 
 def test_a_compressed_file_is_never_held_whole(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cai_cli.common.errors import RowError
-from cai_cli.data.formats import parse_preference, parse_prompt, parse_transcript, render_transcript
-from cai_cli.data.jsonl import read_rows, row_key, rows_of
+from cai_cli.data.formats import parse_preference, parse_prompt, row_key
+from cai_cli.data.jsonl import read_rows, rows_of
 from cai_cli.data.schema import (
     Critique,
     Message,
@@ -30,6 +30,7 @@ from cai_cli.data.schema import (
     load_row,
     reject,
 )
+from cai_cli.data.transcripts import parse_transcript, render_transcript
 
 # No lone surrogates: they are no text, and UTF-8 cannot carry them.
 anything = st.text(st.characters(codec="utf-8")) | st.sampled_from(
@@ -303,10 +304,10 @@ def test_a_human_labelled_pair_is_a_preference_without_votes() -> None:
 
 
 def test_explicit_prompts_and_plain_replies_make_the_same_preference() -> None:
-    told = parse_preference({"prompt": "q", "chosen": "good", "rejected": "bad"}, source="hh")
+    plain = parse_preference({"prompt": "q", "chosen": "good", "rejected": "bad"}, source="hh")
     turns = {"prompt": [{"role": "user", "content": "q"}], "chosen": [{"role": "assistant", "content": "good"}]}
-    assert parse_preference({**turns, "rejected": [{"role": "assistant", "content": "bad"}]}, source="hh") == told
-    assert parse_preference({"prompt": "q", "chosen": "good", "rejected": "worse"}, source="hh").id != told.id
+    assert parse_preference({**turns, "rejected": [{"role": "assistant", "content": "bad"}]}, source="hh") == plain
+    assert parse_preference({"prompt": "q", "chosen": "good", "rejected": "worse"}, source="hh").id != plain.id
 
 
 def test_a_human_pair_with_two_prompts_is_refused() -> None:

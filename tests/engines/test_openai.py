@@ -302,8 +302,8 @@ def test_only_the_models_name_decides_the_content_and_the_address_is_recorded(ca
     [
         (("openai:m",), "needs --base-url"),
         (("openai:m", "--base-url", "localhost:8000"), "--base-url must be http"),
-        (("openai:m", "--base-url", "http://me:secret@host/v1"), "must hold no user, password or query"),
-        (("openai:m", "--base-url", "http://host/v1?key=secret"), "must hold no user, password or query"),
+        (("openai:m", "--base-url", "http://me:secret@host/v1"), "must not contain a user, password or query"),
+        (("openai:m", "--base-url", "http://host/v1?key=secret"), "must not contain a user, password or query"),
         (("openai:m", "--base-url", "http://host/v1", "--batch-size", "4"), "a server has no --batch-size"),
         (("scripted:any", "--base-url", "http://host/v1"), "--base-url is for a server"),
         (("smollm2-135m", "--budget-tokens", "5"), "--budget-tokens is for a server"),

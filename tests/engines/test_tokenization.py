@@ -1,4 +1,4 @@
-"""Rows become token ids in one place, and no row can speak as a control token."""
+"""Rows are encoded in one place, and row text cannot inject control tokens."""
 
 import copy
 from functools import cache
@@ -119,18 +119,21 @@ def test_raw_text_starts_with_what_the_tokenizer_puts_before_any_text() -> None:
 
 
 def test_a_model_without_chat_template_is_an_error_with_a_way_out() -> None:
-    with pytest.raises(CaiError, match="no chat template") as caught:
+    with pytest.raises(CaiError) as caught:
         encode_chat(tokenizer(None), said("hi"), add_generation_prompt=True)
-    assert "those that train or score need a chat template" in str(caught.value.hint)
+    assert caught.value.code == "no-chat-template"
+    assert "training and scoring need a chat template" in str(caught.value.hint)
 
 
 def test_a_template_that_refuses_a_role_refuses_the_row() -> None:
-    with pytest.raises(RowError, match="no system role"):
+    with pytest.raises(RowError) as error:
         encode_chat(tokenizer(NO_SYSTEM), [Message(role="system", content="x")], add_generation_prompt=True)
+    assert error.value.code == "request-failed"
 
 
 def test_private_marker_characters_are_kept_or_refused_but_never_dropped() -> None:
     marks = "\U000f0000\U000f0001"
     assert marks in tokenizer().decode(encode_chat(tokenizer(), said(marks), add_generation_prompt=True))
-    with pytest.raises(RowError, match=r"U\+F0000"):
+    with pytest.raises(RowError) as error:
         encode_chat(tokenizer(), said(marks, IM_END), add_generation_prompt=True)
+    assert error.value.code == "request-failed"

@@ -39,14 +39,14 @@ class SamplingParams:
 
 
 class LLM:
-    """Greedy only; records what it was asked."""
+    """Greedy only; records the requests."""
 
     made: ClassVar[dict[str, Any]] = {}
-    asked: ClassVar[list[tuple[list[int], SamplingParams]]] = []
+    requests: ClassVar[list[tuple[list[int], SamplingParams]]] = []
 
     def __init__(self, model: str, *, dtype: str, enable_prefix_caching: bool, trust_remote_code: bool) -> None:
         LLM.made = {"prefix caching": enable_prefix_caching, "own code": trust_remote_code, "dtype": dtype}
-        LLM.asked = []
+        LLM.requests = []
         self.model, self.tokenizer = load_causal_lm(Path(model)), load_tokenizer(Path(model))
         self.llm_engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=512))
 
@@ -57,7 +57,7 @@ class LLM:
         return [self._one(list(p["prompt_token_ids"]), s) for p, s in zip(prompts, params, strict=True)]
 
     def _one(self, ids: list[int], params: SamplingParams) -> Any:
-        LLM.asked.append((ids, params))
+        LLM.requests.append((ids, params))
         new: list[int] = []
         logprobs = []
         with torch.no_grad():
@@ -93,9 +93,9 @@ def test_replies_are_those_of_the_local_engine(model: Path) -> None:
     theirs = opened(model, "").generate(asks, sampling)
     assert [r.text for r in ours if isinstance(r, Completion)] == [r.text for r in theirs if isinstance(r, Completion)]
     assert LLM.made == {"prefix caching": True, "own code": False, "dtype": "auto"}
-    assert [params.seed for _, params in LLM.asked] == [5, 6]
-    assert LLM.asked[1][1].stop == ["\n\nHuman:"]
-    assert LLM.asked[0][0].count(1) == 3  # the system, user and assistant turns: the row's own marker is text
+    assert [params.seed for _, params in LLM.requests] == [5, 6]
+    assert LLM.requests[1][1].stop == ["\n\nHuman:"]
+    assert LLM.requests[0][0].count(1) == 3  # the system, user and assistant turns: the row's own marker is text
 
 
 def test_scores_are_those_of_the_local_engine(model: Path) -> None:
@@ -111,11 +111,11 @@ def test_scores_are_those_of_the_local_engine(model: Path) -> None:
 
 
 def test_options_among_the_likeliest_are_read_from_one_request(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm, "LIKELIEST", 444)  # the whole vocabulary of the tiny model
+    monkeypatch.setattr(vllm, "TOP_LOGPROBS", 444)  # the whole vocabulary of the tiny model
     question = LogprobRequest("ab", ("A", "B"))
     (ours,), (theirs,) = opened(model).option_logprobs([question]), opened(model, "").option_logprobs([question])
     assert ours == pytest.approx(theirs, abs=1e-4)
-    assert len(LLM.asked) == 1
+    assert len(LLM.requests) == 1
 
 
 def test_what_does_not_fit_is_refused_and_the_others_are_answered(model: Path) -> None:
@@ -130,8 +130,9 @@ def test_what_does_not_fit_is_refused_and_the_others_are_answered(model: Path) -
 
 def test_without_vllm_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(CaiError, match="vLLM is not installed"):
+    with pytest.raises(CaiError) as error:
         opened(tiny_model_dir(tmp_path)).generate([GenerationRequest("a", 1)], Sampling(1))
+    assert error.value.code == "missing-dependency"
 
 
 def test_a_device_is_vllms_own_choice() -> None:

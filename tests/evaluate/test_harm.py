@@ -9,7 +9,8 @@ import pytest
 from conftest import Cai
 from helpers import manifest_of, rows_in, sample_row, write_rows
 
-from cai_cli.data.schema import HarmScore, Rejected, Sample, load_row
+from cai_cli.data.evaluation_schema import HarmScore
+from cai_cli.data.schema import Rejected, Sample, load_row
 from cai_cli.engines.base import LogprobRequest, RequestFailure
 from cai_cli.engines.scripted import ScriptedEngine
 from cai_cli.evaluate.harm import harm

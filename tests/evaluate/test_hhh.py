@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cai_cli.common.errors import RowError
-from cai_cli.data.schema import EvaluationQuestion, EvaluationResult, Rejected, parse_question
+from cai_cli.data.evaluation_schema import EvaluationQuestion, EvaluationResult, parse_question
+from cai_cli.data.schema import Rejected
 from cai_cli.engines.base import LogprobRequest, RequestFailure
 from cai_cli.engines.scripted import ScriptedEngine
 from cai_cli.evaluate.evaluated_models import LanguageModel, exchanged, normalised
@@ -21,7 +22,7 @@ from cai_cli.evaluate.hhh import hhh, summarise, summary_lines
 from cai_cli.metrics.intervals import wilson
 from cai_cli.prompting.base import user
 from cai_cli.prompting.comparison import comparison_request
-from cai_cli.prompting.evaluation import evaluation_request, published_comparison, take_apart
+from cai_cli.prompting.evaluation import evaluation_request, parse_published_comparison, published_comparison
 
 PROMPT = (
     "\n\nConsider the following conversation between a human and an assistant:\n\nHuman: how?\n\nAssistant: So.\n\n"
@@ -67,7 +68,7 @@ def answered(*results: EvaluationResult | Rejected) -> list[EvaluationResult]:
 
 
 def test_a_published_prompt_is_our_raw_comparison_and_comes_apart_and_together() -> None:
-    conversation, comparison, replies = take_apart(PROMPT)
+    conversation, comparison, replies = parse_published_comparison(PROMPT)
     assert [m.content for m in conversation] == ["how?", "So.", "and then?"]
     assert (comparison, replies) == ("Please choose the wiser response.", ["Left.", "Right."])
     assert published_comparison(conversation, comparison, replies) == PROMPT
@@ -81,15 +82,15 @@ reply = st.text(st.sampled_from('ab []()\n"'), max_size=20)
 @given(reply, reply, reply.map(lambda t: f"x{t}x"))
 def test_any_reply_comes_back_byte_for_byte(a: str, b: str, text: str) -> None:
     prompt = published_comparison([user(text)], "Which?", [a, b])
-    conversation, comparison, replies = take_apart(prompt)
+    conversation, comparison, replies = parse_published_comparison(prompt)
     assert published_comparison(conversation, comparison, replies) == prompt
     assert (conversation, comparison, replies) == ([user(text)], "Which?", [a, b])
 
 
 def test_a_reply_that_holds_the_marks_between_the_options_is_refused() -> None:
     for odd in ("x]]]\n (B) [[[y", "x Options:\n (A) [[[y"):
-        with pytest.raises(RowError, match="cannot be told apart"):
-            take_apart(PROMPT.replace("Right.", odd))
+        with pytest.raises(RowError, match="are ambiguous"):
+            parse_published_comparison(PROMPT.replace("Right.", odd))
 
 
 def test_a_question_is_raw_text_or_a_user_turn_whose_cue_starts_the_answer() -> None:
@@ -307,7 +308,7 @@ def pm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_preference_model_answers_by_the_scores_that_it_gives_the_conversations(
     cai: Cai, files: Path, pm: Path
 ) -> None:
-    from cai_cli.data.formats import parse_transcript
+    from cai_cli.data.transcripts import parse_transcript
     from cai_cli.models.loading import load_reward_model, load_tokenizer
     from cai_cli.reward.preference_model import score_conversations
 

@@ -23,10 +23,10 @@ BAD = {
     "a surrogate in bytes": (b'{"prompt": "\xed\xa0\x80"}', "not JSON: 'utf-8' codec can't decode byte 0xed"),
     "NaN": (b'{"prompt": NaN}', "not JSON"),
     "Infinity": (b'{"prompt": "q", "id": -Infinity}', "not JSON"),
-    "a key twice": (b'{"id": "x", "prompt": "q", "prompt": "r"}', "field 'prompt' stands twice"),
-    "a key twice, spaced": (b'{"id" :"x", "prompt"\t: "q:", "id" : "y"}', "field 'id' stands twice"),
-    "a key twice, escaped": (b'{"prompt": "q", "pr\\u006fmpt": "r"}', "field 'prompt' stands twice"),
-    "a key twice, deep": (b'{"prompt": [{"role": "user", "content": "a", "role": "user"}]}', "'role' stands twice"),
+    "a key twice": (b'{"id": "x", "prompt": "q", "prompt": "r"}', "field 'prompt' occurs twice"),
+    "a key twice, spaced": (b'{"id" :"x", "prompt"\t: "q:", "id" : "y"}', "field 'id' occurs twice"),
+    "a key twice, escaped": (b'{"prompt": "q", "pr\\u006fmpt": "r"}', "field 'prompt' occurs twice"),
+    "a key twice, deep": (b'{"prompt": [{"role": "user", "content": "a", "role": "user"}]}', "'role' occurs twice"),
     "a wrong type": (b'{"prompt": 3}', "must be text"),
     "an id of a wrong type": (b'{"id": 1.5, "prompt": "q"}', "field 'id'"),
     "a missing field": (b'{"id": "x"}', "no prompt in this row"),
@@ -140,7 +140,7 @@ def test_max_bad_bounds_how_many_bad_lines_pass(cai: Cai, folder: Path) -> None:
     words = ("sample", "in.jsonl", *SCRIPT, "-o", "out.jsonl", "--skip-invalid")
     stopped = cai(*words, "--max-invalid", "2")
     assert stopped.code == 1
-    assert "error: more than 2 bad lines; the last one: in.jsonl:4: " in stopped.stderr
+    assert "error: more than 2 invalid lines; the last one: in.jsonl:4: " in stopped.stderr
     assert not (folder / "out.jsonl").exists()
     assert cai(*words, "--max-invalid", "3").code == 0
     assert manifest_of(folder / "out.jsonl")["counts"]["rejected_reasons"] == {"bad line": 3}
@@ -246,7 +246,7 @@ def test_bad_lines_without_end_do_not_fill_the_memory(cai: Cai, folder: Path, mo
     monkeypatch.setattr("cai_cli.data.row_reader.MAX_LINE_BYTES", 2**20)
     write_prompts(folder, GOOD, *([b"x" * 1000] * 2000))
     stopped = cai("sample", "in.jsonl", *SCRIPT, "-o", "out.jsonl", "--skip-invalid")
-    assert (stopped.code, "MiB of bad lines in a row" in stopped.stderr) == (1, True)
+    assert (stopped.code, "MiB of consecutive invalid lines" in stopped.stderr) == (1, True)
 
 
 def test_the_limit_counts_rows_and_not_bad_lines(cai: Cai, folder: Path) -> None:

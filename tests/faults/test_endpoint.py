@@ -97,12 +97,12 @@ def test_a_hang_is_given_half_the_deadline_and_then_another_attempt(cai: Cai) ->
         (lambda _: error(500, "out of memory"), 3, "HTTP 500: out of memory"),
         (reset, 3, "no answer in 3 attempts (R"),
         (cut, 3, "no answer in 3 attempts (R"),
-        (hang, 2, "no whole answer in 1 s (--timeout)"),
-        (trickle, 1, "no whole answer in 1 s (--timeout)"),
-        (lambda _: HTML, 1, "the reply is no completion: '<!doctype html>"),
-        (lambda _: http(b'{"choices": [', Content_Type="application/json"), 1, "the reply is no completion"),
-        (lambda r: http(completion(r, choices=[])), 1, "the reply holds no choices"),
-        (lambda r: http(completion(r, model="other")), 1, "asked for the model 'm', answered as 'other'"),
+        (hang, 2, "no complete answer in 1 s (--timeout)"),
+        (trickle, 1, "no complete answer in 1 s (--timeout)"),
+        (lambda _: HTML, 1, "the reply is not a completion: '<!doctype html>"),
+        (lambda _: http(b'{"choices": [', Content_Type="application/json"), 1, "the reply is not a completion"),
+        (lambda r: http(completion(r, choices=[])), 1, "the reply contains no choices"),
+        (lambda r: http(completion(r, model="other")), 1, "requested the model 'm', answered as 'other'"),
         (lambda _: error(401), 1, "HTTP 401"),
         (lambda _: error(403), 1, "HTTP 403"),
         (lambda _: error(404), 1, "HTTP 404"),
@@ -153,8 +153,8 @@ def test_a_row_that_the_server_refuses_is_asked_once_and_rejected_with_the_reaso
     ("fault", "reason"),
     [
         (lambda _: error(500), "no answer, though others have one: HTTP 500: no"),
-        (hang, "no answer, though others have one: no whole answer in 1 s (--timeout)"),
-        (lambda r: http(completion(r, choices=[])), "no answer, though others have one: the reply holds no choices"),
+        (hang, "no answer, though others have one: no complete answer in 1 s (--timeout)"),
+        (lambda r: http(completion(r, choices=[])), "no answer, though others have one: the reply contains no choices"),
     ],
     ids=["500", "hang", "no choices"],
 )
@@ -282,7 +282,7 @@ def test_a_spent_budget_stops_resumably_and_a_larger_one_goes_on(cai: Cai, input
         same = cai(*words(server, "--budget-tokens", "75", "--concurrency", "1"))
         assert (stopped.code, same.code) == (1, 1)
         assert "the budget is spent: 75 of 75 tokens" in stopped.stderr
-        assert "hint: what is finished is kept; the same command with a larger budget goes on" in same.stderr
+        assert "hint: finished rows are kept; run the same command with a larger budget to resume" in same.stderr
         assert finished(inputs) == {f"p{i}" for i in range(5)}
         assert len(server.requests) == 5
         done = cai(*words(server, "--budget-tokens", "1000", "--price-in", "2", "--price-out", "10"))
@@ -298,7 +298,7 @@ def test_a_budget_needs_a_server_that_counts(cai: Cai) -> None:
     with Loopback(lambda request: http(completion(request, usage=None))) as server:
         stopped = cai(*words(server, "--budget-tokens", "75", "--concurrency", "1"))
         assert stopped.code == 1
-        assert "does not say how many tokens" in stopped.stderr
+        assert "does not return the number of tokens" in stopped.stderr
         assert cai(*words(server)).code == 0
 
 

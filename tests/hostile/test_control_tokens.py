@@ -1,5 +1,5 @@
-"""No row speaks to the judge or for somebody else: under chat templates of every family, in raw text and in transcripts,
-any text comes back as content, and the ids that end and start turns come from the template alone."""
+"""Row text cannot impersonate a speaker, address the judge or inject control tokens: in chat templates, raw text and
+transcripts every text stays content, and the ids that start and end turns come from the template alone."""
 
 import copy
 from functools import cache
@@ -129,10 +129,10 @@ def test_what_a_judge_reads_holds_the_two_replies_whole_whatever_they_say(talk: 
         assert options_of(text) == (a, b)
         assert isinstance(request.text, str) or len(request.text) == 1
     for text in (a, b):
-        asked = harm_request([user(talk), Message(role="assistant", content=text)], "raw").text
-        assert isinstance(asked, str)
-        assert asked.count("\n\nHuman:") == 1
-        assert asked.count("\n\nAssistant:") == 1
+        request = harm_request([user(talk), Message(role="assistant", content=text)], "raw").text
+        assert isinstance(request, str)
+        assert request.count("\n\nHuman:") == 1
+        assert request.count("\n\nAssistant:") == 1
     assert OPTIONS == ("A", "B")
 
 

@@ -124,7 +124,7 @@ def test_a_reply_that_holds_the_key_is_rejected_for_that_reason(cai: Cai, tmp_pa
         cai("sample", "prompts.jsonl", "-o", "out.jsonl", "--model", "openai:m", "--base-url", server.url)
     assert [row["id"] for row in rows_in(tmp_path / "out.jsonl")] == ["p0", "p2", "p3"]
     (rejected,) = rows_in(tmp_path / "out.jsonl.rejected.jsonl")
-    assert rejected["reason"] == "the reply holds the key in OPENAI_API_KEY"
+    assert rejected["reason"] == "the reply contains the key in OPENAI_API_KEY"
 
 
 @pytest.mark.parametrize("word", ["none", "EMPTY", "token"])
@@ -151,7 +151,7 @@ def test_an_error_that_nobody_foresaw_prints_its_traceback_without_the_key(
     assert done.code == 1
     assert "Traceback" in done.stderr
     assert "Bearer [OPENAI_API_KEY]" in done.stderr
-    assert "this is a bug of cai" in done.stderr
+    assert "this is a bug in cai" in done.stderr
     assert "\x1b" not in done.stderr
     assert not leaks(done, tmp_path)
 

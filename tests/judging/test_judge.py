@@ -8,13 +8,13 @@ import pytest
 from cai_cli.common.errors import CaiError
 from cai_cli.common.seeds import seed_for
 from cai_cli.constitution.schema import ComparisonExample, PreferencePrinciple
+from cai_cli.data.schema import Pair
 from cai_cli.engines.base import Completion, GenerationRequest, LogprobRequest, RequestFailure, Sampling
 from cai_cli.engines.scripted import ScriptedEngine
 from cai_cli.judging.base import Judgement, PairComparison, sigmoid
 from cai_cli.judging.judge import Judge
 from cai_cli.judging.methods import METHODS, Method
 from cai_cli.judging.methods.choice import CONTENT_FREE
-from cai_cli.judging.pairs import Pair
 from cai_cli.prompting.base import PromptFormat, assistant, user
 from cai_cli.prompting.comparison import (
     OPTIONS,

@@ -15,11 +15,10 @@ from conftest import Cai
 from helpers import write_rows
 
 from cai_cli.constitution.schema import PreferencePrinciple
-from cai_cli.data.schema import Preference, Rejected, dump_row, reject
+from cai_cli.data.schema import Pair, Preference, Rejected, dump_row, reject
 from cai_cli.engines.base import LogprobRequest, RequestFailure, Sampling
 from cai_cli.engines.scripted import ScriptedEngine
 from cai_cli.judging.judge import Judge
-from cai_cli.judging.pairs import Pair
 from cai_cli.judging.votes import Labeller
 from cai_cli.metrics.label_audit import audit
 from cai_cli.phase2_feedback.label_prefs import label_prefs

@@ -62,19 +62,22 @@ def test_an_adapter_is_refused_as_it_would_load_its_base_model_from_elsewhere(mo
 
 
 def test_a_word_that_is_nothing_is_refused_with_what_would_do(tmp_path: Path) -> None:
-    with pytest.raises(CaiError, match="no such model") as caught:
+    with pytest.raises(CaiError) as caught:
         names.resolve("gpt-nothing")
+    assert caught.value.code == "unknown-model"
     assert "smollm2-135m" in str(caught.value.hint)
     file = tmp_path / "a.safetensors"
     file.touch()
-    with pytest.raises(CaiError, match="no such model"):
+    with pytest.raises(CaiError) as error:
         names.resolve(str(file))
+    assert error.value.code == "unknown-model"
 
 
 @pytest.mark.usefixtures("offline_hub")
 def test_a_hub_name_with_the_hub_switched_off_is_one_line_and_a_hint() -> None:
     with pytest.raises(CaiError, match="HF_HUB_OFFLINE is set") as caught:
         names.resolve("some/model")
+    assert caught.value.code == "unknown-model"
     assert "\n" not in caught.value.message
     assert "smollm2-135m" in str(caught.value.hint)
 
@@ -85,6 +88,7 @@ def test_an_unreachable_hub_is_one_line_at_once(tmp_path: Path, monkeypatch: pyt
     started = time.monotonic()
     with pytest.raises(CaiError, match="the Hub does not answer") as caught:
         names.resolve("some/model")
+    assert caught.value.code == "unknown-model"
     assert time.monotonic() - started < 5
     assert "\n" not in caught.value.message
 
@@ -175,6 +179,7 @@ def test_of_a_hub_model_only_safetensors_and_text_files_are_asked_for(
 def test_a_name_the_hub_does_not_have_is_one_line() -> None:
     with pytest.raises(CaiError, match="no such model on the Hub") as caught:
         names.resolve("some/other")
+    assert caught.value.code == "unknown-model"
     assert "\n" not in caught.value.message
 
 
@@ -196,8 +201,9 @@ def test_a_directory_with_only_pickled_weights_is_refused_unread(tmp_path: Path,
     (model_dir / "model.safetensors").unlink()
     (model_dir / "pytorch_model.bin").write_bytes(pickle.dumps(Canary(trace)))
     for use in (lambda: names.resolve(str(model_dir)), lambda: loading.load_causal_lm(model_dir)):
-        with pytest.raises(CaiError, match=r"pickled weights \(pytorch_model\.bin\).*run code"):
+        with pytest.raises(CaiError, match=r"pickled weights \(pytorch_model\.bin\).*run code") as error:
             use()
+        assert error.value.code == "unsafe-model"
     assert not trace.exists()
 
 
@@ -216,8 +222,9 @@ def own_code(model_dir: Path, trace: Path, **config: object) -> None:
 def test_the_code_of_a_model_is_never_run_though_its_config_asks_for_it(tmp_path: Path, model_dir: Path) -> None:
     own_code(model_dir, tmp_path / "ran", model_type="canary")
     for load in (loading.load_causal_lm, loading.load_reward_model):
-        with pytest.raises(CaiError, match=r"auto_map.*never run"):
+        with pytest.raises(CaiError, match=r"auto_map.*never run") as error:
             load(model_dir)
+        assert error.value.code == "unsafe-model"
     assert not (tmp_path / "ran").exists()
 
 
@@ -335,10 +342,12 @@ def test_a_language_model_is_loaded_quietly_in_the_asked_dtype(
     assert not model.training
     assert model.dtype is torch.bfloat16
     assert capsys.readouterr().err == ""
-    with pytest.raises(UsageError, match="float8"):
+    with pytest.raises(UsageError) as error:
         loading.load_causal_lm(model_dir, dtype="float8")
-    with pytest.raises(CaiError, match="device 'toaster'"):
+    assert error.value.code == "invalid-option"
+    with pytest.raises(CaiError) as error:
         loading.load_causal_lm(model_dir, device="toaster")
+    assert error.value.code == "no-device"
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
@@ -359,13 +368,15 @@ def test_a_model_with_a_missing_weight_is_refused_instead_of_filled_with_noise(m
     save_file(weights, model_dir / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CaiError, match=r"weights are missing: model\.layers\.1\.mlp\.up_proj"):
         loading.load_causal_lm(model_dir)
-    with pytest.raises(CaiError, match="no preference model"):
+    with pytest.raises(CaiError) as error:
         loading.load_reward_model(model_dir, new_head_seed=0)
+    assert error.value.code == "wrong-model-kind"
 
 
 def test_a_preference_model_needs_its_head_unless_a_new_one_is_asked_for(tmp_path: Path, model_dir: Path) -> None:
-    with pytest.raises(CaiError, match=r"no preference model \(weights are missing: score\.weight"):
+    with pytest.raises(CaiError) as error:
         loading.load_reward_model(model_dir)
+    assert error.value.code == "wrong-model-kind"
     config = json.loads((model_dir / "config.json").read_text()) | {"pad_token_id": None}
     (model_dir / "config.json").write_text(json.dumps(config))
     state = torch.random.get_rng_state()
@@ -380,8 +391,9 @@ def test_a_preference_model_needs_its_head_unless_a_new_one_is_asked_for(tmp_pat
     model.save_pretrained(saved)
     loading.load_tokenizer(model_dir).save_pretrained(saved)
     assert torch.equal(loading.load_reward_model(saved).score.weight, model.score.weight)
-    with pytest.raises(CaiError, match="a preference model, not a language model"):
+    with pytest.raises(CaiError) as error:
         loading.load_causal_lm(saved)
+    assert error.value.code == "wrong-model-kind"
 
 
 # --- cai models

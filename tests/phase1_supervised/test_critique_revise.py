@@ -35,7 +35,7 @@ class Recorder:
     def identity(self) -> dict[str, object]:
         return {}
 
-    def speaks_chat(self) -> bool:
+    def supports_chat(self) -> bool:
         return True
 
     def generate(self, asks: Sequence[GenerationRequest], sampling: Sampling) -> list[Completion | RequestFailure]:

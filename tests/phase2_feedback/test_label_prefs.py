@@ -13,13 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cai_cli.constitution.schema import PreferencePrinciple
-from cai_cli.data.schema import Preference, Rejected
+from cai_cli.data.schema import Pair, Preference, Rejected
 from cai_cli.engines.base import Completion, Engine, GenerationRequest, LogprobRequest, RequestFailure, Sampling
 from cai_cli.engines.scripted import ScriptedEngine
 from cai_cli.judging.base import Judgement, Order, sigmoid
 from cai_cli.judging.judge import Judge
 from cai_cli.judging.methods.choice import CONTENT_FREE
-from cai_cli.judging.pairs import Pair
 from cai_cli.judging.votes import Labeller
 from cai_cli.phase2_feedback.label_prefs import label_prefs
 from cai_cli.prompting.base import assistant, user

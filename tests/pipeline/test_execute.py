@@ -279,7 +279,7 @@ def test_a_dataset_on_the_hub_is_no_path_beside_the_file(road: Path) -> None:
         ("  ../a: {command: sample, input: prompts.jsonl}\n", "../a"),
         (
             "  a: {command: sample, input: prompts.jsonl}\n  a: {command: sample, input: prompts.jsonl}\n",
-            "'a' stands twice",
+            "'a' occurs twice",
         ),
         ("  a: &x {command: sample, input: prompts.jsonl}\n  b: *x\n", "aliases are not allowed"),
         ("  a: {command: sample, input: [[x]]}\n", "steps.a.input"),

@@ -1,4 +1,4 @@
-"""The exact texts a model is asked with."""
+"""The exact prompts that are sent to a model."""
 
 import pytest
 from hypothesis import given
@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from cai_cli.common.errors import UsageError
 from cai_cli.constitution.schema import ComparisonExample, CritiqueExample, PreferencePrinciple
-from cai_cli.data.formats import parse_transcript
 from cai_cli.data.schema import Message
+from cai_cli.data.transcripts import parse_transcript
 from cai_cli.engines.scripted import ScriptedEngine
 from cai_cli.prompting.base import (
     RAW_STOPS,
@@ -101,20 +101,20 @@ def test_a_reply_in_raw_form_is_the_transcript_and_the_cue() -> None:
 
 
 def test_a_raw_critique_request_is_the_published_text_after_its_examples() -> None:
-    asked = critique_request(TALK, "What is wrong?", [WORKED], "raw")
-    assert asked.text == (
+    request = critique_request(TALK, "What is wrong?", [WORKED], "raw")
+    assert request.text == (
         f"{_EXAMPLE_START}{_EXAMPLE_CRITIQUE}{_EXAMPLE_END}{_TALK}\n\nCritiqueRequest: What is wrong?"
     )
-    assert (asked.prefill, asked.stop) == ("\n\nCritique:", RAW_STOPS)
+    assert (request.prefill, request.stop) == ("\n\nCritique:", RAW_STOPS)
 
 
 def test_a_raw_revision_request_goes_on_from_the_critique() -> None:
-    asked = revision_request(TALK, ("What is wrong?", "Too short."), "Lengthen it.", [WORKED], "raw")
-    assert asked.text == (
+    request = revision_request(TALK, ("What is wrong?", "Too short."), "Lengthen it.", [WORKED], "raw")
+    assert request.text == (
         f"{_EXAMPLE_START}{_EXAMPLE_CRITIQUE}{_EXAMPLE_END}{_TALK}"
         "\n\nCritiqueRequest: What is wrong?\n\nCritique: Too short.\n\nRevisionRequest: Lengthen it."
     )
-    assert (asked.prefill, asked.stop) == ("\n\nRevision:", RAW_STOPS)
+    assert (request.prefill, request.stop) == ("\n\nRevision:", RAW_STOPS)
 
 
 def test_examples_stand_one_after_the_other_with_nothing_between() -> None:
@@ -138,8 +138,8 @@ def test_a_revision_without_critique_shows_none_anywhere() -> None:
 def test_in_a_chat_the_examples_are_earlier_turns_after_the_system_message() -> None:
     system = Message(role="system", content="Be brief.")
     worked = [*WORKED.messages, user("Any harm?"), assistant("None."), user("Redo it."), assistant("Because of this.")]
-    asked = critique_request([system, *TALK], "What is wrong?", [WORKED], "chat")
-    assert asked == Request([system, *worked, *TALK, user("What is wrong?")])
+    request = critique_request([system, *TALK], "What is wrong?", [WORKED], "chat")
+    assert request == Request([system, *worked, *TALK, user("What is wrong?")])
     revised = revision_request([system, *TALK], ("What is wrong?", "Too short."), "Lengthen it.", [WORKED], "chat")
     assert revised.text == [
         system, *worked, *TALK, user("What is wrong?"), assistant("Too short."), user("Lengthen it."),
@@ -157,15 +157,15 @@ _WORKED_QUESTION = (
 
 
 def test_a_raw_comparison_is_the_published_multiple_choice_question() -> None:
-    asked = comparison_request(TALK[:1], "Which is safer?", ["left", "right"], [COMPARED], "raw")
-    assert asked.text == f"\n\n{_WORKED_QUESTION}\n\nThe answer is: (B)\n\n{_QUESTION}"
-    assert asked.prefill == "\n\nThe answer is: ("
+    request = comparison_request(TALK[:1], "Which is safer?", ["left", "right"], [COMPARED], "raw")
+    assert request.text == f"\n\n{_WORKED_QUESTION}\n\nThe answer is: (B)\n\n{_QUESTION}"
+    assert request.prefill == "\n\nThe answer is: ("
 
 
 def test_a_comparison_in_a_chat_starts_the_answer_the_same_way() -> None:
-    asked = comparison_request(TALK[:1], "Which is safer?", ["left", "right"], [COMPARED], "chat")
-    assert asked.text == [user(_WORKED_QUESTION), assistant("The answer is: (B)"), user(_QUESTION)]
-    assert asked.prefill == "The answer is: ("
+    request = comparison_request(TALK[:1], "Which is safer?", ["left", "right"], [COMPARED], "chat")
+    assert request.text == [user(_WORKED_QUESTION), assistant("The answer is: (B)"), user(_QUESTION)]
+    assert request.prefill == "The answer is: ("
 
 
 def test_an_example_without_comparison_takes_the_one_that_is_asked() -> None:
@@ -188,31 +188,34 @@ def test_auto_form_asks_the_engine_and_another_word_is_a_usage_error(tmp_path) -
     script.write_text('{"replies": ["x"]}\n')
     engine = ScriptedEngine(str(script))
     assert (resolve_prompt_format("auto", engine), resolve_prompt_format("raw", engine)) == ("chat", "raw")
-    with pytest.raises(UsageError, match="--prompt-format must be"):
+    with pytest.raises(UsageError) as error:
         resolve_prompt_format("html", engine)
+    assert error.value.code == "invalid-option"
 
 
 THOUGHT = COMPARED.model_copy(update={"rationale": "you are kind, I am not."})
 
 
 def test_thoughts_in_raw_form_are_asked_as_published_and_lead_to_the_letter() -> None:
-    asked = rationale_request(TALK[:1], "Which is safer?", ["left", "right"], [THOUGHT, COMPARED], "raw")
+    request = rationale_request(TALK[:1], "Which is safer?", ["left", "right"], [THOUGHT, COMPARED], "raw")
     start = "\n\nHuman: Consider the following conversation between a human (H) and an assistant (A):"
-    assert asked.text == (
+    assert request.text == (
         f"{start}\n\nH: who?\n\nWhich is kinder?\n (A) [[[me]]]\n (B) [[[you]]]\n\nAssistant: Let's think step by step:"
         " you are kind, I am not.\n\nHuman:\nSo the answer is: (B)"
         f"{start}\n\nH: how?\n\nWhich is safer?\n (A) [[[left]]]\n (B) [[[right]]]"
     )
-    assert asked.prefill == "\n\nAssistant: Let's think step by step:"
-    after = answer_after(" left is.", asked, "raw")
-    assert (after.text, after.prefill) == (asked.text, f"{asked.prefill} left is.\n\nHuman:\nSo the answer is: (")
+    assert request.prefill == "\n\nAssistant: Let's think step by step:"
+    after = answer_after(" left is.", request, "raw")
+    assert (after.text, after.prefill) == (request.text, f"{request.prefill} left is.\n\nHuman:\nSo the answer is: (")
 
 
 def test_thoughts_in_a_chat_stand_before_the_answer_of_the_same_turn() -> None:
-    asked = rationale_request(TALK[:1], "Which is safer?", ["left", "right"], [THOUGHT], "chat")
+    request = rationale_request(TALK[:1], "Which is safer?", ["left", "right"], [THOUGHT], "chat")
     said = "Let's think step by step: you are kind, I am not.\n\nThe answer is: (B)"
-    assert asked.text == [user(_WORKED_QUESTION), assistant(said), user(_QUESTION)]
-    assert answer_after(" left is.", asked, "chat").prefill == "Let's think step by step: left is.\n\nThe answer is: ("
+    assert request.text == [user(_WORKED_QUESTION), assistant(said), user(_QUESTION)]
+    assert (
+        answer_after(" left is.", request, "chat").prefill == "Let's think step by step: left is.\n\nThe answer is: ("
+    )
 
 
 @pytest.mark.parametrize(
@@ -268,8 +271,8 @@ def test_thoughts_end_where_the_answer_begins() -> None:
 
 
 def test_a_published_question_in_a_chat_keeps_all_but_its_outer_line_ends() -> None:
-    asked = evaluation_request("\n\n  Is X it?  \n\nThe answer is:", "chat")
-    assert asked == Request([user("  Is X it?  ")], prefill="The answer is:")
+    request = evaluation_request("\n\n  Is X it?  \n\nThe answer is:", "chat")
+    assert request == Request([user("  Is X it?  ")], prefill="The answer is:")
     assert evaluation_request("\nX", "chat") == Request([user("X")])
     assert evaluation_request("\n\nX The answer is:", "raw") == Request("\n\nX The answer is:")
 

@@ -164,7 +164,7 @@ def test_a_merge_that_was_broken_off_is_done_again_and_another_output_is_not_rep
 
 @given(st.text(), st.integers(1, 40))
 def test_every_id_is_in_exactly_one_shard(prompt_id: str, count: int) -> None:
-    assert [Shard(i, count).takes(prompt_id) for i in range(1, count + 1)].count(True) == 1
+    assert [Shard(i, count).contains(prompt_id) for i in range(1, count + 1)].count(True) == 1
 
 
 @pytest.mark.parametrize("text", ["", "1", "0/4", "5/4", "1/0", "-1/4", "a/b", "1/4/2", "1.5/4"])

@@ -1,6 +1,6 @@
-"""The local engine: a model of a directory, alias or Hub name on this machine's CPU or GPU, in torch.
+"""The local engine: runs a model (a directory, alias or Hub name) in torch on this machine's CPU or GPU.
 
-Rows are encoded by `chat`, drawn by `decoding`. Nothing heavy is loaded before the first request.
+`tokenization` encodes the rows and `sampling` draws the tokens. Nothing heavy is loaded before the first request.
 """
 
 import os
@@ -15,8 +15,22 @@ from cai_cli.common.errors import RowError, UsageError
 from cai_cli.engines.base import Completion, Engine, GenerationRequest, LogprobRequest, RequestFailure, Sampling, Text
 from cai_cli.engines.local.kv_cache import KVCache
 from cai_cli.engines.local.onednn import pack_linears
-from cai_cli.engines.local.prefix_cache import Context, PrefixCache, can_share, common_start, groups, shared_start
-from cai_cli.engines.local.sampling import ActiveSequence, Writer, check_finite, draw, end_of_turn_ids, uniforms
+from cai_cli.engines.local.prefix_cache import (
+    PrefixCache,
+    TokenIds,
+    common_prefix_length,
+    enable_prefix_cache,
+    prefix_groups,
+    shared_prefix,
+)
+from cai_cli.engines.local.sampling import (
+    ActiveSequence,
+    CompletionBuilder,
+    check_finite,
+    draw,
+    end_of_turn_ids,
+    uniforms,
+)
 from cai_cli.engines.tokenization import encode_chat, encode_text
 from cai_cli.models.fingerprint import fingerprint
 from cai_cli.models.loading import load_causal_lm, load_tokenizer
@@ -30,90 +44,105 @@ DTYPES = ("auto", "float32", "bfloat16")
 
 
 class LocalEngine(Engine):
-    """Implements `Engine`. The same ask gets the same text in every batch, but for near-ties in rounding."""
+    """Implements `Engine`. A request gets the same text in every batch, except for rounding at near-ties."""
 
     def __init__(self, model: str, *, batch_size: int | None, device: str, dtype: str) -> None:
-        """`batch_size` None fits the device; `device` auto is cuda where there is one; `dtype` auto is float32 on
-        CPU, bfloat16 on cuda. Raises: UsageError for any other value."""
+        """Check the options; nothing is loaded.
+
+        Args:
+            model: A directory, alias or Hub name.
+            batch_size: The most rows at once; None fits the device.
+            device: "cpu", "cuda" or "auto" (cuda if available).
+            dtype: "float32", "bfloat16" or "auto" (float32 on the CPU, bfloat16 on cuda).
+
+        Raises:
+            UsageError: `device` or `dtype` has another value.
+        """
         if device not in DEVICES:
-            raise UsageError(f"--device must be one of {', '.join(DEVICES)}, not {device!r}")
+            raise UsageError(f"--device must be one of {', '.join(DEVICES)}, not {device!r}", code="invalid-option")
         if dtype not in DTYPES:
-            raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
-        self._name, self._asked_device, self._asked_dtype = model, device, dtype
+            raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype!r}", code="invalid-option")
+        self._name, self._device_option, self._dtype_option = model, device, dtype
         self.batch_size: int = batch_size or (256 if self.device == "cuda" else 64)
 
-    # --- what it is -------------------------------------------------------------------------------------------
+    # --- the model --------------------------------------------------------------------------------------------
 
     @cached_property
     def device(self) -> str:
+        """The device as torch names it: "cpu" or "cuda"."""
         import torch
 
-        if self._asked_device == "auto":
+        if self._device_option == "auto":
             return "cuda" if torch.cuda.is_available() else "cpu"
-        return self._asked_device
+        return self._device_option
 
     @cached_property
     def dtype(self) -> str:
-        if self._asked_dtype == "auto":
+        """The data type of the weights, by its name in torch."""
+        if self._dtype_option == "auto":
             return "bfloat16" if self.device == "cuda" else "float32"
-        return self._asked_dtype
+        return self._dtype_option
 
     @cached_property
     def path(self) -> Path:
+        """The directory of the model, which is fetched first if necessary."""
         return resolve(self._name)
 
     @cached_property
     def tokenizer(self) -> Any:
+        """The model's tokenizer."""
         return load_tokenizer(self.path)
 
     @cached_property
     def model(self) -> Any:
+        """The model, loaded at first use."""
         model = load_causal_lm(self.path, dtype=self.dtype, device=self.device)
         pack_linears(model)
         return model
 
     @cached_property
     def window(self) -> int:
-        """Tokens that fit: prompt and answer together."""
+        """The context window in tokens, prompt and answer together."""
         config = self.model.config.get_text_config()
         return min(int(self.tokenizer.model_max_length), int(config.max_position_embeddings))
 
     @cached_property
     def end_ids(self) -> set[int]:
+        """The token ids that end an answer."""
         return end_of_turn_ids(self.tokenizer, self.model.generation_config)
 
     @cached_property
-    def shares(self) -> bool:
-        """Whether rows can share what they start with: else each is run whole, as transformers does it."""
-        shares = can_share(self.model)
-        if not shares:
+    def uses_prefix_cache(self) -> bool:
+        """Whether rows share the computation of their common prefix; other models run in transformers' own way."""
+        enabled = enable_prefix_cache(self.model)
+        if not enabled:
             kind = self.model.config.model_type
             console.warn(f"{self._name}: models of type {kind} are run by transformers' own loop, which is slower")
-        return shares
+        return enabled
 
     @cached_property
-    def most_tokens(self) -> int:
-        """Tokens whose keys and values may be held at once: they get an eighth of the machine's memory."""
+    def max_cached_tokens(self) -> int:
+        """The most tokens in the KV cache at once, which may fill an eighth of the device's memory."""
         import torch
 
         config = self.model.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        token = 2 * int(config.num_hidden_layers) * heads * size * self.model.dtype.itemsize
+        bytes_per_token = 2 * int(config.num_hidden_layers) * heads * size * self.model.dtype.itemsize
         if self.device == "cuda":
-            held = torch.cuda.get_device_properties(0).total_memory
+            total = torch.cuda.get_device_properties(0).total_memory
         else:
-            held = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return int(held // 8 // token)
+            total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return int(total // 8 // bytes_per_token)
 
     def identity(self) -> dict[str, Any]:
         return {"engine": "local", "fingerprint": fingerprint(self.path), "dtype": self.dtype}
 
-    def speaks_chat(self) -> bool:
+    def supports_chat(self) -> bool:
         return self.tokenizer.chat_template is not None
 
     def _encode(self, text: Text, continuation: str) -> list[int]:
-        """Raises: RowError, CaiError as `encode_chat`."""
+        """The token ids of `text` followed by `continuation`. Raises RowError and CaiError as `encode_chat`."""
         if isinstance(text, str):
             return encode_text(self.tokenizer, text + continuation)
         ids = encode_chat(self.tokenizer, text, add_generation_prompt=True)
@@ -121,46 +150,74 @@ class LocalEngine(Engine):
 
     def _check_fits(self, prompt: int, new: int) -> None:
         if prompt == 0:
-            raise RowError("the prompt is empty: it has not one token")
+            raise RowError("the prompt is empty: it has no tokens", code="invalid-row")
         if prompt + new > self.window:
-            # What differs from row to row stands after the colon: rejected rows are counted by what is before it.
-            raise RowError(f"does not fit the context window of {self.window}: {prompt} tokens + {new} new ones")
+            # Rejected rows are counted by the text before the colon, so details of one row come after it.
+            raise RowError(
+                f"does not fit the context window of {self.window}: {prompt} tokens + {new} new ones", code="too-long"
+            )
 
-    def _memory(self, start: Context, room: int) -> KVCache | PrefixCache:
-        """For rows that begin with `start` and may grow by `room` tokens each."""
+    def _new_cache(self, prefix: TokenIds, room: int) -> KVCache | PrefixCache:
+        """The cache for rows that start with `prefix` and may grow by `room` tokens each."""
         pad_id = self.tokenizer.pad_token_id
-        return PrefixCache(self.model, start, room) if self.shares else KVCache(self.model, pad_id)
+        return PrefixCache(self.model, prefix, room) if self.uses_prefix_cache else KVCache(self.model, pad_id)
 
-    def _fitting(self, sizes: Sequence[int], live: Sequence[int] = ()) -> int:
-        """How many of the rows of these `sizes` (tokens, descending) can join those of the sizes `live`: no more than
-        batch_size, nor than memory holds when each has room for the longest; one if there is none yet."""
-        widest = max([*live, *sizes[:1]])
-        held = min(self.batch_size, self.most_tokens // widest)
-        return min(len(sizes), max(held - len(live), 0 if live else 1))
+    def _count_fitting(self, sizes: Sequence[int], active: Sequence[int] = ()) -> int:
+        """The number of waiting rows that can join the active ones.
+
+        The limits are `batch_size` and `max_cached_tokens`, where each row takes the room of the longest. If no row is
+        active, at least one joins.
+
+        Args:
+            sizes: The lengths of the waiting rows in tokens, in descending order.
+            active: The lengths of the active rows.
+        """
+        longest = max([*active, *sizes[:1]])
+        most_rows = min(self.batch_size, self.max_cached_tokens // longest)
+        return min(len(sizes), max(most_rows - len(active), 0 if active else 1))
 
     # --- text -------------------------------------------------------------------------------------------------
 
-    def generate(self, asks: Sequence[GenerationRequest], sampling: Sampling) -> list[Completion | RequestFailure]:
-        """One answer per ask, in order. Raises: CaiError when the model's logits are not finite, or it has no chat
-        template for a chat."""
+    def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[Completion | RequestFailure]:
+        """As `Engine.generate`.
+
+        Raises:
+            CaiError: The model's logits are not finite (`not-finite`), or it has no chat template for a chat
+                (`no-chat-template`).
+        """
         import torch
 
-        replies: dict[int, Completion | RequestFailure] = {}
+        results: dict[int, Completion | RequestFailure] = {}
         rows: list[ActiveSequence] = []
-        for index, ask in enumerate(asks):
+        for index, request in enumerate(requests):
             try:
-                ids = self._encode(ask.text, ask.prefill)
+                ids = self._encode(request.text, request.prefill)
                 self._check_fits(len(ids), sampling.max_new_tokens)
             except RowError as error:
-                replies[index] = RequestFailure(error.message)
+                results[index] = RequestFailure(error.message)
             else:
-                rows.append(ActiveSequence(index, ask, tuple(ids), uniforms(ask.seed, sampling.max_new_tokens)))
+                noise = uniforms(request.seed, sampling.max_new_tokens)
+                rows.append(ActiveSequence(index, request, tuple(ids), noise))
         with torch.inference_mode():
-            replies |= self._decode(rows, sampling) if rows else {}
-        return [replies[index] for index in range(len(asks))]
+            results |= self._decode(rows, sampling) if rows else {}
+        return [results[index] for index in range(len(requests))]
 
-    def grow(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> list[list[int]]:
-        """As `generate`, for prompts that are encoded already: the ids of the answers, the end of turn among them."""
+    def generate_ids(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling
+    ) -> list[list[int]]:
+        """As `generate`, for prompts that are already encoded.
+
+        Args:
+            prompts: The token ids of each prompt.
+            seeds: The seed of each prompt's sampling noise.
+            sampling: How tokens are sampled.
+
+        Returns:
+            The token ids of each answer with its end of turn, if it reached one.
+
+        Raises:
+            CaiError: The model's logits are not finite.
+        """
         import torch
 
         rows = [
@@ -172,133 +229,149 @@ class LocalEngine(Engine):
         return [row.new for row in rows]
 
     def _decode(self, rows: Sequence[ActiveSequence], sampling: Sampling) -> dict[int, Completion]:
-        """Grow every row to its end, the longest first: when one ends, the next one takes its place. Replies by the
-        index of their ask."""
+        """Generate every row to its end, by continuous batching: when rows end, waiting ones take their places.
+
+        Returns:
+            The completions by the index of their request.
+        """
         import torch
 
-        writer = Writer(self.tokenizer, self.end_ids, sampling.max_new_tokens)
-        start = shared_start([row.prompt for row in rows], [1] * len(rows)) if self.shares else ()
-        memory = self._memory(start, sampling.max_new_tokens)
+        builder = CompletionBuilder(self.tokenizer, self.end_ids, sampling.max_new_tokens)
+        prefix = shared_prefix([row.prompt for row in rows], [1] * len(rows)) if self.uses_prefix_cache else ()
+        cache = self._new_cache(prefix, sampling.max_new_tokens)
         waiting = sorted(rows, key=lambda row: (len(row.prompt), row.prompt))
-        live: list[ActiveSequence] = []
+        active: list[ActiveSequence] = []
         tokens = torch.empty(0)
-        while live or waiting:
-            logits = [memory.step(tokens)] if live else []
-            joining = self._joining(waiting, live, sampling, memory.joins)
+        while active or waiting:
+            logits = [cache.step(tokens)] if active else []
+            joining = self._take_joining(waiting, active, sampling, cache.can_join)
             if joining:
-                logits += memory.add([row.prompt for row in joining], [1] * len(joining))
-                live += joining
-            noise = torch.tensor([row.noise[len(row.new)] for row in live], dtype=torch.float64, device=self.device)
-            tokens = draw(torch.cat(logits), noise, sampling, [row.ask.row for row in live])
-            for row, token in zip(live, tokens.tolist(), strict=True):
-                writer.add(row, token)
-            going = _closed_up([row.reply is None for row in live])
-            if len(going) < len(live):
-                live = [live[place] for place in going]
-                memory.keep(going)
-                tokens = tokens[going]
-        return {row.index: row.reply for row in rows if row.reply is not None}
+                logits += cache.add([row.prompt for row in joining], [1] * len(joining))
+                active += joining
+            noise = torch.tensor([row.noise[len(row.new)] for row in active], dtype=torch.float64, device=self.device)
+            tokens = draw(torch.cat(logits), noise, sampling, [row.request.row for row in active])
+            for row, token in zip(active, tokens.tolist(), strict=True):
+                builder.add(row, token)
+            kept = _compacted([row.completion is None for row in active])
+            if len(kept) < len(active):
+                active = [active[place] for place in kept]
+                cache.keep(kept)
+                tokens = tokens[kept]
+        return {row.index: row.completion for row in rows if row.completion is not None}
 
-    def _joining(
-        self, waiting: list[ActiveSequence], live: Sequence[ActiveSequence], sampling: Sampling, joins: bool
+    def _take_joining(
+        self, waiting: list[ActiveSequence], active: Sequence[ActiveSequence], sampling: Sampling, can_join: bool
     ) -> list[ActiveSequence]:
-        """Take the rows out of `waiting` (the longest at the end) that have a place now."""
-        free = self.batch_size - len(live)
-        if live and (not joins or free < self.batch_size / 8):  # few at a time cost more passes
+        """Take the rows that can join now out of `waiting`, whose longest come last."""
+        free = self.batch_size - len(active)
+        if active and (not can_join or free < self.batch_size / 8):  # joining a few at a time costs more passes
             return []
         sizes = [len(row.prompt) + sampling.max_new_tokens for row in reversed(waiting)]
-        count = self._fitting(sizes, [len(row.prompt) + sampling.max_new_tokens for row in live]) if waiting else 0
+        active_sizes = [len(row.prompt) + sampling.max_new_tokens for row in active]
+        count = self._count_fitting(sizes, active_sizes) if waiting else 0
         return [waiting.pop() for _ in range(count)]
 
     # --- option log-probabilities -----------------------------------------------------------------------------
 
     def option_logprobs(self, requests: Sequence[LogprobRequest]) -> list[list[float] | RequestFailure]:
-        """For each request the log-probability of each option, natural log, summed over the option's tokens.
+        """As `Engine.option_logprobs`.
 
-        Where an option changes how the end of the prompt is tokenised, all of that request's options are scored
-        from the first token in which they differ from the prompt. Raises: CaiError as `generate`.
+        If an option changes how the end of the prompt is tokenised, all options of that request are scored from the
+        first token in which they differ from the prompt.
+
+        Raises:
+            CaiError: As `generate`.
         """
         import torch
 
-        refused: dict[int, RequestFailure] = {}
+        failures: dict[int, RequestFailure] = {}
         scores: dict[int, list[float]] = {}
-        wanted: dict[Context, list[Reading]] = {}
+        by_context: dict[TokenIds, list[OptionTokens]] = {}
         for index, request in enumerate(requests):
             try:
-                readings = self._readings(index, request)
+                encoded = self._encode_options(index, request)
             except RowError as error:
-                refused[index] = RequestFailure(error.message)
+                failures[index] = RequestFailure(error.message)
                 continue
             scores[index] = [0.0] * len(request.options)
-            for context, reading in readings:
-                wanted.setdefault(context, []).append(reading)
+            for context, option in encoded:
+                by_context.setdefault(context, []).append(option)
         with torch.inference_mode():
-            for group in groups(list(wanted)) if self.shares else [list(wanted)]:
-                for reading, value in self._read(group, wanted):
-                    scores[reading.question][reading.option] = value
-        return [refused.get(index) or scores[index] for index in range(len(requests))]
+            for group in prefix_groups(list(by_context)) if self.uses_prefix_cache else [list(by_context)]:
+                for option, value in self._score(group, by_context):
+                    scores[option.request][option.index] = value
+        return [failures.get(index) or scores[index] for index in range(len(requests))]
 
-    def _read(
-        self, group: Sequence[Context], wanted: Mapping[Context, Sequence["Reading"]]
-    ) -> Iterator[tuple["Reading", float]]:
+    def _score(
+        self, group: Sequence[TokenIds], by_context: Mapping[TokenIds, Sequence["OptionTokens"]]
+    ) -> Iterator[tuple["OptionTokens", float]]:
+        """The options of these contexts, which share a prefix, with their log-probabilities."""
         waiting = sorted(group, key=len, reverse=True)
-        keeps = [max(1, *(len(reading.tokens) for reading in wanted[context])) for context in waiting]
-        memory = self._memory(shared_start(waiting, keeps) if self.shares else (), 0)
-        at = 0
-        while at < len(waiting):
-            batch = slice(at, at + self._fitting([len(context) for context in waiting[at:]]))
-            for context, logits in zip(waiting[batch], memory.add(waiting[batch], keeps[batch]), strict=True):
-                for reading in wanted[context]:
-                    yield reading, _log_probability(logits, reading)
-            memory.keep([])
-            at = batch.stop
+        keeps = [max(1, *(len(option.tokens) for option in by_context[context])) for context in waiting]
+        cache = self._new_cache(shared_prefix(waiting, keeps) if self.uses_prefix_cache else (), 0)
+        done = 0
+        while done < len(waiting):
+            batch = slice(done, done + self._count_fitting([len(context) for context in waiting[done:]]))
+            for context, logits in zip(waiting[batch], cache.add(waiting[batch], keeps[batch]), strict=True):
+                for option in by_context[context]:
+                    yield option, _log_probability(logits, option)
+            cache.keep([])
+            done = batch.stop
 
-    def _readings(self, index: int, question: LogprobRequest) -> list[tuple[Context, "Reading"]]:
-        """For each option the ids to run the model over, and what to read at the end of them."""
-        prompt = self._encode(question.text, question.prefill)
-        wholes = [self._encode(question.text, question.prefill + option) for option in question.options]
-        start = min(common_start(prompt, whole) for whole in wholes)
+    def _encode_options(self, index: int, request: LogprobRequest) -> list[tuple[TokenIds, "OptionTokens"]]:
+        """For each option the context to run the model on, and the option's tokens at its end."""
+        prompt = self._encode(request.text, request.prefill)
+        wholes = [self._encode(request.text, request.prefill + option) for option in request.options]
+        start = min(common_prefix_length(prompt, whole) for whole in wholes)
         self._check_fits(start, max(len(whole) for whole in wholes) - start)
         return [
-            (tuple(whole[:-1]), Reading(index, option, tuple(whole[start:]), question.row))
+            (tuple(whole[:-1]), OptionTokens(index, option, tuple(whole[start:]), request.row))
             for option, whole in enumerate(wholes)
         ]
 
 
 def engine_around(model: Any, tokenizer: Any, batch_size: int) -> LocalEngine:
-    """An engine that answers with `model` as it is now, such as one in training. It is run as transformers runs it:
-    rows that share what they start with would need its attention switched over. It has no `identity`."""
+    """An engine that answers with the current weights of `model`, such as a model in training.
+
+    The prefix cache is off, because it would replace the model's attention. The engine has no `identity`.
+    """
     engine = LocalEngine("", batch_size=batch_size, device=model.device.type, dtype="auto")
-    engine.model, engine.tokenizer, engine.shares = model, tokenizer, False
+    engine.model, engine.tokenizer, engine.uses_prefix_cache = model, tokenizer, False
     return engine
 
 
 @dataclass(frozen=True)
-class Reading:
-    """An option of a question: its ids, the last of which follows the context it is read from."""
+class OptionTokens:
+    """One option of a request.
 
-    question: int
-    option: int
+    Attributes:
+        request: The index of the request.
+        index: The index of the option in the request.
+        tokens: The token ids to score. All but the last are also the end of the context that the model is run on.
+        row: The key of the request's row, for messages.
+    """
+
+    request: int
+    index: int
     tokens: tuple[int, ...]
     row: str
 
 
-def _closed_up(going: Sequence[bool]) -> list[int]:
-    """The places of those still going, the last ones moved up into the gaps: few rows move."""
-    places = [place for place, goes in enumerate(going) if goes]
-    late = [place for place in places if place >= len(places)]
-    return [place if going[place] else late.pop() for place in range(len(places))]
+def _compacted(keep: Sequence[bool]) -> list[int]:
+    """The indices of the rows to keep, with the last ones moved into the gaps, so that few rows move."""
+    places = [place for place, kept in enumerate(keep) if kept]
+    movable = [place for place in places if place >= len(places)]
+    return [place if keep[place] else movable.pop() for place in range(len(places))]
 
 
-def _log_probability(logits: "Tensor", reading: Reading) -> float:
-    """Summed over the reading's tokens, the log-probability of each at its place in the last rows of `logits`
-    (n, vocabulary)."""
+def _log_probability(logits: "Tensor", option: OptionTokens) -> float:
+    """The summed log-probability of the option's tokens under the last rows of `logits` (positions, vocabulary)."""
     import torch
 
-    tokens = reading.tokens
+    tokens = option.tokens
     if not tokens:
         return 0.0
     logp = logits[-len(tokens) :].float().log_softmax(-1)
     total = logp.gather(1, torch.tensor(tokens, device=logp.device)[:, None]).sum()
-    check_finite(total[None], [reading.row])
+    check_finite(total[None], [option.row])
     return float(total)

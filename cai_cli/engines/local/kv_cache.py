@@ -1,4 +1,7 @@
-"""Running any model over many rows at once, as transformers does it; `shared` is quicker for the families it knows."""
+"""The KV cache that works with every model: rows run in padded batches, as transformers runs them.
+
+`prefix_cache` is faster for the model types that it supports.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -8,15 +11,23 @@ if TYPE_CHECKING:
 
 
 class KVCache:
-    """The rows of one batch in the cache that transformers itself gives the model: right for every family."""
+    """The rows of one batch in transformers' own cache. It has the methods of `PrefixCache`."""
 
-    joins = False  # rows come all at once, when there are none
+    can_join = False  # rows are added all at once, to an empty cache
 
     def __init__(self, model: Any, pad_id: int) -> None:
         self.model, self.pad_id = model, pad_id
 
     def add(self, rows: Sequence[Sequence[int]], keeps: Sequence[int]) -> Iterator["Tensor"]:
-        """Start with these rows. For each the logits (keep, vocabulary) at its last `keep` tokens, in order."""
+        """Run the model on `rows`, which become the rows of the cache.
+
+        Args:
+            rows: Token ids.
+            keeps: For each row the number of its last tokens whose logits are returned.
+
+        Returns:
+            For each row the logits (keep, vocabulary), in order.
+        """
         import torch
         from transformers import DynamicCache
 
@@ -30,7 +41,7 @@ class KVCache:
         yield from (row[len(row) - keep :] for row, keep in zip(logits, keeps, strict=True))
 
     def step(self, tokens: "Tensor") -> "Tensor":
-        """Append one token to each row. The logits (rows, vocabulary) after it."""
+        """Append one token (rows,) to each row. Returns the logits after it (rows, vocabulary)."""
         import torch
 
         self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
@@ -39,7 +50,7 @@ class KVCache:
         return self._forward(tokens[:, None], positions, 1)[:, 0]
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Row i becomes what row `rows[i]` was; the others are forgotten."""
+        """Keep the rows at these indices, in this order, and drop the others."""
         import torch
 
         kept = torch.tensor(rows, dtype=torch.long, device=self.model.device)

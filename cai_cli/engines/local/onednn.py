@@ -1,6 +1,6 @@
-"""Matrix products on a CPU at the speed it has: the weights laid out once as oneDNN wants them.
+"""Speeds up matrix products on x86 CPUs by storing weights in oneDNN's own layout.
 
-torch's own product in float32 is MKL's, which on CPUs not made by Intel reaches half of what oneDNN does and less for
+torch uses MKL for float32 products. On CPUs that are not Intel's, MKL reaches half the speed of oneDNN, and less for
 the few rows of a decoding step. torch's compiler makes the same calls when it freezes a model.
 """
 
@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-_ROWS = 64  # the layout is chosen for about this many; it serves any number
+_ROWS = 64  # the layout is optimised for about this many rows; it works for any number
 
 
 def pack_linears(model: Any) -> None:
-    """Give every float32 linear layer of `model`, which is on an x86 CPU, its weight in oneDNN's own layout, in place
-    of the plain one. The model can only be run then, not trained or saved."""
+    """Replace the linear layers of a float32 model on an x86 CPU by layers with oneDNN's weight layout.
+
+    Other models stay as they are. The changed model can be run, but not trained or saved.
+    """
     import platform
 
     import torch

@@ -1,8 +1,8 @@
-"""Running many rows that start alike: what they share is run once and kept once, and rows come and go one by one.
+"""Continuous batching without padding, with shared-prefix caching: a prefix that rows share is run and stored once.
 
-The tokens of one forward pass lie end to end with no padding, whichever rows they belong to (as in vLLM). Each row
-attends to the shared start and to its own tokens in two products under one softmax (much as in cascade attention),
-grouped query heads as rows of their key head.
+The tokens of one forward pass are concatenated without padding, whichever rows they belong to (as in vLLM). Each row
+attends to the shared prefix and to its own tokens in two products under one softmax (similar to cascade attention).
+Grouped query heads are computed as rows of their key head.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,25 +13,29 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Families whose attention passes on what `attend` needs; each is held against transformers in the tests.
-FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3"})
-FIXED_ROPE = frozenset({"default", "linear", "llama3", "yarn"})  # the others change with the longest row of a batch
-LEAST_SHARED = 16  # tokens: about what a forward pass of its own costs
-DEEPEST = 100  # Python's stack has an end
-_TOGETHER = 16  # rows: a long one among many short ones makes a CPU read as much for each of them
+# Model types whose attention passes on the arguments of `attend`. The tests compare each with transformers.
+MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3"})
+FIXED_ROPE = frozenset({"default", "linear", "llama3", "yarn"})  # other types depend on the longest row of a batch
+MIN_SHARED_TOKENS = 16  # a shorter prefix is not worth a forward pass of its own
+MAX_GROUP_DEPTH = 100  # limits the recursion of `prefix_groups`
+ROWS_PER_PRODUCT = 16  # on CPUs: every row of a product costs as much as the longest one
 _ATTENTION = "cai_shared"
-Context = tuple[int, ...]  # ids to run the model over
+TokenIds = tuple[int, ...]
 
 
-def can_share(model: Any) -> bool:
-    """Whether `PrefixCache` gives this model's own answers; switches its attention over if so."""
+def enable_prefix_cache(model: Any) -> bool:
+    """Switch the model's attention to `PrefixCache`, if it supports this model.
+
+    Returns:
+        Whether it does. If not, the model is unchanged.
+    """
     from transformers import AttentionInterface
 
     config = model.config
     rope = getattr(config, "rope_parameters", None) or {}
     ropes = [value for value in rope.values() if isinstance(value, dict)] or [rope]  # Gemma 3: one per kind of layer
     fixed = all(one.get("rope_type", "default") in FIXED_ROPE for one in ropes)
-    if config.model_type not in FAMILIES or not fixed or getattr(config, "use_bidirectional_attention", False):
+    if config.model_type not in MODEL_TYPES or not fixed or getattr(config, "use_bidirectional_attention", False):
         return False
     AttentionInterface.register(_ATTENTION, _attention)
     model.set_attn_implementation(_ATTENTION)
@@ -43,47 +47,59 @@ def _attention(
     query: "Tensor",
     key: "Tensor",
     value: "Tensor",
-    attention_mask: "Tensor | None",
+    _mask: "Tensor | None",
     *,
-    memory: "PrefixCache",
+    prefix_cache: "PrefixCache",
     scaling: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **_: Any,
 ) -> tuple["Tensor", None]:
-    # `key` and `value` are what `PrefixCache.update` gave: those of every token of the rows, not only the new ones.
-    return memory.attend(module.layer_idx, query * scaling, key, value, sliding_window, softcap), None
+    # `key` and `value` come from `PrefixCache.update`: those of every token of the rows, not only of the new ones.
+    return prefix_cache.attend(module.layer_idx, query * scaling, key, value, sliding_window, softcap), None
 
 
 @dataclass
 class _Pass:
-    """The tokens of one forward pass, end to end: `counts[i]` of row `first + i`, at the columns `columns`."""
+    """The tokens of one forward pass, concatenated: `counts[i]` tokens of row `first + i`.
+
+    Attributes:
+        first: The index of the first row.
+        counts: The number of new tokens of each row.
+        columns: (tokens,): the position of each token among its row's own tokens.
+        slots: (tokens,): the row of each token.
+        ends: The number of own tokens of each row after this pass.
+        rows_per_product: The number of neighbouring rows whose attention is one product.
+        masks: The attention masks by sliding window.
+    """
 
     first: int
     counts: list[int]
-    columns: "Tensor"  # (tokens,): a row's own tokens stand in columns 0, 1, ...
-    slots: "Tensor"  # (tokens,): the row of each
-    ends: list[int]  # of each row: the columns it has by now
-    together: int  # rows whose attention is one product
+    columns: "Tensor"
+    slots: "Tensor"
+    ends: list[int]
+    rows_per_product: int
     masks: dict[int | None, tuple["Tensor", "Tensor | None"]] = field(default_factory=dict)
 
     @property
     def most(self) -> int:
+        """The largest number of new tokens of one row."""
         return max(self.counts)
 
     @property
     def parts(self) -> Iterator[tuple[slice, int]]:
-        """Neighbouring rows, and the columns that any of them looks at."""
-        for at in range(0, len(self.ends), self.together):
-            part = slice(at, at + self.together)
+        """Slices of neighbouring rows for one product each, with the number of columns that they attend to."""
+        for start in range(0, len(self.ends), self.rows_per_product):
+            part = slice(start, start + self.rows_per_product)
             yield part, max(self.ends[part])
 
     @property
     def rows(self) -> slice:
+        """The rows of this pass in the buffers."""
         return slice(self.first, self.first + len(self.counts))
 
     def by_row(self, flat: "Tensor") -> "Tensor":
-        """(heads, tokens, size) as (rows, heads, most, size), zeros behind the rows that have fewer tokens."""
+        """(heads, tokens, size) as (rows, heads, most, size), with zeros after the tokens of shorter rows."""
         if sum(self.counts) == len(self.counts) * self.most:
             return flat.view(flat.shape[0], len(self.counts), self.most, -1).transpose(0, 1)
         padded = flat.new_zeros(len(self.counts), self.most, flat.shape[0], flat.shape[2])
@@ -91,7 +107,7 @@ class _Pass:
         return padded.transpose(1, 2)
 
     def flat(self, by_row: "Tensor") -> "Tensor":
-        """(rows, heads, most, size) as (tokens, heads, size)."""
+        """(rows, heads, most, size) as (tokens, heads, size); the inverse of `by_row`."""
         if sum(self.counts) == len(self.counts) * self.most:
             return by_row.transpose(1, 2).flatten(0, 1)
         return by_row.transpose(1, 2)[self._places]
@@ -105,28 +121,43 @@ class _Pass:
 
 
 class PrefixCache:
-    """Rows that all begin with `start`; also the cache object that the model updates. `room`: tokens a row may grow
-    by. Rows may join (`add`) and leave (`keep`) at any time."""
+    """The KV cache of rows that share a prefix; also the cache object that the model itself updates.
 
-    joins = True
+    Rows may join (`add`) and leave (`keep`) at any time.
 
-    def __init__(self, model: Any, start: Context, room: int) -> None:
+    Args:
+        model: A model for which `enable_prefix_cache` returned True.
+        start: The token ids of the shared prefix, which may be empty.
+        room: The number of tokens that a row may grow by.
+    """
+
+    can_join = True
+
+    def __init__(self, model: Any, start: TokenIds, room: int) -> None:
         self.model, self.start, self.room = model, start, room
-        self.lengths: list[int] = []  # own tokens of each row, without the shared start
-        self.prefix: list[tuple[Tensor, Tensor]] = []  # per layer keys and values (heads, tokens, size)
-        self.buffers: list[tuple[Tensor, Tensor]] = []  # per layer (rows, heads, columns, size)
+        self.lengths: list[int] = []  # own tokens of each row, without the shared prefix
+        self.prefix: list[tuple[Tensor, Tensor]] = []  # keys and values of each layer: (heads, tokens, size)
+        self.buffers: list[tuple[Tensor, Tensor]] = []  # those of the rows: (rows, heads, columns, size)
         self.capacity = (0, 0)  # rows, columns
         if start:
             alone = PrefixCache(model, (), 0)
             list(alone.add([start], [1]))
             self.prefix = [(keys[0, :, : len(start)], values[0, :, : len(start)]) for keys, values in alone.buffers]
 
-    # --- what the engine asks ---------------------------------------------------------------------------------
+    # --- called by the engine ---------------------------------------------------------------------------------
 
-    def add(self, rows: Sequence[Context], keeps: Sequence[int]) -> Iterator["Tensor"]:
-        """Run `rows`, which join those already here: for each the logits (keep, vocabulary) at its last `keep` tokens,
-        in order. To be iterated to its end. Quickest when rows of like length are neighbours; neighbours that are
-        equal are run once."""
+    def add(self, rows: Sequence[TokenIds], keeps: Sequence[int]) -> Iterator["Tensor"]:
+        """Run the model on `rows`, which join the rows already in the cache.
+
+        It is fastest if rows of similar length are neighbours. Equal neighbours are run once.
+
+        Args:
+            rows: Token ids, each starting with the shared prefix.
+            keeps: For each row the number of its last tokens whose logits are returned.
+
+        Returns:
+            For each row the logits (keep, vocabulary), in order. The iterator must be exhausted.
+        """
         place = len(self.lengths)
         self._reserve(place + len(rows), max(len(row) for row in rows) - len(self.start) + self.room)
         self.lengths += [len(row) - len(self.start) for row in rows]
@@ -134,18 +165,18 @@ class PrefixCache:
         own = [rows[same[0]][len(self.start) :] for same in distinct]
         for same, logits in zip(distinct, self._run(own, place, [keeps[same[0]] for same in distinct]), strict=True):
             yield from [logits] * len(same)
-        # Backwards, as a row's source stands at its own place or before it.
+        # In reverse, because the source of a copy is at the same index or before it.
         copies = [(place + i, place + source) for source, same in enumerate(distinct) for i in same if i != source]
         for to, source in copies[::-1]:
             self._copy(to, source, self.lengths[to])
 
     def step(self, tokens: "Tensor") -> "Tensor":
-        """Append one token to each row. The logits (rows, vocabulary) after it."""
+        """Append one token (rows,) to each row. Returns the logits after it (rows, vocabulary)."""
         self.lengths = [length + 1 for length in self.lengths]
         return self._forward(tokens, [(row, length - 1, length) for row, length in enumerate(self.lengths)], 0)
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Row i becomes what row `rows[i]` was, which stands at its place or after it; the others are forgotten."""
+        """Keep the rows at these indices, in this order, and drop the others. Each moves to its own index or before."""
         for to, source in enumerate(rows):
             if to != source:
                 self._copy(to, source, self.lengths[source])
@@ -157,7 +188,7 @@ class PrefixCache:
             values[to, :, :used] = values[source, :, :used]
 
     def _reserve(self, rows: int, columns: int) -> None:
-        """Room for this many rows and columns: what is there already is moved into larger buffers."""
+        """Make room for this many rows and columns, by moving the rows into larger buffers if necessary."""
         if rows <= self.capacity[0] and columns <= self.capacity[1]:
             return
         used = max(self.lengths, default=0)
@@ -168,8 +199,10 @@ class PrefixCache:
                 new[: len(self.lengths), :, :used] = before[: len(self.lengths), :, :used]
 
     def _buffers(self, keys: "Tensor", values: "Tensor") -> tuple["Tensor", "Tensor"]:
-        """Zeros, as an unused column's weight of 0 must not meet a NaN. Keys lie column by column in memory: the
-        product with a few queries reads them a third faster."""
+        """New buffers for keys and values, filled with zeros: unused columns have weight 0, and 0 * NaN would be NaN.
+
+        Keys are stored column by column, which a product with a few queries reads a third faster.
+        """
         rows, columns = self.capacity
         stored_keys = keys.new_zeros(rows, keys.shape[1], keys.shape[3], columns).transpose(2, 3)
         return stored_keys, values.new_zeros(rows, values.shape[1], columns, values.shape[3])
@@ -178,11 +211,11 @@ class PrefixCache:
 
     @property
     def _budget(self) -> int:
-        """Tokens of one forward pass: enough to keep the device busy, few enough for its memory."""
+        """The most tokens in one forward pass: enough to keep the device busy, few enough for its memory."""
         return 512 if self.model.device.type == "cpu" else 16384
 
-    def _run(self, rows: Sequence[Context], place: int, keeps: Sequence[int]) -> Iterator["Tensor"]:
-        """Fill the rows from `place` on with these tokens; the logits at each one's last `keep`."""
+    def _run(self, rows: Sequence[TokenIds], place: int, keeps: Sequence[int]) -> Iterator["Tensor"]:
+        """Fill the rows from index `place` on with these tokens. Returns the logits at the last `keep` of each."""
         import torch
 
         parts: list[Tensor] = []
@@ -200,7 +233,7 @@ class PrefixCache:
                     parts = []
 
     def _passes(self, lengths: Sequence[int]) -> Iterator[list[tuple[int, int, int]]]:
-        """What to run together: (row, first column, end) of pieces of neighbouring rows, in order."""
+        """The pieces of rows to run in each forward pass, as (row, first column, end), in order."""
         together: list[tuple[int, int, int]] = []
         widest = 0
         for row, length in enumerate(lengths):
@@ -214,8 +247,11 @@ class PrefixCache:
         yield together
 
     def _forward(self, tokens: "Tensor", pieces: Sequence[tuple[int, int, int]], wanted: "Tensor | int") -> "Tensor":
-        """Run `tokens` (tokens,), which belong to these pieces of neighbouring rows. The logits of those at `wanted`
-        (0: all)."""
+        """Run the model on `tokens` (tokens,), which are these pieces of neighbouring rows.
+
+        Returns:
+            The logits (wanted, vocabulary) at the token indices `wanted`, or at all tokens if it is 0.
+        """
         import torch
 
         device = self.model.device
@@ -223,23 +259,26 @@ class PrefixCache:
         columns = torch.tensor([column for _, start, end in pieces for column in range(start, end)], device=device)
         slots = torch.tensor([row for row, start, end in pieces for _ in range(start, end)], device=device)
         ends = [end for _, _, end in pieces]
-        together = _TOGETHER if device.type == "cpu" else len(pieces)
-        self.now = _Pass(pieces[0][0], counts, columns, slots, ends, together)
+        rows_per_product = ROWS_PER_PRODUCT if device.type == "cpu" else len(pieces)
+        self.now = _Pass(pieces[0][0], counts, columns, slots, ends, rows_per_product)
         logits: Tensor = self.model(
             input_ids=tokens[None],
             position_ids=columns[None] + len(self.start),
             past_key_values=self,
             use_cache=True,
             logits_to_keep=wanted,
-            memory=self,
+            prefix_cache=self,
         ).logits
         return logits[0]
 
-    # --- what the model asks ----------------------------------------------------------------------------------
+    # --- called by the model ----------------------------------------------------------------------------------
 
     def update(self, keys: "Tensor", values: "Tensor", layer: int, *_: Any) -> tuple["Tensor", "Tensor"]:
-        """Store what a layer made of the tokens of this pass (1, heads, tokens, size); all that the rows of the pass
-        have of their own so far (rows, heads, seen, size)."""
+        """Store one layer's keys and values of the tokens of this pass (1, heads, tokens, size).
+
+        Returns:
+            Those of all own tokens of the rows of this pass (rows, heads, columns, size).
+        """
         if layer == len(self.buffers):
             self.buffers.append(self._buffers(keys, values))
         all_keys, all_values = self.buffers[layer]
@@ -251,8 +290,19 @@ class PrefixCache:
     def attend(
         self, layer: int, query: "Tensor", keys: "Tensor", values: "Tensor", window: int | None, softcap: float | None
     ) -> "Tensor":
-        """Attention of `query` (1, heads, tokens, size), already scaled, over the shared start and `keys`, `values`
-        (rows, key heads, columns, size): (1, tokens, heads, size)."""
+        """Attention over the shared prefix and the rows' own tokens.
+
+        Args:
+            layer: The index of the layer.
+            query: (1, heads, tokens, size), already scaled.
+            keys: (rows, key heads, columns, size).
+            values: As `keys`.
+            window: The length of the layer's sliding window in tokens, if it has one.
+            softcap: The layer's soft cap on scores, if it has one.
+
+        Returns:
+            (1, tokens, heads, size).
+        """
         import torch
 
         by_row, (own_mask, prefix_mask) = self.now.by_row(query[0]), self._mask(window)
@@ -271,8 +321,11 @@ class PrefixCache:
         masks: tuple["Tensor", "Tensor | None"],
         softcap: float | None,
     ) -> "Tensor":
-        """For some neighbouring rows: query and result (rows, heads, new, size), own keys and values (rows, key heads,
-        seen, size), masks as `_mask` gives them."""
+        """As `attend`, for some neighbouring rows.
+
+        Query and result are (rows, heads, new, size), own keys and values (rows, key heads, seen, size), and the masks
+        come from `_mask`.
+        """
         import torch
 
         (keys, values), (own_mask, prefix_mask) = own, masks
@@ -296,8 +349,8 @@ class PrefixCache:
         return out.view(rows, heads, new, -1)
 
     def _mask(self, window: int | None) -> tuple["Tensor", "Tensor | None"]:
-        """What to add to the scores of own tokens (rows, 1, new, seen) and, where a window may hide some of the
-        shared start, to its (rows, 1, new, prefix)."""
+        """The masks to add to scores: for own tokens (rows, 1, new, seen), and for the shared prefix (rows, 1, new,
+        prefix) if a sliding window may hide a part of it."""
         import torch
 
         masks, columns = self.now.masks, self.now.columns
@@ -315,39 +368,50 @@ class PrefixCache:
 
 
 def _scores(query: "Tensor", keys: "Tensor", softcap: float | None) -> "Tensor":
-    """In float32, whatever the model's dtype: the softmax is made of these."""
+    """Attention scores in float32 for any dtype of the model, as the softmax needs."""
     import torch
 
     scores = torch.bmm(query, keys.transpose(1, 2)).float()
     return scores if softcap is None else scores.div_(softcap).tanh_().mul_(softcap)
 
 
-def common_start(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many items the two start with in common."""
+def common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """The length of the common prefix of two sequences.
+
+    >>> common_prefix_length([1, 2, 3], [1, 2, 4, 5])
+    2
+    """
     pairs = zip(first, second, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
-def shared_start(rows: Sequence[Context], keeps: Sequence[int]) -> Context:
-    """What all rows start with, if it is worth a pass of its own; at least `keep` tokens are left of each row."""
-    shared = common_start(min(rows), max(rows))
+def shared_prefix(rows: Sequence[TokenIds], keeps: Sequence[int]) -> TokenIds:
+    """The common prefix of all rows, or () if it is not worth a forward pass of its own.
+
+    Args:
+        rows: Token ids.
+        keeps: For each row the number of last tokens that must stay outside the prefix.
+    """
+    shared = common_prefix_length(min(rows), max(rows))
     shared = min(shared, *(len(row) - keep for row, keep in zip(rows, keeps, strict=True)))
-    return rows[0][:shared] if len(rows) > 1 and shared >= LEAST_SHARED else ()
+    return rows[0][:shared] if len(rows) > 1 and shared >= MIN_SHARED_TOKENS else ()
 
 
-def groups(rows: Sequence[Context]) -> list[list[Context]]:
-    """The rows in groups that each start alike, so that the fewest tokens are run when each start is run once."""
+def prefix_groups(rows: Sequence[TokenIds]) -> list[list[TokenIds]]:
+    """The rows in groups with a common prefix each, which minimise the tokens to run."""
     return _best_groups(sorted(rows))[1] if rows else []
 
 
-def _best_groups(rows: list[Context], depth: int = 0) -> tuple[int, list[list[Context]]]:
-    """The cost in tokens and the groups of sorted `rows`: one group, or the best ones of each next token. Where starts
-    lie in one another deeper than `DEEPEST`, they are one group."""
-    start = min(common_start(rows[0], rows[-1]), min(len(row) for row in rows) - 1)
-    whole = LEAST_SHARED + start + sum(len(row) - start for row in rows)
+def _best_groups(rows: list[TokenIds], depth: int = 0) -> tuple[int, list[list[TokenIds]]]:
+    """The cost in tokens and the groups of sorted `rows`: one group, or the best groups for each next token.
+
+    Prefixes nested deeper than `MAX_GROUP_DEPTH` are one group.
+    """
+    start = min(common_prefix_length(rows[0], rows[-1]), min(len(row) for row in rows) - 1)
+    whole = MIN_SHARED_TOKENS + start + sum(len(row) - start for row in rows)
     parts = [list(part) for _, part in groupby(rows, key=lambda row: row[start])]
-    if len(parts) == 1 or depth == DEEPEST:
+    if len(parts) == 1 or depth == MAX_GROUP_DEPTH:
         return whole, [rows]
     best = [_best_groups(part, depth + 1) for part in parts]
     cost = sum(cost for cost, _ in best)
-    return (cost, [group for _, found in best for group in found]) if cost < whole else (whole, [rows])
+    return (cost, [group for _, groups in best for group in groups]) if cost < whole else (whole, [rows])

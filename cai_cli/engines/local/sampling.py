@@ -1,4 +1,4 @@
-"""Drawing tokens: each row's noise is its own, so its text does not depend on the batch it is in."""
+"""Samples tokens. Each row has its own noise, so its text does not depend on the batch it is in."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -10,21 +10,30 @@ from cai_cli.engines.base import Completion, GenerationRequest, Sampling
 if TYPE_CHECKING:
     from torch import Tensor
 
-_CHUNK = 256  # of the vocabulary; the cumulative sum runs over chunks first, then within one
+_CHUNK = 256  # vocabulary entries; the cumulative sum runs over chunks first, then within one
 
 
 def uniforms(seed: int, count: int) -> Any:
-    """`count` numbers in [0, 1), float64, decided by `seed` alone: the i-th decides the i-th token of a row."""
+    """`count` uniform random numbers in [0, 1), float64, from `seed` alone; the i-th one draws a row's i-th token."""
     import numpy as np
 
     return np.random.Generator(np.random.Philox(key=seed)).random(count)
 
 
 def draw(logits: "Tensor", noise: "Tensor", sampling: Sampling, names: Sequence[str] = ()) -> "Tensor":
-    """One token id per row of `logits` (rows, vocabulary): the inverse of the cumulative distribution at `noise`
-    (rows,), or the most likely token at temperature 0.
+    """One token id for each row, by inverting the cumulative distribution at the row's noise.
 
-    Raises: CaiError when a row holds NaN or infinity, by its name: a broken model is never sampled from.
+    Args:
+        logits: (rows, vocabulary).
+        noise: (rows,), uniform in [0, 1), float64. Not used at temperature 0.
+        sampling: The temperature and top-p.
+        names: The names of the rows, for messages.
+
+    Returns:
+        (rows,) token ids; the most likely ones at temperature 0.
+
+    Raises:
+        CaiError: The logits of a row contain NaN or infinity (`not-finite`).
     """
     if sampling.temperature == 0:
         check_finite(logits.amax(-1), names)
@@ -38,19 +47,25 @@ def draw(logits: "Tensor", noise: "Tensor", sampling: Sampling, names: Sequence[
 
 
 def check_finite(values: "Tensor", names: Sequence[str] = ()) -> None:
-    """Raises: CaiError unless every value is a finite number; it names the first row that has another."""
+    """Check that every value (one for each row) is finite.
+
+    Raises:
+        CaiError: A value is NaN or infinite (`not-finite`); the message names its row.
+    """
     finite = values.isfinite()
     if not bool(finite.all()):
         name = names[finite.tolist().index(False)] if names else ""
         at = f" at row {name!r}" if name else ""
         raise CaiError(
-            f"the model's logits hold NaN or infinity{at}: its weights are broken or overflow in this dtype",
-            hint="--dtype float32, or train with a smaller learning rate",
+            f"the model's logits contain NaN or infinity{at}: its weights are damaged or overflow in this dtype",
+            hint="use --dtype float32, or train with a smaller learning rate",
+            code="not-finite",
         )
 
 
 def _inverse_cdf(weights: "Tensor", noise: "Tensor") -> "Tensor":
-    """The first index at which the cumulative sum of `weights` (not normalised) exceeds `noise` of the total."""
+    """The first index at which the cumulative sum of `weights` (rows, vocabulary; not normalised) exceeds the share
+    `noise` (rows,) of its total."""
     import torch
 
     rows, vocabulary = weights.shape
@@ -63,14 +78,14 @@ def _inverse_cdf(weights: "Tensor", noise: "Tensor") -> "Tensor":
     before = torch.where(chunk > 0, sums.gather(1, (chunk - 1).clamp(min=0)), 0.0)
     inside = padded.gather(1, chunk[:, :, None].expand(-1, -1, _CHUNK))[:, 0].double()
     index = torch.searchsorted(inside.cumsum(-1), target - before, right=True)
-    # Rounding may push the target past the chunk's end: then its last token that has any weight.
+    # Rounding may push the target past the end of the chunk. Then the chunk's last token with any weight is drawn.
     last = _CHUNK - 1 - (inside.flip(-1) > 0).int().argmax(-1, keepdim=True)
     return (chunk * _CHUNK + index.minimum(last))[:, 0]
 
 
 def _smallest_kept(weights: "Tensor", top_p: float) -> "Tensor":
-    """Per row the least weight among the likeliest tokens that together first reach `top_p` of the total (its equals
-    are all kept)."""
+    """For each row the least weight that top-p keeps: that of the last of the most likely tokens that together reach
+    `top_p` of the total. Tokens of equal weight are all kept."""
     count = 256
     total = weights.sum(-1, dtype=weights.double().dtype)
     while True:
@@ -85,18 +100,27 @@ def _smallest_kept(weights: "Tensor", top_p: float) -> "Tensor":
 
 @dataclass
 class ActiveSequence:
-    """One reply as it grows. `index` is its place among the asks; `prompt` its ids; `noise[i]` draws `new[i]`."""
+    """One row in generation.
+
+    Attributes:
+        index: The index of its request.
+        request: The request.
+        prompt: The token ids of the prompt.
+        noise: Uniform random numbers; `noise[i]` draws `new[i]`.
+        new: The token ids generated so far.
+        completion: The result, once the row has ended.
+    """
 
     index: int
-    ask: GenerationRequest
+    request: GenerationRequest
     prompt: tuple[int, ...]
     noise: Sequence[float]
     new: list[int] = field(default_factory=list)
-    reply: Completion | None = None
+    completion: Completion | None = None
 
 
-class Writer:
-    """Turns drawn ids into replies: notices the end of turn, stop strings and the limit."""
+class CompletionBuilder:
+    """Appends tokens to rows, and ends a row at its end of turn, at a stop string or at the token limit."""
 
     def __init__(self, tokenizer: Any, end_ids: Iterable[int], max_new_tokens: int) -> None:
         self.tokenizer = tokenizer
@@ -104,7 +128,7 @@ class Writer:
         self.max_new_tokens = max_new_tokens
 
     def add(self, row: ActiveSequence, token: int) -> None:
-        """Append one id to `row` and, when that ends it, set its reply."""
+        """Append one token id to `row`. If that ends the row, set its completion."""
         row.new.append(token)
         if token in self.end_ids:
             self._finish(row, self._text(row.new[:-1]), "stop")
@@ -114,19 +138,20 @@ class Writer:
             self._finish(row, self._text(row.new), "length")
 
     def _finish(self, row: ActiveSequence, text: str, reason: str) -> None:
-        row.reply = Completion(text, reason, prompt_tokens=len(row.prompt), new_tokens=len(row.new))
+        row.completion = Completion(text, reason, prompt_tokens=len(row.prompt), new_tokens=len(row.new))
 
     def _stopped(self, row: ActiveSequence) -> str | None:
         """The text before the first stop string, if the newest token completed one."""
-        if not row.ask.stop:
+        stops = row.request.stop
+        if not stops:
             return None
-        # Every token holds at least one byte, so the string lies within this many last ones (and one split character).
-        tail = self._text(row.new[-max(len(stop.encode()) for stop in row.ask.stop) - 4 :])
-        if not any(stop in tail for stop in row.ask.stop):
+        # A token is at least one byte, so a stop string lies within this many last tokens (and one split character).
+        tail = self._text(row.new[-max(len(stop.encode()) for stop in stops) - 4 :])
+        if not any(stop in tail for stop in stops):
             return None
         text = self._text(row.new)
-        found = [at for stop in row.ask.stop if (at := text.find(stop)) >= 0]
-        return text[: min(found)] if found else None
+        starts = [start for stop in stops if (start := text.find(stop)) >= 0]
+        return text[: min(starts)] if starts else None
 
     def _text(self, ids: Sequence[int]) -> str:
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -134,8 +159,11 @@ class Writer:
 
 
 def end_of_turn_ids(tokenizer: Any, generation_config: Any) -> set[int]:
-    """Every id that ends an answer: those the model and the tokenizer name, and the control token that follows an
-    assistant's turn in the chat template (a model tuned from a base model often names only the base's end)."""
+    """The token ids that end an answer.
+
+    These are the ends that the model and the tokenizer declare, and the control token that follows an assistant's turn
+    in the chat template: a model tuned from a base model often declares only the base model's end.
+    """
     named = generation_config.eos_token_id
     ends = {named} if isinstance(named, int) else set(named or ())
     if tokenizer.eos_token_id is not None:
@@ -150,7 +178,7 @@ def _template_end(tokenizer: Any) -> set[int]:
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}]
     try:
         rendered: str = tokenizer.apply_chat_template(chat, tokenize=False)
-    except Exception:  # as in `encode_chat`, which says so of each row
+    except Exception:  # `encode_chat` reports it for each row
         return set()
     after = rendered.partition(marker)[2]
     control = set(tokenizer.added_tokens_decoder)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from cai_cli.common.errors import CaiError
 from cai_cli.constitution.schema import PreferencePrinciple
+from cai_cli.data.schema import Pair
 from cai_cli.engines.base import RequestFailure
 from cai_cli.judging.base import Judgement, PairComparison, normalised
-from cai_cli.judging.pairs import Pair
 from cai_cli.prompting.base import user
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from cai_cli.engines.base import Completion, GenerationRequest, LogprobRequest, 
 from cai_cli.engines.local import prefix_cache, sampling
 from cai_cli.engines.local.engine import LocalEngine
 
-FAMILIES = [*sorted(prefix_cache.FAMILIES), "gpt2"]
+FAMILIES = [*sorted(prefix_cache.MODEL_TYPES), "gpt2"]
 WINDOW = 9  # tokens seen by the sliding-window layers of the families that have them, far fewer than a prompt's
 
 
@@ -90,7 +90,7 @@ def chat(*contents: str) -> list[Message]:
     return [Message(role="assistant" if i % 2 else "user", content=c) for i, c in enumerate(contents)]
 
 
-def asks(count: int = 10) -> list[GenerationRequest]:
+def generation_requests(count: int = 10) -> list[GenerationRequest]:
     """Chats and raw texts of many lengths, the chats sharing their first turns."""
     shared = "Please choose the response that is the most helpful, honest, and harmless."
     return [
@@ -109,12 +109,12 @@ def replies(
     return [answer for answer in answers if isinstance(answer, Completion)]
 
 
-def prompt_ids(e: LocalEngine, ask: GenerationRequest) -> list[int]:
-    if isinstance(ask.text, str):
-        return list(e.tokenizer(ask.text + ask.prefill)["input_ids"])
-    turns = [m.model_dump() for m in ask.text]
+def prompt_ids(e: LocalEngine, request: GenerationRequest) -> list[int]:
+    if isinstance(request.text, str):
+        return list(e.tokenizer(request.text + request.prefill)["input_ids"])
+    turns = [m.model_dump() for m in request.text]
     ids = e.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-    return list(ids) + list(e.tokenizer(ask.prefill, add_special_tokens=False)["input_ids"])
+    return list(ids) + list(e.tokenizer(request.prefill, add_special_tokens=False)["input_ids"])
 
 
 # --- text ---------------------------------------------------------------------------------------------------------
@@ -122,10 +122,10 @@ def prompt_ids(e: LocalEngine, ask: GenerationRequest) -> list[int]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_text_equals_transformers_generate_token_by_token(family: str) -> None:
-    ours = replies(family, None, asks(), Sampling(max_new_tokens=24, temperature=0))
+    ours = replies(family, None, generation_requests(), Sampling(max_new_tokens=24, temperature=0))
     e = engine(family)
-    for ask, reply in zip(asks(), ours, strict=True):
-        ids = torch.tensor([prompt_ids(e, ask)])
+    for request, reply in zip(generation_requests(), ours, strict=True):
+        ids = torch.tensor([prompt_ids(e, request)])
         out = reference(family).generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24, pad_token_id=0
         )
@@ -139,7 +139,7 @@ def test_greedy_text_equals_transformers_generate_token_by_token(family: str) ->
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 @pytest.mark.parametrize("sampling", [Sampling(20), Sampling(20, temperature=0.7, top_p=0.9)])
 def test_a_row_gets_the_same_text_in_batches_of_1_7_and_32_and_in_any_order(family: str, sampling: Sampling) -> None:
-    wanted = asks(33)
+    wanted = generation_requests(33)
     alone = replies(family, 1, wanted, sampling)
     assert replies(family, 7, wanted, sampling) == alone
     assert replies(family, 32, wanted[::-1], sampling) == alone[::-1]
@@ -152,8 +152,8 @@ def test_a_waiting_row_takes_the_place_of_a_finished_one(monkeypatch: pytest.Mon
         prefix_cache.PrefixCache, "step", lambda memory, tokens: (live.append(len(tokens)), step(memory, tokens))[1]
     )
     wanted = [
-        GenerationRequest(ask.text, ask.seed, ask.prefill, stop=("e",) if i % 2 else ())
-        for i, ask in enumerate(asks(12))
+        GenerationRequest(request.text, request.seed, request.prefill, stop=("e",) if i % 2 else ())
+        for i, request in enumerate(generation_requests(12))
     ]
     answers = replies("llama", 4, wanted, Sampling(24))
     lengths = [answer.new_tokens for answer in answers]
@@ -164,9 +164,9 @@ def test_a_waiting_row_takes_the_place_of_a_finished_one(monkeypatch: pytest.Mon
 
 
 def test_rows_wait_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = replies("llama", None, asks(), Sampling(20))
+    alone = replies("llama", None, generation_requests(), Sampling(20))
     small = LocalEngine(str(model_dir()), batch_size=None, device="cpu", dtype="float32")
-    vars(small)["most_tokens"] = 300
+    vars(small)["max_cached_tokens"] = 300
     made: list[int] = []
     reserve = prefix_cache.PrefixCache._reserve
 
@@ -175,21 +175,21 @@ def test_rows_wait_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> Non
         made.append(memory.capacity[0] * memory.capacity[1])
 
     monkeypatch.setattr(prefix_cache.PrefixCache, "_reserve", watched)
-    assert small.generate(asks(), Sampling(20)) == alone
+    assert small.generate(generation_requests(), Sampling(20)) == alone
     assert max(made) <= 300
 
 
 def test_the_seed_alone_decides_the_noise() -> None:
-    ask = asks()[1]
-    same = [GenerationRequest(ask.text, seed) for seed in (5, 6, 5)]
+    request = generation_requests()[1]
+    same = [GenerationRequest(request.text, seed) for seed in (5, 6, 5)]
     first, second, again = (r.text for r in replies("llama", None, same, Sampling(20)))
     assert first == again != second
 
 
 def test_sampled_tokens_follow_the_models_distribution() -> None:
-    ask, count = asks()[1], 4000
+    request, count = generation_requests()[1], 4000
     with torch.no_grad():
-        logits = reference().forward(torch.tensor([prompt_ids(engine(), ask)])).logits[0, -1]
+        logits = reference().forward(torch.tensor([prompt_ids(engine(), request)])).logits[0, -1]
     expected = torch.softmax(logits / 1.5, -1)
     noise = torch.tensor([float(sampling.uniforms(seed, 1)[0]) for seed in range(count)], dtype=torch.float64)
     drawn = sampling.draw(logits.expand(count, -1), noise, Sampling(temperature=1.5))
@@ -217,10 +217,12 @@ def test_a_token_of_no_weight_is_never_drawn() -> None:
 
 def test_the_end_of_turn_ends_a_reply_and_is_no_part_of_it() -> None:
     forced = LocalEngine(str(model_dir()), batch_size=None, device="cpu", dtype="float32")
-    greedy = replies("llama", None, asks(), Sampling(24, temperature=0))
-    new = reference().generate(torch.tensor([prompt_ids(forced, asks()[1])]), do_sample=False, max_new_tokens=4)
+    greedy = replies("llama", None, generation_requests(), Sampling(24, temperature=0))
+    new = reference().generate(
+        torch.tensor([prompt_ids(forced, generation_requests()[1])]), do_sample=False, max_new_tokens=4
+    )
     forced.end_ids = {int(new[0, -1])}
-    (reply,) = forced.generate([asks()[1]], Sampling(24, temperature=0))
+    (reply,) = forced.generate([generation_requests()[1]], Sampling(24, temperature=0))
     assert isinstance(reply, Completion)
     assert (reply.finish_reason, reply.new_tokens) == ("stop", 4)
     assert greedy[1].text.startswith(reply.text)
@@ -235,11 +237,14 @@ def test_what_ends_a_turn_in_the_chat_template_ends_a_reply_though_no_config_nam
 
 
 def test_a_stop_string_is_cut_off_with_all_that_follows() -> None:
-    ask = asks()[4]
-    (whole,) = replies("llama", None, [ask], Sampling(40))
+    request = generation_requests()[4]
+    (whole,) = replies("llama", None, [request], Sampling(40))
     stop = whole.text[7:10]
     (cut,) = replies(
-        "llama", None, [GenerationRequest(ask.text, ask.seed, ask.prefill, ("never so", stop))], Sampling(40)
+        "llama",
+        None,
+        [GenerationRequest(request.text, request.seed, request.prefill, ("never so", stop))],
+        Sampling(40),
     )
     assert cut.text == whole.text[: whole.text.index(stop)]
     assert cut.finish_reason == "stop"
@@ -249,15 +254,17 @@ def test_a_stop_string_is_cut_off_with_all_that_follows() -> None:
 def test_a_prompt_that_does_not_fit_is_refused_with_its_numbers_and_the_others_are_answered() -> None:
     long = GenerationRequest("word " * 300, seed=0)
     tokens = len(engine().tokenizer(long.text)["input_ids"])
-    refused, answered, empty = engine().generate([long, asks()[1], GenerationRequest("", 0)], Sampling(50))
+    refused, answered, empty = engine().generate(
+        [long, generation_requests()[1], GenerationRequest("", 0)], Sampling(50)
+    )
     assert refused == RequestFailure(f"does not fit the context window of 512: {tokens} tokens + 50 new ones")
     assert isinstance(answered, Completion)
     assert isinstance(empty, RequestFailure)
 
 
 def test_a_prompt_that_just_fits_is_answered() -> None:
-    tokens = len(prompt_ids(engine(), asks()[1]))
-    (reply,) = engine().generate([asks()[1]], Sampling(512 - tokens, temperature=0))
+    tokens = len(prompt_ids(engine(), generation_requests()[1]))
+    (reply,) = engine().generate([generation_requests()[1]], Sampling(512 - tokens, temperature=0))
     assert isinstance(reply, Completion)
 
 
@@ -265,38 +272,38 @@ def test_logits_that_are_no_numbers_end_the_run() -> None:
     broken = LocalEngine(str(model_dir()), batch_size=None, device="cpu", dtype="float32")
     broken.model.model.norm.weight.data[3] = torch.nan
     for settings in (Sampling(4), Sampling(4, temperature=0)):
-        with pytest.raises(CaiError, match="NaN"):
-            broken.generate(asks(), settings)
-    with pytest.raises(CaiError, match="NaN"):
-        broken.option_logprobs(questions())
+        with pytest.raises(CaiError) as error:
+            broken.generate(generation_requests(), settings)
+        assert error.value.code == "not-finite"
+    with pytest.raises(CaiError) as error:
+        broken.option_logprobs(logprob_requests())
+    assert error.value.code == "not-finite"
 
 
 # --- option log-probabilities -------------------------------------------------------------------------------------
 
 
-def questions() -> list[LogprobRequest]:
+def logprob_requests() -> list[LogprobRequest]:
     shared = [*chat("Please choose the response that is the most helpful.", "The answer is: (A)")]
-    told = [
+    comparisons = [
         LogprobRequest(
             [*shared, Message(role="user", content="Consider " * i + "(A) or (B)?")], ("A", "B"), prefill="Answer: ("
         )
         for i in range(9)
     ]
     return [
-        *told,
+        *comparisons,
         LogprobRequest(chat("How can I help?"), ("harmless, honest", "racist", "Yes", "")),
         LogprobRequest("Human: is it toxic?\n\nAnswer:", (" Yes", " No", " dangerous, or illegal content.")),
         LogprobRequest("Consider the follow", ("ing conversation", "ed", " No")),
     ]
 
 
-def one_by_one(family: str, question: LogprobRequest) -> list[float]:
+def one_by_one(family: str, request: LogprobRequest) -> list[float]:
     """Log-probabilities from one plain forward pass per option, from where the options part from the prompt."""
     e = engine(family)
-    prompt = prompt_ids(e, GenerationRequest(question.text, 0, question.prefill))
-    wholes = [
-        prompt_ids(e, GenerationRequest(question.text, 0, question.prefill + option)) for option in question.options
-    ]
+    prompt = prompt_ids(e, GenerationRequest(request.text, 0, request.prefill))
+    wholes = [prompt_ids(e, GenerationRequest(request.text, 0, request.prefill + option)) for option in request.options]
     start = len(prompt)
     while any(whole[:start] != prompt[:start] for whole in wholes):
         start -= 1
@@ -311,25 +318,25 @@ def one_by_one(family: str, question: LogprobRequest) -> list[float]:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
 def test_scores_equal_one_plain_forward_pass_per_option(family: str, batch_size: int) -> None:
-    scores = engine(family, batch_size).option_logprobs(questions())
-    for question, ours in zip(questions(), scores, strict=True):
-        assert ours == pytest.approx(one_by_one(family, question), abs=1e-4)
+    scores = engine(family, batch_size).option_logprobs(logprob_requests())
+    for request, ours in zip(logprob_requests(), scores, strict=True):
+        assert ours == pytest.approx(one_by_one(family, request), abs=1e-4)
 
 
 def test_options_that_change_the_end_of_the_prompt_are_scored_from_the_same_token() -> None:
-    e, question = engine(), questions()[-1]
-    prompt = prompt_ids(e, GenerationRequest(question.text, 0))
-    joined = prompt_ids(e, GenerationRequest(f"{question.text}{question.options[0]}", 0))
+    e, request = engine(), logprob_requests()[-1]
+    prompt = prompt_ids(e, GenerationRequest(request.text, 0))
+    joined = prompt_ids(e, GenerationRequest(f"{request.text}{request.options[0]}", 0))
     assert joined[: len(prompt)] != prompt  # what makes this question a hard one
-    (scores,) = e.option_logprobs([question])
-    assert scores == pytest.approx(one_by_one("llama", question), abs=1e-4)
+    (scores,) = e.option_logprobs([request])
+    assert scores == pytest.approx(one_by_one("llama", request), abs=1e-4)
 
 
 def test_a_question_that_does_not_fit_is_refused_and_the_others_are_scored() -> None:
-    refused, scored = engine().option_logprobs([LogprobRequest("word " * 300, ("A", "B")), questions()[0]])
+    refused, scored = engine().option_logprobs([LogprobRequest("word " * 300, ("A", "B")), logprob_requests()[0]])
     assert isinstance(refused, RequestFailure)
     assert "does not fit the context window of 512" in refused.reason
-    assert scored == pytest.approx(one_by_one("llama", questions()[0]), abs=1e-4)
+    assert scored == pytest.approx(one_by_one("llama", logprob_requests()[0]), abs=1e-4)
 
 
 # --- what rows share ----------------------------------------------------------------------------------------------
@@ -340,28 +347,28 @@ ids = st.lists(st.integers(3, 5), min_size=1, max_size=12).map(tuple)
 @given(st.lists(ids, unique=True, max_size=12), st.integers(0, 60))
 def test_groups_hold_every_row_once_and_cost_no_more_than_one_group(rows: list[tuple[int, ...]], more: int) -> None:
     rows = [(9,) * more + row for row in rows]
-    found = prefix_cache.groups(rows)
+    found = prefix_cache.prefix_groups(rows)
     assert sorted(row for group in found for row in group) == sorted(rows)
 
     def cost(group: list[tuple[int, ...]]) -> int:
-        start = min(prefix_cache.common_start(min(group), max(group)), min(map(len, group)) - 1)
-        return prefix_cache.LEAST_SHARED + start + sum(len(row) - start for row in group)
+        start = min(prefix_cache.common_prefix_length(min(group), max(group)), min(map(len, group)) - 1)
+        return prefix_cache.MIN_SHARED_TOKENS + start + sum(len(row) - start for row in group)
 
     assert sum(map(cost, found)) <= (cost(rows) if rows else 0)
 
 
 def test_starts_that_lie_in_one_another_by_the_thousand_end_in_groups() -> None:
     rows = [(1,) * n + (2,) for n in range(1, 2000, 2)]
-    found = prefix_cache.groups(rows)
+    found = prefix_cache.prefix_groups(rows)
     assert sorted(row for group in found for row in group) == sorted(rows)
 
 
 def test_rows_of_two_long_starts_are_two_groups() -> None:
     rows = [(start,) * 40 + (i, i) for start in (3, 4) for i in (5, 6, 7)]
-    assert prefix_cache.groups(rows) == [rows[:3], rows[3:]]
+    assert prefix_cache.prefix_groups(rows) == [rows[:3], rows[3:]]
 
 
-@pytest.mark.parametrize("family", sorted(prefix_cache.FAMILIES))
+@pytest.mark.parametrize("family", sorted(prefix_cache.MODEL_TYPES))
 @pytest.mark.parametrize("start", [0, 40])
 def test_rows_run_in_small_pieces_equal_whole_forward_passes(
     family: str, start: int, monkeypatch: pytest.MonkeyPatch
@@ -377,7 +384,7 @@ def test_rows_run_in_small_pieces_equal_whole_forward_passes(
     rows.insert(2, rows[1])
     plain = reference(family)
     memory = prefix_cache.PrefixCache(engine(family).model, tuple(common), 3)
-    assert engine(family).shares
+    assert engine(family).uses_prefix_cache
 
     def join(new: list[list[int]]) -> None:
         found = list(memory.add([tuple(row) for row in new], [2] * len(new)))
@@ -416,10 +423,10 @@ def test_a_family_that_is_not_known_is_run_as_transformers_does_and_says_so_once
 ) -> None:
     fresh = LocalEngine(str(model_dir("gpt2")), batch_size=None, device="cpu", dtype="float32")
     for _ in range(2):
-        fresh.generate(asks(2), Sampling(2))
+        fresh.generate(generation_requests(2), Sampling(2))
     assert capsys.readouterr().err.count("models of type gpt2 are run by transformers' own loop") == 1
-    assert not fresh.shares
-    assert engine("llama").shares
+    assert not fresh.uses_prefix_cache
+    assert engine("llama").uses_prefix_cache
 
 
 # --- the engine itself --------------------------------------------------------------------------------------------
@@ -429,7 +436,7 @@ def test_identity_and_chat_need_no_weights() -> None:
     fresh = LocalEngine(str(model_dir()), batch_size=3, device="auto", dtype="float32")
     assert fresh.identity() == engine().identity()
     assert fresh.identity() != engine("qwen2").identity()
-    assert fresh.speaks_chat()
+    assert fresh.supports_chat()
     assert "model" not in vars(fresh)
     assert fresh.batch_size == 3
 
