@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cai_cli.data.schema import Kind, ModelComparison
+from cai_cli.data.evaluation_schema import ModelComparison
+from cai_cli.data.schema import Kind
 from cai_cli.metrics.elo import Tournament
 from cai_cli.metrics.intervals import wilson
 from cai_cli.prompting.base import assistant, user
