@@ -20,6 +20,7 @@ from cai_cli import __version__
 from cai_cli.cli.app import build_app
 from cai_cli.metrics.intervals import wilson
 from cai_cli.pipeline.plan import plan
+from cai_cli.pipeline.registry import STAGES
 from cai_cli.pipeline.run_file import load_run
 
 ROOT = Path(__file__).parents[2]
@@ -161,6 +162,7 @@ def test_the_files_that_the_pages_name_exist() -> None:
 
 def test_the_commands_and_options_that_the_pages_name_exist() -> None:
     options = {o for command in CLI.values() for p in command.params for o in (*p.opts, *p.secondary_opts)}
+    options |= {f"--{name}" for stage in STAGES.values() for name in stage.config.option_names()}  # old names too
     for page in PAGES:
         for span in spans(page):
             if re.match(r"cai [a-z]", span):
