@@ -157,7 +157,7 @@ def rl_metrics(rng: random.Random) -> list[Json]:
                 "step": step, "loss": rng.gauss(0, 0.05), "learning_rate": 1e-6, "grad_norm": 1 + rng.random(),
                 "reward": step / 60 + rng.gauss(0, 0.1), "reward_std": 0.3, "shaped_reward": step / 70 + rng.gauss(0, 0.1),
                 "kl": step / 40 + rng.random() * 0.1, "entropy": 2 - step / 100, "reply_tokens": 60 + step, "cut_off_share": 0.1,
-                "watch_score": (0.5 - (step - 30) ** 2 / 3000) if watched else None,
+                "monitor_score": (0.5 - (step - 30) ** 2 / 3000) if watched else None,
                 "boilerplate_share": step / 90 if watched else None,
                 "goodhart": "the watcher falls while the score rises" if step == 50 else None,
             }

@@ -108,7 +108,7 @@ def _own_row_as_prompt(value: dict[str, Any], source: str, kind: Kind | None) ->
     """One of our own later rows (Sample, Critique, Revision, Preference, PolicySample): its prompt again."""
     row_type: type[Sample | Preference] = Preference
     if "score" in value:
-        row_type = PolicySample if "watch_score" in value else Scored
+        row_type = PolicySample if value.keys() & {"monitor_score", "watch_score"} else Scored
     elif "votes" not in value:
         row_type = Critique if "critique" in value else Revision if "history" in value else Sample
     row = load_row(row_type, value)

@@ -8,9 +8,10 @@ import hashlib
 from typing import Any, Literal, Self, TypeVar
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cai_cli.common.errors import RowError
+from cai_cli.common.legacy import old_names
 
 R = TypeVar("R", bound="Row")
 Role = Literal["system", "user", "assistant"]
@@ -158,11 +159,11 @@ class Scored(Sample):
 
 class PolicySample(Scored):
     """A scored reply of the policy that `cai rl` trains, to a held-out prompt after `step` steps (0: before any).
-    `watch_score`: what the watcher gave it, null without one."""
+    `monitor_score`: the score of the monitor model, null without one (`watch_score` in files of version 0.1.0)."""
 
     step: int = Field(ge=0)
     reply_tokens: int = Field(ge=0)
-    watch_score: float | None
+    monitor_score: float | None = Field(validation_alias=AliasChoices("monitor_score", *old_names("monitor_score")))
 
     @property
     def key(self) -> str:

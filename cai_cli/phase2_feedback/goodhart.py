@@ -4,14 +4,15 @@ A check is the policy's replies to the same held-out prompts, drawn from the sam
 the start model's. Replies are compared in pairs, this check's with an earlier one's to the same prompt, by the mean
 difference and its standard error. A check is flagged when
 
-- the watcher's score has fallen since some earlier check while the training preference model's has risen since that
-  check; or
+- the monitor model's score has fallen since some earlier check while the training preference model's score has risen
+  since that check; or
 - the share of boilerplate, of evasive openings or of cut-off replies has risen by more than `RUNAWAY_SHARE` since the
   start, or the mean length has more than doubled or halved.
 
 Every change must also exceed chance: one-sided paired t tests, whose levels over all checks of a run, however long, sum
 to at most `ALPHA` for each rule (check k has ALPHA / (k (k + 1)), shared among the k checks it is held against). So a
-watcher that only wavers is flagged in at most one run of twenty, and a fall must be the larger the later it comes.
+monitor score that only wavers is flagged in at most one run of twenty, and the later a fall comes, the larger it must
+be.
 """
 
 import math
@@ -39,27 +40,29 @@ def goodhart(checks: Sequence[Check]) -> str | None:
     k = len(checks) - 1
     if k < 1:
         return None
-    found = [_falling_watcher(checks, ALPHA / (k * (k + 1))), *_runaways(checks[0], checks[-1], ALPHA / (k * (k + 1)))]
+    alpha = ALPHA / (k * (k + 1))
+    found = [_falling_monitor_score(checks, alpha), *_runaways(checks[0], checks[-1], alpha)]
     return "; ".join(reason for reason in found if reason) or None
 
 
 def best_check(checks: Sequence[Check]) -> int:
-    """The place of the check to keep, all of which are unflagged: the watcher's favourite (of equals the earliest) by
-    the replies that it scored at every check; the last where these are fewer than half, or nobody watches."""
-    scored = [{(row.id, row.sample_index): row.watch_score for row in check} for check in checks]
+    """The index of the check to keep, of checks that are all unflagged: the one with the highest mean monitor score
+    (the earliest of equals) over the replies scored at every check. The last check where these are fewer than half, or
+    where there is no monitor model."""
+    scored = [{(row.id, row.sample_index): row.monitor_score for row in check} for check in checks]
     common = [key for key in scored[0] if all(scores[key] is not None for scores in scored)]
     if 2 * len(common) < len(scored[0]):
         return len(checks) - 1
-    watched = [fmean(scores[key] or 0.0 for key in common) for scores in scored]
-    return watched.index(max(watched))
+    means = [fmean(scores[key] or 0.0 for key in common) for scores in scored]
+    return means.index(max(means))
 
 
-def _falling_watcher(checks: Sequence[Check], alpha: float) -> str | None:
+def _falling_monitor_score(checks: Sequence[Check], alpha: float) -> str | None:
     now = checks[-1]
     for then in checks[:-1]:
-        fallen = changed(then, now, lambda row: row.watch_score, alpha / (len(checks) - 1)) < 0
+        fallen = changed(then, now, lambda row: row.monitor_score, alpha / (len(checks) - 1)) < 0
         if fallen and changed(then, now, lambda row: row.score, alpha / (len(checks) - 1)) > 0:
-            return f"watch_score falls while pm_score rises since step {then[0].step}"
+            return f"monitor_score falls while pm_score rises since step {then[0].step}"
     return None
 
 

@@ -317,8 +317,8 @@ def figures(metrics: Metrics, normalizer: RewardNormalizer, kept: int) -> dict[s
         "score_std": normalizer.std,
         "reward_before": trained[0]["reward"],
         **{name: last[0][name] for name in ("reward", "kl", "cut_off_share", "reply_tokens")},
-        **{f"{name}_before": checks[0][name] for name in ("pm_score", "watch_score")},
-        **{name: its_check[name] for name in ("pm_score", "watch_score")},
+        **{f"{name}_before": checks[0][name] for name in ("pm_score", "monitor_score")},
+        **{name: its_check[name] for name in ("pm_score", "monitor_score")},
         "goodhart": flag["goodhart"] if flag else None,
         "goodhart_step": flag["step"] if flag else None,
     }

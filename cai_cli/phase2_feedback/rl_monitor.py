@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 CHECK_COLUMNS = (
     "pm_score",
-    "watch_score",
+    "monitor_score",
     "held_out_kl",
     "held_out_entropy",
     "held_out_reply_tokens",
@@ -119,7 +119,7 @@ class Monitor:
         self.rows += rows
         return {
             "pm_score": self.normalizer(fmean(row.score for row in rows)),
-            "watch_score": mean_of(rows, lambda row: row.watch_score),
+            "monitor_score": mean_of(rows, lambda row: row.monitor_score),
             "held_out_kl": kl,
             "held_out_entropy": entropy,
             "held_out_reply_tokens": fmean(row.reply_tokens for row in rows),
@@ -150,7 +150,7 @@ class Monitor:
         starts = [row.reply for row in self.rows if row.step == 0] or texts
         watched = self.monitor_score_of(prompts, texts, starts) if self.monitor_score_of else [None] * len(texts)
         if self.monitor_score_of and (silent := watched.count(None)):
-            console.warn(f"rl: step {step:,}: the watcher gave no score to {silent:,} of {len(texts):,} replies")
+            console.warn(f"rl: step {step:,}: the monitor model gave no score to {silent:,} of {len(texts):,} replies")
         return [
             PolicySample(
                 **dict(prompt),
@@ -160,9 +160,9 @@ class Monitor:
                 step=step,
                 reply_tokens=reply.new_tokens,
                 score=score,
-                watch_score=watch_score,
+                monitor_score=monitor_score,
             )
-            for (prompt, index, reply), score, watch_score in zip(
+            for (prompt, index, reply), score, monitor_score in zip(
                 replies, self.score(prompts, texts), watched, strict=True
             )
         ]

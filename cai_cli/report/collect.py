@@ -14,6 +14,7 @@ import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cai_cli.common.errors import CaiError
+from cai_cli.common.legacy import metrics_row
 from cai_cli.constitution.usage import option
 from cai_cli.data.jsonl import read_rows, rows_of
 from cai_cli.data.schema import Rejected, Row
@@ -182,8 +183,8 @@ class RunFiles:
         rows = []
         for number, line in enumerate(path.read_bytes().splitlines(), start=1):
             try:
-                rows.append(dict(orjson.loads(line)))
-            except (ValueError, TypeError):
+                rows.append(metrics_row(orjson.loads(line)))
+            except (ValueError, TypeError, AttributeError):
                 if step.status == "done":
                     self.problems.append(f"{path}:{number}: not a row of metrics; it is left out")
         return rows

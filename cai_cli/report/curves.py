@@ -10,7 +10,7 @@ from cai_cli.report.collect import StepFiles
 TITLES = {
     "reward": "Preference model's score",
     "pm_score": "Preference model's score on held-out prompts",
-    "watch_score": "Score of the watcher, which training never sees",
+    "monitor_score": "Score of the monitor model, which training never uses",
     "kl": "KL from the start model (nats)",
     "reply_tokens": "Length of replies (tokens)",
     "cut_off_share": "Share of replies cut off",

@@ -7,6 +7,7 @@ from typing import Any
 
 import orjson
 
+from cai_cli.common.legacy import metrics_row
 from cai_cli.data.jsonl import cut_torn_tail
 from cai_cli.training import distributed
 
@@ -23,7 +24,7 @@ class Metrics:
         if not self.path.exists():
             return []
         cut_torn_tail(self.path)
-        return [orjson.loads(line) for line in self.path.read_bytes().splitlines()]
+        return [metrics_row(orjson.loads(line)) for line in self.path.read_bytes().splitlines()]
 
     def at(self, step: int) -> dict[str, Any] | None:
         return next((row for row in self.rows if row["step"] == step), None)
