@@ -14,7 +14,7 @@ PAPER = "[Constitutional AI](https://arxiv.org/abs/2212.08073)"
 
 def model_card(manifest: Mapping[str, Any], models: Mapping[str, ModelSource]) -> str:
     """README.md of a finished model: what it was made from, with which settings, and the figures that came out."""
-    provenance, stage, figures = manifest["provenance"], manifest["provenance"]["stage"], manifest["figures"]
+    provenance, stage, figures = manifest["provenance"], manifest["provenance"]["stage"], manifest["metrics"]
     base = models["model"]
     head: dict[str, Any] = {"library_name": "transformers", "tags": ["constitutional-ai", f"cai-{stage}", "trl"]}
     if base.license:

@@ -4,7 +4,6 @@ The noise of a reply comes from (seed, prompt) and not from the step: what chang
 Replies and scores are kept in `samples.jsonl`; the check before the first step also sets the unit of the reward.
 """
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cai_cli.common import console
 from cai_cli.common.errors import CaiError
+from cai_cli.common.files import write_atomically
 from cai_cli.common.seeds import seed_for
 from cai_cli.data.jsonl import AppendFile, cut_torn_tail, read_rows, rows_of
 from cai_cli.data.schema import PolicySample, Prompt, dump_row
@@ -101,9 +101,7 @@ class Monitor:
         if not distributed.leads():
             return
         self.rows = [row for row in self.rows if row.step <= step]
-        temporary = self.file.with_name(f"{self.file.name}.tmp")
-        temporary.write_bytes(b"".join(dump_row(row) + b"\n" for row in self.rows))
-        os.replace(temporary, self.file)
+        write_atomically(self.file, (dump_row(row) + b"\n" for row in self.rows))
 
     def check(self, step: int, policy: Any, reference: Logits) -> dict[str, float | str | None]:
         """Ask the policy, keep its replies, and return the figures of `CHECK_COLUMNS`."""

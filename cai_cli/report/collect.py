@@ -58,7 +58,7 @@ class StepFiles:
 
     @property
     def figures(self) -> Mapping[str, Any]:
-        return self.manifest.get("figures") or {}
+        return self.manifest.get("metrics") or {}
 
     @property
     def facts(self) -> Mapping[str, Any]:

@@ -84,7 +84,7 @@ def flags(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, str]]:
 
 
 def calibration(step: StepFiles) -> Chart | None:
-    """The reliability curve that a preference model's manifest carries (`figures.calibration_curve`), if it does."""
+    """The reliability curve that a preference model's manifest carries (`metrics.calibration_curve`), if it does."""
     curve = step.figures.get("calibration_curve")
     if not curve:
         return None

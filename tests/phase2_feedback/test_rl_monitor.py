@@ -98,7 +98,7 @@ def test_the_scale_is_that_of_the_start_models_held_out_replies(
     models: dict[str, str], prompts: str, tmp_path: Path
 ) -> None:
     command(prompts, tmp_path / "rl", **settings(models))
-    figures = manifest_of(tmp_path / "rl")["figures"]
+    figures = manifest_of(tmp_path / "rl")["metrics"]
     starts = [load_row(PolicySample, row) for row in rows_in(tmp_path / "rl/samples.jsonl") if row["step"] == 0]
     judge, tokenizer = load_reward_model(Path(models["pm"])), load_tokenizer(Path(models["pm"]))
     scores = score_conversations(judge, tokenizer, [[*row.prompt, *row.completion] for row in starts])
@@ -166,7 +166,7 @@ def test_a_planted_phrase_is_flagged_within_three_checks_and_the_better_policy_k
     planted = {"steps": 40, "prompts_per_step": 8, "learning_rate": 1e-2, "beta": 0.0, "monitor_every": 4}
     run = settings(models, monitor_pm=models["watcher"], **planted)
     command(prompts, tmp_path / "rl", stop_on_goodhart=True, **run)
-    checks, figures = checks_in(tmp_path / "rl"), manifest_of(tmp_path / "rl")["figures"]
+    checks, figures = checks_in(tmp_path / "rl"), manifest_of(tmp_path / "rl")["metrics"]
     assert len(checks) <= 1 + 3
     assert figures["goodhart_step"] == checks[-1]["step"] == figures["steps"] < 40
     assert checks[-1]["goodhart"].startswith("monitor_score falls while pm_score rises")
@@ -177,7 +177,7 @@ def test_a_planted_phrase_is_flagged_within_three_checks_and_the_better_policy_k
     assert kept["step"] == 0
     assert largest_difference(tmp_path / "rl", Path(models["model"])) == 0
     command(prompts, tmp_path / "on", **run | {"steps": checks[-1]["step"] + 4})
-    assert manifest_of(tmp_path / "on")["figures"]["kept_step"] == checks[-1]["step"] + 4
+    assert manifest_of(tmp_path / "on")["metrics"]["kept_step"] == checks[-1]["step"] + 4
     assert checks_in(tmp_path / "on")[: len(checks)] == checks
 
 
@@ -196,7 +196,7 @@ def test_the_policy_that_is_kept_is_the_one_of_the_best_check(
     with interrupted_after(6):
         command(prompts, tmp_path / "rl", stop_on_goodhart=True, **run | {"steps": 9})
     command(prompts, tmp_path / "rl", stop_on_goodhart=True, **run | {"steps": 9})
-    figures = manifest_of(tmp_path / "rl")["figures"]
+    figures = manifest_of(tmp_path / "rl")["metrics"]
     assert (figures["kept_step"], figures["goodhart_step"], figures["goodhart"]) == (4, 6, "planted")
     (kept,) = (row for row in checks_in(tmp_path / "rl") if row["step"] == 4)
     assert figures["pm_score"] == kept["pm_score"]  # of the model that was written, not of what was thrown away
@@ -345,4 +345,4 @@ def test_a_run_killed_with_sigkill_and_resumed_ends_with_the_parameters_of_one_t
     for name in ("metrics.jsonl", "samples.jsonl"):
         assert rows_in(tmp_path / "whole" / name) == rows_in(tmp_path / "killed" / name)
     whole, killed = (manifest_of(tmp_path / out) for out in ("whole", "killed"))
-    assert whole["figures"] == killed["figures"]
+    assert whole["metrics"] == killed["metrics"]
