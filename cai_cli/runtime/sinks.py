@@ -174,7 +174,7 @@ class FileSink:
                 new.append(WorkItemRecord(key=item.key, line=item.line, digest=digest))
             elif recorded != digest:
                 raise CaiError(
-                    f"line {item.line}: the content of {item.key!r} has changed since {self.partial.path} was started",
+                    f"line {item.line}: {item.key!r} has changed since {self.partial.path} was started",
                     hint="the input has changed; --overwrite starts from scratch",
                     code="input-changed",
                 )

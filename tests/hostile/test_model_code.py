@@ -156,7 +156,7 @@ def test_a_chat_template_reaches_nothing_and_its_failures_are_those_of_rows(
     (stranger / "chat_template.jinja").write_text(template.replace("TRACE", repr(str(trace))))
     done = cai(*words("sample"))
     assert "Traceback" not in done.stderr
-    assert done.code == 0
+    assert (done.code, "all 4 rows were rejected" in done.stderr) == (1, True)
     rejected = (stranger.parent / "out.rejected.jsonl").read_text()
     assert rejected.count('"reason":"the chat template ') == 4
     assert "root:" not in rejected
