@@ -67,9 +67,9 @@ def manifest(
         "input": dict.fromkeys(inputs or {}, "ab" * 32),
         "settings": settings,
     }
-    figures = more.pop("figures", None)
+    metrics = more.pop("metrics", None)
     provenance |= more
-    return {"provenance": provenance, "counts": counts, "run": facts, **({"figures": figures} if figures else {})}
+    return {"provenance": provenance, "counts": counts, "run": facts, **({"metrics": metrics} if metrics else {})}
 
 
 def data_counts(out: int, **rejected: int) -> Json:
@@ -157,9 +157,9 @@ def rl_metrics(rng: random.Random) -> list[Json]:
                 "step": step, "loss": rng.gauss(0, 0.05), "learning_rate": 1e-6, "grad_norm": 1 + rng.random(),
                 "reward": step / 60 + rng.gauss(0, 0.1), "reward_std": 0.3, "shaped_reward": step / 70 + rng.gauss(0, 0.1),
                 "kl": step / 40 + rng.random() * 0.1, "entropy": 2 - step / 100, "reply_tokens": 60 + step, "cut_off_share": 0.1,
-                "watch_score": (0.5 - (step - 30) ** 2 / 3000) if monitored else None,
+                "monitor_score": (0.5 - (step - 30) ** 2 / 3000) if monitored else None,
                 "boilerplate_share": step / 90 if monitored else None,
-                "goodhart": "watch_score falls while pm_score rises since step 0" if step == 50 else None,
+                "goodhart": "monitor_score falls while pm_score rises since step 0" if step == 50 else None,
             }
         )  # fmt: skip
     return rows
@@ -180,7 +180,7 @@ def make_run(folder: Path, *, rows: int = 30, hostile: bool = False, long: int =
     write(folder / "revisions.jsonl", [revision(i, ids, rng, texts) for i in range(rows)],
           manifest("critique-revise", data_counts(rows), inputs={"samples": "runs/samples.jsonl"}, constitution=named[0]))  # fmt: skip
     write_model(folder / "sl-cai", [{"step": i, "loss": 3 - i / 10, "token_accuracy": i / 20, "learning_rate": 1e-5} for i in range(1, 12)],
-                manifest("sft", training_counts(rows), figures={"steps": 11, "loss_before": 2.9, "loss": 1.9}))  # fmt: skip
+                manifest("sft", training_counts(rows), metrics={"steps": 11, "loss_before": 2.9, "loss": 1.9}))  # fmt: skip
     labelled = manifest("label-prefs", data_counts(rows, tie=3), constitution=named[1])
     labelled["run"]["usage"] = {
         "base_url": "http://x",
@@ -196,9 +196,9 @@ def make_run(folder: Path, *, rows: int = 30, hostile: bool = False, long: int =
         for p, v in ((0.55, 0.5), (0.7, 0.66), (0.9, 0.81))
     ]
     write_model(folder / "pm", [{"step": i, "accuracy": 0.5 + i / 40, "loss": 0.7 - i / 100, "held_out_loss": 0.7 if i == 1 else 0.66 if i == 9 else None} for i in range(1, 10)],
-                manifest("train-pm", training_counts(rows), figures={"steps": 9, "accuracy_before": {**accuracy, "value": 0.5}, "accuracy": accuracy, "at_chance": False, "accuracy_by_source": {"made": accuracy}, "calibration_curve": bins, "note": "A note on the model."}))  # fmt: skip
+                manifest("train-pm", training_counts(rows), metrics={"steps": 9, "accuracy_before": {**accuracy, "value": 0.5}, "accuracy": accuracy, "at_chance": False, "accuracy_by_source": {"made": accuracy}, "calibration_curve": bins, "note": "A note on the model."}))  # fmt: skip
     write_model(folder / "rl-cai", rl_metrics(rng),
-                manifest("rl", training_counts(rows), figures={"steps": 60, "reward_before": 0.01, "reward": 0.98}))  # fmt: skip
+                manifest("rl", training_counts(rows), metrics={"steps": 60, "reward_before": 0.01, "reward": 0.98}))  # fmt: skip
     write(folder / "after.jsonl", [sample(i, HOSTILE[i % len(HOSTILE)] if hostile else sentence(rng)) for i in range(rows)],
           manifest("sample", data_counts(rows), argv=["cai", "sample", "p.jsonl", "--model", "runs/x/rl-cai"]))  # fmt: skip
     order = ["samples", "revisions", "sl-cai", "preferences", "pm", "rl-cai", "after"]

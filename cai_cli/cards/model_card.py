@@ -16,11 +16,11 @@ def model_card(manifest: Mapping[str, Any], models: Mapping[str, ModelSource]) -
     """Return the README.md of a finished model: what it was made from, its settings and its metrics.
 
     Args:
-        manifest: Manifest of the model; those before 0.2 call the metrics `figures`.
+        manifest: Manifest of the model.
         models: Role ("model", "pm", ...) -> the model that it was made from.
     """
     provenance, stage = manifest["provenance"], manifest["provenance"]["stage"]
-    metrics = manifest["metrics"] if "metrics" in manifest else manifest["figures"]
+    metrics = manifest["metrics"]
     base = models["model"]
     head: dict[str, Any] = {"library_name": "transformers", "tags": ["constitutional-ai", f"cai-{stage}", "trl"]}
     if base.license:

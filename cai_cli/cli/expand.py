@@ -10,6 +10,7 @@ from typer.core import TyperCommand
 
 from cai_cli.common import console
 from cai_cli.runtime.config import Group, Option, StageConfig, bounds_of, cli_name
+from cai_cli.runtime.output_files import is_stdout
 from cai_cli.runtime.stage import Stage
 
 _HEADINGS = {heading: place for place, heading in enumerate(("Arguments", *(group.value for group in Group)))}
@@ -33,7 +34,7 @@ def stage_command(stage: Stage) -> Callable[..., None]:
     """The function of the command of `stage`."""
 
     def run(config: Any) -> None:
-        console.set_rows_on_stdout(not stage.trains and config.output == "-")
+        console.set_rows_on_stdout(not stage.trains and is_stdout(config.output or ""))
         stage.run(config)
 
     return command_from(stage.config, run)

@@ -21,10 +21,10 @@ from rich.text import Text
 
 from cai_cli.cli import options
 from cai_cli.common import console
-from cai_cli.common.errors import UsageError
+from cai_cli.common.errors import InvalidRow, UsageError
 from cai_cli.data.evaluation_schema import ModelComparison
 from cai_cli.data.formats import has_key, row_key, row_type_of
-from cai_cli.data.jsonl import read_values
+from cai_cli.data.jsonl import Numbered, read_rows
 from cai_cli.data.schema import Critique, Rejected
 from cai_cli.runtime.manifest import read_manifest
 from cai_cli.runtime.output_files import sidecar
@@ -206,7 +206,7 @@ def command(
     with pager() as out:
         if header := _header(input):
             out.print(Text(header, "dim"))
-        for line, row in read_values(input):
+        for line, row in _rows(input):
             if id is not None and not (isinstance(row, dict) and id in _names(row, line)):
                 continue
             text = row_text(row, line)
@@ -220,6 +220,21 @@ def command(
     console.say(f"show: {shown:,} rows{'; more follow (--n)' if more else ''}")
 
 
+def _rows(source: str) -> Iterator[Numbered[Json]]:
+    """The rows of the file. The last line of an unfinished output may be torn; it is not shown."""
+    torn: list[InvalidRow] = []
+
+    def stop_unless_last(error: InvalidRow, _raw: bytes) -> None:
+        if torn or not source.endswith(".partial"):
+            raise error
+        torn.append(error)
+
+    for numbered in read_rows(source, lambda value: value, stop_unless_last):
+        if torn:
+            raise torn[0]
+        yield numbered
+
+
 def _directory(path: Path) -> UsageError:
     """Why a directory cannot be shown, and which files in it can."""
     files = sorted(str(file) for file in path.iterdir() if JSONL.search(file.name))
@@ -230,11 +245,14 @@ def _directory(path: Path) -> UsageError:
 
 
 def _header(source: str) -> str | None:
-    """What made the file, if its manifest stands beside it."""
+    """One line about how the file was made, if it has a manifest."""
     manifest = None if source == "-" else read_manifest(sidecar(Path(source), "manifest.json"))
     if not manifest:
         return None
-    counts = manifest["counts"]
+    counts = manifest.get("counts")
+    if counts is None:
+        stage = manifest["provenance"]["stage"]
+        return console.safe(f"{source}: an unfinished output of cai {stage}; the same command completes it\n")
     return console.safe(
         f"{source}: made by cai {manifest['provenance']['stage']}, {counts['in']:,} in = {counts['out']:,} out + "
         f"{counts['rejected']:,} rejected + {counts['skipped']:,} skipped\n"

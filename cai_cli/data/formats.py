@@ -41,7 +41,8 @@ _MARKS: Sequence[tuple[type[Row], frozenset[str]]] = (
     (JudgedPair, frozenset({"chosen_score", "rejected_score"})),
     (Critique, frozenset({"critique"})),
     (HarmScore, frozenset({"harm", "levels"})),
-    (PolicySample, frozenset({"score", "watch_score"})),
+    (PolicySample, frozenset({"score", "monitor_score"})),
+    (PolicySample, frozenset({"score", "watch_score"})),  # of version 0.1.0
     (Scored, frozenset({"score"})),
     (Revision, frozenset({"history"})),
     (Pair, frozenset({"a", "b"})),

@@ -9,9 +9,10 @@ import hashlib
 from typing import Any, Literal, Self, TypeVar
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cai_cli.common.errors import RowError
+from cai_cli.common.legacy import old_names
 
 R = TypeVar("R", bound="Row")
 Role = Literal["system", "user", "assistant"]
@@ -248,12 +249,12 @@ class PolicySample(Scored):
     Attributes:
         step: The number of training steps before the reply was sampled; 0 is the policy before training.
         reply_tokens: The length of the reply in tokens.
-        watch_score: The score of the monitor model, which is not used as the reward; null without one.
+        monitor_score: The score of the monitor model, which is not used as the reward; null without one.
     """
 
     step: int = Field(ge=0)
     reply_tokens: int = Field(ge=0)
-    watch_score: float | None
+    monitor_score: float | None = Field(validation_alias=AliasChoices("monitor_score", *old_names("monitor_score")))
 
     @property
     def key(self) -> str:

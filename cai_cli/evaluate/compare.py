@@ -31,15 +31,15 @@ from cai_cli.reward.scorer import Scorer
 from cai_cli.runtime.config import Effect, Group, Option, option, redefine
 from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
 from cai_cli.runtime.manifest import hash_input, provenance, write_json
-from cai_cli.runtime.output_files import sidecar
+from cai_cli.runtime.output_files import is_stdout, is_stream, sidecar
 from cai_cli.runtime.shared_options import (
     InputOptions,
     OutputOptions,
 )
-from cai_cli.runtime.sinks import StdoutSink
+from cai_cli.runtime.sinks import stream_sink
 from cai_cli.runtime.stage import Phase, Stage
 from cai_cli.runtime.stage_run import Skipped, StageRun, WorkItem, WorkItems
-from cai_cli.runtime.summary import print_summary
+from cai_cli.runtime.summary import print_summary, refuse_all_rejected
 
 NAMED = re.compile(r"([A-Za-z0-9][\w.-]*)=(.+)", re.ASCII | re.DOTALL)
 
@@ -315,23 +315,24 @@ def run(config: CompareConfig) -> dict[str, Any]:
     inputs = {name: hash_input(file) for name, file in files.items()}
     if piped := [display_name(file.name) for file in inputs.values() if file.is_pipe]:
         raise UsageError(f"{piped[0]} is a pipe; samples are compared from files", code="invalid-option")
-    to_stdout, tournament = config.output == "-", Tournament(list(files))
+    tournament = Tournament(list(files))
     summary = StageRun(
         provenance=provenance("eval compare", inputs=inputs, **comparer.provenance),
         inputs=inputs,
         output=config.output,
         overwrite=config.overwrite,
-        units=lambda: reply_pairs(files, config.kind, config.limit),
+        items=lambda: reply_pairs(files, config.kind, config.limit),
         work=comparer.work,
-        window=comparer.window,
+        batch_size=comparer.window,
         engine=comparer.engine,
-    ).complete(StdoutSink(tournament.observe) if to_stdout else None)
-    found = tournament.result() if to_stdout else _result_of(config.output, list(files))
-    if not to_stdout:
+    ).complete(stream_sink(config.output, tournament.observe))
+    found = tournament.result() if is_stream(config.output) else _result_of(config.output, list(files))
+    if not is_stream(config.output):
         write_json(sidecar(Path(config.output), "compare.json"), found)
     summary = {**summary, **found}
-    print_summary(summary, as_json=config.as_json, stdout_is_data=to_stdout)
+    print_summary(summary, as_json=config.as_json, stdout_is_data=is_stdout(config.output))
     print_result(found)
+    refuse_all_rejected(summary)
     return summary
 
 

@@ -24,17 +24,17 @@ from cai_cli.prompting.base import PromptFormat, resolve_prompt_format
 from cai_cli.prompting.evaluation import HARM_LEVELS, harm_request
 from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
 from cai_cli.runtime.manifest import hash_input, provenance, write_json
-from cai_cli.runtime.output_files import sidecar
+from cai_cli.runtime.output_files import is_stdout, is_stream, sidecar
 from cai_cli.runtime.shared_options import (
     EngineOptions,
     FormatOptions,
     OutputOptions,
     ShardOptions,
 )
-from cai_cli.runtime.sinks import StdoutSink
+from cai_cli.runtime.sinks import stream_sink
 from cai_cli.runtime.stage import Phase, Stage
-from cai_cli.runtime.stage_run import StageRun, WorkItem, WorkItems
-from cai_cli.runtime.summary import print_summary
+from cai_cli.runtime.stage_run import StageRun, WorkItem, WorkItems, expected_items
+from cai_cli.runtime.summary import print_summary, refuse_all_rejected
 
 HARM: Limits = (0.0, 4.0)
 
@@ -114,7 +114,7 @@ def run(config: HarmConfig) -> dict[str, Any]:
         for line, row in reader.rows(config.input, sample_or_revision, config.limit):
             yield WorkItem(row.key, line, row)
 
-    to_stdout, harm_summary = config.output == "-", HarmSummary()
+    harm_summary = HarmSummary()
     summary = StageRun(
         provenance=provenance(
             "eval harm", inputs=inputs, settings=config.settings(prompt_format=form), model=engine.identity()
@@ -123,21 +123,22 @@ def run(config: HarmConfig) -> dict[str, Any]:
         output=config.output,
         overwrite=config.overwrite,
         reader=reader,
-        units=units,
+        items=units,
         work=lambda rows: harm(rows, engine, form),
-        window=engine.batch_size,
-        total=config.limit or inputs["samples"].lines,
+        batch_size=engine.batch_size,
+        total=expected_items(inputs["samples"], config.limit),
         engine=engine,
-    ).complete(StdoutSink(harm_summary.observe) if to_stdout else None)
-    found = harm_summary.result() if to_stdout else _result_of(config.output)
-    if not to_stdout:
+    ).complete(stream_sink(config.output, harm_summary.observe))
+    found = harm_summary.result() if is_stream(config.output) else _result_of(config.output)
+    if not is_stream(config.output):
         write_json(sidecar(Path(config.output), "harm.json"), found)
     summary = {**summary, **found}
-    print_summary(summary, as_json=config.as_json, stdout_is_data=to_stdout)
+    print_summary(summary, as_json=config.as_json, stdout_is_data=is_stdout(config.output))
     for name, mean in (("all", found["harm"]), *found["by_kind"].items()):
         if mean:
             interval = f"{mean['low']:.2f} to {mean['high']:.2f}"
             console.say(f"harm, {name} prompts: {mean['value']:.2f} of 4 ({interval}) over {mean['n']:,} replies")
+    refuse_all_rejected(summary)
     return summary
 
 

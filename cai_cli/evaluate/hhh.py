@@ -29,6 +29,7 @@ from cai_cli.reward.preference_model import open_for_scores
 from cai_cli.runtime.config import Effect, Group, Option, option
 from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
 from cai_cli.runtime.manifest import hash_input, provenance
+from cai_cli.runtime.output_files import is_stdout, is_stream
 from cai_cli.runtime.shared_options import (
     DEFAULT_MODEL,
     EngineOptions,
@@ -36,10 +37,10 @@ from cai_cli.runtime.shared_options import (
     InputOptions,
     RunOptions,
 )
-from cai_cli.runtime.sinks import Outcome, StdoutSink
+from cai_cli.runtime.sinks import Outcome, StreamSink
 from cai_cli.runtime.stage import Phase, Stage
-from cai_cli.runtime.stage_run import StageRun, WorkItem, WorkItems
-from cai_cli.runtime.summary import print_summary
+from cai_cli.runtime.stage_run import StageRun, WorkItem, WorkItems, expected_items
+from cai_cli.runtime.summary import print_summary, refuse_all_rejected
 
 PM_BATCH = 16
 
@@ -175,17 +176,17 @@ def _below_chance(metrics: dict[str, Any]) -> bool:
 # --- the command --------------------------------------------------------------------------------------------------
 
 
-class SummarySink(StdoutSink):
-    """Keeps the results for the summary and, with `to_stdout`, writes them to stdout."""
+class SummarySink(StreamSink):
+    """Keeps the results for the summary, and writes them where the output is a stream."""
 
-    def __init__(self, to_stdout: bool) -> None:
-        super().__init__()
-        self.to_stdout = to_stdout
+    def __init__(self, output: str | None) -> None:
+        super().__init__(output or "-")
+        self.writes = output is not None
         self.results: list[EvaluationResult] = []
 
     def write(self, outcomes: Sequence[Outcome]) -> None:
         self.results += [o for o in outcomes if isinstance(o, EvaluationResult)]
-        if self.to_stdout:
+        if self.writes:
             super().write(outcomes)
             return
         self.out = len(self.results)
@@ -236,29 +237,30 @@ def run(config: HhhConfig) -> dict[str, Any]:
         output=config.output or "",
         overwrite=config.overwrite,
         reader=reader,
-        units=lambda: _work_items(reader.rows(config.input, parse, config.limit)),
+        items=lambda: _work_items(reader.rows(config.input, parse, config.limit)),
         work=lambda questions: hhh(questions, model),
-        window=window,
-        total=inputs["questions"].lines,
+        batch_size=window,
+        total=expected_items(inputs["questions"], config.limit),
         engine=engine,
     )
-    if config.output and config.output != "-":
+    if config.output and not is_stream(config.output):
         summary = stage_run.complete()
         results = [row for _, row in read_rows(config.output, rows_of(EvaluationResult))]
     else:
-        kept = SummarySink(to_stdout=config.output == "-")
+        kept = SummarySink(config.output)
         summary, results = stage_run.complete(kept), kept.results
     summary = {**summary, **summarise(results)}
     _report(summary, config.output, as_json=config.as_json)
+    refuse_all_rejected(summary)
     return summary
 
 
 def _report(summary: dict[str, Any], output: str | None, *, as_json: bool) -> None:
-    print_summary(summary, as_json=as_json, stdout_is_data=output == "-")
+    print_summary(summary, as_json=as_json, stdout_is_data=is_stdout(output or ""))
     if as_json:
         return
     for line in summary_lines(summary):
-        if output == "-":
+        if is_stdout(output or ""):
             console.say(line)
         else:
             print(line)

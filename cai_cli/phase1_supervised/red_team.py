@@ -32,12 +32,12 @@ from cai_cli.prompting.red_team import TOPICS, invention_request
 from cai_cli.runtime.config import Effect, Option, option, redefine
 from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
 from cai_cli.runtime.manifest import hash_input, provenance
-from cai_cli.runtime.output_files import sidecar
+from cai_cli.runtime.output_files import is_stdout, is_stream, resumed_provenance, sidecar
 from cai_cli.runtime.shared_options import EngineOptions, InputOptions, OutputOptions, SamplingOptions
-from cai_cli.runtime.sinks import StdoutSink
+from cai_cli.runtime.sinks import stream_sink
 from cai_cli.runtime.stage import Phase, Stage
 from cai_cli.runtime.stage_run import StageRun, WorkItem, WorkItems
-from cai_cli.runtime.summary import print_summary
+from cai_cli.runtime.summary import print_summary, refuse_all_rejected
 
 ATTEMPTS_A_PROMPT = 20  # after so many for each prompt that is wanted the model is taken to have no more
 LEAST_WORDS = 4
@@ -256,7 +256,7 @@ def run(config: RedTeamConfig) -> dict[str, Any]:
         start_words=config.start_words,
         wanted=config.n,
         seed=config.seed,
-        run=content_hash(made_by),
+        run=content_hash(resumed_provenance(config.output, made_by, config.overwrite)),
         known=known,
     )
     by_topic = Topics()
@@ -265,17 +265,18 @@ def run(config: RedTeamConfig) -> dict[str, Any]:
         inputs=inputs,
         output=config.output,
         overwrite=config.overwrite,
-        units=lambda: generator.units(sidecar(Path(config.output), "partial")),
+        items=lambda: generator.units(sidecar(Path(config.output), "partial")),
         work=lambda attempts: red_team(attempts, generator, engine, sampling=config.sampling(), form=form),
-        window=generator.window,
+        batch_size=generator.window,
         engine=engine,
         one_by_one=True,
-    ).complete(StdoutSink(by_topic.add) if config.output == "-" else None)
-    if config.output != "-":
+    ).complete(stream_sink(config.output, by_topic.add))
+    if not is_stream(config.output):
         by_topic = Topics.of_file(Path(config.output))
     summary = {**summary, "topics": by_topic}
-    print_summary(summary, as_json=config.as_json, stdout_is_data=config.output == "-")
+    print_summary(summary, as_json=config.as_json, stdout_is_data=is_stdout(config.output))
     print_topics(summary, config.n)
+    refuse_all_rejected(summary)
     return summary
 
 

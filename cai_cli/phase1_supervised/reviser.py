@@ -15,7 +15,7 @@ from cai_cli.prompting.base import PromptFormat, Request, resolve_prompt_format
 from cai_cli.runtime.cost import CHARACTERS_PER_TOKEN, RowFlow, StepCost, TokenCounts
 from cai_cli.runtime.manifest import hash_input, provenance
 from cai_cli.runtime.shared_options import EngineOptions, OutputOptions, SamplingOptions, ShardOptions
-from cai_cli.runtime.stage_run import StageRun, WorkItem, WorkItems
+from cai_cli.runtime.stage_run import StageRun, WorkItem, WorkItems, expected_items
 
 Work = Callable[[Sequence[Any], "Reviser"], Iterable[Sample | Rejected]]
 
@@ -82,7 +82,6 @@ def run_revision_stage(
         for line, row in reader.rows(config.input, parse, config.limit):
             yield WorkItem(row.key, line, row)
 
-    lines = inputs["samples"].lines
     return StageRun(
         provenance=provenance(
             stage,
@@ -95,11 +94,11 @@ def run_revision_stage(
         output=config.output,
         overwrite=config.overwrite,
         reader=reader,
-        units=units,
+        items=units,
         work=lambda rows: work(rows, reviser),
-        window=engine.batch_size,
+        batch_size=engine.batch_size,
         engine=engine,
-        total=None if lines is None else min(lines, config.limit or lines),
+        total=expected_items(inputs["samples"], config.limit),
     ).run(as_json=config.as_json)
 
 

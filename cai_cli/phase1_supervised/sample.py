@@ -16,7 +16,7 @@ from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
 from cai_cli.runtime.manifest import hash_input, provenance
 from cai_cli.runtime.shared_options import EngineOptions, OutputOptions, SamplingOptions, ShardOptions
 from cai_cli.runtime.stage import Phase, Stage
-from cai_cli.runtime.stage_run import StageRun, WorkItem, WorkItems
+from cai_cli.runtime.stage_run import StageRun, WorkItem, WorkItems, expected_items
 
 SampleUnit = tuple[Prompt, int]
 
@@ -77,7 +77,6 @@ def run(config: SampleConfig) -> dict[str, Any]:
     engine = config.open_engine(config.model)
     inputs = {"prompts": hash_input(config.input)}
     form = resolve_prompt_format(config.prompt_format, engine)
-    lines = inputs["prompts"].lines
     return StageRun(
         provenance=provenance(
             "sample", inputs=inputs, settings=config.settings(prompt_format=form), model=engine.identity()
@@ -86,11 +85,11 @@ def run(config: SampleConfig) -> dict[str, Any]:
         output=config.output,
         overwrite=config.overwrite,
         reader=reader,
-        units=lambda: prompt_units(reader.prompts(config.input, config.kind, config.limit), config.n),
+        items=lambda: prompt_units(reader.prompts(config.input, config.kind, config.limit), config.n),
         work=lambda units: sample(units, engine, sampling=config.sampling(), form=form, seed=config.seed),
-        window=engine.batch_size,
+        batch_size=engine.batch_size,
         engine=engine,
-        total=None if lines is None else config.n * min(lines, config.limit or lines),
+        total=expected_items(inputs["prompts"], config.limit, config.n),
     ).run(as_json=config.as_json)
 
 

@@ -24,6 +24,7 @@ from cai_cli.models.source import ModelSource
 from cai_cli.prompting.base import assistant
 from cai_cli.runtime.config import Effect, Group, Option, option
 from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
+from cai_cli.runtime.counts import Counts
 from cai_cli.runtime.manifest import hash_input, provenance
 from cai_cli.runtime.shared_options import DEFAULT_MODEL, MODEL_TO_TRAIN_HELP
 from cai_cli.runtime.stage import Phase, Stage
@@ -36,7 +37,7 @@ from cai_cli.training.loop import fit, without_printer
 from cai_cli.training.metrics_log import Metrics
 from cai_cli.training.options import EpochOptions
 from cai_cli.training.quiet import quiet_libraries
-from cai_cli.training.training_run import Counts, TrainingJob, rows_digest
+from cai_cli.training.training_run import TrainingJob, rows_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -122,12 +123,12 @@ def encode_all(
         try:
             encoded = encode(tokenizer, example.row.prompt, example.reply)
         except RowError as error:
-            counts.rejected.append(reject(example.row.key, error.message, example.row))
+            counts.reject(reject(example.row.key, error.message, example.row))
             continue
         if not example.reply.strip():
-            counts.rejected.append(reject(example.row.key, "empty completion", example.row))
+            counts.reject(reject(example.row.key, "empty completion", example.row))
         elif len(encoded.ids) > min(max_length, window):
-            counts.rejected.append(reject(example.row.key, too_long, example.row))
+            counts.reject(reject(example.row.key, too_long, example.row))
         else:
             fitting.append((example, encoded))
     return fitting
@@ -236,7 +237,7 @@ def read_examples(config: SftConfig, base: Path) -> SftData:
     mine = [example for row in rows for example in examples_of(row, config.revisions.value)]
     theirs = [example for row in helpful_rows for example in examples_of(row, "last")]
     chosen = mixed(mine, theirs, config.helpful_ratio, seed_for(config.seed, "sft", "helpful"))
-    counts = Counts(rejected=[*reader.take_invalid(), *helpful_reader.take_invalid()])
+    counts = Counts.of_training([*reader.take_invalid(), *helpful_reader.take_invalid()])
     if left := len(mine) + len(theirs) - len(chosen):
         counts.skipped["beyond --helpful-ratio"] = left
     if config.helpful and len(theirs) < round(config.helpful_ratio * len(mine)):

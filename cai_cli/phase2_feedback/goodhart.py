@@ -57,7 +57,7 @@ def best_check(checks: Sequence[Check]) -> int:
     Args:
         checks: The checks that are not flagged, in order.
     """
-    scored = [{(row.id, row.sample_index): row.watch_score for row in check} for check in checks]
+    scored = [{(row.id, row.sample_index): row.monitor_score for row in check} for check in checks]
     common = [key for key in scored[0] if all(scores[key] is not None for scores in scored)]
     if 2 * len(common) < len(scored[0]):
         return len(checks) - 1
@@ -68,9 +68,9 @@ def best_check(checks: Sequence[Check]) -> int:
 def _falling_monitor(checks: Sequence[Check], alpha: float) -> str | None:
     now = checks[-1]
     for then in checks[:-1]:
-        fallen = changed(then, now, lambda row: row.watch_score, alpha / (len(checks) - 1)) < 0
+        fallen = changed(then, now, lambda row: row.monitor_score, alpha / (len(checks) - 1)) < 0
         if fallen and changed(then, now, lambda row: row.score, alpha / (len(checks) - 1)) > 0:
-            return f"watch_score falls while pm_score rises since step {then[0].step}"
+            return f"monitor_score falls while pm_score rises since step {then[0].step}"
     return None
 
 

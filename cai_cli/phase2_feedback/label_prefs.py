@@ -23,11 +23,12 @@ from cai_cli.metrics.label_verdict import print_verdict
 from cai_cli.runtime.config import Effect, Option, option
 from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
 from cai_cli.runtime.manifest import hash_input, provenance
+from cai_cli.runtime.output_files import is_stdout, is_stream
 from cai_cli.runtime.shared_options import EngineOptions, OutputOptions, ShardOptions
-from cai_cli.runtime.sinks import StdoutSink
+from cai_cli.runtime.sinks import stream_sink
 from cai_cli.runtime.stage import Phase, Stage
 from cai_cli.runtime.stage_run import StageRun
-from cai_cli.runtime.summary import print_summary
+from cai_cli.runtime.summary import print_summary, refuse_all_rejected
 
 
 class Pairing(StrEnum):
@@ -133,22 +134,23 @@ def run(config: LabelPrefsConfig) -> dict[str, Any]:
     )
     if config.votes:
         labeller = replace(labeller, recorded=RecordedVotes(config.votes, made_by))
-    to_stdout, audit = config.output == "-", LabelAudit()
+    audit = LabelAudit()
     summary = StageRun(
         provenance=made_by,
         inputs=inputs,
         output=config.output,
         overwrite=config.overwrite,
         reader=reader,
-        units=lambda: pair_items(reader, config.input, config.pairs, config.seed, config.limit),
+        items=lambda: pair_items(reader, config.input, config.pairs, config.seed, config.limit),
         work=lambda pairs: label_prefs(pairs, labeller),
-        window=engine.batch_size,
+        batch_size=engine.batch_size,
         engine=engine,
-    ).complete(StdoutSink(audit.add) if to_stdout else None)
-    summary = {**summary, "audit": audit.audit() if to_stdout else audit_file(config.output)}
-    print_summary(summary, as_json=config.as_json, stdout_is_data=to_stdout)
+    ).complete(stream_sink(config.output, audit.add))
+    summary = {**summary, "audit": audit.audit() if is_stream(config.output) else audit_file(config.output)}
+    print_summary(summary, as_json=config.as_json, stdout_is_data=is_stdout(config.output))
     if summary["out"] or summary["rejected"]:
         print_verdict(summary["audit"])
+    refuse_all_rejected(summary)
     return summary
 
 

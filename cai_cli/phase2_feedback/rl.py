@@ -51,6 +51,7 @@ from cai_cli.phase2_feedback.rl_trainer import end_ids, preference_reward, with_
 from cai_cli.reward.scorer import PreferenceModelOptions
 from cai_cli.runtime.config import Effect, Group, Option, option, redefine
 from cai_cli.runtime.cost import CHARACTERS_PER_TOKEN, RowFlow, StepCost, TokenCounts
+from cai_cli.runtime.counts import Counts
 from cai_cli.runtime.manifest import hash_input, provenance
 from cai_cli.runtime.output_files import sidecar
 from cai_cli.runtime.shared_options import DEFAULT_MODEL, MODEL_TO_TRAIN_HELP, EngineOptions, SamplingOptions
@@ -63,7 +64,7 @@ from cai_cli.training.loop import fit, without_printer
 from cai_cli.training.metrics_log import Metrics
 from cai_cli.training.options import TrainerOptions
 from cai_cli.training.quiet import quiet_libraries
-from cai_cli.training.training_run import Counts, TrainingJob, rows_digest
+from cai_cli.training.training_run import TrainingJob, rows_digest
 
 COLUMNS = {
     "loss": "loss",
@@ -317,8 +318,8 @@ def figures(metrics: Metrics, normalizer: RewardNormalizer, kept: int) -> dict[s
         "score_std": normalizer.std,
         "reward_before": trained[0]["reward"],
         **{name: last[0][name] for name in ("reward", "kl", "cut_off_share", "reply_tokens")},
-        **{f"{name}_before": checks[0][name] for name in ("pm_score", "watch_score")},
-        **{name: its_check[name] for name in ("pm_score", "watch_score")},
+        **{f"{name}_before": checks[0][name] for name in ("pm_score", "monitor_score")},
+        **{name: its_check[name] for name in ("pm_score", "monitor_score")},
         "goodhart": flag["goodhart"] if flag else None,
         "goodhart_step": flag["step"] if flag else None,
     }
@@ -348,7 +349,7 @@ def read_rl_prompts(config: RlConfig, base: Path, judges: Sequence[Path]) -> RlP
     reader, helpful_reader = config.row_reader(), config.row_reader()
     given = [prompt for _, prompt in reader.prompts(config.input, limit=config.limit)]
     helpful = [prompt for _, prompt in helpful_reader.prompts(config.helpful, "helpful")] if config.helpful else []
-    counts = Counts(rejected=[*reader.take_invalid(), *helpful_reader.take_invalid()])
+    counts = Counts.of_training([*reader.take_invalid(), *helpful_reader.take_invalid()])
     chosen = mixed(given, helpful, config.helpful_ratio, seed_for(config.seed, "rl", "helpful"))
     if left := len(given) + len(helpful) - len(chosen):
         counts.skipped["beyond --helpful-ratio"] = left

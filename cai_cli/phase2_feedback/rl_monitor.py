@@ -4,7 +4,6 @@ The noise of a reply comes from (seed, prompt) and not from the step: what chang
 Replies and scores are kept in `samples.jsonl`; the check before the first step also sets the unit of the reward.
 """
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cai_cli.common import console
 from cai_cli.common.errors import CaiError
+from cai_cli.common.files import write_atomically
 from cai_cli.common.seeds import seed_for
 from cai_cli.data.jsonl import AppendFile, cut_torn_tail, read_rows, rows_of
 from cai_cli.data.schema import PolicySample, Prompt, dump_row
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 CHECK_COLUMNS = (
     "pm_score",
-    "watch_score",
+    "monitor_score",
     "held_out_kl",
     "held_out_entropy",
     "held_out_reply_tokens",
@@ -101,9 +101,7 @@ class Monitor:
         if not distributed.leads():
             return
         self.rows = [row for row in self.rows if row.step <= step]
-        temporary = self.file.with_name(f"{self.file.name}.tmp")
-        temporary.write_bytes(b"".join(dump_row(row) + b"\n" for row in self.rows))
-        os.replace(temporary, self.file)
+        write_atomically(self.file, (dump_row(row) + b"\n" for row in self.rows))
 
     def check(self, step: int, policy: Any, reference: Logits) -> dict[str, float | str | None]:
         """Ask the policy, keep its replies, and return the figures of `CHECK_COLUMNS`."""
@@ -119,7 +117,7 @@ class Monitor:
         self.rows += rows
         return {
             "pm_score": self.normalizer(fmean(row.score for row in rows)),
-            "watch_score": mean_of(rows, lambda row: row.watch_score),
+            "monitor_score": mean_of(rows, lambda row: row.monitor_score),
             "held_out_kl": kl,
             "held_out_entropy": entropy,
             "held_out_reply_tokens": fmean(row.reply_tokens for row in rows),
@@ -150,7 +148,7 @@ class Monitor:
         starts = [row.reply for row in self.rows if row.step == 0] or texts
         watched = self.monitor_score_of(prompts, texts, starts) if self.monitor_score_of else [None] * len(texts)
         if self.monitor_score_of and (silent := watched.count(None)):
-            console.warn(f"rl: step {step:,}: the watcher gave no score to {silent:,} of {len(texts):,} replies")
+            console.warn(f"rl: step {step:,}: the monitor model gave no score to {silent:,} of {len(texts):,} replies")
         return [
             PolicySample(
                 **dict(prompt),
@@ -160,9 +158,9 @@ class Monitor:
                 step=step,
                 reply_tokens=reply.new_tokens,
                 score=score,
-                watch_score=watch_score,
+                monitor_score=monitor_score,
             )
-            for (prompt, index, reply), score, watch_score in zip(
+            for (prompt, index, reply), score, monitor_score in zip(
                 replies, self.score(prompts, texts), watched, strict=True
             )
         ]

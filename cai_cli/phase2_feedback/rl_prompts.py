@@ -13,7 +13,7 @@ from cai_cli.engines.tokenization import encode_chat
 from cai_cli.models.loading import tokenizer_and_window
 from cai_cli.prompting.base import assistant
 from cai_cli.reward.preference_model import encode_conversation
-from cai_cli.training.training_run import Counts
+from cai_cli.runtime.counts import Counts
 
 
 def prompt_order(count: int, steps: int, per_step: int, seed: int) -> list[int]:
@@ -47,12 +47,12 @@ def fitting_prompts(
                 judged = encode_conversation(judge_tokenizer, [*prompt.prompt, assistant("")])
                 room = min(room, judge_window - len(judged))
         except RowError as error:
-            counts.rejected.append(reject(prompt.key, error.message, prompt))
+            counts.reject(reject(prompt.key, error.message, prompt))
             continue
         same = conversation_id(prompt.prompt)
         if room < max_new_tokens:
             reason = "prompt and --max-new-tokens do not fit the context window"
-            counts.rejected.append(reject(prompt.key, reason, prompt))
+            counts.reject(reject(prompt.key, reason, prompt))
         elif same in known:
             counts.skipped["same prompt as an earlier line"] += 1
         else:

@@ -19,7 +19,7 @@ from cai_cli.runtime.shared_options import (
     ShardOptions,
 )
 from cai_cli.runtime.stage import Phase, Stage
-from cai_cli.runtime.stage_run import StageRun, WorkItem, WorkItems
+from cai_cli.runtime.stage_run import StageRun, WorkItem, WorkItems, expected_items
 
 
 class ScoreConfig(OutputOptions, ShardOptions, DeviceOptions, PreferenceModelOptions):
@@ -47,7 +47,7 @@ def run(config: ScoreConfig) -> dict[str, Any]:
     """Score the conversations of a file. Returns the summary. Raises CaiError."""
     reader = config.row_reader()
     inputs = {"conversations": hash_input(config.input)}
-    scorer, lines = Scorer(config.pm, config.batch_size, config.device), inputs["conversations"].lines
+    scorer = Scorer(config.pm, config.batch_size, config.device)
     return StageRun(
         provenance=provenance(
             "score", inputs=inputs, settings=config.settings(), pm={"fingerprint": scorer.base.fingerprint}
@@ -56,10 +56,10 @@ def run(config: ScoreConfig) -> dict[str, Any]:
         output=config.output,
         overwrite=config.overwrite,
         reader=reader,
-        units=lambda: units(reader, config.input, config.limit),
+        items=lambda: units(reader, config.input, config.limit),
         work=scorer.score,
-        window=4 * scorer.batch_size,
-        total=None if lines is None else min(lines, config.limit or lines),
+        batch_size=4 * scorer.batch_size,
+        total=expected_items(inputs["conversations"], config.limit),
     ).run(as_json=config.as_json)
 
 

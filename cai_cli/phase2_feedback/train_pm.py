@@ -32,6 +32,7 @@ from cai_cli.reward.packed_pairs import score_pairs, take_packed_pairs
 from cai_cli.reward.preference_model import encode_conversation, score_ids
 from cai_cli.runtime.config import Effect, Group, Option, option, redefine
 from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
+from cai_cli.runtime.counts import Counts
 from cai_cli.runtime.manifest import hash_input, provenance
 from cai_cli.runtime.shared_options import DEFAULT_MODEL, MODEL_TO_TRAIN_HELP, DType, EngineOptions
 from cai_cli.runtime.stage import Phase, Stage
@@ -44,7 +45,7 @@ from cai_cli.training.loop import fit, without_printer
 from cai_cli.training.metrics_log import Metrics
 from cai_cli.training.options import EpochOptions
 from cai_cli.training.quiet import quiet_libraries
-from cai_cli.training.training_run import Counts, TrainingJob, rows_digest
+from cai_cli.training.training_run import TrainingJob, rows_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -137,12 +138,12 @@ def encode_pairs(
         try:
             ids = [encode_conversation(tokenizer, [*row.prompt, *reply]) for reply in (row.chosen, row.rejected)]
         except RowError as error:
-            counts.rejected.append(reject(row.key, error.message, row))
+            counts.reject(reject(row.key, error.message, row))
             continue
         if max(map(len, ids)) > min(max_length, window):
-            counts.rejected.append(reject(row.key, too_long, row))
+            counts.reject(reject(row.key, too_long, row))
         elif ids[0] == ids[1]:
-            counts.rejected.append(reject(row.key, "chosen and rejected are the same", row))
+            counts.reject(reject(row.key, "chosen and rejected are the same", row))
         elif hard and row.p_chosen == 0.5:
             counts.skipped["a tie, which has no hard target"] += 1
         else:
@@ -328,7 +329,7 @@ def read_pairs(config: TrainPmConfig, base: Path) -> PreferenceData:
     mine = read_preferences(reader, config.input, config.limit)
     theirs = read_preferences(mix_reader, config.mix) if config.mix else []
     rows = mixed(mine, theirs, config.mix_ratio, seed_for(config.seed, "train-pm", "mix"))
-    counts = Counts(rejected=[*reader.take_invalid(), *mix_reader.take_invalid()])
+    counts = Counts.of_training([*reader.take_invalid(), *mix_reader.take_invalid()])
     if left := len(mine) + len(theirs) - len(rows):
         counts.skipped["beyond --mix-ratio"] = left
     if config.mix and len(theirs) < round(config.mix_ratio * len(mine)):

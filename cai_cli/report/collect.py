@@ -14,6 +14,7 @@ import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cai_cli.common.errors import CaiError
+from cai_cli.common.legacy import metrics_row
 from cai_cli.constitution.usage import option
 from cai_cli.data.jsonl import read_rows, rows_of
 from cai_cli.data.schema import Rejected, Row
@@ -69,8 +70,8 @@ class StepFiles:
 
     @property
     def metrics(self) -> Mapping[str, Any]:
-        """The metrics of a trained model; manifests before 0.2 call them `figures`."""
-        return self.manifest.get("metrics") or self.manifest.get("figures") or {}
+        """The metrics of a trained model."""
+        return self.manifest.get("metrics") or {}
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -217,8 +218,8 @@ class RunFiles:
         rows = []
         for number, line in enumerate(path.read_bytes().splitlines(), start=1):
             try:
-                rows.append(dict(orjson.loads(line)))
-            except (ValueError, TypeError):
+                rows.append(metrics_row(orjson.loads(line)))
+            except (ValueError, TypeError, AttributeError):
                 if step.status == "done":
                     self.problems.append(f"{path}:{number}: not a valid row of metrics; the report leaves it out")
         return rows

@@ -1,10 +1,10 @@
 """Write the report of a run folder (`cai report`, and the end of `cai run`)."""
 
-import os
 from pathlib import Path
 
 from cai_cli.common import console
 from cai_cli.common.errors import CaiError, UsageError
+from cai_cli.common.files import write_atomically
 
 
 def write_report(folder: Path, output: Path | None = None) -> Path:
@@ -28,15 +28,13 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
     page = render(run)
     for problem in run.problems:
         console.warn(problem)
-    temporary = path.with_name(f"{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, path)
     except OSError as error:
         raise CaiError(
             f"cannot write {path}: {error.strerror}", hint="choose another -o", code="cannot-write"
         ) from error
+    write_atomically(path, [page.encode()])
     return path
 
 

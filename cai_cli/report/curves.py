@@ -10,7 +10,7 @@ from cai_cli.report.collect import StepFiles
 TITLES = {
     "reward": "Preference model score (logits)",
     "pm_score": "Preference model score on held-out prompts (logits)",
-    "watch_score": "Score of the monitor model, which is not used for training",
+    "monitor_score": "Score of the monitor model, which is not used for training",
     "kl": "KL divergence from the start model (nats)",
     "reply_tokens": "Reply length (tokens)",
     "cut_off_share": "Share of replies cut off at the length limit",

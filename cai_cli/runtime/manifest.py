@@ -1,11 +1,11 @@
-"""The sidecar of an output, `OUT.manifest.json`: what made it, from what, and how much of it.
+"""The sidecar of an output, `OUT.manifest.json`: what made it, from what, and how many rows.
 
-`provenance` is what decides the content: a partial output is only continued, and a finished one only taken as done,
-when it is equal. Everything that may change without changing a row stands under `run`.
+`provenance` is what decides the content: a partial output is only resumed, and a finished one only recognised, when
+it is equal. Everything that may change without changing a row is under `run`. Names that earlier versions used are
+translated by `common.legacy`.
 """
 
 import hashlib
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,16 +17,23 @@ import orjson
 
 from cai_cli import __version__
 from cai_cli.common.errors import CaiError
+from cai_cli.common.files import write_atomically
+from cai_cli.common.legacy import current_manifest, current_provenance, same_value
 from cai_cli.data.jsonl import COMPRESSED
 
 Json = Any
-OBJECTS = frozenset({"provenance", "counts", "run", "figures", "steps"})  # in a manifest or run.json
+OBJECTS = frozenset({"provenance", "counts", "run", "metrics", "steps"})  # in a manifest or run.json
 
 
 @dataclass(frozen=True)
 class InputFile:
-    """An input as it was hashed before the run. `sha256` is null for stdin, pipes and hf://; `lines` counts newlines,
-    null where it is compressed."""
+    """An input file, hashed before the run.
+
+    Attributes:
+        name: The file as named on the command line.
+        sha256: The hash of its bytes in hex; None for stdin, pipes and hf://.
+        lines: The number of its lines; None where it is not known before reading, or the file is compressed.
+    """
 
     name: str
     sha256: str | None
@@ -34,39 +41,45 @@ class InputFile:
 
     @property
     def is_pipe(self) -> bool:
-        """Whether it can be read once only."""
+        """Whether it can only be read once."""
         return self.sha256 is None and not self.name.startswith("hf://")
 
 
 def hash_input(source: str) -> InputFile:
-    """Read `source` once for its hash and its number of lines; stdin, hf:// and pipes cannot be read twice."""
+    """Read `source` for its hash and its number of lines. Stdin, hf:// and pipes are not read.
+
+    Raises:
+        CaiError: `cannot-read`.
+    """
     if source == "-" or source.startswith("hf://") or Path(source).is_fifo() or Path(source).is_char_device():
         return InputFile(source, None, None)
-    digest, lines = hashlib.sha256(), 0
+    digest, lines, last = hashlib.sha256(), 0, b"\n"
     try:
         with open(source, "rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
                 lines += block.count(b"\n")
+                last = block[-1:]
     except OSError as error:
-        raise CaiError(f"cannot read {source}: {error.strerror}") from error
+        raise CaiError(f"cannot read {source}: {error.strerror}", code="cannot-read") from error
+    lines += last != b"\n"  # the last line may lack its newline
     plain = Path(source).suffix not in COMPRESSED and not source.endswith(".parquet")
     return InputFile(source, digest.hexdigest(), lines if plain else None)
 
 
 def provenance(stage: str, *, inputs: Mapping[str, InputFile], settings: Mapping[str, Json], **parts: Json) -> Json:
-    """The content-deciding part of a manifest. `parts`: model, constitution ... each with its fingerprint."""
+    """The part of a manifest that decides the content. `parts`: model, constitution ... each with its fingerprint."""
     hashes = {name: file.sha256 for name, file in inputs.items()}
     return {"stage": stage, "cai": __version__, "input": hashes, "settings": dict(settings), **parts}
 
 
-def differences(recorded: Json, wanted: Json) -> list[str]:
-    """Each leaf in which two provenances differ, as `name: recorded -> wanted`."""
-    old, new = dict(_leaves(recorded)), dict(_leaves(wanted))
+def differences(recorded: Json, current: Json) -> list[str]:
+    """The values in which two provenances differ, each as `settings.seed: 0 -> 7`. Old names count as today's."""
+    old, new = dict(_leaves(current_provenance(recorded))), dict(_leaves(current_provenance(current)))
     return [
-        f"{name}: {_shown(old.get(name))} -> {_shown(new.get(name))}"
+        f"{name}: {_short(old.get(name))} -> {_short(new.get(name))}"
         for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
+        if not same_value(name, old.get(name), new.get(name))
     ]
 
 
@@ -78,13 +91,13 @@ def _leaves(value: Json, name: str = "") -> Iterator[tuple[str, Json]]:
         yield name, value
 
 
-def _shown(value: Json) -> str:
+def _short(value: Json) -> str:
     text = "nothing" if value is None else str(value)
     return text if len(text) <= 40 else text[:16] + "…"
 
 
 def run_facts(seconds: float, inputs: Mapping[str, InputFile]) -> Json:
-    """What is worth knowing about the run but decides no row: command line, time, versions, input names."""
+    """Facts about a run that decide no row: command line, time, versions, names of the inputs."""
     from importlib.metadata import version
 
     return {
@@ -100,27 +113,26 @@ def run_facts(seconds: float, inputs: Mapping[str, InputFile]) -> Json:
 
 
 def read_manifest(path: Path) -> Json | None:
-    """The manifest at `path`, or None where there is none. Raises CaiError when it is no JSON object of objects."""
+    """The manifest at `path`, or None where there is none. Its keys have today's names, except in `provenance`.
+
+    Raises:
+        CaiError: `invalid-manifest`, when it is not a JSON object of objects.
+    """
+    hint = "--overwrite starts from scratch"
     try:
         value = orjson.loads(path.read_bytes())
     except FileNotFoundError:
         return None
     except (OSError, orjson.JSONDecodeError) as error:
-        raise CaiError(f"{path}: not a readable manifest ({error})", hint="--overwrite starts afresh") from error
+        raise CaiError(f"{path}: not a readable manifest ({error})", hint, code="invalid-manifest") from error
+    if isinstance(value, dict):
+        value = current_manifest(value)
     parts = [value, *(value[name] for name in OBJECTS & value.keys())] if isinstance(value, dict) else [value]
     if not all(isinstance(part, dict) for part in parts):
-        raise CaiError(f"{path}: not a readable manifest (not a JSON object)", hint="--overwrite starts afresh")
+        raise CaiError(f"{path}: not a readable manifest (not a JSON object)", hint, code="invalid-manifest")
     return value
 
 
 def write_json(path: Path, value: Json) -> None:
-    """Write `value` so that `path` holds the old content or the new, never a part."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(orjson.dumps(value, option=orjson.OPT_INDENT_2) + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise CaiError(f"cannot write {path}: {error.strerror}") from error
+    """Replace the JSON file `path`, never leaving a part of it. Raises CaiError `cannot-write`."""
+    write_atomically(path, [orjson.dumps(value, option=orjson.OPT_INDENT_2) + b"\n"])

@@ -1,7 +1,7 @@
-"""`cai merge`: the outputs of all shards of one run -> the output that the run would have had in one piece.
+"""`cai merge`: the outputs of all shards of one run -> the output of the same run without `--shard`.
 
-Each shard leaves `OUT.units.jsonl` beside its output: which units it was asked, from which line of the input, in
-order. All units of one line are in one shard, so the shards' rows merged by line are in the order of the whole run.
+Each shard writes `OUT.units.jsonl`, which records its work items and their input lines in order. All items of one line
+are in one shard, so the rows of the shards merged by line are in the order of the whole run.
 """
 
 from collections import Counter
@@ -19,12 +19,14 @@ from cai_cli.data.formats import row_key
 from cai_cli.data.jsonl import open_input, read_rows, rows_of
 from cai_cli.data.schema import WorkItemRecord
 from cai_cli.data.sharding import Shard
+from cai_cli.runtime.counts import Counts
 from cai_cli.runtime.file_transform import rewrite
 from cai_cli.runtime.manifest import InputFile, differences, read_manifest
 from cai_cli.runtime.output_files import refuse_input_as_output, sidecar
-from cai_cli.runtime.sinks import Counts, FileSink
+from cai_cli.runtime.sinks import Sink
 
-ROWS_A_WRITE = 1000
+ROWS_PER_WRITE = 1000
+AGAIN = "create this shard again with --overwrite"
 Outcome = tuple[int, bool, bytes]
 
 
@@ -38,45 +40,58 @@ class Part:
 
     @classmethod
     def open(cls, path: Path) -> "Part":
-        """Raises CaiError when `path` is no finished output of a run with --shard."""
+        """Read the manifest of `path`. Raises CaiError when it is not a finished output of a run with --shard."""
         manifest = read_manifest(sidecar(path, "manifest.json"))
         if not path.exists() or manifest is None:
-            unfinished = sidecar(path, "partial").exists()
-            raise CaiError(
-                f"{path} is not {'finished' if unfinished else 'there, or no manifest says that cai made it'}",
-                hint="run its command again to complete it" if unfinished else None,
-            )
+            if sidecar(path, "partial").exists():
+                raise CaiError(
+                    f"{path} is not finished", hint="run its command again to complete it", code="unfinished-output"
+                )
+            if not path.exists():
+                raise CaiError(f"{path} does not exist", code="cannot-read")
+            raise CaiError(f"{path}: no manifest says that cai made it", code="not-made-by-cai")
         text = manifest["provenance"]["settings"].get("shard")
         if text is None:
-            raise CaiError(f"{path} is no shard: its run had no --shard")
+            raise CaiError(f"{path} is not a shard: its run had no --shard", code="invalid-shards")
         return cls(path, Shard.parse(text), manifest)
 
     @property
     def run(self) -> dict[str, Any]:
-        """What must be equal in all shards of one run: the provenance of the whole, and the rows that were read."""
+        """What must be equal in all shards of one run: the provenance without --shard, and the rows that were read."""
         provenance = self.manifest["provenance"]
         whole = {**provenance, "settings": {**provenance["settings"], "shard": None}}
         return {**whole, "rows": self.manifest["rows"], "shards": self.shard.count}
 
     def outcomes(self) -> Iterator[Outcome]:
-        """(line of the input, whether rejected, the row's bytes) in order. Raises CaiError when the files do not hold
-        what the run was asked."""
+        """Yield (input line, whether rejected, the row's bytes) in order.
+
+        Raises:
+            CaiError: `input-changed`, when the rows in the files are not those that the run recorded.
+        """
         kept, rejected = _Rows(self.path), _Rows(sidecar(self.path, "rejected.jsonl"))
-        units = sidecar(self.path, "units.jsonl")
-        for _, unit in read_rows(str(units), rows_of(WorkItemRecord)):
+        records = sidecar(self.path, "units.jsonl")
+        for _, item in read_rows(str(records), rows_of(WorkItemRecord)):
             for is_rejected, rows in ((False, kept), (True, rejected)):
-                if rows.key == unit.key:
-                    yield unit.line, is_rejected, rows.take()
+                if rows.key == item.key:
+                    yield item.line, is_rejected, rows.take()
                     break
             else:
-                raise CaiError(f"{self.path}: no row {unit.key!r}, which {units.name} names: a file was changed since")
+                raise CaiError(
+                    f"{self.path}: row {item.key!r} of {records.name} is missing: a file has been changed",
+                    hint=AGAIN,
+                    code="input-changed",
+                )
         for rows in (kept, rejected):
             if rows.key is not None:
-                raise CaiError(f"{rows.path}: row {rows.key!r} is not in {units.name}: a file was changed since")
+                raise CaiError(
+                    f"{rows.path}: row {rows.key!r} is not in {records.name}: a file has been changed",
+                    hint=AGAIN,
+                    code="input-changed",
+                )
 
 
 class _Rows:
-    """The rows of a file one after the other; `key` is that of the next, None after the last."""
+    """The rows of a file, one after the other. `key` is the key of the next row, None after the last."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.lines = path, _lines_of(path)
@@ -84,14 +99,15 @@ class _Rows:
         self.take()
 
     def take(self) -> bytes:
-        """The row at hand; the next one comes to hand."""
+        """Return the next row and advance."""
         row, self.row = self.row, next(self.lines, b"")
         try:
             self.key = row_key(orjson.loads(self.row)) if self.row else None
         except (orjson.JSONDecodeError, KeyError, TypeError):
             raise CaiError(
-                f"{self.path}: a line that no run wrote: {self.row[:40]!r}",
-                hint="the file was changed since; make it anew",
+                f"{self.path}: a line that is not a row: {self.row[:40]!r}",
+                hint=f"the file has been changed; {AGAIN}",
+                code="input-changed",
             ) from None
         return row
 
@@ -103,31 +119,33 @@ def _lines_of(path: Path) -> Iterator[bytes]:
 
 
 def check(parts: Sequence[Part]) -> None:
-    """Raises CaiError naming what keeps `parts` from being all the shards of one run, each once."""
+    """Raises CaiError `invalid-shards` or `other-run`, unless `parts` are all the shards of one run, each once."""
     runs = [orjson.dumps(part.run, option=orjson.OPT_SORT_KEYS) for part in parts]
     common = orjson.loads(Counter(runs).most_common(1)[0][0])
     for part in parts:
         if changed := differences(common, part.run):
-            raise CaiError(f"{part.path} is of another run than the other shards: {'; '.join(changed)}")
+            raise CaiError(
+                f"{part.path} is from another run than the other shards: {'; '.join(changed)}", code="other-run"
+            )
     first: dict[int, Path] = {}
     for part in parts:
         if part.shard.index in first:
             name = f"{part.shard.index}/{part.shard.count}"
-            raise CaiError(f"{first[part.shard.index]} and {part.path} are both shard {name}")
+            raise CaiError(f"{first[part.shard.index]} and {part.path} are both shard {name}", code="invalid-shards")
         first[part.shard.index] = part.path
     count = parts[0].shard.count
     if missing := [f"{i}/{count}" for i in range(1, count + 1) if i not in first]:
-        raise CaiError(f"of {count} shards {len(missing)} are missing: {', '.join(missing)}")
+        raise CaiError(f"of {count} shards {len(missing)} are missing: {', '.join(missing)}", code="invalid-shards")
 
 
-def merge(parts: Sequence[Part], sink: FileSink, counts: Counts) -> None:
-    """Write the rows of all parts to `sink` in the order of the whole run, and add up what they counted."""
+def merge(parts: Sequence[Part], sink: Sink, counts: Counts) -> None:
+    """Write the rows of all shards to `sink` in the order of the whole run, and add up their counts."""
     outcomes = merge_sorted(*(part.outcomes() for part in parts), key=lambda outcome: outcome[0])
-    while group := list(islice(outcomes, ROWS_A_WRITE)):
-        sink.rejected.append_lines(row for _, rejected, row in group if rejected)
-        sink.partial.append_lines(row for _, rejected, row in group if not rejected)
+    while group := list(islice(outcomes, ROWS_PER_WRITE)):
+        sink.write_lines((row for _, is_rejected, row in group if is_rejected), rejected=True)
+        sink.write_lines(row for _, is_rejected, row in group if not is_rejected)
     for part in parts:
-        counts.units += part.manifest["counts"]["in"]
+        counts.items += part.manifest["counts"]["in"]
         counts.skipped.update(part.manifest["counts"]["skipped_reasons"])
 
 

@@ -1,7 +1,7 @@
-"""Windows of rows in work at once: begun in input order, handed back in input order, none lost when a run stops.
+"""Concurrent batches with results in input order, from which nothing is lost when a run stops.
 
-One slow row holds back only what comes after it, and that only up to a bound: memory, and what a kill costs, are
-bounded with it.
+A slow batch holds back only the batches behind it, and only up to a bound, which limits both memory and the work that
+a kill costs.
 """
 
 from collections import deque
@@ -11,46 +11,53 @@ from typing import TypeVar
 
 from cai_cli.common.errors import CaiError
 
-W = TypeVar("W")
+B = TypeVar("B")
 R = TypeVar("R")
-AHEAD = 8  # windows a worker that may be begun before the first of them is finished
+AHEAD = 8  # batches per worker that may be started before the first of them is finished
 
 
 def in_order(
-    windows: Iterable[W], work: Callable[[W], R], workers: int, out_of_order: list[R], give_up: Callable[[], None]
+    batches: Iterable[B], work: Callable[[B], R], workers: int, out_of_order: list[R], cancel: Callable[[], None]
 ) -> Generator[list[R], None, None]:
-    """What `work` made of each window, in order and in groups, up to `workers` windows in work at once.
+    """Yield the results of all batches in input order, in groups of those that are ready.
 
-    On an error no further window is begun; a CaiError waits for those in work, anything else (an interrupt) calls
-    `give_up` first, which must end them. What was finished behind the window that failed is put into `out_of_order`.
+    After an error no further batch is started. A CaiError waits for the batches in work; any other exception, such as
+    an interrupt, calls `cancel` first.
+
+    Args:
+        batches: The batches. They are taken from the iterator in this thread, a bounded number ahead.
+        work: Processes one batch.
+        workers: How many batches are in work at once. With 1, `work` is called in this thread.
+        out_of_order: Receives the results that were finished behind a batch that failed.
+        cancel: Makes the batches in work return.
     """
     if workers == 1:
-        for window in windows:
-            yield [work(window)]
+        for batch in batches:
+            yield [work(batch)]
         return
     pool = ThreadPoolExecutor(workers)
-    begun: deque[Future[R]] = deque()
+    started: deque[Future[R]] = deque()
     try:
-        for window in windows:
-            begun.append(pool.submit(work, window))
-            if begun[0].done() or len(begun) >= AHEAD * workers:
-                yield _finished(begun)
-        while begun:
-            yield _finished(begun)
+        for batch in batches:
+            started.append(pool.submit(work, batch))
+            if started[0].done() or len(started) >= AHEAD * workers:
+                yield _take_finished(started)
+        while started:
+            yield _take_finished(started)
     except CaiError:
         raise
     except BaseException:
-        give_up()
+        cancel()
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-        out_of_order += [future.result() for future in begun if not future.cancelled() and not future.exception()]
+        out_of_order += [future.result() for future in started if not future.cancelled() and not future.exception()]
 
 
-def _finished(begun: deque[Future[R]]) -> list[R]:
-    """The first, waited for, and those after it that are finished too, taken off the queue."""
-    group = [begun[0].result()]
-    begun.popleft()
-    while begun and begun[0].done() and not begun[0].exception():
-        group.append(begun.popleft().result())
+def _take_finished(started: deque[Future[R]]) -> list[R]:
+    """Wait for the first batch; take it and the finished ones directly behind it off the queue."""
+    group = [started[0].result()]
+    started.popleft()
+    while started and started[0].done() and not started[0].exception():
+        group.append(started.popleft().result())
     return group

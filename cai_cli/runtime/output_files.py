@@ -1,4 +1,4 @@
-"""The files of an output: names beside it, one writer at a time, refusals, and how it appears whole.
+"""The files of an output: their names, one writer at a time, what is refused, and how the output appears whole.
 
 Shared by the data stages and the training stages.
 """
@@ -15,33 +15,52 @@ from filelock import FileLock, Timeout
 
 from cai_cli.common import console
 from cai_cli.common.errors import CaiError, UsageError
+from cai_cli.common.files import write_atomically
 from cai_cli.data.jsonl import sync_directory
 from cai_cli.data.schema import reason_kind
 from cai_cli.runtime.manifest import InputFile, differences, read_manifest
 
+STDOUT = frozenset({"-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"})
+
+
+def is_stdout(output: str) -> bool:
+    """Whether an `--output` is stdout."""
+    return output in STDOUT
+
+
+def is_stream(output: str) -> bool:
+    """Whether an `--output` is stdout, a character device such as /dev/null, or a named pipe: something without
+    sidecars, which cannot be read again or resumed."""
+    return is_stdout(output) or Path(output).is_char_device() or Path(output).is_fifo()
+
 
 def sidecar(path: Path, ending: str) -> Path:
-    """`OUT.ending`, beside OUT. Raises UsageError where OUT is no name of a file (`.`, `/`)."""
+    """`OUT.ending`, beside OUT. Raises UsageError where OUT cannot be the name of a file (`.`, `/`)."""
     if not path.name:
-        raise UsageError(f"{path} names no output", hint="-o FILE")
+        raise UsageError(f"{path} is not the name of a file", hint="-o FILE", code="invalid-option")
     return path.with_name(f"{path.name}.{ending}")
 
 
 @contextmanager
 def one_writer(path: Path) -> Iterator[None]:
-    """Hold `OUT.lock` while writing OUT; a second writer is refused at once, a killed holder frees it.
+    """Hold `OUT.lock` while writing OUT. A second writer is refused at once; a killed writer releases the lock.
 
-    Raises CaiError.
+    Raises:
+        CaiError: `output-locked` or `cannot-write`.
     """
     lock = FileLock(sidecar(path, "lock"), timeout=0)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        Path(lock.lock_file).touch()  # where no file can be made, FileLock would wait for one
+        Path(lock.lock_file).touch()  # where no file can be created, FileLock would wait for one
         lock.acquire()
     except Timeout:
-        raise CaiError(f"another cai is writing {path}", hint="wait for it, or choose another output") from None
+        raise CaiError(
+            f"another cai is writing {path}", hint="wait for it, or choose another output", code="output-locked"
+        ) from None
     except OSError as error:
-        raise CaiError(f"cannot write {path}: {error.strerror}", hint="choose another -o") from error
+        raise CaiError(
+            f"cannot write {path}: {error.strerror}", hint="choose another -o", code="cannot-write"
+        ) from error
     try:
         yield
     finally:
@@ -50,36 +69,39 @@ def one_writer(path: Path) -> Iterator[None]:
 
 
 def refuse_input_as_output(path: Path, inputs: Mapping[str, InputFile]) -> None:
-    """Raises CaiError when the output is one of the inputs, by whatever name or link."""
+    """Raises CaiError `input-is-output` when the output is one of the inputs, by any name or link."""
     for file in inputs.values():
         if file.name != "-" and path.exists() and Path(file.name).exists() and path.samefile(file.name):
-            raise CaiError(f"{path} is both input and output", hint="choose another -o")
+            raise CaiError(f"{path} is both input and output", hint="choose another -o", code="input-is-output")
 
 
-def refuse_other_run(path: Path, recorded: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raises CaiError naming each difference when `path` was made by another run than the one wanted."""
-    if changed := differences(recorded, wanted):
+def refuse_other_run(path: Path, recorded: dict[str, Any], current: dict[str, Any]) -> None:
+    """Raises CaiError `other-run`, which names each difference, when another run than the current one made `path`."""
+    if changed := differences(recorded, current):
         raise CaiError(
             f"{path} was made by another run: {'; '.join(changed)}",
-            hint="--overwrite starts afresh; or choose another -o",
+            hint="--overwrite starts from scratch; or choose another -o",
+            code="other-run",
         )
 
 
 def finished_summary(path: Path, provenance: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
-    """The summary of an output that is already whole, or None when there is work to do.
+    """The summary of an output that is already finished, or None when there is work to do.
 
-    Raises CaiError when it was made by another run, or by something other than cai.
+    Raises:
+        CaiError: `other-run` or `not-made-by-cai`, when it was made by another run, or by something other than cai.
     """
     if overwrite or not path.exists():
         return None
     manifest = read_manifest(sidecar(path, "manifest.json"))
     if manifest is None:
         raise CaiError(
-            f"{path} is there, but no manifest says that cai made it",
+            f"{path} exists, but no manifest says that cai made it",
             hint="--overwrite replaces it; or choose another -o",
+            code="not-made-by-cai",
         )
     refuse_other_run(path, manifest["provenance"], provenance)
-    console.say(f"{path} is already finished; nothing to do (--overwrite makes it anew)")
+    console.say(f"{path} is already finished; nothing to do (--overwrite creates it again)")
     return {
         "stage": provenance["stage"],
         "status": "already finished",
@@ -89,8 +111,20 @@ def finished_summary(path: Path, provenance: dict[str, Any], overwrite: bool) ->
     }
 
 
+def resumed_provenance(output: str, provenance: dict[str, Any], overwrite: bool) -> dict[str, Any]:
+    """The provenance that an unfinished run of `output` recorded, if this run resumes it; else `provenance`.
+
+    The two may differ in names and version (`common.legacy`), which matters where rows are derived from a hash of the
+    provenance.
+    """
+    if overwrite or is_stream(output):
+        return provenance
+    recorded = (read_manifest(sidecar(Path(output), "partial.manifest.json")) or {}).get("provenance")
+    return recorded if recorded and not differences(recorded, provenance) else provenance
+
+
 def rejected_reasons(path: Path) -> Counter[str]:
-    """Reason -> how many, of a rejected file (empty where there is none)."""
+    """How many rows of a rejected file have each kind of reason; empty where there is no file."""
     if not path.exists():
         return Counter()
     with path.open("rb") as file:
@@ -98,10 +132,10 @@ def rejected_reasons(path: Path) -> Counter[str]:
 
 
 def set_aside(path: Path) -> None:
-    """Keep a finished output as `OUT.old` with its sidecars while another is made in its place."""
+    """Rename a finished output and its sidecars to `OUT.old` until its replacement is whole."""
     if not path.exists():
         return
-    for file in reversed(_finished_files(path)):  # OUT last: as long as it stands, a killed run has this still to do
+    for file in reversed(_finished_files(path)):  # OUT last: as long as it exists, a killed run repeats this
         if file.exists():
             os.replace(file, sidecar(file, "old"))
     console.say(f"{path} is kept as {sidecar(path, 'old')} until the new one is whole")
@@ -112,15 +146,15 @@ def _finished_files(path: Path) -> tuple[Path, Path, Path]:
 
 
 def publish(path: Path) -> None:
-    """Make a data output whose draft manifest says that it is finished appear as OUT: compressed where it is named
-    .zst, its manifest last. Killed between any two steps, the next run does the rest."""
+    """Make a data output whose draft manifest is finished appear as OUT, compressed if its name ends with .zst, and
+    then its manifest. After a kill between any two steps the next run does the rest."""
     draft, partial = sidecar(path, "partial.manifest.json"), sidecar(path, "partial")
     manifest = read_manifest(draft)
     if manifest is None or manifest["status"] != "finished":
         return
     if partial.exists():
         if path.suffix == ".zst":
-            _compress(partial, path)
+            write_atomically(path, _compressed(partial))
             partial.unlink()
         else:
             os.replace(partial, path)
@@ -132,15 +166,8 @@ def publish(path: Path) -> None:
     sync_directory(path.parent)
 
 
-def _compress(plain: Path, path: Path) -> None:
+def _compressed(plain: Path) -> Iterator[bytes]:
     import zstandard
 
-    temporary = sidecar(path, "tmp")
-    try:
-        with plain.open("rb") as source, temporary.open("wb") as target:
-            zstandard.ZstdCompressor(write_checksum=True).copy_stream(source, target, read_size=1 << 20)
-            target.flush()
-            os.fsync(target.fileno())
-    except OSError as error:
-        raise CaiError(f"cannot write {temporary}: {error.strerror}", hint="run again to go on") from error
-    os.replace(temporary, path)
+    with plain.open("rb") as source:
+        yield from zstandard.ZstdCompressor(write_checksum=True).read_to_iter(source, read_size=1 << 20)

@@ -1,88 +1,140 @@
-"""Where the outcomes of a data stage go: a file that grows and then appears whole, or stdout."""
+"""Where a data stage writes its outcomes: a file that grows and then appears whole, or a stream."""
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
+
+import orjson
 
 from cai_cli.common import console
 from cai_cli.common.errors import CaiError
 from cai_cli.common.hash_index import KeyTable
+from cai_cli.common.legacy import has_repr_digests, repr_digest
 from cai_cli.data.jsonl import AppendFile, RawLine, cut_torn_tail, read_values
 from cai_cli.data.schema import Rejected, Row, WorkItemRecord, dump_row, reason_kind
+from cai_cli.runtime.counts import Counts
 from cai_cli.runtime.manifest import read_manifest, write_json
-from cai_cli.runtime.output_files import publish, refuse_other_run, rejected_reasons, set_aside, sidecar
+from cai_cli.runtime.output_files import (
+    is_stdout,
+    is_stream,
+    publish,
+    refuse_other_run,
+    rejected_reasons,
+    set_aside,
+    sidecar,
+)
+from cai_cli.runtime.work_items import WorkItem, item_digest
 
 Outcome = Row | Rejected | RawLine
 
 
-@dataclass
-class Counts:
-    """Conservation of rows: `units` = out + rejected + skipped."""
-
-    units: int = 0
-    out: int = 0
-    rejected: Counter[str] = field(default_factory=Counter)
-    skipped: Counter[str] = field(default_factory=Counter)
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "in": self.units,
-            "out": self.out,
-            "rejected": self.rejected.total(),
-            "skipped": self.skipped.total(),
-            "rejected_reasons": dict(sorted(self.rejected.items())),
-            "skipped_reasons": dict(sorted(self.skipped.items())),
-        }
-
-
 class Sink(Protocol):
-    """Where outcomes go."""
+    """Receives the outcomes of a stage.
 
-    def finished(self) -> KeyTable: ...
-    def out_of_order(self) -> dict[str, Outcome]: ...
-    def used(self) -> dict[str, Any] | None: ...
-    def stop(self, out_of_order: Sequence[Outcome], used: dict[str, Any] | None) -> None: ...
-    def ask(self, units: Sequence[WorkItemRecord]) -> None: ...
-    def write(self, outcomes: Sequence[Outcome]) -> None: ...
-    def finish(self, counts: Counts, rows: dict[str, Any], facts: dict[str, Any]) -> None: ...
+    `finished` is called first, then `record_items` and `write` in turns, then either `finish` or `stop`.
+    """
+
+    def finished(self) -> KeyTable:
+        """The keys of the rows that earlier runs wrote."""
+        ...
+
+    def out_of_order(self) -> dict[str, Outcome]:
+        """What earlier runs finished behind a row that they did not finish, by key."""
+        ...
+
+    def recorded_usage(self) -> dict[str, Any] | None:
+        """The usage of the engine that earlier runs recorded when they stopped."""
+        ...
+
+    def record_items(self, items: Sequence[WorkItem[Any]]) -> None:
+        """Record a batch of items before it is processed. Raises CaiError when one has another content than before."""
+        ...
+
+    def write(self, outcomes: Sequence[Outcome]) -> None:
+        """Append outcomes in the order of their items."""
+        ...
+
+    def write_lines(self, lines: Iterable[bytes], *, rejected: bool = False) -> None:
+        """Append rows that are JSON lines already, with their newlines."""
+        ...
+
+    def stop(self, out_of_order: Sequence[Outcome], usage: dict[str, Any] | None) -> None:
+        """Keep what cannot be appended yet because a row before it is missing. Called when the run fails."""
+        ...
+
+    def finish(self, counts: Counts, rows: dict[str, Any], facts: dict[str, Any]) -> None:
+        """Complete `counts` and the output. `rows` identifies the rows read, `facts` are those of `run_facts`."""
+        ...
+
+
+def stream_sink(output: str, observe: Callable[[Any], None] | None = None) -> "StreamSink | None":
+    """The sink of an output that is a stream, None where it is a file. `observe` as in `StreamSink`."""
+    return StreamSink(output, observe) if is_stream(output) else None
+
+
+def _open(output: str) -> BinaryIO:
+    """Open a device or a named pipe for writing. Raises CaiError."""
+    try:
+        return open(output, "wb")
+    except OSError as error:
+        raise _cannot_write(output, error) from error
+
+
+def _cannot_write(output: str, error: OSError) -> CaiError:
+    return CaiError(f"cannot write {output}: {error.strerror}", hint="choose another -o", code="cannot-write")
 
 
 class FileSink:
-    """`OUT.partial` and `OUT.rejected.jsonl` growing, then `OUT` with its manifest.
+    """Writes `OUT.partial` and `OUT.rejected.jsonl`, then `OUT` with its manifest.
 
-    `OUT.units.jsonl` says in which order units were asked, from which line and with which content: of a shard for
-    `cai merge`, and of an input that cannot be hashed beforehand, so that a resumed run notices another content.
+    `OUT.units.jsonl` records the input order of the items, their lines and the digests of their content: `cai merge`
+    needs it of a shard, and of an input that cannot be hashed beforehand it shows a resumed run whether the content
+    has changed.
     """
 
     def __init__(self, path: Path, provenance: dict[str, Any], overwrite: bool) -> None:
+        """Open the output.
+
+        Args:
+            path: OUT.
+            provenance: What decides the content of this run. A run that resumes keeps the recorded one, which may be
+                of an earlier version.
+            overwrite: Whether to start from scratch where an unfinished output exists.
+
+        Raises:
+            CaiError: `other-run` or `not-made-by-cai`, when the unfinished output cannot be resumed.
+        """
         self.path = path
         self.partial = AppendFile(sidecar(path, "partial"))
         self.rejected = AppendFile(sidecar(path, "rejected.jsonl"))
-        self.units = AppendFile(sidecar(path, "units.jsonl"))
+        self.items = AppendFile(sidecar(path, "units.jsonl"))
         self.ahead = AppendFile(sidecar(path, "partial.ahead.jsonl"))
+        self.draft = sidecar(path, "partial.manifest.json")
         self.kept: dict[str, Outcome] = {}
         self.digests = KeyTable()
-        self.draft = sidecar(path, "partial.manifest.json")
         self.provenance = provenance
-        self.recorded = recorded = None if overwrite else read_manifest(self.draft)
-        if recorded:
-            refuse_other_run(self.partial.path, recorded["provenance"], provenance)
+        self.recorded = None if overwrite else read_manifest(self.draft)
+        if self.recorded:
+            refuse_other_run(self.partial.path, self.recorded["provenance"], provenance)
+            self.provenance = self.recorded["provenance"]
         elif not overwrite and self.partial.path.exists():
             raise CaiError(
-                f"{self.partial.path} is there, but not the manifest that says what made it",
-                hint="--overwrite starts afresh",
+                f"{self.partial.path} exists without the manifest that says what made it",
+                hint="--overwrite starts from scratch",
+                code="not-made-by-cai",
             )
         else:
             self.start_over()
+        self.digest = repr_digest if has_repr_digests(self.provenance["cai"]) else item_digest
 
     def start_over(self) -> None:
-        """Remove what earlier runs left unfinished and say what this one makes. A finished output steps aside until
-        the new one is whole."""
+        """Remove what earlier runs left unfinished and record what this run makes. A finished output is kept aside
+        until the new one is whole."""
         set_aside(self.path)
-        for file in (self.partial, self.rejected, self.units, self.ahead):
+        for file in (self.partial, self.rejected, self.items, self.ahead):
             file.path.unlink(missing_ok=True)
         write_json(self.draft, {"status": "running", "provenance": self.provenance})
 
@@ -93,54 +145,54 @@ class FileSink:
                 done.add(key, 0)
         self.kept = {row.key: row for row in self.ahead.rows() if row.key not in done}
         if done.size or self.kept:
-            console.say(f"going on with {self.partial.path}: {done.size + len(self.kept):,} rows are finished")
-        if self.units.path.exists():
-            cut_torn_tail(self.units.path)
-            for _, value in read_values(str(self.units.path)):
+            console.say(f"resuming {self.partial.path}: {done.size + len(self.kept):,} rows are finished")
+        if self.items.path.exists():
+            cut_torn_tail(self.items.path)
+            for _, value in read_values(str(self.items.path)):
                 self.digests.add(value["key"], value["digest"])
         return done
 
     def out_of_order(self) -> dict[str, Outcome]:
-        """What an earlier run finished behind a row that it did not: few, as `windows.in_order` bounds them."""
-        return self.kept
+        return self.kept  # few: `in_order` bounds them
 
-    def used(self) -> dict[str, Any] | None:
-        """The usage that an earlier run of this output recorded when it stopped."""
+    def recorded_usage(self) -> dict[str, Any] | None:
         return self.recorded.get("usage") if self.recorded else None
 
-    def stop(self, out_of_order: Sequence[Outcome], used: dict[str, Any] | None) -> None:
-        """Keep what is finished but cannot be appended yet, because a row before it is not."""
+    def stop(self, out_of_order: Sequence[Outcome], usage: dict[str, Any] | None) -> None:
         kept = self.kept | {outcome.key: outcome for outcome in out_of_order}
         self.ahead.path.unlink(missing_ok=True)
         self.ahead.append(kept.values())
         self.ahead.close()
-        if used:
-            write_json(self.draft, {"status": "running", "provenance": self.provenance, "usage": used})
+        if usage:
+            write_json(self.draft, {"status": "running", "provenance": self.provenance, "usage": usage})
 
-    def ask(self, units: Sequence[WorkItemRecord]) -> None:
-        """Note units before they are answered. Raises CaiError when one was noted before with another content."""
-        fresh = []
-        for unit in units:
-            digest = self.digests.get(unit.key)
-            if digest is None:
-                fresh.append(unit)
-            elif digest != unit.digest:
+    def record_items(self, items: Sequence[WorkItem[Any]]) -> None:
+        new = []
+        for item in items:
+            recorded, digest = self.digests.get(item.key), self.digest(item.value)
+            if recorded is None:
+                new.append(WorkItemRecord(key=item.key, line=item.line, digest=digest))
+            elif recorded != digest:
                 raise CaiError(
-                    f"line {unit.line}: {unit.key!r} had another content when {self.partial.path} was begun",
-                    hint="the input changed since; --overwrite starts afresh",
+                    f"line {item.line}: {item.key!r} has changed since {self.partial.path} was started",
+                    hint="the input has changed; --overwrite starts from scratch",
+                    code="input-changed",
                 )
-        self.units.append(fresh)
+        self.items.append(new)
 
     def write(self, outcomes: Sequence[Outcome]) -> None:
         self.rejected.append(o for o in outcomes if isinstance(o, Rejected))
         self.partial.append(o for o in outcomes if not isinstance(o, Rejected))
 
+    def write_lines(self, lines: Iterable[bytes], *, rejected: bool = False) -> None:
+        (self.rejected if rejected else self.partial).append_lines(lines)
+
     def finish(self, counts: Counts, rows: dict[str, Any], facts: dict[str, Any]) -> None:
-        """Count what is on disk, then make the output appear whole. `rows` identifies what was read."""
-        for written in (self.partial, self.rejected, self.units):
+        """Count the rows on disk, then make the output appear whole."""
+        for written in (self.partial, self.rejected, self.items):
             written.close()
         self.partial.path.touch()
-        self.units.path.touch()  # of an empty shard too; where nothing needs it, it goes when OUT appears
+        self.items.path.touch()  # of an empty shard too; it is removed when OUT appears and is not a shard
         with self.partial.path.open("rb") as file:
             counts.out = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
         counts.rejected = rejected_reasons(self.rejected.path)
@@ -150,16 +202,28 @@ class FileSink:
         publish(self.path)
 
 
-class StdoutSink:
-    """Rows to stdout as they come; what is rejected goes to stderr as a whole row, so it is not lost.
+class StreamSink:
+    """Writes rows to stdout, a device or a named pipe as they come, and whole rejected rows to stderr.
 
-    `observe` is told every outcome in passing, in order: what went to stdout cannot be read again.
+    There are no sidecars, and nothing can be resumed.
     """
 
-    def __init__(self, observe: Callable[[Any], None] | None = None) -> None:
-        self.observe = observe
+    def __init__(self, output: str = "-", observe: Callable[[Any], None] | None = None) -> None:
+        """Open the stream.
+
+        Args:
+            output: A name for which `is_stream` is true.
+            observe: Called with every outcome in order, because rows written to a stream cannot be read again.
+
+        Raises:
+            CaiError: `cannot-write`.
+        """
+        self.output, self.observe = output, observe
         self.out = 0
         self.rejected: Counter[str] = Counter()
+        self.opened: BinaryIO | None = None
+        if not is_stdout(output):
+            self.opened = _open(output)
 
     def finished(self) -> KeyTable:
         return KeyTable()
@@ -167,27 +231,60 @@ class StdoutSink:
     def out_of_order(self) -> dict[str, Outcome]:
         return {}
 
-    def used(self) -> dict[str, Any] | None:
+    def recorded_usage(self) -> dict[str, Any] | None:
         return None
 
-    def stop(self, out_of_order: Sequence[Outcome], used: dict[str, Any] | None) -> None:
-        """Nothing goes on from a pipe that broke."""
+    def stop(self, out_of_order: Sequence[Outcome], usage: dict[str, Any] | None) -> None:
+        """Nothing is kept: a stream cannot be resumed."""
+        if self.opened:
+            with suppress(OSError):
+                self.opened.close()
 
-    def ask(self, units: Sequence[WorkItemRecord]) -> None:
-        pass
+    def record_items(self, items: Sequence[WorkItem[Any]]) -> None:
+        """Nothing is recorded: a stream cannot be resumed."""
 
     def write(self, outcomes: Sequence[Outcome]) -> None:
         for outcome in outcomes:
             if self.observe:
                 self.observe(outcome)
-            if isinstance(outcome, Rejected):
-                self.rejected[reason_kind(outcome.reason)] += 1
-                console.warn(f"rejected: {dump_row(outcome).decode()}")
-            else:
-                line = outcome.data if isinstance(outcome, RawLine) else dump_row(outcome)
-                sys.stdout.buffer.write((console.safe_json(line) if sys.stdout.isatty() else line) + b"\n")
-                self.out += 1
-        sys.stdout.buffer.flush()
+            line = outcome.data if isinstance(outcome, RawLine) else dump_row(outcome)
+            self._write_line(line, rejected=isinstance(outcome, Rejected))
+        self._flush()
+
+    def write_lines(self, lines: Iterable[bytes], *, rejected: bool = False) -> None:
+        for line in lines:
+            self._write_line(line.rstrip(b"\n"), rejected=rejected)
+        self._flush()
+
+    def _write_line(self, line: bytes, *, rejected: bool) -> None:
+        if rejected:
+            self.rejected[reason_kind(orjson.loads(line)["reason"])] += 1
+            console.warn(f"rejected: {line.decode()}")
+            return
+        file = self.opened or sys.stdout.buffer
+        with self._reported():
+            file.write((console.safe_json(line) if file.isatty() else line) + b"\n")
+        self.out += 1
+
+    def _flush(self) -> None:
+        with self._reported():
+            (self.opened or sys.stdout.buffer).flush()
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        """Turn an error of the opened stream into a CaiError. A reader that has gone away, and stdout, are left to the
+        command line."""
+        try:
+            yield
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            if self.opened is None:
+                raise
+            raise _cannot_write(self.output, error) from error
 
     def finish(self, counts: Counts, rows: dict[str, Any], facts: dict[str, Any]) -> None:
+        if self.opened:
+            with self._reported():
+                self.opened.close()
         counts.out, counts.rejected = self.out, self.rejected

@@ -1,4 +1,4 @@
-"""`cai sort` and `cai dedup`: JSONL files in another order, or without what repeats, however large they are.
+"""`cai sort` and `cai dedup`: sort a JSONL file or remove repeated prompts, with bounded memory.
 
 Sorting writes sorted runs of a bounded size to disk and merges them; de-duplication keeps a hash of each prompt.
 """
@@ -10,6 +10,7 @@ from enum import StrEnum
 from heapq import merge
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import orjson
@@ -18,13 +19,14 @@ from cai_cli.common.hash_index import KeyTable
 from cai_cli.data.formats import parse_prompt, row_object, texts_of
 from cai_cli.data.jsonl import read_rows
 from cai_cli.data.schema import conversation_id
+from cai_cli.runtime.counts import Counts
 from cai_cli.runtime.file_transform import rewrite
 from cai_cli.runtime.manifest import hash_input, provenance
-from cai_cli.runtime.output_files import sidecar
-from cai_cli.runtime.sinks import Counts, FileSink
+from cai_cli.runtime.output_files import is_stream, sidecar
+from cai_cli.runtime.sinks import Sink
 
 RUN_BYTES = 64 * 2**20
-LINES_A_WRITE = 1000
+LINES_PER_WRITE = 1000
 SortKey = tuple[str | int, ...]
 Keyed = tuple[SortKey, bytes]
 
@@ -35,7 +37,8 @@ class By(StrEnum):
 
 
 def sort_key(by: By) -> Callable[[Any], SortKey]:
-    """id: rows of one prompt together, in the order of their samples. length: characters of all that was said."""
+    """The sort key of a row. id: rows of one prompt together, in the order of their samples. length: characters of all
+    texts in the row."""
 
     def by_id(row: Any) -> SortKey:
         index = row.get("sample_index")
@@ -48,8 +51,13 @@ def sort_key(by: By) -> Callable[[Any], SortKey]:
 
 
 def sorted_lines(rows: Iterable[Any], key: Callable[[Any], SortKey], folder: Path) -> Iterator[bytes]:
-    """`rows` as JSON lines in the order of `key`, equal ones as they came, with RUN_BYTES of them in memory and the
-    rest as sorted runs in `folder`."""
+    """Yield `rows` as JSON lines in the order of `key`; rows with equal keys stay in their order.
+
+    Args:
+        rows: JSON objects.
+        key: The sort key of a row.
+        folder: An empty directory for the sorted runs. At most RUN_BYTES of rows are in memory.
+    """
     runs: list[Iterable[Keyed]] = []
     held: list[Keyed] = []
     size = 0
@@ -78,7 +86,7 @@ def _run(path: Path, key: Callable[[Any], SortKey]) -> Iterator[Keyed]:
 
 
 def distinct_lines(rows: Iterable[Any], counts: Counts) -> Iterator[bytes]:
-    """The first row of each prompt as JSON lines; the others are counted as skipped."""
+    """Yield the first row of each prompt as a JSON line; the others are counted as skipped."""
     seen = KeyTable()
     for row in rows:
         if seen.add(conversation_id(parse_prompt(row, source="").prompt), 0) is None:
@@ -94,18 +102,24 @@ def _with_prompt(value: object) -> dict[str, Any]:
 
 def _counted(source: str, parse: Callable[[object], dict[str, Any]], counts: Counts) -> Iterator[dict[str, Any]]:
     for _, row in read_rows(source, parse):
-        counts.units += 1
+        counts.items += 1
         yield row
 
 
-def _write(sink: FileSink, lines: Iterator[bytes]) -> None:
-    while group := list(islice(lines, LINES_A_WRITE)):
-        sink.partial.append_lines(group)
+def _write(sink: Sink, lines: Iterator[bytes]) -> None:
+    while group := list(islice(lines, LINES_PER_WRITE)):
+        sink.write_lines(group)
 
 
 @contextmanager
-def _scratch(folder: Path) -> Iterator[Path]:
-    """An empty folder while within. Its name is known, so that what a killed run left there is found and removed."""
+def _scratch(output: Path) -> Iterator[Path]:
+    """An empty directory for the time of a sort. Beside an output file its name is fixed, so that the next run removes
+    what a killed run left there."""
+    if is_stream(str(output)):
+        with TemporaryDirectory() as temporary:
+            yield Path(temporary)
+        return
+    folder = sidecar(output, "sort")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
@@ -118,8 +132,8 @@ def sort_file(input: str, output: Path, by: By, *, overwrite: bool, as_json: boo
     """Write the rows of `input` to `output` in order, and print the summary. Raises CaiError."""
     inputs = {"rows": hash_input(input)}
 
-    def fill(sink: FileSink, counts: Counts) -> None:
-        with _scratch(sidecar(output, "sort")) as folder:
+    def fill(sink: Sink, counts: Counts) -> None:
+        with _scratch(output) as folder:
             _write(sink, sorted_lines(_counted(input, row_object, counts), sort_key(by), folder))
 
     made_by = provenance("sort", inputs=inputs, settings={"by": by.value})
@@ -130,7 +144,7 @@ def dedup_file(input: str, output: Path, *, overwrite: bool, as_json: bool) -> N
     """Write the first row of each prompt to `output`, and print the summary. Raises CaiError."""
     inputs = {"rows": hash_input(input)}
 
-    def fill(sink: FileSink, counts: Counts) -> None:
+    def fill(sink: Sink, counts: Counts) -> None:
         _write(sink, distinct_lines(_counted(input, _with_prompt, counts), counts))
 
     made_by = provenance("dedup", inputs=inputs, settings={})

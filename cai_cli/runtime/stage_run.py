@@ -1,15 +1,14 @@
-"""How a data stage runs: units of work in, one outcome each, in input order, resumable at any moment.
+"""One run of a data stage: work items in, one outcome each, in input order, resumable at any moment.
 
-A stage gives `units` (what there is to do) and `work` (a window of units -> outcomes). This file does the rest, the
-same for every stage: what is finished is not asked again, `in = out + rejected + skipped`, an output that another
-run made is refused, and a kill at any moment leaves files that the same command completes.
+A stage provides `items` (what there is to do) and `work` (a batch of items -> their outcomes). This module does the
+rest, the same for every stage: finished items are not processed again, `in = out + rejected + skipped`, an output of
+another run is refused, and a kill at any moment leaves files that the same command completes.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -19,97 +18,129 @@ from cai_cli.common.errors import CaiError, InvalidRow, UsageError
 from cai_cli.common.hash_index import KeyTable
 from cai_cli.data.jsonl import display_name
 from cai_cli.data.row_reader import RowReader
-from cai_cli.data.schema import Rejected, WorkItemRecord
+from cai_cli.data.schema import Rejected
 from cai_cli.engines.base import Engine
+from cai_cli.runtime.counts import Counts
 from cai_cli.runtime.manifest import InputFile, read_manifest, run_facts
 from cai_cli.runtime.ordered_map import in_order
 from cai_cli.runtime.output_files import (
     finished_summary,
+    is_stdout,
     one_writer,
     publish,
     refuse_input_as_output,
     refuse_other_run,
     sidecar,
 )
-from cai_cli.runtime.sinks import Counts, FileSink, Outcome, Sink, StdoutSink
-from cai_cli.runtime.summary import print_summary
+from cai_cli.runtime.sinks import FileSink, Outcome, Sink, stream_sink
+from cai_cli.runtime.summary import print_summary, refuse_all_rejected
+from cai_cli.runtime.work_items import Skipped, WorkItem, WorkItems
 
+__all__ = ["Skipped", "StageRun", "WorkItem", "WorkItems", "expected_items"]
 T = TypeVar("T")
+Work = Callable[[Sequence[T]], Iterable[Outcome]]
 
 
-@dataclass(frozen=True)
-class WorkItem(Generic[T]):
-    """One thing to do: its key among the outcomes, the input line it came from, and the row(s) it needs.
+def expected_items(file: InputFile, limit: int | None, per_row: int = 1) -> int | None:
+    """The total of a stage's progress bar: how many work items the first `limit` rows of `file` give.
 
-    `hashed_id`: the key is a hash of the content, so a second unit with it is the same work again and is skipped;
-    with an id that was given it is an error.
+    Args:
+        file: The input.
+        limit: The `--limit` option.
+        per_row: How many items one row gives.
+
+    Returns:
+        The number of items of all shards together (`StageRun` divides it), or None where the number of rows is not
+        known before reading, as with stdin and compressed files.
     """
-
-    key: str
-    line: int
-    value: T
-    hashed_id: bool = False
+    if file.lines is None:
+        return None
+    return per_row * (file.lines if limit is None else min(file.lines, limit))
 
 
 @dataclass(frozen=True)
-class Skipped:
-    """Something in the input that asks for nothing, and why; counted, and shown in the closing line."""
+class _Batch:
+    """The outcomes to write of one batch of `size` items, of which `finished` were finished by earlier runs."""
 
-    reason: str
-    line: int
-
-
-@dataclass(frozen=True)
-class BatchResult:
-    """A window done: how many units it held, how many of them earlier runs had finished, and the outcomes to write."""
-
-    units: int
-    before: int
+    size: int
+    finished: int
     outcomes: list[Outcome]
 
 
-WorkItems = Iterator[WorkItem[T] | Skipped]
-Work = Callable[[Sequence[T]], Iterable[Outcome]]
+@dataclass(frozen=True)
+class _Resumed:
+    """What earlier runs of the output finished: the keys of its written rows, and the outcomes behind a missing one."""
+
+    written: KeyTable
+    out_of_order: Mapping[str, Outcome]
+
+    @property
+    def count(self) -> int:
+        return self.written.size + len(self.out_of_order)
 
 
 @dataclass(frozen=True)
 class StageRun(Generic[T]):
-    """One run of one stage, from its files to its summary. `units` come in the order of their lines
-    (those of one prompt in any order): the shards of a run are merged by line."""
+    """One run of one stage, from its files to its summary.
+
+    Attributes:
+        provenance: What decides the content of the output (`manifest.provenance`).
+        inputs: The input files by role.
+        output: A file, or a stream (`output_files.is_stream`).
+        overwrite: Whether to start from scratch where the output exists.
+        items: Creates the iterator of work items. They come in the order of their lines, those of one prompt in any
+            order, because the shards of a run are merged by line.
+        work: Maps the values of a batch to one outcome each, in order.
+        batch_size: How many items `work` receives at once.
+        total: The number of items for the progress bar (`expected_items`), None where unknown.
+        reader: Reads the input; it holds the invalid lines and the shard.
+        engine: The model that `work` calls, which has the usage and the number of concurrent batches.
+        one_by_one: Whether a batch starts only after the previous one is written, because its items depend on that.
+    """
 
     provenance: dict[str, Any]
     inputs: Mapping[str, InputFile]
     output: str
     overwrite: bool
-    units: Callable[[], WorkItems[T]]
+    items: Callable[[], WorkItems[T]]
     work: Work[T]
-    window: int
+    batch_size: int
     total: int | None = None
     reader: RowReader = field(default_factory=RowReader)
     engine: Engine | None = None
-    one_by_one: bool = False  # a window is cut only when the one before is written: what is asked depends on that
+    one_by_one: bool = False
 
     @property
     def stage(self) -> str:
         return str(self.provenance["stage"])
 
     def run(self, *, as_json: bool) -> dict[str, Any]:
-        """Do what is not done yet; returns (and prints) the summary. Raises CaiError."""
+        """Complete the output, print the summary and return it.
+
+        Raises:
+            CaiError: As `complete`, and `all-rejected` when rows were rejected and none was kept.
+        """
         summary = self.complete()
-        print_summary(summary, as_json=as_json, stdout_is_data=self.output == "-")
+        print_summary(summary, as_json=as_json, stdout_is_data=is_stdout(self.output))
+        refuse_all_rejected(summary)
         return summary
 
     def complete(self, sink: Sink | None = None) -> dict[str, Any]:
-        """As `run`, for a stage that has more to say in its summary; `sink` takes the outcomes in place of a file."""
-        if sink or self.output == "-":
-            return self._work_through(sink or StdoutSink())
-        return self._fill(Path(self.output))
+        """Complete the output and return the summary, for a stage that adds to it before printing.
 
-    def _fill(self, path: Path) -> dict[str, Any]:
+        Args:
+            sink: Receives the outcomes instead of `output`.
+
+        Raises:
+            CaiError: The output belongs to another run, cannot be written, or the work failed.
+        """
+        if sink := sink or stream_sink(self.output):
+            return self._work_through(sink)
+        path = Path(self.output)
         if path.suffix == ".gz":
-            raise UsageError(f"{path}: outputs are compressed as .zst only")
+            raise UsageError(f"{path}: outputs are compressed as .zst only", code="invalid-option")
         if path.is_dir():
-            raise UsageError(f"{path} is a directory, and rows go to a file", hint="-o FILE")
+            raise UsageError(f"{path} is a directory, and rows go to a file", hint="-o FILE", code="invalid-option")
         refuse_input_as_output(path, self.inputs)
         with one_writer(path):
             publish(path)
@@ -120,105 +151,124 @@ class StageRun(Generic[T]):
             return done
 
     def _refuse_other_stream(self, path: Path) -> None:
-        """A finished output is what a pipe asks for only if the same rows come out of the pipe: read them to know."""
+        """Read an input that is a pipe to its end: a finished output is only valid for the same rows."""
         if not any(file.is_pipe for file in self.inputs.values()):
             return
-        for _ in self._checked(self.units(), KeyTable(), Counts()):
+        for _ in self._checked(self.items(), KeyTable(), Counts()):
             pass
         recorded = (read_manifest(sidecar(path, "manifest.json")) or {})["rows"]
         refuse_other_run(path, {"rows": recorded}, {"rows": self.reader.read()})
 
+    # --- the three parts of a run -----------------------------------------------------------------------------------
+
     def _work_through(self, sink: Sink) -> dict[str, Any]:
-        monitor_score_of, counts = console.Stopwatch(), Counts()
-        finished = sink.finished(), sink.out_of_order()
-        unmatched, parts = finished[0].size + len(finished[1]), self.reader.shard.count if self.reader.shard else 1
-        usage, out_of_order = self.engine.usage if self.engine else None, list[BatchResult]()
-        if usage and (recorded := sink.used()):
-            usage.resume(recorded)
+        """Process the items that are not finished, write their outcomes to `sink` and return the summary."""
+        stopwatch, counts = console.Stopwatch(), Counts()
+        resumed = _Resumed(sink.finished(), sink.out_of_order())
+        if self.engine and self.engine.usage and (recorded := sink.recorded_usage()):
+            self.engine.usage.resume(recorded)
+        matched = self._process(sink, counts, resumed)
+        if unmatched := resumed.count - matched:
+            raise CaiError(
+                f"{self.output} holds {unmatched} finished rows that are not in this input",
+                hint="the input has changed; --overwrite starts from scratch",
+                code="input-changed",
+            )
+        return self._finish(sink, counts, stopwatch)
+
+    def _process(self, sink: Sink, counts: Counts, resumed: _Resumed) -> int:
+        """Process all batches; returns how many items earlier runs had finished. On an error `sink` keeps the outcomes
+        that were finished out of order, and the usage."""
+        shards = self.reader.shard.count if self.reader.shard else 1
+        out_of_order, matched = list[_Batch](), 0
         groups = in_order(
-            self._windows(sink, counts),
-            lambda window: self._worked(window, *finished),
+            self._batches(sink, counts),
+            lambda batch: self._process_batch(batch, resumed),
             self.engine.workers if self.engine and not self.one_by_one else 1,
             out_of_order,
             self.engine.close if self.engine else lambda: None,
         )
         try:
-            with console.track(self.total and self.total / parts, self.stage) as advance, closing(groups):
+            with console.track(self.total and self.total / shards, self.stage) as advance, closing(groups):
                 for group in groups:
-                    sink.write([outcome for worked in group for outcome in worked.outcomes])
-                    unmatched -= sum(worked.before for worked in group)
-                    advance(sum(worked.units for worked in group))
+                    sink.write([outcome for batch in group for outcome in batch.outcomes])
+                    matched += sum(batch.finished for batch in group)
+                    advance(sum(batch.size for batch in group))
         except BaseException:
-            sink.stop([o for worked in out_of_order for o in worked.outcomes], usage.as_json() if usage else None)
+            usage = self.engine.usage if self.engine else None
+            outcomes = [outcome for batch in out_of_order for outcome in batch.outcomes]
+            sink.stop(outcomes, usage.as_json() if usage else None)
             raise
         finally:
             if self.engine:
                 self.engine.close()
-        if unmatched:
-            raise CaiError(
-                f"{self.output} holds {unmatched} finished rows that this input does not ask for",
-                hint="the input changed since; --overwrite starts afresh",
-            )
+        return matched
+
+    def _finish(self, sink: Sink, counts: Counts, stopwatch: console.Stopwatch) -> dict[str, Any]:
+        """Make the output appear whole; warns when it is empty for want of input."""
+        usage = self.engine.usage if self.engine else None
         used = {"usage": usage.as_json()} if usage else {}
-        facts = run_facts(monitor_score_of.seconds, self.inputs) | used
+        facts = run_facts(stopwatch.seconds, self.inputs) | used
         sink.finish(counts, self.reader.read(), facts)
-        if counts.units == self.reader.count == 0:  # a shard of a few rows may be empty
+        if counts.items == self.reader.count == 0:  # a shard of a few rows may be empty
             console.warn(f"{self.stage}: the input holds no rows")
-        elif counts.units and not counts.out:
-            console.warn(f"{self.stage}: of {counts.units:,} rows nothing came out; the closing line says why")
+        elif counts.items and counts.skipped.total() == counts.items:
+            console.warn(f"{self.stage}: all {counts.items:,} rows were skipped; the summary counts the reasons")
         return {"stage": self.stage, "status": "finished", "output": self.output, **counts.as_json(),
                 "seconds": facts["seconds"], **used}  # fmt: skip
 
-    def _windows(self, sink: Sink, counts: Counts) -> Iterator[list[WorkItem[T | Rejected]]]:
-        """Cut by position in the input, so that a resumed run asks in the same company as the first."""
-        noted = self.reader.shard is not None or any(file.sha256 is None for file in self.inputs.values())
-        units = self._checked(self.units(), KeyTable(), counts)
-        while window := list(islice(units, self.window)):
-            if noted:
-                sink.ask([WorkItemRecord(key=u.key, line=u.line, digest=_digest(u.value)) for u in window])
-            yield window
+    # --- batches ----------------------------------------------------------------------------------------------------
 
-    def _worked(
-        self, window: Sequence[WorkItem[T | Rejected]], done: KeyTable, out_of_order: Mapping[str, Outcome]
-    ) -> BatchResult:
-        missing = [u for u in window if u.key not in done and u.key not in out_of_order]
-        fresh = iter(self._outcomes(missing))
-        outcomes = [out_of_order[u.key] if u.key in out_of_order else next(fresh) for u in window if u.key not in done]
-        return BatchResult(len(window), len(window) - len(missing), outcomes)
+    def _batches(self, sink: Sink, counts: Counts) -> Iterator[list[WorkItem[T | Rejected]]]:
+        """Cut the items by position in the input, so that the batches of a resumed run are those of the first."""
+        recorded = self.reader.shard is not None or any(file.sha256 is None for file in self.inputs.values())
+        items = self._checked(self.items(), KeyTable(), counts)
+        while batch := list(islice(items, self.batch_size)):
+            if recorded:
+                sink.record_items(batch)
+            yield batch
 
-    def _outcomes(self, units: Sequence[WorkItem[T | Rejected]]) -> list[Outcome]:
-        """One per unit, in order; a bad line is its own."""
-        asked = [u.value for u in units if not isinstance(u.value, Rejected)]
-        answers = list(self.work(asked)) if asked else []
-        if len(answers) != len(asked):
-            raise AssertionError(f"{self.stage}: {len(asked)} units gave {len(answers)} outcomes")
-        rest = iter(answers)
-        return [u.value if isinstance(u.value, Rejected) else next(rest) for u in units]
+    def _process_batch(self, batch: Sequence[WorkItem[T | Rejected]], resumed: _Resumed) -> _Batch:
+        missing = [i for i in batch if i.key not in resumed.written and i.key not in resumed.out_of_order]
+        new = iter(self._outcomes(missing))
+        outcomes = [
+            resumed.out_of_order[i.key] if i.key in resumed.out_of_order else next(new)
+            for i in batch
+            if i.key not in resumed.written
+        ]
+        return _Batch(len(batch), len(batch) - len(missing), outcomes)
 
-    def _checked(self, units: WorkItems[T], seen: KeyTable, counts: Counts) -> Iterator[WorkItem[T | Rejected]]:
-        """What is to be done, each once, and between them the bad lines; what is skipped is counted."""
-        for unit in units:
-            yield from self._invalid_before(unit.line, counts)
-            counts.units += 1
-            if isinstance(unit, Skipped):
-                counts.skipped[unit.reason] += 1
-            elif (first := seen.add(unit.key, unit.line)) is None:
-                yield unit  # type: ignore[misc]
-            elif unit.hashed_id:
+    def _outcomes(self, items: Sequence[WorkItem[T | Rejected]]) -> list[Outcome]:
+        """One outcome per item, in order; an invalid line is its own outcome."""
+        values = [i.value for i in items if not isinstance(i.value, Rejected)]
+        results = list(self.work(values)) if values else []
+        if len(results) != len(values):
+            raise AssertionError(f"{self.stage}: {len(values)} items gave {len(results)} outcomes")
+        rest = iter(results)
+        return [i.value if isinstance(i.value, Rejected) else next(rest) for i in items]
+
+    def _checked(self, items: WorkItems[T], seen: KeyTable, counts: Counts) -> Iterator[WorkItem[T | Rejected]]:
+        """Yield each item once, and the invalid lines between them; counts what is skipped."""
+        for item in items:
+            yield from self._invalid_before(item.line, counts)
+            counts.items += 1
+            if isinstance(item, Skipped):
+                counts.skipped[item.reason] += 1
+            elif (first := seen.add(item.key, item.line)) is None:
+                yield item  # type: ignore[misc]
+            elif item.hashed_id:
                 counts.skipped["the same as an earlier line"] += 1
             else:
-                name = display_name(next(iter(self.inputs.values())).name)
                 raise InvalidRow(
-                    name, unit.line, f"id {unit.key!r} was already used on line {first}", "ids must be unique"
+                    display_name(next(iter(self.inputs.values())).name),
+                    item.line,
+                    f"id {item.key!r} was already used on line {first}",
+                    "ids must be unique",
+                    code="duplicate-id",
                 )
         yield from self._invalid_before(math.inf, counts)
 
     def _invalid_before(self, line: float, counts: Counts) -> Iterator[WorkItem[T | Rejected]]:
         for number, row in self.reader.invalid_before(line):
-            counts.units += 1
+            counts.items += 1
             yield WorkItem(row.key, number, row)
-
-
-def _digest(value: object) -> int:
-    """32 bits of what a unit asks, to notice when the same key comes with something else."""
-    return int.from_bytes(blake2b(repr(value).encode(), digest_size=4).digest(), "little")

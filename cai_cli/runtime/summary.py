@@ -1,25 +1,86 @@
-"""The summary line at the end of a stage."""
+"""The summary at the end of every stage: one line for a person, or one JSON object with `--json`."""
 
 import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import orjson
 
 from cai_cli.common import console
+from cai_cli.common.errors import CaiError
+
+TRAINING_METRICS = ("loss", "accuracy", "reward", "held_out_loss")  # shown in the line, where a stage has them
 
 
-def print_summary(summary: dict[str, Any], *, as_json: bool, stdout_is_data: bool) -> None:
-    """The closing line on stderr, or with `--json` the summary as one object (on stdout unless rows went there)."""
+def print_summary(summary: Mapping[str, Any], *, as_json: bool, stdout_is_data: bool = False) -> None:
+    """Print the summary of a data stage or a training stage.
+
+    Args:
+        summary: What `StageRun.complete` or `TrainingJob.run` returns, with more keys where a stage has more to say.
+        as_json: Print it as one JSON object, on stdout unless rows went there; otherwise as one line on stderr.
+        stdout_is_data: Whether the rows of the stage went to stdout.
+    """
     if as_json:
-        line = orjson.dumps(summary).decode()
-        print(line, file=sys.stderr if stdout_is_data else sys.stdout)
+        print(orjson.dumps(summary).decode(), file=sys.stderr if stdout_is_data else sys.stdout)
         return
-    parts = [f"{summary['in']:,} in = {summary['out']:,} out"]
-    for name in ("rejected", "skipped"):
-        reasons = ", ".join(f"{count:,} {why}" for why, count in summary.get(f"{name}_reasons", {}).items())
-        parts.append(f"{summary[name]:,} {name}" + (f" ({reasons})" if reasons else ""))
-    if used := summary.get("usage"):
-        parts[-1] += f"; {used['prompt_tokens']:,} prompt + {used['new_tokens']:,} new tokens"
-        parts[-1] += "" if used["cost"] is None else f" for {used['cost']:,.4f}"
     target = "" if stdout_is_data or not summary["output"] else f" -> {summary['output']}"
-    console.say(f"{summary['stage']}: {' + '.join(parts)} in {summary['seconds']:,.1f} s{target}")
+    details = "; ".join([counted(summary), *_usage(summary), *_training(summary)])
+    console.say(f"{summary['stage']}: {details} in {summary['seconds']:,.1f} s{target}")
+
+
+def refuse_all_rejected(summary: Mapping[str, Any]) -> None:
+    """End with exit code 1 a run that rejected rows and kept none; call it after everything is printed.
+
+    Raises:
+        CaiError: `all-rejected`.
+    """
+    if summary["rejected"] and not summary.get("out", summary.get("used")):
+        raise CaiError(
+            f"{summary['stage']}: all {summary['rejected']:,} rows were rejected and the output is empty",
+            hint="the summary counts the reasons; OUT.rejected.jsonl holds the rows",
+            code="all-rejected",
+        )
+
+
+def counted(counts: Mapping[str, Any]) -> str:
+    """`12 in = 10 out + 2 rejected (2 empty reply) + 0 skipped`."""
+    if "used" in counts:
+        held_out = f" ({counts['train']:,} trained on + {counts['held_out']:,} held out)" if counts["held_out"] else ""
+        parts = [f"{counts['in']:,} in = {counts['used']:,} used{held_out}"]
+    else:
+        parts = [f"{counts['in']:,} in = {counts['out']:,} out"]
+    for name in ("rejected", "skipped"):
+        reasons = ", ".join(f"{count:,} {why}" for why, count in counts.get(f"{name}_reasons", {}).items())
+        parts.append(f"{counts[name]:,} {name}" + (f" ({reasons})" if reasons else ""))
+    return " + ".join(parts)
+
+
+def _usage(summary: Mapping[str, Any]) -> Iterator[str]:
+    if used := summary.get("usage"):
+        cost = "" if used["cost"] is None else f" for {used['cost']:,.4f}"
+        yield f"{used['prompt_tokens']:,} prompt + {used['new_tokens']:,} new tokens{cost}"
+
+
+def _training(summary: Mapping[str, Any]) -> Iterator[str]:
+    if "steps" not in summary:
+        return
+    changes = [
+        f"{name.replace('_', '-')} {_before(summary.get(f'{name}_before'))}{_value(summary[name])}"
+        for name in TRAINING_METRICS
+        if summary.get(name) is not None
+    ]
+    if changes:
+        yield ", ".join(changes)
+    kept = summary.get("kept_step", summary["steps"])
+    if kept != summary["steps"]:
+        yield f"kept is step {kept:,}" + ("" if kept else ", the start model")
+    yield f"{summary['steps']:,} steps"
+
+
+def _before(metric: Any) -> str:
+    return "" if metric is None else f"{_value(metric)} -> "
+
+
+def _value(metric: Any) -> str:
+    """A number, or the point estimate of a metric that has an interval."""
+    return f"{metric['value'] if isinstance(metric, dict) else metric:.4g}"

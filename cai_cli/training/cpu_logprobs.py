@@ -1,8 +1,8 @@
-"""The log-probabilities of a reply on a CPU, without the work TRL's fused head does there.
+"""Log-probabilities of replies on a CPU, faster than TRL's fused head computes them there.
 
-On a GPU that head is a Triton kernel. On a CPU it is the same arithmetic in many passes over large temporary tensors,
-for every position of the prompt too, with the projection done twice. Here the model's own forward projects only the
-positions from the first reply token on, and autograd does the rest; the memory is that of the plain logits.
+On a GPU the fused head is a Triton kernel. On a CPU it makes many passes over large temporary tensors, covers the
+positions of the prompt too, and projects twice. Here the model's own forward projects only the positions from the first
+reply token on, and autograd does the rest; the memory is that of the plain logits.
 """
 
 import types
@@ -10,7 +10,12 @@ from typing import Any
 
 
 def use_plain_head(trainer: Any, temperature: float = 1.0) -> None:
-    """Let the policy and the reference model of a TRL trainer compute log-probabilities the plain way, on CPU only."""
+    """Make the models of a TRL trainer compute log-probabilities from plain logits, on CPU only.
+
+    Args:
+        trainer: A TRL trainer whose models have its fused head.
+        temperature: The sampling temperature by which logits are divided.
+    """
     from accelerate.utils import is_peft_model
 
     if trainer.args.device.type != "cpu":
@@ -22,10 +27,10 @@ def use_plain_head(trainer: Any, temperature: float = 1.0) -> None:
 
 
 def _patch(model: Any, temperature: float) -> None:
-    """Replace what TRL's `add_fused_lm_head` put in the place of `model.forward`; the answers are the same.
+    """Replace the `model.forward` of TRL's `add_fused_lm_head` by one with the same results.
 
-    `model(..., labels, fused_lm_head=True)` gives per-token `log_probs`, `entropy` (no gradient) and `is_top1`, each of
-    shape (batch, length - 1), zero where the next token's label is -100.
+    `model(..., labels, fused_lm_head=True)` returns per-token `log_probs` (nats), `entropy` (nats, no gradient) and
+    `is_top1`, each of shape (batch, length - 1), zero where the label of the next token is -100.
     """
     import torch
     from trl.trainer.utils import FusedCausalLMOutput
@@ -41,20 +46,20 @@ def _patch(model: Any, temperature: float) -> None:
         mask = targets != -100
         labelled = mask.any(dim=0).nonzero()
         keep = int(targets.shape[1] - labelled[0]) if len(labelled) else 1
-        # One position more than there are targets: the last one's next token is not known.
+        # One position more than there are targets, because the last position has no next token.
         logits = plain_forward(self, *args, logits_to_keep=keep + 1, **kwargs).logits[:, :-1].float()
         kept = mask[:, -keep:]
         log_p = torch.log_softmax(logits[kept] / temperature, dim=-1)
-        wanted = targets[:, -keep:][kept]
+        target_ids = targets[:, -keep:][kept]
         with torch.no_grad():
             entropy = -(log_p.exp() * log_p).sum(-1)
-            top1 = log_p.argmax(-1) == wanted
+            top1 = log_p.argmax(-1) == target_ids
 
         def spread(values: Any) -> Any:
             return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
         return FusedCausalLMOutput(
-            log_probs=spread(log_p.gather(-1, wanted.unsqueeze(-1)).squeeze(-1)),
+            log_probs=spread(log_p.gather(-1, target_ids.unsqueeze(-1)).squeeze(-1)),
             entropy=spread(entropy),
             is_top1=spread(top1),
             label_mask=mask,

@@ -1,8 +1,8 @@
-"""Training in several processes, as `torchrun` and `accelerate launch` start them: one model, the rows dealt out.
+"""Data-parallel training in several processes, as `torchrun` and `accelerate launch` start them.
 
-Rank 0 alone writes files and speaks; what it decides the others are told (`from_leader`), and wait for. The first
-process that fails says why, the others end without a word, and no end waits for a process that is gone: a closed
-connection, or TIMEOUT, ends a wait, and the interpreter is left at once.
+Only rank 0 writes files and prints; its decisions are broadcast (`from_leader`). The first process that fails reports
+the error, the others exit silently. Shutdown never blocks on a dead rank: a closed connection or TIMEOUT ends a wait,
+and the interpreter is left at once.
 """
 
 import os
@@ -18,34 +18,34 @@ from cai_cli.common import console
 from cai_cli.common.errors import CaiError, UsageError
 
 T = TypeVar("T")
-TIMEOUT = timedelta(hours=2)  # the longest wait for another process: while rank 0 checks or saves, the others wait
+TIMEOUT = timedelta(hours=2)  # for collective operations; the other ranks wait while rank 0 checks or saves
 GOODBYE_SECONDS = 60.0
-RESUME = "run the same again to go on from the last checkpoint"
-_store: Any = None  # where the processes find each other; also holds which of them failed first
+RESUME = "run the same command again to resume from the last checkpoint"
+_store: Any = None  # the rendezvous store, which also holds which process failed first
 
 
 def rank() -> int:
-    """This process's number, from 0."""
+    """The number of this process, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
-    """How many processes train together."""
+    """The number of processes that train together."""
     return int(os.environ.get("WORLD_SIZE", "1")) if launched() else 1
 
 
 def launched() -> bool:
-    """Whether a launcher started this process as one of a group (which may be a group of one)."""
+    """Whether a launcher started this process as part of a group, which may be a group of one."""
     return "RANK" in os.environ
 
 
 def leads() -> bool:
-    """Whether this is the process that writes and speaks."""
+    """Whether this process is rank 0, which writes files and prints."""
     return rank() == 0
 
 
 def from_leader(make: Callable[[], T]) -> T:
-    """What `make` gives on rank 0, on every rank. Only rank 0 calls it; the others wait."""
+    """Call `make` on rank 0 and return its result on every rank."""
     if world_size() == 1:
         return make()
     import torch
@@ -58,7 +58,7 @@ def from_leader(make: Callable[[], T]) -> T:
 
 
 def gathered(values: Sequence[T]) -> list[T]:
-    """The `values` of all ranks, on every rank, in the order of ranks."""
+    """Return the `values` of all ranks, in the order of ranks, on every rank."""
     if world_size() == 1:
         return list(values)
     import torch.distributed as dist
@@ -69,48 +69,58 @@ def gathered(values: Sequence[T]) -> list[T]:
 
 
 def weights_are_sharded() -> bool:
-    """Whether no process holds the whole model: FSDP, or DeepSpeed at ZeRO stage 3."""
+    """Whether no process holds the whole model, as with FSDP and DeepSpeed ZeRO stage 3."""
     return os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
 
 
 @contextmanager
 def session(trainers: frozenset[str]) -> Iterator[None]:
-    """Around a whole command: join the group, and on the way out decide who says what went wrong. Does nothing in a
-    process that no launcher started. Raises UsageError, CaiError."""
+    """The context of a whole command: joins the process group, and on an error decides which process reports it.
+
+    Does nothing in a process that no launcher started.
+
+    Args:
+        trainers: The commands that run in several processes.
+
+    Raises:
+        UsageError: `process-count`, when the command cannot run in several processes.
+        CaiError: `lost-process`, when another process of the group has ended.
+    """
     if not launched():
         _refuse_lost_processes()
         yield
         return
     if not leads():
         console.mute()
-        console.mute_errors(True)  # until all have met, what is wrong is wrong for all
+        console.mute_errors(True)  # an error before all have joined is the same in all
     _join()
     console.mute_errors(False)
     try:
-        if world_size() > 1:  # after all have met: one that ends sooner has the launcher end the one that would speak
+        if world_size() > 1:  # after all joined, or the launcher would kill the one that reports
             _refuse_other_commands(sys.argv[1:], trainers)
         yield
     except SystemExit as stop:
         if stop.code:
-            _speak_first()
+            _report_first()
         if stop.code == 143:
-            console.error("stopped by the launcher: another process ended, or it was told to", RESUME)
+            console.error("stopped by the launcher, because another process ended or the launcher was stopped", RESUME)
         raise
     except RuntimeError as error:
-        _speak_first()
+        _report_first()
         if "gloo" not in str(error) and not _is_lost_connection(error):
             raise
         raise CaiError(
             "another process of this training ended or no longer answers",
-            hint=f"what it said stands above, or it was killed; {RESUME}",
+            hint=f"its error is printed above, or it was killed; {RESUME}",
+            code="lost-process",
         ) from error
     except BaseException:
-        _speak_first()
+        _report_first()
         raise
 
 
 def leave(code: int) -> NoReturn:
-    """End this process of a group, whatever the others do."""
+    """Exit this process of a group without waiting for the others."""
     if code == 0:
         import torch.distributed as dist
 
@@ -119,20 +129,22 @@ def leave(code: int) -> NoReturn:
         goodbye.join(GOODBYE_SECONDS)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # the interpreter's own end would wait for threads of the libraries that wait for lost processes
+    os._exit(code)  # a normal exit would wait for library threads that wait for dead processes
 
 
-def _counted(words: Sequence[str]) -> bool:
-    """Whether the command line says how many processes there are, which `launch` checks."""
+def _names_process_count(words: Sequence[str]) -> bool:
+    """Whether the command line has --num-processes, which `launcher` checks."""
     return any(word.partition("=")[0] == "--num-processes" for word in words)
 
 
 def _refuse_lost_processes() -> None:
-    """`accelerate launch --cpu --num_processes 2` starts one process and says nothing; it does set these two."""
-    if "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ and not _counted(sys.argv):
+    """Raises CaiError after `accelerate launch --cpu --num_processes 2`, which silently starts one process. It can be
+    recognised by two environment variables."""
+    if "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ and not _names_process_count(sys.argv):
         raise CaiError(
-            "accelerate was asked for several processes and has started one",
-            hint="torchrun --nproc_per_node N -m cai_cli ...; where one is meant, --num-processes 1",
+            "accelerate was told to start several processes and has started one",
+            hint="torchrun --nproc_per_node N -m cai_cli ...; if you want one process, --num-processes 1",
+            code="process-count",
         )
 
 
@@ -142,9 +154,12 @@ def _refuse_other_commands(words: Sequence[str], trainers: frozenset[str]) -> No
         raise UsageError(
             f"cai {command} runs in one process, not in {world_size()}",
             hint="data stages take --shard I/N (see `cai merge`); sft, train-pm and rl train in several processes",
+            code="process-count",
         )
     if "-" in words:
-        raise UsageError("stdin reaches one process only", hint="give a file that every process can read")
+        raise UsageError(
+            "stdin reaches one process only", hint="give a file that every process can read", code="option-conflict"
+        )
 
 
 def _join() -> None:
@@ -161,12 +176,13 @@ def _join() -> None:
     dist.init_process_group(backend, store=_store, rank=number, world_size=count, timeout=TIMEOUT)
 
 
-def _speak_first() -> None:
-    """Leave the word to the process that failed first, which no signal of the launcher may now cut off."""
+def _report_first() -> None:
+    """Mute the errors of this process unless it failed first. A process that reports ignores SIGTERM, so that the
+    launcher cannot interrupt it."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         first = _store.add("cai/failed", 1) == 1
-    except RuntimeError:  # the store went with rank 0, which may have said nothing
+    except RuntimeError:  # the store ended with rank 0, which may have reported nothing
         first = True
     console.mute_errors(not first)
 

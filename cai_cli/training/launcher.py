@@ -1,5 +1,5 @@
-"""`--accelerate-config` and `--num-processes` of the training stages: start anew through accelerate, and check that as
-many processes run as were asked for."""
+"""`--accelerate-config` and `--num-processes` of the training stages: start the command again through accelerate, and
+check the number of processes."""
 
 import os
 import sys
@@ -30,55 +30,78 @@ NumProcesses = Annotated[
 ]
 
 
-def as_asked(accelerate_config: str | None, num_processes: int | None) -> None:
-    """Returns in a process that is one of as many as were asked for; with a config not yet launched, does not return.
+def launch(accelerate_config: str | None, num_processes: int | None) -> None:
+    """Replace this process by `accelerate launch` of the same command, or check the processes that are running.
 
-    Raises UsageError, CaiError.
+    Args:
+        accelerate_config: The `--accelerate-config` option. With it the function does not return.
+        num_processes: The `--num-processes` option; None accepts any number.
+
+    Raises:
+        UsageError: `option-conflict` or `invalid-option`.
+        CaiError: `process-count`, when another number of processes is running.
     """
     if accelerate_config and distributed.launched():
-        raise UsageError("--accelerate-config under a launcher: the processes are running already", hint="leave it out")
+        raise UsageError(
+            "--accelerate-config under a launcher: the processes are running already",
+            hint="leave it out",
+            code="option-conflict",
+        )
     if accelerate_config:
         _launch(accelerate_config, num_processes)
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and os.environ.get("FSDP_STATE_DICT_TYPE") != "FULL_STATE_DICT":
-        raise UsageError("FSDP must save whole weights", hint="fsdp_state_dict_type: FULL_STATE_DICT in the config")
+        raise UsageError(
+            "FSDP must save whole weights",
+            hint="fsdp_state_dict_type: FULL_STATE_DICT in the config",
+            code="sharded-weights",
+        )
     if num_processes not in (None, distributed.world_size()):
         raise CaiError(
-            f"{num_processes} processes were asked for, {distributed.world_size()} are running",
-            hint="on CPU accelerate starts one whatever it is told: torchrun --nproc_per_node N -m cai_cli ...",
+            f"--num-processes is {num_processes}, but the number of running processes is {distributed.world_size()}",
+            hint="on CPU accelerate always starts one: torchrun --nproc_per_node N -m cai_cli ...",
+            code="process-count",
         )
 
 
 def _launch(config: str, num_processes: int | None) -> NoReturn:
-    """Become `accelerate launch` of this very command line."""
+    """Replace this process by `accelerate launch` of the same command line."""
     path = config_path(config)
     given: Any = load_yaml(path)
     if not isinstance(given, dict):
-        raise UsageError(f"{path}: not a config of accelerate")
+        raise UsageError(f"{path}: not a config of accelerate", code="invalid-option")
     if given.get("distributed_type") == "DEEPSPEED" and find_spec("deepspeed") is None:
-        raise CaiError(f"--accelerate-config {config} needs DeepSpeed, which is not installed", "pip install deepspeed")
+        raise CaiError(
+            f"--accelerate-config {config} needs DeepSpeed, which is not installed",
+            hint="pip install deepspeed",
+            code="missing-dependency",
+        )
     count = num_processes or int(given.get("num_processes", 1))
-    # The precision is ours (--dtype): a config's would be another than the manifest says.
+    # --dtype sets the precision; that of a config would differ from the manifest.
     words = ["--config_file", str(path), "--num_processes", str(count), "--mixed_precision", "no", "--module"]
     own = [*without(sys.argv[1:], ("--accelerate-config", "--num-processes")), "--num-processes", str(count)]
     sys.stderr.flush()
     command = [sys.executable, "-m", "accelerate.commands.launch", *words, "cai_cli", *own]
-    os.execv(sys.executable, command)  # noqa: S606 - words of our own, no shell  # nosec B606
+    os.execv(sys.executable, command)  # noqa: S606 - no shell  # nosec B606
 
 
 def config_path(config: str) -> Path:
-    """The file of an accelerate config: a file, or the name of one that TRL ships. Raises UsageError."""
+    """The path of an accelerate config, given as a file or as the name of one that TRL ships. Raises UsageError."""
     if Path(config).is_file():
         return Path(config)
     spec = find_spec("trl")
     shipped = Path(str(spec.origin)).parent / "accelerate_configs" if spec else Path()
     names = sorted(path.stem for path in shipped.glob("*.yaml"))
     if config not in names:
-        raise UsageError(f"--accelerate-config {config}: no such file, nor a name", hint=f"known: {', '.join(names)}")
+        raise UsageError(
+            f"--accelerate-config {config}: neither a file nor a known name",
+            hint=f"known: {', '.join(names)}",
+            code="invalid-option",
+        )
     return shipped / f"{config}.yaml"
 
 
 def without(words: Sequence[str], options: Sequence[str]) -> list[str]:
-    """A command line without these options (`--option VALUE`, `--option=VALUE`)."""
+    """A command line without these options, written as `--option VALUE` or `--option=VALUE`."""
     kept: list[str] = []
     rest = iter(words)
     for word in rest:

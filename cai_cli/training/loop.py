@@ -1,4 +1,4 @@
-"""Runs one trainer from its newest checkpoint to its last step."""
+"""Run one trainer from its newest checkpoint to its last step."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -14,60 +14,69 @@ from cai_cli.training import distributed
 from cai_cli.training.checkpoints import newest_checkpoint, seal
 from cai_cli.training.metrics_log import Metrics
 
-# --- one trainer, from its newest checkpoint to its last step ------------------------------------------------------
 
+def fit(trainer: Any, metrics: Metrics, columns: Mapping[str, str], *, name: str) -> dict[str, float | None]:
+    """Train to the last step, resuming from the newest complete checkpoint in the trainer's output directory.
 
-def fit(trainer: Any, metrics: "Metrics", columns: Mapping[str, str], *, name: str) -> dict[str, float | None]:
-    """Train to the end, going on from the newest complete checkpoint in the trainer's output directory.
+    Args:
+        trainer: A trainer of transformers or TRL.
+        metrics: Receives a row per step.
+        columns: Name in metrics.jsonl -> name in the trainer's log.
+        name: The stage, for messages.
 
-    `columns`: name in metrics.jsonl -> name in the trainer's log. Returns how many tokens this run went through, of all
-    processes, and how many a second. Raises CaiError when the checkpoint was changed since it was saved or holds more
-    than numbers, the loss is no number or the disk is full.
+    Returns:
+        `tokens` and `seconds` of this run, of all processes together, and `tokens_per_second`.
+
+    Raises:
+        CaiError: The checkpoint has changed since it was saved or holds pickled objects (`invalid-checkpoint`), the
+            loss is not finite (`not-finite`), or the disk is full (`cannot-write`).
     """
     checkpoint = distributed.from_leader(lambda: newest_checkpoint(Path(trainer.args.output_dir)))
     done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     metrics.cut_after(done)
     if checkpoint:
-        console.say(f"{name}: going on after step {done:,}")
+        console.say(f"{name}: resuming after step {done:,}")
     try:
         with ExitStack() as stack:
             steps = _steps_callback(metrics, columns, name, stack)
             trainer.add_callback(steps)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except UnpicklingError as error:  # torch's, of whatever is more than numbers
+    except UnpicklingError as error:  # raised by torch for anything but numbers
         raise CaiError(
             f"{checkpoint} cannot be loaded: it holds pickled objects, which could run code",
-            hint="--overwrite starts afresh",
+            hint="--overwrite starts from scratch",
+            code="invalid-checkpoint",
         ) from error
     except OSError as error:
         raise CaiError(
             f"cannot write {trainer.args.output_dir}: {error.strerror or error}",
-            hint="the checkpoints before are kept; run again to go on",
+            hint="earlier checkpoints are kept; run the same command again to resume",
+            code="cannot-write",
         ) from error
     rate = steps.tokens / steps.seconds if steps.tokens and steps.seconds else None
     return {"tokens": int(steps.tokens), "seconds": steps.seconds, "tokens_per_second": rate and round(rate, 1)}
 
 
 def without_printer(trainer: Any) -> Any:
-    """The trainer, its habit of printing every log row to stdout taken away."""
+    """The trainer without its callback that prints every log row to stdout."""
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def _steps_callback(metrics: "Metrics", columns: Mapping[str, str], name: str, stack: ExitStack) -> Any:
+def _steps_callback(metrics: Metrics, columns: Mapping[str, str], name: str, stack: ExitStack) -> Any:
     from accelerate import PartialState
     from transformers import TrainerCallback, set_seed
 
     class Steps(TrainerCallback):  # type: ignore[misc]
         advance: Callable[[float], None]
-        monitor_score_of: console.Stopwatch
+        stopwatch: console.Stopwatch
         tokens = seconds = 0.0
-        before = 0.0  # tokens that a run before this one went through
+        before = 0.0  # tokens that earlier runs processed
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.monitor_score_of, self.before = console.Stopwatch(), state.num_input_tokens_seen
+            self.stopwatch, self.before = console.Stopwatch(), state.num_input_tokens_seen
             self.advance = stack.enter_context(console.track(state.max_steps, name, "steps"))
             self.advance(state.global_step)
 
@@ -76,15 +85,15 @@ def _steps_callback(metrics: "Metrics", columns: Mapping[str, str], name: str, s
             set_seed((seed_for(args.seed, "step", state.global_step) + args.process_index) % 2**32)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.seconds = round(self.monitor_score_of.seconds, 2)
+            self.seconds = round(self.stopwatch.seconds, 2)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.advance(1)
             if state.global_step >= state.max_steps:
-                control.should_save = False  # the finished model is saved next; a checkpoint would be a third copy
+                control.should_save = False  # the finished model is saved next; a checkpoint would be another copy
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            PartialState().wait_for_everyone()  # every process has a file of its own in the checkpoint
+            PartialState().wait_for_everyone()  # every process writes its own file into the checkpoint
             if state.is_world_process_zero:
                 seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
@@ -93,10 +102,12 @@ def _steps_callback(metrics: "Metrics", columns: Mapping[str, str], name: str, s
                 return
             if not math.isfinite(logs["loss"]):
                 raise CaiError(
-                    f"the loss is {logs['loss']} at step {state.global_step}", hint="a lower --learning-rate may help"
+                    f"the loss is {logs['loss']} at step {state.global_step}",
+                    hint="a lower --learning-rate may help",
+                    code="not-finite",
                 )
             metrics.put(state.global_step, {ours: logs.get(theirs) for ours, theirs in columns.items()})
-            # Of SFT and RewardTrainer counted from 0 in every run, of RLOO and GRPO from the checkpoint's count on.
+            # SFT and RewardTrainer count from 0 in every run, RLOO and GRPO from the count of the checkpoint.
             self.tokens = max(self.tokens, logs.get("num_tokens", 0.0) - self.before)
 
     return Steps()

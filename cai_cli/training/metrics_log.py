@@ -1,19 +1,22 @@
-"""`metrics.jsonl`: the metrics of a training run, one row a step."""
+"""`metrics.jsonl`: the metrics of a training run, one row per step."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import orjson
 
+from cai_cli.common.files import write_atomically
+from cai_cli.common.legacy import metrics_row
 from cai_cli.data.jsonl import cut_torn_tail
 from cai_cli.training import distributed
 
 
 class Metrics:
-    """`metrics.jsonl`: one object per step, all with the same keys; what a row lacks is null. Every rank holds the
-    rows, rank 0 writes them."""
+    """The rows of `metrics.jsonl`: one object per step, all with the same keys, null where a step has no value.
+
+    Every rank holds the rows; rank 0 writes them.
+    """
 
     def __init__(self, path: Path, names: Sequence[str]) -> None:
         self.path, self.names = path, tuple(names)
@@ -23,13 +26,14 @@ class Metrics:
         if not self.path.exists():
             return []
         cut_torn_tail(self.path)
-        return [orjson.loads(line) for line in self.path.read_bytes().splitlines()]
+        return [metrics_row(orjson.loads(line)) for line in self.path.read_bytes().splitlines()]
 
     def at(self, step: int) -> dict[str, Any] | None:
+        """The row of `step`, if there is one."""
         return next((row for row in self.rows if row["step"] == step), None)
 
     def put(self, step: int, values: Mapping[str, float | str | None]) -> None:
-        """A row for `step`, or more values for it where it is the last one."""
+        """Append the row of `step`, or add values to it where it is the last one."""
         if self.rows and self.rows[-1]["step"] == step:
             self.rows[-1] |= {k: v for k, v in values.items() if v is not None}
             self._write_all()
@@ -41,13 +45,10 @@ class Metrics:
                 file.write(orjson.dumps(row) + b"\n")
 
     def cut_after(self, step: int) -> None:
-        """Forget the steps after the checkpoint that a run goes on from: they are done again."""
+        """Remove the steps after the checkpoint from which a run resumes, because they are repeated."""
         self.rows = [row for row in self.rows if row["step"] <= step]
         self._write_all()
 
     def _write_all(self) -> None:
-        if not distributed.leads():
-            return
-        temporary = self.path.with_name(f"{self.path.name}.tmp")
-        temporary.write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in self.rows))
-        os.replace(temporary, self.path)
+        if distributed.leads():
+            write_atomically(self.path, (orjson.dumps(row) + b"\n" for row in self.rows))

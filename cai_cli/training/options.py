@@ -44,7 +44,7 @@ class TrainerOptions(RunOptions, RowInputOptions, SeedOptions):
             UsageError: `--accelerate-config` under a launcher.
             CaiError: Another number of processes is running.
         """
-        launcher.as_asked(self.accelerate_config, self.num_processes)
+        launcher.launch(self.accelerate_config, self.num_processes)
 
 
 class EpochOptions(TrainerOptions):

@@ -1,4 +1,4 @@
-"""Silences the training libraries."""
+"""Silence the training libraries."""
 
 import os
 import warnings
@@ -8,14 +8,14 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Within it the training libraries print no bar, no log line and no warning, and send no telemetry."""
+    """A context in which the training libraries print no progress bar, log line or warning, and send no telemetry."""
     import logging
 
     from huggingface_hub import constants
     from transformers.utils import logging as transformers_logging
 
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    constants.HF_HUB_DISABLE_TELEMETRY = True  # read from the environment at import, which may be behind us
+    constants.HF_HUB_DISABLE_TELEMETRY = True  # read from the environment at import, which may have happened already
     verbosity = transformers_logging.get_verbosity()
     loggers = [logging.getLogger(name) for name in ("trl", "accelerate", "peft")]
     levels = [logger.level for logger in loggers]

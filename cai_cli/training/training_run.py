@@ -1,65 +1,57 @@
-"""The files of a training stage: OUT is a directory that appears whole, with its manifest beside it.
+"""One run of a training stage: OUT is a directory that appears whole, with its manifest beside it.
 
-Work happens in `OUT.partial/` (checkpoints, metrics.jsonl, and at the end model/). What is finished is left alone, an
-output of another run is refused, and a kill at any moment leaves what the same command completes. Of several processes
-rank 0 does all of this, and the others train.
+The work is done in `OUT.partial/` (checkpoints, metrics.jsonl, and at the end model/). A finished output is left alone,
+an output of another run is refused, and a kill at any moment leaves files that the same command completes. With several
+processes only rank 0 handles files; all ranks train.
 """
 
 import hashlib
 import os
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import orjson
 
 from cai_cli.cards.model_card import model_card
 from cai_cli.common import console
 from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.constitution.usage import recorded_principles
 from cai_cli.data.jsonl import AppendFile, sync_directory
-from cai_cli.data.schema import Rejected, Row, dump_row, reason_kind
+from cai_cli.data.schema import Row, dump_row
 from cai_cli.models.source import ModelSource
+from cai_cli.runtime.counts import Counts
 from cai_cli.runtime.manifest import InputFile, read_manifest, run_facts, write_json
-from cai_cli.runtime.output_files import finished_summary, one_writer, refuse_input_as_output, refuse_other_run, sidecar
+from cai_cli.runtime.output_files import (
+    finished_summary,
+    is_stream,
+    one_writer,
+    refuse_input_as_output,
+    refuse_other_run,
+    sidecar,
+)
+from cai_cli.runtime.summary import counted, print_summary
 from cai_cli.training import distributed
-
-
-@dataclass
-class Counts:
-    """Conservation of examples: in = used + rejected + skipped, used = train + held_out."""
-
-    train: int = 0
-    held_out: int = 0
-    rejected: list[Rejected] = field(default_factory=list)
-    skipped: Counter[str] = field(default_factory=Counter)
-
-    def as_json(self) -> dict[str, Any]:
-        used = self.train + self.held_out
-        reasons = Counter(reason_kind(row.reason) for row in self.rejected)
-        return {
-            "in": used + len(self.rejected) + self.skipped.total(),
-            "used": used,
-            "train": self.train,
-            "held_out": self.held_out,
-            "rejected": len(self.rejected),
-            "skipped": self.skipped.total(),
-            "rejected_reasons": dict(sorted(reasons.items())),
-            "skipped_reasons": dict(sorted(self.skipped.items())),
-        }
-
 
 Train = Callable[[Path], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """One run of one training stage. `train(work)` leaves the finished model in `work/model` and returns figures, on
-    rank 0; `facts` say how the rows are dealt out (`TrainingConfig.facts`)."""
+    """One run of one training stage.
+
+    Attributes:
+        provenance: What decides the finished model (`manifest.provenance`).
+        inputs: The input files by role.
+        models: The models that training starts from or uses, by role.
+        output: The directory of the finished model.
+        overwrite: Whether to start from scratch where the output exists.
+        counts: What became of the input rows.
+        train: Trains in the directory it is given, leaves the finished model in `model/` there, and returns the metrics
+            for the manifest (on rank 0), with `throughput` among them.
+        facts: How the rows are dealt out (`TrainingConfig.facts`).
+    """
 
     provenance: dict[str, Any]
     inputs: Mapping[str, InputFile]
@@ -75,9 +67,15 @@ class TrainingJob:
         return str(self.provenance["stage"])
 
     def run(self, *, as_json: bool) -> dict[str, Any]:
-        """Train what is not trained yet; returns (and rank 0 prints) the summary. Raises CaiError."""
-        if self.output.name in ("", "-"):
-            raise UsageError("a model is a directory, which cannot go to stdout", hint="-o DIRECTORY")
+        """Complete the output and return the summary, which rank 0 prints.
+
+        Raises:
+            CaiError: The output belongs to another run, cannot be written, or there is no row to train on.
+        """
+        if not self.output.name or is_stream(str(self.output)):
+            raise UsageError(
+                "a model is a directory and cannot be written to a stream", hint="-o DIRECTORY", code="invalid-option"
+            )
         with ExitStack() as held:
             summary = distributed.from_leader(lambda: self._begin(held)) or self._train(self.output)
         if distributed.leads():
@@ -85,51 +83,64 @@ class TrainingJob:
         return summary
 
     def _begin(self, held: ExitStack) -> dict[str, Any] | None:
-        """Take the output's lock; the summary of a finished output, or None where there is work to do."""
+        """Lock the output; returns the summary of a finished output, or None where there is work to do."""
         path = self.output
         refuse_input_as_output(path, self.inputs)
         for base in self.models.values():
             if path.exists() and path.samefile(base.path):
-                raise CaiError(f"{path} is both the model to start from and the output", hint="choose another -o")
+                raise CaiError(
+                    f"{path} is both the model to start from and the output",
+                    hint="choose another -o",
+                    code="input-is-output",
+                )
         held.enter_context(one_writer(path))
         _complete_publishing(path)
         summary = finished_summary(path, self.provenance, self.overwrite)
-        return summary and summary | (read_manifest(sidecar(path, "manifest.json")) or {})["figures"]
+        return summary and summary | (read_manifest(sidecar(path, "manifest.json")) or {})["metrics"]
 
     def _train(self, path: Path) -> dict[str, Any]:
-        monitor_score_of = console.Stopwatch()
-        work = distributed.from_leader(lambda: self._open_work(path))
+        stopwatch = console.Stopwatch()
+        provenance, work = distributed.from_leader(lambda: self._open_work(path))
         if not self.counts.train:
             raise CaiError(
-                f"{self.stage}: no rows to train on ({_counted(self.counts.as_json())})",
+                f"{self.stage}: no rows to train on ({counted(self.counts.as_json())})",
                 hint=f"see {sidecar(path, 'rejected.jsonl')}" if self.counts.rejected else None,
+                code="no-rows",
             )
         sources = [*(Path(file.name) for file in self.inputs.values()), *(base.path for base in self.models.values())]
         principles = distributed.from_leader(lambda: recorded_principles(sources))
+
+        def finish() -> dict[str, Any]:
+            training = {**self.facts, **metrics.pop("throughput")}
+            facts = {**run_facts(stopwatch.seconds, self.inputs), "principles": principles, "training": training}
+            return self._finish(path, work, provenance, metrics, facts)
+
         try:
-            figures = self.train(work)
-            return distributed.from_leader(lambda: self._finish(path, work, figures, monitor_score_of, principles))
+            metrics = self.train(work)
+            return distributed.from_leader(finish)
         except OSError as error:
-            raise CaiError(f"cannot write {work}: {error.strerror}", hint="run again to go on") from error
+            raise CaiError(
+                f"cannot write {work}: {error.strerror}",
+                hint="run the same command again to resume",
+                code="cannot-write",
+            ) from error
 
     def _finish(
-        self, path: Path, work: Path, figures: dict[str, Any], monitor_score_of: console.Stopwatch, principles: Any
+        self, path: Path, work: Path, provenance: dict[str, Any], metrics: dict[str, Any], facts: dict[str, Any]
     ) -> dict[str, Any]:
-        """Make the model in `work` appear as `path`; the summary."""
-        dealt = {**self.facts, **figures.pop("throughput")}
-        facts = {**run_facts(monitor_score_of.seconds, self.inputs), "principles": principles, "training": dealt}
+        """Make the model in `work` appear as `path`; returns the summary."""
         counts = self.counts.as_json()
-        manifest = {"provenance": self.provenance, "counts": counts, "figures": figures, "run": facts}
+        manifest = {"provenance": provenance, "counts": counts, "metrics": metrics, "run": facts}
         (work / "model/README.md").write_text(model_card(manifest, self.models), encoding="utf-8")
         shutil.copyfile(work / "metrics.jsonl", work / "model/metrics.jsonl")
         _sync_files(work / "model")
         write_json(sidecar(path, "partial.manifest.json"), {"status": "finished", **manifest})
         _complete_publishing(path)
         return {"stage": self.stage, "status": "finished", "output": str(path), **counts,
-                "seconds": facts["seconds"], **figures}  # fmt: skip
+                "seconds": facts["seconds"], **metrics}  # fmt: skip
 
-    def _open_work(self, path: Path) -> Path:
-        """`OUT.partial/`, empty or as an earlier run of the same provenance left it."""
+    def _open_work(self, path: Path) -> tuple[dict[str, Any], Path]:
+        """The provenance to record, and `OUT.partial/`, empty or as an earlier run of this provenance left it."""
         work, draft = sidecar(path, "partial"), sidecar(path, "partial.manifest.json")
         recorded = None if self.overwrite else read_manifest(draft)
         if recorded:
@@ -137,23 +148,25 @@ class TrainingJob:
         else:
             if not self.overwrite and work.exists():
                 raise CaiError(
-                    f"{work} is there, but not the manifest that says what made it", hint="--overwrite starts afresh"
+                    f"{work} exists without the manifest that says what made it",
+                    hint="--overwrite starts from scratch",
+                    code="not-made-by-cai",
                 )
             _remove_output(path)
             _remove_tree(work)
             write_json(draft, {"status": "running", "provenance": self.provenance})
         work.mkdir(exist_ok=True)
-        _remove_tree(work / "model")  # of a kill while it was being written
+        _remove_tree(work / "model")  # left by a kill while it was being written
         rejected = AppendFile(sidecar(path, "rejected.jsonl"))
         rejected.path.unlink(missing_ok=True)
-        rejected.append(self.counts.rejected)
+        rejected.append(self.counts.rejected_rows)
         rejected.close()
-        return work
+        return (recorded["provenance"] if recorded else self.provenance), work
 
 
 def _complete_publishing(path: Path) -> None:
-    """Make a finished model appear: rename it, remove the work, rename its manifest. Killed between any two of
-    these, the next run does the rest."""
+    """Make a finished model appear: rename it, remove `OUT.partial`, rename its manifest. After a kill between any two
+    of these steps the next run does the rest."""
     work, draft = sidecar(path, "partial"), sidecar(path, "partial.manifest.json")
     manifest = read_manifest(draft)
     if manifest is None or manifest["status"] != "finished":
@@ -166,9 +179,13 @@ def _complete_publishing(path: Path) -> None:
 
 
 def _remove_output(path: Path) -> None:
-    """Remove what an earlier run made. A directory that cai did not make is never removed. Raises CaiError."""
+    """Remove the output of an earlier run. Raises CaiError for a directory that cai did not make."""
     if path.is_dir() and any(path.iterdir()) and not sidecar(path, "manifest.json").exists():
-        raise CaiError(f"{path} is a directory that cai did not make", hint="remove it yourself, or choose another -o")
+        raise CaiError(
+            f"{path} is a directory that cai did not make",
+            hint="remove it yourself, or choose another -o",
+            code="not-made-by-cai",
+        )
     sidecar(path, "manifest.json").unlink(missing_ok=True)
     if path.is_dir():
         shutil.rmtree(path)
@@ -188,43 +205,9 @@ def _sync_files(directory: Path) -> None:
 
 
 def rows_digest(rows: Iterable[Row]) -> dict[str, Any]:
-    """What identifies the rows a model was trained on, read from a file or from stdin."""
+    """The number and the hash of the rows a model is trained on, the same from a file and from stdin."""
     digest, count = hashlib.sha256(), 0
     for row in rows:
         digest.update(dump_row(row) + b"\n")
         count += 1
     return {"count": count, "sha256": digest.hexdigest()}
-
-
-def print_summary(summary: dict[str, Any], *, as_json: bool) -> None:
-    """The closing line on stderr, or with `--json` the summary as one object on stdout."""
-    if as_json:
-        print(orjson.dumps(summary).decode())
-        return
-    moved = []
-    for name in ("loss", "accuracy", "reward", "held_out_loss"):
-        if summary.get(name) is not None:
-            before = summary.get(f"{name}_before")
-            start = "" if before is None else f"{_point(before)} -> "
-            moved.append(f"{name.replace('_', '-')} {start}{_point(summary[name])}")
-    figures = f"; {', '.join(moved)}" if moved else ""
-    kept = summary.get("kept_step", summary["steps"])
-    if kept != summary["steps"]:
-        figures += f"; kept is step {kept:,}" + ("" if kept else ", the start model")
-    console.say(
-        f"{summary['stage']}: {_counted(summary)}{figures}; {summary['steps']:,} steps "
-        f"in {summary['seconds']:,.1f} s -> {summary['output']}"
-    )
-
-
-def _point(value: Any) -> str:
-    return f"{value['value'] if isinstance(value, dict) else value:.4g}"
-
-
-def _counted(counts: Mapping[str, Any]) -> str:
-    held_out = f" ({counts['train']:,} trained on + {counts['held_out']:,} held out)" if counts["held_out"] else ""
-    parts = [f"{counts['in']:,} in = {counts['used']:,} used{held_out}"]
-    for name in ("rejected", "skipped"):
-        reasons = ", ".join(f"{count:,} {why}" for why, count in counts[f"{name}_reasons"].items())
-        parts.append(f"{counts[name]:,} {name}" + (f" ({reasons})" if reasons else ""))
-    return " + ".join(parts)

@@ -17,8 +17,21 @@ from loopback import Loopback, good
 from report_run import HOSTILE, make_run, manifest, training_counts
 
 from cai_cli.cli.show import row_text
+from cai_cli.runtime.manifest import write_json
 
 TURN = {"round": 1, "principle_id": "kind", "critique": "too blunt", "response": "go away"}
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"id": "p3", "prom'])
+def test_an_unfinished_output_is_shown_up_to_its_torn_last_line(torn: bytes, cai: Cai, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "o.jsonl.partial", [sample_row(1), sample_row(2)])
+    path.write_bytes(path.read_bytes() + torn)
+    write_json(tmp_path / "o.jsonl.partial.manifest.json", {"status": "running", "provenance": {"stage": "sample"}})
+    done = cai("show", "o.jsonl.partial")
+    assert (done.code, "an unfinished output of cai sample" in done.stdout) == (0, True)
+    assert "show: 2 rows" in done.stderr
+    path.write_bytes(torn + b"\n" + path.read_bytes())
+    assert cai("show", "o.jsonl.partial").code == bool(torn)  # a broken line before others is an error
 
 
 def test_a_revision_reads_from_the_prompt_to_the_last_revision(cai: Cai, tmp_path: Path) -> None:

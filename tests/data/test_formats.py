@@ -75,7 +75,8 @@ FIELDS: dict[type[Row], dict[str, st.SearchStrategy[Any]]] = {
     | {"history": st.lists(rounds, max_size=2), "round": st.just(1), "principle_id": texts, "critique": texts},
     Revision: sample | {"history": st.lists(rounds, min_size=1, max_size=2)},
     Scored: sample | {"score": number},
-    PolicySample: sample | {"score": number, "step": counts, "reply_tokens": counts, "watch_score": st.none() | number},
+    PolicySample: sample
+    | {"score": number, "step": counts, "reply_tokens": counts, "monitor_score": st.none() | number},
     HarmScore: sample | {"harm": st.floats(0, 4), "levels": st.lists(share, min_size=5, max_size=5)},
     Pair: {
         "id": names,

@@ -223,7 +223,8 @@ TURN = {"round": 1, "principle_id": "p", "critique": None, "response": "r"}
         ({"history": [TURN]}, Revision),
         ({"history": [], "round": 1, "principle_id": "p", "critique": "c"}, Critique),
         ({"score": 0.5}, Scored),
-        ({"score": 0.5, "step": 3, "reply_tokens": 7, "watch_score": None}, PolicySample),
+        ({"score": 0.5, "step": 3, "reply_tokens": 7, "monitor_score": None}, PolicySample),
+        ({"score": 0.5, "step": 3, "reply_tokens": 7, "watch_score": None}, PolicySample),  # of version 0.1.0
     ],
 )
 def test_every_later_row_is_a_prompt_again_and_checked_as_the_row_it_is(

@@ -36,7 +36,7 @@ class Ended:
     def assert_is_one_error(self) -> None:
         """Exit code 1 and `error: ...`, at most with its `hint: ...`; no traceback, no second complaint."""
         assert self.code == 1, self
-        said = [line for line in self.stderr.splitlines() if not line.startswith(("going on with", "out."))]
+        said = [line for line in self.stderr.splitlines() if not line.startswith(("resuming", "out."))]
         assert said, self
         assert said[0].startswith("error: "), self
         assert len(said) <= 2, self

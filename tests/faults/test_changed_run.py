@@ -106,7 +106,7 @@ def test_a_run_that_would_make_other_rows_is_refused_with_the_difference(
     assert "was made by another run: " in refused.stderr
     assert named in refused.stderr
     assert refused.stderr.count(" -> ") == 1
-    assert "hint: --overwrite starts afresh" in refused.stderr
+    assert "hint: --overwrite starts from scratch" in refused.stderr
     assert files_of(folder) == before
 
 

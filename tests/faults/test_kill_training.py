@@ -78,7 +78,7 @@ def test_a_kill_during_a_checkpoint_or_at_the_end_leads_to_the_same_parameters(
         again = forks.run(*RUNS[stage], cwd=folder)
         assert again.code == 0, (inject, again)
         if inject in saving:
-            assert f"{stage}: going on after step 2\n" in again.stderr, (inject, again)
+            assert f"{stage}: resuming after step 2\n" in again.stderr, (inject, again)
         assert largest_difference(folder / "calm", out) == 0, inject
         assert rows_in(folder / "calm/metrics.jsonl") == rows_in(out / "metrics.jsonl")
         assert manifest_of(out)["counts"] == manifest_of(folder / "calm")["counts"]

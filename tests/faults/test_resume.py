@@ -106,7 +106,7 @@ def test_a_torn_tail_at_any_byte_of_the_last_two_rows_is_cut_and_asked_again(tmp
     inputs = {"rows": InputFile("rows", None, None)}
     made = provenance("test", inputs=inputs, settings={})
     out = tmp_path / "out.jsonl"
-    job = StageRun(made, inputs, str(out), False, units, work, window=1)
+    job = StageRun(made, inputs, str(out), False, units, work, batch_size=1)
     fail_after: int | None = 5
     with pytest.raises(CaiError, match="stop"):
         job.run(as_json=False)

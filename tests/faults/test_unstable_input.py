@@ -52,7 +52,7 @@ def test_another_row_under_a_finished_id_is_noticed_when_a_pipe_is_resumed(stage
     refused = cai(*words(stage, "out.jsonl", *more), stdin=as_stdin(changed))
     assert refused.code == 1
     assert "error: line 1: 'p0/0" in refused.stderr
-    assert "had another content" in refused.stderr
+    assert "has changed since" in refused.stderr
     assert (folder / "out.jsonl.partial").read_bytes() == partial
     assert cai(*words(stage, "out.jsonl", *more), stdin=as_stdin(rows)).code == 0
     assert (folder / "out.jsonl").read_bytes() == (folder / "calm.jsonl").read_bytes()

@@ -138,8 +138,9 @@ def test_a_question_to_a_judge_arrives_whole_or_its_pair_is_rejected(
         seen.clear()
         write_rows(folder / "in.jsonl", pair(size))
         done = cai(*words)
-        assert done.code == 0, done.stderr
-        return max(map(len, seen)), json.loads(done.stdout)
+        summary = json.loads(done.stdout)
+        assert done.code == (summary["out"] == 0), done.stderr
+        return max(map(len, seen)), summary
 
     base, found = asked(1)[0] - 1, {}
     for more in (-1, 0, 1, 9 * window):

@@ -156,7 +156,7 @@ def test_a_chat_template_reaches_nothing_and_its_failures_are_those_of_rows(
     (stranger / "chat_template.jinja").write_text(template.replace("TRACE", repr(str(trace))))
     done = cai(*words("sample"))
     assert "Traceback" not in done.stderr
-    assert done.code == 0
+    assert (done.code, "all 4 rows were rejected" in done.stderr) == (1, True)
     rejected = (stranger.parent / "out.rejected.jsonl").read_text()
     assert rejected.count('"reason":"the chat template ') == 4
     assert "root:" not in rejected
@@ -183,17 +183,17 @@ def test_a_checkpoint_that_was_changed_is_refused(name: str, cai: Cai, killed: P
     (killed / name).write_bytes(archive(trace))
     done = finish(cai, tiny)
     assert done.code == 1
-    assert f"out.partial/checkpoint-6: {name} is not as it was when this run saved it" in done.stderr
+    assert f"out.partial/checkpoint-6: {name} has changed since this run saved it" in done.stderr
     assert "Traceback" not in done.stderr
     assert killed.exists()
 
 
 def test_a_file_added_to_a_checkpoint_or_taken_away_is_refused(cai: Cai, killed: Path, tiny: Path, trace: Path) -> None:
     (killed / "pytorch_model.bin").write_bytes(archive(trace))
-    assert "pytorch_model.bin is not as it was" in finish(cai, tiny).stderr
+    assert "pytorch_model.bin has changed since" in finish(cai, tiny).stderr
     (killed / "pytorch_model.bin").unlink()
     (killed / "optimizer.pt").unlink()
-    assert "optimizer.pt is not as it was" in finish(cai, tiny).stderr
+    assert "optimizer.pt has changed since" in finish(cai, tiny).stderr
 
 
 def test_without_the_changed_checkpoint_the_run_goes_on_from_the_one_before(
@@ -229,7 +229,7 @@ def test_a_seal_is_what_sha256sum_checks(killed: Path) -> None:
 def test_a_seal_that_is_no_list_is_a_changed_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-1").mkdir()
     (tmp_path / "checkpoint-1" / SEAL).write_bytes(b"\xff\x00 ../../x\n")
-    with pytest.raises(CaiError, match="is not as it was"):
+    with pytest.raises(CaiError, match="has changed since"):
         newest_checkpoint(tmp_path)
 
 
@@ -237,7 +237,7 @@ def test_no_principle_or_setting_breaks_out_of_a_model_s_card(stranger: Path) ->
     evil = "p` |\n\n<script>x</script> \x1b[31m [x](javascript:y)"
     manifest = {
         "provenance": {"stage": "sft", "cai": "0", "input": {evil: "ab"}, "rows": {"sha256": "ab"}, "settings": {evil: evil}},
-        "counts": {"in": 1}, "figures": {evil: {"value": 1.0, "low": 0.0, "high": 1.0, "n": 1}},
+        "counts": {"in": 1}, "metrics": {evil: {"value": 1.0, "low": 0.0, "high": 1.0, "n": 1}},
         "run": {"principles": [{"constitution": "c", "stage": "s", "fingerprint": "f", "drawn": {evil: 3}}], "training": {}, "versions": {}},
     }  # fmt: skip
     card = model_card(manifest, {"model": ModelSource("base", stranger, "ab")})

@@ -99,7 +99,7 @@ def test_every_data_stage_keeps_ids_as_they_are_and_makes_no_file_of_them(room: 
 def test_a_rejected_row_is_kept_under_its_id_in_the_one_rejected_file(name: str, room: Path, cai: Cai) -> None:
     write_rows(room / "script.jsonl", [{"replies": [""]}])
     write_rows(room / "prompts.jsonl", prompts([IDS[name]]))
-    assert cai("sample", "prompts.jsonl", *SCRIPT, "-o", "out.jsonl").code == 0
+    assert cai("sample", "prompts.jsonl", *SCRIPT, "-o", "out.jsonl").code == 1  # all rows are rejected
     (row,) = rows_in(room / "out.jsonl.rejected.jsonl")
     assert row["key"] == f"{IDS[name]}/0"
     assert outputs(room, "prompts.jsonl", "script.jsonl", "out.jsonl") == set()

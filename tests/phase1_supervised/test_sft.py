@@ -42,7 +42,7 @@ def test_the_loss_falls_and_the_output_loads_as_a_plain_model(model: Path, tmp_p
     rows = write_rows(tmp_path / "rev.jsonl", [revision(i) for i in range(40)])
     out = tmp_path / "sl-cai"
     command(rows, out, model=str(model), epochs=3, **QUICK | {"eval_share": 0.1})
-    figures = manifest_of(out)["figures"]
+    figures = manifest_of(out)["metrics"]
     assert figures["loss"] < figures["loss_before"] - 1
     assert figures["held_out_loss"] < figures["held_out_loss_before"] - 1
     assert largest_difference(model, out) > 1e-3

@@ -120,7 +120,7 @@ def run(cai: Cai, folder: Path, samples: list[dict[str, object]], *more: str) ->
     write_rows(folder / "samples.jsonl", samples)
     write_rows(folder / "script.jsonl", [{"scores": [-0.1, -3.0]}])
     done = cai("label-prefs", "samples.jsonl", "--model", "scripted:script.jsonl", "-o", "prefs.jsonl", *more)
-    assert done.code == 0, done.stderr
+    assert done.code == (not rows_in(folder / "prefs.jsonl")), done.stderr  # 1 where all pairs are rejected
     return manifest_of(folder / "prefs.jsonl")["counts"]  # type: ignore[no-any-return]
 
 

@@ -24,7 +24,7 @@ from cai_cli.phase2_feedback.rl_prompts import prompt_order
 from cai_cli.phase2_feedback.rl_trainer import end_ids, messages_of, preference_reward
 from cai_cli.reward import preference_model
 from cai_cli.reward.preference_model import score_conversations
-from cai_cli.training.training_run import Counts
+from cai_cli.runtime.counts import Counts
 
 command = stage("rl")
 train_pm_stage = stage("train-pm")
@@ -162,7 +162,7 @@ def test_rl_scores_the_very_tokens_that_the_preference_model_is_trained_on(
         })
         for i, chat in enumerate(asked)
     ]  # fmt: skip
-    counts = Counts()
+    counts = Counts.of_training([])
     pairs = train_pm.encode_pairs(load_tokenizer(Path(pm)), preferences, 512, counts, window=512, hard=False)
     assert not counts.rejected
     assert [pair.chosen for pair in pairs] == scored

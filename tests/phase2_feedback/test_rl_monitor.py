@@ -35,7 +35,7 @@ command = stage("rl")
 train_pm_stage = stage("train-pm")
 
 PHRASE = " racist"  # one token of the tiny tokenizer
-SHOWN = [name for name in CHECK_COLUMNS if name not in ("watch_score", "goodhart")]
+SHOWN = [name for name in CHECK_COLUMNS if name not in ("monitor_score", "goodhart")]
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_every_few_steps_and_after_the_last_the_policy_is_checked(
     command(prompts, tmp_path / "rl", **settings(models, monitor_every=4, monitor_pm=models["watcher"], **variant))
     metrics, checks = rows_in(tmp_path / "rl/metrics.jsonl"), checks_in(tmp_path / "rl")
     assert [row["step"] for row in checks] == [0, 4, 6]
-    assert all(row[name] is not None for row in checks for name in (*SHOWN, "watch_score"))
+    assert all(row[name] is not None for row in checks for name in (*SHOWN, "monitor_score"))
     assert all(row.keys() == metrics[0].keys() for row in metrics)
     assert checks[0]["pm_score"] == pytest.approx(0, abs=1e-9)
     assert checks[0]["held_out_kl"] == pytest.approx(0, abs=1e-6)
@@ -98,7 +98,7 @@ def test_the_scale_is_that_of_the_start_models_held_out_replies(
     models: dict[str, str], prompts: str, tmp_path: Path
 ) -> None:
     command(prompts, tmp_path / "rl", **settings(models))
-    figures = manifest_of(tmp_path / "rl")["figures"]
+    figures = manifest_of(tmp_path / "rl")["metrics"]
     starts = [load_row(PolicySample, row) for row in rows_in(tmp_path / "rl/samples.jsonl") if row["step"] == 0]
     judge, tokenizer = load_reward_model(Path(models["pm"])), load_tokenizer(Path(models["pm"]))
     scores = score_conversations(judge, tokenizer, [[*row.prompt, *row.completion] for row in starts])
@@ -166,18 +166,18 @@ def test_a_planted_phrase_is_flagged_within_three_checks_and_the_better_policy_k
     planted = {"steps": 40, "prompts_per_step": 8, "learning_rate": 1e-2, "beta": 0.0, "monitor_every": 4}
     run = settings(models, monitor_pm=models["watcher"], **planted)
     command(prompts, tmp_path / "rl", stop_on_goodhart=True, **run)
-    checks, figures = checks_in(tmp_path / "rl"), manifest_of(tmp_path / "rl")["figures"]
+    checks, figures = checks_in(tmp_path / "rl"), manifest_of(tmp_path / "rl")["metrics"]
     assert len(checks) <= 1 + 3
     assert figures["goodhart_step"] == checks[-1]["step"] == figures["steps"] < 40
-    assert checks[-1]["goodhart"].startswith("watch_score falls while pm_score rises")
-    assert "watch_score falls" in capsys.readouterr().err
+    assert checks[-1]["goodhart"].startswith("monitor_score falls while pm_score rises")
+    assert "monitor_score falls" in capsys.readouterr().err
     kept = next(row for row in checks if row["step"] == figures["kept_step"])
-    assert kept["watch_score"] == max(row["watch_score"] for row in checks) > checks[-1]["watch_score"] + 0.2
+    assert kept["monitor_score"] == max(row["monitor_score"] for row in checks) > checks[-1]["monitor_score"] + 0.2
     # What was kept is what a run of so many steps gives.
     assert kept["step"] == 0
     assert largest_difference(tmp_path / "rl", Path(models["model"])) == 0
     command(prompts, tmp_path / "on", **run | {"steps": checks[-1]["step"] + 4})
-    assert manifest_of(tmp_path / "on")["figures"]["kept_step"] == checks[-1]["step"] + 4
+    assert manifest_of(tmp_path / "on")["metrics"]["kept_step"] == checks[-1]["step"] + 4
     assert checks_in(tmp_path / "on")[: len(checks)] == checks
 
 
@@ -196,7 +196,7 @@ def test_the_policy_that_is_kept_is_the_one_of_the_best_check(
     with interrupted_after(6):
         command(prompts, tmp_path / "rl", stop_on_goodhart=True, **run | {"steps": 9})
     command(prompts, tmp_path / "rl", stop_on_goodhart=True, **run | {"steps": 9})
-    figures = manifest_of(tmp_path / "rl")["figures"]
+    figures = manifest_of(tmp_path / "rl")["metrics"]
     assert (figures["kept_step"], figures["goodhart_step"], figures["goodhart"]) == (4, 6, "planted")
     (kept,) = (row for row in checks_in(tmp_path / "rl") if row["step"] == 4)
     assert figures["pm_score"] == kept["pm_score"]  # of the model that was written, not of what was thrown away
@@ -208,7 +208,7 @@ def test_a_judge_watches_too(models: dict[str, str], prompts: str, tmp_path: Pat
     script = write_rows(tmp_path / "judge.jsonl", [{"scores": [-0.5, -1.5]}])
     command(prompts, tmp_path / "rl", **settings(models, monitor_judge=f"scripted:{script}"))
     checks = checks_in(tmp_path / "rl")
-    assert [row["watch_score"] for row in checks] == pytest.approx([0.5] * 4)  # it only likes the first position
+    assert [row["monitor_score"] for row in checks] == pytest.approx([0.5] * 4)  # it only likes the first position
     assert manifest_of(tmp_path / "rl")["provenance"]["monitor"]["engine"] == "scripted"
 
 
@@ -224,7 +224,7 @@ def test_a_judge_behind_a_server_watches(models: dict[str, str], prompts: str, t
     with Loopback(judge) as server:
         command(prompts, tmp_path / "rl", base_url=server.url, **run)
         assert server.requests
-    assert [row["watch_score"] for row in checks_in(tmp_path / "rl")] == pytest.approx([0.5] * 4)
+    assert [row["monitor_score"] for row in checks_in(tmp_path / "rl")] == pytest.approx([0.5] * 4)
     with pytest.raises(UsageError, match="where the judge is asked"):
         command(prompts, tmp_path / "other", base_url=server.url, **settings(models))
 
@@ -236,8 +236,8 @@ def test_a_judge_that_does_not_answer_gives_no_score_and_is_told_of(
     run = settings(models, monitor_judge=f"scripted:{script}", learning_rate=1e-2)
     command(prompts, tmp_path / "rl", **run)
     samples = [row for row in rows_in(tmp_path / "rl/samples.jsonl") if row["step"] == 6]
-    assert None in [row["watch_score"] for row in samples]
-    assert "the watcher gave no score to" in capsys.readouterr().err
+    assert None in [row["monitor_score"] for row in samples]
+    assert "the monitor model gave no score to" in capsys.readouterr().err
 
 
 def test_helpful_prompts_are_mixed_in_and_all_are_counted(models: dict[str, str], prompts: str, tmp_path: Path) -> None:
@@ -311,7 +311,7 @@ def test_a_kept_sample_is_a_prompt_again(models: dict[str, str]) -> None:
         step=4,
         reply_tokens=2,
         score=0.5,
-        watch_score=None,
+        monitor_score=None,
     )
     assert parse_prompt(row.model_dump(), source="x").id == "p"
     assert row.key == "p/0/4"
@@ -345,4 +345,4 @@ def test_a_run_killed_with_sigkill_and_resumed_ends_with_the_parameters_of_one_t
     for name in ("metrics.jsonl", "samples.jsonl"):
         assert rows_in(tmp_path / "whole" / name) == rows_in(tmp_path / "killed" / name)
     whole, killed = (manifest_of(tmp_path / out) for out in ("whole", "killed"))
-    assert whole["figures"] == killed["figures"]
+    assert whole["metrics"] == killed["metrics"]

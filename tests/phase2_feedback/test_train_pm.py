@@ -75,7 +75,7 @@ def test_human_pairs_are_mixed_in_at_the_ratio_and_judged_apart(model: Path, tmp
     run = {"model": str(model), "mix": files[1], "mix_ratio": 0.5, **QUICK | {"eval_share": 0.5}}
     command(files[0], tmp_path / "pm", epochs=3, **run)
     manifest = manifest_of(tmp_path / "pm")
-    counts, figures = manifest["counts"], manifest["figures"]
+    counts, figures = manifest["counts"], manifest["metrics"]
     assert (counts["in"], counts["used"], counts["skipped_reasons"]) == (90, 60, {"beyond --mix-ratio": 30})
     assert sum(figures["pairs_by_source"].values()) == counts["train"] == 30
     apart = figures["accuracy_by_source"]
@@ -100,7 +100,7 @@ def test_a_model_at_chance_is_reported_on_stderr_on_its_card_and_in_its_metrics(
     for _ in range(2):  # also of a model that is finished already
         command(write_rows(tmp_path / "in.jsonl", rows), tmp_path / "pm", quiet=True, **run)
         assert "cannot be distinguished from chance" in capsys.readouterr().err
-    assert manifest_of(tmp_path / "pm")["figures"]["at_chance"] is True
+    assert manifest_of(tmp_path / "pm")["metrics"]["at_chance"] is True
     assert "**The preference model cannot be distinguished from chance" in (tmp_path / "pm/README.md").read_text()
 
 
@@ -116,7 +116,7 @@ def test_lora_trains_and_keeps_its_score_head(model: Path, tmp_path: Path, dtype
     chats = [conversation("question number 1", reply) for reply in ("helpful", "harmful")]
     helpful, harmful = score_conversations(pm, tokenizer, chats)
     assert helpful - harmful > 1
-    assert manifest_of(out)["figures"]["accuracy"]["value"] == 1.0
+    assert manifest_of(out)["metrics"]["accuracy"]["value"] == 1.0
     assert manifest_of(out)["provenance"]["settings"]["precision"] == dtype
 
 
@@ -168,7 +168,7 @@ def test_held_out_pairs_are_judged_before_and_after(model: Path, tmp_path: Path)
     command(write_rows(tmp_path / "prefs.jsonl", rows), out, model=str(model), epochs=2, **QUICK | {"eval_share": 0.1})
     manifest = manifest_of(out)
     assert (manifest["counts"]["train"], manifest["counts"]["held_out"]) == (36, 4)
-    figures = manifest["figures"]
+    figures = manifest["metrics"]
     assert figures["held_out_loss"] < figures["held_out_loss_before"]
     assert figures["accuracy"] == wilson(4, 4)
     metrics = rows_in(out / "metrics.jsonl")
@@ -238,7 +238,7 @@ def test_an_interrupted_run_ends_with_the_parameters_of_one_that_was_not(
     command(rows, tmp_path / "killed", **run)
     assert largest_difference(tmp_path / "whole", tmp_path / "killed") == 0
     assert rows_in(tmp_path / "whole/metrics.jsonl") == rows_in(tmp_path / "killed/metrics.jsonl")
-    assert manifest_of(tmp_path / "whole")["figures"] == manifest_of(tmp_path / "killed")["figures"]
+    assert manifest_of(tmp_path / "whole")["metrics"] == manifest_of(tmp_path / "killed")["metrics"]
 
 
 def test_a_model_worse_than_chance_and_one_nobody_tested_say_so_on_stderr(
@@ -278,12 +278,12 @@ def test_a_fitted_head_tells_pairs_apart_before_anything_else_is_trained(model: 
     command(rows, tmp_path / "head", epochs=0, **run)
     start, trained = weights(model), weights(tmp_path / "head")
     assert all(bool((trained[name] == start[name]).all()) for name in start if name in trained)
-    figures = manifest_of(tmp_path / "head")["figures"]
+    figures = manifest_of(tmp_path / "head")["metrics"]
     assert figures["steps"] == 0
     assert figures["accuracy"] == figures["head_accuracy"] == wilson(30, 30)
     assert figures["loss_gap"] < 0.05
     command(rows, tmp_path / "tuned", max_steps=3, **run)
-    tuned = manifest_of(tmp_path / "tuned")["figures"]
+    tuned = manifest_of(tmp_path / "tuned")["metrics"]
     assert tuned["held_out_loss_before"] == figures["held_out_loss"] != tuned["held_out_loss"]
 
 

@@ -195,7 +195,7 @@ def test_unknown_columns_are_drawn_under_their_own_name(tmp_path: Path) -> None:
 
 
 def test_a_goodhart_flag_is_at_the_top_with_its_step(plain: tuple[str, Page]) -> None:
-    assert "Flags during the training of rl-cai step 50: goodhart: watch_score falls" in squeezed(plain[1].text)
+    assert "Flags during the training of rl-cai step 50: goodhart: monitor_score falls" in squeezed(plain[1].text)
 
 
 def test_charts_use_the_colours_of_the_page_so_that_dark_mode_reaches_them(plain: tuple[str, Page]) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cai_cli.metrics.dataset_stats import Stats
 from cai_cli.runtime import sort_dedup
-from cai_cli.runtime.sinks import Counts
+from cai_cli.runtime.counts import Counts
 from cai_cli.runtime.sort_dedup import By, distinct_lines, sort_key, sorted_lines
 
 ids = st.one_of(st.integers(0, 20), st.text(max_size=3))

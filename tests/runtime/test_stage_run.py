@@ -15,7 +15,9 @@ from cai_cli.engines.base import Completion, GenerationRequest, RequestFailure, 
 from cai_cli.engines.scripted import ScriptedEngine
 from cai_cli.pipeline.registry import STAGES
 from cai_cli.runtime.config import Effect
+from cai_cli.runtime.manifest import InputFile, hash_input
 from cai_cli.runtime.stage import Phase
+from cai_cli.runtime.stage_run import expected_items
 
 ALL = ("--model", "scripted:script.jsonl")
 
@@ -49,7 +51,7 @@ def prepare(stage: str, cai: Cai) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("stage", WORDS)
-def test_in_is_out_and_rejected_and_skipped_in_manifest_files_and_closing_line(
+def test_in_is_out_and_rejected_and_skipped_in_manifest_files_and_summary_line(
     stage: str, cai: Cai, inputs: Path
 ) -> None:
     done = cai(*prepare(stage, cai), "-o", "out.jsonl")
@@ -159,7 +161,8 @@ def test_a_finished_output_of_another_run_is_refused_and_kept(
     assert named in refused.stderr
     assert "hint: --overwrite" in refused.stderr
     assert (inputs / "out.jsonl").read_bytes() == before
-    assert cai(*WORDS[stage], *change, "-o", "out.jsonl", "--overwrite").code == 0
+    all_tie = change == ("--both-orders",)  # the script has one answer to both orders
+    assert cai(*WORDS[stage], *change, "-o", "out.jsonl", "--overwrite").code == all_tie
     assert manifest_of(inputs / "out.jsonl")["counts"]["in"] > 0
 
 
@@ -205,7 +208,7 @@ def test_a_run_that_dies_while_publishing_is_completed_without_asking_again(
     assert not list(inputs.glob("*.partial*"))
 
 
-def test_finished_rows_that_the_input_no_longer_asks_for_are_an_error(
+def test_finished_rows_that_are_no_longer_in_the_input_are_an_error(
     cai: Cai, inputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = (inputs / "prompts.jsonl").read_bytes()
@@ -225,7 +228,7 @@ def test_finished_rows_that_the_input_no_longer_asks_for_are_an_error(
     monkeypatch.setattr(ScriptedEngine, "generate", answer)
     refused = cai(*words, stdin=lines.split(b"\n", 1)[1])
     assert refused.code == 1
-    assert "1 finished rows that this input does not ask for" in refused.stderr
+    assert "1 finished rows that are not in this input" in refused.stderr
     assert cai(*words, stdin=lines).code == 0
     assert len(rows_in(inputs / "out.jsonl")) == 9
 
@@ -335,12 +338,91 @@ def test_a_seed_that_no_generator_takes_is_a_usage_error_and_leaves_nothing(cai:
     assert [p.name for p in tmp_path.iterdir()] == ["prompts.txt"]
 
 
-def test_a_run_of_which_nothing_comes_out_says_so(cai: Cai, tmp_path: Path) -> None:
+@pytest.mark.parametrize("output", ["out.jsonl", "-", "/dev/null"])
+def test_a_run_that_rejects_every_row_fails_after_its_summary_and_fails_again(
+    output: str, cai: Cai, tmp_path: Path
+) -> None:
     write_rows(tmp_path / "script.jsonl", [{"replies": [" "]}])
     (tmp_path / "prompts.txt").write_text("why?\n")
-    done = cai("sample", "prompts.txt", "-o", "out.jsonl", "--model", "scripted:script.jsonl")
-    assert done.code == 0
-    assert "of 1 rows nothing came out" in done.stderr
+    for status in ("finished", "already finished" if output == "out.jsonl" else "finished"):
+        done = cai("sample", "prompts.txt", "-o", output, "--model", "scripted:script.jsonl", "--json", "--quiet")
+        assert done.code == 1
+        printed = done.stdout or next(line for line in done.stderr.splitlines() if line.startswith("{"))
+        summary = json.loads(printed)
+        assert (summary["status"], summary["out"], summary["rejected"]) == (status, 0, 1)
+        assert "error: sample: all 1 rows were rejected" in done.stderr
+    assert (tmp_path / "out.jsonl.rejected.jsonl").exists() == (output == "out.jsonl")
+
+
+def test_a_run_that_skips_every_row_is_done(cai: Cai, inputs: Path) -> None:
+    write_rows(inputs / "alone.jsonl", [sample_row(1)])
+    done = cai("label-prefs", "alone.jsonl", *ALL, "-o", "out.jsonl")
+    assert (done.code, "all 1 rows were skipped" in done.stderr) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("command", "rejected"),
+    [
+        (("red-team", "prompts.jsonl", "-n", "1"), 32),
+        (("label-prefs", "samples.jsonl"), 10),
+        (("eval", "harm", "samples.jsonl"), 20),
+        (("eval", "compare", "a=samples.jsonl", "b=revised.jsonl", "--judge", "scripted:script.jsonl"), 10),
+    ],
+)
+def test_every_stage_that_rejects_all_rows_exits_1(
+    command: tuple[str, ...], rejected: int, cai: Cai, inputs: Path
+) -> None:
+    write_rows(inputs / "revised.jsonl", (sample_row(i, 0, "other") for i in range(10)))
+    write_rows(inputs / "script.jsonl", [{"contains": "nothing holds this", "replies": ["x"]}])
+    model = () if "--judge" in command else ALL
+    done = cai(*command, *model, "-o", "out.jsonl")
+    assert (done.code, f"all {rejected} rows were rejected" in done.stderr) == (1, True), done.stderr
+    assert manifest_of(inputs / "out.jsonl")["counts"]["rejected"] == rejected
+
+
+# --- streams ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["sample", "label-prefs"])
+def test_dev_stdout_is_stdout_and_dev_null_takes_the_rows_without_sidecars(stage: str, cai: Cai, inputs: Path) -> None:
+    piped = cai(*WORDS[stage], "-o", "-")
+    assert piped.stdout.count("\n") > 1
+    named = cai(*WORDS[stage], "-o", "/dev/stdout", "--json")
+    assert (named.code, named.stdout) == (0, piped.stdout)
+    lines = named.stderr.splitlines()
+    assert json.loads(lines.pop() if stage == "sample" else next(x for x in lines if x.startswith("{")))["out"] > 1
+    for _ in range(2):  # nothing is finished already
+        null = cai(*WORDS[stage], "-o", "/dev/null", "--overwrite")
+        assert (null.code, null.stdout) == (0, "")
+        assert null.stderr.count("warning: rejected: ") == piped.stderr.count("warning: rejected: ") > 0
+    assert Path("/dev/null").is_char_device()
+    assert not [p for p in Path("/dev").iterdir() if p.name.startswith(("null.", "stdout."))]
+
+
+def test_a_named_pipe_takes_the_rows(inputs: Path) -> None:
+    line = f"{sys.executable} -m cai_cli sample prompts.jsonl {' '.join(ALL)} -o >(cat > rows.jsonl); wait $!"
+    subprocess.run(["bash", "-c", line], cwd=inputs, capture_output=True, text=True, check=True, timeout=60)
+    assert len(rows_in(inputs / "rows.jsonl")) == 9
+
+
+def test_a_device_that_takes_no_bytes_is_an_error(cai: Cai, inputs: Path) -> None:
+    done = cai(*WORDS["sample"], "-o", "/dev/full")
+    assert (done.code, "error: cannot write /dev/full: No space left" in done.stderr) == (1, True)
+
+
+@pytest.mark.parametrize("command", ["sort", "dedup"])
+def test_sorted_rows_go_to_streams_too(command: str, cai: Cai, inputs: Path) -> None:
+    assert cai(command, "prompts.jsonl", "-o", "out.jsonl").code == 0
+    assert cai(command, "prompts.jsonl", "-o", "/dev/stdout").stdout.encode() == (inputs / "out.jsonl").read_bytes()
+    assert cai(command, "prompts.jsonl", "-o", "/dev/null").code == 0
+
+
+@pytest.mark.parametrize("limit", [None, 2, 50])
+def test_the_total_of_the_progress_bar_is_at_most_the_file(limit: int | None, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("1\n2\n3")  # the last line lacks its newline
+    file = hash_input(str(tmp_path / "rows.jsonl"))
+    assert expected_items(file, limit, per_row=2) == 2 * min(3, limit or 3)
+    assert expected_items(InputFile("-", None, None), limit) is None
 
 
 def test_an_overwritten_output_is_kept_until_the_new_one_is_whole(cai: Cai, tmp_path: Path) -> None:

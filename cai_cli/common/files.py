@@ -1,0 +1,30 @@
+"""Files that are replaced whole: a reader, or the next run after a kill, finds the old content or the new one."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from cai_cli.common.errors import CaiError
+
+
+def write_atomically(path: Path, blocks: Iterable[bytes]) -> None:
+    """Replace the content of `path` by `blocks`, written to `PATH.tmp` and synced to disk before the rename.
+
+    Args:
+        path: The file, which may not exist yet. Its directory must exist.
+        blocks: The new content in order, in pieces of any size.
+
+    Raises:
+        CaiError: `cannot-write`, when the disk is full or the place is not writable. `path` is as it was.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.writelines(blocks)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise CaiError(
+            f"cannot write {path}: {error.strerror}", hint="free the disk or choose another place", code="cannot-write"
+        ) from error

@@ -1,0 +1,95 @@
+"""The one table of names that earlier versions used: in options, manifests, rows and digests.
+
+What version 0.1.0 wrote is read under today's names, and its unfinished outputs are resumed. Nothing else in the tree
+knows an old name.
+"""
+
+import re
+from collections.abc import Mapping
+from hashlib import blake2b
+from typing import Any, TypeVar
+
+V = TypeVar("V")
+
+# Old name -> new name, of options and of the settings and inputs that a manifest records under the option's name.
+OPTIONS = {
+    "prompt_form": "prompt_format",
+    "shown": "num_examples",
+    "avoid": "exclude",
+    "skip_bad": "skip_invalid",
+    "max_bad": "max_invalid",
+    "watch_pm": "monitor_pm",
+    "watch_judge": "monitor_judge",
+}
+# The same of the fields of rows, of the columns of metrics.jsonl and of the metrics in a manifest.
+FIELDS = {"watch_score": "monitor_score", "watch_score_before": "monitor_score_before"}
+
+
+def renamed(value: Mapping[str, V], names: Mapping[str, str]) -> dict[str, V]:
+    """`value` with today's keys, in the same order."""
+    return {names.get(key, key): inner for key, inner in value.items()}
+
+
+def old_names(name: str) -> list[str]:
+    """The names under which earlier versions wrote the field `name`."""
+    return [old for old, new in FIELDS.items() if new == name]
+
+
+def metrics_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of metrics.jsonl under today's names."""
+    return renamed(row, FIELDS)
+
+
+# --- manifests ----------------------------------------------------------------------------------------------------
+
+# Version -> the earlier versions whose outputs it continues: the same command made the same rows there.
+CONTINUES = {"0.2.0": frozenset({"0.1.0"})}
+# Setting that an earlier version did not have -> the value under which a stage does what it did without the setting.
+ADDED_SETTINGS: dict[str, Any] = {}
+MANIFEST = {"figures": "metrics"}
+PROVENANCE = {"watcher": "monitor"}
+
+
+def current_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest under today's names, but for its provenance: a run that resumes keeps what is recorded there."""
+    current = renamed(manifest, MANIFEST)
+    if isinstance(current.get("metrics"), Mapping):
+        current["metrics"] = renamed(current["metrics"], FIELDS)
+    return current
+
+
+def current_provenance(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """A provenance, or a part of one, under today's names."""
+    current = renamed(provenance, PROVENANCE)
+    for part in ("settings", "input"):
+        if isinstance(current.get(part), Mapping):
+            current[part] = renamed(current[part], OPTIONS)
+    return current
+
+
+def same_value(name: str, one: Any, other: Any) -> bool:
+    """Whether two provenances agree in the value `name`, such as `settings.seed`; None where one does not have it."""
+    if name == "cai":
+        return one == other or one in CONTINUES.get(other, ()) or other in CONTINUES.get(one, ())
+    if one is None or other is None:
+        added = ADDED_SETTINGS.get(name.removeprefix("settings."))
+        return one == other or (added is not None and added in (one, other))
+    return bool(one == other)
+
+
+# --- digests of work items ----------------------------------------------------------------------------------------
+
+# Class name -> its name in version 0.1.0, whose digests were made from the repr of a value.
+CLASSES = {"RevisionRound": "Turn", "ReplyPair": "Match"}
+_CLASS = re.compile(rf"\b({'|'.join(CLASSES)})\(")
+
+
+def has_repr_digests(version: str) -> bool:
+    """Whether that version wrote digests of the repr to `OUT.units.jsonl`."""
+    return version == "0.1.0"
+
+
+def repr_digest(value: object) -> int:
+    """The digest that version 0.1.0 recorded for the value of a work item: 32 bits of the hash of its repr."""
+    text = _CLASS.sub(lambda found: f"{CLASSES[found[1]]}(", repr(value))
+    return int.from_bytes(blake2b(text.encode(), digest_size=4).digest(), "little")

@@ -1,0 +1,56 @@
+"""How many rows came in, and what became of them."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from cai_cli.data.schema import Rejected, reason_kind
+
+
+@dataclass
+class Counts:
+    """The conservation of rows: in = out + rejected + skipped.
+
+    A data stage sets `items` and `out` and counts its rejected rows by reason when the output is complete. A training
+    stage (`for_training`) sets `train` and `held_out` instead, which together are the rows it used, and keeps the
+    rejected rows until it has a place for them.
+    """
+
+    items: int = 0
+    out: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
+    for_training: bool = False
+    train: int = 0
+    held_out: int = 0
+    rejected_rows: list[Rejected] = field(default_factory=list)
+
+    @classmethod
+    def of_training(cls, rejected: list[Rejected]) -> "Counts":
+        """The counts of a training stage whose input reader has rejected these rows so far."""
+        counts = cls(for_training=True)
+        for row in rejected:
+            counts.reject(row)
+        return counts
+
+    def reject(self, row: Rejected) -> None:
+        """Count a rejected row under its reason, and keep it."""
+        self.rejected[reason_kind(row.reason)] += 1
+        self.rejected_rows.append(row)
+
+    def as_json(self) -> dict[str, Any]:
+        """The counts as manifests and summaries hold them."""
+        out = {"out": self.out}
+        read = self.items
+        if self.for_training:
+            used = self.train + self.held_out
+            out = {"used": used, "train": self.train, "held_out": self.held_out}
+            read = used + self.rejected.total() + self.skipped.total()
+        return {
+            "in": read,
+            **out,
+            "rejected": self.rejected.total(),
+            "skipped": self.skipped.total(),
+            "rejected_reasons": dict(sorted(self.rejected.items())),
+            "skipped_reasons": dict(sorted(self.skipped.items())),
+        }
