@@ -19,6 +19,7 @@ from cai_cli.data.schema import Message, Prompt, Revision, Sample, load_row
 from cai_cli.evaluate.compare import ReplyPair
 from cai_cli.judging.pairs import Pair
 from cai_cli.phase1_supervised.red_team import Attempt
+from cai_cli.pipeline.registry import STAGES
 from cai_cli.runtime.manifest import differences, read_manifest
 from cai_cli.runtime.output_files import refuse_other_run
 from cai_cli.runtime.work_items import item_digest
@@ -118,6 +119,16 @@ def test_an_output_of_another_setting_or_of_an_unknown_version_is_refused(cai: C
     assert refused.stderr.count(" -> ") == 1
 
 
+def test_the_table_of_old_options_is_that_of_the_configs() -> None:
+    declared = {
+        alias.replace("-", "_"): name
+        for stage in STAGES.values()
+        for name, (_, option) in stage.config.options().items()
+        for alias in option.aliases
+    }
+    assert declared == legacy.OPTIONS
+
+
 # --- manifests ----------------------------------------------------------------------------------------------------
 
 
@@ -204,12 +215,14 @@ def test_the_report_reads_the_folder(folder: str, cai: Cai, old: Path) -> None:
 # --- runs ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason="cai run does not read the old option names of run files and run.json yet")
 @pytest.mark.parametrize("command", named(RUNS))
 def test_a_run_folder_is_finished_or_completed(command: dict[str, Any], cai: Cai, old: Path) -> None:
     before = files_of(old / "run/out")
     done = cai(*words_of(command, "old"))
     assert done.code == 0, done.stderr
+    killed = "killed_in" in command
+    assert done.stderr.count("already done: ") == (3 if killed else 7)
+    assert done.stderr.count("] $ cai ") == (4 if killed else 0)
     after = files_of(old / command["output"])
     for name, content in before.items():
         if name.endswith(".jsonl"):
