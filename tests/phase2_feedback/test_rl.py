@@ -17,7 +17,7 @@ from tiny import tiny_model_dir
 from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.data.schema import Preference, load_row
 from cai_cli.models.loading import load_causal_lm, load_reward_model, load_tokenizer
-from cai_cli.phase2_feedback import monitor_models, train_pm
+from cai_cli.phase2_feedback import monitor_models, pm_pairs
 from cai_cli.phase2_feedback.monitor_models import preference_score
 from cai_cli.phase2_feedback.rl_monitor import RewardNormalizer
 from cai_cli.phase2_feedback.rl_prompts import prompt_order
@@ -163,7 +163,7 @@ def test_rl_scores_the_very_tokens_that_the_preference_model_is_trained_on(
         for i, chat in enumerate(asked)
     ]  # fmt: skip
     counts = Counts.of_training([])
-    pairs = train_pm.encode_pairs(load_tokenizer(Path(pm)), preferences, 512, counts, window=512, hard=False)
+    pairs = pm_pairs.encode_pairs(load_tokenizer(Path(pm)), preferences, 512, counts, window=512, hard=False)
     assert not counts.rejected
     assert [pair.chosen for pair in pairs] == scored
     assert [pair.columns()["chosen_ids"] for pair in pairs] == scored

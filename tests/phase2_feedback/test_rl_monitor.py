@@ -296,7 +296,7 @@ def test_an_unknown_or_missing_reporter_is_a_usage_error(
 ) -> None:
     with pytest.raises(UsageError, match="'tensorboard' or 'trackio'"):
         command(prompts, tmp_path / "rl", **settings(models, report_to="paper"))
-    monkeypatch.setattr("cai_cli.phase2_feedback.rl.find_spec", lambda _: None)
+    monkeypatch.setattr("cai_cli.phase2_feedback.rl_config.find_spec", lambda _: None)
     with pytest.raises(UsageError, match="not installed"):
         command(prompts, tmp_path / "rl", **settings(models, report_to="trackio"))
 
