@@ -125,7 +125,7 @@ def test_a_critique_is_asked_under_the_drawn_principle_and_a_revision_under_the_
 
 def test_a_critique_under_a_principle_not_in_use_stops_the_run() -> None:
     stray = load_row(Critique, {**sample_row(1), "history": [], "round": 1, "principle_id": "z", "critique": "c"})
-    with pytest.raises(CaiError, match=r"row 'p1/0' was critiqued under 'z'") as error:
+    with pytest.raises(CaiError, match=r"row 'p1/0' was critiqued under 'z'"):
         revise([stray], reviser(Recorder()))
 
 
