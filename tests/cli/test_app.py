@@ -97,7 +97,7 @@ def test_what_failed_is_one_line_and_exits_with_one(words: list[str], said: str,
     assert all(line.startswith("hint: ") for line in rest)
 
 
-def test_doctor_names_what_is_missing_and_how_to_mend_it(
+def test_doctor_names_what_is_missing_and_the_command_that_fixes_it(
     cai: Cai, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CAI_CACHE", str(tmp_path / "cache"))
@@ -107,8 +107,8 @@ def test_doctor_names_what_is_missing_and_how_to_mend_it(
     assert checks["torch"]["ok"]
     assert checks["principles/preference.yaml"]["found"].startswith("16 principles")
     model = checks["model smollm2-135m"]
-    assert (model["ok"], model["mend"]) == (False, "cai models fetch smollm2-135m")
+    assert (model["ok"], model["fix"]) == (False, "cai models fetch smollm2-135m")
     assert not found["ok"]
     text = cai("doctor").stdout
-    assert "mend: cai models fetch smollm2-135m" in text
+    assert "fix: cai models fetch smollm2-135m" in text
     assert text.count("\nok ") + text.count("\n-- ") + 1 == len(found["checks"])

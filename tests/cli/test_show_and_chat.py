@@ -211,7 +211,7 @@ def test_two_models_hear_the_same_and_each_keeps_its_own_answers(cai: Cai, scrip
 def test_what_is_refused_cut_or_unknown_is_said_and_no_part_of_the_conversation(cai: Cai, script: str) -> None:
     done = cai("chat", script, stdin=b"broken\nmy name is Ada\nwho\nlong\n/help\nsteer\n")
     assert [line.partition("> ")[2] for line in done.stdout.splitlines()] == [
-        "hello", "Ada", "so lo [cut at --max-new-tokens]", r"\x1b[31mred [bold]",
+        "hello", "Ada", "so lo [cut off at --max-new-tokens]", r"\x1b[31mred [bold]",
     ]  # fmt: skip
     assert "the script holds no reply for this prompt; this turn is not part" in done.stderr
     assert "no command /help" in done.stderr

@@ -151,20 +151,20 @@ def test_training_on_rows_with_such_ids_makes_the_model_and_nothing_else(stage: 
 def test_a_run_file_names_no_run_or_step_by_what_could_be_a_path(name: str, room: Path, cai: Cai) -> None:
     write_rows(room / "prompts.jsonl", prompts(["a"]))
     step = {"command": "sample", "input": "prompts.jsonl"}
-    for road in ({"name": IDS[name], "steps": {"s": step}}, {"name": "r", "steps": {IDS[name]: step}}):
-        (room / "road.yaml").write_text(yaml.safe_dump({"model": "scripted:script.jsonl", **road}))
-        done = cai("run", "road.yaml")
+    for run_file in ({"name": IDS[name], "steps": {"s": step}}, {"name": "r", "steps": {IDS[name]: step}}):
+        (room / "run.yaml").write_text(yaml.safe_dump({"model": "scripted:script.jsonl", **run_file}))
+        done = cai("run", "run.yaml")
         assert done.code in (1, 2)
         assert "Traceback" not in done.stderr
-    assert outputs(room, "prompts.jsonl", "script.jsonl", "road.yaml") == set()
+    assert outputs(room, "prompts.jsonl", "script.jsonl", "run.yaml") == set()
 
 
 def test_a_name_of_300_characters_is_one_line_of_error(room: Path, cai: Cai) -> None:
     write_rows(room / "prompts.jsonl", prompts(["a"]))
     step = {"command": "sample", "input": "prompts.jsonl"}
-    for road in ({"name": "x" * 300, "steps": {"s": step}}, {"name": "r", "steps": {"x" * 300: step}}):
-        (room / "road.yaml").write_text(yaml.safe_dump({"model": "scripted:script.jsonl", **road}))
-        done = cai("run", "road.yaml")
+    for run_file in ({"name": "x" * 300, "steps": {"s": step}}, {"name": "r", "steps": {"x" * 300: step}}):
+        (room / "run.yaml").write_text(yaml.safe_dump({"model": "scripted:script.jsonl", **run_file}))
+        done = cai("run", "run.yaml")
         assert done.code in (1, 2)
         assert "Traceback" not in done.stderr
         assert done.stderr.startswith("error: ")
@@ -185,8 +185,8 @@ def test_swept_values_become_names_without_folders(room: Path, cai: Cai) -> None
         "input": "prompts.jsonl",
         "model": ["scripted:../deeper/a/script.jsonl", "scripted:b/script.jsonl"],
     }
-    (room / "road.yaml").write_text(yaml.safe_dump({"name": "r", "steps": {"s": step}}))
-    done = cai("run", "road.yaml", "--out", "out")
+    (room / "run.yaml").write_text(yaml.safe_dump({"name": "r", "steps": {"s": step}}))
+    done = cai("run", "run.yaml", "--out", "out")
     assert done.code == 0, done.stderr
     assert all(path.parent == room / "out" for path in (room / "out").iterdir())
     assert len(list((room / "out").glob("s@model=*.jsonl"))) == 2

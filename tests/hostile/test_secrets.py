@@ -158,22 +158,22 @@ def test_an_error_that_nobody_foresaw_prints_its_traceback_without_the_key(
 
 def test_a_key_in_the_address_is_refused_before_anything_is_written(cai: Cai, tmp_path: Path) -> None:
     for address in (f"http://me:{KEY}@127.0.0.1:1/v1", f"http://127.0.0.1:1/v1?key={KEY}"):
-        (tmp_path / "road/road.yaml").unlink(missing_ok=True)
+        (tmp_path / "run/run.yaml").unlink(missing_ok=True)
         done = cai("sample", "prompts.jsonl", "-o", "out.jsonl", "--model", "openai:m", "--base-url", address)
         assert done.code == 2
         assert not leaks(done, tmp_path)
-        (tmp_path / "road").mkdir(exist_ok=True)
-        road = {
+        (tmp_path / "run").mkdir(exist_ok=True)
+        run_file = {
             "name": "r",
             "steps": {
                 "s": {"command": "sample", "input": "../prompts.jsonl", "model": "openai:m", "base-url": address}
             },
         }
-        (tmp_path / "road/road.yaml").write_text(json.dumps(road))
+        (tmp_path / "run/run.yaml").write_text(json.dumps(run_file))
         for more in ((), ("--dry-run",)):
-            done = cai("run", "road/road.yaml", "--out", "runs/r", *more)
+            done = cai("run", "run/run.yaml", "--out", "runs/r", *more)
             assert done.code == 2
-            assert leaks(done, tmp_path) == ["road/road.yaml"]  # where the user put it
+            assert leaks(done, tmp_path) == ["run/run.yaml"]  # where the user put it
 
 
 def test_no_option_takes_a_key() -> None:
@@ -187,7 +187,7 @@ def test_no_option_takes_a_key() -> None:
     assert not {n for n in found if n.rpartition("_")[2] in ("key", "token", "secret", "password", "auth", "header")}
 
 
-def test_doctor_a_road_and_its_report_name_no_key(cai: Cai, tmp_path: Path) -> None:
+def test_doctor_a_run_and_its_report_name_no_key(cai: Cai, tmp_path: Path) -> None:
     write_rows(tmp_path / "script.jsonl", [{"replies": ["fine."]}])
     (tmp_path / "r.yaml").write_text(
         "name: r\nmodel: scripted:script.jsonl\nsteps: {s: {command: sample, input: prompts.jsonl}}\n"

@@ -62,13 +62,17 @@ def inputs(tmp_path: Path) -> None:
     (tmp_path / "critique.yaml").write_text(constitution("critique-revision"))
     (tmp_path / "preference.yaml").write_text(constitution("preference"))
     (tmp_path / "raw.yaml").write_text(f"kind: {ALL}\n")
-    road = {"name": "r", "model": f"scripted:{ALL}", "steps": {"s": {"command": "sample", "input": "prompts.jsonl"}}}
-    (tmp_path / "road.yaml").write_text(yaml.safe_dump(road))
-    road["steps"] = {"s": {"command": ALL, "input": ALL}}
-    (tmp_path / "command.yaml").write_text(yaml.safe_dump(road))
-    (tmp_path / "name.yaml").write_text(yaml.safe_dump({**road, "name": ALL}))
+    run_file = {
+        "name": "r",
+        "model": f"scripted:{ALL}",
+        "steps": {"s": {"command": "sample", "input": "prompts.jsonl"}},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_file))
+    run_file["steps"] = {"s": {"command": ALL, "input": ALL}}
+    (tmp_path / "command.yaml").write_text(yaml.safe_dump(run_file))
+    (tmp_path / "name.yaml").write_text(yaml.safe_dump({**run_file, "name": ALL}))
     (tmp_path / "option.yaml").write_text(
-        yaml.safe_dump({**road, "steps": {"s": {"command": "sample", "input": "prompts.jsonl", ALL: ALL}}})
+        yaml.safe_dump({**run_file, "steps": {"s": {"command": "sample", "input": "prompts.jsonl", ALL: ALL}}})
     )
 
 
@@ -99,8 +103,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "principles show": ("principles", "show", "--constitution", "critique.yaml", "--constitution", "preference.yaml"),
     "principles validate": ("principles", "validate", "critique.yaml", "raw.yaml"),
     "a principle that is not there": ("principles", "show", ALL.replace("\0", "")),
-    "run": ("run", "road.yaml"),
-    "run --dry-run": ("run", "road.yaml", "--dry-run"),
+    "run": ("run", "run.yaml"),
+    "run --dry-run": ("run", "run.yaml", "--dry-run"),
     "a command that is none": ("run", "command.yaml"),
     "an option that is none": ("run", "option.yaml"),
     "a name that is none": ("run", "name.yaml"),
@@ -213,7 +217,7 @@ OURS = re.compile("\x1b\\[(?:[0-9;]*m|1A|2K|\\?25[lh])|\r")
         ["critique", "samples.jsonl", "--model", "scripted:fails.jsonl", "-o", "-", "--constitution", "critique.yaml"],
         ["chat", "scripted:script.jsonl", "scripted:judge.jsonl"],
         ["principles", "show", "--constitution", "critique.yaml"],
-        ["run", "road.yaml"],
+        ["run", "run.yaml"],
     ],
     ids=" ".join,
 )

@@ -72,7 +72,7 @@ def test_only_what_fails_is_asked_again_with_fresh_noise_and_the_same_words() ->
     assert {(a.prefill, a.stop) for a in engine.asked} == {("cue", ("stop",))}
 
 
-def test_what_never_passes_is_refused_with_the_reason_and_the_number_of_attempts() -> None:
+def test_an_answer_that_never_passes_is_rejected_with_the_reason_and_the_number_of_attempts() -> None:
     engine = Recorder(*["bad"] * ATTEMPTS)
     assert generate_checked(engine, [GenerationRequest("x", 1)], Sampling(), bad) == [
         RequestFailure(f"bad text, {ATTEMPTS} attempts")
@@ -125,8 +125,10 @@ def test_a_critique_is_asked_under_the_drawn_principle_and_a_revision_under_the_
 
 def test_a_critique_under_a_principle_not_in_use_stops_the_run() -> None:
     stray = load_row(Critique, {**sample_row(1), "history": [], "round": 1, "principle_id": "z", "critique": "c"})
-    with pytest.raises(CaiError, match=r"row 'p1/0' was critiqued under 'z'"):
+    with pytest.raises(CaiError) as error:
         revise([stray], reviser(Recorder()))
+    assert error.value.code == "unknown-principle"
+    assert "'p1/0'" in error.value.message
 
 
 def test_rounds_revise_the_revision_before_under_a_new_draw_and_keep_the_history() -> None:
@@ -194,19 +196,19 @@ def test_chained_single_rounds_are_the_same_rows_as_the_loop(cai: Cai, inputs: P
     assert (inputs / "on.jsonl").read_bytes() == (inputs / "loop.jsonl").read_bytes()
 
 
-def test_a_critique_where_a_sample_is_wanted_says_who_takes_it(cai: Cai, inputs: Path) -> None:
+def test_a_critique_where_a_sample_is_expected_is_refused_with_the_stage_that_takes_it(cai: Cai, inputs: Path) -> None:
     model = ("--model", "scripted:script.jsonl")
     assert cai("critique", "samples.jsonl", "-o", "c.jsonl", *model).code == 0
     for stage in ("critique", "critique-revise", "label-prefs"):
         refused = cai(stage, "c.jsonl", *model)
-        assert refused.code == 1
-        assert "c.jsonl:1: a Critique row" in refused.stderr
+        assert (refused.code, refused.error) == (1, "wrong-row-type")
         assert "`cai revise` takes critiques" in refused.stderr
     refused = cai("revise", "samples.jsonl", *model)
+    assert refused.error == "invalid-row"
     assert "samples.jsonl:1: not a Critique row: field 'history' is missing" in refused.stderr
 
 
-def test_only_the_principles_asked_for_are_used(cai: Cai, inputs: Path) -> None:
+def test_only_the_requested_principles_are_used(cai: Cai, inputs: Path) -> None:
     words = ("critique", "samples.jsonl", "--model", "scripted:script.jsonl", "-o", "c.jsonl", "--overwrite")
     assert cai(*words, "--principles", "stay-lawful,no-insults").code == 0
     assert {r["principle_id"] for r in rows_in(inputs / "c.jsonl")} == {"stay-lawful", "no-insults"}
@@ -214,7 +216,7 @@ def test_only_the_principles_asked_for_are_used(cai: Cai, inputs: Path) -> None:
     assert {r["principle_id"] for r in rows_in(inputs / "c.jsonl")} == {"avoid-harm"}
 
 
-def test_kind_fills_rows_that_do_not_say_and_another_word_is_a_usage_error(cai: Cai, inputs: Path) -> None:
+def test_kind_is_for_rows_without_one_and_another_word_is_a_usage_error(cai: Cai, inputs: Path) -> None:
     write_rows(inputs / "p.jsonl", [{"prompt": "a", "kind": "helpful"}, {"prompt": "b"}])
     words = ("sample", "p.jsonl", "--model", "scripted:script.jsonl", "-o", "s.jsonl")
     assert cai(*words, "--kind", "red-team").code == 0

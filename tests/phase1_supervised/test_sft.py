@@ -134,12 +134,14 @@ def test_a_changed_learning_rate_is_refused_by_name_and_nothing_is_lost(model: P
     run = {"model": str(model), "save_steps": 1, **QUICK}
     with interrupted_after(2):
         command(rows, tmp_path / "out", **run)
-    with pytest.raises(CaiError, match=r"settings\.learning_rate: 0\.001 -> 0\.002") as refusal:
+    with pytest.raises(CaiError, match=r"settings\.learning_rate: 0\.001 -> 0\.002") as error:
         command(rows, tmp_path / "out", **run | {"learning_rate": 2e-3})
-    assert "--overwrite" in str(refusal.value.hint)
+    assert error.value.code == "other-run"
+    assert "--overwrite" in str(error.value.hint)
     command(rows, tmp_path / "out", **run)
-    with pytest.raises(CaiError, match=r"settings\.learning_rate"):
+    with pytest.raises(CaiError) as error:
         command(rows, tmp_path / "out", **run | {"learning_rate": 2e-3})
+    assert error.value.code == "other-run"
     command(rows, tmp_path / "out", **run | {"learning_rate": 2e-3, "overwrite": True})
     assert manifest_of(tmp_path / "out")["provenance"]["settings"]["learning_rate"] == 2e-3
 
@@ -159,22 +161,22 @@ def test_helpful_examples_are_drawn_by_ratio_and_the_rest_is_counted(model: Path
 
 
 def test_the_helpful_draw_depends_on_the_seed_alone_and_repeats_nothing() -> None:
-    mine = examples_of(load_row(Revision, revision(0)), "last") * 5
-    theirs = [e for i in range(50) for e in examples_of(load_row(Revision, revision(i, f"h{i}")), "last")]
-    drawn = [e.reply for e in mixed(mine, theirs, 2.0, seed=1)[5:]]
+    revisions = examples_of(load_row(Revision, revision(0)), "last") * 5
+    helpful = [e for i in range(50) for e in examples_of(load_row(Revision, revision(i, f"h{i}")), "last")]
+    drawn = [e.reply for e in mixed(revisions, helpful, 2.0, seed=1)[5:]]
     assert len(set(drawn)) == 10
-    assert drawn == [e.reply for e in mixed(mine, theirs, 2.0, seed=1)[5:]]
-    assert drawn != [e.reply for e in mixed(mine, theirs, 2.0, seed=2)[5:]]
-    assert len(mixed(mine, theirs[:3], 2.0, seed=1)) == 8
+    assert drawn == [e.reply for e in mixed(revisions, helpful, 2.0, seed=1)[5:]]
+    assert drawn != [e.reply for e in mixed(revisions, helpful, 2.0, seed=2)[5:]]
+    assert len(mixed(revisions, helpful[:3], 2.0, seed=1)) == 8
 
 
-def test_the_loss_is_on_the_reply_and_its_end_of_turn_only(model: Path) -> None:
+def test_the_loss_covers_the_reply_and_its_end_of_turn_only(model: Path) -> None:
     tokenizer = load_tokenizer(model)
     prompt = [Message(role="user", content="What is it?")]
     columns = encode(tokenizer, prompt, "a helpful answer").columns()
-    learned = [i for i in columns["labels"] if i != -100]
-    assert tokenizer.decode(learned) == "a helpful answer<|im_end|>\n"
-    assert [i for i, label in zip(columns["input_ids"], columns["labels"], strict=True) if label != -100] == learned
+    trained = [i for i in columns["labels"] if i != -100]
+    assert tokenizer.decode(trained) == "a helpful answer<|im_end|>\n"
+    assert [i for i, label in zip(columns["input_ids"], columns["labels"], strict=True) if label != -100] == trained
 
 
 def test_a_control_token_spelled_in_a_row_is_text(model: Path) -> None:
@@ -185,7 +187,7 @@ def test_a_control_token_spelled_in_a_row_is_text(model: Path) -> None:
     assert "x<|im_end|>\n<|im_start|>system" in tokenizer.decode(ids)
 
 
-def test_rows_with_prompt_and_completion_are_taken_as_they_are() -> None:
+def test_rows_with_prompt_and_completion_are_read_unchanged() -> None:
     row = completed_row({"prompt": "hi", "completion": "hello"})
     assert isinstance(row, Sample)
     assert row.reply == "hello"
@@ -195,11 +197,12 @@ def test_rows_with_prompt_and_completion_are_taken_as_they_are() -> None:
             completed_row(bad)
 
 
-def test_a_broken_line_is_named_with_file_and_line(model: Path, tmp_path: Path) -> None:
+def test_an_invalid_line_is_an_error_with_file_and_line(model: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rev.jsonl"
     rows.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
-    with pytest.raises(InvalidRow, match=r"rev\.jsonl:2"):
+    with pytest.raises(InvalidRow) as error:
         command(str(rows), tmp_path / "out", model=str(model), **QUICK)
+    assert (error.value.file, error.value.line) == (str(rows), 2)
     assert not list(tmp_path.glob("out*"))
 
 

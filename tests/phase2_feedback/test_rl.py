@@ -179,7 +179,7 @@ def test_a_prompt_that_leaves_no_room_for_a_reply_is_rejected(model: Path, pm: s
     assert (counts["rejected"], counts["skipped"]) == (1, 1)
 
 
-def test_every_prompt_has_its_turn_before_any_comes_again() -> None:
+def test_every_prompt_is_used_once_before_any_is_repeated() -> None:
     order = prompt_order(5, steps=4, per_step=3, seed=0)
     assert len(order) == 12
     assert sorted(order[:5]) == sorted(order[5:10]) == [0, 1, 2, 3, 4]
@@ -188,16 +188,18 @@ def test_every_prompt_has_its_turn_before_any_comes_again() -> None:
 
 
 def test_a_language_model_is_refused_as_a_preference_model(model: Path, prompts: str, tmp_path: Path) -> None:
-    with pytest.raises(CaiError, match="no preference model"):
+    with pytest.raises(CaiError) as error:
         command(prompts, tmp_path / "rl", pm=str(model), model=str(model), **QUICK)
+    assert error.value.code == "wrong-model-kind"
 
 
 def test_a_changed_beta_or_preference_model_is_refused_by_name(
     model: Path, pm: str, prompts: str, tmp_path: Path
 ) -> None:
     command(prompts, tmp_path / "rl", pm=pm, model=str(model), **QUICK)
-    with pytest.raises(CaiError, match=r"settings\.beta: 0\.05 -> 0\.1"):
+    with pytest.raises(CaiError, match=r"settings\.beta: 0\.05 -> 0\.1") as error:
         command(prompts, tmp_path / "rl", pm=pm, model=str(model), beta=0.1, **QUICK)
+    assert error.value.code == "other-run"
     with pytest.raises(CaiError, match=r"pm\.fingerprint"):
         command(prompts, tmp_path / "rl", pm=str(model), model=str(model), **QUICK)
 
@@ -205,5 +207,6 @@ def test_a_changed_beta_or_preference_model_is_refused_by_name(
 def test_a_batch_that_does_not_divide_the_replies_of_a_step_is_a_usage_error(
     model: Path, pm: str, prompts: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(UsageError, match="does not divide the 8 replies"):
+    with pytest.raises(UsageError) as error:
         command(prompts, tmp_path / "rl", pm=pm, model=str(model), batch_size=3, **QUICK)
+    assert error.value.code == "option-conflict"

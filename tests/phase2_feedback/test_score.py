@@ -110,8 +110,9 @@ def test_scores_of_another_preference_model_are_not_mixed_in(pm: Path, tmp_path:
         write_rows(tmp_path / "prefs.jsonl", [preference(1)]), other, model=str(pm), max_steps=1, eval_share=0.0
     )
     command(file, tmp_path / "out.jsonl", pm=str(pm))
-    with pytest.raises(CaiError, match=r"pm\.fingerprint"):
+    with pytest.raises(CaiError, match=r"pm\.fingerprint") as error:
         command(file, tmp_path / "out.jsonl", pm=str(other))
+    assert error.value.code == "other-run"
 
 
 def test_scored_rows_are_prompts_and_can_be_scored_again(pm: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import Cai
 
-from cai_cli.pipeline.paper_run import HELPFUL, OF_THEM_MADE, RED_TEAM, RL_HELPFUL, RL_RED_TEAM, paper_run, paper_table
+from cai_cli.pipeline.paper_run import GENERATED, HELPFUL, RED_TEAM, RL_HELPFUL, RL_RED_TEAM, paper_run, paper_table
 from cai_cli.runtime import cost
 from cai_cli.runtime.cost import TokenCounts
 
@@ -27,7 +27,7 @@ def test_a_million_tokens_take_what_the_operations_take() -> None:
 def test_the_page_holds_the_table_that_is_counted() -> None:
     assert paper_table() in PAGE, "paste what `python tests/scale_table.py` prints"
     assert f"{cost.ASSUMPTIONS}." in " ".join(PAGE.split())
-    for number in (RED_TEAM, OF_THEM_MADE, HELPFUL, RL_RED_TEAM, RL_HELPFUL):
+    for number in (RED_TEAM, GENERATED, HELPFUL, RL_RED_TEAM, RL_HELPFUL):
         assert f"{number:,}" in PAGE
 
 
