@@ -30,7 +30,7 @@ from cai_cli.runtime.shared_options import DEFAULT_MODEL, MODEL_TO_TRAIN_HELP
 from cai_cli.runtime.stage import Phase, Stage
 from cai_cli.training.checkpoints import save_finished
 from cai_cli.training.config import TrainingConfig
-from cai_cli.training.cpu_logprobs import use_plain_head
+from cai_cli.training.cpu_logprobs import use_unfused_head
 from cai_cli.training.loop import fit, without_printer
 from cai_cli.training.metrics_log import Metrics
 from cai_cli.training.options import EpochOptions
@@ -224,7 +224,7 @@ def _trainer(
             compute_metrics=lambda rows: {"token_loss": float(rows.predictions.sum() / rows.label_ids.sum())},
         )
     )
-    use_plain_head(trainer)
+    use_unfused_head(trainer)
     return trainer
 
 

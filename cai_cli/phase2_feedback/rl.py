@@ -54,7 +54,7 @@ from cai_cli.runtime.stage import Phase, Stage
 from cai_cli.training import distributed
 from cai_cli.training.checkpoints import save_finished, save_model
 from cai_cli.training.config import TrainingConfig
-from cai_cli.training.cpu_logprobs import use_plain_head
+from cai_cli.training.cpu_logprobs import use_unfused_head
 from cai_cli.training.loop import fit, without_printer
 from cai_cli.training.metrics_log import Metrics
 from cai_cli.training.quiet import quiet_libraries
@@ -201,7 +201,7 @@ def _policy_trainer(
             peft_config=training.peft_config(),
         )
     )
-    use_plain_head(trainer, config.temperature)
+    use_unfused_head(trainer, config.temperature)
     return trainer
 
 
