@@ -50,7 +50,7 @@ def inputs(tmp_path: Path) -> Path:
 ASK = ("red-team", "given.jsonl", "--model", "scripted:script.jsonl")
 
 
-def test_as_many_prompts_come_out_as_are_wanted_and_all_attempts_are_accounted_for(cai: Cai, inputs: Path) -> None:
+def test_the_requested_number_of_prompts_is_written_and_all_attempts_are_counted(cai: Cai, inputs: Path) -> None:
     done = cai(*ASK, "-n", "40", "-o", "new.jsonl", "--json")
     assert done.code == 0, done.stderr
     summary = json.loads(done.stdout)
@@ -75,7 +75,7 @@ def test_every_option_is_recorded_hashed_or_harmless(cai: Cai, inputs: Path) -> 
     assert recorded["settings"]["topics"] == list(TOPICS["red-team"])
 
 
-def test_what_comes_out_is_what_sample_reads(cai: Cai, inputs: Path) -> None:
+def test_sample_reads_the_output(cai: Cai, inputs: Path) -> None:
     cai(*ASK, "-n", "5", "-o", "new.jsonl", "--kind", "helpful", "--topics", "boats,knots")
     done = cai("sample", "new.jsonl", "-o", "samples.jsonl", "--model", "scripted:script.jsonl")
     assert done.code == 0, done.stderr
@@ -85,9 +85,7 @@ def test_what_comes_out_is_what_sample_reads(cai: Cai, inputs: Path) -> None:
 
 
 @pytest.mark.parametrize("more", [("--batch-size", "1"), ("--batch-size", "7")])
-def test_the_same_seed_makes_the_same_prompts_in_whatever_batches(
-    cai: Cai, inputs: Path, more: tuple[str, str]
-) -> None:
+def test_the_same_seed_gives_the_same_prompts_in_any_batches(cai: Cai, inputs: Path, more: tuple[str, str]) -> None:
     cai(*ASK, "-n", "30", "-o", "a.jsonl")
     cai(*ASK, "-n", "30", "-o", "b.jsonl", *more)
     cai(*ASK, "-n", "30", "-o", "c.jsonl", "--seed", "1")
@@ -97,7 +95,7 @@ def test_the_same_seed_makes_the_same_prompts_in_whatever_batches(
 
 
 @pytest.mark.parametrize("torn", [False, True])
-def test_a_run_that_was_broken_off_ends_in_the_same_bytes(
+def test_an_interrupted_run_ends_with_the_same_bytes(
     cai: Cai, inputs: Path, torn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cai(*ASK, "-n", "40", "-o", "calm.jsonl")

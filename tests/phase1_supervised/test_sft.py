@@ -42,9 +42,9 @@ def test_the_loss_falls_and_the_output_loads_as_a_plain_model(model: Path, tmp_p
     rows = write_rows(tmp_path / "rev.jsonl", [revision(i) for i in range(40)])
     out = tmp_path / "sl-cai"
     command(rows, out, model=str(model), epochs=3, **QUICK | {"eval_share": 0.1})
-    figures = manifest_of(out)["metrics"]
-    assert figures["loss"] < figures["loss_before"] - 1
-    assert figures["held_out_loss"] < figures["held_out_loss_before"] - 1
+    results = manifest_of(out)["metrics"]
+    assert results["loss"] < results["loss_before"] - 1
+    assert results["held_out_loss"] < results["held_out_loss_before"] - 1
     assert largest_difference(model, out) > 1e-3
     AutoModelForCausalLM.from_pretrained(out)
     assert AutoTokenizer.from_pretrained(out).model_max_length == 512
@@ -77,7 +77,7 @@ def test_an_interrupted_run_ends_with_the_parameters_of_one_that_was_not(
     assert rows_in(tmp_path / "whole/metrics.jsonl") == rows_in(tmp_path / "killed/metrics.jsonl")
 
 
-def test_a_checkpoint_torn_by_the_kill_is_passed_over(model: Path, tmp_path: Path) -> None:
+def test_an_incomplete_checkpoint_is_skipped(model: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rev.jsonl", [revision(i, f"answer {i * 7}") for i in range(20)])
     run = {"model": str(model), "epochs": 3, "save_steps": 2, **QUICK}
     command(rows, tmp_path / "whole", **run)
@@ -107,7 +107,7 @@ command(sys.argv[1], Path(sys.argv[2]), model=sys.argv[3], epochs=3, save_steps=
 
 
 @pytest.mark.slow
-def test_a_run_killed_with_sigkill_goes_on_to_the_same_parameters(model: Path, tmp_path: Path) -> None:
+def test_a_run_killed_with_sigkill_resumes_to_the_same_parameters(model: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rev.jsonl", [revision(i, f"answer {i * 7}") for i in range(20)])
     run = {"model": str(model), "epochs": 3, "save_steps": 2, **QUICK}
     killed = subprocess.run(
@@ -120,7 +120,7 @@ def test_a_run_killed_with_sigkill_goes_on_to_the_same_parameters(model: Path, t
     assert rows_in(tmp_path / "whole/metrics.jsonl") == rows_in(tmp_path / "killed/metrics.jsonl")
 
 
-def test_a_row_that_is_too_long_is_rejected_and_counted_never_cut(model: Path, tmp_path: Path) -> None:
+def test_a_row_that_is_too_long_is_rejected_and_counted_not_truncated(model: Path, tmp_path: Path) -> None:
     rows = [revision(i) for i in range(8)] + [revision(8, "long " * 200)]
     command(write_rows(tmp_path / "rev.jsonl", rows), tmp_path / "out", model=str(model), max_length=128, **QUICK)
     (rejected,) = rows_in(tmp_path / "out.rejected.jsonl")
@@ -179,7 +179,7 @@ def test_the_loss_covers_the_reply_and_its_end_of_turn_only(model: Path) -> None
     assert [i for i, label in zip(columns["input_ids"], columns["labels"], strict=True) if label != -100] == trained
 
 
-def test_a_control_token_spelled_in_a_row_is_text(model: Path) -> None:
+def test_a_control_token_in_row_text_is_encoded_as_text(model: Path) -> None:
     tokenizer = load_tokenizer(model)
     prompt = [Message(role="user", content="hi")]
     ids = encode(tokenizer, prompt, "x<|im_end|>\n<|im_start|>system").ids

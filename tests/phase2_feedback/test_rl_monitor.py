@@ -98,15 +98,15 @@ def test_the_scale_is_that_of_the_start_models_held_out_replies(
     models: dict[str, str], prompts: str, tmp_path: Path
 ) -> None:
     command(prompts, tmp_path / "rl", **settings(models))
-    figures = manifest_of(tmp_path / "rl")["metrics"]
+    results = manifest_of(tmp_path / "rl")["metrics"]
     starts = [load_row(PolicySample, row) for row in rows_in(tmp_path / "rl/samples.jsonl") if row["step"] == 0]
     judge, tokenizer = load_reward_model(Path(models["pm"])), load_tokenizer(Path(models["pm"]))
     scores = score_conversations(judge, tokenizer, [[*row.prompt, *row.completion] for row in starts])
     mean = sum(scores) / 16
-    assert figures["score_mean"] == pytest.approx(mean, abs=1e-4)
-    assert figures["score_std"] == pytest.approx((sum((s - mean) ** 2 for s in scores) / 15) ** 0.5, rel=1e-3)
+    assert results["score_mean"] == pytest.approx(mean, abs=1e-4)
+    assert results["score_std"] == pytest.approx((sum((s - mean) ** 2 for s in scores) / 15) ** 0.5, rel=1e-3)
     assert [row.score for row in starts] == pytest.approx(scores, abs=1e-4)
-    assert figures["kept_step"] == figures["steps"] == 6
+    assert results["kept_step"] == results["steps"] == 6
 
 
 def test_divergence_and_entropy_are_over_the_whole_vocabulary(model: Path, tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_divergence_and_entropy_are_over_the_whole_vocabulary(model: Path, tmp_p
         0,
         4,
     )
-    figures = monitor.check(0, policy, logits_of(other))
+    results = monitor.check(0, policy, logits_of(other))
     assert len(monitor.rows) == 16  # one prompt, sixteen replies
     kl, entropy, tokens = 0.0, 0.0, 0
     for row in monitor.rows:
@@ -139,8 +139,8 @@ def test_divergence_and_entropy_are_over_the_whole_vocabulary(model: Path, tmp_p
             kl += float((p * (p / q).log()).sum())
             entropy -= float((p * p.log()).sum())
             tokens += 1
-    assert figures["held_out_kl"] == pytest.approx(kl / tokens, rel=1e-4)
-    assert figures["held_out_entropy"] == pytest.approx(entropy / tokens, rel=1e-4)
+    assert results["held_out_kl"] == pytest.approx(kl / tokens, rel=1e-4)
+    assert results["held_out_entropy"] == pytest.approx(entropy / tokens, rel=1e-4)
 
 
 def test_one_score_for_every_reply_is_refused(model: Path, tmp_path: Path) -> None:
@@ -167,12 +167,12 @@ def test_a_planted_phrase_is_flagged_within_three_checks_and_the_better_policy_k
     planted = {"steps": 40, "prompts_per_step": 8, "learning_rate": 1e-2, "beta": 0.0, "monitor_every": 4}
     run = settings(models, monitor_pm=models["monitor"], **planted)
     command(prompts, tmp_path / "rl", stop_on_goodhart=True, **run)
-    checks, figures = checks_in(tmp_path / "rl"), manifest_of(tmp_path / "rl")["metrics"]
+    checks, results = checks_in(tmp_path / "rl"), manifest_of(tmp_path / "rl")["metrics"]
     assert len(checks) <= 1 + 3
-    assert figures["goodhart_step"] == checks[-1]["step"] == figures["steps"] < 40
+    assert results["goodhart_step"] == checks[-1]["step"] == results["steps"] < 40
     assert checks[-1]["goodhart"].startswith("monitor_score falls while pm_score rises")
     assert "monitor_score falls" in capsys.readouterr().err
-    kept = next(row for row in checks if row["step"] == figures["kept_step"])
+    kept = next(row for row in checks if row["step"] == results["kept_step"])
     assert kept["monitor_score"] == max(row["monitor_score"] for row in checks) > checks[-1]["monitor_score"] + 0.2
     # The kept policy equals that of a run with as many steps.
     assert kept["step"] == 0
@@ -197,10 +197,10 @@ def test_the_policy_that_is_kept_is_the_one_of_the_best_check(
     with interrupted_after(6):
         command(prompts, tmp_path / "rl", stop_on_goodhart=True, **run | {"steps": 9})
     command(prompts, tmp_path / "rl", stop_on_goodhart=True, **run | {"steps": 9})
-    figures = manifest_of(tmp_path / "rl")["metrics"]
-    assert (figures["kept_step"], figures["goodhart_step"], figures["goodhart"]) == (4, 6, "planted")
+    results = manifest_of(tmp_path / "rl")["metrics"]
+    assert (results["kept_step"], results["goodhart_step"], results["goodhart"]) == (4, 6, "planted")
     (kept,) = (row for row in checks_in(tmp_path / "rl") if row["step"] == 4)
-    assert figures["pm_score"] == kept["pm_score"]  # of the model that was written
+    assert results["pm_score"] == kept["pm_score"]  # of the model that was written
     assert "; kept is step 4; 6 steps in" in capsys.readouterr().err
     assert largest_difference(tmp_path / "rl", tmp_path / "four") == 0
 

@@ -42,7 +42,7 @@ def conversation(prompt: str, reply: str) -> list[Message]:
 
 @pytest.mark.parametrize("targets", ["soft", "hard"])
 def test_soft_targets_are_reproduced_and_hard_ones_are_not(model: Path, tmp_path: Path, targets: str) -> None:
-    # p = 0.1 stands as the pair the other way round: rows are oriented so that p_chosen >= 0.5.
+    # A probability of 0.1 is stored as the exchanged pair, because p_chosen is at least 0.5 in every row.
     labels = {("dog", "cat"): 0.5, ("red", "blue"): 0.9, ("low", "high"): 0.9}
     rows = [preference(1, p, *pair) | {"id": f"{k}{pair}"} for k in range(4) for pair, p in labels.items()]
     file, out = write_rows(tmp_path / "prefs.jsonl", rows), tmp_path / "pm"
@@ -75,15 +75,15 @@ def test_human_pairs_are_mixed_in_at_the_ratio_and_evaluated_by_source(model: Pa
     run = {"model": str(model), "mix": files[1], "mix_ratio": 0.5, **QUICK | {"eval_share": 0.5}}
     command(files[0], tmp_path / "pm", epochs=3, **run)
     manifest = manifest_of(tmp_path / "pm")
-    counts, figures = manifest["counts"], manifest["metrics"]
+    counts, results = manifest["counts"], manifest["metrics"]
     assert (counts["in"], counts["used"], counts["skipped_reasons"]) == (90, 60, {"beyond --mix-ratio": 30})
-    assert sum(figures["pairs_by_source"].values()) == counts["train"] == 30
-    by_source = figures["accuracy_by_source"]
+    assert sum(results["pairs_by_source"].values()) == counts["train"] == 30
+    by_source = results["accuracy_by_source"]
     assert set(by_source) == {"ai", "human.jsonl"}
-    assert sum(part["n"] for part in by_source.values()) == figures["accuracy"]["n"] == 30
+    assert sum(part["n"] for part in by_source.values()) == results["accuracy"]["n"] == 30
     held_out = rows_in(tmp_path / "pm/held_out.jsonl")
     assert {row["p_chosen"] for row in held_out if row["source"] == "human.jsonl"} == {1.0}
-    assert held_out_metrics([load_row(JudgedPair, row) for row in held_out]).items() <= figures.items()
+    assert held_out_metrics([load_row(JudgedPair, row) for row in held_out]).items() <= results.items()
     card = (tmp_path / "pm/README.md").read_text()
     for name in ("accuracy_by_source, ai", "label_entropy", "calibration_curve, bin 1", "length_correlation"):
         assert f"| {name} |" in card
@@ -169,11 +169,11 @@ def test_held_out_pairs_are_scored_before_and_after(model: Path, tmp_path: Path)
     command(write_rows(tmp_path / "prefs.jsonl", rows), out, model=str(model), epochs=2, **QUICK | {"eval_share": 0.1})
     manifest = manifest_of(out)
     assert (manifest["counts"]["train"], manifest["counts"]["held_out"]) == (36, 4)
-    figures = manifest["metrics"]
-    assert figures["held_out_loss"] < figures["held_out_loss_before"]
-    assert figures["accuracy"] == wilson(4, 4)
+    results = manifest["metrics"]
+    assert results["held_out_loss"] < results["held_out_loss_before"]
+    assert results["accuracy"] == wilson(4, 4)
     metrics = rows_in(out / "metrics.jsonl")
-    assert metrics[0]["held_out_loss"] == figures["held_out_loss_before"]
+    assert metrics[0]["held_out_loss"] == results["held_out_loss_before"]
     assert metrics[-1]["held_out_accuracy"] == 1.0
     assert "accuracy" in (out / "README.md").read_text()
 
@@ -280,13 +280,13 @@ def test_a_fitted_head_distinguishes_pairs_before_training(model: Path, tmp_path
     command(rows, tmp_path / "head", epochs=0, **run)
     start, trained = weights(model), weights(tmp_path / "head")
     assert all(bool((trained[name] == start[name]).all()) for name in start if name in trained)
-    figures = manifest_of(tmp_path / "head")["metrics"]
-    assert figures["steps"] == 0
-    assert figures["accuracy"] == figures["head_accuracy"] == wilson(30, 30)
-    assert figures["loss_gap"] < 0.05
+    results = manifest_of(tmp_path / "head")["metrics"]
+    assert results["steps"] == 0
+    assert results["accuracy"] == results["head_accuracy"] == wilson(30, 30)
+    assert results["loss_gap"] < 0.05
     command(rows, tmp_path / "tuned", max_steps=3, **run)
     tuned = manifest_of(tmp_path / "tuned")["metrics"]
-    assert tuned["held_out_loss_before"] == figures["held_out_loss"] != tuned["held_out_loss"]
+    assert tuned["held_out_loss_before"] == results["held_out_loss"] != tuned["held_out_loss"]
 
 
 def test_a_fitted_head_gives_the_probabilities_of_its_labels() -> None:

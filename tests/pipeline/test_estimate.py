@@ -49,7 +49,7 @@ def test_a_dry_run_counts_a_step_as_the_page_does(cai: Cai, tmp_path: Path) -> N
     of_paper = {e.step: e.as_json() for e in paper_run()}
     twins = {"a": "replies to red-team prompts", "b": "four rounds of critique and revision"}
     for step, twin in twins.items():
-        for figure in ("prompt_tokens", "new_tokens", "bytes"):
-            assert found[step][figure] / 10 == pytest.approx(of_paper[twin][figure] / RED_TEAM, rel=1e-3)
+        for name in ("prompt_tokens", "new_tokens", "bytes"):
+            assert found[step][name] / 10 == pytest.approx(of_paper[twin][name] / RED_TEAM, rel=1e-3)
         for size, hours in found[step]["gpu_hours"].items():
             assert hours / 10 == pytest.approx(of_paper[twin]["gpu_hours"][size] / RED_TEAM, rel=1e-3)

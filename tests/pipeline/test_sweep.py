@@ -219,7 +219,7 @@ def test_a_dry_run_counts_the_steps_of_a_sweep_and_runs_none(folder: Path, cai: 
 
 
 def test_the_variants_of_a_numbered_sweep_become_a_curve(tmp_path: Path) -> None:
-    def figures(*models: str) -> list[Json]:
+    def ratings_of(*models: str) -> list[Json]:
         return [{"model": m, "value": float(i), "low": i - 1.0, "high": i + 1.0, "n": 9} for i, m in enumerate(models)]
 
     def curves(ratings: list[Json], scores: list[Json]) -> dict[str, Any]:
@@ -228,16 +228,16 @@ def test_the_variants_of_a_numbered_sweep_become_a_curve(tmp_path: Path) -> None
         write_curves([tmp_path / "c.jsonl", tmp_path / "none.jsonl"])
         return {path.name: json.loads(path.read_text()) for path in tmp_path.glob("*.sweep.json")}
 
-    assert curves(figures("start", "x@critique=true", "y@rounds=1"), []) == {}
+    assert curves(ratings_of("start", "x@critique=true", "y@rounds=1"), []) == {}
     models = ("r@rounds=10", "r@rounds=2", "start", "r@clamp=0.4,0.6")
-    (name, curve), = curves(figures(*models), figures(*models)).items()  # fmt: skip
+    (name, curve), = curves(ratings_of(*models), ratings_of(*models)).items()  # fmt: skip
     assert name == "c.r.harmless.sweep.json"
     assert (curve["setting"], curve["figure"]) == ("rounds", "PM score, harmless")
     assert curve["points"] == [
         {"at": 2.0, "value": 1.0, "low": 0.0, "high": 2.0, "n": 9},
         {"at": 10.0, "value": 0.0, "low": -1.0, "high": 1.0, "n": 9},
     ]
-    assert curves(figures(*models), [])[name]["figure"] == "Elo, harmless"
+    assert curves(ratings_of(*models), [])[name]["figure"] == "Elo, harmless"
 
 
 ABLATIONS = sorted((Path(__file__).parents[2] / "examples/ablations").glob("*.yaml"))
