@@ -216,7 +216,7 @@ def test_failures_cut_offs_and_unknown_commands_are_reported_and_not_part_of_the
         "hello", "Ada", "so lo [cut off at --max-new-tokens]", r"\x1b[31mred [bold]",
     ]  # fmt: skip
     assert "the script holds no reply for this prompt; this turn is not part" in done.stderr
-    assert "no command /help" in done.stderr
+    assert "unknown command /help" in done.stderr
 
 
 def test_the_same_model_twice_gets_numbered_names(cai: Cai, script: str) -> None:
