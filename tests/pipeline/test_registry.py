@@ -59,9 +59,9 @@ def run(config: EchoConfig) -> dict[str, Any]:
         output=config.output,
         overwrite=config.overwrite,
         reader=reader,
-        units=units,
+        items=units,
         work=lambda prompts: echo(prompts, config.times),
-        window=8,
+        batch_size=8,
     ).run(as_json=config.as_json)
 
 
