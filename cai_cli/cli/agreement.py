@@ -24,14 +24,14 @@ def command(
 ) -> None:
     """Audit labels: order flips, position bias, agreement.
 
-    INPUT: Preference rows, from `cai label-prefs`. The rejected rows beside the file are counted too.
+    INPUT: Preference rows, from `cai label-prefs`. The rejected rows of the same run are counted too.
     """
     if output and output.exists() and not overwrite:
-        raise CaiError(f"{output} exists already", hint="--overwrite replaces it", code="output-exists")
-    found = audit_file(input)
+        raise CaiError(f"{output} exists", hint="--overwrite replaces it", code="output-exists")
+    audit = audit_file(input)
     if output:
-        write_json(output, found)
+        write_json(output, audit)
     if json:
-        print(orjson.dumps(found).decode())
+        print(orjson.dumps(audit).decode())
     else:
-        print_audit(found)
+        print_audit(audit)

@@ -1,6 +1,6 @@
 """The `cai` command: builds the command line from the registry, and turns an error into one line and an exit code.
 
-Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted, 143 terminated, 141 the reader of stdout closed it.
+Exit codes: 0 success, 1 failure, 2 invalid usage, 130 interrupted, 143 terminated, 141 stdout closed by its reader.
 """
 
 import atexit
@@ -52,8 +52,8 @@ class GroupedCommands(TyperGroup):
 _ORDER = {heading.value: place for place, heading in enumerate((*Phase, *Heading))}
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(requested: bool) -> None:
+    if requested:
         print(f"cai {__version__}")
         raise typer.Exit
 
@@ -67,7 +67,7 @@ def _root(
 
 
 def build_app() -> typer.Typer:
-    """The command line: one command for each stage of the registry, and those that are not stages."""
+    """Build the command line: one command for each stage of the registry, and the commands that are not stages."""
     settings: dict[str, Any] = {
         "no_args_is_help": True,
         "pretty_exceptions_enable": False,
@@ -76,7 +76,7 @@ def build_app() -> typer.Typer:
     }
     app = typer.Typer(
         cls=GroupedCommands,
-        help="Constitutional AI from the shell: one subcommand a stage, JSONL in, JSONL out.",
+        help=_HELP,
         **settings,
     )
     app.callback()(_root)
@@ -97,7 +97,7 @@ def build_app() -> typer.Typer:
     return app
 
 
-_HELP = "Constitutional AI from the shell: one subcommand a stage, JSONL in, JSONL out."
+_HELP = "Constitutional AI from the shell: one subcommand per stage, JSONL in, JSONL out."
 _EVAL_HELP = "Evaluate labels and models: agreement, hhh, compare, harm."
 _OTHERS: dict[Heading, dict[str, Callable[..., None] | typer.Typer]] = {
     Heading.PIPELINE: {"run": run.command, "report": report.command},
@@ -120,7 +120,7 @@ _OTHERS: dict[Heading, dict[str, Callable[..., None] | typer.Typer]] = {
 
 
 def main() -> NoReturn:
-    """Run the command line and exit. SIGTERM unwinds like an interrupt, so that files are left clean."""
+    """Run the command line and exit. SIGTERM unwinds like an interrupt, so that outputs are closed properly."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     signal.signal(signal.SIGTERM, _terminated)
@@ -141,7 +141,8 @@ def main() -> NoReturn:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         console.error(
-            f"{where}{error.strerror or error}", "what is written is kept; fix the cause and run the same command again"
+            f"{where}{error.strerror or error}",
+            "the rows written so far are kept; fix the cause and run the same command again",
         )
         _abandon_stdout()
         code = 1
@@ -156,7 +157,7 @@ def main() -> NoReturn:
 
 
 def _run() -> Any:
-    """Runs the command and flushes stdout, so that a failed write is an error like others. Returns the exit code."""
+    """Run the command and return its exit code. Flushes stdout, so that a failed write is an error like others."""
     trainers = frozenset(stage.name for stage in registry.STAGES.values() if stage.trains)
     try:
         with distributed.session(trainers):
@@ -170,8 +171,10 @@ def _run() -> Any:
 
 
 def _open_closed_streams() -> None:
-    """Opens the standard streams that came closed (`>&-`), so that no file opened later gets their number. Rows cannot
-    be read or written there; messages are discarded."""
+    """Open the standard streams that the shell closed (`>&-`), so that no file opened later gets their number.
+
+    Rows cannot be read or written there; messages are discarded.
+    """
     if sys.stdin is None:
         sys.stdin = _null(0, os.O_WRONLY, "r")
     if sys.stdout is None:
@@ -189,14 +192,14 @@ def _null(number: int, flags: int, mode: str) -> Any:
 
 
 def _abandon_stdout() -> None:
-    """Redirects stdout to the null device: the interpreter would fail again when it flushes at exit."""
+    """Redirect stdout to the null device, because the interpreter would fail again when it flushes at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _ignore_late_signals() -> None:
     """Ignore signals during shutdown, so that a late SIGTERM cannot change the exit code."""
-    for late in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(late, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _terminated(_signal: int, _frame: FrameType | None) -> NoReturn:

@@ -1,4 +1,4 @@
-"""`cai chat MODEL [MODEL2]`: talk to one model, or to two that hear the same and answer beside each other."""
+"""`cai chat MODEL [MODEL2]`: chat with one model, or with two that get the same messages and answer side by side."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,33 +25,40 @@ HELP = "/reset starts a new conversation, /quit (or the end of input) ends"
 
 @dataclass
 class ChatSession:
-    """A model and its side of the conversation."""
+    """A model and its conversation.
+
+    Attributes:
+        name: What the model is called in the output.
+        engine: The model.
+        form: Whether prompts are written in the chat template or as raw text.
+        history: The messages so far.
+    """
 
     name: str
     engine: Engine
     form: PromptFormat
     history: list[Message] = field(default_factory=list)
 
-    def answer(self, said: str, sampling: Sampling, seed: int) -> Completion | RequestFailure:
-        """The model's reply to `said`; both are then part of the history. After a refusal neither is."""
-        heard = [*self.history, user(said)]
-        request = reply_request(heard, self.form)
-        turn = seed_for(seed, "chat", len(heard))
+    def answer(self, message: str, sampling: Sampling, seed: int) -> Completion | RequestFailure:
+        """Reply to a message. Both become part of the history, unless the request fails."""
+        messages = [*self.history, user(message)]
+        request = reply_request(messages, self.form)
+        turn_seed = seed_for(seed, "chat", len(messages))
         (reply,) = self.engine.generate(
-            [GenerationRequest(request.text, turn, request.prefill, request.stop)], sampling
+            [GenerationRequest(request.text, turn_seed, request.prefill, request.stop)], sampling
         )
         if isinstance(reply, Completion):
-            self.history = [*heard, assistant(reply.text.strip())]
+            self.history = [*messages, assistant(reply.text.strip())]
         return reply
 
 
 def lines() -> Iterator[str]:
-    """What the user says: one line a turn, with a prompt and line editing on a terminal. Bytes that are not UTF-8
-    become lone surrogates."""
+    """The lines that the user types, with a prompt and line editing on a terminal. Bytes that are not UTF-8 become lone
+    surrogates."""
     if not sys.stdin.isatty():
         yield from (line.decode(errors="surrogateescape") for line in sys.stdin.buffer)
         return
-    with suppress(ImportError):  # not built into every Python
+    with suppress(ImportError):  # some builds of Python lack it
         import readline  # noqa: F401 - gives input() history and editing
     while True:
         try:
@@ -61,16 +68,17 @@ def lines() -> Iterator[str]:
             return
 
 
-def is_utf8(said: str) -> bool:
+def is_utf8(text: str) -> bool:
+    """Whether a line was UTF-8, which means that it has no lone surrogates."""
     try:
-        said.encode()
+        text.encode()
     except UnicodeEncodeError:
         return False
     return True
 
 
 def labels(given: Sequence[str]) -> list[str]:
-    """What the speakers are called: directories by their last name where that tells them apart, equal ones numbered."""
+    """The names of the models in the output: the last part of a directory where unique; equal names are numbered."""
     short = [Path(name).name if Path(name).is_dir() else name for name in given]
     if len(set(short)) == len(given):
         return short
@@ -79,28 +87,28 @@ def labels(given: Sequence[str]) -> list[str]:
     return [f"{name} {number}" for number, name in enumerate(short, start=1)]
 
 
-def show_answers(partners: Sequence[ChatSession], answers: Sequence[Completion | RequestFailure]) -> None:
-    """Beside each other on a terminal, one after the other elsewhere. A refusal goes to stderr."""
+def show_answers(sessions: Sequence[ChatSession], answers: Sequence[Completion | RequestFailure]) -> None:
+    """Print the answers, side by side on a terminal and one after the other elsewhere. Failures go to stderr."""
     replies = []
-    for partner, answer in zip(partners, answers, strict=True):
+    for session, answer in zip(sessions, answers, strict=True):
         if isinstance(answer, RequestFailure):
-            console.warn(f"{partner.name}: {answer.reason}; this turn is not part of its conversation")
+            console.warn(f"{session.name}: {answer.reason}; this turn is not part of its conversation")
         else:
-            cut = " [cut at --max-new-tokens]" if answer.finish_reason == "length" else ""
-            replies.append((console.safe(partner.name), console.safe(answer.text.strip()) + cut))
+            cut = " [cut off at --max-new-tokens]" if answer.finish_reason == "length" else ""
+            replies.append((console.safe(session.name), console.safe(answer.text.strip()) + cut))
     if sys.stdout.isatty() and len(replies) > 1:
         out = Console(highlight=False)
         width = out.width // 2 - 1
-        out.print(Columns([Panel(Text(said), title=Text(name), width=width) for name, said in replies]))
+        out.print(Columns([Panel(Text(text), title=Text(name), width=width) for name, text in replies]))
         return
-    for name, said in replies:
-        print(f"{name}> {said}", flush=True)
+    for name, text in replies:
+        print(f"{name}> {text}", flush=True)
 
 
 class ChatConfig(SamplingOptions):
     """Chat with one model, or with two side by side.
 
-    One line is one turn. /reset starts a new conversation, /quit ends it.
+    Each line is one turn. /reset starts a new conversation, /quit ends the chat.
     """
 
     model: str = option(
@@ -121,11 +129,11 @@ class ChatConfig(SamplingOptions):
 
 
 def open_sessions(config: ChatConfig) -> list[ChatSession]:
-    """A conversation with each model. Raises UsageError, CaiError."""
+    """Open the models, each with an empty conversation. Raises UsageError, CaiError."""
     sessions = []
-    given = [config.model] if config.second is None else [config.model, config.second]
-    served = [name for name in given if name.startswith("openai:")]
-    for name, label in zip(given, labels(given), strict=True):
+    names = [config.model] if config.second is None else [config.model, config.second]
+    served = [name for name in names if name.startswith("openai:")]
+    for name, label in zip(names, labels(names), strict=True):
         server = Server(config.base_url) if name in served or not served else None
         size = None if name in served else 1
         engine = open_engine(name, batch_size=size, device=config.device, dtype=config.dtype, server=server)
@@ -148,6 +156,6 @@ def run(config: ChatConfig) -> None:
                 session.history = []
             console.say("a new conversation starts")
         elif text.startswith("/"):
-            console.warn(f"no command {text.split()[0]}: {HELP}")
+            console.warn(f"unknown command {text.split()[0]}: {HELP}")
         elif text:
             show_answers(sessions, [session.answer(text, config.sampling(), config.seed) for session in sessions])

@@ -1,4 +1,4 @@
-"""`cai doctor`: what this machine has, what is missing, and the command that mends it."""
+"""`cai doctor`: what this machine has, what is missing, and the command that fixes it."""
 
 import importlib.util
 import os
@@ -18,12 +18,13 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "jsonlines", "ty
 Check = dict[str, str | bool | None]
 
 
-def _check(name: str, ok: bool, found: str, mend: str | None = None) -> Check:
-    return {"name": name, "ok": ok, "found": found, "mend": None if ok else mend}
+def _check(name: str, ok: bool, found: str, fix: str | None = None) -> Check:
+    fix = None if ok else fix
+    return {"name": name, "ok": ok, "found": found, "fix": fix, "mend": fix}  # "mend" is its name in version 0.1.0
 
 
 def checks() -> list[Check]:
-    """Every check with what was found and, where something is missing, the command that mends it."""
+    """All checks: what was found and, where something is missing, the command that fixes it."""
     return [
         _check("python", sys.version_info >= (3, 11), sys.version.split()[0], "install Python 3.11 or newer"),
         *(_package(name) for name in PACKAGES),
@@ -58,7 +59,7 @@ def _devices() -> list[Check]:
         properties = torch.cuda.get_device_properties(index)
         found.append(_check(f"cuda:{index}", True, f"{properties.name}, {properties.total_memory >> 30} GiB"))
     if len(found) == 1:
-        found.append(_check("gpu", True, "none; the local engine runs on the CPU"))
+        found.append(_check("gpu", True, "none; local models run on the CPU"))
     return found
 
 
@@ -95,5 +96,5 @@ def command(json: options.Json = False) -> None:
         return
     for c in found:
         print(f"{'ok ' if c['ok'] else '-- '} {c['name']:<36} {c['found']}")
-        if c["mend"]:
-            print(f"    {'':<36} mend: {c['mend']}")
+        if c["fix"]:
+            print(f"    {'':<36} fix: {c['fix']}")

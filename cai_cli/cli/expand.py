@@ -1,4 +1,4 @@
-"""Typer commands from stage configs: the signature, the help and the old names of options all come from the fields."""
+"""Typer commands built from stage configs: the fields give the signature, the help and the old names of options."""
 
 from collections.abc import Callable, Mapping
 from inspect import Parameter, Signature, getdoc
@@ -17,7 +17,12 @@ _HEADINGS = {heading: place for place, heading in enumerate(("Arguments", *(grou
 
 
 def command_from(config: type[StageConfig], run: Callable[[Any], Any]) -> Callable[..., None]:
-    """The function that Typer turns into a command: it builds the config from the options and calls `run` with it."""
+    """A function for Typer to turn into a command. It builds the config from the options and calls `run` with it.
+
+    Args:
+        config: The options; the docstring is the help of the command.
+        run: Called with the config.
+    """
 
     def command(**values: Any) -> None:
         console.set_quiet(values["quiet"])
@@ -31,7 +36,7 @@ def command_from(config: type[StageConfig], run: Callable[[Any], Any]) -> Callab
 
 
 def stage_command(stage: Stage) -> Callable[..., None]:
-    """The function of the command of `stage`."""
+    """A function for Typer to turn into the command of a stage."""
 
     def run(config: Any) -> None:
         console.set_rows_on_stdout(not stage.trains and is_stdout(config.output or ""))
@@ -55,7 +60,7 @@ def _parameter(name: str, field: FieldInfo, declared: Option) -> Parameter:
 
 
 class GroupedCommand(TyperCommand):
-    """A command whose `--help` lists options under headings, and that still takes options by their old names."""
+    """A command whose `--help` lists options under headings, and that also reads options under their old names."""
 
     old_flags: Mapping[str, str] = {}
 
@@ -79,7 +84,7 @@ class GroupedCommand(TyperCommand):
 
 
 def command_class(config: type[StageConfig]) -> type[GroupedCommand]:
-    """The class of the command, which knows the old names of its options."""
+    """The class of a command, which knows the old names of its options."""
     old_flags = {
         f"--{alias}": f"--{cli_name(name, declared)}"
         for name, (_, declared) in config.options().items()

@@ -15,12 +15,14 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="Output JSONL file.
 
 def stats_command(
     input: options.Input,
-    tokenizer: Annotated[str | None, typer.Option(help="Count tokens of this model instead of characters.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Count tokens of this model's tokenizer instead of characters.")
+    ] = None,
     json: options.Json = False,
 ) -> None:
-    """Print counts, lengths and repeats of a JSONL file.
+    """Print counts, lengths and duplicates of a JSONL file.
 
-    INPUT: rows of any stage, or any JSONL. Counts rows, invalid lines, repeats, kinds, sources, reasons, rounds and
+    INPUT: rows of any stage, or any JSONL. Counts rows, invalid lines, duplicates, kinds, sources, reasons, rounds and
     principles; prints quantiles of text lengths and the histogram of p_chosen.
     """
     print_stats(input, tokenizer, as_json=json)
@@ -36,7 +38,7 @@ def merge_command(
     """Merge the shards of one run.
 
     SHARD...: outputs of the same command with --shard 1/N to N/N. Rows, rejected rows, counts and provenance equal
-    those of a run without --shard, byte for byte. A missing or foreign shard is refused by name.
+    those of a run without --shard, byte for byte. A missing shard, or one of another run, is refused by name.
     """
     merge_shards(shards, output, overwrite=overwrite, as_json=json)
 
@@ -44,7 +46,9 @@ def merge_command(
 def sort_command(
     input: options.Input,
     output: Output,
-    by: Annotated[By, typer.Option(help="id (rows of one prompt together) or length (in characters).")] = By.id,
+    by: Annotated[
+        By, typer.Option(help="Sort by id, which groups the rows of a prompt, or by length in characters.")
+    ] = By.id,
     overwrite: options.Overwrite = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -65,7 +69,7 @@ def dedup_command(
 ) -> None:
     """Keep the first row of each prompt.
 
-    INPUT: JSONL rows with prompts in any form that `cai sample` takes. The rows kept are written
-    unchanged. The file is never loaded whole.
+    INPUT: JSONL rows with prompts in any form that `cai sample` takes. The first row of each prompt is written
+    unchanged. The file is never loaded as a whole.
     """
     dedup_file(input, output, overwrite=overwrite, as_json=json)

@@ -1,4 +1,4 @@
-"""`cai models`: list and fetch models."""
+"""`cai models`: list, fetch and find models."""
 
 import json
 from collections.abc import Iterator
@@ -9,14 +9,12 @@ import typer
 from cai_cli.models.aliases import ALIASES, cached_alias
 from cai_cli.models.names import find_model, resolve
 
-# --- cai models ---------------------------------------------------------------------------------------------
-
-app = typer.Typer(help="Models known by a short name: list, fetch, find.", no_args_is_help=True)
+app = typer.Typer(help="List, fetch and find models.", no_args_is_help=True)
 
 
 @app.command("list")
 def list_models(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """List the aliases: license, size of the download, and where each one is kept."""
+    """List the aliases with license, download size and location."""
     rows = list(_rows())
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
@@ -41,11 +39,11 @@ def _rows() -> Iterator[dict[str, Any]]:
 
 @app.command()
 def fetch(name: Annotated[str, typer.Argument(help="An alias or a Hub name org/name.")]) -> None:
-    """Fetch a model, show its license, and print its directory."""
+    """Fetch a model, print its license and its directory."""
     typer.echo(resolve(name))
 
 
 @app.command("path")
 def path_of(name: Annotated[str, typer.Argument(help="An alias, a Hub name or a directory.")]) -> None:
-    """Print the directory of a model that is already here; nothing is fetched."""
+    """Print the directory of a fetched model; fetches nothing."""
     typer.echo(find_model(name, fetch=False))

@@ -13,7 +13,7 @@ from cai_cli.common.errors import CaiError
 from cai_cli.constitution import schema as con
 from cai_cli.prompting.paper_import import import_published
 
-app = typer.Typer(no_args_is_help=True, help="Look at, check and import principles.")
+app = typer.Typer(no_args_is_help=True, help="List, show, validate and import principles.")
 Files = Annotated[list[str] | None, typer.Argument(help="YAML files; by default the shipped ones.", show_default=False)]
 
 
@@ -28,7 +28,7 @@ def _texts(principle: con.CritiquePrinciple | con.PreferencePrinciple) -> list[t
 
 @app.command("list")
 def list_command(files: Files = None, json: options.Json = False) -> None:
-    """One line a principle: kind, id, theme."""
+    """List principles: kind, id and theme."""
     loaded = [con.load(file) for file in _files(files)]
     if json:
         rows = [{"kind": c.kind, **p.model_dump()} for c in loaded for p in c.principles]
@@ -57,12 +57,14 @@ def show(
             for name, text in _texts(p):
                 print(safe(f"  {name}: {text}"))
     if missing := [i for i in ids or [] if i not in found]:
-        raise CaiError(f"no principle {missing[0]!r}", hint="`cai principles list` shows them")
+        raise CaiError(
+            f"no principle {missing[0]!r}", hint="`cai principles list` lists them", code="unknown-principle"
+        )
 
 
 @app.command()
 def validate(files: Files = None) -> None:
-    """Check YAML files; prints what each holds."""
+    """Check YAML files and print what each contains."""
     for file in _files(files):
         c = con.load(file)
         print(f"{file}: ok, {c.kind}, {len(c.principles)} principles, {len(c.examples)} examples")
@@ -70,23 +72,23 @@ def validate(files: Files = None) -> None:
 
 @app.command("import")
 def import_command(
-    file: Annotated[Path, typer.Argument(help="A JSON file published with the paper, as it is.", show_default=False)],
+    file: Annotated[Path, typer.Argument(help="A JSON file published with the paper, unchanged.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="YAML file to write.", show_default=False)],
     overwrite: options.Overwrite = False,
 ) -> None:
-    """Turn the published principles or few-shot prompts into our YAML, losing nothing.
+    """Convert the paper's principles or few-shot prompts to YAML.
 
     Takes CritiqueRevisionInstructions.json, CritiqueRevisionFewShotPrompts.json, RLMadisonInstructions.json,
-    RLMadisonFewShotPrompts.json and RLMadisonPrecogFewShotPrompts.json; which one it is shows in its content.
+    RLMadisonFewShotPrompts.json and RLMadisonPrecogFewShotPrompts.json, recognised by content. Nothing is lost.
     """
     if output.exists() and not overwrite:
-        raise CaiError(f"{output} is there already", hint="--overwrite replaces it")
+        raise CaiError(f"{output} exists", hint="--overwrite replaces it", code="output-exists")
     imported = import_published(file)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(con.dump(imported), encoding="utf-8")
     except OSError as error:
-        raise CaiError(f"cannot write {output}: {error.strerror}") from error
+        raise CaiError(f"cannot write {output}: {error.strerror}", code="cannot-write") from error
     if con.load(output) != imported:
-        raise AssertionError(f"{output} does not read back as what was imported")
+        raise AssertionError(f"{output} does not read back as what was written")
     say(f"{output}: {imported.kind}, {len(imported.principles)} principles, {len(imported.examples)} examples")

@@ -34,13 +34,15 @@ def push_command(
         Path, typer.Argument(metavar="DIR", help="Exported dataset or finished model.", show_default=False)
     ],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hub.", show_default=False)],
-    public: Annotated[bool, typer.Option("--public", help="Make it public; private by default.")] = False,
+    public: Annotated[
+        bool, typer.Option("--public", help="Make a new repository public; by default it is private.")
+    ] = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Upload a dataset or a model to the Hugging Face Hub.
 
-    A new repository is private by default. The token is that of `hf auth login` or HF_TOKEN.
+    The token is that of `hf auth login`, or HF_TOKEN.
     """
     from huggingface_hub import HfApi
 

@@ -21,7 +21,7 @@ def command(
 ) -> None:
     """Write the report of a run as one HTML page.
 
-    The page needs no network. An unfinished run is reported too, with what is missing.
+    The page needs no network. The report of an unfinished run names the steps that are missing.
     """
     path = write_report(run, output)
     if json:

@@ -18,28 +18,28 @@ from cai_cli.report.command import report_at_the_end
 def command(
     file: Annotated[Path, typer.Argument(help="YAML run file.", show_default=False)],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; by default runs/NAME.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print rows, tokens and commands; run nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the rows, tokens and command of each step, and run nothing.")
+    ] = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Run a pipeline from one file; run it again to resume.
+    """Run a pipeline from one file, or resume it.
 
-    A step whose settings, inputs or earlier steps changed is run again, with a message that says why. Ends with the
-    report (`cai report`).
+    A step runs again when its settings, its input files or an earlier step changed, and a message says which. The last
+    thing written is the report (`cai report`).
     """
     loaded = load_run(file)
     folder = out or Path("runs") / loaded.name
     steps = plan(loaded, file, folder)
     if len(steps) > len(loaded.steps):
-        console.say(
-            f"run {loaded.name}: the {len(loaded.steps)} steps of {file} with their lists are {len(steps)} steps"
-        )
+        console.say(f"run {loaded.name}: the lists of {file} expand its {len(loaded.steps)} steps to {len(steps)}")
     if dry_run:
         from cai_cli.pipeline.estimate import print_estimate
 
         print_estimate(steps, as_json=json)
         return
-    watch = console.Stopwatch()
+    stopwatch = console.Stopwatch()
     done = execute(steps, folder, quiet=quiet)
     write_curves(step.output for step in steps if step.command == "eval compare")
     report = report_at_the_end(folder)
@@ -48,5 +48,5 @@ def command(
         print(orjson.dumps(summary).decode())
     for step in done:
         if step.get("labels", {}).get("trusted") is False:
-            console.warn(f"the labels of step {step['step']!r} are not to be trusted: {step['labels']['reason']}")
-    console.say(f"run {loaded.name}: {len(done)} steps in {watch.seconds:,.0f} s -> {folder}")
+            console.warn(f"do not trust the labels of step {step['step']!r}: {step['labels']['reason']}")
+    console.say(f"run {loaded.name}: {len(done)} steps in {stopwatch.seconds:,.0f} s -> {folder}")

@@ -1,7 +1,6 @@
-"""`cai show FILE`: the rows of a JSONL file as a person reads them, in a pager on a terminal, as plain text elsewhere.
+"""`cai show FILE`: the rows of a JSONL file in readable form, in a pager on a terminal, as plain text elsewhere.
 
-Text is shown, never interpreted: no markup, no control character, no bidirectional override of a row reaches the
-terminal.
+Row text is never interpreted: no markup, control character or bidirectional override of a row reaches the terminal.
 """
 
 import os
@@ -30,13 +29,13 @@ from cai_cli.runtime.manifest import read_manifest
 from cai_cli.runtime.output_files import sidecar
 
 Json = Any
-Block = tuple[str, str, str]  # label, text, style of the label
+Block = tuple[str, str, str]  # label, text, style
 JSONL = re.compile(r"\.jsonl(\.gz|\.zst)?$")
 SPEAKERS = {"user": "Human", "assistant": "Assistant", "system": "System"}
 
 
 def blocks(row: Mapping[str, Json]) -> Iterator[Block]:
-    """A row as labelled texts in reading order; a field it does not know is shown as JSON, so nothing is hidden."""
+    """A row as labelled texts in reading order. Unknown fields are shown as JSON, so nothing is hidden."""
     left, row_type = dict(row), row_type_of(row)
     if row_type is Rejected and isinstance(row["row"], str):
         yield "rejected", str(left.pop("reason")), "red"
@@ -45,28 +44,27 @@ def blocks(row: Mapping[str, Json]) -> Iterator[Block]:
     yield from _messages(left, "prompt")
     yield from _messages(left, "messages")
     votes = left.pop("votes", None) or []
-    stood = ("chosen", "rejected")
+    sides = ("chosen", "rejected")
     if row_type is ModelComparison:
-        stood = (str(left.pop("model_a")), str(left.pop("model_b")))
-        yield from _duel(left, stood)
+        sides = (str(left.pop("model_a")), str(left.pop("model_b")))
+        yield from _model_replies(left, sides)
     history = left.pop("history", None) or []
-    for turn in history:
-        said = f"{turn['response']}"
-        yield f"reply before round {turn['round']}", said, "cyan"
-        if turn["critique"] is not None:
-            yield f"critique {turn['round']} ({turn['principle_id']})", turn["critique"], "yellow"
+    for each in history:
+        yield f"reply before round {each['round']}", f"{each['response']}", "cyan"
+        if each["critique"] is not None:
+            yield f"critique {each['round']} ({each['principle_id']})", each["critique"], "yellow"
         else:
-            yield f"round {turn['round']} ({turn['principle_id']})", "revised without a critique", "yellow"
+            yield f"round {each['round']} ({each['principle_id']})", "revised without a critique", "yellow"
     if isinstance(left.get("completion"), list) and row_type is not Critique:
         name = f"revision {history[-1]['round']}" if history else "reply"
         yield name, _content(left.pop("completion")), "green"
     else:
         yield from _critique(left)
-    yield from _compared(left)
+    yield from _preference(left)
     for vote in votes:
-        yield "vote", _vote(vote, stood), "yellow"
-    for named in ("id", "sample_index"):  # the heading has them
-        left.pop(named, None)
+        yield "vote", _vote(vote, sides), "yellow"
+    for name in ("id", "sample_index"):  # the heading has them
+        left.pop(name, None)
     rest = [(name, v if isinstance(v, str) else orjson.dumps(v).decode()) for name, v in left.items() if v is not None]
     short = [f"{name} {value}" for name, value in rest if len(value) <= 60]
     yield from ((name, value, "dim") for name, value in rest if len(value) > 60)
@@ -75,7 +73,7 @@ def blocks(row: Mapping[str, Json]) -> Iterator[Block]:
 
 
 def _original(text: str) -> Iterator[Block]:
-    """The row that was rejected, as it would be shown itself."""
+    """The row that was rejected, in the form of a row that was not."""
     try:
         yield from blocks(orjson.loads(text))
     except (orjson.JSONDecodeError, AttributeError, TypeError, ValueError):
@@ -98,14 +96,14 @@ def _critique(left: dict[str, Json]) -> Iterator[Block]:
         yield f"critique {left.pop('round')} ({left.pop('principle_id')})", left.pop("critique"), "yellow"
 
 
-def _compared(left: dict[str, Json]) -> Iterator[Block]:
+def _preference(left: dict[str, Json]) -> Iterator[Block]:
     for name, style in (("chosen", "green"), ("rejected", "red")):
         if (reply := left.pop(name, None)) is not None:
             yield name, _content(reply), style
 
 
-def _duel(left: dict[str, Json], models: tuple[str, str]) -> Iterator[Block]:
-    """The replies of two models, each under its model's name and score."""
+def _model_replies(left: dict[str, Json], models: tuple[str, str]) -> Iterator[Block]:
+    """The replies of two models, each labelled with the model's name and score."""
     for side, model, style in zip("ab", models, ("green", "cyan"), strict=True):
         score = left.pop(f"score_{side}", None)
         yield model if score is None else f"{model} (score {score})", _content(left.pop(side)), style
@@ -116,9 +114,9 @@ def _content(value: Json) -> str:
     return "\n\n".join(message["content"] for message in value) if isinstance(value, list) else str(value)
 
 
-def _vote(vote: Mapping[str, Json], stood: tuple[str, str]) -> str:
-    """A vote on two replies; `stood` names them, the first in order "ab" first."""
-    first = stood[0] if vote["order"] == "ab" else stood[1]
+def _vote(vote: Mapping[str, Json], sides: tuple[str, str]) -> str:
+    """A vote on two replies. `sides` names them, in order "ab"."""
+    first = sides[0] if vote["order"] == "ab" else sides[1]
     text = f"{vote['principle_id']}: {first} first, {vote['p_first']:.1%} for the first ({vote['method']})"
     return f"{text}\n{vote['rationale']}" if vote["rationale"] else text
 
@@ -130,28 +128,28 @@ def row_text(row: Json, line: int) -> Text:
     text = Text()
     text.append(f"── {console.safe(name_of(row, line))} ", "bold blue").append("─" * 20 + "\n", "blue")
     try:
-        found = list(blocks(row))
-    except (KeyError, TypeError, AttributeError, ValueError):  # fields of our names in another shape
-        found = [(str(name), orjson.dumps(value).decode(), "dim") for name, value in row.items()]
-    for label, said, style in found:
-        separator = "\n" if len(said) + len(label) > 90 or "\n" in said else "  " if label else ""
+        labelled = list(blocks(row))
+    except (KeyError, TypeError, AttributeError, ValueError):  # a known field with a value of another type
+        labelled = [(str(name), orjson.dumps(value).decode(), "dim") for name, value in row.items()]
+    for label, body, style in labelled:
+        separator = "\n" if len(body) + len(label) > 90 or "\n" in body else "  " if label else ""
         text.append(console.safe(label), style).append(separator)
-        text.append(console.safe(said), None if label else style).append("\n")
+        text.append(console.safe(body), None if label else style).append("\n")
     return text
 
 
 def name_of(row: Mapping[str, Json], line: int) -> str:
-    """What resume and error messages call a row, or its line."""
+    """The key of a row as messages and manifests use it, or its line where it has none."""
     return row_key(row) if has_key(row) else f"line {line}"
 
 
 def _names(row: Mapping[str, Json], line: int) -> tuple[Json, ...]:
-    """What `--id` finds a row by."""
+    """The names by which `--id` finds a row."""
     return row.get("id"), row.get("prompt_id"), name_of(row, line)
 
 
 class Out(Console):
-    """A console that says when its reader went away, instead of ending the program."""
+    """A console that raises when its reader closes the pipe, instead of ending the program."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
@@ -159,7 +157,7 @@ class Out(Console):
 
 @contextmanager
 def pager() -> Iterator[Console]:
-    """A console on the user's $PAGER (else `less`) on a terminal, on stdout elsewhere or where there is no pager."""
+    """A console on $PAGER or `less` on a terminal; on stdout elsewhere, or where there is no pager."""
     if not sys.stdout.isatty():
         yield _plain(sys.stdout)
         return
@@ -174,7 +172,7 @@ def pager() -> Iterator[Console]:
         yield Out(file=stdin, force_terminal=True, width=Console().width, highlight=False)
         stdin.close()
     except BrokenPipeError:
-        pass  # the reader has seen enough
+        pass  # the user left the pager
     finally:
         process.wait()
 
@@ -186,22 +184,22 @@ def _plain(file: TextIO) -> Console:
 def command(
     input: options.Input,
     n: Annotated[int | None, typer.Option("--n", "-n", min=1, help="Stop after N rows.")] = None,
-    grep: Annotated[str | None, typer.Option(help="Only rows in which this regular expression is found.")] = None,
+    grep: Annotated[str | None, typer.Option(help="Only rows that match this regular expression.")] = None,
     id: Annotated[
-        str | None, typer.Option("--id", help="Only the rows with this id, or of the prompt with this id.")
+        str | None, typer.Option("--id", help="Only rows with this id, or of the prompt with this id.")
     ] = None,
     quiet: options.Quiet = False,
 ) -> None:
-    """Page through a JSONL file as a person reads it.
+    """Page through the rows of a JSONL file in readable form.
 
-    INPUT: rows of any kind that cai writes, rejected ones and metrics included.
+    INPUT: rows of any kind that cai writes, including rejected rows and metrics.
     """
     try:
-        wanted = re.compile(grep, re.IGNORECASE) if grep else None
+        pattern = re.compile(grep, re.IGNORECASE) if grep else None
     except re.error as error:
-        raise UsageError(f"--grep {grep!r} is no regular expression: {error}") from None
+        raise UsageError(f"--grep {grep!r} is not a regular expression: {error}", code="invalid-option") from None
     if input != "-" and Path(input).is_dir():
-        raise _directory(Path(input))
+        raise _is_directory(Path(input))
     shown, more = 0, False
     with pager() as out:
         if header := _header(input):
@@ -210,7 +208,7 @@ def command(
             if id is not None and not (isinstance(row, dict) and id in _names(row, line)):
                 continue
             text = row_text(row, line)
-            if wanted and not wanted.search(text.plain):
+            if pattern and not pattern.search(text.plain):
                 continue
             if shown == n:
                 more = True
@@ -235,12 +233,14 @@ def _rows(source: str) -> Iterator[Numbered[Json]]:
         yield numbered
 
 
-def _directory(path: Path) -> UsageError:
-    """Why a directory cannot be shown, and which files in it can."""
+def _is_directory(path: Path) -> UsageError:
+    """The error for a directory; its hint names the files in it that can be shown."""
     files = sorted(str(file) for file in path.iterdir() if JSONL.search(file.name))
     kind = "the directory of a model" if (path / "config.json").is_file() else "a directory"
     return UsageError(
-        f"{path} is {kind}, not a JSONL file", hint=f"name a file in it: {', '.join(files)}" if files else None
+        f"{path} is {kind}, not a JSONL file",
+        hint=f"name a file in it: {', '.join(files)}" if files else None,
+        code="cannot-read",
     )
 
 

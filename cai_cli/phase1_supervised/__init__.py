@@ -1,1 +1,1 @@
-"""Phase 1 (paper section 3): sample, critique, revise, fine-tune."""
+"""Phase 1 (paper section 3): generate prompts, sample replies, critique, revise and fine-tune."""

@@ -1,7 +1,7 @@
-"""`cai critique`: replies -> replies with a critique (paper section 3.1).
+"""`cai critique`: critique replies under drawn principles (paper section 3.1).
 
-A principle is drawn anew for every row and round. The input may be samples or revisions: a revision is criticised in
-its next round and keeps its history, so rounds can be chained as `critique | revise | critique | revise`.
+Every row and round draws its own principle. The input may be samples or revisions: a revision is critiqued as its next
+round and keeps its history, so rounds can be chained as `critique | revise | critique | revise`.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,16 @@ class CritiqueConfig(ReviserConfig):
 
 
 def critique(rows: Sequence[Sample], reviser: Reviser) -> list[Critique | Rejected]:
-    """One critique of each row's reply under a drawn principle, in order."""
+    """Critique the reply of each row under a drawn principle (paper section 3.1).
+
+    Args:
+        rows: Samples or revisions, from a batch of any size.
+        reviser: The model that writes critiques, and its principles.
+
+    Returns:
+        One Critique for each row, in order. A row is rejected where no answer passed `critique_problem`, or where the
+        engine could not answer.
+    """
     rounds = [len(history_of(row)) + 1 for row in rows]
     drawn = [reviser.principle_for(row, n) for row, n in zip(rows, rounds, strict=True)]
     requests = [
@@ -58,7 +67,7 @@ def critique(rows: Sequence[Sample], reviser: Reviser) -> list[Critique | Reject
 
 
 def estimate(rows: RowFlow, config: CritiqueConfig) -> StepCost:
-    """The cost of one critique a row."""
+    """The cost of one critique per row."""
     return estimate_requests(rows, config, 1)
 
 

@@ -21,10 +21,10 @@ class CritiqueReviseConfig(ReviserConfig):
     --rounds 0 it writes the rows unchanged, as a baseline to compare revisions with.
     """
 
-    rounds: int = option(4, "Rounds of critique and revision, each under a principle of its own draw.", ge=0)
+    rounds: int = option(4, "Rounds of critique and revision; each draws its own principle.", ge=0)
     critique: bool = option(
         True,
-        "Critique before revising, or revise directly (paper section 3.5).",
+        "Critique each reply before revising it, or revise it directly (paper section 3.5).",
         Option(flags=("--critique/--no-critique",)),
     )
 
@@ -32,16 +32,26 @@ class CritiqueReviseConfig(ReviserConfig):
 def critique_revise(
     rows: Sequence[Sample], reviser: Reviser, *, rounds: int, with_critique: bool
 ) -> list[Revision | Rejected]:
-    """`rounds` rounds of critique and revision of each row, in order (0: the row as it came). A row that fails in any
-    round is rejected as it came, so that the same command can ask again."""
-    standing: list[Any] = list(rows)
+    """Critique and revise each row, round after round (paper sections 3.1 and 3.5).
+
+    Args:
+        rows: Samples, or revisions to continue.
+        reviser: The model that writes critiques and revisions, and its principles.
+        rounds: Number of rounds, each under a principle of its own draw. With 0 the rows are returned unchanged.
+        with_critique: Whether a round critiques before it revises.
+
+    Returns:
+        One row for each input row, in order. A row that fails in any round is rejected in its original form, so that
+        the rejected rows can be the input of the same command.
+    """
+    current: list[Any] = list(rows)
     steps: list[Callable[[Sequence[Any], Reviser], Sequence[Sample | Rejected]]]
     steps = [critique, revise] if with_critique else [revise_directly]
     for step in steps * rounds:
-        alive = [i for i, row in enumerate(standing) if not isinstance(row, Rejected)]
-        for i, outcome in zip(alive, step([standing[i] for i in alive], reviser), strict=True):
-            standing[i] = reject(outcome.key, outcome.reason, rows[i]) if isinstance(outcome, Rejected) else outcome
-    return standing
+        alive = [i for i, row in enumerate(current) if not isinstance(row, Rejected)]
+        for i, outcome in zip(alive, step([current[i] for i in alive], reviser), strict=True):
+            current[i] = reject(outcome.key, outcome.reason, rows[i]) if isinstance(outcome, Rejected) else outcome
+    return current
 
 
 def estimate(rows: RowFlow, config: CritiqueReviseConfig) -> StepCost:

@@ -1,7 +1,7 @@
-"""What small models do instead of a critique or a revision, and how it is told.
+"""Checks of generated critiques and revisions, for the ways in which small models miss the format.
 
-A text that fails a check is asked again with fresh noise, a bounded number of times, then its row is rejected with
-the last reason. Nothing is repaired: a stripped wrapper would hide how often the model misses the format.
+A text that fails a check is sampled again with another seed, `ATTEMPTS` times in all, and then its row is rejected with
+the last reason. Texts are never repaired: stripping a wrapper would hide how often the model misses the format.
 """
 
 import re
@@ -12,7 +12,7 @@ from dataclasses import replace
 from cai_cli.common.seeds import seed_for
 from cai_cli.engines.base import Completion, Engine, GenerationRequest, RequestFailure, Sampling
 
-ATTEMPTS = 4
+ATTEMPTS = 4  # samples per request, the first included
 
 _WRAPPER = re.compile(
     r"""^\W*(sure|certainly|of\ course|okay|ok|absolutely)?\W*
@@ -35,14 +35,19 @@ _SENTENCE = re.compile(r"[^.!?\n]+[.!?]?")
 
 
 def critique_problem(text: str) -> str | None:
-    """Why `text` is no critique, or None."""
+    """Why `text` is not usable as a critique, or None if it is."""
     if not text.strip():
         return "empty critique"
     return _repetition(text, "critique")
 
 
 def revision_problem(text: str, request: str) -> str | None:
-    """Why `text` is no revision, or None. `request` is the revision request it answers."""
+    """Why `text` is not usable as a revision, or None if it is.
+
+    Args:
+        text: The model's answer.
+        request: The revision request of the principle, which small models sometimes repeat.
+    """
     if not text.strip():
         return "empty revision"
     if _LABEL.search(text) or _ABOUT_THE_REPLY.search(text):
@@ -55,8 +60,8 @@ def revision_problem(text: str, request: str) -> str | None:
 
 
 def _repetition(text: str, what: str) -> str | None:
-    """A sentence of four words or more that stands three times (a closer the model could not leave), or six words in a
-    row that stand four times (a loop that never comes to a full stop)."""
+    """Detects text that repeats itself: a sentence of at least four words three times, or the same six words in a row
+    four times (a loop without a full stop)."""
     sentences = (s.strip().lower() for s in _SENTENCE.findall(text))
     counts = Counter(s for s in sentences if len(s.split()) >= 4)
     words = text.lower().split()
@@ -67,24 +72,34 @@ def _repetition(text: str, what: str) -> str | None:
 
 def generate_checked(
     engine: Engine,
-    asks: Sequence[GenerationRequest],
+    requests: Sequence[GenerationRequest],
     sampling: Sampling,
     problem: Callable[[int, str], str | None],
 ) -> list[Completion | RequestFailure]:
-    """Answers that pass `problem(index, text)`; the others asked again up to ATTEMPTS times in all, each with its
-    own seed. What never passes becomes a Refusal with the last reason; an engine's own Refusal is final."""
-    answers: list[Completion | RequestFailure] = list(engine.generate(asks, sampling))
+    """Generate one answer for each request, sampling again where an answer fails a check.
+
+    Args:
+        engine: The model.
+        requests: What to generate.
+        sampling: How tokens are sampled. At temperature 0 there is only one attempt.
+        problem: Called with the index of a request and its answer; returns why the answer fails, or None.
+
+    Returns:
+        One answer for each request, in order. An answer that fails `ATTEMPTS` times becomes a RequestFailure with the
+        last reason. A RequestFailure of the engine is final.
+    """
+    answers: list[Completion | RequestFailure] = list(engine.generate(requests, sampling))
     for attempt in range(1, ATTEMPTS + 1):
         failed = {
             index: reason
             for index, answer in enumerate(answers)
             if isinstance(answer, Completion) and (reason := problem(index, answer.text))
         }
-        # A greedy answer is the same every time.
+        # Greedy decoding gives the same answer every time.
         if not failed or attempt == ATTEMPTS or sampling.temperature == 0:
             break
-        again = [replace(a, seed=seed_for(a.seed, "attempt", attempt)) for a in (asks[i] for i in failed)]
-        for index, answer in zip(failed, engine.generate(again, sampling), strict=True):
+        retries = [replace(r, seed=seed_for(r.seed, "attempt", attempt)) for r in (requests[i] for i in failed)]
+        for index, answer in zip(failed, engine.generate(retries, sampling), strict=True):
             answers[index] = answer
     for index, reason in failed.items():
         answers[index] = RequestFailure(f"{reason}, {attempt} attempts")

@@ -1,17 +1,18 @@
-"""`cai red-team`: new prompts from a model that is shown some of the given ones (paper appendix on red-team prompts).
+"""`cai red-team`: generate prompts by few-shot prompting with given ones (paper section 3.2 and its appendix).
 
-Of the paper's 182,831 red-team prompts 140,335 were made so, by a pretrained model with a few prompts before it; of
-the helpful ones none (`--kind helpful` makes those likewise). An attempt shows a few prompts drawn from INPUT, names a
-drawn topic, and takes one line. What nearly repeats a given prompt or an earlier new one is rejected
-(`near_duplicates`). Departures, for small models: the line begins with the first words of yet another given prompt
-(`--start-words`), and the defaults of temperature and nucleus are below the paper's T = 1.
+In the paper a pretrained model generated 140,335 of the 182,831 red-team prompts this way, and no helpful prompts
+(`--kind helpful` generates those too). Each attempt shows a few prompts drawn from INPUT, names a drawn topic, and
+takes one line. Near-duplicates of a given prompt or of an earlier new prompt are rejected (`near_duplicates`).
+Departures, for small models: the line begins with the first words of another given prompt (`--start-words`), and the
+default temperature and nucleus are below the paper's temperature of 1.
 
-Attempts are numbered, and everything drawn for one comes from (seed, number), so a run that was killed ends in the same
-prompts. They are made in windows until `--n` prompts are kept; the window's size depends on `--n` alone.
+Attempts are numbered, and everything drawn for one derives from (seed, number), so a run that was killed and resumed
+ends with the same prompts. Attempts are made in batches until `--n` prompts are kept; the size of a batch depends on
+`--n` alone.
 """
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
@@ -39,7 +40,7 @@ from cai_cli.runtime.stage import Phase, Stage
 from cai_cli.runtime.stage_run import StageRun, WorkItem, WorkItems
 from cai_cli.runtime.summary import print_summary, refuse_all_rejected
 
-ATTEMPTS_A_PROMPT = 20  # after so many for each prompt that is wanted the model is taken to have no more
+ATTEMPTS_A_PROMPT = 20  # the run gives up after so many attempts for each of the `--n` prompts
 LEAST_WORDS = 4
 BEYOND = "made after --n were kept"
 SOURCE, NO_TOPIC = "cai red-team: ", "no topic"
@@ -48,23 +49,27 @@ SOURCE, NO_TOPIC = "cai red-team: ", "no topic"
 class RedTeamConfig(OutputOptions, InputOptions, EngineOptions, SamplingOptions):
     """Generate new prompts by few-shot prompting with given ones.
 
-    INPUT: prompts in any form that `cai sample` takes. Writes Prompt rows, whose `source` names the topic. Runs side by
-    side each need a --seed of their own.
+    INPUT: prompts in any form that `cai sample` takes. Writes Prompt rows, whose `source` names the topic. Give
+    parallel runs different seeds (--seed).
     """
 
     n: int = option(100, "Number of new prompts.", Option(flags=("--n", "-n")), ge=1)
     kind: Kind = option("red-team", "Kind of prompt to generate.")
     topics: str | None = option(
-        None, "File with a topic a line, topics separated by commas, or none; by default the built-in topics."
+        None, "File with one topic per line, topics separated by commas, or `none`; by default the built-in topics."
     )
     num_examples: int = option(
-        5, "Prompts of INPUT in each few-shot prompt, drawn again for each attempt.", Option(aliases=("shown",)), ge=1
+        5, "Prompts of INPUT in each few-shot prompt; each attempt draws its own.", Option(aliases=("shown",)), ge=1
     )
-    start_words: int = option(2, "Number of words of another prompt of INPUT that a new prompt begins with.", ge=0)
-    similarity: float = option(0.6, "Jaccard similarity from which a prompt is a near-duplicate.", ge=0.1, le=1.0)
+    start_words: int = option(
+        2, "Words at the start of a new prompt that are taken from another prompt of INPUT.", ge=0
+    )
+    similarity: float = option(
+        0.6, "Jaccard similarity at or above which a new prompt is rejected as a near-duplicate.", ge=0.1, le=1.0
+    )
     exclude: str | None = option(
         None,
-        "File of further prompts that must not be generated again, such as the output of an earlier run.",
+        "File of more prompts whose near-duplicates are rejected, such as the output of an earlier run.",
         Option(Effect.HASHED, reads_file=True, aliases=("avoid",)),
     )
     max_new_tokens: int = redefine(SamplingOptions, "max_new_tokens", 64)
@@ -74,7 +79,15 @@ class RedTeamConfig(OutputOptions, InputOptions, EngineOptions, SamplingOptions)
 
 @dataclass(frozen=True)
 class Attempt:
-    """What one attempt shows: `id` is that of the prompt it makes."""
+    """One request for a new prompt.
+
+    Attributes:
+        id: Id of the prompt that it generates.
+        number: Its number in the run, from 0.
+        topic: The topic to write about, or None.
+        examples: The few-shot prompts.
+        start: The first words of the new prompt.
+    """
 
     id: str
     number: int
@@ -85,50 +98,65 @@ class Attempt:
 
 @dataclass
 class PromptGenerator:
-    """Draws attempts and judges what came of them, in the order of their numbers."""
+    """Draws attempts and accepts or rejects what they generate, in the order of their numbers.
+
+    Attributes:
+        given: The prompts that few-shot prompts are drawn from.
+        topics: The topics to draw from; empty for none.
+        kind: Kind of the new prompts.
+        num_examples: Prompts in each few-shot prompt.
+        start_words: Words of another given prompt that a new prompt begins with.
+        target: Number of prompts to keep.
+        seed: Random seed of the run.
+        run: Identifies this run, so that two runs never generate the same ids.
+        known: The given, excluded and kept prompts, to find near-duplicates.
+        kept: Ids of the prompts kept so far.
+    """
 
     given: Sequence[str]
     topics: Sequence[str]
     kind: Kind
     num_examples: int
     start_words: int
-    wanted: int
+    target: int
     seed: int
-    run: str  # what identifies this run among others, so that no two make the same ids
+    run: str
     known: NearDuplicates
     kept: set[str] = field(default_factory=set)
 
     @property
     def window(self) -> int:
-        """How many attempts are made at once: what is made too much is at most a twentieth."""
-        return min(1024, max(16, self.wanted // 20))
+        """Attempts in one batch; at most a twentieth of the prompts is generated in excess."""
+        return min(1024, max(16, self.target // 20))
 
     def attempt(self, number: int) -> Attempt:
+        """The attempt of this number: its topic, few-shot prompts and first words."""
         rng = random.Random(seed_for(self.seed, "red-team", "shown", number))  # noqa: S311
         topic = rng.choice(self.topics) if self.topics else None
         *examples, other = rng.sample(self.given, min(self.num_examples + 1, len(self.given)))
         start = " ".join(other.split()[: self.start_words])
         return Attempt(content_hash([self.run, number]), number, topic, tuple(examples), start)
 
-    def judge(self, attempt: Attempt, reply: Completion | RequestFailure) -> Prompt | Rejected:
-        """The prompt that an attempt made, or why it is none."""
+    def accept(self, attempt: Attempt, reply: Completion | RequestFailure) -> Prompt | Rejected:
+        """The prompt that an attempt generated, kept from now on, or the prompt rejected with the reason."""
         text = attempt.start + (reply.text if isinstance(reply, Completion) else "")
         text = text.strip().strip('"“”').strip()
         row = Prompt(id=attempt.id, prompt=[user(text)], kind=self.kind, source=f"{SOURCE}{attempt.topic or NO_TOPIC}")
-        if reason := self._refused(reply, text):
+        if reason := self._problem(reply, text):
             return reject(row.key, reason, row)
         self.keep(row)
         return row
 
     def keep(self, row: Prompt) -> None:
+        """Count a prompt as kept, and reject its near-duplicates from now on."""
         self.known.add(f"an earlier new prompt: {row.id}", row.prompt[0].content)
         self.kept.add(row.id)
 
-    def _refused(self, reply: Completion | RequestFailure, text: str) -> str | None:
+    def _problem(self, reply: Completion | RequestFailure, text: str) -> str | None:
         if isinstance(reply, RequestFailure):
             return reply.reason
         reason = None
-        if len(self.kept) >= self.wanted:
+        if len(self.kept) >= self.target:
             reason = BEYOND
         elif reply.finish_reason == "length":
             reason = "cut at --max-new-tokens"
@@ -141,49 +169,73 @@ class PromptGenerator:
         return reason
 
     def units(self, finished: Path) -> WorkItems[Attempt]:
-        """Attempts, until before a window enough prompts are kept. Those of an earlier run, whose prompts stand in
-        `finished`, come again."""
+        """Attempts, batch after batch, until enough prompts are kept.
+
+        Args:
+            finished: The unfinished output of an interrupted run. Its prompts count as kept, and its attempts are
+                yielded again.
+        """
         if finished.exists():
             for _, row in read_rows(str(finished), rows_of(Prompt)):
                 self.keep(row)
-        kept, asked = 0, list[str]()
+        kept, batch = 0, list[str]()
         for number in count():
             if number % self.window == 0:
-                kept += sum(name in self.kept for name in asked)
-                asked = []
-                if kept >= self.wanted or number >= ATTEMPTS_A_PROMPT * self.wanted:
+                kept += sum(id in self.kept for id in batch)
+                batch = []
+                if kept >= self.target or number >= ATTEMPTS_A_PROMPT * self.target:
                     return
             attempt = self.attempt(number)
-            asked.append(attempt.id)
+            batch.append(attempt.id)
             yield WorkItem(attempt.id, number + 1, attempt)
 
 
 def red_team(
-    attempts: Sequence[Attempt], maker: PromptGenerator, engine: Engine, *, sampling: Sampling, form: PromptFormat
+    attempts: Sequence[Attempt], generator: PromptGenerator, engine: Engine, *, sampling: Sampling, form: PromptFormat
 ) -> Iterator[Prompt | Rejected]:
-    """One outcome per attempt, in order: each is compared with what those before it made."""
-    asks = []
+    """Generate one prompt per attempt (paper section 3.2 and its appendix).
+
+    Args:
+        attempts: The attempts, in the order of their numbers.
+        generator: Accepts or rejects each prompt; it knows all earlier ones.
+        engine: The model.
+        sampling: How tokens are sampled.
+        form: Whether prompts are written in the chat template or as raw text.
+
+    Yields:
+        A Prompt for each attempt, in order, or the prompt rejected: too short, cut off, an answer instead of a prompt,
+        a near-duplicate, or beyond the number wanted.
+    """
+    requests = []
     for attempt in attempts:
-        request = invention_request(attempt.examples, attempt.topic, attempt.start, maker.kind, form)
-        asks.append(
+        request = invention_request(attempt.examples, attempt.topic, attempt.start, generator.kind, form)
+        requests.append(
             GenerationRequest(
-                request.text, seed_for(maker.seed, "red-team", attempt.number), request.prefill, request.stop
+                request.text, seed_for(generator.seed, "red-team", attempt.number), request.prefill, request.stop
             )
         )
-    for attempt, reply in zip(attempts, engine.generate(asks, sampling), strict=True):
-        yield maker.judge(attempt, reply)
+    for attempt, reply in zip(attempts, engine.generate(requests, sampling), strict=True):
+        yield generator.accept(attempt, reply)
 
 
 def openings(prompts: Iterable[Numbered[Prompt]]) -> dict[str, int]:
-    """The first user turn of each prompt -> its line, each text once: later turns cannot stand alone."""
-    found: dict[str, int] = {}
+    """The first user turn of each prompt -> its line, each text once. Later turns make no sense on their own."""
+    lines: dict[str, int] = {}
     for line, prompt in prompts:
-        found.setdefault(next(m.content.strip() for m in prompt.prompt if m.role == "user"), line)
-    return found
+        lines.setdefault(next(m.content.strip() for m in prompt.prompt if m.role == "user"), line)
+    return lines
 
 
 def pick_topics(topics: str | None, kind: Kind) -> list[str]:
-    """`--topics`: a file with one a line, a list, `none`, or by default ours. Raises UsageError."""
+    """The topics that `--topics` names.
+
+    Args:
+        topics: A file with one topic per line, topics separated by commas, `none`, or None for the built-in topics.
+        kind: Kind of the prompts, which the built-in topics depend on.
+
+    Raises:
+        UsageError: The file is not UTF-8, or there is no topic.
+    """
     if topics is None:
         return list(TOPICS[kind])
     if topics == "none":
@@ -191,30 +243,32 @@ def pick_topics(topics: str | None, kind: Kind) -> list[str]:
     try:
         named = Path(topics).read_text(encoding="utf-8").splitlines() if Path(topics).is_file() else topics.split(",")
     except UnicodeDecodeError:
-        raise UsageError(f"--topics {topics}: not UTF-8") from None
-    found = [topic.strip() for topic in named if topic.strip()]
-    if not found:
-        raise UsageError(f"--topics {topics!r} names no topic", hint="none draws no topics")
-    return list(dict.fromkeys(found))
+        raise UsageError(f"--topics {topics}: not UTF-8", code="cannot-read") from None
+    names = [topic.strip() for topic in named if topic.strip()]
+    if not names:
+        raise UsageError(f"--topics {topics!r} names no topic", hint="--topics none uses none", code="invalid-option")
+    return list(dict.fromkeys(names))
 
 
 class Topics(dict[str, dict[str, int]]):
-    """Topic -> {"out", "rejected"}."""
+    """Topic -> how many of its prompts were kept (`out`) and rejected (`rejected`)."""
 
     def add(self, row: Prompt | Rejected) -> None:
+        """Count one row."""
         source = str(row.source if isinstance(row, Prompt) else orjson.loads(row.row)["source"])
         counts = self.setdefault(source.removeprefix(SOURCE), {"out": 0, "rejected": 0})
         counts["out" if isinstance(row, Prompt) else "rejected"] += 1
 
     @classmethod
     def of_file(cls, output: Path) -> "Topics":
-        found = cls()
+        """The counts of a finished output and its rejected rows."""
+        counts = cls()
         for _, row in read_rows(str(output), rows_of(Prompt)):
-            found.add(row)
+            counts.add(row)
         rejected = sidecar(output, "rejected.jsonl")
         for _, lost in read_rows(str(rejected), rows_of(Rejected)) if rejected.exists() else ():
-            found.add(lost)
-        return found
+            counts.add(lost)
+        return counts
 
 
 def estimate(rows: RowFlow, config: RedTeamConfig) -> StepCost:
@@ -243,21 +297,16 @@ def run(config: RedTeamConfig) -> dict[str, Any]:
         model=engine.identity(),
         given=content_hash([list(given), list(excluded)]),
     )
-    known = NearDuplicates(config.similarity)
-    for text, line in given.items():
-        known.add(f"a given prompt: line {line}", text)
-    for text, line in excluded.items():
-        known.add(f"a prompt of --exclude: line {line}", text)
     generator = PromptGenerator(
         given=list(given),
         topics=topics,
         kind=config.kind,
         num_examples=config.num_examples,
         start_words=config.start_words,
-        wanted=config.n,
+        target=config.n,
         seed=config.seed,
         run=content_hash(resumed_provenance(config.output, made_by, config.overwrite)),
-        known=known,
+        known=_known_prompts(given, excluded, config.similarity),
     )
     by_topic = Topics()
     summary = StageRun(
@@ -280,14 +329,24 @@ def run(config: RedTeamConfig) -> dict[str, Any]:
     return summary
 
 
-def print_topics(summary: dict[str, Any], wanted: int) -> None:
-    """Print how many prompts were kept by topic, and warn where there are fewer than wanted."""
+def _known_prompts(given: Mapping[str, int], excluded: Mapping[str, int], similarity: float) -> NearDuplicates:
+    """The prompts that must not be generated again, each with its line."""
+    known = NearDuplicates(similarity)
+    for text, line in given.items():
+        known.add(f"a given prompt: line {line}", text)
+    for text, line in excluded.items():
+        known.add(f"a prompt of --exclude: line {line}", text)
+    return known
+
+
+def print_topics(summary: dict[str, Any], target: int) -> None:
+    """Print how many prompts were kept by topic, and warn where there are fewer than `target`."""
     for topic, counts in sorted(summary["topics"].items(), key=lambda item: -item[1]["out"]):
         console.say(f"  {counts['out']:>6,} kept, {counts['rejected']:>6,} rejected  {topic}")
-    if summary["out"] < wanted:
+    if summary["out"] < target:
         console.warn(
-            f"red-team: {summary['in']:,} attempts gave {summary['out']:,} of {wanted:,} prompts: the model repeats "
-            "itself; give it more prompts, more topics or a higher --temperature"
+            f"red-team: {summary['in']:,} attempts gave {summary['out']:,} of {target:,} prompts: the model repeats "
+            "itself; use more prompts, more topics or a higher --temperature"
         )
 
 

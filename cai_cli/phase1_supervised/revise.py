@@ -1,8 +1,8 @@
-"""`cai revise`: criticised replies -> revised replies (paper section 3.1), and the loop of both (`critique-revise`).
+"""`cai revise`: revise critiqued replies under the principle of their critique (paper section 3.1).
 
-`critique-revise` draws a principle anew each round (default 4, as in the paper). `--no-critique` asks for the
-revision directly (section 3.5). Departure: the paper keeps every revision it gets; here one that is empty, a critique
-in disguise, wrapped or stuck in a loop is asked again and at last rejected with the reason.
+`revise_directly` revises without a critique (section 3.5; `cai critique-revise --no-critique`). Departure: the paper
+keeps every revision. Here a revision that is empty, wrapped in an introduction, repetitive, or a critique instead, is
+sampled again and finally rejected with the reason (`format_checks`).
 """
 
 from collections.abc import Sequence
@@ -36,23 +36,41 @@ class ReviseConfig(ReviserConfig):
 
 
 def revise(rows: Sequence[Critique], reviser: Reviser) -> list[Revision | Rejected]:
-    """One revision of each criticised reply under the principle of its critique, in order.
+    """Revise each critiqued reply under the principle of its critique (paper section 3.1).
 
-    Raises CaiError when a critique was made under a principle that this constitution does not hold.
+    Args:
+        rows: Critiqued replies.
+        reviser: The model that writes revisions, and its principles.
+
+    Returns:
+        One Revision for each row, in order. A row is rejected where no answer passed `revision_problem`, or where the
+        engine could not answer.
+
+    Raises:
+        CaiError: The principle of a critique is not among the reviser's principles (`unknown-principle`).
     """
     known = {p.id: p for p in reviser.principles}
     for row in rows:
         if row.principle_id not in known:
             raise CaiError(
-                f"row {row.key!r} was criticised under {row.principle_id!r}, which is not among the principles in use",
-                hint="give the --constitution and --principles that `cai critique` had",
+                f"row {row.key!r} was critiqued under {row.principle_id!r}, which is not among the principles in use",
+                hint="use the --constitution and --principles of `cai critique`",
+                code="unknown-principle",
             )
     drawn = [known[row.principle_id] for row in rows]
     return _revised(rows, drawn, [row.critique for row in rows], reviser)
 
 
 def revise_directly(rows: Sequence[Sample], reviser: Reviser) -> list[Revision | Rejected]:
-    """One revision of each reply without a critique (paper section 3.5), under a principle drawn as for a critique."""
+    """Revise each reply without a critique, under the principle a critique would draw (paper section 3.5).
+
+    Args:
+        rows: Samples or revisions.
+        reviser: The model that writes revisions, and its principles.
+
+    Returns:
+        One Revision for each row, in order, or the row rejected as in `revise`.
+    """
     drawn = [reviser.principle_for(row, len(history_of(row)) + 1) for row in rows]
     return _revised(rows, drawn, [None] * len(rows), reviser)
 
@@ -64,30 +82,30 @@ def _revised(
     requests = [
         revision_request(
             conversation(row),
-            None if said is None else (principle.critique, said),
+            None if text is None else (principle.critique, text),
             principle.revision,
             reviser.examples,
             reviser.form,
         )
-        for row, principle, said in zip(rows, drawn, critiques, strict=True)
+        for row, principle, text in zip(rows, drawn, critiques, strict=True)
     ]
     answers = reviser.answers(
         "revise", rows, rounds, requests, lambda i, text: revision_problem(text, drawn[i].revision)
     )
     outcomes: list[Revision | Rejected] = []
-    for row, n, principle, said, answer in zip(rows, rounds, drawn, critiques, answers, strict=True):
+    for row, n, principle, text, answer in zip(rows, rounds, drawn, critiques, answers, strict=True):
         if isinstance(answer, RequestFailure):
             outcomes.append(reject(row.key, answer.reason, row))
             continue
-        turn = RevisionRound(round=n, principle_id=principle.id, critique=said, response=row.reply)
+        this_round = RevisionRound(round=n, principle_id=principle.id, critique=text, response=row.reply)
         fields = row.sample_fields()
         fields |= {"completion": [assistant(answer.text.strip())], "finish_reason": answer.finish_reason}
-        outcomes.append(Revision(**fields, history=[*history_of(row), turn]))
+        outcomes.append(Revision(**fields, history=[*history_of(row), this_round]))
     return outcomes
 
 
 def estimate(rows: RowFlow, config: ReviseConfig) -> StepCost:
-    """The cost of one revision a row."""
+    """The cost of one revision per row."""
     return estimate_requests(rows, config, 1)
 
 

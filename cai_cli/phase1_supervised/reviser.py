@@ -1,4 +1,4 @@
-"""What critique, revise and critique-revise share: who answers, under which principles, and the run over a file."""
+"""Shared by critique, revise and critique-revise: the model with its principles, and the run over a file."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,16 @@ Work = Callable[[Sequence[Any], "Reviser"], Iterable[Sample | Rejected]]
 
 @dataclass(frozen=True)
 class Reviser:
-    """A model that criticises and revises its replies under principles."""
+    """A model that critiques and revises replies under principles.
+
+    Attributes:
+        engine: The model.
+        principles: The principles that are drawn from.
+        examples: Few-shot examples of critique and revision; empty for a zero-shot prompt.
+        form: Whether prompts are written in the chat template or as raw text.
+        sampling: How tokens are sampled.
+        seed: Random seed of the run.
+    """
 
     engine: Engine
     principles: Sequence[CritiquePrinciple]
@@ -32,7 +41,7 @@ class Reviser:
     seed: int
 
     def principle_for(self, row: Sample, round: int) -> CritiquePrinciple:
-        """Drawn anew for every row and round; the draw depends on nothing else."""
+        """The principle of a row's round. The draw depends on the seed, the row and the round alone."""
         return draw(self.principles, self.seed, "principle", row.id, row.sample_index, round)
 
     def answers(
@@ -43,22 +52,34 @@ class Reviser:
         requests: Sequence[Request],
         problem: Callable[[int, str], str | None],
     ) -> list[Completion | RequestFailure]:
-        """One checked answer per request, each with noise from its own row and round."""
-        asks = [
+        """Generate one checked answer for each request, with a seed from its row and round.
+
+        Args:
+            stage: `critique` or `revise`, a part of the seed.
+            rows: The row of each request.
+            rounds: The round of each request, counted from 1.
+            requests: The prompts.
+            problem: Called with the index of a request and its answer; returns why the answer fails, or None.
+
+        Returns:
+            One answer for each request, in order; see `generate_checked`.
+        """
+        generation_requests = [
             GenerationRequest(
                 r.text, seed_for(self.seed, stage, row.id, row.sample_index, round), r.prefill, r.stop, row.key
             )
             for row, round, r in zip(rows, rounds, requests, strict=True)
         ]
-        return generate_checked(self.engine, asks, self.sampling, problem)
+        return generate_checked(self.engine, generation_requests, self.sampling, problem)
 
 
 def conversation(row: Sample) -> list[Message]:
-    """The prompt and the reply under critique."""
+    """The prompt and the reply of a row, as one conversation."""
     return [*row.prompt, *row.completion]
 
 
 def history_of(row: Sample) -> list[Any]:
+    """The earlier rounds of a row; none where it is a plain sample."""
     return list(row.history) if isinstance(row, Critique | Revision) else []
 
 
@@ -69,7 +90,20 @@ class ReviserConfig(OutputOptions, ShardOptions, EngineOptions, SamplingOptions,
 def run_revision_stage(
     stage: str, parse: Callable[[object], Sample], work: Work, config: ReviserConfig
 ) -> dict[str, Any]:
-    """Run one of the three stages on its files. Returns the summary. Raises CaiError."""
+    """Run one of the three stages on its files.
+
+    Args:
+        stage: Name of the stage.
+        parse: Parses a line of the input.
+        work: The stage's function over a batch of rows.
+        config: The options of the stage.
+
+    Returns:
+        The summary.
+
+    Raises:
+        CaiError: A file, the model or the constitution cannot be used, or the output belongs to another run.
+    """
     loaded = open_constitution(CritiqueConstitution, config.constitution, config.few_shot)
     principles = select(loaded.principles, config.principles, config.max_principles)
     engine = config.open_engine(config.model)
@@ -103,7 +137,7 @@ def run_revision_stage(
 
 
 def estimate_requests(rows: RowFlow, config: ReviserConfig, requests_per_row: int, rounds: int = 1) -> StepCost:
-    """The cost of so many critiques and revisions of each row, each as long as allowed."""
+    """The cost of `requests_per_row` critiques and revisions of each row, each as long as allowed."""
     new, requests = config.max_new_tokens, rows.rows * requests_per_row
     examples = open_constitution(CritiqueConstitution, config.constitution, config.few_shot).examples
     few_shot = sum(len(example.model_dump_json()) for example in examples) / CHARACTERS_PER_TOKEN

@@ -1,6 +1,7 @@
-"""`cai sample`: prompts -> replies of a model (paper section 3.1, initial responses; section 4.1, pairs to compare).
+"""`cai sample`: sample replies to prompts (paper section 3.1: initial responses; section 4.1: pairs to compare).
 
-The paper samples at T = 1 without nucleus; so do we by default. Every (prompt, sample_index) draws from its own seed.
+The defaults are those of the paper, temperature 1 without nucleus sampling. Every (prompt, sample_index) has its own
+seed.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,20 +29,32 @@ class SampleConfig(OutputOptions, ShardOptions, EngineOptions, SamplingOptions):
     hf://datasets/OWNER/NAME. Writes Sample rows.
     """
 
-    n: int = option(1, "Replies per prompt.", Option(flags=("--n", "-n")), ge=1)
-    kind: Kind | None = option(None, "Kind of the prompts that do not say.")
+    n: int = option(1, "Replies to each prompt.", Option(flags=("--n", "-n")), ge=1)
+    kind: Kind | None = option(None, "Kind of the prompts that have no `kind` of their own.")
 
 
 def sample(
     units: Sequence[SampleUnit], engine: Engine, *, sampling: Sampling, form: PromptFormat, seed: int
 ) -> Iterator[Sample | Rejected]:
-    """One reply per (prompt, sample_index), in order. An empty reply is rejected, as is a prompt that does not fit."""
-    asks = [
+    """Sample one reply for each (prompt, sample_index).
+
+    Args:
+        units: Prompts with the index of the reply.
+        engine: The model.
+        sampling: How tokens are sampled.
+        form: Whether prompts are written in the chat template or as raw text.
+        seed: Random seed of the run; a reply's own seed derives from it, the prompt's id and the index.
+
+    Yields:
+        A Sample for each unit, in order. A unit is rejected where the reply is empty, or where the engine could not
+        answer, for example because the prompt does not fit the context window.
+    """
+    requests = [
         GenerationRequest(r.text, seed_for(seed, "sample", p.id, index), r.prefill, r.stop, f"{p.id}/{index}")
         for p, index in units
         for r in [reply_request(p.prompt, form)]
     ]
-    for (prompt, index), reply in zip(units, engine.generate(asks, sampling), strict=True):
+    for (prompt, index), reply in zip(units, engine.generate(requests, sampling), strict=True):
         key = f"{prompt.id}/{index}"
         if isinstance(reply, RequestFailure):
             yield reject(key, reply.reason, prompt)
@@ -57,7 +70,7 @@ def sample(
 
 
 def prompt_units(prompts: Iterable[Numbered[Prompt]], n: int) -> WorkItems[SampleUnit]:
-    """Every prompt n times."""
+    """Each prompt `n` times, with sample indices from 0."""
     for line, prompt in prompts:
         hashed = prompt.id == conversation_id(prompt.prompt)
         for index in range(n):

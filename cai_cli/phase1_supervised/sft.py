@@ -1,12 +1,12 @@
-"""`cai sft`: fine-tune a language model on its own revisions (paper section 3, the SL-CAI model).
+"""`cai sft`: fine-tune a language model on revisions (paper section 3, the SL-CAI model).
 
 As in the paper, every revision of every round is an example (`--revisions all`), sampled replies to helpful prompts
-are mixed in (`--helpful`), and training is one epoch. Departures: the loss is on the reply only; the paper starts from
-a pretrained model, we from whatever `--model` names; its learning rate (half that of pretraining) means nothing for
-another model, so it is an option; the helpful share is a ratio (the paper has 135k helpful to 183k red-team prompts).
+are mixed in (`--helpful`), and training is one epoch. Departures: the loss covers the reply only; the paper starts from
+a pretrained model, this stage from `--model`; the paper's learning rate, half that of pretraining, does not carry over
+to other models, so it is an option; the helpful share is a ratio (the paper has 135k helpful to 183k red-team prompts).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -29,10 +29,8 @@ from cai_cli.runtime.manifest import hash_input, provenance
 from cai_cli.runtime.shared_options import DEFAULT_MODEL, MODEL_TO_TRAIN_HELP
 from cai_cli.runtime.stage import Phase, Stage
 from cai_cli.training.checkpoints import save_finished
-from cai_cli.training.config import (
-    TrainingConfig,
-)
-from cai_cli.training.cpu_logprobs import use_plain_head
+from cai_cli.training.config import TrainingConfig
+from cai_cli.training.cpu_logprobs import use_unfused_head
 from cai_cli.training.loop import fit, without_printer
 from cai_cli.training.metrics_log import Metrics
 from cai_cli.training.options import EpochOptions
@@ -53,7 +51,7 @@ COLUMNS = {
 
 
 class Revisions(StrEnum):
-    """Which revisions of a row are trained on."""
+    """Which revisions of a row are training examples."""
 
     ALL = "all"
     LAST = "last"
@@ -68,7 +66,7 @@ class SftConfig(EpochOptions):
     model: str = option(DEFAULT_MODEL, MODEL_TO_TRAIN_HELP, Option(Effect.HASHED, Group.MODEL, flags=("--model", "-m")))
     helpful: str | None = option(
         None,
-        "JSONL of helpful prompts with completions (`cai sample`) to mix in.",
+        "JSONL of replies to helpful prompts, from `cai sample`, to mix in.",
         Option(Effect.HASHED, reads_file=True),
     )
     helpful_ratio: float = option(1.0, "Helpful examples for each revision example.", ge=0.0)
@@ -79,7 +77,7 @@ class SftConfig(EpochOptions):
 
 @dataclass(frozen=True)
 class Example:
-    """One reply to learn, and the row it came from."""
+    """One reply to train on, and the row that contains it."""
 
     row: Sample
     reply: str
@@ -87,37 +85,59 @@ class Example:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of prompt and reply; the first `prompt_length` of them carry no loss."""
+    """Token ids of a prompt and a reply.
+
+    Attributes:
+        ids: The ids of the whole conversation, shape (length,).
+        prompt_length: Number of leading ids that belong to the prompt and carry no loss.
+    """
 
     ids: list[int]
     prompt_length: int
 
     def columns(self) -> dict[str, list[int]]:
+        """The row of the training dataset; labels of the prompt are -100."""
         labels = [-100] * self.prompt_length + self.ids[self.prompt_length :]
         return {"input_ids": self.ids, "labels": labels}
 
 
 def examples_of(row: Sample, revisions: Literal["all", "last"]) -> list[Example]:
-    """What a row teaches: its completion and, with `all`, the revisions of the rounds before."""
-    earlier = [turn.response for turn in row.history[1:]] if isinstance(row, Revision) else []
+    """The training examples of a row: its completion and, with `all`, the revisions of earlier rounds."""
+    earlier = [each.response for each in row.history[1:]] if isinstance(row, Revision) else []
     replies = [*(earlier if revisions == "all" else []), row.completion[0].content]
     return [Example(row, reply) for reply in replies]
 
 
 def encode(tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[Message], reply: str) -> Encoded:
-    """Prompt and reply in the chat template. Raises RowError when the template refuses them."""
+    """Encode a prompt and a reply in the chat template.
+
+    Raises:
+        RowError: The template cannot render the conversation, or does not render the prompt as its start.
+    """
     start = encode_chat(tokenizer, prompt, add_generation_prompt=True)
     ids = encode_chat(tokenizer, [*prompt, assistant(reply)], add_generation_prompt=False)
     if ids[: len(start)] != start:
-        raise RowError("the chat template does not render the prompt as the start of the conversation")
+        raise RowError(
+            "the chat template does not render the prompt as the start of the conversation", code="no-chat-template"
+        )
     return Encoded(ids, len(start))
 
 
 def encode_all(
     tokenizer: "PreTrainedTokenizerBase", examples: Sequence[Example], max_length: int, counts: Counts, *, window: int
 ) -> list[tuple[Example, Encoded]]:
-    """Every example that can be trained on; the others are rejected into `counts`. `window`: how many tokens the model
-    takes."""
+    """Encode the examples, and reject those that cannot be trained on.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        examples: Prompts with replies.
+        max_length: Longest example in tokens.
+        counts: Receives the rejected rows.
+        window: The model's context window in tokens.
+
+    Returns:
+        The examples that fit, each with its token ids, in order.
+    """
     fitting, too_long = [], too_long_for(max_length, window)
     for example in examples:
         try:
@@ -142,42 +162,32 @@ def sft(
     training: TrainingConfig,
     work: Path,
 ) -> dict[str, Any]:
-    """Train the model in `base`; the finished one is left in `work/model`. Returns the figures."""
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
+    """Fine-tune a causal language model on replies (paper section 3, the SL-CAI model).
 
+    Args:
+        base: Directory of the model that training starts from.
+        tokenizer: Its tokenizer.
+        train: The examples to train on.
+        held_out: The examples to evaluate on; may be empty.
+        training: The options of the trainer.
+        work: A directory; the trained model is written to `work/model`, the metrics to `work/metrics.jsonl`.
+
+    Returns:
+        The metrics for the manifest. Losses are means per token in nats; `_before` marks those of the start model.
+
+    Raises:
+        CaiError: Training fails; see `fit`.
+    """
     from cai_cli.models.loading import load_causal_lm
 
     model = load_causal_lm(base, "float32", training.device)
     metrics = Metrics(work / "metrics.jsonl", [*COLUMNS, "held_out_loss"])
     with quiet_libraries():
-        ready = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
-        trainer = without_printer(
-            _by_row(SFTTrainer)(
-                model=model,
-                processing_class=tokenizer,
-                args=SFTConfig(**training.arguments(work), **ready),
-                train_dataset=Dataset.from_list([e.columns() for e in train]),
-                eval_dataset=Dataset.from_list([e.columns() for e in held_out]) if held_out else None,
-                peft_config=training.peft_config(),
-                compute_metrics=lambda rows: {"token_loss": float(rows.predictions.sum() / rows.label_ids.sum())},
-            )
-        )
-        use_plain_head(trainer)
-
-        def held_out_loss() -> float | None:
-            return float(trainer.evaluate()["eval_token_loss"]) if held_out else None
-
-        def judge_the_start() -> None:
-            if metrics.at(0) is None:
-                metrics.put(0, {"held_out_loss": held_out_loss()})
-
-        # Not before `fit`: accelerate takes a model that was evaluated for a prepared one, and each process would train
-        # its own.
-        trainer.add_callback(_at_the_start(judge_the_start))
+        trainer = _trainer(model, tokenizer, train, held_out, training, work)
+        trainer.add_callback(_start_evaluation(trainer, metrics))
         throughput = fit(trainer, metrics, COLUMNS, name="sft")
         steps = int(trainer.state.global_step)
-        after = held_out_loss()
+        after = _held_out_loss(trainer)
         metrics.put(steps, {"held_out_loss": after})
         save_finished(trainer, tokenizer, work / "model")
     losses = [row["loss"] for row in metrics.rows if row["loss"] is not None]
@@ -191,23 +201,63 @@ def sft(
     }
 
 
-def _at_the_start(act: Callable[[], None]) -> Any:
-    """A trainer callback that acts once the model is ready for training, before the first step."""
+def _trainer(
+    model: Any,
+    tokenizer: "PreTrainedTokenizerBase",
+    train: Sequence[Encoded],
+    held_out: Sequence[Encoded],
+    training: TrainingConfig,
+    work: Path,
+) -> Any:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    already_encoded = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    trainer = without_printer(
+        _with_row_sums(SFTTrainer)(
+            model=model,
+            processing_class=tokenizer,
+            args=SFTConfig(**training.arguments(work), **already_encoded),
+            train_dataset=Dataset.from_list([e.columns() for e in train]),
+            eval_dataset=Dataset.from_list([e.columns() for e in held_out]) if held_out else None,
+            peft_config=training.peft_config(),
+            compute_metrics=lambda rows: {"token_loss": float(rows.predictions.sum() / rows.label_ids.sum())},
+        )
+    )
+    use_unfused_head(trainer)
+    return trainer
+
+
+def _held_out_loss(trainer: Any) -> float | None:
+    """The mean loss per token over the held-out examples, or None where there are none."""
+    return float(trainer.evaluate()["eval_token_loss"]) if trainer.eval_dataset is not None else None
+
+
+def _start_evaluation(trainer: Any, metrics: Metrics) -> Any:
+    """A trainer callback that evaluates the start model before the first step.
+
+    Evaluating before `trainer.train` would not do: accelerate would take the model for a prepared one, and each process
+    would train its own.
+    """
     from transformers import TrainerCallback
 
-    class AtTheStart(TrainerCallback):  # type: ignore[misc]
+    class StartEvaluation(TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            act()
+            if metrics.at(0) is None:
+                metrics.put(0, {"held_out_loss": _held_out_loss(trainer)})
 
-    return AtTheStart()
+    return StartEvaluation()
 
 
-def _by_row(trainer_class: Any) -> Any:
-    """The trainer class, whose evaluation gives each row's loss and number of tokens: their sums do not depend on how
-    the rows are dealt out among batches and processes (of the rows that fill the last batch up none is counted)."""
+def _with_row_sums(trainer_class: Any) -> Any:
+    """A subclass of the trainer whose evaluation returns the summed loss and the number of tokens of each row.
+
+    Their sums do not depend on how rows are divided among batches and processes. Rows that only fill up the last batch
+    are not counted.
+    """
     import torch
 
-    class ByRow(trainer_class):  # type: ignore[misc]
+    class WithRowSums(trainer_class):  # type: ignore[misc]
         def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
             inputs = self._prepare_inputs(inputs)
             with torch.no_grad():
@@ -215,12 +265,20 @@ def _by_row(trainer_class: Any) -> Any:
             losses, tokens = -out.log_probs.float().sum(1), out.label_mask.sum(1)
             return losses.mean(), losses, tokens
 
-    return ByRow
+    return WithRowSums
 
 
 @dataclass(frozen=True)
 class SftData:
-    """The examples of a run, and what identifies the rows they come from."""
+    """The data of a run.
+
+    Attributes:
+        train: The examples to train on.
+        held_out: The examples to evaluate on.
+        tokenizer: The model's tokenizer.
+        counts: What became of the input rows.
+        rows: A digest of the rows that were read, for the manifest.
+    """
 
     train: Sequence[Encoded]
     held_out: Sequence[Encoded]
@@ -230,19 +288,27 @@ class SftData:
 
 
 def read_examples(config: SftConfig, base: Path) -> SftData:
-    """Read, mix, encode and split the examples. Raises CaiError."""
+    """Read, mix, encode and split the examples.
+
+    Args:
+        config: The options of the stage.
+        base: Directory of the model.
+
+    Raises:
+        CaiError: A file cannot be read, or a line is invalid.
+    """
     reader, helpful_reader = config.row_reader(), config.row_reader()
     rows = [row for _, row in reader.rows(config.input, completed_row, config.limit)]
     helpful_rows = [row for _, row in helpful_reader.rows(config.helpful, completed_row)] if config.helpful else []
-    mine = [example for row in rows for example in examples_of(row, config.revisions.value)]
-    theirs = [example for row in helpful_rows for example in examples_of(row, "last")]
-    chosen = mixed(mine, theirs, config.helpful_ratio, seed_for(config.seed, "sft", "helpful"))
+    revisions = [example for row in rows for example in examples_of(row, config.revisions.value)]
+    helpful = [example for row in helpful_rows for example in examples_of(row, "last")]
+    chosen = mixed(revisions, helpful, config.helpful_ratio, seed_for(config.seed, "sft", "helpful"))
     counts = Counts.of_training([*reader.take_invalid(), *helpful_reader.take_invalid()])
-    if left := len(mine) + len(theirs) - len(chosen):
+    if left := len(revisions) + len(helpful) - len(chosen):
         counts.skipped["beyond --helpful-ratio"] = left
-    if config.helpful and len(theirs) < round(config.helpful_ratio * len(mine)):
+    if config.helpful and len(helpful) < round(config.helpful_ratio * len(revisions)):
         console.say(
-            f"sft: {config.helpful} has {len(theirs):,} examples, fewer than --helpful-ratio requests; all are used"
+            f"sft: {config.helpful} has {len(helpful):,} examples, fewer than --helpful-ratio requests; all are used"
         )
     tokenizer, window = tokenizer_and_window(base)
     fitting = encode_all(tokenizer, chosen, config.max_length, counts, window=window)
@@ -262,7 +328,7 @@ def estimate(rows: RowFlow, config: SftConfig) -> StepCost:
 
 
 def run(config: SftConfig) -> dict[str, Any]:
-    """Train on a file of rows. Returns the summary. Raises CaiError."""
+    """Fine-tune on a file of rows. Returns the summary. Raises UsageError, CaiError."""
     config.launch()
     base = ModelSource.resolve(config.model)
     inputs = {"revisions": hash_input(config.input)}

@@ -1,1 +1,1 @@
-"""Phase 2 (paper section 4): AI preference labels, the preference model, RL against it."""
+"""Phase 2 (paper section 4): label preferences, train a preference model, and train a policy against it by RL."""

@@ -1,6 +1,7 @@
-"""Second opinions on a policy in training: a preference model or judge that the reward never asks (paper section 4.3).
+"""Monitor models: a second preference model or judge that is not used as the reward (paper section 4.3).
 
-A watcher's scores decide nothing in training; that they fall while the reward rises is how Goodharting is seen.
+A monitor's scores have no effect on training. A monitor score that falls while the reward rises reveals that the policy
+exploits the preference model (Goodhart's law).
 """
 
 from collections.abc import Callable, Sequence
@@ -19,14 +20,21 @@ from cai_cli.models.source import ModelSource
 from cai_cli.prompting.base import assistant, resolve_prompt_format
 from cai_cli.reward.preference_model import open_for_scores, score_conversations
 
+# Prompts and their replies -> one score each.
 Score = Callable[[Sequence[Prompt], Sequence[str]], list[float]]
-# Prompts, their replies and the start model's replies -> one score each; None where the watcher gave none.
+# Prompts, their replies and the start model's replies -> one score each; None where the monitor gave none.
 MonitorScore = Callable[[Sequence[Prompt], Sequence[str], Sequence[str]], list[float | None]]
 
 
 @dataclass(frozen=True)
 class MonitorModel:
-    """`identity` is for the manifest, `path` a preference model's (its context window counts), `open` loads it."""
+    """A monitor model that is not loaded yet.
+
+    Attributes:
+        identity: What identifies it, for the manifest.
+        path: Directory of a preference model, whose context window limits the prompts; None for a judge.
+        open: Loads it.
+    """
 
     identity: dict[str, Any]
     path: Path | None
@@ -36,17 +44,42 @@ class MonitorModel:
 def pick_monitor_model(
     monitor_pm: str | None, monitor_judge: str | None, base_url: str | None, pm: ModelSource, *, device: str, seed: int
 ) -> MonitorModel | None:
-    """The watcher that the options name. Raises UsageError, and CaiError when there is no such model."""
+    """The monitor model that the options name.
+
+    Args:
+        monitor_pm: Name of a preference model.
+        monitor_judge: Name of a judge, an instruct model.
+        base_url: Address of the judge's server.
+        pm: The preference model of the reward.
+        device: Where a preference model runs.
+        seed: Random seed of the judge's votes.
+
+    Returns:
+        The model, or None where the options name none.
+
+    Raises:
+        UsageError: The options exclude each other, or the monitor is the preference model of the reward.
+        CaiError: There is no such model.
+    """
     if base_url and not monitor_judge:
-        raise UsageError("--base-url is where the judge is asked", hint="--monitor-judge openai:NAME")
+        raise UsageError(
+            "--base-url is the address of the judge's server, and there is no judge",
+            hint="--monitor-judge openai:NAME",
+            code="option-conflict",
+        )
     if monitor_pm and monitor_judge:
-        raise UsageError("--monitor-pm and --monitor-judge are two watchers; one is watched", hint="leave one out")
+        raise UsageError(
+            "--monitor-pm and --monitor-judge exclude each other", hint="leave one out", code="option-conflict"
+        )
     if monitor_pm:
         base = ModelSource.resolve(monitor_pm)
         if base.fingerprint == pm.fingerprint:
-            raise UsageError("--monitor-pm is the model that --pm trains against: a watcher must be another")
+            raise UsageError(
+                "--monitor-pm and --pm are the same model: a monitor must not be used as the reward",
+                code="option-conflict",
+            )
         return MonitorModel(
-            {"fingerprint": base.fingerprint}, base.path, lambda: _watching(preference_score(base.path, device))
+            {"fingerprint": base.fingerprint}, base.path, lambda: _as_monitor(preference_score(base.path, device))
         )
     if monitor_judge:
         engine = open_engine(monitor_judge, batch_size=None, device="auto", dtype="auto", server=Server(base_url))
@@ -54,12 +87,18 @@ def pick_monitor_model(
         judge = Judge(engine, "choice", loaded.examples, resolve_prompt_format("auto", engine), seed, Sampling())
         labeller = Labeller(judge, loaded.principles, per_pair=1, orders=("ab", "ba"))
         identity = {**engine.identity(), "constitution": loaded.fingerprint()}
-        return MonitorModel(identity, None, lambda: lambda *given: judged(labeller, *given))
+        return MonitorModel(identity, None, lambda: lambda *replies: win_probabilities(labeller, *replies))
     return None
 
 
 def preference_score(path: Path, device: str, batch_size: int = 16) -> Score:
-    """A preference model as a function of prompts and replies; a score is a logit."""
+    """A preference model as a function of prompts and replies. A score is a logit.
+
+    Args:
+        path: Directory of the preference model.
+        device: Where it runs.
+        batch_size: Conversations in one forward pass.
+    """
     model, tokenizer = open_for_scores(path, device)
 
     def score(prompts: Sequence[Prompt], replies: Sequence[str]) -> list[float]:
@@ -69,21 +108,30 @@ def preference_score(path: Path, device: str, batch_size: int = 16) -> Score:
     return score
 
 
-def _watching(score: Score) -> MonitorScore:
+def _as_monitor(score: Score) -> MonitorScore:
     return lambda prompts, replies, _: list(score(prompts, replies))
 
 
-def judged(
+def win_probabilities(
     labeller: Labeller, prompts: Sequence[Prompt], replies: Sequence[str], starts: Sequence[str]
 ) -> list[float | None]:
-    """The probability that each reply is better than the start model's, the mean of both orders under one principle; a
-    reply that is the start model's is as good as it. None where the judge did not answer."""
+    """The probability that each reply is better than the start model's reply, according to a judge.
+
+    Args:
+        labeller: The judge. It compares a pair under one principle, in both orders.
+        prompts: The prompts.
+        replies: The replies to them.
+        starts: The start model's replies to them.
+
+    Returns:
+        One probability for each reply; 0.5 where it equals the start model's, None where the judge did not answer.
+    """
     pairs = []
     for prompt, reply, start in zip(prompts, replies, starts, strict=True):
         if reply != start:
             sides = {"a": [assistant(reply)], "b": [assistant(start)]}
             pairs.append(Pair(id=prompt.id, prompt=prompt.prompt, **sides, human=None, source=None))
-    opinions = (
-        opinion.p_a if isinstance(opinion, PairVerdict) else None for opinion in aggregate_votes(pairs, labeller)
+    probabilities = (
+        verdict.p_a if isinstance(verdict, PairVerdict) else None for verdict in aggregate_votes(pairs, labeller)
     )
-    return [0.5 if reply == start else next(opinions) for reply, start in zip(replies, starts, strict=True)]
+    return [0.5 if reply == start else next(probabilities) for reply, start in zip(replies, starts, strict=True)]

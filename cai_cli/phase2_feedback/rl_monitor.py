@@ -1,7 +1,8 @@
-"""What `cai rl` watches: the policy's replies to held-out prompts, every few steps (paper section 4.3).
+"""Checks of the policy during `cai rl`: its replies to held-out prompts, every few steps (paper section 4.3).
 
-The noise of a reply comes from (seed, prompt) and not from the step: what changes between two checks is the policy.
-Replies and scores are kept in `samples.jsonl`; the check before the first step also sets the unit of the reward.
+The seed of a reply derives from the run's seed and the prompt, not from the step, so only the policy changes between
+two checks. Replies and scores are stored in `samples.jsonl`. The check before the first step also determines how the
+reward is standardised.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -44,14 +45,19 @@ CHECK_COLUMNS = (
     "boilerplate_share",
     "goodhart",
 )
-LEAST_REPLIES = 16  # of a check: with fewer prompts held out, each is answered more than once
-# Token ids (1, length) and how many last positions are wanted -> their logits (1, positions, vocabulary).
+LEAST_REPLIES = 16  # in a check; with fewer held-out prompts each is answered more than once
+# Token ids (1, length) and a number of last positions -> the logits there (1, positions, vocabulary).
 Logits = Callable[["Tensor", int], "Tensor"]
 
 
 @dataclass(frozen=True)
 class RewardNormalizer:
-    """The unit of the reward: the start model's held-out replies have mean 0 and standard deviation 1 in it."""
+    """Standardises scores: those of the start model's held-out replies get mean 0 and standard deviation 1.
+
+    Attributes:
+        mean: Mean score of those replies, as a logit.
+        std: Their standard deviation.
+    """
 
     mean: float
     std: float
@@ -62,8 +68,19 @@ class RewardNormalizer:
 
 @dataclass
 class Monitor:
-    """Checks of one run, made by rank 0. `score` is the preference model of the reward; `file` holds the replies of all
-    checks."""
+    """The checks of one run, made on rank 0.
+
+    Attributes:
+        prompts: The held-out prompts.
+        tokenizer: The policy's tokenizer.
+        score: The preference model of the reward.
+        monitor_score_of: The monitor model, or None.
+        file: Where the replies of all checks are written.
+        sampling: How tokens are sampled.
+        seed: Random seed of the run.
+        batch_size: Replies that are sampled at once.
+        rows: The replies of all checks so far, in order.
+    """
 
     prompts: Sequence[Prompt]
     tokenizer: Any
@@ -82,29 +99,48 @@ class Monitor:
 
     @property
     def checks(self) -> list[Check]:
+        """The replies of each check, in the order of steps."""
         return [list(rows) for _, rows in groupby(self.rows, key=lambda row: row.step)]
 
     @property
     def normalizer(self) -> RewardNormalizer:
-        """Of the start model's replies, so the same after a resume. Raises CaiError when their scores do not differ."""
+        """The normalizer of the reward. It depends on the start model's replies alone, so a resume does not change it.
+
+        Raises:
+            CaiError: All these replies have the same score (`cannot-distinguish`).
+        """
         scores = [row.score for row in self.rows if row.step == 0]
         if not (spread := stdev(scores)):
             raise CaiError(
-                f"rl: the preference model gives the start model's {len(scores)} held-out replies one score, "
-                f"{scores[0]:.4g}: it cannot tell them apart",
-                hint="more --held-out prompts, or a preference model trained longer",
+                f"rl: the preference model cannot tell the start model's replies apart: all {len(scores)} held-out "
+                f"replies have the score {scores[0]:.4g}",
+                hint="use more --held-out prompts, or train the preference model longer",
+                code="cannot-distinguish",
             )
         return RewardNormalizer(fmean(scores), spread)
 
     def forget(self, step: int) -> None:
-        """Drop the checks after `step`: they are done again."""
+        """Drop the checks after `step`, because they are repeated."""
         if not distributed.leads():
             return
         self.rows = [row for row in self.rows if row.step <= step]
         write_atomically(self.file, (dump_row(row) + b"\n" for row in self.rows))
 
     def check(self, step: int, policy: Any, reference: Logits) -> dict[str, float | str | None]:
-        """Ask the policy, keep its replies, and return the figures of `CHECK_COLUMNS`."""
+        """Sample replies to the held-out prompts, store them, and measure them.
+
+        Args:
+            step: The step after which the policy is checked.
+            policy: The policy.
+            reference: The model that training started from.
+
+        Returns:
+            The metrics named in `CHECK_COLUMNS`. `pm_score` is in standard deviations of the start model's scores,
+            `held_out_kl` and `held_out_entropy` are in nats per token, `goodhart` is the reason of a flag or None.
+
+        Raises:
+            CaiError: A prompt cannot be answered, or the preference model cannot tell the start model's replies apart.
+        """
         self.forget(step - 1)
         was_training = policy.training
         policy.eval()
@@ -129,26 +165,26 @@ class Monitor:
         }
 
     def _replies(self, policy: Any) -> list[tuple[Prompt, int, Any]]:
-        """(prompt, sample index, reply) of every prompt, at least `LEAST_REPLIES` in all."""
+        """(prompt, sample index, reply) for every prompt, at least `LEAST_REPLIES` in all."""
         each = max(1, -(-LEAST_REPLIES // len(self.prompts)))
-        wanted = [(prompt, index) for prompt in self.prompts for index in range(each)]
-        asks = [
+        units = [(prompt, index) for prompt in self.prompts for index in range(each)]
+        requests = [
             GenerationRequest(reply_request(prompt.prompt, "chat").text, seed_for(self.seed, "check", prompt.id, index))
-            for prompt, index in wanted
+            for prompt, index in units
         ]
         replies = engine_around(without_adapter_wrapper(policy), self.tokenizer, self.batch_size).generate(
-            asks, self.sampling
+            requests, self.sampling
         )
-        if refusal := next((reply for reply in replies if isinstance(reply, RequestFailure)), None):
-            raise CaiError(f"rl: no reply to a held-out prompt: {refusal.reason}")
-        return [(prompt, index, reply) for (prompt, index), reply in zip(wanted, replies, strict=True)]
+        if failure := next((reply for reply in replies if isinstance(reply, RequestFailure)), None):
+            raise CaiError(f"rl: no reply to a held-out prompt: {failure.reason}", code="request-failed")
+        return [(prompt, index, reply) for (prompt, index), reply in zip(units, replies, strict=True)]
 
     def _scored(self, step: int, replies: Sequence[tuple[Prompt, int, Any]]) -> list[PolicySample]:
         prompts, texts = [prompt for prompt, _, _ in replies], [reply.text for _, _, reply in replies]
         starts = [row.reply for row in self.rows if row.step == 0] or texts
-        watched = self.monitor_score_of(prompts, texts, starts) if self.monitor_score_of else [None] * len(texts)
-        if self.monitor_score_of and (silent := watched.count(None)):
-            console.warn(f"rl: step {step:,}: the monitor model gave no score to {silent:,} of {len(texts):,} replies")
+        monitor_scores = self.monitor_score_of(prompts, texts, starts) if self.monitor_score_of else [None] * len(texts)
+        if self.monitor_score_of and (missing := monitor_scores.count(None)):
+            console.warn(f"rl: step {step:,}: the monitor gave no score to {missing:,} of {len(texts):,} replies")
         return [
             PolicySample(
                 **dict(prompt),
@@ -161,43 +197,55 @@ class Monitor:
                 monitor_score=monitor_score,
             )
             for (prompt, index, reply), score, monitor_score in zip(
-                replies, self.score(prompts, texts), watched, strict=True
+                replies, self.score(prompts, texts), monitor_scores, strict=True
             )
         ]
 
     def _divergence(self, policy: Any, reference: Logits, rows: Sequence[PolicySample]) -> tuple[float, float]:
-        """KL divergence from the reference and entropy, each in nats per token, over the whole distribution at every
-        place where a token was drawn; the reply is read as text, as the preference model reads it."""
+        """KL divergence from the reference, and entropy, in nats per token.
+
+        Both are means over the positions where a token was sampled, each over the whole vocabulary. The reply is
+        encoded from its text, as for the preference model.
+        """
         import torch
 
         kl = entropy = tokens = 0.0
         for row in rows:
             prompt = encode_chat(self.tokenizer, row.prompt, add_generation_prompt=True)
             reply = encode_text(self.tokenizer, row.reply, start=False)
-            drawn = len(reply) + (row.finish_reason == "stop")
+            sampled = len(reply) + (row.finish_reason == "stop")
             ids = torch.tensor([prompt + reply], device=policy.device)
             with torch.inference_mode():
                 p, q = (
-                    (logits(ids, len(reply) + 1)[0, :drawn].float() / self.sampling.temperature).log_softmax(-1)
+                    (logits(ids, len(reply) + 1)[0, :sampled].float() / self.sampling.temperature).log_softmax(-1)
                     for logits in (logits_of(policy), reference)
                 )
                 kl += float((p.exp() * (p - q)).sum())
                 entropy -= float((p.exp() * p).sum())
-            tokens += drawn
+            tokens += sampled
         return kl / max(tokens, 1), entropy / max(tokens, 1)
 
 
 def logits_of(model: Any) -> Logits:
+    """A causal language model as a function from token ids to logits."""
+
     def logits(ids: "Tensor", keep: int) -> "Tensor":
-        found: Tensor = model(input_ids=ids, logits_to_keep=keep).logits
-        return found
+        output: Tensor = model(input_ids=ids, logits_to_keep=keep).logits
+        return output
 
     return logits
 
 
 def reference_of(trainer: Any, base: Path) -> Logits:
-    """The model that training started from: the policy without its adapters, or TRL's reference model (which it does
-    not load where beta is 0)."""
+    """The model that training started from.
+
+    It is the policy without its adapters, or TRL's reference model, which is loaded here where beta is 0 and TRL has
+    none.
+
+    Args:
+        trainer: The trainer of the policy.
+        base: Directory of the model that training started from.
+    """
     from accelerate.utils import is_peft_model
 
     from cai_cli.models.loading import load_causal_lm
@@ -213,59 +261,89 @@ def reference_of(trainer: Any, base: Path) -> Logits:
     return without_adapters
 
 
-def checks_callback(
-    monitor: Monitor, trainer: Any, metrics: Metrics, reference: Logits, *, every: int, stop: bool
-) -> Any:
-    """A trainer callback that checks the policy every `every` steps and after the last. With `stop` a flagged check
-    ends the training, and the best checkpoint so far becomes the trainer's model again."""
-    from transformers import TrainerCallback, TrainerControl
+@dataclass
+class PolicyChecks:
+    """Checks the policy every few steps, and stops training at a flagged check where that is requested.
 
-    def show(figures: Mapping[str, float | str | None]) -> None:
-        """To whom `--report-to` names. Its own control: logging takes back what the step's has asked for."""
-        shown = {name: value for name, value in figures.items() if value is not None and name != "step"}
-        trainer.callback_handler.on_log(trainer.args, trainer.state, TrainerControl(), shown)
+    Attributes:
+        monitor: Makes the checks, on rank 0.
+        trainer: The trainer of the policy.
+        metrics: Receives the metrics of each check.
+        reference: The model that training started from.
+        every: Steps between checks; the last step is checked too.
+        stop: Whether a flagged check ends training and the best policy before it is kept.
+        kept: The step whose weights the trainer has after such a stop, 0 for the start model's; None without a stop.
+    """
 
-    def checked(step: int) -> tuple[dict[str, float | str | None], int]:
-        """The figures of a check, and the step whose weights are to be kept when training ends here."""
-        figures = monitor.check(step, trainer.accelerator.unwrap_model(trainer.model), reference)
-        checks = monitor.checks
-        return figures, checks[best_check(checks[:-1] if figures["goodhart"] else checks)][0].step
+    monitor: Monitor
+    trainer: Any
+    metrics: Metrics
+    reference: Logits
+    every: int
+    stop: bool
+    kept: int | None = None
 
-    class Checks(TrainerCallback):  # type: ignore[misc]
-        kept: int | None = None  # the step whose weights were taken back, 0 for the start model's
+    def callback(self) -> Any:
+        """The callback to add to the trainer."""
+        from transformers import TrainerCallback
 
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            monitor.forget(state.global_step)
-            if state.global_step == 0 and distributed.leads():
-                show({name: metrics.rows[0][name] for name in CHECK_COLUMNS})
+        checks = self
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            step, last = state.global_step, state.global_step >= state.max_steps
-            if step % every and not last:
-                return
-            known = flagged(metrics)
-            figures, kept = distributed.from_leader(lambda: checked(step))
-            metrics.put(step, figures)
-            if distributed.leads():
-                show(figures)
-            if figures["goodhart"] and not known:
-                console.warn(f"rl: step {step:,}: {figures['goodhart']}" + (" (stopping)" if stop else ""))
-            if not stop:
-                return
-            if kept:
-                state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{kept}")
-            if figures["goodhart"]:
-                if kept:
-                    distributed.from_leader(lambda: verify(Path(state.best_model_checkpoint)))
-                self.kept = kept
-                control.should_training_stop, control.should_save = True, False
-                args.load_best_model_at_end = kept > 0
-            elif kept == step:
-                control.should_save = True
+        class Callback(TrainerCallback):  # type: ignore[misc]
+            def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                checks.begin(state)
 
-    return Checks()
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                if state.global_step % checks.every == 0 or state.global_step >= state.max_steps:
+                    checks.check(args, state, control)
+
+        return Callback()
+
+    def begin(self, state: Any) -> None:
+        """Drop the checks that a resumed run repeats, or log the check of the start model."""
+        self.monitor.forget(state.global_step)
+        if state.global_step == 0 and distributed.leads():
+            self._log({name: self.metrics.rows[0][name] for name in CHECK_COLUMNS})
+
+    def check(self, args: Any, state: Any, control: Any) -> None:
+        """Check the policy after this step, log the metrics, and warn at the first flagged check."""
+        step, flagged_before = state.global_step, flagged(self.metrics)
+        metrics, best = distributed.from_leader(lambda: self._check(step))
+        self.metrics.put(step, metrics)
+        if distributed.leads():
+            self._log(metrics)
+        if metrics["goodhart"] and not flagged_before:
+            console.warn(f"rl: step {step:,}: {metrics['goodhart']}" + (" (stopping)" if self.stop else ""))
+        if self.stop:
+            self._keep_best(best, args, state, control, flag=bool(metrics["goodhart"]))
+
+    def _check(self, step: int) -> tuple[dict[str, float | str | None], int]:
+        """The metrics of a check, and the step whose weights are the best so far."""
+        metrics = self.monitor.check(step, self.trainer.accelerator.unwrap_model(self.trainer.model), self.reference)
+        checks = self.monitor.checks
+        return metrics, checks[best_check(checks[:-1] if metrics["goodhart"] else checks)][0].step
+
+    def _keep_best(self, best: int, args: Any, state: Any, control: Any, *, flag: bool) -> None:
+        """Save a checkpoint of the best policy so far; at a flagged check stop training and load that checkpoint."""
+        if best:
+            state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{best}")
+        if flag:
+            if best:
+                distributed.from_leader(lambda: verify(Path(state.best_model_checkpoint)))
+            self.kept = best
+            control.should_training_stop, control.should_save = True, False
+            args.load_best_model_at_end = best > 0
+        elif best == state.global_step:
+            control.should_save = True
+
+    def _log(self, metrics: Mapping[str, float | str | None]) -> None:
+        """Log to the tools of `--report-to`. With its own control, because logging resets that of the step."""
+        from transformers import TrainerControl
+
+        present = {name: value for name, value in metrics.items() if value is not None and name != "step"}
+        self.trainer.callback_handler.on_log(self.trainer.args, self.trainer.state, TrainerControl(), present)
 
 
 def flagged(metrics: Metrics) -> dict[str, Any] | None:
-    """The row of the first check that was flagged."""
+    """The metrics of the first flagged check, or None."""
     return next((row for row in metrics.rows if row["goodhart"]), None)

@@ -1,5 +1,5 @@
-"""What `cai rl` puts in the place of parts of TRL's RLOO and GRPO trainers: the reward, the encoding of prompts and the
-sampling of replies."""
+"""What `cai rl` replaces in TRL's RLOO and GRPO trainers: the reward, the encoding of prompts and the sampling of
+replies."""
 
 from collections.abc import Callable
 from statistics import fmean, pstdev
@@ -24,8 +24,14 @@ Chat = list[dict[str, str]]
 def preference_reward(
     score: Score, normalizer: RewardNormalizer, ends: frozenset[int], cutoff_penalty: float
 ) -> Callable[..., list[float]]:
-    """The reward of TRL's trainers: the standardised score of the reply, less the penalty where the reply does not end
-    with one of the token ids `ends`."""
+    """The reward function for TRL's trainers (paper section 4.1).
+
+    Args:
+        score: The preference model.
+        normalizer: Standardises its scores.
+        ends: Token ids that end a reply; a reply that ends otherwise was cut off.
+        cutoff_penalty: Subtracted from the standardised score of a reply that was cut off.
+    """
 
     def reward(
         prompts: list[Chat],
@@ -34,8 +40,8 @@ def preference_reward(
         log_metric: Callable[[str, float], None],
         **_: Any,
     ) -> list[float]:
-        asked = [Prompt(id="-", prompt=messages_of(prompt)) for prompt in prompts]
-        scores = [normalizer(value) for value in score(asked, [reply[0]["content"] for reply in completions])]
+        rows = [Prompt(id="-", prompt=messages_of(prompt)) for prompt in prompts]
+        scores = [normalizer(value) for value in score(rows, [reply[0]["content"] for reply in completions])]
         cut = [ids[-1] not in ends for ids in completion_ids]
         of_all = distributed.gathered(list(zip(scores, cut, strict=True)))
         log_metric("score", fmean(score for score, _ in of_all))
@@ -47,15 +53,24 @@ def preference_reward(
 
 
 def messages_of(chat: Chat) -> list[Message]:
+    """The messages of a chat as TRL passes it."""
     return [Message.model_validate(message) for message in chat]
 
 
-def with_our_text(trainer_class: Any, ends: frozenset[int], sampling: Sampling, batch_size: int) -> Any:
-    """The trainer class with our encoding of prompts, in which no text of a row becomes a control token, and our
-    sampling, in which a reply's noise comes from (seed, step, its place in the step): it is the same reply on however
-    many processes and in whatever batches."""
+def with_seeded_sampling(trainer_class: Any, ends: frozenset[int], sampling: Sampling, batch_size: int) -> Any:
+    """A subclass of the trainer that encodes prompts and samples replies as `cai sample` does.
 
-    class OurText(trainer_class):  # type: ignore[misc]
+    Row text cannot become a control token. A reply's seed derives from (seed, step, index in the step), so replies do
+    not depend on the number of processes or on the batches.
+
+    Args:
+        trainer_class: TRL's RLOOTrainer or GRPOTrainer.
+        ends: Token ids that end a reply.
+        sampling: How tokens are sampled.
+        batch_size: Replies that one process samples at once.
+    """
+
+    class SeededSampling(trainer_class):  # type: ignore[misc]
         def _tokenize_prompts(self, prompts: list[Chat]) -> tuple[list[list[int]], None, dict[str, Any]]:
             encoded = [
                 encode_chat(self._tokenizer, messages_of(prompt), add_generation_prompt=True) for prompt in prompts
@@ -65,8 +80,8 @@ def with_our_text(trainer_class: Any, ends: frozenset[int], sampling: Sampling, 
         def _generate_single_turn(self, prompt_ids: list[list[int]], *_: Any) -> Any:
             first = distributed.rank() * len(prompt_ids)
             seeds = [
-                seed_for(self.args.seed, "rl", self.state.global_step, first + place)
-                for place in range(len(prompt_ids))
+                seed_for(self.args.seed, "rl", self.state.global_step, first + index)
+                for index in range(len(prompt_ids))
             ]
             policy = without_adapter_wrapper(self.accelerator.unwrap_model(self.model))
             was_training = policy.training
@@ -75,15 +90,15 @@ def with_our_text(trainer_class: Any, ends: frozenset[int], sampling: Sampling, 
             engine.end_ids = set(ends)
             replies = engine.generate_ids(prompt_ids, seeds, sampling)
             policy.train(was_training)
-            return (replies, None) if self._tells_log_probabilities else replies
+            return (replies, None) if self._returns_log_probabilities else replies
 
-        _tells_log_probabilities = trainer_class.__name__ == "GRPOTrainer"
+        _returns_log_probabilities = trainer_class.__name__ == "GRPOTrainer"
 
-    return OurText
+    return SeededSampling
 
 
 def end_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
-    """The token ids that end a reply: the tokenizer's and those of the model's generation config."""
+    """The token ids that end a reply: the tokenizer's end token and those of the model's generation config."""
     declared = model.generation_config.eos_token_id if model.generation_config else None
     ids = declared if isinstance(declared, list) else [declared]
     return frozenset(i for i in (*ids, tokenizer.eos_token_id) if isinstance(i, int))

@@ -1,7 +1,7 @@
-"""`cai score`: the score that a preference model gives a conversation (paper section 4.1).
+"""`cai score`: score conversations with a preference model (paper section 4.1).
 
-A score is a logit: the difference of two is the log-odds that the first conversation is preferred. Beside the scores of
-another preference model it means nothing. The tokens scored are those that `train-pm` and `rl` score.
+A score is a logit: the difference of two scores is the log-odds that the first conversation is preferred. Scores of
+different preference models are not comparable. Conversations are encoded as in `train-pm` and `rl`.
 """
 
 from typing import Any
@@ -13,11 +13,7 @@ from cai_cli.data.schema import Preference, Revision, Sample, Scored
 from cai_cli.reward.scorer import PreferenceModelOptions, Scorer
 from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
 from cai_cli.runtime.manifest import hash_input, provenance
-from cai_cli.runtime.shared_options import (
-    DeviceOptions,
-    OutputOptions,
-    ShardOptions,
-)
+from cai_cli.runtime.shared_options import DeviceOptions, OutputOptions, ShardOptions
 from cai_cli.runtime.stage import Phase, Stage
 from cai_cli.runtime.stage_run import StageRun, WorkItem, WorkItems, expected_items
 
@@ -26,12 +22,12 @@ class ScoreConfig(OutputOptions, ShardOptions, DeviceOptions, PreferenceModelOpt
     """Score conversations with a preference model.
 
     INPUT: Sample, Revision or Preference rows, {"messages": [...]}, {"prompt", "completion"}, or pairs labelled by
-    humans. Writes Scored rows, one for each conversation; of a pair sample_index 0 is `chosen` and 1 is `rejected`.
+    humans. Writes Scored rows, one for each conversation; for a pair, sample_index 0 is `chosen` and 1 is `rejected`.
     """
 
 
 def units(reader: RowReader, source: str, limit: int | None) -> WorkItems[Sample]:
-    """Every conversation of the file, by (id, sample_index)."""
+    """The conversations of a file, each as a work item with the key (id, sample_index)."""
     name = origin(source)
     for line, row in reader.rows(source, lambda value: scorable(value, name), limit):
         for conversation in conversations(row):

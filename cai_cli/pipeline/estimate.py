@@ -1,8 +1,8 @@
-"""`cai run --dry-run`: rows, tokens and GPU-hours of every step, before anything runs.
+"""`cai run --dry-run`: the rows, tokens and GPU-hours of every step, before anything runs.
 
-New tokens are an upper bound (every reply as long as allowed); prompt tokens count four characters a token. Rows that
-will be rejected are not known and count as none. `paper_run` counts the paper's own run in the same way, from its
-numbers of prompts and assumed lengths.
+New tokens are an upper bound, because every reply counts as long as allowed. Prompt tokens are estimated at four
+characters per token. No row is assumed to be rejected. `paper_run` estimates the paper's own run in the same way, from
+its numbers of prompts and assumed lengths.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,16 @@ from cai_cli.runtime.stage import Phase, Stage
 
 @dataclass(frozen=True)
 class StepEstimate:
-    """What one step takes. `bytes`: size of the file it writes, 0 where it writes a model."""
+    """The cost of one step.
+
+    Attributes:
+        step: Its name.
+        rows: Rows that it processes.
+        requests: Requests to a model.
+        tokens: Tokens that it reads, writes and trains on.
+        bytes: Size of the file that it writes; 0 where it writes a model.
+        command: Its command line.
+    """
 
     step: str
     rows: int
@@ -34,6 +43,7 @@ class StepEstimate:
     command: str
 
     def as_json(self) -> dict[str, Any]:
+        """The estimate as `--json` prints it."""
         return {
             "step": self.step,
             "rows": self.rows,
@@ -60,22 +70,30 @@ def estimate(steps: Sequence[Step]) -> list[StepEstimate]:
         rows = min(read, key=lambda one: one.rows)  # several are joined by prompt
         if config.limit:
             rows = replace(rows, rows=min(rows.rows, config.limit))
-        found, after = estimated(step.name, step.stage, rows, config, step.shell)
+        step_estimate, after = estimate_step(step.name, step.stage, rows, config, step.shell)
         if not step.stage.trains:
             flows[str(step.output)] = after
-        estimates.append(found)
+        estimates.append(step_estimate)
     return estimates
 
 
-def estimated(name: str, stage: Stage, rows: RowFlow, config: Any, shell: str) -> tuple[StepEstimate, RowFlow]:
-    """What a step on `rows` takes, and the rows that leave it."""
-    found = stage.estimate(rows, config)
-    size = 0.0 if stage.trains or stage.phase is Phase.EVALUATION else found.output.bytes
-    return StepEstimate(name, found.rows, found.requests, found.tokens, size, shell), found.output
+def estimate_step(name: str, stage: Stage, rows: RowFlow, config: Any, shell: str) -> tuple[StepEstimate, RowFlow]:
+    """The cost of one step, and the rows that leave it.
+
+    Args:
+        name: Name of the step.
+        stage: The stage that it runs.
+        rows: The rows that it reads.
+        config: The options of the stage.
+        shell: Its command line.
+    """
+    step_cost = stage.estimate(rows, config)
+    size = 0.0 if stage.trains or stage.phase is Phase.EVALUATION else step_cost.output.bytes
+    return StepEstimate(name, step_cost.rows, step_cost.requests, step_cost.tokens, size, shell), step_cost.output
 
 
 def _file(source: str, flows: Mapping[str, RowFlow]) -> str:
-    """The file of FILE or NAME=FILE."""
+    """The file that FILE or NAME=FILE names."""
     return source if source in flows or Path(source).exists() else split_name(source)[1]
 
 
@@ -86,12 +104,12 @@ def _flow_of_file(source: str, skip_invalid: bool) -> RowFlow:
 
 
 def print_estimate(steps: Sequence[Step], *, as_json: bool) -> None:
-    """The plan on stdout: a line of numbers and the command, step by step."""
-    found = estimate(steps)
+    """Print the estimates on stdout: for each step a line of numbers and its command, or one JSON array."""
+    estimates = estimate(steps)
     if as_json:
-        print(orjson.dumps([e.as_json() for e in found]).decode())
+        print(orjson.dumps([e.as_json() for e in estimates]).decode())
         return
-    wide = max(14, *(len(e.step) + 1 for e in found))
+    wide = max(14, *(len(e.step) + 1 for e in estimates))
 
     def line(name: str, rows: str, requests: str, tokens: TokenCounts) -> str:
         hours = "".join(f"{hours_shown(tokens.gpu_hours(size)):>10}" for size in cost.MODELS.values())
@@ -100,12 +118,13 @@ def print_estimate(steps: Sequence[Step], *, as_json: bool) -> None:
 
     sizes = "".join(f"{f'GPU-h {name}':>10}" for name in cost.MODELS)
     print(f"{'step':<{wide}}{'rows':>10}{'requests':>10}{'prompt tokens':>15}{'new':>13}{'trained':>13}{sizes}")
-    for e in found:
+    for e in estimates:
         print(line(e.step, f"{e.rows:,}", f"{e.requests:,}", e.tokens))
         print(console.safe(f"  $ {e.command}"))
-    print(line("total", "", f"{sum(e.requests for e in found):,}", cost.total([e.tokens for e in found])))
+    print(line("total", "", f"{sum(e.requests for e in estimates):,}", cost.total([e.tokens for e in estimates])))
     print(f"GPU-h: {cost.ASSUMPTIONS}.")
 
 
 def hours_shown(hours: float) -> str:
+    """GPU-hours with two significant digits, or whole hours from ten on."""
     return f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}"

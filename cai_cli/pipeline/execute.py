@@ -1,14 +1,14 @@
-"""`cai run FILE.yaml`: runs a pipeline from one file. Each step is the command that would run it alone.
+"""`cai run FILE.yaml`: run a pipeline from one file. Each step is one `cai` command.
 
     name: quickstart
-    model: smollm2-135m          # for every step that takes --model and does not name one
+    model: smollm2-135m          # of every step that takes --model and names none
     seed: 0
     steps:
       samples:   {command: sample, input: red_team.jsonl, n: 2}
       revisions: {command: critique-revise, input: "@samples", rounds: 2}
 
-`@step` is the output of an earlier step. Files are found beside the YAML file; outputs go to `--out` (runs/NAME).
-A list for a setting is a sweep: see `sweep.py`.
+`@step` is the output of an earlier step. Paths are relative to the YAML file; outputs go to `--out` (runs/NAME). A list
+for a setting is a sweep: see `sweep.py`.
 """
 
 import ctypes
@@ -29,10 +29,15 @@ from cai_cli.runtime.output_files import one_writer, sidecar
 
 
 def execute(steps: Sequence[Step], out: Path, *, quiet: bool) -> list[dict[str, Any]]:
-    """Runs the steps that are not done, in order, and records each in `OUT/run.json`.
+    """Run the steps that are not done, in order, and record each in `OUT/run.json`.
+
+    Args:
+        steps: The steps of the run.
+        out: The run folder.
+        quiet: Whether the steps print only errors and warnings.
 
     Returns:
-        For each step its record: command line, settings, status and seconds.
+        One record per step: its name, output, command line, settings, status and seconds.
 
     Raises:
         CaiError: A step failed, or another `cai run` is writing to the folder.
@@ -56,23 +61,26 @@ def execute(steps: Sequence[Step], out: Path, *, quiet: bool) -> list[dict[str, 
 
 
 def _is_current(step: Step, before: Mapping[str, Any], current: Collection[str]) -> bool:
-    """Whether the record of a step is of the same settings, files and earlier steps. Records of version 0.1.0 have keys
-    that depend on the spelling of options, so their settings are compared instead."""
+    """Whether a step was recorded with the same settings, files and earlier steps.
+
+    In records of version 0.1.0 the key depends on how options were spelled, so their settings are compared instead.
+    """
     if before["key"].startswith(KEY_FORMAT):
         return bool(before["key"] == step.key)
     return all(need.name in current for need in step.needs) and not _changes(step, before)
 
 
 def _changes(step: Step, before: Mapping[str, Any]) -> list[str]:
+    """The settings and files of a step that differ from its record."""
     names = step.stage.config.option_names()
     options = step.stage.config.options()
 
-    def present(values: Mapping[str, Any]) -> dict[str, Any]:
+    def by_field(values: Mapping[str, Any]) -> dict[str, Any]:
         return {names.get(name, name): value for name, value in values.items()}
 
     defaults = {name: plain(field.default) for name, (field, _) in options.items() if not field.is_required()}
-    recorded = {"settings": defaults | present(before["settings"]), "files": present(before["files"])}
-    return differences(recorded, {"settings": defaults | present(step.settings), "files": present(step.files)})
+    recorded = {"settings": defaults | by_field(before["settings"]), "files": by_field(before["files"])}
+    return differences(recorded, {"settings": defaults | by_field(step.settings), "files": by_field(step.files)})
 
 
 def _run_and_record(
@@ -86,8 +94,8 @@ def _run_and_record(
 ) -> None:
     again = before is not None and before["key"] != step.key
     if before and again:
-        _say_why(step, before, steps)
-    # What is to be replaced: a run interrupted before the step started has still to replace it.
+        _report_change(step, before, steps)
+    # The output to replace. It is recorded, because a run may be interrupted before the step starts.
     replaces = _manifests(step.output) if again else before.get("replaces") if before else None
     entry = {
         "key": step.key,
@@ -99,27 +107,28 @@ def _run_and_record(
     record["steps"][step.name] = {**entry, "status": "running", "seconds": None}
     write_json(record_path, record)
     seconds = _run(step, overwrite=replaces is not None and replaces == _manifests(step.output), quiet=quiet)
-    record["steps"][step.name] = {**entry, "status": "done", "seconds": round(seconds, 1), **_judged(step)}
+    record["steps"][step.name] = {**entry, "status": "done", "seconds": round(seconds, 1), **_label_trust(step)}
     write_json(record_path, record)
 
 
-def _judged(step: Step) -> dict[str, Any]:
-    """Of a step that labels: whether its labels can be trusted (true, false, null: not known) and why."""
+def _label_trust(step: Step) -> dict[str, Any]:
+    """For a step that labels: whether its labels can be trusted (true, false, or null for unknown) and why."""
     if step.command != "label-prefs":
         return {}
     from cai_cli.metrics.label_audit import audit_file
 
-    found = audit_file(str(step.output))
-    return {"labels": {"trusted": found["trusted"], "reason": found["reason"]}}
+    audit = audit_file(str(step.output))
+    return {"labels": {"trusted": audit["trusted"], "reason": audit["reason"]}}
 
 
 def _manifests(output: Path) -> list[int | None]:
-    """Tells one making of `output` from another: when its manifests were written (ns), finished or not."""
+    """The times (ns) when the manifests of an output were written, which tell two versions of it apart."""
     paths = (sidecar(output, ending) for ending in ("manifest.json", "partial.manifest.json"))
     return [path.stat().st_mtime_ns if path.exists() else None for path in paths]
 
 
-def _say_why(step: Step, before: Mapping[str, Any], steps: Sequence[Step]) -> None:
+def _report_change(step: Step, before: Mapping[str, Any], steps: Sequence[Step]) -> None:
+    """Print why a step runs again, and which later steps it affects."""
     why = "; ".join(_changes(step, before)) or "an earlier step changed"
     after = [s.name for s in steps if step in _ancestors(s)]
     more = f", and after it {', '.join(after)}" if after else ""
@@ -131,10 +140,10 @@ def _ancestors(step: Step) -> list[Step]:
 
 
 def _run(step: Step, *, overwrite: bool, quiet: bool) -> float:
-    """The step as a process of its own, ended when this one is. Returns seconds; raises CaiError when it fails."""
+    """Run a step as a child process, which ends with this one. Returns seconds. Raises CaiError if the step fails."""
     words = [*step.argv, *(["--overwrite"] if overwrite else []), *(["--quiet"] if quiet else [])]
     console.say(f"[{step.name}] $ {shlex.join(['cai', *words])}")
-    monitor_score_of = console.Stopwatch()
+    stopwatch = console.Stopwatch()
     child = subprocess.Popen([sys.executable, "-m", "cai_cli", *words], preexec_fn=_die_with_parent)  # noqa: S603, PLW1509
     try:
         code = child.wait()
@@ -148,11 +157,11 @@ def _run(step: Step, *, overwrite: bool, quiet: bool) -> float:
             hint="fix the error above, then run the same `cai run` again: it resumes from here",
             code="step-failed",
         )
-    return monitor_score_of.seconds
+    return stopwatch.seconds
 
 
 def _die_with_parent() -> None:
-    """A killed `cai run` must not leave a step writing on (Linux; elsewhere the lock still guards the output)."""
+    """Terminate the child when `cai run` is killed (Linux only; elsewhere the lock still guards the output)."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

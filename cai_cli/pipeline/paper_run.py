@@ -1,34 +1,34 @@
-"""What the paper's own run costs, counted as `cai run --dry-run` counts any run: the table of docs/scale.md."""
+"""The cost of the paper's own run, estimated as by `cai run --dry-run`: the table of docs/scale.md."""
 
 from dataclasses import replace
 from typing import Any
 
 from cai_cli.pipeline import registry
-from cai_cli.pipeline.estimate import StepEstimate, estimated, hours_shown
+from cai_cli.pipeline.estimate import StepEstimate, estimate_step, hours_shown
 from cai_cli.runtime import cost
 from cai_cli.runtime.cost import RowFlow, TokenCounts
 
-# Numbers of prompts: sections 3.2 and 4.1 to 4.2 of the paper. Mean lengths, which it does not give, are assumed.
-RED_TEAM, OF_THEM_MADE, HELPFUL, RL_RED_TEAM, RL_HELPFUL = 182_831, 140_335, 135_296, 491_142, 474_300
+# Numbers of prompts are from sections 3.2, 4.1 and 4.2 of the paper. It gives no mean lengths; these are assumed.
+RED_TEAM, GENERATED, HELPFUL, RL_RED_TEAM, RL_HELPFUL = 182_831, 140_335, 135_296, 491_142, 474_300
 PROMPT, REPLY = 60, 120  # tokens
-RL_BATCH = 512  # prompts in one step, each answered four times: one pass
+RL_BATCH = 512  # prompts in one step, with four replies each; the run is one pass over the prompts
 
 
 def paper_run() -> list[StepEstimate]:
-    """The paper's run, step by step, with our defaults where the paper says nothing."""
+    """One estimate for each step of the paper's run, with the defaults of `cai` where the paper gives no value."""
     reply = {"max_new_tokens": REPLY}
     prompts = RL_RED_TEAM + RL_HELPFUL
     given, rl_prompts = RowFlow(RED_TEAM, 1, PROMPT, 0), RowFlow(prompts, 1, PROMPT, 0)
-    found: list[StepEstimate] = []
+    estimates: list[StepEstimate] = []
 
     def step(name: str, command: str, flow: RowFlow, **options: Any) -> RowFlow:
         stage = registry.STAGES[command]
         required = {field: "-" for field, (info, _) in stage.config.options().items() if info.is_required()}
-        done, after = estimated(name, stage, flow, stage.config.build(required | options), command)
-        found.append(done)
+        step_estimate, after = estimate_step(name, stage, flow, stage.config.build(required | options), command)
+        estimates.append(step_estimate)
         return after
 
-    step("new red-team prompts", "red-team", given, n=OF_THEM_MADE, max_new_tokens=PROMPT)
+    step("new red-team prompts", "red-team", given, n=GENERATED, max_new_tokens=PROMPT)
     samples = step("replies to red-team prompts", "sample", given, **reply)
     revisions = step("four rounds of critique and revision", "critique-revise", samples, rounds=4, **reply)
     helpful = step("two replies to helpful prompts", "sample", RowFlow(HELPFUL, 1, PROMPT, 0), n=2, **reply)
@@ -40,12 +40,12 @@ def paper_run() -> list[StepEstimate]:
     step("more prompts for RL", "red-team", given, n=prompts, max_new_tokens=PROMPT)
     steps = -(-prompts // RL_BATCH)
     step("RL-CAI", "rl", rl_prompts, steps=steps, prompts_per_step=RL_BATCH, samples_per_prompt=4, **reply)
-    return found
+    return estimates
 
 
 def paper_table() -> str:
     """`paper_run` as the Markdown table of docs/scale.md."""
-    found = paper_run()
+    estimates = paper_run()
     sizes = "".join(f" GPU-h {name} |" for name in cost.MODELS)
     lines = [
         f"| step | command | rows | read | written | trained |{sizes} file |",
@@ -58,9 +58,9 @@ def paper_table() -> str:
         cells += [hours_shown(tokens.gpu_hours(size)) for size in cost.MODELS.values()]
         return f"| {' | '.join([*cells, file])} |"
 
-    for e in found:
+    for e in estimates:
         size = f"{e.bytes / 1e9:,.2f} GB" if e.bytes else ""
         lines.append(line(e.step, f"`cai {e.command}`", f"{e.rows:,}", e.tokens, size))
-    everything = f"{sum(e.bytes for e in found) / 1e9:,.2f} GB"
-    lines.append(line("all", "", "", cost.total([e.tokens for e in found]), everything))
+    everything = f"{sum(e.bytes for e in estimates) / 1e9:,.2f} GB"
+    lines.append(line("all", "", "", cost.total([e.tokens for e in estimates]), everything))
     return "\n".join(lines)

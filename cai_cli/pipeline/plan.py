@@ -28,7 +28,7 @@ class Step:
     """One command of a pipeline.
 
     Attributes:
-        name: Its name in the run file; of a sweep's variant with its value.
+        name: Its name in the run file; for a variant of a sweep, with its value.
         stage: The stage that it runs.
         output: The file or directory it writes.
         settings: Its options by their names in a run file.
@@ -80,7 +80,7 @@ class Step:
 
     @cached_property
     def key(self) -> str:
-        """Changes when the settings or files of this step, or any step before it, change."""
+        """A hash that changes when the settings or files of this step or of an earlier step that it needs change."""
         parts = [self.argv, dict(self.files), [need.key for need in self.needs]]
         return KEY_FORMAT + sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
@@ -107,7 +107,7 @@ def plan(run: RunFile, file: Path, out: Path) -> list[Step]:
 
 @dataclass(frozen=True)
 class _Place:
-    """What a step is planned with."""
+    """The run file, where it was read from, and the run folder."""
 
     run: RunFile
     file: Path
@@ -119,7 +119,9 @@ def _planned(name: str, given: Mapping[str, Any], steps: Mapping[str, Step], pla
     stage = registry.STAGES.get(str(given.get("command")))
     if stage is None:
         known = ", ".join(sorted(registry.STAGES))
-        raise UsageError(f"{where}: no command {given.get('command')!r}", hint=f"known: {known}", code="unknown-option")
+        raise UsageError(
+            f"{where}: unknown command {given.get('command')!r}", hint=f"known: {known}", code="unknown-option"
+        )
     if not isinstance(given.get("input"), str | list):
         raise UsageError(f"{where}: `input` is missing", code="missing-option")
     settings = _with_current_names(given, stage, where)
@@ -132,10 +134,10 @@ def _planned(name: str, given: Mapping[str, Any], steps: Mapping[str, Step], pla
     for option, value in settings.items():
         folder = place.file.parent if _reads_file(stage.config, option) else None
         values = value if isinstance(value, list) else [value]
-        found = [_located(one, f"{where}: {option}", steps, folder) for one in values]
-        settings[option] = [v for v, _ in found] if isinstance(value, list) else found[0][0]
-        needs += [source for _, source in found if isinstance(source, Step)]
-        paths = [source for _, source in found if isinstance(source, str)]
+        located = [_located(one, f"{where}: {option}", steps, folder) for one in values]
+        settings[option] = [v for v, _ in located] if isinstance(value, list) else located[0][0]
+        needs += [source for _, source in located if isinstance(source, Step)]
+        paths = [source for _, source in located if isinstance(source, str)]
         files |= {
             option if len(paths) == 1 else f"{option} {number}": hash_input(path).sha256
             for number, path in enumerate(paths, 1)
@@ -149,7 +151,7 @@ def _planned(name: str, given: Mapping[str, Any], steps: Mapping[str, Step], pla
 
 
 def _with_current_names(given: Mapping[str, Any], stage: Stage, where: str) -> dict[str, Any]:
-    """The settings of a step, options that had other names under their present ones. Raises UsageError."""
+    """The settings of a step under the current names of options. Raises UsageError for an unknown one."""
     names, options = stage.config.option_names(), stage.config.options()
     present = {field: name for name, field in names.items() if name not in options[field][1].aliases}
     settings: dict[str, Any] = {}
@@ -168,7 +170,7 @@ def _with_current_names(given: Mapping[str, Any], stage: Stage, where: str) -> d
 
 
 def _check_url(url: object) -> None:
-    """Raises UsageError where an address holds what run.json must not record."""
+    """Raises UsageError where an address contains a key or password, which run.json must not record."""
     from cai_cli.engines.openai_client import checked_url
 
     if isinstance(url, str):
@@ -183,10 +185,10 @@ def _reads_file(config: type[StageConfig], name: str) -> bool:
 def _located(
     value: Value, where: str, steps: Mapping[str, Step], folder: Path | None
 ) -> tuple[Value, Step | str | None]:
-    """A setting as the command gets it, and the step or the file that it names; files are relative to `folder`."""
+    """A setting as the command gets it, and the step or file that it names. Files are relative to `folder`."""
     if isinstance(value, str) and "\0" in value:
         raise UsageError(
-            f"{where}: {value!r} contains a NUL character, which no command line can", code="invalid-option"
+            f"{where}: {value!r} contains a NUL character, which a command line cannot contain", code="invalid-option"
         )
     if reference := split_reference(value):
         name, step = reference
@@ -201,7 +203,7 @@ def _located(
 
 
 def takes_many(command: object) -> frozenset[str]:
-    """The options of a command that take several values, so that a list for them is no sweep."""
+    """The options of a command that take several values, so that a list for them is not a sweep."""
     stage = registry.STAGES.get(str(command))
     options = stage.config.options() if stage else {}
     return frozenset(name for name, (field, _) in options.items() if get_origin(field.annotation) is list)

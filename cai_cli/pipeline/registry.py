@@ -9,7 +9,7 @@ from cai_cli.runtime.stage import Stage
 
 
 def by_name(stages: Iterable[Stage]) -> Mapping[str, Stage]:
-    """The stages by the name of their command."""
+    """The stages by the names of their commands."""
     return {stage.name: stage for stage in stages}
 
 

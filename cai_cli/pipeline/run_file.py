@@ -10,7 +10,7 @@ from cai_cli.common.yaml import load_yaml
 from cai_cli.pipeline.sweep import LONGEST_NAME, Value
 from cai_cli.runtime.shared_options import DEFAULT_MODEL
 
-NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"  # of a run or a step: it becomes a file name
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"  # of a run or a step, because it becomes a file name
 
 
 class RunFile(BaseModel):
@@ -32,7 +32,11 @@ class RunFile(BaseModel):
 
 
 def load_run(path: Path) -> RunFile:
-    """The run file at `path`. Raises CaiError naming the first field that is wrong."""
+    """Read the run file at `path`.
+
+    Raises:
+        CaiError: It is not YAML, or a field is invalid; the message names the first one.
+    """
     try:
         return RunFile.model_validate(load_yaml(path))
     except ValidationError as error:

@@ -1,14 +1,15 @@
-"""Sweeps in a run file: a list for a setting runs its step, and every step that depends on it, once per value.
+"""Sweeps in a run file: with a list for a setting, its step and every step that depends on it run once per value.
 
     revisions: {command: critique-revise, input: "@samples", rounds: [0, 1, 2, 3, 4]}
     sl-cai:    {command: sft, input: "@revisions"}                              # five models
     after:     {command: sample, input: red_team.jsonl, model: "@sl-cai"}       # five files of samples
     compare:   {command: eval compare, input: ["@after@*"], pm: "@pm"}          # one step over all five
 
-What does not depend on the list runs once. Several lists are a product; a step that reads two steps gets those of its
-own values of both. `@step@*` names all variants of a step, where an option takes several. Rounds of revision go on
-from one another: round 2 is one round more on the rows of round 1, and gives the rows that two rounds would. A judge
-is asked once for all clamps that lie within the first one of the list.
+Steps that do not depend on the list run once. Several lists are a product; a step that reads two swept steps reads the
+variants with its own values. `@step@*` names all variants of a step, for an option that takes several values. Rounds of
+revision continue one another: the variant with 2 rounds adds one round to the rows of the variant with 1, which gives
+the rows that two rounds at once would. A list of clamps judges each pair once, as long as the first clamp contains the
+others.
 """
 
 import math
@@ -25,23 +26,34 @@ from cai_cli.runtime.manifest import read_manifest, write_json
 from cai_cli.runtime.output_files import sidecar
 
 MAX_STEPS = 256
-LONGEST_NAME = 160  # a file name takes 255 bytes, sidecars need some
+LONGEST_NAME = 160  # of the 255 bytes of a file name; endings of sidecars take the rest
 Value = str | int | float | bool | None
 Given = Mapping[str, Any]
-Choice = Mapping[str, Value]  # "step.setting" -> the value it has
+Choice = Mapping[str, Value]  # "step.setting" -> its value
 TakesMany = Callable[[Any], frozenset[str]]  # command -> its options for which a list is one value
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One step of the expanded road: its name there, and the values that make it this one."""
+    """One variant of a swept step: its name, and the values of the swept settings."""
 
     name: str
     choice: Choice
 
 
 def expand(steps: Mapping[str, Given], takes_many: TakesMany) -> dict[str, dict[str, Any]]:
-    """The steps without sweeps, by their new names (`sl-cai@rounds=2`), in order. Raises UsageError."""
+    """Replace each swept step by its variants.
+
+    Args:
+        steps: The steps of the run file by name.
+        takes_many: The options of a command for which a list is one value.
+
+    Returns:
+        The steps without sweeps in order, by their new names such as `sl-cai@rounds=2`.
+
+    Raises:
+        UsageError: A list is empty or has equal values, two names collide, or there are too many steps.
+    """
     axes = [(step, setting) for step, given in steps.items() for setting in _lists(given, takes_many)]
     swept = Counter(setting for _, setting in axes)
     known: dict[str, list[Variant]] = {}
@@ -54,35 +66,45 @@ def expand(steps: Mapping[str, Given], takes_many: TakesMany) -> dict[str, dict[
             settings = dict(given) | dict(zip(lists, picked, strict=True))
             settings |= {o: _gathered(settings[o], known) for o in many & settings.keys()}
             own = {f"{step}.{setting}": value for setting, value in zip(lists, picked, strict=True)}
-            for found in _choices(own, _references(settings), known):
-                choice = {axis: found[axis] for axis in (f"{s}.{setting}" for s, setting in axes) if axis in found}
+            for values in _choices(own, _references(settings), known):
+                choice = {axis: values[axis] for axis in (f"{s}.{setting}" for s, setting in axes) if axis in values}
                 variant = Variant(step + _suffix(choice, swept), choice)
                 if variant.name in flat or len(variant.name) > LONGEST_NAME:
                     problem = "would be the name of two steps" if variant.name in flat else "is too long for a file"
-                    raise UsageError(f"step {step!r}: {variant.name!r} {problem}", hint="use other or fewer values")
+                    raise UsageError(
+                        f"step {step!r}: {variant.name!r} {problem}",
+                        hint="use other or fewer values",
+                        code="invalid-run-file",
+                    )
                 flat[variant.name] = {o: _resolved(value, choice, known) for o, value in settings.items()}
                 variants.append(variant)
                 if len(flat) > MAX_STEPS:
-                    raise UsageError(f"step {step!r}: the lists make more than {MAX_STEPS} steps of this road")
+                    raise UsageError(
+                        f"step {step!r}: the lists make more than {MAX_STEPS} steps", code="invalid-run-file"
+                    )
         if given.get("command") == "critique-revise" and _whole_numbers(lists.get("rounds", [None])):
-            _go_on_from_one_another(f"{step}.rounds", variants, flat)
+            _continue_rounds(f"{step}.rounds", variants, flat)
         if given.get("command") == "label-prefs" and "clamp" in lists and "votes" not in given:
-            _ask_once(f"{step}.clamp", variants, flat)
+            _reuse_votes(f"{step}.clamp", variants, flat)
         known[step] = variants
     return flat
 
 
 def _lists(given: Given, takes_many: TakesMany) -> dict[str, list[Value]]:
-    """The settings of a step that are swept."""
+    """The settings of a step that have a list of values to sweep."""
     apart = takes_many(given.get("command")) | {"command"}
     return {setting: value for setting, value in given.items() if isinstance(value, list) and setting not in apart}
 
 
 def _checked(step: str, lists: dict[str, list[Value]]) -> dict[str, list[Any]]:
-    """`lists`, whole numbers in ascending order. Raises UsageError where one is empty or holds a value twice."""
+    """The lists with whole numbers in ascending order. Raises UsageError where one is empty or has equal values."""
     for setting, values in lists.items():
         if len(values) == 0 or len({_slug(value) for value in values}) < len(values):
-            raise UsageError(f"step {step!r}: {setting}: a list needs values, each once", hint=f"it is {values}")
+            raise UsageError(
+                f"step {step!r}: {setting}: a list needs values, each once",
+                hint=f"it is {values}",
+                code="invalid-run-file",
+            )
     return {setting: sorted(v) if _whole_numbers(v) else v for setting, v in lists.items()}
 
 
@@ -90,8 +112,11 @@ def _whole_numbers(values: Sequence[Value]) -> bool:
     return all(type(value) is int for value in values)
 
 
-def _go_on_from_one_another(axis: str, variants: Sequence[Variant], flat: dict[str, dict[str, Any]]) -> None:
-    """More rounds start from the rows of fewer: a round's draws depend on the row and the round alone."""
+def _continue_rounds(axis: str, variants: Sequence[Variant], flat: dict[str, dict[str, Any]]) -> None:
+    """Let each variant start from the rows of the one with fewer rounds.
+
+    That gives the same rows, because the draws of a round depend on the row and the round alone.
+    """
     values = list(dict.fromkeys(variant.choice[axis] for variant in variants))
     fewer = dict(zip(values[1:], values, strict=False))
     for variant in variants:
@@ -101,18 +126,18 @@ def _go_on_from_one_another(axis: str, variants: Sequence[Variant], flat: dict[s
             flat[variant.name] |= {"input": f"@{before.name}", "rounds": rounds - fewer[rounds]}
 
 
-def _ask_once(axis: str, variants: Sequence[Variant], flat: dict[str, dict[str, Any]]) -> None:
-    """Limits within the first ones of the list take the votes that were given under those."""
+def _reuse_votes(axis: str, variants: Sequence[Variant], flat: dict[str, dict[str, Any]]) -> None:
+    """Let variants whose clamp lies within the first clamp of the list reuse the votes of that variant."""
     first = variants[0].choice[axis]
     low, high = _limits(first)
     for variant in variants:
-        its_low, its_high = _limits(variant.choice[axis])
-        if variant.choice[axis] != first and low <= its_low and its_high <= high:
+        own_low, own_high = _limits(variant.choice[axis])
+        if variant.choice[axis] != first and low <= own_low and own_high <= high:
             flat[variant.name]["votes"] = f"@{_sibling(variant, axis, first, variants).name}"
 
 
 def _limits(clamp: Value) -> tuple[float, float]:
-    """Of `LOW,HIGH`; of anything else no limits that another could be within, as the command says what is wrong."""
+    """The limits of `LOW,HIGH`. For any other value NaN, within which nothing lies; the command will report it."""
     try:
         low, high = (float(part) for part in str(clamp).split(","))
     except ValueError:
@@ -121,9 +146,9 @@ def _limits(clamp: Value) -> tuple[float, float]:
 
 
 def _sibling(variant: Variant, axis: str, value: Value, variants: Sequence[Variant]) -> Variant:
-    """The variant that differs from `variant` in that `axis` has this value."""
-    wanted = {**variant.choice, axis: value}
-    return next(other for other in variants if other.choice == wanted)
+    """The variant with this value of `axis` and all other values those of `variant`."""
+    choice = {**variant.choice, axis: value}
+    return next(other for other in variants if other.choice == choice)
 
 
 # --- references between steps -------------------------------------------------------------------------------------
@@ -136,18 +161,19 @@ def split_name(text: str) -> tuple[str, str]:
 
 
 def split_reference(value: object) -> tuple[str, str] | None:
-    """`@step` -> ("", "step"), `NAME=@step` -> ("NAME=", "step"); None of what refers to no step."""
+    """`@step` -> ("", "step"), `NAME=@step` -> ("NAME=", "step"); None for a value that refers to no step."""
     name, rest = split_name(value) if isinstance(value, str) else ("", "")
     return (name, rest[1:]) if rest.startswith("@") else None
 
 
 def _references(settings: Given) -> list[str]:
+    """The steps that the settings refer to."""
     values = [v for value in settings.values() for v in (value if isinstance(value, list) else [value])]
-    return [found[1] for v in values if (found := split_reference(v))]
+    return [reference[1] for v in values if (reference := split_reference(v))]
 
 
 def _choices(own: Choice, references: Iterable[str], known: Mapping[str, Sequence[Variant]]) -> list[Choice]:
-    """All values that a step can have: its own, with those of the steps it reads wherever these agree."""
+    """All combinations of a step's own values with those of the steps it reads, where they agree."""
     choices: list[Choice] = [own]
     for step in references:
         if step in known:
@@ -158,17 +184,18 @@ def _choices(own: Choice, references: Iterable[str], known: Mapping[str, Sequenc
 
 
 def _resolved(value: Any, choice: Choice, known: Mapping[str, Sequence[Variant]]) -> Any:
+    """A setting with each reference to a swept step replaced by one to its variant."""
     if isinstance(value, list):
         return [_resolved(inner, choice, known) for inner in value]
-    found = split_reference(value)
-    if found is None or found[1] not in known:
+    reference = split_reference(value)
+    if reference is None or reference[1] not in known:
         return value
-    variant = next(v for v in known[found[1]] if v.choice.items() <= choice.items())
-    return f"{found[0]}@{variant.name}"
+    variant = next(v for v in known[reference[1]] if v.choice.items() <= choice.items())
+    return f"{reference[0]}@{variant.name}"
 
 
 def _gathered(value: Any, known: Mapping[str, Sequence[Variant]]) -> list[Any]:
-    """The list that one value of an option for several is, `@step@*` replaced by all variants of the step."""
+    """The values of an option that takes several, with `@step@*` replaced by all variants of the step."""
     return [one for v in (value if isinstance(value, list) else [value]) for one in _all_variants(v, known)]
 
 
@@ -183,7 +210,7 @@ def _all_variants(value: Any, known: Mapping[str, Sequence[Variant]]) -> list[An
 
 
 def _suffix(choice: Choice, swept: Counter[str]) -> str:
-    """`@rounds=2`; with its step where two steps sweep a setting of that name."""
+    """The suffix `@rounds=2`; with the step's name where two steps sweep a setting of the same name."""
     parts = []
     for axis, value in choice.items():
         setting = axis.rpartition(".")[2]
@@ -197,29 +224,34 @@ def _slug(value: Value) -> str:
     return re.sub(r"[^A-Za-z0-9_.,=@-]+", "-", text)
 
 
-# --- what a sweep shows -------------------------------------------------------------------------------------------
+# --- curves -------------------------------------------------------------------------------------------------------
 
 _NUMBERED = re.compile(r"(.+)@([\w.-]+)=(\d+(?:\.\d+)?)")
 
 
 def write_curves(compared: Iterable[Path]) -> None:
-    """For each output of `eval compare` over the variants of a sweep of numbers, beside it `NAME.AXIS.sweep.json`: the
-    preference model's mean score (else the Elo rating) as the setting varies."""
+    """Write the curves of numeric sweeps, as `NAME.STEP.AXIS.sweep.json`.
+
+    A curve is the preference model's mean score, or the Elo rating where there is none, over the values of the setting.
+
+    Args:
+        compared: Outputs of `cai eval compare`.
+    """
     for output in compared:
-        found = read_manifest(sidecar(output, "compare.json")) or {"ratings": {}}
-        for axis in found["ratings"]:
-            scores = found["scores"][axis]
+        comparison = read_manifest(sidecar(output, "compare.json")) or {"ratings": {}}
+        for axis in comparison["ratings"]:
+            scores = comparison["scores"][axis]
             figure = f"{'PM score' if scores else 'Elo'}, {axis}"
-            for (step, setting), points in _curves(scores or found["ratings"][axis]):
+            for (step, setting), points in _curves(scores or comparison["ratings"][axis]):
                 path = output.with_name(f"{output.name.removesuffix('.jsonl')}.{step}.{axis}.sweep.json")
                 write_json(path, {"setting": setting, "figure": figure, "points": points})
 
 
 def _curves(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[tuple[str, str], list[dict[str, Any]]]]:
-    """(step, setting) -> the points of its variants, at least two."""
+    """(step, setting), and the points of its variants, of which there are at least two."""
     numbered = [(m, row) for row in rows if (m := _NUMBERED.fullmatch(row["model"]))]
-    numbered.sort(key=lambda found: (found[0][1], found[0][2], float(found[0][3])))
-    for of, group in groupby(numbered, key=lambda found: (found[0][1], found[0][2])):
+    numbered.sort(key=lambda item: (item[0][1], item[0][2], float(item[0][3])))
+    for swept, group in groupby(numbered, key=lambda item: (item[0][1], item[0][2])):
         points = [{"at": float(m[3]), **{k: row[k] for k in ("value", "low", "high", "n")}} for m, row in group]
         if len(points) > 1:
-            yield of, points
+            yield swept, points

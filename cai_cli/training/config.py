@@ -1,7 +1,7 @@
-"""How the three training stages train: one recipe, exact resume, metrics, and no word from the libraries.
+"""The settings of a trainer, shared by sft, train-pm and rl.
 
-The noise of a step (sampled replies, dropout) comes from (seed, step) alone and the order of the data from the seed,
-so a run that was killed and resumed ends with the parameters of one that was not.
+The randomness of a step (sampled replies, dropout) derives from (seed, step) alone, and the order of the data from the
+seed. So a run that was killed and resumed ends with the same parameters as one that was not.
 """
 
 from dataclasses import dataclass
@@ -15,10 +15,21 @@ from cai_cli.training import distributed
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """What every trainer is told. `device` is "cpu" or "cuda"; `lora_rank` None trains all weights. Batch size and
-    accumulation are those of one process, as in TRL.
+    """The settings of a trainer.
 
-    `dtype` is that of the forward and backward pass ("auto" or as torch spells it); the weights are float32.
+    Attributes:
+        batch_size: Rows in one forward pass of one process, as in TRL.
+        gradient_accumulation: Forward passes of one process in one step.
+        learning_rate: Peak learning rate of AdamW.
+        save_steps: Steps between checkpoints.
+        seed: Random seed.
+        device: "cpu" or "cuda".
+        lora_rank: Rank of the adapters; None trains all weights.
+        epochs: Passes over the data.
+        max_steps: Number of steps, which replaces `epochs`; None for no limit.
+        schedule: Schedule of the learning rate, by its name in transformers.
+        dtype: Precision of forward and backward passes, "auto" or torch's name; weights are float32.
+        report_to: Where metrics are logged besides metrics.jsonl, by its name in transformers.
     """
 
     batch_size: int
@@ -36,22 +47,26 @@ class TrainingConfig:
 
     @property
     def precision(self) -> str:
-        """`dtype`; of auto float32 on CPU, bfloat16 on cuda."""
+        """`dtype`, where "auto" is float32 on a CPU and bfloat16 on a GPU."""
         return {"cpu": "float32", "cuda": "bfloat16"}[self.device] if self.dtype == "auto" else self.dtype
 
     @property
     def trains(self) -> bool:
-        """Whether there is any step to do: `--epochs 0` has none."""
+        """Whether there is any step; `--epochs 0` has none."""
         return bool(self.max_steps or self.epochs)
 
     def autocast(self) -> Any:
-        """The context in which a pass outside the trainer has the precision of those inside."""
+        """A context that gives forward passes outside the trainer its precision."""
         import torch
 
         return torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bfloat16")
 
     def arguments(self, work: Path) -> dict[str, Any]:
-        """Keyword arguments for any TRL config."""
+        """Keyword arguments for any TRL config.
+
+        Args:
+            work: The directory of checkpoints.
+        """
         cpu = self.device == "cpu"
         return {
             "output_dir": str(work),
@@ -63,7 +78,7 @@ class TrainingConfig:
             "num_train_epochs": self.epochs,
             "max_steps": self.max_steps or -1,
             "save_steps": self.save_steps,
-            "save_total_limit": 2,  # a kill while the newest is being written leaves the one before
+            "save_total_limit": 2,  # a kill during a save leaves the checkpoint before
             "logging_steps": 1,
             "logging_nan_inf_filter": False,
             "seed": self.seed,
@@ -71,28 +86,38 @@ class TrainingConfig:
             "bf16": self.precision == "bfloat16",
             "gradient_checkpointing": False,
             "dataloader_pin_memory": not cpu,
-            "ddp_find_unused_parameters": False,  # all take part in every pass
+            "ddp_find_unused_parameters": False,  # every pass uses all parameters
             "disable_tqdm": True,
             "report_to": [self.report_to] if self.report_to else [],
             "project": "cai",
-            "run_name": work.stem,  # of OUT.partial
+            "run_name": work.stem,  # `work` is OUT.partial
         }
 
     @property
     def effective_batch(self) -> int:
-        """Rows in one step, of all processes."""
+        """Rows in one step of all processes together."""
         return self.batch_size * self.gradient_accumulation * distributed.world_size()
 
     def settings(self, config: StageConfig) -> dict[str, Any]:
-        """The options that decide the trained model, as a manifest records them. How many processes share an effective
-        batch does not decide it: a run may resume with another number."""
+        """The options that decide the trained model, as a manifest records them.
+
+        The number of processes that share an effective batch is not among them, so a run may resume with another one.
+        """
         settings = config.settings(effective_batch=self.effective_batch, precision=self.precision)
         settings.pop("dtype", None)  # recorded as the precision it resolved to
         return settings
 
     def facts(self, order: str, rows: int) -> dict[str, Any]:
-        """How `rows` were dealt out, for the manifest. `order`: in words, in which order they come. `repeated_rows`:
-        how many of an epoch come twice, as all processes do the same number of whole batches."""
+        """How rows are divided among processes and batches, for the manifest.
+
+        Args:
+            order: The order of the data, in words.
+            rows: Number of rows in an epoch.
+
+        Returns:
+            The sizes, the seed and the order. `repeated_rows` is the number of rows of an epoch that are used twice,
+            because all processes do the same number of whole batches.
+        """
         together = self.batch_size * distributed.world_size()
         return {
             "processes": distributed.world_size(),
@@ -105,11 +130,22 @@ class TrainingConfig:
         }
 
     def peft_config(self, *, classifier: bool = False) -> Any:
-        """The LoRA config, or None where all weights are trained. Raises UsageError."""
+        """The LoRA config, or None where all weights are trained.
+
+        Args:
+            classifier: Whether the model has a scalar head.
+
+        Raises:
+            UsageError: The weights are sharded (`sharded-weights`).
+        """
         if self.lora_rank is None:
             return None
         if distributed.weights_are_sharded():
-            raise UsageError("--lora merges its adapters into whole weights", hint="--full, or multi_gpu, zero1, zero2")
+            raise UsageError(
+                "--lora needs whole weights, to merge the adapters into them",
+                hint="--full, or --accelerate-config multi_gpu, zero1 or zero2",
+                code="sharded-weights",
+            )
         from peft import LoraConfig, TaskType
 
         return LoraConfig(

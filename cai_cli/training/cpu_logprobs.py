@@ -9,7 +9,7 @@ import types
 from typing import Any
 
 
-def use_plain_head(trainer: Any, temperature: float = 1.0) -> None:
+def use_unfused_head(trainer: Any, temperature: float = 1.0) -> None:
     """Make the models of a TRL trainer compute log-probabilities from plain logits, on CPU only.
 
     Args:

@@ -6,28 +6,11 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
-
-import typer
+from typing import Any, NoReturn
 
 from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.common.yaml import load_yaml
 from cai_cli.training import distributed
-
-AccelerateConfig = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME|FILE",
-        help="Train in several processes through `accelerate launch`: a config that TRL ships (multi_gpu, fsdp2, zero3 "
-        "...) or a file.",
-    ),
-]
-NumProcesses = Annotated[
-    int | None,
-    typer.Option(
-        min=1, help="How many processes train together, in place of the config's; any other number is refused."
-    ),
-]
 
 
 def launch(accelerate_config: str | None, num_processes: int | None) -> None:

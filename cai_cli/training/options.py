@@ -22,43 +22,50 @@ class TrainerOptions(RunOptions, RowInputOptions, SeedOptions):
     learning_rate: float = option(2e-5, "Peak learning rate of AdamW.", _TRAINING, ge=0.0)
     lora: bool = option(
         False,
-        "Train low-rank adapters, merged into the weights at the end, or all weights.",
+        "Train low-rank adapters, which are merged into the weights at the end, or train all weights.",
         Option(group=Group.TRAINING, flags=("--lora/--full",)),
     )
     lora_rank: int = option(16, "Rank of the adapters, with --lora.", _TRAINING, ge=1)
-    save_steps: int = option(100, "Steps between checkpoints, from which a killed run resumes.", _HARMLESS, ge=1)
+    save_steps: int = option(100, "Steps between checkpoints, from which an interrupted run resumes.", _HARMLESS, ge=1)
     accelerate_config: str | None = option(
         None,
-        "Train in several processes through `accelerate launch`: a file, or the name of a config that TRL ships "
+        "Train in several processes through `accelerate launch`, with this config file or a config that TRL ships "
         "(multi_gpu, fsdp2, zero3, ...).",
         Option(Effect.HARMLESS, Group.TRAINING, metavar="NAME|FILE"),
     )
     num_processes: int | None = option(
-        None, "Processes that train together, in place of the config's; another number is refused.", _HARMLESS, ge=1
+        None, "Number of processes, instead of the config's; a run with another number is refused.", _HARMLESS, ge=1
     )
 
     def launch(self) -> None:
-        """Returns in a process that is one of as many as requested; starts them first where that is needed.
+        """Replace this process by `accelerate launch` where that is requested, and check the number of processes.
 
         Raises:
-            UsageError: `--accelerate-config` under a launcher.
-            CaiError: Another number of processes is running.
+            UsageError: The config is invalid, or the processes are running already.
+            CaiError: Another number of processes is running (`process-count`).
         """
         launcher.launch(self.accelerate_config, self.num_processes)
 
 
 class EpochOptions(TrainerOptions):
-    """Options of the trainers that pass over a file of rows."""
+    """Options of the trainers that make passes over a file of rows."""
 
-    epochs: float = option(1.0, "Passes over the rows.", _TRAINING, ge=0.0)
-    max_steps: int | None = option(None, "Stop after this many steps instead of --epochs.", _TRAINING, ge=1)
+    epochs: float = option(1.0, "Number of passes over the rows.", _TRAINING, ge=0.0)
+    max_steps: int | None = option(None, "Number of steps, instead of --epochs.", _TRAINING, ge=1)
     batch_size: int = option(4, "Rows in one forward pass of one process.", _TRAINING, ge=1)
-    gradient_accumulation: int = option(2, "Forward passes of each process in one step.", _HARMLESS, ge=1)
-    max_length: int = option(1024, "Longest row in tokens; longer ones are rejected, never cut.", _TRAINING, ge=2)
+    gradient_accumulation: int = option(2, "Forward passes of one process in each step.", _HARMLESS, ge=1)
+    max_length: int = option(1024, "Longest row in tokens; longer rows are rejected, not truncated.", _TRAINING, ge=2)
     eval_share: float = option(0.05, "Share of the prompts held out for evaluation.", _TRAINING, ge=0.0, le=0.5)
 
     def training_config(self, **more: Any) -> TrainingConfig:
-        """These options as a trainer takes them. Raises CaiError where there is no such device."""
+        """These options as a trainer takes them.
+
+        Args:
+            more: Further fields of TrainingConfig.
+
+        Raises:
+            CaiError: There is no such device.
+        """
         return TrainingConfig(
             batch_size=self.batch_size,
             gradient_accumulation=self.gradient_accumulation,

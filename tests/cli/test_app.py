@@ -1,4 +1,4 @@
-"""The command line itself: quick, light, and clear about what went wrong."""
+"""The command line itself: light imports, help, and one-line errors."""
 
 import json
 import subprocess
@@ -60,7 +60,7 @@ def test_the_version_is_printed(cai: Cai) -> None:
         ["critique-revise", "in.jsonl", "--rounds", "-1"],
     ],
 )
-def test_a_wrong_command_line_exits_with_two(words: list[str], cai: Cai, tmp_path: Path) -> None:
+def test_an_invalid_command_line_exits_with_two(words: list[str], cai: Cai, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"prompt": "q"}\n')
     (tmp_path / "script.jsonl").write_text('{"replies": ["hi"]}\n')
     done = cai(*words)
@@ -71,7 +71,7 @@ def test_a_wrong_command_line_exits_with_two(words: list[str], cai: Cai, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["sample", "none.jsonl", "--model", "scripted:script.jsonl"], "cannot read none.jsonl: No such file"),
         (["sample", ".", "--model", "scripted:script.jsonl"], "cannot read .: Is a directory"),
@@ -85,7 +85,7 @@ def test_a_wrong_command_line_exits_with_two(words: list[str], cai: Cai, tmp_pat
         (["critique", "in.jsonl", "--model", "scripted:script.jsonl"], "in.jsonl:1: not a Sample row"),
     ],
 )
-def test_what_failed_is_one_line_and_exits_with_one(words: list[str], said: str, cai: Cai, tmp_path: Path) -> None:
+def test_a_failure_is_one_line_and_exits_with_one(words: list[str], message: str, cai: Cai, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"prompt": "q"}\n')
     (tmp_path / "script.jsonl").write_text('{"replies": ["hi"]}\n')
     (tmp_path / "empty.jsonl").write_text("")
@@ -93,11 +93,11 @@ def test_what_failed_is_one_line_and_exits_with_one(words: list[str], said: str,
     assert done.code == 1
     first, *rest = done.stderr.splitlines()
     assert first.startswith("error: ")
-    assert said in first
+    assert message in first
     assert all(line.startswith("hint: ") for line in rest)
 
 
-def test_doctor_names_what_is_missing_and_how_to_mend_it(
+def test_doctor_names_what_is_missing_and_the_command_that_fixes_it(
     cai: Cai, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CAI_CACHE", str(tmp_path / "cache"))
@@ -107,8 +107,8 @@ def test_doctor_names_what_is_missing_and_how_to_mend_it(
     assert checks["torch"]["ok"]
     assert checks["principles/preference.yaml"]["found"].startswith("16 principles")
     model = checks["model smollm2-135m"]
-    assert (model["ok"], model["mend"]) == (False, "cai models fetch smollm2-135m")
+    assert (model["ok"], model["fix"]) == (False, "cai models fetch smollm2-135m")
     assert not found["ok"]
     text = cai("doctor").stdout
-    assert "mend: cai models fetch smollm2-135m" in text
+    assert "fix: cai models fetch smollm2-135m" in text
     assert text.count("\nok ") + text.count("\n-- ") + 1 == len(found["checks"])

@@ -1,4 +1,4 @@
-"""`cai show` and `cai chat`: what a person reads on a terminal, safe whatever the rows hold."""
+"""`cai show` and `cai chat`: readable and safe on a terminal for any rows."""
 
 import json
 import os
@@ -95,15 +95,15 @@ def test_rows_are_picked_by_number_text_and_id(cai: Cai, tmp_path: Path) -> None
     assert cai("show", "-", stdin=(tmp_path / "s.jsonl").read_bytes()).stdout.count("── p") == 10
 
 
-def said(text: str) -> list[dict[str, str]]:
+def reply(text: str) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": text}]
 
 
-def test_a_duel_reads_as_two_replies_named_by_their_models(cai: Cai, tmp_path: Path) -> None:
+def test_a_model_comparison_shows_both_replies_with_their_models(cai: Cai, tmp_path: Path) -> None:
     vote = {"principle_id": "kind", "method": "choice", "order": "ba", "p_first": 0.25, "rationale": None}
     row = {
         "id": "p0/0 base:tuned", "prompt_id": "p0", "sample_index": 0, "prompt": [{"role": "user", "content": "why"}],
-        "kind": None, "model_a": "base", "model_b": "tuned", "a": said("go away"), "b": said("gladly"),
+        "kind": None, "model_a": "base", "model_b": "tuned", "a": reply("go away"), "b": reply("gladly"),
         "score_a": -1.5, "score_b": 0.25, "p_a": 0.2, "votes": [vote],
     }  # fmt: skip
     write_rows(tmp_path / "d.jsonl", [row, {**row, "id": "p1/0 base:tuned", "prompt_id": "p1"}])
@@ -132,15 +132,15 @@ def test_the_directory_of_a_model_names_the_files_that_can_be_shown(cai: Cai, tm
 def test_no_row_can_steer_the_terminal(cai: Cai, tmp_path: Path) -> None:
     text = "[red]not markup[/red] [link=x]:smile:"
     write_rows(tmp_path / "s.jsonl", [sample_row(i, reply=t) for i, t in enumerate([*HOSTILE, text])])
-    shown = cai("show", "s.jsonl").stdout
+    printed = cai("show", "s.jsonl").stdout
     for steering in "\x00\x1b\x07\u202e\u2066":
-        assert steering not in shown
-    assert text in shown
-    assert r"\x1b[31mred" in shown
+        assert steering not in printed
+    assert text in printed
+    assert r"\x1b[31mred" in printed
 
 
 @given(st.recursive(st.none() | st.booleans() | st.floats(allow_nan=False) | st.text(), lambda c: st.lists(c) | st.dictionaries(st.sampled_from(["id", "prompt", "history", "votes", "completion", "critique", "row", "reason", "chosen", "model_a", "model_b", "a", "b", "x"]), c), max_leaves=12))  # fmt: skip
-def test_whatever_json_a_line_holds_it_is_shown(value: object) -> None:
+def test_any_json_value_is_shown(value: object) -> None:
     assert "\x1b" not in row_text(value, 3).plain
 
 
@@ -161,14 +161,14 @@ def on_terminal(words: list[str], folder: Path, **environment: str) -> str:
     return read.decode()
 
 
-def test_on_a_terminal_the_pager_reads_it(tmp_path: Path) -> None:
+def test_on_a_terminal_rows_go_to_the_pager(tmp_path: Path) -> None:
     write_rows(tmp_path / "s.jsonl", [sample_row(i) for i in range(500)])
     assert on_terminal(["show", "s.jsonl"], tmp_path, PAGER="head -n 1").count("── p") == 1
     assert on_terminal(["show", "s.jsonl"], tmp_path, PAGER="no-such-pager").count("── p") == 500
     assert "\x1b[" in on_terminal(["show", "s.jsonl"], tmp_path, PAGER="cat")
 
 
-def test_a_reader_that_went_away_ends_it_quietly(tmp_path: Path) -> None:
+def test_a_closed_pipe_ends_the_command_quietly(tmp_path: Path) -> None:
     write_rows(tmp_path / "s.jsonl", [sample_row(i) for i in range(5000)])
     command = f"{sys.executable} -m cai_cli show s.jsonl | head -n 1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True)
@@ -200,7 +200,7 @@ def test_a_chat_keeps_its_history_until_it_is_reset(cai: Cai, script: str) -> No
     assert "a new conversation starts" in done.stderr
 
 
-def test_two_models_hear_the_same_and_each_keeps_its_own_answers(cai: Cai, script: str, tmp_path: Path) -> None:
+def test_two_models_get_the_same_messages_and_each_keeps_its_own_answers(cai: Cai, script: str, tmp_path: Path) -> None:
     write_rows(tmp_path / "b.jsonl", [{"contains": "Assistant: good day", "replies": ["as I said"]}, {"replies": ["good day"]}])  # fmt: skip
     done = cai("chat", script, "scripted:b.jsonl", stdin=b"my name is Ada\nwho am i")
     assert done.stdout.splitlines() == [
@@ -208,21 +208,23 @@ def test_two_models_hear_the_same_and_each_keeps_its_own_answers(cai: Cai, scrip
     ]  # fmt: skip
 
 
-def test_what_is_refused_cut_or_unknown_is_said_and_no_part_of_the_conversation(cai: Cai, script: str) -> None:
+def test_failures_cut_offs_and_unknown_commands_are_reported_and_not_part_of_the_conversation(
+    cai: Cai, script: str
+) -> None:
     done = cai("chat", script, stdin=b"broken\nmy name is Ada\nwho\nlong\n/help\nsteer\n")
     assert [line.partition("> ")[2] for line in done.stdout.splitlines()] == [
-        "hello", "Ada", "so lo [cut at --max-new-tokens]", r"\x1b[31mred [bold]",
+        "hello", "Ada", "so lo [cut off at --max-new-tokens]", r"\x1b[31mred [bold]",
     ]  # fmt: skip
     assert "the script holds no reply for this prompt; this turn is not part" in done.stderr
-    assert "no command /help" in done.stderr
+    assert "unknown command /help" in done.stderr
 
 
-def test_one_model_twice_is_two_numbered_speakers(cai: Cai, script: str) -> None:
+def test_the_same_model_twice_gets_numbered_names(cai: Cai, script: str) -> None:
     done = cai("chat", script, script, stdin=b"hi\n")
     assert done.stdout.splitlines() == [f"{script} 1> hello", f"{script} 2> hello"]
 
 
-def test_a_line_that_is_not_utf8_is_said_and_no_part_of_the_conversation(cai: Cai, script: str) -> None:
+def test_a_line_that_is_not_utf8_is_reported_and_not_part_of_the_conversation(cai: Cai, script: str) -> None:
     done = cai("chat", script, stdin=b"my name is Ada\ncaf\xe9\nwho am i\n")
     assert done.stdout.splitlines() == [f"{script}> hello", f"{script}> Ada"]
     assert done.stderr.count("this line is not UTF-8") == 1
@@ -237,13 +239,13 @@ def test_a_chat_through_a_server(cai: Cai, script: str, monkeypatch: pytest.Monk
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)
         done = cai("chat", "openai:x", stdin=b"hi")
     assert done.stdout.startswith("openai:x> Words ")
-    assert "chat with openai:x: " in done.stderr  # `:x:` is no emoji here
+    assert "chat with openai:x: " in done.stderr  # `:x:` is not an emoji here
     local = cai("chat", script, "--base-url", "http://host/v1", stdin=b"hi")
     assert (local.code, "--base-url is for a server" in local.stderr) == (2, True)
     assert "--model" not in local.stderr
 
 
-def test_a_chat_with_no_such_model_ends_at_once(cai: Cai) -> None:
+def test_a_chat_with_an_unknown_model_ends_at_once(cai: Cai) -> None:
     assert cai("chat", "./nowhere", stdin=b"hello\n").code == 1
 
 

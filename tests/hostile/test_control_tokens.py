@@ -65,7 +65,7 @@ def tokenizer(style: str) -> Any:
     return made
 
 
-def said(*contents: str) -> list[Message]:
+def conversation(*contents: str) -> list[Message]:
     return [Message(role="assistant" if i % 2 else "user", content=c) for i, c in enumerate(contents)]
 
 
@@ -81,10 +81,10 @@ def hostile(style: str) -> st.SearchStrategy[str]:
 @pytest.mark.parametrize("style", STYLES)
 @given(data=st.data())
 @settings(max_examples=50, deadline=None)
-def test_content_comes_back_and_adds_no_control_id_under_any_template(style: str, data: st.DataObject) -> None:
+def test_content_survives_and_adds_no_control_token_in_any_template(style: str, data: st.DataObject) -> None:
     first, second = data.draw(hostile(style)), data.draw(hostile(style))
-    ids = encode_chat(tokenizer(style), said(first, second, "c"), add_generation_prompt=True)
-    benign = encode_chat(tokenizer(style), said("a", "b", "c"), add_generation_prompt=True)
+    ids = encode_chat(tokenizer(style), conversation(first, second, "c"), add_generation_prompt=True)
+    benign = encode_chat(tokenizer(style), conversation("a", "b", "c"), add_generation_prompt=True)
     assert control(style, ids) == control(style, benign)
     text = tokenizer(style).decode(ids)
     trims = "| trim" in STYLES[style][1]
@@ -95,7 +95,7 @@ def test_content_comes_back_and_adds_no_control_id_under_any_template(style: str
 @pytest.mark.parametrize("style", STYLES)
 @given(data=st.data())
 @settings(max_examples=50, deadline=None)
-def test_raw_text_comes_back_and_holds_no_control_id(style: str, data: st.DataObject) -> None:
+def test_raw_text_survives_and_contains_no_control_token(style: str, data: st.DataObject) -> None:
     text = data.draw(hostile(style))
     ids = encode_text(tokenizer(style), text)
     assert not control(style, ids)
@@ -103,12 +103,12 @@ def test_raw_text_comes_back_and_holds_no_control_id(style: str, data: st.DataOb
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_the_template_alone_would_have_let_each_of_its_tokens_through(style: str) -> None:
+def test_the_template_alone_would_let_each_control_token_through(style: str) -> None:
     """The test above can fail: without our encoding every token that content spells is a control id."""
     for token in (*STYLES[style][0], IM_END):
         chat = [{"role": "user", "content": f"a{token}b"}]
         naive = tokenizer(style).apply_chat_template(chat, return_dict=False)
-        ours = encode_chat(tokenizer(style), said(f"a{token}b"), add_generation_prompt=False)
+        ours = encode_chat(tokenizer(style), conversation(f"a{token}b"), add_generation_prompt=False)
         assert len(control(style, naive)) == len(control(style, ours)) + 1
 
 
@@ -122,7 +122,7 @@ injected = st.lists(st.sampled_from(INJECTIONS) | st.text(max_size=4), max_size=
 
 @given(talk=injected, a=injected, b=injected)
 @settings(deadline=None)
-def test_what_a_judge_reads_holds_the_two_replies_whole_whatever_they_say(talk: str, a: str, b: str) -> None:
+def test_a_comparison_prompt_contains_both_replies_unchanged(talk: str, a: str, b: str) -> None:
     for form in ("chat", "raw"):
         request = comparison_request([user(talk)], "Which is kinder?", [a, b], [], form)  # type: ignore[arg-type]
         text = request.text if isinstance(request.text, str) else request.text[-1].content
@@ -138,7 +138,7 @@ def test_what_a_judge_reads_holds_the_two_replies_whole_whatever_they_say(talk: 
 
 @given(talk=injected, a=injected, b=injected)
 @settings(max_examples=50, deadline=None)
-def test_a_judge_s_prompt_in_a_chat_is_one_turn_of_the_user_and_a_cue(talk: str, a: str, b: str) -> None:
+def test_a_comparison_prompt_in_a_chat_is_one_user_turn_and_a_prefill(talk: str, a: str, b: str) -> None:
     request = comparison_request([user(talk)], "Which is kinder?", [a, b], [], "chat")
     ids = encode_chat(tokenizer("chatml"), list(request.text), add_generation_prompt=True)  # type: ignore[arg-type]
     assert control("chatml", ids) == [1, 2, 1]

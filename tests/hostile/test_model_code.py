@@ -1,4 +1,4 @@
-"""What a stranger's model, checkpoint or rows of pickles could run: nothing of it ever does.
+"""Code in a model, a checkpoint or pickled rows is never run.
 
 Each canary creates a file when it runs; one test shows that the canaries do run where nothing guards against them.
 """
@@ -64,31 +64,31 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trace(tmp_path: Path) -> Iterator[Path]:
     """The file that a canary would create; that none did is checked after every test."""
     yield tmp_path / "ran"
-    assert not (tmp_path / "ran").exists(), "code of a stranger ran"
+    assert not (tmp_path / "ran").exists(), "untrusted code ran"
 
 
 @pytest.fixture
-def stranger(tmp_path: Path, tiny: Path) -> Path:
+def untrusted(tmp_path: Path, tiny: Path) -> Path:
     write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"question {i}"} for i in range(4)])
     write_rows(tmp_path / "revisions.jsonl", [revision(i) for i in range(4)])
     write_rows(tmp_path / "preferences.jsonl", [preference(i) for i in range(4)])
-    return Path(shutil.copytree(tiny, tmp_path / "stranger"))
+    return Path(shutil.copytree(tiny, tmp_path / "untrusted"))
 
 
 def words(stage: str) -> tuple[str, ...]:
-    """A command that loads the stranger's model."""
+    """A command that loads the untrusted model."""
     return {
-        "sample": ("sample", "prompts.jsonl", "-o", "out", "--model", "stranger"),
-        "score": ("score", "revisions.jsonl", "-o", "out", "--pm", "stranger"),
-        "sft": ("sft", "revisions.jsonl", "-o", "out", "--model", "stranger", "--max-steps", "1"),
-        "train-pm": ("train-pm", "preferences.jsonl", "-o", "out", "--model", "stranger", "--max-steps", "1"),
-        "rl": ("rl", "prompts.jsonl", "-o", "out", "--model", "stranger", "--pm", "stranger", "--steps", "1"),
-        "chat": ("chat", "stranger"),
-        "stats": ("stats", "prompts.jsonl", "--tokenizer", "stranger"),
+        "sample": ("sample", "prompts.jsonl", "-o", "out", "--model", "untrusted"),
+        "score": ("score", "revisions.jsonl", "-o", "out", "--pm", "untrusted"),
+        "sft": ("sft", "revisions.jsonl", "-o", "out", "--model", "untrusted", "--max-steps", "1"),
+        "train-pm": ("train-pm", "preferences.jsonl", "-o", "out", "--model", "untrusted", "--max-steps", "1"),
+        "rl": ("rl", "prompts.jsonl", "-o", "out", "--model", "untrusted", "--pm", "untrusted", "--steps", "1"),
+        "chat": ("chat", "untrusted"),
+        "stats": ("stats", "prompts.jsonl", "--tokenizer", "untrusted"),
     }[stage]
 
 
-def test_the_canaries_run_where_nothing_guards(tmp_path: Path) -> None:
+def test_the_canaries_run_without_protection(tmp_path: Path) -> None:
     import torch
 
     for name, form in (("zip", archive), ("bare", bare)):
@@ -100,10 +100,10 @@ def test_the_canaries_run_where_nothing_guards(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", [archive, bare])
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "model.ckpt"])
 def test_pickled_weights_are_refused_by_every_command(
-    name: str, form: Any, cai: Cai, stranger: Path, trace: Path
+    name: str, form: Any, cai: Cai, untrusted: Path, trace: Path
 ) -> None:
-    (stranger / "model.safetensors").unlink()
-    (stranger / name).write_bytes(form(trace))
+    (untrusted / "model.safetensors").unlink()
+    (untrusted / name).write_bytes(form(trace))
     for stage in (*MODELS, "chat"):
         done = cai(*words(stage))
         assert done.code == 1, stage
@@ -111,14 +111,14 @@ def test_pickled_weights_are_refused_by_every_command(
 
 
 @pytest.mark.parametrize("stage", [*MODELS, "chat", "stats"])
-def test_code_beside_a_model_stays_unread_in_every_command(stage: str, cai: Cai, stranger: Path, trace: Path) -> None:
+def test_no_command_reads_code_in_a_model_directory(stage: str, cai: Cai, untrusted: Path, trace: Path) -> None:
     """The config asks for the code of `canary.py` and names a class that transformers does not have."""
-    (stranger / "canary.py").write_text(f"open({str(trace)!r}, 'w').close()\nCanary = None\n")
+    (untrusted / "canary.py").write_text(f"open({str(trace)!r}, 'w').close()\nCanary = None\n")
     for name in ("config.json", "tokenizer_config.json"):
-        config = json.loads((stranger / name).read_text()) | {"model_type": "canary", "tokenizer_class": "Canary"}
+        config = json.loads((untrusted / name).read_text()) | {"model_type": "canary", "tokenizer_class": "Canary"}
         autos = ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification")
         config["auto_map"] = dict.fromkeys(autos, "canary.Canary") | {"AutoTokenizer": ["canary.Canary"] * 2}
-        (stranger / name).write_text(json.dumps(config))
+        (untrusted / name).write_text(json.dumps(config))
     done = cai(*words(stage))
     assert "Traceback" not in done.stderr
     if stage != "stats":  # whose tokenizer transformers can read without
@@ -126,9 +126,9 @@ def test_code_beside_a_model_stays_unread_in_every_command(stage: str, cai: Cai,
         assert "auto_map" in done.stderr
 
 
-def test_pickles_beside_safetensors_are_never_opened(cai: Cai, stranger: Path, trace: Path) -> None:
+def test_pickles_next_to_safetensors_are_never_opened(cai: Cai, untrusted: Path, trace: Path) -> None:
     for name in ("pytorch_model.bin", *PICKLED):
-        (stranger / name).write_bytes(archive(trace))
+        (untrusted / name).write_bytes(archive(trace))
     for stage in ("sample", "sft"):
         assert cai(*words(stage), "--overwrite").code == 0
 
@@ -149,15 +149,15 @@ REACHING = (
 
 
 @pytest.mark.parametrize("template", REACHING)
-def test_a_chat_template_reaches_nothing_and_its_failures_are_those_of_rows(
-    template: str, cai: Cai, stranger: Path, trace: Path
+def test_a_chat_template_has_no_access_and_its_failures_reject_rows(
+    template: str, cai: Cai, untrusted: Path, trace: Path
 ) -> None:
     """transformers renders templates in jinja2's sandbox."""
-    (stranger / "chat_template.jinja").write_text(template.replace("TRACE", repr(str(trace))))
+    (untrusted / "chat_template.jinja").write_text(template.replace("TRACE", repr(str(trace))))
     done = cai(*words("sample"))
     assert "Traceback" not in done.stderr
     assert (done.code, "all 4 rows were rejected" in done.stderr) == (1, True)
-    rejected = (stranger.parent / "out.rejected.jsonl").read_text()
+    rejected = (untrusted.parent / "out.rejected.jsonl").read_text()
     assert rejected.count('"reason":"the chat template ') == 4
     assert "root:" not in rejected
 
@@ -179,16 +179,18 @@ def finish(cai: Cai, tiny: Path, *more: str) -> Any:
 
 
 @pytest.mark.parametrize("name", [*PICKLED, "model.safetensors", "trainer_state.json"])
-def test_a_checkpoint_that_was_changed_is_refused(name: str, cai: Cai, killed: Path, tiny: Path, trace: Path) -> None:
+def test_a_changed_checkpoint_is_refused(name: str, cai: Cai, killed: Path, tiny: Path, trace: Path) -> None:
     (killed / name).write_bytes(archive(trace))
     done = finish(cai, tiny)
-    assert done.code == 1
+    assert (done.code, done.error) == (1, "invalid-checkpoint")
     assert f"out.partial/checkpoint-6: {name} has changed since this run saved it" in done.stderr
     assert "Traceback" not in done.stderr
     assert killed.exists()
 
 
-def test_a_file_added_to_a_checkpoint_or_taken_away_is_refused(cai: Cai, killed: Path, tiny: Path, trace: Path) -> None:
+def test_a_file_added_to_or_removed_from_a_checkpoint_is_refused(
+    cai: Cai, killed: Path, tiny: Path, trace: Path
+) -> None:
     (killed / "pytorch_model.bin").write_bytes(archive(trace))
     assert "pytorch_model.bin has changed since" in finish(cai, tiny).stderr
     (killed / "pytorch_model.bin").unlink()
@@ -196,7 +198,7 @@ def test_a_file_added_to_a_checkpoint_or_taken_away_is_refused(cai: Cai, killed:
     assert "optimizer.pt has changed since" in finish(cai, tiny).stderr
 
 
-def test_without_the_changed_checkpoint_the_run_goes_on_from_the_one_before(
+def test_without_the_changed_checkpoint_the_run_resumes_from_the_one_before(
     cai: Cai, killed: Path, tiny: Path, tmp_path: Path
 ) -> None:
     shutil.rmtree(killed)
@@ -207,18 +209,17 @@ def test_without_the_changed_checkpoint_the_run_goes_on_from_the_one_before(
 
 @pytest.mark.parametrize("form", [archive, bare])
 @pytest.mark.parametrize("name", PICKLED[:3])
-def test_even_in_a_checkpoint_that_a_stranger_sealed_no_pickle_runs(
+def test_no_pickle_runs_even_in_a_checkpoint_with_a_valid_seal(
     name: str, form: Any, cai: Cai, killed: Path, tiny: Path, trace: Path
 ) -> None:
     (killed / name).write_bytes(form(trace))
     seal(killed)
     done = finish(cai, tiny)
-    assert done.code == 1
-    assert f"{killed.name} cannot be loaded" in done.stderr
+    assert (done.code, done.error) == (1, "invalid-checkpoint")
     assert "Traceback" not in done.stderr
 
 
-def test_a_seal_is_what_sha256sum_checks(killed: Path) -> None:
+def test_sha256sum_can_check_a_seal(killed: Path) -> None:
     lines = (killed / SEAL).read_text().splitlines()
     assert {line.split("  ")[1] for line in lines} == {p.name for p in killed.iterdir()} - {SEAL}
     for line in lines:
@@ -226,39 +227,40 @@ def test_a_seal_is_what_sha256sum_checks(killed: Path) -> None:
         assert sha256((killed / name).read_bytes()).hexdigest() == digest
 
 
-def test_a_seal_that_is_no_list_is_a_changed_checkpoint(tmp_path: Path) -> None:
+def test_a_damaged_seal_is_a_changed_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-1").mkdir()
     (tmp_path / "checkpoint-1" / SEAL).write_bytes(b"\xff\x00 ../../x\n")
-    with pytest.raises(CaiError, match="has changed since"):
+    with pytest.raises(CaiError) as error:
         newest_checkpoint(tmp_path)
+    assert error.value.code == "invalid-checkpoint"
 
 
-def test_no_principle_or_setting_breaks_out_of_a_model_s_card(stranger: Path) -> None:
+def test_principles_and_settings_are_escaped_in_a_model_card(untrusted: Path) -> None:
     evil = "p` |\n\n<script>x</script> \x1b[31m [x](javascript:y)"
     manifest = {
         "provenance": {"stage": "sft", "cai": "0", "input": {evil: "ab"}, "rows": {"sha256": "ab"}, "settings": {evil: evil}},
         "counts": {"in": 1}, "metrics": {evil: {"value": 1.0, "low": 0.0, "high": 1.0, "n": 1}},
         "run": {"principles": [{"constitution": "c", "stage": "s", "fingerprint": "f", "drawn": {evil: 3}}], "training": {}, "versions": {}},
     }  # fmt: skip
-    card = model_card(manifest, {"model": ModelSource("base", stranger, "ab")})
+    card = model_card(manifest, {"model": ModelSource("base", untrusted, "ab")})
     assert "<script>" not in card
     assert "\x1b" not in card
     assert card.count(r"p` \| \<script\>x\</script\>") == 5
 
 
-def test_a_stranger_s_card_cannot_stop_a_training_nor_state_what_is_no_license(
-    cai: Cai, stranger: Path, tmp_path: Path
+def test_a_hostile_model_card_cannot_stop_training_or_inject_a_license(
+    cai: Cai, untrusted: Path, tmp_path: Path
 ) -> None:
     bombs = (
         "---\na: &a [x, x]\nlicense: [*a, *a]\n---\n", "---\nlicense: !!python/object/apply:os.system [id]\n---\n",
         "---\nlicense: {a: b}\n---\n", "---\n\x00\n---\n", "---\nlicense: MIT\n---\n",
     )  # fmt: skip
     for number, text in enumerate(bombs):
-        (stranger / "README.md").write_text(text)
-        done = cai("sft", "revisions.jsonl", "-o", f"out{number}", "--model", "stranger", "--max-steps", "1")
+        (untrusted / "README.md").write_text(text)
+        done = cai("sft", "revisions.jsonl", "-o", f"out{number}", "--model", "untrusted", "--max-steps", "1")
         assert done.code == 0, done.stderr
         card = (tmp_path / f"out{number}/README.md").read_text()
         assert ("license: mit" in card) == ("MIT" in text)
         assert card.count("license:") <= 1
-    (stranger / "source.json").write_text('{"no": "license"}')
-    assert cai("sft", "revisions.jsonl", "-o", "other", "--model", "stranger", "--max-steps", "1").code == 0
+    (untrusted / "source.json").write_text('{"no": "license"}')
+    assert cai("sft", "revisions.jsonl", "-o", "other", "--model", "untrusted", "--max-steps", "1").code == 0

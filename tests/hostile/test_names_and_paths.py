@@ -1,4 +1,4 @@
-"""Ids and names of strangers, through every stage and every tool: none ever becomes a path."""
+"""Hostile ids and names in every stage and tool: none is ever used as a path."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def tree(folder: Path) -> set[str]:
 
 @pytest.fixture
 def room(tmp_path: Path, cai: Cai) -> Iterator[Path]:
-    """A folder two levels down, in which everything happens; what stands above and at the root stays empty."""
+    """A folder two levels down for all files; the folders above it stay empty."""
     inside = tmp_path / "deep/deeper"
     inside.mkdir(parents=True)
     write_rows(inside / "script.jsonl", [{"replies": ["one.", "two.", "three."], "scores": [-0.1, -3.0]}])
@@ -60,7 +60,7 @@ def outputs(folder: Path, *names: str) -> set[str]:
     return {p for p in tree(folder) if not any(p == n or p.startswith((f"{n}.", f"{n}/")) for n in names)}
 
 
-def test_every_data_stage_keeps_ids_as_they_are_and_makes_no_file_of_them(room: Path, cai: Cai) -> None:
+def test_every_data_stage_keeps_ids_and_creates_no_file_from_them(room: Path, cai: Cai) -> None:
     write_rows(room / "prompts.jsonl", prompts(ALL_IDS))
     write_rows(room / "levels.jsonl", [{"scores": [-1.0, -2.0, -3.0, -4.0, -5.0]}])
     made = ["prompts.jsonl", "script.jsonl", "levels.jsonl"]
@@ -96,7 +96,7 @@ def test_every_data_stage_keeps_ids_as_they_are_and_makes_no_file_of_them(room: 
 
 
 @pytest.mark.parametrize("name", IDS)
-def test_a_rejected_row_is_kept_under_its_id_in_the_one_rejected_file(name: str, room: Path, cai: Cai) -> None:
+def test_a_rejected_row_keeps_its_id_in_the_one_rejected_file(name: str, room: Path, cai: Cai) -> None:
     write_rows(room / "script.jsonl", [{"replies": [""]}])
     write_rows(room / "prompts.jsonl", prompts([IDS[name]]))
     assert cai("sample", "prompts.jsonl", *SCRIPT, "-o", "out.jsonl").code == 1  # all rows are rejected
@@ -105,7 +105,7 @@ def test_a_rejected_row_is_kept_under_its_id_in_the_one_rejected_file(name: str,
     assert outputs(room, "prompts.jsonl", "script.jsonl", "out.jsonl") == set()
 
 
-def test_a_run_with_such_ids_resumes_shards_and_merges_to_the_bytes_of_one_piece(room: Path, cai: Cai) -> None:
+def test_with_such_ids_resumed_and_merged_runs_equal_a_single_run(room: Path, cai: Cai) -> None:
     write_rows(room / "prompts.jsonl", prompts(ALL_IDS))
     assert cai("sample", "prompts.jsonl", *SCRIPT, "-o", "whole.jsonl").code == 0
     for k in (1, 2, 3):
@@ -117,7 +117,7 @@ def test_a_run_with_such_ids_resumes_shards_and_merges_to_the_bytes_of_one_piece
 
 
 @pytest.mark.parametrize("stage", ["sft", "train-pm", "rl"])
-def test_training_on_rows_with_such_ids_makes_the_model_and_nothing_else(stage: str, room: Path, cai: Cai) -> None:
+def test_training_on_rows_with_such_ids_creates_the_model_and_nothing_else(stage: str, room: Path, cai: Cai) -> None:
     tiny_model_dir(room / "tiny")
     ids = [name for name in ALL_IDS if len(name) < 1000]
     write_bytes(room / "sft.jsonl", [revision(k) | {"id": name} for k, name in enumerate(ids)])
@@ -144,27 +144,27 @@ def test_training_on_rows_with_such_ids_makes_the_model_and_nothing_else(stage: 
     assert outputs(room, "tiny", "pm", "model", "sft.jsonl", "train-pm.jsonl", "rl.jsonl", "script.jsonl") == set()
 
 
-# --- names that strangers choose in files ------------------------------------------------------------------------------
+# --- hostile names in files --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [n for n in IDS if n != "long"])
-def test_a_run_file_names_no_run_or_step_by_what_could_be_a_path(name: str, room: Path, cai: Cai) -> None:
+def test_a_run_or_step_name_that_could_be_a_path_is_refused(name: str, room: Path, cai: Cai) -> None:
     write_rows(room / "prompts.jsonl", prompts(["a"]))
     step = {"command": "sample", "input": "prompts.jsonl"}
-    for road in ({"name": IDS[name], "steps": {"s": step}}, {"name": "r", "steps": {IDS[name]: step}}):
-        (room / "road.yaml").write_text(yaml.safe_dump({"model": "scripted:script.jsonl", **road}))
-        done = cai("run", "road.yaml")
+    for run_file in ({"name": IDS[name], "steps": {"s": step}}, {"name": "r", "steps": {IDS[name]: step}}):
+        (room / "run.yaml").write_text(yaml.safe_dump({"model": "scripted:script.jsonl", **run_file}))
+        done = cai("run", "run.yaml")
         assert done.code in (1, 2)
         assert "Traceback" not in done.stderr
-    assert outputs(room, "prompts.jsonl", "script.jsonl", "road.yaml") == set()
+    assert outputs(room, "prompts.jsonl", "script.jsonl", "run.yaml") == set()
 
 
 def test_a_name_of_300_characters_is_one_line_of_error(room: Path, cai: Cai) -> None:
     write_rows(room / "prompts.jsonl", prompts(["a"]))
     step = {"command": "sample", "input": "prompts.jsonl"}
-    for road in ({"name": "x" * 300, "steps": {"s": step}}, {"name": "r", "steps": {"x" * 300: step}}):
-        (room / "road.yaml").write_text(yaml.safe_dump({"model": "scripted:script.jsonl", **road}))
-        done = cai("run", "road.yaml")
+    for run_file in ({"name": "x" * 300, "steps": {"s": step}}, {"name": "r", "steps": {"x" * 300: step}}):
+        (room / "run.yaml").write_text(yaml.safe_dump({"model": "scripted:script.jsonl", **run_file}))
+        done = cai("run", "run.yaml")
         assert done.code in (1, 2)
         assert "Traceback" not in done.stderr
         assert done.stderr.startswith("error: ")
@@ -185,8 +185,8 @@ def test_swept_values_become_names_without_folders(room: Path, cai: Cai) -> None
         "input": "prompts.jsonl",
         "model": ["scripted:../deeper/a/script.jsonl", "scripted:b/script.jsonl"],
     }
-    (room / "road.yaml").write_text(yaml.safe_dump({"name": "r", "steps": {"s": step}}))
-    done = cai("run", "road.yaml", "--out", "out")
+    (room / "run.yaml").write_text(yaml.safe_dump({"name": "r", "steps": {"s": step}}))
+    done = cai("run", "run.yaml", "--out", "out")
     assert done.code == 0, done.stderr
     assert all(path.parent == room / "out" for path in (room / "out").iterdir())
     assert len(list((room / "out").glob("s@model=*.jsonl"))) == 2
@@ -204,7 +204,7 @@ def test_principles_named_like_paths_are_names(room: Path, cai: Cai) -> None:
     assert outputs(room, "own.yaml", "samples.jsonl", "script.jsonl", "out.jsonl", "ds") == set()
 
 
-def test_a_report_of_a_stranger_s_run_reads_only_its_folder(room: Path, cai: Cai) -> None:
+def test_the_report_of_a_hostile_run_reads_only_its_folder(room: Path, cai: Cai) -> None:
     """run.json and the manifests name outputs, inputs and constitutions: by paths, which are not followed."""
     run = make_run(room / "made")
     elsewhere = "A-ROW-FROM-ELSEWHERE"
@@ -238,7 +238,7 @@ def test_a_report_of_a_stranger_s_run_reads_only_its_folder(room: Path, cai: Cai
     assert outputs(room, "made", "secret.jsonl", "secret.yaml", "script.jsonl") == set()
 
 
-def test_a_manifest_that_is_none_is_an_error_or_a_problem_and_no_traceback(room: Path, cai: Cai) -> None:
+def test_an_invalid_manifest_is_an_error_or_a_problem_and_not_a_traceback(room: Path, cai: Cai) -> None:
     write_rows(room / "samples.jsonl", [sample_row(1)])
     for text in ("[]", "1", '{"provenance": []}', '{"provenance": {}, "counts": null, "run": 3}', "\x00"):
         (room / "samples.jsonl.manifest.json").write_text(text)

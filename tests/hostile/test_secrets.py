@@ -1,4 +1,4 @@
-"""A canary key through every way a server, the Hub or we ourselves can fail: it stands in no file, on no stream."""
+"""A canary key through every failure of a server, the Hub or `cai`: it never appears in a file or on a stream."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def canaries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def leaks(done: Done, folder: Path) -> list[str]:
-    """Where the key or a recognisable part of it stands."""
+    """The files and streams that contain the key or a recognisable part of it."""
     texts = {"stdout": done.stdout.encode(), "stderr": done.stderr.encode()}
     texts |= {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     parts = [KEY[start : start + 14].encode() for start in (0, 14, len(KEY) - 14)]
@@ -65,7 +65,7 @@ def nested(request: Request) -> bytes:
 ECHOES: dict[str, Behaviour] = {
     **{f"HTTP {status}": lambda r, status=status: error(status, f"bad key {echo(r)}")  # type: ignore[misc]
        for status in (400, 401, 403, 404, 409, 422, 429, 500, 503)},
-    "a message that is no text": nested,
+    "a message that is not text": nested,
     "a body of text": lambda r: http(f"Request: {r.headers}".encode(), 502),
     "a page": lambda r: http(f"<html>{echo(r)}</html>".encode(), Content_Type="text/html"),
     "a body cut within the key": lambda r: http(b"x" * 175 + echo(r).encode()),
@@ -84,7 +84,7 @@ SILENT: dict[str, Behaviour] = {"hang": hang, "reset": reset, "cut": cut, "good"
 
 
 @pytest.mark.parametrize("how", [*ECHOES, *SILENT])
-def test_whatever_a_server_does_with_the_key_it_is_written_nowhere(how: str, cai: Cai, tmp_path: Path) -> None:
+def test_the_key_is_never_written_whatever_a_server_does(how: str, cai: Cai, tmp_path: Path) -> None:
     with Loopback((ECHOES | SILENT)[how]) as server:
         words = ("sample", "prompts.jsonl", "-o", "run/out.jsonl", "--model", "openai:m", "--base-url", server.url)
         done = cai(*words, "--json", "--timeout", "1", "--concurrency", "1")
@@ -107,9 +107,7 @@ def test_whatever_a_server_does_with_the_key_it_is_written_nowhere(how: str, cai
     ],
     ids=" ".join,
 )
-def test_every_stage_that_asks_a_server_keeps_the_key_to_itself(
-    words: tuple[str, ...], how: str, cai: Cai, tmp_path: Path
-) -> None:
+def test_no_stage_that_uses_a_server_writes_the_key(words: tuple[str, ...], how: str, cai: Cai, tmp_path: Path) -> None:
     stage, *rest = words
     model = ["openai:m"] if rest[-1] == "--judge" else ["--model", "openai:m"]
     with Loopback(ECHOES[how]) as server:
@@ -128,9 +126,7 @@ def test_a_reply_that_holds_the_key_is_rejected_for_that_reason(cai: Cai, tmp_pa
 
 
 @pytest.mark.parametrize("word", ["none", "EMPTY", "token"])
-def test_what_stands_for_a_key_where_none_is_needed_is_no_secret(
-    word: str, cai: Cai, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_placeholder_key_is_not_a_secret(word: str, cai: Cai, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", word)
     with Loopback(lambda r: replies(r, text=f"There are {word} left.")) as server:
         assert (
@@ -139,7 +135,7 @@ def test_what_stands_for_a_key_where_none_is_needed_is_no_secret(
     assert rows_in(Path("out.jsonl"))[0]["completion"][0]["content"] == f"There are {word} left."
 
 
-def test_an_error_that_nobody_foresaw_prints_its_traceback_without_the_key(
+def test_an_unexpected_error_prints_its_traceback_without_the_key(
     cai: Cai, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> None:
@@ -158,22 +154,22 @@ def test_an_error_that_nobody_foresaw_prints_its_traceback_without_the_key(
 
 def test_a_key_in_the_address_is_refused_before_anything_is_written(cai: Cai, tmp_path: Path) -> None:
     for address in (f"http://me:{KEY}@127.0.0.1:1/v1", f"http://127.0.0.1:1/v1?key={KEY}"):
-        (tmp_path / "road/road.yaml").unlink(missing_ok=True)
+        (tmp_path / "run/run.yaml").unlink(missing_ok=True)
         done = cai("sample", "prompts.jsonl", "-o", "out.jsonl", "--model", "openai:m", "--base-url", address)
         assert done.code == 2
         assert not leaks(done, tmp_path)
-        (tmp_path / "road").mkdir(exist_ok=True)
-        road = {
+        (tmp_path / "run").mkdir(exist_ok=True)
+        run_file = {
             "name": "r",
             "steps": {
                 "s": {"command": "sample", "input": "../prompts.jsonl", "model": "openai:m", "base-url": address}
             },
         }
-        (tmp_path / "road/road.yaml").write_text(json.dumps(road))
+        (tmp_path / "run/run.yaml").write_text(json.dumps(run_file))
         for more in ((), ("--dry-run",)):
-            done = cai("run", "road/road.yaml", "--out", "runs/r", *more)
+            done = cai("run", "run/run.yaml", "--out", "runs/r", *more)
             assert done.code == 2
-            assert leaks(done, tmp_path) == ["road/road.yaml"]  # where the user put it
+            assert leaks(done, tmp_path) == ["run/run.yaml"]  # where the user put it
 
 
 def test_no_option_takes_a_key() -> None:
@@ -187,7 +183,7 @@ def test_no_option_takes_a_key() -> None:
     assert not {n for n in found if n.rpartition("_")[2] in ("key", "token", "secret", "password", "auth", "header")}
 
 
-def test_doctor_a_road_and_its_report_name_no_key(cai: Cai, tmp_path: Path) -> None:
+def test_doctor_a_run_and_its_report_name_no_key(cai: Cai, tmp_path: Path) -> None:
     write_rows(tmp_path / "script.jsonl", [{"replies": ["fine."]}])
     (tmp_path / "r.yaml").write_text(
         "name: r\nmodel: scripted:script.jsonl\nsteps: {s: {command: sample, input: prompts.jsonl}}\n"

@@ -35,45 +35,43 @@ EVERYTHING = " ".join(TRICKS)
 tricky = st.lists(st.sampled_from(TRICKS) | st.text(max_size=4), min_size=1, max_size=6).map("".join).filter(bool)
 
 
-def shown(text: Any) -> str:
+def text_of(text: Any) -> str:
     return text if isinstance(text, str) else "\n".join(m.content for m in text)
 
 
 @pytest.mark.parametrize("form", ["chat", "raw"])
-@given(said=tricky, principle=tricky, worked=tricky)
-def test_no_builder_of_prompts_reads_what_it_is_given(
-    form: PromptFormat, said: str, principle: str, worked: str
-) -> None:
-    """Whatever a row, a principle and an example say stands in the prompt as it is (no heading is forged here)."""
-    talk = [user(said), Message(role="assistant", content=said)]
+@given(message=tricky, principle=tricky, worked=tricky)
+def test_no_prompt_builder_interprets_its_input(form: PromptFormat, message: str, principle: str, worked: str) -> None:
+    """The text of rows, principles and examples is in the prompt unchanged (forged headings are tested elsewhere)."""
+    talk = [user(message), Message(role="assistant", content=message)]
     example = CritiqueExample(
         messages=talk, critique_request=worked, critique=worked, revision_request=worked, revision=worked
     )
     named = PreferencePrinciple(id="p", comparison=principle, following=principle, breaking=principle)
     requests = [
         critique_request(talk, principle, [example], form),
-        revision_request(talk, (principle, said), principle, [example], form),
-        comparison_request(talk[:1], principle, [said, "other"], [], form),
-        rationale_request(talk[:1], principle, [said, "other"], [], form),
-        verdict_request(talk[:1], principle, [said, "other"], [], form),
+        revision_request(talk, (principle, message), principle, [example], form),
+        comparison_request(talk[:1], principle, [message, "other"], [], form),
+        rationale_request(talk[:1], principle, [message, "other"], [], form),
+        verdict_request(talk[:1], principle, [message, "other"], [], form),
         *contrast_requests(talk[:1], named, form),
     ]
     for request in requests:
-        text = shown(request.text)
-        assert said in text
+        text = text_of(request.text)
+        assert message in text
         assert principle in text
     for request in requests[:2]:
-        assert worked in shown(request.text)
+        assert worked in text_of(request.text)
     for request in (reply_request(talk[:1], form), harm_request(talk, form)):
-        assert said in shown(request.text)
+        assert message in text_of(request.text)
 
 
-def test_tricks_go_through_the_whole_pipeline_as_plain_text(cai: Cai, tmp_path: Path, monkeypatch: Any) -> None:
-    asked: list[str] = []
+def test_template_syntax_stays_text_through_the_whole_pipeline(cai: Cai, tmp_path: Path, monkeypatch: Any) -> None:
+    prompts: list[str] = []
     answer = ScriptedEngine._reply
 
     def reply(self: ScriptedEngine, ask: GenerationRequest) -> Any:
-        asked.append(shown(ask.text))
+        prompts.append(text_of(ask.text))
         return answer(self, ask)
 
     monkeypatch.setattr(ScriptedEngine, "_reply", reply)
@@ -89,8 +87,8 @@ def test_tricks_go_through_the_whole_pipeline_as_plain_text(cai: Cai, tmp_path: 
         cai("critique-revise", "s.jsonl", "-o", "r.jsonl", *model, "--constitution", "own.yaml", "--rounds", "2").code
         == 0
     )
-    assert all(EVERYTHING in text for text in asked)
-    assert len(asked) >= 2 + 2 * 2 * 2
+    assert all(EVERYTHING in text for text in prompts)
+    assert len(prompts) >= 2 + 2 * 2 * 2
     rows = rows_in(tmp_path / "r.jsonl")
     assert len(rows) == 2
     for row in rows:
@@ -101,7 +99,7 @@ def test_tricks_go_through_the_whole_pipeline_as_plain_text(cai: Cai, tmp_path: 
     assert cai("export", "r.jsonl", "-o", "ds").code == 0
 
 
-def test_tricks_stay_text_on_the_page_of_the_report_and_in_its_file_names(cai: Cai, tmp_path: Path) -> None:
+def test_template_syntax_stays_text_in_the_report_and_in_file_names(cai: Cai, tmp_path: Path) -> None:
     run = make_run(tmp_path / "made")
     rows = [
         {**row, "completion": [{"role": "assistant", "content": EVERYTHING}]}
@@ -147,9 +145,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_is_more_than_plain_data_is_one_line_of_error_in_every_file_of_yaml(
-    what: str, cai: Cai, tmp_path: Path
-) -> None:
+def test_yaml_beyond_plain_data_is_a_one_line_error_in_every_file(what: str, cai: Cai, tmp_path: Path) -> None:
     (tmp_path / "evil.yaml").write_text(REFUSED[what])
     write_rows(tmp_path / "samples.jsonl", [sample_row(k) for k in range(2)])
     write_rows(tmp_path / "script.jsonl", [{"replies": ["x"], "scores": [-1.0, -2.0]}])
@@ -174,8 +170,8 @@ def test_what_is_more_than_plain_data_is_one_line_of_error_in_every_file_of_yaml
 
 @given(st.text())
 def test_any_text_as_yaml_is_data_or_a_one_line_error(text: str) -> None:
-    said = problem(lambda: parse_yaml(text, "x.yaml"))
-    assert said is None or (said.startswith("x.yaml: ") and "\n" not in said)
+    message = problem(lambda: parse_yaml(text, "x.yaml"))
+    assert message is None or (message.startswith("x.yaml: ") and "\n" not in message)
 
 
 def problem(read: Callable[[], Any]) -> str | None:
@@ -198,5 +194,5 @@ def test_any_mapping_is_a_constitution_or_a_run_or_a_one_line_error(value: dict[
         path = Path(folder) / "x.yaml"
         path.write_text(yaml.safe_dump(value, allow_unicode=True), encoding="utf-8")
         for read in (load, load_run):
-            said = problem(lambda read=read: read(path))  # type: ignore[misc]
-            assert said is None or (str(path) in said and "\n" not in said)
+            message = problem(lambda read=read: read(path))  # type: ignore[misc]
+            assert message is None or (str(path) in message and "\n" not in message)

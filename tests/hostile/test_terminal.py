@@ -1,4 +1,4 @@
-"""Rows, principles, run files and models from strangers, through every command that prints: nothing steers the terminal."""
+"""Hostile rows, principles, run files and models in every command that prints: nothing controls the terminal."""
 
 import json
 import os
@@ -62,20 +62,24 @@ def inputs(tmp_path: Path) -> None:
     (tmp_path / "critique.yaml").write_text(constitution("critique-revision"))
     (tmp_path / "preference.yaml").write_text(constitution("preference"))
     (tmp_path / "raw.yaml").write_text(f"kind: {ALL}\n")
-    road = {"name": "r", "model": f"scripted:{ALL}", "steps": {"s": {"command": "sample", "input": "prompts.jsonl"}}}
-    (tmp_path / "road.yaml").write_text(yaml.safe_dump(road))
-    road["steps"] = {"s": {"command": ALL, "input": ALL}}
-    (tmp_path / "command.yaml").write_text(yaml.safe_dump(road))
-    (tmp_path / "name.yaml").write_text(yaml.safe_dump({**road, "name": ALL}))
+    run_file = {
+        "name": "r",
+        "model": f"scripted:{ALL}",
+        "steps": {"s": {"command": "sample", "input": "prompts.jsonl"}},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_file))
+    run_file["steps"] = {"s": {"command": ALL, "input": ALL}}
+    (tmp_path / "command.yaml").write_text(yaml.safe_dump(run_file))
+    (tmp_path / "name.yaml").write_text(yaml.safe_dump({**run_file, "name": ALL}))
     (tmp_path / "option.yaml").write_text(
-        yaml.safe_dump({**road, "steps": {"s": {"command": "sample", "input": "prompts.jsonl", ALL: ALL}}})
+        yaml.safe_dump({**run_file, "steps": {"s": {"command": "sample", "input": "prompts.jsonl", ALL: ALL}}})
     )
 
 
 COMMANDS: dict[str, tuple[str, ...]] = {
     "show": ("show", "samples.jsonl"),
     "show of an invalid row": ("show", "unread.jsonl"),
-    "show of what is no JSON": ("show", "broken.jsonl"),
+    "show of invalid JSON": ("show", "broken.jsonl"),
     "stats": ("stats", "samples.jsonl"),
     "stats of bad lines": ("stats", "broken.jsonl"),
     "sort": ("sort", "samples.jsonl", "-o", "sorted.jsonl"),
@@ -99,8 +103,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "principles show": ("principles", "show", "--constitution", "critique.yaml", "--constitution", "preference.yaml"),
     "principles validate": ("principles", "validate", "critique.yaml", "raw.yaml"),
     "a principle that is not there": ("principles", "show", ALL.replace("\0", "")),
-    "run": ("run", "road.yaml"),
-    "run --dry-run": ("run", "road.yaml", "--dry-run"),
+    "run": ("run", "run.yaml"),
+    "run --dry-run": ("run", "run.yaml", "--dry-run"),
     "a command that is none": ("run", "command.yaml"),
     "an option that is none": ("run", "option.yaml"),
     "a name that is none": ("run", "name.yaml"),
@@ -110,7 +114,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 
 
 @pytest.mark.parametrize("what", COMMANDS)
-def test_nothing_that_steers_a_terminal_is_printed(what: str, cai: Cai) -> None:
+def test_no_terminal_control_is_printed(what: str, cai: Cai) -> None:
     done = cai(*COMMANDS[what])
     if what not in ("sample", "sort", "dedup"):
         assert done.stdout + done.stderr
@@ -119,11 +123,11 @@ def test_nothing_that_steers_a_terminal_is_printed(what: str, cai: Cai) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_what_is_printed_of_a_row_is_its_text(cai: Cai) -> None:
-    shown = cai("show", "samples.jsonl").stdout
+def test_the_text_of_a_row_is_printed(cai: Cai) -> None:
+    printed = cai("show", "samples.jsonl").stdout
     for name in ("markup", "html", "template"):
-        assert STEERING[name] in shown
-    assert r"\x1b]8;;https://example.com" in shown
+        assert STEERING[name] in printed
+    assert r"\x1b]8;;https://example.com" in printed
 
 
 def test_an_audit_and_its_parts_print_no_control(cai: Cai) -> None:
@@ -213,7 +217,7 @@ OURS = re.compile("\x1b\\[(?:[0-9;]*m|1A|2K|\\?25[lh])|\r")
         ["critique", "samples.jsonl", "--model", "scripted:fails.jsonl", "-o", "-", "--constitution", "critique.yaml"],
         ["chat", "scripted:script.jsonl", "scripted:judge.jsonl"],
         ["principles", "show", "--constitution", "critique.yaml"],
-        ["run", "road.yaml"],
+        ["run", "run.yaml"],
     ],
     ids=" ".join,
 )
@@ -226,11 +230,11 @@ def test_on_a_terminal_only_our_own_colours_and_cursor_moves_are_written(words: 
 
 def test_rows_on_a_terminal_are_the_rows_of_a_pipe_in_other_letters(cai: Cai, tmp_path: Path) -> None:
     words = ["sample", "prompts.jsonl", "--model", "scripted:script.jsonl", "-o", "-", "--quiet"]
-    piped, shown = cai(*words).stdout, OURS.sub("", on_terminal(words, tmp_path))
+    piped, printed = cai(*words).stdout, OURS.sub("", on_terminal(words, tmp_path))
     assert not re.findall("[\x00-\x09\x0b-\x1f]", piped)
     assert FORBIDDEN.findall(piped)
-    assert not FORBIDDEN.findall(shown)
-    assert json.loads(shown) == json.loads(piped)
+    assert not FORBIDDEN.findall(printed)
+    assert json.loads(printed) == json.loads(piped)
 
 
 @given(st.text())

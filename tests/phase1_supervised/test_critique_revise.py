@@ -1,4 +1,4 @@
-"""Critique and revision: who is asked what, what counts as an answer, and what a row remembers."""
+"""Critique and revision: the requests, the checks of answers, and the history of a row."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,12 +25,12 @@ PRINCIPLES = [CritiquePrinciple(id=i, critique=f"Critique by {i}.", revision=f"R
 
 
 class Recorder:
-    """Answers with the next of its texts and remembers what it was asked."""
+    """Answers with the next of its texts and records its requests."""
 
     batch_size = 64
 
     def __init__(self, *texts: str | RequestFailure) -> None:
-        self.texts, self.asked = list(texts), list[GenerationRequest]()
+        self.texts, self.requests = list(texts), list[GenerationRequest]()
 
     def identity(self) -> dict[str, object]:
         return {}
@@ -38,9 +38,9 @@ class Recorder:
     def supports_chat(self) -> bool:
         return True
 
-    def generate(self, asks: Sequence[GenerationRequest], sampling: Sampling) -> list[Completion | RequestFailure]:
-        self.asked += asks
-        texts = [self.texts.pop(0) for _ in asks]
+    def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[Completion | RequestFailure]:
+        self.requests += requests
+        texts = [self.texts.pop(0) for _ in requests]
         return [t if isinstance(t, RequestFailure) else Completion(t, "stop") for t in texts]
 
     def option_logprobs(self, requests: Sequence[LogprobRequest]) -> list[list[float] | RequestFailure]:
@@ -55,39 +55,39 @@ def row(number: int = 1, index: int = 0) -> Sample:
     return load_row(Sample, sample_row(number, index))
 
 
-# --- answers that are asked again -------------------------------------------------------------------------------------
+# --- answers that are sampled again ------------------------------------------------------------------------------------
 
 
 def bad(_index: int, text: str) -> str | None:
     return "bad text" if text == "bad" else None
 
 
-def test_only_what_fails_is_asked_again_with_fresh_noise_and_the_same_words() -> None:
+def test_only_failed_answers_are_sampled_again_with_another_seed_and_the_same_prompt() -> None:
     engine = Recorder("fine", "bad", "bad", "good", "bad", "better")
-    asks = [GenerationRequest(f"text {i}", seed_for(i), "cue", ("stop",)) for i in range(3)]
-    answers = generate_checked(engine, asks, Sampling(), bad)
+    requests = [GenerationRequest(f"text {i}", seed_for(i), "cue", ("stop",)) for i in range(3)]
+    answers = generate_checked(engine, requests, Sampling(), bad)
     assert [a.text for a in answers if isinstance(a, Completion)] == ["fine", "good", "better"]
-    assert [a.text for a in engine.asked] == ["text 0", "text 1", "text 2", "text 1", "text 2", "text 2"]
-    assert len({a.seed for a in engine.asked}) == 6
-    assert {(a.prefill, a.stop) for a in engine.asked} == {("cue", ("stop",))}
+    assert [a.text for a in engine.requests] == ["text 0", "text 1", "text 2", "text 1", "text 2", "text 2"]
+    assert len({a.seed for a in engine.requests}) == 6
+    assert {(a.prefill, a.stop) for a in engine.requests} == {("cue", ("stop",))}
 
 
-def test_what_never_passes_is_refused_with_the_reason_and_the_number_of_attempts() -> None:
+def test_an_answer_that_never_passes_is_rejected_with_the_reason_and_the_number_of_attempts() -> None:
     engine = Recorder(*["bad"] * ATTEMPTS)
     assert generate_checked(engine, [GenerationRequest("x", 1)], Sampling(), bad) == [
         RequestFailure(f"bad text, {ATTEMPTS} attempts")
     ]
-    assert len(engine.asked) == ATTEMPTS
+    assert len(engine.requests) == ATTEMPTS
 
 
-def test_a_greedy_answer_is_not_asked_again() -> None:
+def test_a_greedy_answer_is_not_sampled_again() -> None:
     engine = Recorder("bad")
     assert generate_checked(engine, [GenerationRequest("x", 1)], Sampling(temperature=0), bad) == [
         RequestFailure("bad text, 1 attempts")
     ]
 
 
-def test_a_refusal_of_the_engine_is_final() -> None:
+def test_a_request_failure_of_the_engine_is_final() -> None:
     assert generate_checked(Recorder(RequestFailure("too long")), [GenerationRequest("x", 1)], Sampling(), bad) == [
         RequestFailure("too long")
     ]
@@ -96,7 +96,7 @@ def test_a_refusal_of_the_engine_is_final() -> None:
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def test_sampling_gives_every_reply_its_own_seed_and_rejects_what_is_empty() -> None:
+def test_sampling_gives_every_reply_its_own_seed_and_rejects_empty_replies() -> None:
     prompt = load_row(Prompt, {"id": "p", "prompt": [{"role": "user", "content": "q"}]})
     engine = Recorder(" one \n", "  ", RequestFailure("does not fit"))
     outcomes = list(sample([(prompt, i) for i in range(3)], engine, sampling=Sampling(), form="chat", seed=5))
@@ -104,10 +104,10 @@ def test_sampling_gives_every_reply_its_own_seed_and_rejects_what_is_empty() -> 
     assert isinstance(outcomes[0], Sample)
     assert outcomes[0].reply == "one"
     assert [o.reason for o in outcomes if isinstance(o, Rejected)] == ["empty reply", "does not fit"]
-    assert [a.seed for a in engine.asked] == [seed_for(5, "sample", "p", i) for i in range(3)]
+    assert [a.seed for a in engine.requests] == [seed_for(5, "sample", "p", i) for i in range(3)]
 
 
-def test_a_critique_is_asked_under_the_drawn_principle_and_a_revision_under_the_same() -> None:
+def test_critique_and_revision_use_the_same_drawn_principle() -> None:
     engine = Recorder("too short", "a longer reply")
     (criticised,) = critique([row()], reviser(engine))
     principle = draw(PRINCIPLES, 5, "principle", "p1", 0, 1)
@@ -120,16 +120,18 @@ def test_a_critique_is_asked_under_the_drawn_principle_and_a_revision_under_the_
         {"round": 1, "principle_id": principle.id, "critique": "too short", "response": "reply 0 to 1"}
     ]
     talk = [user("question 1"), assistant("reply 0 to 1"), user(principle.critique)]
-    assert [a.text for a in engine.asked] == [talk, [*talk, assistant("too short"), user(principle.revision)]]
+    assert [a.text for a in engine.requests] == [talk, [*talk, assistant("too short"), user(principle.revision)]]
 
 
 def test_a_critique_under_a_principle_not_in_use_stops_the_run() -> None:
     stray = load_row(Critique, {**sample_row(1), "history": [], "round": 1, "principle_id": "z", "critique": "c"})
-    with pytest.raises(CaiError, match=r"row 'p1/0' was criticised under 'z'"):
+    with pytest.raises(CaiError) as error:
         revise([stray], reviser(Recorder()))
+    assert error.value.code == "unknown-principle"
+    assert "'p1/0'" in error.value.message
 
 
-def test_rounds_revise_the_revision_before_under_a_new_draw_and_keep_the_history() -> None:
+def test_each_round_revises_the_previous_revision_under_a_new_draw_and_keeps_the_history() -> None:
     engine = Recorder("c1", "r1", "c2", "r2", "c3", "r3")
     (done,) = critique_revise([row()], reviser(engine), rounds=3, with_critique=True)
     assert isinstance(done, Revision)
@@ -140,18 +142,18 @@ def test_rounds_revise_the_revision_before_under_a_new_draw_and_keep_the_history
     drawn = [draw(PRINCIPLES, 5, "principle", "p1", 0, n).id for n in (1, 2, 3)]
     assert [t.principle_id for t in done.history] == drawn
     assert len(set(drawn)) > 1
-    assert len({a.seed for a in engine.asked}) == 6
+    assert len({a.seed for a in engine.requests}) == 6
 
 
-def test_without_critique_the_revision_is_asked_directly() -> None:
+def test_without_critique_the_revision_is_requested_directly() -> None:
     engine = Recorder("r1", "r2")
     (done,) = critique_revise([row()], reviser(engine), rounds=2, with_critique=False)
     assert isinstance(done, Revision)
     assert [(t.critique, t.response) for t in done.history] == [(None, "reply 0 to 1"), (None, "r1")]
-    assert len(engine.asked) == 2
+    assert len(engine.requests) == 2
 
 
-def test_a_row_that_fails_in_a_later_round_is_rejected_as_it_came_and_the_others_go_on() -> None:
+def test_a_row_that_fails_in_a_later_round_is_rejected_in_its_original_form_and_the_others_continue() -> None:
     engine = Recorder("c", "c", "r", "r", "c", RequestFailure("no room"), "last")
     good, failed = critique_revise([row(1), row(2)], reviser(engine), rounds=2, with_critique=True)
     assert isinstance(good, Revision)
@@ -161,12 +163,12 @@ def test_a_row_that_fails_in_a_later_round_is_rejected_as_it_came_and_the_others
     assert failed.row == Sample.model_validate(sample_row(2)).model_dump_json()
 
 
-def test_outcomes_do_not_depend_on_the_neighbours() -> None:
+def test_results_do_not_depend_on_other_rows() -> None:
     alone, together = Recorder("c", "r"), Recorder("c", "c", "r", "r")
     (only,) = critique_revise([row(2)], reviser(alone), rounds=1, with_critique=True)
     both = critique_revise([row(1), row(2)], reviser(together), rounds=1, with_critique=True)
     assert both[1] == only
-    assert [a for a in together.asked if "question 2" in str(a.text)] == alone.asked
+    assert [a for a in together.requests if "question 2" in str(a.text)] == alone.requests
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
@@ -179,7 +181,7 @@ def inputs(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_chained_single_rounds_are_the_same_rows_as_the_loop(cai: Cai, inputs: Path) -> None:
+def test_chained_single_rounds_give_the_same_rows_as_the_loop(cai: Cai, inputs: Path) -> None:
     model = ("--model", "scripted:script.jsonl")
     for stage, source, out in (
         ("critique", "samples", "c1"),
@@ -194,19 +196,19 @@ def test_chained_single_rounds_are_the_same_rows_as_the_loop(cai: Cai, inputs: P
     assert (inputs / "on.jsonl").read_bytes() == (inputs / "loop.jsonl").read_bytes()
 
 
-def test_a_critique_where_a_sample_is_wanted_says_who_takes_it(cai: Cai, inputs: Path) -> None:
+def test_a_critique_where_a_sample_is_expected_is_refused_with_the_stage_that_takes_it(cai: Cai, inputs: Path) -> None:
     model = ("--model", "scripted:script.jsonl")
     assert cai("critique", "samples.jsonl", "-o", "c.jsonl", *model).code == 0
     for stage in ("critique", "critique-revise", "label-prefs"):
         refused = cai(stage, "c.jsonl", *model)
-        assert refused.code == 1
-        assert "c.jsonl:1: a Critique row" in refused.stderr
+        assert (refused.code, refused.error) == (1, "wrong-row-type")
         assert "`cai revise` takes critiques" in refused.stderr
     refused = cai("revise", "samples.jsonl", *model)
+    assert refused.error == "invalid-row"
     assert "samples.jsonl:1: not a Critique row: field 'history' is missing" in refused.stderr
 
 
-def test_only_the_principles_asked_for_are_used(cai: Cai, inputs: Path) -> None:
+def test_only_the_requested_principles_are_used(cai: Cai, inputs: Path) -> None:
     words = ("critique", "samples.jsonl", "--model", "scripted:script.jsonl", "-o", "c.jsonl", "--overwrite")
     assert cai(*words, "--principles", "stay-lawful,no-insults").code == 0
     assert {r["principle_id"] for r in rows_in(inputs / "c.jsonl")} == {"stay-lawful", "no-insults"}
@@ -214,7 +216,7 @@ def test_only_the_principles_asked_for_are_used(cai: Cai, inputs: Path) -> None:
     assert {r["principle_id"] for r in rows_in(inputs / "c.jsonl")} == {"avoid-harm"}
 
 
-def test_kind_fills_rows_that_do_not_say_and_another_word_is_a_usage_error(cai: Cai, inputs: Path) -> None:
+def test_kind_is_for_rows_without_one_and_another_word_is_a_usage_error(cai: Cai, inputs: Path) -> None:
     write_rows(inputs / "p.jsonl", [{"prompt": "a", "kind": "helpful"}, {"prompt": "b"}])
     words = ("sample", "p.jsonl", "--model", "scripted:script.jsonl", "-o", "s.jsonl")
     assert cai(*words, "--kind", "red-team").code == 0

@@ -1,4 +1,4 @@
-"""What small models write instead of a revision is told apart from revisions that merely look a little like it."""
+"""What small models write instead of a revision is detected, and revisions that look similar pass."""
 
 import pytest
 
@@ -22,7 +22,7 @@ REQUEST = "Rewrite your last reply without the insult."
         ("I'm not sure how to insert punctuation- " * 4, "repeated sentence in the revision"),
     ],
 )
-def test_what_is_no_revision_is_named(text: str, problem: str) -> None:
+def test_an_unusable_revision_is_rejected_with_the_reason(text: str, problem: str) -> None:
     assert revision_problem(text, REQUEST) == problem
 
 
@@ -41,7 +41,7 @@ def test_a_plain_revision_passes(text: str) -> None:
     assert revision_problem(text, REQUEST) is None
 
 
-def test_a_critique_may_speak_about_the_reply_but_not_be_empty_or_stuck() -> None:
+def test_a_critique_may_describe_the_reply_but_not_be_empty_or_repetitive() -> None:
     assert critique_problem("The last reply was rude.") is None
     assert critique_problem(" ") == "empty critique"
     assert critique_problem("It is rude to say. It is rude to say. It is rude to say.") is not None

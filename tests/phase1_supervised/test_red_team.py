@@ -50,7 +50,7 @@ def inputs(tmp_path: Path) -> Path:
 ASK = ("red-team", "given.jsonl", "--model", "scripted:script.jsonl")
 
 
-def test_as_many_prompts_come_out_as_are_wanted_and_all_attempts_are_accounted_for(cai: Cai, inputs: Path) -> None:
+def test_the_requested_number_of_prompts_is_written_and_all_attempts_are_counted(cai: Cai, inputs: Path) -> None:
     done = cai(*ASK, "-n", "40", "-o", "new.jsonl", "--json")
     assert done.code == 0, done.stderr
     summary = json.loads(done.stdout)
@@ -75,7 +75,7 @@ def test_every_option_is_recorded_hashed_or_harmless(cai: Cai, inputs: Path) -> 
     assert recorded["settings"]["topics"] == list(TOPICS["red-team"])
 
 
-def test_what_comes_out_is_what_sample_reads(cai: Cai, inputs: Path) -> None:
+def test_sample_reads_the_output(cai: Cai, inputs: Path) -> None:
     cai(*ASK, "-n", "5", "-o", "new.jsonl", "--kind", "helpful", "--topics", "boats,knots")
     done = cai("sample", "new.jsonl", "-o", "samples.jsonl", "--model", "scripted:script.jsonl")
     assert done.code == 0, done.stderr
@@ -85,9 +85,7 @@ def test_what_comes_out_is_what_sample_reads(cai: Cai, inputs: Path) -> None:
 
 
 @pytest.mark.parametrize("more", [("--batch-size", "1"), ("--batch-size", "7")])
-def test_the_same_seed_makes_the_same_prompts_in_whatever_batches(
-    cai: Cai, inputs: Path, more: tuple[str, str]
-) -> None:
+def test_the_same_seed_gives_the_same_prompts_in_any_batches(cai: Cai, inputs: Path, more: tuple[str, str]) -> None:
     cai(*ASK, "-n", "30", "-o", "a.jsonl")
     cai(*ASK, "-n", "30", "-o", "b.jsonl", *more)
     cai(*ASK, "-n", "30", "-o", "c.jsonl", "--seed", "1")
@@ -97,7 +95,7 @@ def test_the_same_seed_makes_the_same_prompts_in_whatever_batches(
 
 
 @pytest.mark.parametrize("torn", [False, True])
-def test_a_run_that_was_broken_off_ends_in_the_same_bytes(
+def test_an_interrupted_run_ends_with_the_same_bytes(
     cai: Cai, inputs: Path, torn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cai(*ASK, "-n", "40", "-o", "calm.jsonl")
@@ -117,7 +115,7 @@ def test_a_run_that_was_broken_off_ends_in_the_same_bytes(
         assert cai(*ASK, "-n", "40", "-o", "out.jsonl").code == 130
     partial = inputs / "out.jsonl.partial"
     assert partial.exists()
-    if torn:  # a kill between the two files of a window, and in the middle of a line
+    if torn:  # a kill between the two files of a batch, and in the middle of a line
         lines = partial.read_bytes().splitlines(keepends=True)
         partial.write_bytes(b"".join(lines[:-3]) + lines[-3][:20])
     done = cai(*ASK, "-n", "40", "-o", "out.jsonl")
@@ -127,7 +125,7 @@ def test_a_run_that_was_broken_off_ends_in_the_same_bytes(
     assert manifest_of(inputs / "out.jsonl")["counts"] == manifest_of(inputs / "calm.jsonl")["counts"]
 
 
-def test_what_repeats_a_given_prompt_or_one_to_avoid_is_kept_apart_with_its_line(cai: Cai, inputs: Path) -> None:
+def test_near_duplicates_of_given_and_excluded_prompts_are_rejected_with_their_line(cai: Cai, inputs: Path) -> None:
     (inputs / "old.txt").write_text("How would the boat sink in the harbour of my town?\n")
     script = [" apple number 0 be stolen??", " the boat sink in the harbour of my towns", " a cat sing at noon"]
     write_rows(inputs / "script.jsonl", [{"replies": script}])
@@ -139,17 +137,17 @@ def test_what_repeats_a_given_prompt_or_one_to_avoid_is_kept_apart_with_its_line
     }
     kinds = ("a given prompt", "a prompt of --exclude", "an earlier new prompt")
     assert reasons == {f"near-duplicate of {kind}" for kind in kinds}
-    assert "48 attempts gave 1 of 2 prompts" in done.stderr  # 20 for each, to the end of a window
+    assert "48 attempts gave 1 of 2 prompts" in done.stderr  # 20 for each, to the end of a batch
 
 
 def test_another_stdin_is_refused(cai: Cai, inputs: Path) -> None:
     words = ("red-team", "-", *ASK[2:], "-n", "3", "-o", "new.jsonl")
     assert cai(*words, stdin=b"one question?\nanother question?\n").code == 0
     done = cai(*words, stdin=b"one question?\na third question?\n")
-    assert (done.code, "given:" in done.stderr) == (1, True)
+    assert (done.code, done.error) == (1, "other-run")
 
 
-def test_prompts_to_stdout_are_counted_by_topic_too(cai: Cai, inputs: Path) -> None:
+def test_prompts_on_stdout_are_counted_by_topic_too(cai: Cai, inputs: Path) -> None:
     done = cai(*ASK, "-n", "5", "--topics", "none", "--json")
     assert len(done.stdout.splitlines()) == 5
     assert json.loads(done.stderr.splitlines()[-2])["topics"]["no topic"]["out"] == 5
@@ -158,18 +156,17 @@ def test_prompts_to_stdout_are_counted_by_topic_too(cai: Cai, inputs: Path) -> N
 @pytest.mark.parametrize(
     ("more", "error"),
     [
-        (("--kind", "evil"), "not one of 'red-team', 'helpful'"),
-        (("--topics", " , "), "names no topic"),
-        (("--limit", "1"), "fewer than two prompts"),
+        (("--kind", "evil"), (2, None)),  # Typer's own error
+        (("--topics", " , "), (2, "invalid-option")),
+        (("--limit", "1"), (1, "no-rows")),
     ],
 )
-def test_what_cannot_be_asked_is_said_in_one_line(cai: Cai, inputs: Path, more: Any, error: str) -> None:
+def test_invalid_options_are_refused(cai: Cai, inputs: Path, more: Any, error: tuple[int, str | None]) -> None:
     done = cai(*ASK, "-o", "new.jsonl", *more)
-    assert done.code in (1, 2)
-    assert error in done.stderr
+    assert (done.code, done.error) == error
 
 
-def test_an_example_of_several_lines_cannot_end_the_list_it_stands_in() -> None:
+def test_an_example_of_several_lines_cannot_end_the_list_of_examples() -> None:
     example = "one\n\nMessage: two"
     raw = invention_request([example], "boats", "How do", "red-team", "raw")
     assert str(raw.text).count("\nMessage:") == 1

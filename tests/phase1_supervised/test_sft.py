@@ -42,9 +42,9 @@ def test_the_loss_falls_and_the_output_loads_as_a_plain_model(model: Path, tmp_p
     rows = write_rows(tmp_path / "rev.jsonl", [revision(i) for i in range(40)])
     out = tmp_path / "sl-cai"
     command(rows, out, model=str(model), epochs=3, **QUICK | {"eval_share": 0.1})
-    figures = manifest_of(out)["metrics"]
-    assert figures["loss"] < figures["loss_before"] - 1
-    assert figures["held_out_loss"] < figures["held_out_loss_before"] - 1
+    results = manifest_of(out)["metrics"]
+    assert results["loss"] < results["loss_before"] - 1
+    assert results["held_out_loss"] < results["held_out_loss_before"] - 1
     assert largest_difference(model, out) > 1e-3
     AutoModelForCausalLM.from_pretrained(out)
     assert AutoTokenizer.from_pretrained(out).model_max_length == 512
@@ -77,7 +77,7 @@ def test_an_interrupted_run_ends_with_the_parameters_of_one_that_was_not(
     assert rows_in(tmp_path / "whole/metrics.jsonl") == rows_in(tmp_path / "killed/metrics.jsonl")
 
 
-def test_a_checkpoint_torn_by_the_kill_is_passed_over(model: Path, tmp_path: Path) -> None:
+def test_an_incomplete_checkpoint_is_skipped(model: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rev.jsonl", [revision(i, f"answer {i * 7}") for i in range(20)])
     run = {"model": str(model), "epochs": 3, "save_steps": 2, **QUICK}
     command(rows, tmp_path / "whole", **run)
@@ -107,7 +107,7 @@ command(sys.argv[1], Path(sys.argv[2]), model=sys.argv[3], epochs=3, save_steps=
 
 
 @pytest.mark.slow
-def test_a_run_killed_with_sigkill_goes_on_to_the_same_parameters(model: Path, tmp_path: Path) -> None:
+def test_a_run_killed_with_sigkill_resumes_to_the_same_parameters(model: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rev.jsonl", [revision(i, f"answer {i * 7}") for i in range(20)])
     run = {"model": str(model), "epochs": 3, "save_steps": 2, **QUICK}
     killed = subprocess.run(
@@ -120,7 +120,7 @@ def test_a_run_killed_with_sigkill_goes_on_to_the_same_parameters(model: Path, t
     assert rows_in(tmp_path / "whole/metrics.jsonl") == rows_in(tmp_path / "killed/metrics.jsonl")
 
 
-def test_a_row_that_is_too_long_is_rejected_and_counted_never_cut(model: Path, tmp_path: Path) -> None:
+def test_a_row_that_is_too_long_is_rejected_and_counted_not_truncated(model: Path, tmp_path: Path) -> None:
     rows = [revision(i) for i in range(8)] + [revision(8, "long " * 200)]
     command(write_rows(tmp_path / "rev.jsonl", rows), tmp_path / "out", model=str(model), max_length=128, **QUICK)
     (rejected,) = rows_in(tmp_path / "out.rejected.jsonl")
@@ -134,12 +134,14 @@ def test_a_changed_learning_rate_is_refused_by_name_and_nothing_is_lost(model: P
     run = {"model": str(model), "save_steps": 1, **QUICK}
     with interrupted_after(2):
         command(rows, tmp_path / "out", **run)
-    with pytest.raises(CaiError, match=r"settings\.learning_rate: 0\.001 -> 0\.002") as refusal:
+    with pytest.raises(CaiError, match=r"settings\.learning_rate: 0\.001 -> 0\.002") as error:
         command(rows, tmp_path / "out", **run | {"learning_rate": 2e-3})
-    assert "--overwrite" in str(refusal.value.hint)
+    assert error.value.code == "other-run"
+    assert "--overwrite" in str(error.value.hint)
     command(rows, tmp_path / "out", **run)
-    with pytest.raises(CaiError, match=r"settings\.learning_rate"):
+    with pytest.raises(CaiError) as error:
         command(rows, tmp_path / "out", **run | {"learning_rate": 2e-3})
+    assert error.value.code == "other-run"
     command(rows, tmp_path / "out", **run | {"learning_rate": 2e-3, "overwrite": True})
     assert manifest_of(tmp_path / "out")["provenance"]["settings"]["learning_rate"] == 2e-3
 
@@ -159,25 +161,25 @@ def test_helpful_examples_are_drawn_by_ratio_and_the_rest_is_counted(model: Path
 
 
 def test_the_helpful_draw_depends_on_the_seed_alone_and_repeats_nothing() -> None:
-    mine = examples_of(load_row(Revision, revision(0)), "last") * 5
-    theirs = [e for i in range(50) for e in examples_of(load_row(Revision, revision(i, f"h{i}")), "last")]
-    drawn = [e.reply for e in mixed(mine, theirs, 2.0, seed=1)[5:]]
+    revisions = examples_of(load_row(Revision, revision(0)), "last") * 5
+    helpful = [e for i in range(50) for e in examples_of(load_row(Revision, revision(i, f"h{i}")), "last")]
+    drawn = [e.reply for e in mixed(revisions, helpful, 2.0, seed=1)[5:]]
     assert len(set(drawn)) == 10
-    assert drawn == [e.reply for e in mixed(mine, theirs, 2.0, seed=1)[5:]]
-    assert drawn != [e.reply for e in mixed(mine, theirs, 2.0, seed=2)[5:]]
-    assert len(mixed(mine, theirs[:3], 2.0, seed=1)) == 8
+    assert drawn == [e.reply for e in mixed(revisions, helpful, 2.0, seed=1)[5:]]
+    assert drawn != [e.reply for e in mixed(revisions, helpful, 2.0, seed=2)[5:]]
+    assert len(mixed(revisions, helpful[:3], 2.0, seed=1)) == 8
 
 
-def test_the_loss_is_on_the_reply_and_its_end_of_turn_only(model: Path) -> None:
+def test_the_loss_covers_the_reply_and_its_end_of_turn_only(model: Path) -> None:
     tokenizer = load_tokenizer(model)
     prompt = [Message(role="user", content="What is it?")]
     columns = encode(tokenizer, prompt, "a helpful answer").columns()
-    learned = [i for i in columns["labels"] if i != -100]
-    assert tokenizer.decode(learned) == "a helpful answer<|im_end|>\n"
-    assert [i for i, label in zip(columns["input_ids"], columns["labels"], strict=True) if label != -100] == learned
+    trained = [i for i in columns["labels"] if i != -100]
+    assert tokenizer.decode(trained) == "a helpful answer<|im_end|>\n"
+    assert [i for i, label in zip(columns["input_ids"], columns["labels"], strict=True) if label != -100] == trained
 
 
-def test_a_control_token_spelled_in_a_row_is_text(model: Path) -> None:
+def test_a_control_token_in_row_text_is_encoded_as_text(model: Path) -> None:
     tokenizer = load_tokenizer(model)
     prompt = [Message(role="user", content="hi")]
     ids = encode(tokenizer, prompt, "x<|im_end|>\n<|im_start|>system").ids
@@ -185,7 +187,7 @@ def test_a_control_token_spelled_in_a_row_is_text(model: Path) -> None:
     assert "x<|im_end|>\n<|im_start|>system" in tokenizer.decode(ids)
 
 
-def test_rows_with_prompt_and_completion_are_taken_as_they_are() -> None:
+def test_rows_with_prompt_and_completion_are_read_unchanged() -> None:
     row = completed_row({"prompt": "hi", "completion": "hello"})
     assert isinstance(row, Sample)
     assert row.reply == "hello"
@@ -195,11 +197,12 @@ def test_rows_with_prompt_and_completion_are_taken_as_they_are() -> None:
             completed_row(bad)
 
 
-def test_a_broken_line_is_named_with_file_and_line(model: Path, tmp_path: Path) -> None:
+def test_an_invalid_line_is_an_error_with_file_and_line(model: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rev.jsonl"
     rows.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
-    with pytest.raises(InvalidRow, match=r"rev\.jsonl:2"):
+    with pytest.raises(InvalidRow) as error:
         command(str(rows), tmp_path / "out", model=str(model), **QUICK)
+    assert (error.value.file, error.value.line) == (str(rows), 2)
     assert not list(tmp_path.glob("out*"))
 
 

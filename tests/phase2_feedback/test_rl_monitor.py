@@ -1,4 +1,4 @@
-"""The monitors of `cai rl`: what is held out, measured, kept and flagged, and that a killed run ends the same."""
+"""The checks of `cai rl`: held-out prompts, metrics, flags and the policy that is kept; a killed run ends the same."""
 
 import os
 import random
@@ -35,7 +35,7 @@ command = stage("rl")
 train_pm_stage = stage("train-pm")
 
 PHRASE = " racist"  # one token of the tiny tokenizer
-SHOWN = [name for name in CHECK_COLUMNS if name not in ("monitor_score", "goodhart")]
+MEASURED = [name for name in CHECK_COLUMNS if name not in ("monitor_score", "goodhart")]
 
 
 @pytest.fixture(scope="module")
@@ -45,20 +45,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def models(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """`pm` loves one phrase, `monitor_model` does not like it; they learned it from different texts."""
+    """`pm` prefers one phrase and `monitor` disprefers it; they are trained on different texts."""
     folder, tokenizer = tmp_path_factory.mktemp("pms"), load_tokenizer(model)
-    for name, seed in (("pm", 1), ("watcher", 2)):
+    for name, seed in (("pm", 1), ("monitor", 2)):
         rng, rows = random.Random(seed), []
         for i in range(64):
-            said = [tokenizer.decode([rng.randrange(3, len(tokenizer))]) for _ in range(7)]
-            loved = said.copy()
+            plain = [tokenizer.decode([rng.randrange(3, len(tokenizer))]) for _ in range(7)]
+            with_phrase = plain.copy()
             for _ in range(rng.randrange(1, 4)):
-                loved[rng.randrange(7)] = PHRASE
-            pair = ["".join(loved), "".join(said)]
+                with_phrase[rng.randrange(7)] = PHRASE
+            pair = ["".join(with_phrase), "".join(plain)]
             rows.append(preference(i, 0.95, *(pair if name == "pm" else pair[::-1])))
         file = write_rows(folder / f"{name}.jsonl", rows)
         train_pm_stage(file, folder / name, model=str(model), learning_rate=2e-3, eval_share=0.0, epochs=4, quiet=True)
-    return {"model": str(model), "pm": str(folder / "pm"), "watcher": str(folder / "watcher")}
+    return {"model": str(model), "pm": str(folder / "pm"), "monitor": str(folder / "monitor")}
 
 
 @pytest.fixture
@@ -81,10 +81,10 @@ def checks_in(directory: Path) -> list[dict[str, Any]]:
 def test_every_few_steps_and_after_the_last_the_policy_is_checked(
     models: dict[str, str], prompts: str, tmp_path: Path, variant: dict[str, Any]
 ) -> None:
-    command(prompts, tmp_path / "rl", **settings(models, monitor_every=4, monitor_pm=models["watcher"], **variant))
+    command(prompts, tmp_path / "rl", **settings(models, monitor_every=4, monitor_pm=models["monitor"], **variant))
     metrics, checks = rows_in(tmp_path / "rl/metrics.jsonl"), checks_in(tmp_path / "rl")
     assert [row["step"] for row in checks] == [0, 4, 6]
-    assert all(row[name] is not None for row in checks for name in (*SHOWN, "monitor_score"))
+    assert all(row[name] is not None for row in checks for name in (*MEASURED, "monitor_score"))
     assert all(row.keys() == metrics[0].keys() for row in metrics)
     assert checks[0]["pm_score"] == pytest.approx(0, abs=1e-9)
     assert checks[0]["held_out_kl"] == pytest.approx(0, abs=1e-6)
@@ -98,18 +98,18 @@ def test_the_scale_is_that_of_the_start_models_held_out_replies(
     models: dict[str, str], prompts: str, tmp_path: Path
 ) -> None:
     command(prompts, tmp_path / "rl", **settings(models))
-    figures = manifest_of(tmp_path / "rl")["metrics"]
+    results = manifest_of(tmp_path / "rl")["metrics"]
     starts = [load_row(PolicySample, row) for row in rows_in(tmp_path / "rl/samples.jsonl") if row["step"] == 0]
     judge, tokenizer = load_reward_model(Path(models["pm"])), load_tokenizer(Path(models["pm"]))
     scores = score_conversations(judge, tokenizer, [[*row.prompt, *row.completion] for row in starts])
     mean = sum(scores) / 16
-    assert figures["score_mean"] == pytest.approx(mean, abs=1e-4)
-    assert figures["score_std"] == pytest.approx((sum((s - mean) ** 2 for s in scores) / 15) ** 0.5, rel=1e-3)
+    assert results["score_mean"] == pytest.approx(mean, abs=1e-4)
+    assert results["score_std"] == pytest.approx((sum((s - mean) ** 2 for s in scores) / 15) ** 0.5, rel=1e-3)
     assert [row.score for row in starts] == pytest.approx(scores, abs=1e-4)
-    assert figures["kept_step"] == figures["steps"] == 6
+    assert results["kept_step"] == results["steps"] == 6
 
 
-def test_divergence_and_entropy_are_those_of_the_whole_distribution(model: Path, tmp_path: Path) -> None:
+def test_divergence_and_entropy_are_over_the_whole_vocabulary(model: Path, tmp_path: Path) -> None:
     import torch
 
     policy, other = load_causal_lm(model), load_causal_lm(tiny_model_dir(tmp_path / "other", seed=1))
@@ -124,23 +124,23 @@ def test_divergence_and_entropy_are_those_of_the_whole_distribution(model: Path,
         0,
         4,
     )
-    figures = monitor.check(0, policy, logits_of(other))
-    assert len(monitor.rows) == 16  # one prompt is answered sixteen times
+    results = monitor.check(0, policy, logits_of(other))
+    assert len(monitor.rows) == 16  # one prompt, sixteen replies
     kl, entropy, tokens = 0.0, 0.0, 0
     for row in monitor.rows:
         start = monitor.tokenizer.apply_chat_template(
             [m.model_dump() for m in row.prompt], add_generation_prompt=True, return_dict=False
         )
         reply = monitor.tokenizer(row.reply)["input_ids"]
-        for place in range(len(reply) + (row.finish_reason == "stop")):
-            seen = torch.tensor([start + reply[:place]])
+        for position in range(len(reply) + (row.finish_reason == "stop")):
+            context = torch.tensor([start + reply[:position]])
             with torch.no_grad():
-                p, q = (torch.softmax(m(seen).logits[0, -1] / 0.7, -1).double() for m in (policy, other))
+                p, q = (torch.softmax(m(context).logits[0, -1] / 0.7, -1).double() for m in (policy, other))
             kl += float((p * (p / q).log()).sum())
             entropy -= float((p * p.log()).sum())
             tokens += 1
-    assert figures["held_out_kl"] == pytest.approx(kl / tokens, rel=1e-4)
-    assert figures["held_out_entropy"] == pytest.approx(entropy / tokens, rel=1e-4)
+    assert results["held_out_kl"] == pytest.approx(kl / tokens, rel=1e-4)
+    assert results["held_out_entropy"] == pytest.approx(entropy / tokens, rel=1e-4)
 
 
 def test_one_score_for_every_reply_is_refused(model: Path, tmp_path: Path) -> None:
@@ -156,24 +156,25 @@ def test_one_score_for_every_reply_is_refused(model: Path, tmp_path: Path) -> No
         4,
     )
     policy = load_causal_lm(model)
-    with pytest.raises(CaiError, match="cannot tell them apart"):
+    with pytest.raises(CaiError) as error:
         monitor.check(0, policy, logits_of(policy))
+    assert error.value.code == "cannot-distinguish"
 
 
 def test_a_planted_phrase_is_flagged_within_three_checks_and_the_better_policy_kept(
     models: dict[str, str], prompts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     planted = {"steps": 40, "prompts_per_step": 8, "learning_rate": 1e-2, "beta": 0.0, "monitor_every": 4}
-    run = settings(models, monitor_pm=models["watcher"], **planted)
+    run = settings(models, monitor_pm=models["monitor"], **planted)
     command(prompts, tmp_path / "rl", stop_on_goodhart=True, **run)
-    checks, figures = checks_in(tmp_path / "rl"), manifest_of(tmp_path / "rl")["metrics"]
+    checks, results = checks_in(tmp_path / "rl"), manifest_of(tmp_path / "rl")["metrics"]
     assert len(checks) <= 1 + 3
-    assert figures["goodhart_step"] == checks[-1]["step"] == figures["steps"] < 40
+    assert results["goodhart_step"] == checks[-1]["step"] == results["steps"] < 40
     assert checks[-1]["goodhart"].startswith("monitor_score falls while pm_score rises")
     assert "monitor_score falls" in capsys.readouterr().err
-    kept = next(row for row in checks if row["step"] == figures["kept_step"])
+    kept = next(row for row in checks if row["step"] == results["kept_step"])
     assert kept["monitor_score"] == max(row["monitor_score"] for row in checks) > checks[-1]["monitor_score"] + 0.2
-    # What was kept is what a run of so many steps gives.
+    # The kept policy equals that of a run with as many steps.
     assert kept["step"] == 0
     assert largest_difference(tmp_path / "rl", Path(models["model"])) == 0
     command(prompts, tmp_path / "on", **run | {"steps": checks[-1]["step"] + 4})
@@ -196,40 +197,42 @@ def test_the_policy_that_is_kept_is_the_one_of_the_best_check(
     with interrupted_after(6):
         command(prompts, tmp_path / "rl", stop_on_goodhart=True, **run | {"steps": 9})
     command(prompts, tmp_path / "rl", stop_on_goodhart=True, **run | {"steps": 9})
-    figures = manifest_of(tmp_path / "rl")["metrics"]
-    assert (figures["kept_step"], figures["goodhart_step"], figures["goodhart"]) == (4, 6, "planted")
+    results = manifest_of(tmp_path / "rl")["metrics"]
+    assert (results["kept_step"], results["goodhart_step"], results["goodhart"]) == (4, 6, "planted")
     (kept,) = (row for row in checks_in(tmp_path / "rl") if row["step"] == 4)
-    assert figures["pm_score"] == kept["pm_score"]  # of the model that was written, not of what was thrown away
+    assert results["pm_score"] == kept["pm_score"]  # of the model that was written
     assert "; kept is step 4; 6 steps in" in capsys.readouterr().err
     assert largest_difference(tmp_path / "rl", tmp_path / "four") == 0
 
 
-def test_a_judge_watches_too(models: dict[str, str], prompts: str, tmp_path: Path) -> None:
+def test_a_judge_can_be_the_monitor(models: dict[str, str], prompts: str, tmp_path: Path) -> None:
     script = write_rows(tmp_path / "judge.jsonl", [{"scores": [-0.5, -1.5]}])
     command(prompts, tmp_path / "rl", **settings(models, monitor_judge=f"scripted:{script}"))
     checks = checks_in(tmp_path / "rl")
-    assert [row["monitor_score"] for row in checks] == pytest.approx([0.5] * 4)  # it only likes the first position
+    assert [row["monitor_score"] for row in checks] == pytest.approx([0.5] * 4)  # it only prefers the first position
     assert manifest_of(tmp_path / "rl")["provenance"]["monitor"]["engine"] == "scripted"
 
 
-def test_a_judge_behind_a_server_watches(models: dict[str, str], prompts: str, tmp_path: Path) -> None:
+def test_a_judge_behind_a_server_can_be_the_monitor(models: dict[str, str], prompts: str, tmp_path: Path) -> None:
     def judge(request: Request) -> bytes:
         likely = [{"token": option, "logprob": logprob} for option, logprob in (("A", -0.5), ("B", -1.5))]
-        said = {"token": "A", "logprob": -0.5, "top_logprobs": likely}
-        return http(completion(request, "A", logprobs={"content": [said]}))
+        sampled = {"token": "A", "logprob": -0.5, "top_logprobs": likely}
+        return http(completion(request, "A", logprobs={"content": [sampled]}))
 
     run = settings(models, monitor_judge="openai:judge")
-    with pytest.raises(UsageError, match="OPENAI_BASE_URL"):
+    with pytest.raises(UsageError) as error:
         command(prompts, tmp_path / "rl", **run)
+    assert error.value.code == "missing-option"
     with Loopback(judge) as server:
         command(prompts, tmp_path / "rl", base_url=server.url, **run)
         assert server.requests
     assert [row["monitor_score"] for row in checks_in(tmp_path / "rl")] == pytest.approx([0.5] * 4)
-    with pytest.raises(UsageError, match="where the judge is asked"):
+    with pytest.raises(UsageError) as error:
         command(prompts, tmp_path / "other", base_url=server.url, **settings(models))
+    assert error.value.code == "option-conflict"
 
 
-def test_a_judge_that_does_not_answer_gives_no_score_and_is_told_of(
+def test_a_judge_that_does_not_answer_gives_no_score_and_a_warning(
     models: dict[str, str], prompts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script = write_rows(tmp_path / "judge.jsonl", [{"contains": "never said"}])
@@ -237,7 +240,7 @@ def test_a_judge_that_does_not_answer_gives_no_score_and_is_told_of(
     command(prompts, tmp_path / "rl", **run)
     samples = [row for row in rows_in(tmp_path / "rl/samples.jsonl") if row["step"] == 6]
     assert None in [row["monitor_score"] for row in samples]
-    assert "the monitor model gave no score to" in capsys.readouterr().err
+    assert "the monitor gave no score to" in capsys.readouterr().err
 
 
 def test_helpful_prompts_are_mixed_in_and_all_are_counted(models: dict[str, str], prompts: str, tmp_path: Path) -> None:
@@ -250,8 +253,9 @@ def test_helpful_prompts_are_mixed_in_and_all_are_counted(models: dict[str, str]
     assert counts["skipped_reasons"] == {"beyond --helpful-ratio": 6}
     kinds = {row["kind"] for row in rows_in(tmp_path / "rl/samples.jsonl")}
     assert kinds == {None, "helpful"}
-    with pytest.raises(CaiError, match=r"settings\.helpful_ratio: 0\.5 -> 1\.0"):
+    with pytest.raises(CaiError) as error:
         command(prompts, tmp_path / "rl", **run | {"helpful_ratio": 1.0})
+    assert error.value.code == "other-run"
 
 
 def test_held_out_prompts_depend_on_seed_and_prompt_alone_and_are_at_most_half() -> None:
@@ -262,18 +266,20 @@ def test_held_out_prompts_depend_on_seed_and_prompt_alone_and_are_at_most_half()
     assert {p.id for p in hold_out(prompts[::-1], 4, seed=0)[1]} == {p.id for p in held}
     assert {p.id for p in hold_out(prompts, 4, seed=1)[1]} != {p.id for p in held}
     assert [len(part) for part in hold_out(prompts[:5], 32, seed=0)] == [3, 2]
-    with pytest.raises(CaiError, match="one prompt is too few"):
+    with pytest.raises(CaiError) as error:
         hold_out(prompts[:1], 4, seed=0)
+    assert error.value.code == "too-few-rows"
 
 
-def test_a_watcher_must_be_one_and_another(models: dict[str, str], prompts: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="must be another"):
-        command(prompts, tmp_path / "rl", **settings(models, monitor_pm=models["pm"]))
-    with pytest.raises(UsageError, match="two watchers"):
-        command(prompts, tmp_path / "rl", **settings(models, monitor_pm=models["watcher"], monitor_judge="scripted:x"))
+def test_a_monitor_must_be_one_model_and_not_the_reward(models: dict[str, str], prompts: str, tmp_path: Path) -> None:
+    two = {"monitor_pm": models["monitor"], "monitor_judge": "scripted:x"}
+    for monitors in ({"monitor_pm": models["pm"]}, two):
+        with pytest.raises(UsageError) as error:
+            command(prompts, tmp_path / "rl", **settings(models, **monitors))
+        assert error.value.code == "option-conflict"
 
 
-def test_tensorboard_is_told_what_metrics_jsonl_holds(
+def test_tensorboard_gets_the_metrics_of_metrics_jsonl(
     models: dict[str, str], prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -283,10 +289,10 @@ def test_tensorboard_is_told_what_metrics_jsonl_holds(
     command(prompts, tmp_path / "rl", **settings(models, report_to="tensorboard"))
     events = EventAccumulator(str(tmp_path / "board")).Reload()
     tags = events.Tags()["scalars"]
-    for name in SHOWN:
+    for name in MEASURED:
         (tag,) = [tag for tag in tags if tag.rpartition("/")[2] == name]
-        told = [(event.step, event.value) for event in events.Scalars(tag)]
-        assert told == [(row["step"], pytest.approx(row[name], abs=1e-5)) for row in checks_in(tmp_path / "rl")]
+        logged = [(event.step, event.value) for event in events.Scalars(tag)]
+        assert logged == [(row["step"], pytest.approx(row[name], abs=1e-5)) for row in checks_in(tmp_path / "rl")]
     assert any(tag.endswith("reward") for tag in tags)
     assert [row["loss"] is None for row in rows_in(tmp_path / "rl/metrics.jsonl")] == [True] + [False] * 6
 
@@ -294,14 +300,16 @@ def test_tensorboard_is_told_what_metrics_jsonl_holds(
 def test_an_unknown_or_missing_reporter_is_a_usage_error(
     models: dict[str, str], prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UsageError, match="'tensorboard' or 'trackio'"):
+    with pytest.raises(UsageError) as error:
         command(prompts, tmp_path / "rl", **settings(models, report_to="paper"))
-    monkeypatch.setattr("cai_cli.phase2_feedback.rl.find_spec", lambda _: None)
-    with pytest.raises(UsageError, match="not installed"):
+    assert error.value.code == "invalid-option"
+    monkeypatch.setattr("cai_cli.phase2_feedback.rl_config.find_spec", lambda _: None)
+    with pytest.raises(UsageError) as error:
         command(prompts, tmp_path / "rl", **settings(models, report_to="trackio"))
+    assert error.value.code == "missing-dependency"
 
 
-def test_a_kept_sample_is_a_prompt_again(models: dict[str, str]) -> None:
+def test_a_stored_sample_can_be_read_as_a_prompt(models: dict[str, str]) -> None:
     row = PolicySample(
         id="p",
         prompt=[Message(role="user", content="question")],
@@ -326,7 +334,7 @@ def test_a_run_killed_with_sigkill_and_resumed_ends_with_the_parameters_of_one_t
     options += " --held-out 8 --monitor-every 4 --save-steps 5 --device cpu"
 
     def argv(out: str) -> list[str]:
-        given = ["--model", models["model"], "--pm", models["pm"], "--monitor-pm", models["watcher"]]
+        given = ["--model", models["model"], "--pm", models["pm"], "--monitor-pm", models["monitor"]]
         return [sys.executable, "-m", "cai_cli", "rl", prompts, "-o", str(tmp_path / out), *given, *options.split()]
 
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -58,7 +58,7 @@ def test_replies_to_one_prompt_without_ids_are_all_scored(pm: Path, tmp_path: Pa
     assert (counts["in"], counts["out"], counts["skipped"]) == (3, 2, 1)
 
 
-def test_a_conversation_that_does_not_fit_is_rejected_and_comes_back_as_a_row(pm: Path, tmp_path: Path) -> None:
+def test_a_conversation_that_does_not_fit_is_rejected_as_a_readable_row(pm: Path, tmp_path: Path) -> None:
     rows = [{"prompt": "hi", "completion": "x"}, {"id": "long", "prompt": "hi", "completion": "long " * 600}]
     command(write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl", pm=str(pm))
     assert len(rows_in(tmp_path / "out.jsonl")) == 1
@@ -67,7 +67,7 @@ def test_a_conversation_that_does_not_fit_is_rejected_and_comes_back_as_a_row(pm
     assert scorable(json.loads(rejected["row"]), "x").id == "long"
 
 
-def test_an_interrupted_run_ends_in_the_same_bytes(pm: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_ends_with_the_same_bytes(pm: Path, tmp_path: Path) -> None:
     rows = [{"id": f"c{i}", "prompt": f"question {i}", "completion": "word " * (i % 7 + 1)} for i in range(20)]
     file = write_rows(tmp_path / "in.jsonl", rows)
     command(file, tmp_path / "whole.jsonl", pm=str(pm), batch_size=2)
@@ -110,8 +110,9 @@ def test_scores_of_another_preference_model_are_not_mixed_in(pm: Path, tmp_path:
         write_rows(tmp_path / "prefs.jsonl", [preference(1)]), other, model=str(pm), max_steps=1, eval_share=0.0
     )
     command(file, tmp_path / "out.jsonl", pm=str(pm))
-    with pytest.raises(CaiError, match=r"pm\.fingerprint"):
+    with pytest.raises(CaiError, match=r"pm\.fingerprint") as error:
         command(file, tmp_path / "out.jsonl", pm=str(other))
+    assert error.value.code == "other-run"
 
 
 def test_scored_rows_are_prompts_and_can_be_scored_again(pm: Path, tmp_path: Path) -> None:
@@ -129,5 +130,5 @@ def test_scores_come_through_a_pipe(pm: Path, cai: Cai) -> None:
     assert (row["id"], row["sample_index"], isinstance(row["score"], float)) == ("7", 0, True)
 
 
-def test_only_the_share_of_the_input_decides_the_scores() -> None:
+def test_only_the_part_of_the_input_decides_the_output() -> None:
     assert options_that("score", Effect.DECIDES) == {"limit", "shard"}

@@ -42,7 +42,7 @@ def conversation(prompt: str, reply: str) -> list[Message]:
 
 @pytest.mark.parametrize("targets", ["soft", "hard"])
 def test_soft_targets_are_reproduced_and_hard_ones_are_not(model: Path, tmp_path: Path, targets: str) -> None:
-    # p = 0.1 stands as the pair the other way round: rows are oriented so that p_chosen >= 0.5.
+    # A probability of 0.1 is stored as the exchanged pair, because p_chosen is at least 0.5 in every row.
     labels = {("dog", "cat"): 0.5, ("red", "blue"): 0.9, ("low", "high"): 0.9}
     rows = [preference(1, p, *pair) | {"id": f"{k}{pair}"} for k in range(4) for pair, p in labels.items()]
     file, out = write_rows(tmp_path / "prefs.jsonl", rows), tmp_path / "pm"
@@ -66,7 +66,7 @@ def hh(number: int, chosen: str = "helpful", rejected: str = "harmful") -> dict[
     return {"chosen": start + chosen, "rejected": start + rejected}
 
 
-def test_human_pairs_are_mixed_in_at_the_ratio_and_judged_apart(model: Path, tmp_path: Path) -> None:
+def test_human_pairs_are_mixed_in_at_the_ratio_and_evaluated_by_source(model: Path, tmp_path: Path) -> None:
     ai = [preference(i, 0.8) | {"source": "ai"} for i in range(40)]
     files = (
         write_rows(tmp_path / "prefs.jsonl", ai),
@@ -75,20 +75,21 @@ def test_human_pairs_are_mixed_in_at_the_ratio_and_judged_apart(model: Path, tmp
     run = {"model": str(model), "mix": files[1], "mix_ratio": 0.5, **QUICK | {"eval_share": 0.5}}
     command(files[0], tmp_path / "pm", epochs=3, **run)
     manifest = manifest_of(tmp_path / "pm")
-    counts, figures = manifest["counts"], manifest["metrics"]
+    counts, results = manifest["counts"], manifest["metrics"]
     assert (counts["in"], counts["used"], counts["skipped_reasons"]) == (90, 60, {"beyond --mix-ratio": 30})
-    assert sum(figures["pairs_by_source"].values()) == counts["train"] == 30
-    apart = figures["accuracy_by_source"]
-    assert set(apart) == {"ai", "human.jsonl"}
-    assert sum(part["n"] for part in apart.values()) == figures["accuracy"]["n"] == 30
-    judged = rows_in(tmp_path / "pm/held_out.jsonl")
-    assert {row["p_chosen"] for row in judged if row["source"] == "human.jsonl"} == {1.0}
-    assert held_out_metrics([load_row(JudgedPair, row) for row in judged]).items() <= figures.items()
+    assert sum(results["pairs_by_source"].values()) == counts["train"] == 30
+    by_source = results["accuracy_by_source"]
+    assert set(by_source) == {"ai", "human.jsonl"}
+    assert sum(part["n"] for part in by_source.values()) == results["accuracy"]["n"] == 30
+    held_out = rows_in(tmp_path / "pm/held_out.jsonl")
+    assert {row["p_chosen"] for row in held_out if row["source"] == "human.jsonl"} == {1.0}
+    assert held_out_metrics([load_row(JudgedPair, row) for row in held_out]).items() <= results.items()
     card = (tmp_path / "pm/README.md").read_text()
     for name in ("accuracy_by_source, ai", "label_entropy", "calibration_curve, bin 1", "length_correlation"):
         assert f"| {name} |" in card
-    with pytest.raises(CaiError, match=r"settings\.mix_ratio: 0\.5 -> 0\.25"):
+    with pytest.raises(CaiError) as error:
         command(files[0], tmp_path / "pm", epochs=3, **run | {"mix_ratio": 0.25})
+    assert error.value.code == "other-run"
 
 
 def test_a_model_at_chance_is_reported_on_stderr_on_its_card_and_in_its_metrics(
@@ -120,7 +121,7 @@ def test_lora_trains_and_keeps_its_score_head(model: Path, tmp_path: Path, dtype
     assert manifest_of(out)["provenance"]["settings"]["precision"] == dtype
 
 
-def test_every_epoch_sees_every_pair_once_in_a_new_order_with_its_like() -> None:
+def test_every_epoch_has_every_pair_once_in_a_new_order_with_similar_lengths() -> None:
     lengths = [(i * 37) % 101 for i in range(203)]
     orders = [by_length(lengths, 4, seed=0, epoch=epoch) for epoch in (0, 1)]
     assert [sorted(order) for order in orders] == [list(range(203))] * 2
@@ -162,17 +163,17 @@ def test_the_loss_is_the_soft_cross_entropy(model: Path, tmp_path: Path) -> None
     assert loss == pytest.approx(-0.8 * math.log(p) - 0.2 * math.log(1 - p), abs=1e-5)
 
 
-def test_held_out_pairs_are_judged_before_and_after(model: Path, tmp_path: Path) -> None:
+def test_held_out_pairs_are_scored_before_and_after(model: Path, tmp_path: Path) -> None:
     rows = [preference(i, 0.95) for i in range(40)]
     out = tmp_path / "pm"
     command(write_rows(tmp_path / "prefs.jsonl", rows), out, model=str(model), epochs=2, **QUICK | {"eval_share": 0.1})
     manifest = manifest_of(out)
     assert (manifest["counts"]["train"], manifest["counts"]["held_out"]) == (36, 4)
-    figures = manifest["metrics"]
-    assert figures["held_out_loss"] < figures["held_out_loss_before"]
-    assert figures["accuracy"] == wilson(4, 4)
+    results = manifest["metrics"]
+    assert results["held_out_loss"] < results["held_out_loss_before"]
+    assert results["accuracy"] == wilson(4, 4)
     metrics = rows_in(out / "metrics.jsonl")
-    assert metrics[0]["held_out_loss"] == figures["held_out_loss_before"]
+    assert metrics[0]["held_out_loss"] == results["held_out_loss_before"]
     assert metrics[-1]["held_out_accuracy"] == 1.0
     assert "accuracy" in (out / "README.md").read_text()
 
@@ -196,8 +197,9 @@ def test_a_score_depends_on_neither_batch_nor_neighbours(model: Path) -> None:
 
 def test_a_conversation_beyond_the_window_is_an_error_with_both_numbers(model: Path) -> None:
     pm, tokenizer = load_reward_model(model, new_head_seed=0), load_tokenizer(model)
-    with pytest.raises(CaiError, match=r"tokens does not fit .* window of 512"):
+    with pytest.raises(CaiError, match=r"tokens does not fit .* window of 512") as error:
         score_conversations(pm, tokenizer, [conversation("hi", "word " * 600)])
+    assert error.value.code == "too-long"
 
 
 def test_the_head_comes_from_the_seed(model: Path, tmp_path: Path) -> None:
@@ -241,20 +243,20 @@ def test_an_interrupted_run_ends_with_the_parameters_of_one_that_was_not(
     assert manifest_of(tmp_path / "whole")["metrics"] == manifest_of(tmp_path / "killed")["metrics"]
 
 
-def test_a_model_worse_than_chance_and_one_nobody_tested_say_so_on_stderr(
+def test_a_model_worse_than_chance_and_one_without_held_out_pairs_give_a_warning(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = {"model": str(model), "fit_head": True, "epochs": 0, **QUICK | {"eval_share": 0.0}}
     command(write_rows(tmp_path / "prefs.jsonl", [preference(i) for i in range(60)]), tmp_path / "pm", **run)
     assert "it is unknown what the model learned" in capsys.readouterr().err
-    # What is held out is chosen by the hash of the prompt alone: those labels are turned round.
+    # The hash of the prompt alone decides which pairs are held out; their labels are reversed here.
     prompts = [conversation_id([Message(role="user", content=f"question number {i}")]) for i in range(60)]
     apart = held_out_keys(prompts, 0.5, 0)
     rows = [preference(i, 0.9, *(("b", "a") if p in apart else ("a", "b"))) for i, p in enumerate(prompts)]
     command(write_rows(tmp_path / "turned.jsonl", rows), tmp_path / "worse", **run | {"eval_share": 0.5})
-    said = capsys.readouterr().err
-    assert "warning: train-pm: The preference model is worse than chance" in said
-    assert "; accuracy 0, " in said  # a head that is fitted alone has no figure before
+    messages = capsys.readouterr().err
+    assert "warning: train-pm: The preference model is worse than chance" in messages
+    assert "; accuracy 0, " in messages  # without training there is no metric before it
 
 
 @pytest.mark.parametrize("trainer_name", ["RewardTrainer", "DPOTrainer"])
@@ -272,19 +274,19 @@ def test_preference_rows_feed_trls_trainers_unchanged(model: Path, tmp_path: Pat
     assert trainer.train().training_loss > 0
 
 
-def test_a_fitted_head_tells_pairs_apart_before_anything_else_is_trained(model: Path, tmp_path: Path) -> None:
+def test_a_fitted_head_distinguishes_pairs_before_training(model: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "prefs.jsonl", [preference(i, 0.8) for i in range(60)])
     run = {"model": str(model), "fit_head": True, **QUICK | {"eval_share": 0.5}}
     command(rows, tmp_path / "head", epochs=0, **run)
     start, trained = weights(model), weights(tmp_path / "head")
     assert all(bool((trained[name] == start[name]).all()) for name in start if name in trained)
-    figures = manifest_of(tmp_path / "head")["metrics"]
-    assert figures["steps"] == 0
-    assert figures["accuracy"] == figures["head_accuracy"] == wilson(30, 30)
-    assert figures["loss_gap"] < 0.05
+    results = manifest_of(tmp_path / "head")["metrics"]
+    assert results["steps"] == 0
+    assert results["accuracy"] == results["head_accuracy"] == wilson(30, 30)
+    assert results["loss_gap"] < 0.05
     command(rows, tmp_path / "tuned", max_steps=3, **run)
     tuned = manifest_of(tmp_path / "tuned")["metrics"]
-    assert tuned["held_out_loss_before"] == figures["held_out_loss"] != tuned["held_out_loss"]
+    assert tuned["held_out_loss_before"] == results["held_out_loss"] != tuned["held_out_loss"]
 
 
 def test_a_fitted_head_gives_the_probabilities_of_its_labels() -> None:
@@ -294,19 +296,22 @@ def test_a_fitted_head_gives_the_probabilities_of_its_labels() -> None:
     truth, x = rng.normal(size=8), rng.normal(size=(4000, 8))
     p = 1 / (1 + np.exp(-x @ truth))
     assert np.abs(regress(x, p, strength=10.0) - truth).max() < 0.02
-    swapped = regress(-x, 1 - p, strength=10.0)  # the same pairs the other way round
+    swapped = regress(-x, 1 - p, strength=10.0)  # the same pairs with chosen and rejected exchanged
     assert np.abs(swapped - regress(x, p, strength=10.0)).max() < 1e-4
 
 
 @pytest.mark.parametrize(
-    ("run", "problem"),
+    ("run", "code"),
     [
-        ({"epochs": 0}, "trains nothing"),
-        ({"targets": "sharp"}, "targets: must be 'soft' or 'hard'"),
-        ({"fit_head": True}, "pairs of at least 10 prompts, there are 4"),
+        ({"epochs": 0}, "option-conflict"),
+        ({"targets": "sharp"}, "invalid-option"),
+        ({"fit_head": True}, "too-few-rows"),
     ],
 )
-def test_what_cannot_be_trained_is_refused(model: Path, tmp_path: Path, run: dict[str, Any], problem: str) -> None:
+def test_options_that_cannot_be_trained_with_are_refused(
+    model: Path, tmp_path: Path, run: dict[str, Any], code: str
+) -> None:
     rows = write_rows(tmp_path / "prefs.jsonl", [preference(i) for i in range(4)])
-    with pytest.raises(CaiError, match=problem):
+    with pytest.raises(CaiError) as error:
         command(rows, tmp_path / "pm", model=str(model), **QUICK | run)
+    assert error.value.code == code

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import Cai
 
-from cai_cli.pipeline.paper_run import HELPFUL, OF_THEM_MADE, RED_TEAM, RL_HELPFUL, RL_RED_TEAM, paper_run, paper_table
+from cai_cli.pipeline.paper_run import GENERATED, HELPFUL, RED_TEAM, RL_HELPFUL, RL_RED_TEAM, paper_run, paper_table
 from cai_cli.runtime import cost
 from cai_cli.runtime.cost import TokenCounts
 
@@ -27,7 +27,7 @@ def test_a_million_tokens_take_what_the_operations_take() -> None:
 def test_the_page_holds_the_table_that_is_counted() -> None:
     assert paper_table() in PAGE, "paste what `python tests/scale_table.py` prints"
     assert f"{cost.ASSUMPTIONS}." in " ".join(PAGE.split())
-    for number in (RED_TEAM, OF_THEM_MADE, HELPFUL, RL_RED_TEAM, RL_HELPFUL):
+    for number in (RED_TEAM, GENERATED, HELPFUL, RL_RED_TEAM, RL_HELPFUL):
         assert f"{number:,}" in PAGE
 
 
@@ -49,7 +49,7 @@ def test_a_dry_run_counts_a_step_as_the_page_does(cai: Cai, tmp_path: Path) -> N
     of_paper = {e.step: e.as_json() for e in paper_run()}
     twins = {"a": "replies to red-team prompts", "b": "four rounds of critique and revision"}
     for step, twin in twins.items():
-        for figure in ("prompt_tokens", "new_tokens", "bytes"):
-            assert found[step][figure] / 10 == pytest.approx(of_paper[twin][figure] / RED_TEAM, rel=1e-3)
+        for name in ("prompt_tokens", "new_tokens", "bytes"):
+            assert found[step][name] / 10 == pytest.approx(of_paper[twin][name] / RED_TEAM, rel=1e-3)
         for size, hours in found[step]["gpu_hours"].items():
             assert hours / 10 == pytest.approx(of_paper[twin]["gpu_hours"][size] / RED_TEAM, rel=1e-3)

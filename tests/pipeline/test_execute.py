@@ -1,4 +1,4 @@
-"""`cai run`: the road from one file runs what is not done, and says why it runs anything again."""
+"""`cai run`: a pipeline runs the steps that are not done, and reports why it runs a step again."""
 
 import json
 import os
@@ -22,8 +22,8 @@ from cai_cli.pipeline.plan import Step, plan
 from cai_cli.pipeline.registry import STAGES
 from cai_cli.pipeline.run_file import load_run
 
-ROAD = """\
-name: road
+PIPELINE = """\
+name: pipeline
 model: scripted:script.jsonl
 seed: 3
 steps:
@@ -36,17 +36,17 @@ STEPS = ["samples", "revisions", "helpful", "preferences"]
 
 
 @pytest.fixture
-def road(tmp_path: Path) -> Path:
+def folder(tmp_path: Path) -> Path:
     write_rows(tmp_path / "prompts.jsonl", ({"id": f"p{i}", "prompt": f"question {i}"} for i in range(6)))
     (tmp_path / "helpful.txt").write_text("how?\nwhy?\n")
     write_rows(tmp_path / "script.jsonl", [{"replies": ["one.", "two.", "three."], "scores": [-0.1, -3.0]}])
-    (tmp_path / "road.yaml").write_text(ROAD)
+    (tmp_path / "pipeline.yaml").write_text(PIPELINE)
     return tmp_path
 
 
 def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "cai_cli", "run", "road.yaml", "--out", "out", *words],
+        [sys.executable, "-m", "cai_cli", "run", "pipeline.yaml", "--out", "out", *words],
         cwd=folder, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
@@ -57,9 +57,9 @@ def ran(done: subprocess.CompletedProcess[str]) -> list[str]:
 
 
 def edit(folder: Path, old: str, new: str) -> None:
-    text = (folder / "road.yaml").read_text()
+    text = (folder / "pipeline.yaml").read_text()
     assert old in text
-    (folder / "road.yaml").write_text(text.replace(old, new))
+    (folder / "pipeline.yaml").write_text(text.replace(old, new))
 
 
 def state(folder: Path) -> Json:
@@ -70,44 +70,45 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in (folder / "out").glob("*.jsonl")}
 
 
-def test_a_pipeline_runs_once_and_after_a_change_only_what_it_touches(road: Path) -> None:
-    first = run(road)
+def test_a_pipeline_runs_once_and_after_a_change_only_what_it_touches(folder: Path) -> None:
+    first = run(folder)
     assert first.returncode == 0, first.stderr
     assert ran(first) == STEPS
-    assert {name: s["status"] for name, s in state(road).items()} == dict.fromkeys(STEPS, "done")
-    assert len(rows_in(road / "out/samples.jsonl")) == 12
-    assert rows_in(road / "out/preferences.jsonl")
-    before = contents(road)
+    assert {name: s["status"] for name, s in state(folder).items()} == dict.fromkeys(STEPS, "done")
+    assert len(rows_in(folder / "out/samples.jsonl")) == 12
+    assert rows_in(folder / "out/preferences.jsonl")
+    before = contents(folder)
 
-    again = run(road)
+    again = run(folder)
     assert ran(again) == []
     assert again.stderr.count("already done") == 4
-    assert contents(road) == before
+    assert contents(folder) == before
 
-    edit(road, "rounds: 1", "rounds: 2")
-    changed = run(road)
+    edit(folder, "rounds: 1", "rounds: 2")
+    changed = run(folder)
     assert ran(changed) == ["revisions"]
     assert "settings.rounds: 1 -> 2" in changed.stderr
-    assert contents(road).keys() == before.keys()
-    assert [name for name in before if contents(road)[name] != before[name]] == ["revisions.jsonl"]
+    assert contents(folder).keys() == before.keys()
+    assert [name for name in before if contents(folder)[name] != before[name]] == ["revisions.jsonl"]
 
-    with (road / "prompts.jsonl").open("a") as file:
+    with (folder / "prompts.jsonl").open("a") as file:
         file.write('{"id": "p6", "prompt": "question 6"}\n')
-    grown = run(road)
+    grown = run(folder)
     assert ran(grown) == ["samples", "revisions", "preferences"]
     assert "files.input: " in grown.stderr
     assert "after it revisions, preferences" in grown.stderr
     assert "[revisions] changed since its last run (an earlier step changed)" in grown.stderr
-    assert len(rows_in(road / "out/samples.jsonl")) == 14
+    assert len(rows_in(folder / "out/samples.jsonl")) == 14
 
-    (road / "out/helpful.jsonl").unlink()
-    assert ran(run(road)) == ["helpful"]
+    (folder / "out/helpful.jsonl").unlink()
+    assert ran(run(folder)) == ["helpful"]
 
 
 def start_and_kill(folder: Path, until: Path, sent: signal.Signals) -> int:
-    """Start the road, send `sent` once `until` holds something; the exit code, after every child is gone."""
+    """Start the pipeline and send a signal once the file `until` is not empty. Returns the exit code, once every child has
+    ended."""
     child = subprocess.Popen(
-        [sys.executable, "-m", "cai_cli", "run", "road.yaml", "--out", "out"], cwd=folder, stderr=subprocess.DEVNULL
+        [sys.executable, "-m", "cai_cli", "run", "pipeline.yaml", "--out", "out"], cwd=folder, stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 60
     while not (until.exists() and until.stat().st_size) and time.monotonic() < deadline:
@@ -133,77 +134,79 @@ def _held(lock: Path) -> bool:
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
-def test_an_interrupted_step_goes_on_where_it_stopped(sent: signal.Signals, code: int, road: Path) -> None:
-    edit(road, "n: 2", "n: 2, batch-size: 2")
-    (road / "road.yaml").write_text("\n".join((road / "road.yaml").read_text().splitlines()[:5]))  # one step is enough
-    assert run(road).returncode == 0
-    calm = contents(road)
+def test_an_interrupted_step_resumes_where_it_stopped(sent: signal.Signals, code: int, folder: Path) -> None:
+    edit(folder, "n: 2", "n: 2, batch-size: 2")
+    (folder / "pipeline.yaml").write_text(
+        "\n".join((folder / "pipeline.yaml").read_text().splitlines()[:5])
+    )  # one step is enough
+    assert run(folder).returncode == 0
+    calm = contents(folder)
     write_rows(
-        road / "script.jsonl", [{"replies": ["one.", "two.", "three."], "scores": [-0.1, -3.0], "seconds": 0.05}]
+        folder / "script.jsonl", [{"replies": ["one.", "two.", "three."], "scores": [-0.1, -3.0], "seconds": 0.05}]
     )
-    for path in (road / "out").iterdir():
+    for path in (folder / "out").iterdir():
         path.unlink()
-    partial = road / "out/samples.jsonl.partial"
-    assert start_and_kill(road, partial, sent) == code
-    assert state(road)["samples"]["status"] == "running"
+    partial = folder / "out/samples.jsonl.partial"
+    assert start_and_kill(folder, partial, sent) == code
+    assert state(folder)["samples"]["status"] == "running"
     kept = partial.read_bytes().count(b"\n")
     assert 0 < kept < 12
-    done = run(road)
+    done = run(folder)
     assert done.returncode == 0, done.stderr
     assert f"{kept} rows are finished" in done.stderr
-    assert contents(road) == calm
+    assert contents(folder) == calm
 
 
-def test_a_change_whose_step_never_came_to_start_is_still_made(road: Path) -> None:
-    assert run(road).returncode == 0
-    edit(road, "rounds: 1", "rounds: 2")
-    script = (road / "script.jsonl").read_text()
-    (road / "script.jsonl").unlink()  # the step fails before it touches its old output
-    assert run(road).returncode == 1
-    (road / "script.jsonl").write_text(script)
-    done = run(road)
+def test_a_change_is_applied_even_if_its_step_failed_to_start(folder: Path) -> None:
+    assert run(folder).returncode == 0
+    edit(folder, "rounds: 1", "rounds: 2")
+    script = (folder / "script.jsonl").read_text()
+    (folder / "script.jsonl").unlink()  # the step fails before it touches its old output
+    assert run(folder).returncode == 1
+    (folder / "script.jsonl").write_text(script)
+    done = run(folder)
     assert done.returncode == 0, done.stderr
-    assert {len(row["history"]) for row in rows_in(road / "out/revisions.jsonl")} == {2}
+    assert {len(row["history"]) for row in rows_in(folder / "out/revisions.jsonl")} == {2}
 
 
-def test_a_failing_step_stops_the_road_and_names_itself(road: Path) -> None:
-    edit(road, "rounds: 1", "rounds: 1, principles: nonsense")
-    done = run(road)
+def test_a_failing_step_stops_the_run_and_is_named(folder: Path) -> None:
+    edit(folder, "rounds: 1", "rounds: 1, principles: nonsense")
+    done = run(folder)
     assert done.returncode == 1
     assert ran(done) == ["samples", "revisions"]
     assert "no principle 'nonsense'" in done.stderr
     assert "step 'revisions' ended with exit code 1: cai critique-revise out/samples.jsonl" in done.stderr
-    edit(road, ", principles: nonsense", "")
-    assert ran(run(road)) == ["revisions", "helpful", "preferences"]
+    edit(folder, ", principles: nonsense", "")
+    assert ran(run(folder)) == ["revisions", "helpful", "preferences"]
 
 
-def test_json_prints_one_object_about_every_step(road: Path) -> None:
-    done = run(road, "--json", "--quiet")
-    # That the labels are worthless is said even when quiet, by the step and once more at the end.
+def test_json_prints_one_object_about_every_step(folder: Path) -> None:
+    done = run(folder, "--json", "--quiet")
+    # The warning about worthless labels is printed even with --quiet, by the step and again at the end.
     by_step, at_the_end = done.stderr.splitlines()
-    why = "asked in one order only, the judge picks the first reply in 100.0%"
+    why = "the judge saw one order only, and picks the first reply in 100.0%"
     assert by_step.startswith(f"warning: do not trust these labels: {why}")
-    assert at_the_end.startswith(f"warning: the labels of step 'preferences' are not to be trusted: {why}")
+    assert at_the_end.startswith(f"warning: do not trust the labels of step 'preferences': {why}")
     summary = json.loads(done.stdout)
     assert summary["steps"][3]["labels"]["trusted"] is False
-    assert state(road)["preferences"]["labels"] == summary["steps"][3]["labels"]
-    assert "labels" not in state(road)["samples"]
+    assert state(folder)["preferences"]["labels"] == summary["steps"][3]["labels"]
+    assert "labels" not in state(folder)["samples"]
     assert [(s["step"], s["status"]) for s in summary["steps"]] == [(name, "done") for name in STEPS]
     assert summary["report"] == "out/report.html"
-    assert "4 of 4 steps done" in (road / "out/report.html").read_text()
+    assert "4 of 4 steps done" in (folder / "out/report.html").read_text()
 
 
-def test_a_report_that_cannot_be_drawn_is_said_and_the_run_is_done_all_the_same(road: Path) -> None:
-    (road / "out/report.html").mkdir(parents=True)
-    done = run(road, "--json")
+def test_a_report_that_cannot_be_written_gives_a_warning_and_the_run_is_done(folder: Path) -> None:
+    (folder / "out/report.html").mkdir(parents=True)
+    done = run(folder, "--json")
     assert done.returncode == 0
     assert json.loads(done.stdout)["report"] is None
-    assert "the run is done, but its report could not be drawn: cannot write out/report.html" in done.stderr
+    assert "the run finished, but its report could not be written: cannot write out/report.html" in done.stderr
     assert "hint: cai report out" in done.stderr
 
 
-def test_a_dry_run_counts_and_writes_nothing(cai: Cai, road: Path) -> None:
-    done = cai("run", "road.yaml", "--dry-run", "--json", "--out", "out")
+def test_a_dry_run_counts_and_writes_nothing(cai: Cai, folder: Path) -> None:
+    done = cai("run", "pipeline.yaml", "--dry-run", "--json", "--out", "out")
     assert done.code == 0, done.stderr
     found = {e["step"]: e for e in json.loads(done.stdout)}
     assert {name: (e["rows"], e["requests"], e["new_tokens"]) for name, e in found.items()} == {
@@ -215,8 +218,8 @@ def test_a_dry_run_counts_and_writes_nothing(cai: Cai, road: Path) -> None:
     assert found["samples"]["prompt_tokens"] == 12 * len("\n\nHuman: question 0") / 4
     assert found["preferences"]["prompt_tokens"] > 6 * 2 * 256
     assert found["preferences"]["command"].endswith("--model scripted:script.jsonl --seed 3")
-    assert not (road / "out").exists()
-    table = cai("run", "road.yaml", "--dry-run", "--out", "out").stdout
+    assert not (folder / "out").exists()
+    table = cai("run", "pipeline.yaml", "--dry-run", "--out", "out").stdout
     assert table.count("  $ cai ") == 4
     total, assumed = table.splitlines()[-2:]
     assert total.split() == ["total", "44", *total.split()[2:]]
@@ -232,20 +235,22 @@ def planned(folder: Path, steps: str, head: str = "name: n\n") -> list[Step]:
     return plan(load_run(path), path, Path("out"))
 
 
-def test_settings_become_the_command_line_and_shared_ones_fill_in(road: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(road.parent)
+def test_settings_become_the_command_line_and_shared_ones_fill_in(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.parent)
     head = "name: n\nmodel: m\nseed: 7\n"
     (first, second, third) = planned(
-        road,
+        folder,
         "  a: {command: sample, input: prompts.jsonl, n: 2, seed: 1, kind: null}\n"
-        '  b: {command: critique-revise, input: "@a", critique: false, few-shot: none, constitution: road.yaml}\n'
+        '  b: {command: critique-revise, input: "@a", critique: false, few-shot: none, constitution: pipeline.yaml}\n'
         '  c: {command: sft, input: "@b", helpful: helpful.txt, lora: false}\n',
         head,
     )
-    name = road.name
+    name = folder.name
     assert first.shell == f"cai sample {name}/prompts.jsonl -o out/a.jsonl --n 2 --seed 1 --model m"
     assert second.shell == (
-        f"cai critique-revise out/a.jsonl -o out/b.jsonl --no-critique --few-shot none --constitution {name}/road.yaml"
+        f"cai critique-revise out/a.jsonl -o out/b.jsonl --no-critique --few-shot none --constitution {name}/pipeline.yaml"
         " --model m --seed 7"
     )
     assert third.shell == f"cai sft out/b.jsonl -o out/c --helpful {name}/helpful.txt --full --model m --seed 7"
@@ -253,16 +258,16 @@ def test_settings_become_the_command_line_and_shared_ones_fill_in(road: Path, mo
     assert set(second.files) == {"constitution"}
 
 
-def test_a_dataset_on_the_hub_is_no_path_beside_the_file(road: Path) -> None:
-    (step,) = planned(road, "  a: {command: sample, input: 'hf://datasets/owner/name'}\n")
+def test_a_dataset_on_the_hub_is_not_a_relative_path(folder: Path) -> None:
+    (step,) = planned(folder, "  a: {command: sample, input: 'hf://datasets/owner/name'}\n")
     assert step.settings["input"] == "hf://datasets/owner/name"
 
 
 @pytest.mark.parametrize(
     ("steps", "reason"),
     [
-        ("  a: {command: smaple, input: x}\n", "step 'a': no command 'smaple'"),
-        ("  a: {input: x}\n", "step 'a': no command None"),
+        ("  a: {command: smaple, input: x}\n", "step 'a': unknown command 'smaple'"),
+        ("  a: {input: x}\n", "step 'a': unknown command None"),
         ("  a: {command: sample}\n", "step 'a': `input` is missing"),
         ("  a: {command: sample, input: prompts.jsonl, tempreture: 1}\n", "`cai sample` has no option 'tempreture'"),
         ("  a: {command: sample, input: prompts.jsonl, output: x}\n", "has no option 'output'"),
@@ -286,30 +291,32 @@ def test_a_dataset_on_the_hub_is_no_path_beside_the_file(road: Path) -> None:
         ("  {}\n", "steps"),
     ],
 )
-def test_a_file_that_cannot_be_run_is_refused_before_anything_runs(steps: str, reason: str, road: Path) -> None:
+def test_a_file_that_cannot_be_run_is_refused_before_anything_runs(steps: str, reason: str, folder: Path) -> None:
     with pytest.raises(CaiError) as error:
-        planned(road, steps)
+        planned(folder, steps)
     assert reason in error.value.message
     assert "run.yaml" in error.value.message or reason == "cannot read"
     assert "\n" not in error.value.message
 
 
 @pytest.mark.parametrize("head", ["name: n\nmore: 1\n", "name: ../n\n", "", "name: n\nseed: x\n"])
-def test_a_bad_head_is_refused_naming_the_file(head: str, road: Path) -> None:
-    with pytest.raises(CaiError, match=r"run\.yaml: "):
-        planned(road, "  a: {command: sample, input: prompts.jsonl}\n", head)
+def test_an_invalid_head_is_refused(head: str, folder: Path) -> None:
+    with pytest.raises(CaiError) as error:
+        planned(folder, "  a: {command: sample, input: prompts.jsonl}\n", head)
+    assert error.value.code == "invalid-run-file"
+    assert error.value.message.startswith(str(folder / "run.yaml"))
 
 
-def test_a_key_changes_with_settings_files_and_the_steps_before(road: Path) -> None:
+def test_a_key_changes_with_settings_files_and_earlier_steps(folder: Path) -> None:
     def keys(steps: str) -> list[str]:
-        return [step.key for step in planned(road, steps)]
+        return [step.key for step in planned(folder, steps)]
 
     two = "  a: {command: sample, input: prompts.jsonl}\n  b: {command: critique, input: '@a'}\n"
     before = keys(two)
     assert keys(two) == before
     other: list[Any] = keys(two.replace("prompts.jsonl", "prompts.jsonl, n: 2"))
     assert all(a != b for a, b in zip(before, other, strict=True))
-    os.truncate(road / "prompts.jsonl", 0)
+    os.truncate(folder / "prompts.jsonl", 0)
     assert all(a != b for a, b in zip(before, keys(two), strict=True))
 
 
@@ -325,37 +332,39 @@ def test_a_key_changes_with_settings_files_and_the_steps_before(road: Path) -> N
         ("method: verdict, max-new-tokens: 10", 18 * 2, 18 * 2 * 10),
     ],
 )
-def test_the_plan_counts_what_a_way_of_judging_asks(settings: str, requests: int, new_tokens: int, road: Path) -> None:
-    (road / "six.txt").write_text("".join(f"question {i}\n" for i in range(6)))
+def test_the_plan_counts_the_requests_of_each_judging_method(
+    settings: str, requests: int, new_tokens: int, folder: Path
+) -> None:
+    (folder / "six.txt").write_text("".join(f"question {i}\n" for i in range(6)))
     steps = f"  a: {{command: sample, input: six.txt, n: 3}}\n  b: {{command: label-prefs, input: '@a', {settings}}}\n"
-    found = estimate(planned(road, steps))[1]
+    found = estimate(planned(folder, steps))[1]
     assert (found.requests, found.tokens.new_tokens) == (requests, new_tokens)
 
 
-def test_the_plan_reads_a_named_input_as_the_command_does(road: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(road)
+def test_the_plan_reads_a_named_input_as_the_command_does(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
     rows = [sample_row(i) for i in range(4)]
     for name in ("old.jsonl", "a=b.jsonl"):
-        write_rows(road / name, rows)
+        write_rows(folder / name, rows)
     steps = "  a: {command: sample, input: prompts.jsonl}\n"
     steps += "  b: {command: eval compare, input: ['x=@a', y=old.jsonl, a=b.jsonl], judge: 'scripted:script.jsonl'}\n"
-    found = estimate(planned(road, steps))[1]
+    found = estimate(planned(folder, steps))[1]
     assert (found.rows, found.requests) == (4 * 3, 4 * 3 * 2)
 
 
-def test_the_plan_of_rl_counts_what_its_watcher_is_asked(road: Path) -> None:
+def test_the_plan_of_rl_counts_the_requests_to_its_monitor(folder: Path) -> None:
     def planned_rl(monitor_model: str) -> StepEstimate:
         settings = f"pm: pm, steps: 20, max-new-tokens: 10{monitor_model}"
-        return estimate(planned(road, f"  a: {{command: rl, input: prompts.jsonl, {settings}}}\n"))[0]
+        return estimate(planned(folder, f"  a: {{command: rl, input: prompts.jsonl, {settings}}}\n"))[0]
 
     alone, judge, pm = (planned_rl(w) for w in ("", ", monitor-judge: judge", ", monitor-pm: other"))
     prompt, replies = len("\n\nHuman: question 0") / 4, 16  # of one check; there are three
-    asked = judge.requests - alone.requests
-    assert (asked, pm.requests) == (2 * 2 * replies, alone.requests)
+    requests = judge.requests - alone.requests
+    assert (requests, pm.requests) == (2 * 2 * replies, alone.requests)
     examples = open_constitution(PreferenceConstitution, None, None).examples
     few_shot = sum(len(example.model_dump_json()) for example in examples) / 4
     read = judge.tokens.prompt_tokens - alone.tokens.prompt_tokens
-    assert read == pytest.approx(asked * (few_shot + prompt + 2 * 10))
+    assert read == pytest.approx(requests * (few_shot + prompt + 2 * 10))
     assert pm.tokens.prompt_tokens - alone.tokens.prompt_tokens == pytest.approx(3 * replies * (prompt + 10))
     assert judge.tokens.new_tokens == pm.tokens.new_tokens == alone.tokens.new_tokens
 

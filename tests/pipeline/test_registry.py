@@ -80,7 +80,7 @@ def test_a_registered_stage_is_a_command_with_help_and_in_the_docs(cai: Cai) -> 
     assert "## `cai echo`" in render()
 
 
-def test_it_runs_records_its_settings_and_takes_old_names(cai: Cai, tmp_path: Path) -> None:
+def test_it_runs_records_its_settings_and_reads_old_names(cai: Cai, tmp_path: Path) -> None:
     write_rows(tmp_path / "p.jsonl", [{"id": "a", "prompt": "hello"}])
     assert cai("echo", "p.jsonl", "-o", "out.jsonl", "--repeat", "2", "--note", "first").code == 0
     assert rows_in(tmp_path / "out.jsonl")[0]["completion"][0]["content"] == "hello hello"
@@ -92,11 +92,11 @@ def test_it_runs_records_its_settings_and_takes_old_names(cai: Cai, tmp_path: Pa
 def test_it_is_planned_estimated_and_checked_in_a_run_file(cai: Cai, tmp_path: Path) -> None:
     write_rows(tmp_path / "p.jsonl", [{"id": "a", "prompt": "x" * 40}])
     file = tmp_path / "run.yaml"
-    file.write_text("name: r\nsteps:\n  said: {command: echo, input: p.jsonl, repeat: 2}\n")
+    file.write_text("name: r\nsteps:\n  echoed: {command: echo, input: p.jsonl, repeat: 2}\n")
     planned = cai("run", "run.yaml", "--dry-run")
     assert planned.code == 0, planned.stderr
-    assert "cai echo p.jsonl -o runs/r/said.jsonl --times 2" in planned.stdout
-    file.write_text("name: r\nsteps:\n  said: {command: echo, input: p.jsonl, times: 0}\n")
+    assert "cai echo p.jsonl -o runs/r/echoed.jsonl --times 2" in planned.stdout
+    file.write_text("name: r\nsteps:\n  echoed: {command: echo, input: p.jsonl, times: 0}\n")
     assert cai("run", "run.yaml", "--dry-run").error == "invalid-option"
-    file.write_text("name: r\nsteps:\n  said: {command: echo, input: p.jsonl, model: m}\n")
+    file.write_text("name: r\nsteps:\n  echoed: {command: echo, input: p.jsonl, model: m}\n")
     assert cai("run", "run.yaml", "--dry-run").error == "unknown-option"

@@ -1,4 +1,4 @@
-"""Lists in a run file: what is run once per value, what is shared, and what the variants show side by side."""
+"""Lists in a run file: which steps run once per value, which are shared, and how variants are compared."""
 
 import json
 from pathlib import Path
@@ -13,8 +13,8 @@ from cai_cli.pipeline.plan import plan, takes_many
 from cai_cli.pipeline.run_file import load_run
 from cai_cli.pipeline.sweep import MAX_STEPS, expand, write_curves
 
-ROAD = """\
-name: road
+PIPELINE = """\
+name: pipeline
 model: scripted:script.jsonl
 steps:
   samples: {command: sample, input: prompts.jsonl, kind: red-team}
@@ -25,11 +25,11 @@ steps:
 
 
 @pytest.fixture
-def road(tmp_path: Path) -> Path:
+def folder(tmp_path: Path) -> Path:
     write_rows(tmp_path / "prompts.jsonl", ({"id": f"p{i}", "prompt": f"question {i}"} for i in range(6)))
     replies = [f"this is reply number {i} and it says so." for i in range(20)]
     write_rows(tmp_path / "script.jsonl", [{"replies": replies, "scores": [-0.1, -3.0]}])
-    (tmp_path / "road.yaml").write_text(ROAD)
+    (tmp_path / "pipeline.yaml").write_text(PIPELINE)
     return tmp_path
 
 
@@ -46,7 +46,7 @@ def expanded(**steps: Json) -> dict[str, Json]:
 # --- expansion ---------------------------------------------------------------------------------------------------
 
 
-def test_a_list_runs_its_step_and_what_depends_on_it_once_per_value_and_the_rest_once() -> None:
+def test_a_list_runs_its_step_and_dependent_steps_once_per_value_and_the_rest_once() -> None:
     flat = expanded(
         samples={"command": "sample", "input": "p.jsonl"},
         helpful={"command": "sample", "input": "h.jsonl"},
@@ -65,7 +65,7 @@ def test_a_list_runs_its_step_and_what_depends_on_it_once_per_value_and_the_rest
     assert flat["prefs@max-principles=null"]["max-principles"] is None
 
 
-def test_several_lists_are_a_product_and_what_reads_both_gets_the_values_that_agree() -> None:
+def test_several_lists_are_a_product_and_a_step_that_reads_both_gets_matching_values() -> None:
     flat = expanded(
         a={"command": "label-prefs", "input": "s.jsonl", "clamp": ["0.4,0.6", "0,1"]},
         b={"command": "train-pm", "input": "@a", "lora": [True, False]},
@@ -78,7 +78,7 @@ def test_several_lists_are_a_product_and_what_reads_both_gets_the_values_that_ag
     }  # fmt: skip
 
 
-def test_a_judge_is_asked_once_for_limits_within_the_first_ones() -> None:
+def test_votes_are_reused_for_clamps_within_the_first_one() -> None:
     flat = expanded(
         a={
             "command": "label-prefs",
@@ -117,7 +117,7 @@ def test_a_swept_reference_reads_each_step_with_the_values_of_that_step_alone() 
     assert [flat[name]["pm"] for name in list(flat)[4:]] == ["@pm@seed=0", "@pm@seed=1", "other/pm"]
 
 
-def test_all_variants_are_gathered_where_an_option_takes_several_values() -> None:
+def test_an_option_that_takes_several_values_can_name_all_variants() -> None:
     steps = {
         "start": {"command": "sample", "input": "p.jsonl"},
         "rev": {"command": "critique-revise", "input": "@start", "critique": [True, False]},
@@ -132,7 +132,7 @@ def test_all_variants_are_gathered_where_an_option_takes_several_values() -> Non
     ]  # fmt: skip
 
 
-def test_more_rounds_go_on_from_fewer_whatever_order_they_are_named_in() -> None:
+def test_more_rounds_continue_from_fewer_in_any_order() -> None:
     flat = expanded(
         s={"command": "sample", "input": "p.jsonl"},
         r={"command": "critique-revise", "input": "@s", "rounds": [4, 0, 1], "critique": [True, False]},
@@ -156,67 +156,70 @@ def test_more_rounds_go_on_from_fewer_whatever_order_they_are_named_in() -> None
     ],
 )
 def test_lists_that_cannot_be_run_are_refused(steps: Json, reason: str) -> None:
-    with pytest.raises(UsageError, match=reason):
+    with pytest.raises(UsageError, match=reason) as error:
         expanded(**steps)
+    assert error.value.code == "invalid-run-file"
 
 
-def test_names_and_references_reach_the_command_line(road: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(road)
-    write_rows(road / "old.jsonl", [sample_row(1)])
-    text = ROAD.replace('"@revisions@*"', 'old=old.jsonl, "new=@revisions@rounds=2"')
-    (road / "road.yaml").write_text(text)
-    *_, compare = plan(load_run(Path("road.yaml")), Path("road.yaml"), Path("out"))
+def test_names_and_references_reach_the_command_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    write_rows(folder / "old.jsonl", [sample_row(1)])
+    text = PIPELINE.replace('"@revisions@*"', 'old=old.jsonl, "new=@revisions@rounds=2"')
+    (folder / "pipeline.yaml").write_text(text)
+    *_, compare = plan(load_run(Path("pipeline.yaml")), Path("pipeline.yaml"), Path("out"))
     assert compare.shell == (
         "cai eval compare old=old.jsonl new=out/revisions@rounds=2.jsonl -o out/compare.jsonl"
         " --judge scripted:script.jsonl --seed 0"
     )
     assert [need.name for need in compare.needs] == ["revisions@rounds=2"]
     assert list(compare.files) == ["input"]
-    (road / "road.yaml").write_text(ROAD.replace("@revisions@*", "@revisions@rounds=7"))
-    with pytest.raises(UsageError, match="input: no earlier step 'revisions@rounds=7'"):
-        plan(load_run(Path("road.yaml")), Path("road.yaml"), Path("out"))
+    (folder / "pipeline.yaml").write_text(PIPELINE.replace("@revisions@*", "@revisions@rounds=7"))
+    with pytest.raises(UsageError) as error:
+        plan(load_run(Path("pipeline.yaml")), Path("pipeline.yaml"), Path("out"))
+    assert error.value.code == "unknown-step"
+    assert "'revisions@rounds=7'" in error.value.message
 
 
 # --- the run ------------------------------------------------------------------------------------------------------
 
 
-def test_a_sweep_runs_what_is_shared_once_and_a_new_value_runs_only_what_it_needs(road: Path, cai: Cai) -> None:
+def test_a_sweep_runs_shared_steps_once_and_a_new_value_runs_only_the_steps_it_needs(folder: Path, cai: Cai) -> None:
     def run(rounds: str) -> Done:
-        few = [line for line in ROAD.replace("[0, 1, 2]", rounds).splitlines() if not line.startswith("  again:")]
-        (road / "road.yaml").write_text("\n".join(few))
-        return cai("run", "road.yaml", "--out", "out")
+        few = [line for line in PIPELINE.replace("[0, 1, 2]", rounds).splitlines() if not line.startswith("  again:")]
+        (folder / "pipeline.yaml").write_text("\n".join(few))
+        return cai("run", "pipeline.yaml", "--out", "out")
 
     first = run("[0, 2]")
     assert ran(first) == ["samples", "revisions@rounds=0", "revisions@rounds=2", "compare"]
-    assert "the 3 steps of road.yaml with their lists are 4 steps" in first.stderr
-    out = road / "out"
+    assert "the lists of pipeline.yaml expand its 3 steps to 4" in first.stderr
+    out = folder / "out"
     assert (out / "revisions@rounds=0.jsonl").read_bytes() == (out / "samples.jsonl").read_bytes()
     assert manifest_of(out / "compare.jsonl")["counts"]["in"] == 6
     two_at_once = rows_in(out / "revisions@rounds=2.jsonl")
     assert {len(row["history"]) for row in two_at_once} == {2}
 
-    # Two rounds, one after the other, are the two rounds of one command.
+    # Two runs of one round give the rows of one run of two rounds.
     assert ran(run("[0, 1, 2]")) == ["revisions@rounds=1", "revisions@rounds=2", "compare"]
     assert rows_in(out / "revisions@rounds=2.jsonl") == two_at_once
     assert ran(run("[0, 1, 2]")) == []
 
 
-def test_a_dry_run_counts_the_steps_of_a_sweep_and_runs_none(road: Path, cai: Cai) -> None:
-    done = cai("run", "road.yaml", "--dry-run", "--json", "--out", "out")
+def test_a_dry_run_counts_the_steps_of_a_sweep_and_runs_none(folder: Path, cai: Cai) -> None:
+    done = cai("run", "pipeline.yaml", "--dry-run", "--json", "--out", "out")
     assert done.code == 0, done.stderr
     found = {e["step"]: e for e in json.loads(done.stdout)}
-    assert "the 4 steps of road.yaml with their lists are 8 steps" in done.stderr
+    assert "the lists of pipeline.yaml expand its 4 steps to 8" in done.stderr
     assert {name: (e["rows"], e["requests"]) for name, e in found.items()} == {
         "samples": (6, 6),
         "revisions@rounds=0": (6, 0), "revisions@rounds=1": (6, 12), "revisions@rounds=2": (6, 12),
         "again@rounds=0": (6, 12), "again@rounds=1": (6, 12), "again@rounds=2": (6, 12),
         "compare": (18, 36),
     }  # fmt: skip
-    assert not (road / "out").exists()
+    assert not (folder / "out").exists()
 
 
 def test_the_variants_of_a_numbered_sweep_become_a_curve(tmp_path: Path) -> None:
-    def figures(*models: str) -> list[Json]:
+    def ratings_of(*models: str) -> list[Json]:
         return [{"model": m, "value": float(i), "low": i - 1.0, "high": i + 1.0, "n": 9} for i, m in enumerate(models)]
 
     def curves(ratings: list[Json], scores: list[Json]) -> dict[str, Any]:
@@ -225,16 +228,16 @@ def test_the_variants_of_a_numbered_sweep_become_a_curve(tmp_path: Path) -> None
         write_curves([tmp_path / "c.jsonl", tmp_path / "none.jsonl"])
         return {path.name: json.loads(path.read_text()) for path in tmp_path.glob("*.sweep.json")}
 
-    assert curves(figures("start", "x@critique=true", "y@rounds=1"), []) == {}
+    assert curves(ratings_of("start", "x@critique=true", "y@rounds=1"), []) == {}
     models = ("r@rounds=10", "r@rounds=2", "start", "r@clamp=0.4,0.6")
-    (name, curve), = curves(figures(*models), figures(*models)).items()  # fmt: skip
+    (name, curve), = curves(ratings_of(*models), ratings_of(*models)).items()  # fmt: skip
     assert name == "c.r.harmless.sweep.json"
     assert (curve["setting"], curve["figure"]) == ("rounds", "PM score, harmless")
     assert curve["points"] == [
         {"at": 2.0, "value": 1.0, "low": 0.0, "high": 2.0, "n": 9},
         {"at": 10.0, "value": 0.0, "low": -1.0, "high": 1.0, "n": 9},
     ]
-    assert curves(figures(*models), [])[name]["figure"] == "Elo, harmless"
+    assert curves(ratings_of(*models), [])[name]["figure"] == "Elo, harmless"
 
 
 ABLATIONS = sorted((Path(__file__).parents[2] / "examples/ablations").glob("*.yaml"))
@@ -251,7 +254,7 @@ def test_each_of_the_paper_s_ablations_can_be_planned_and_compares_all_its_varia
     assert all(f"{variant}.jsonl" in found["compare"] for variant in variants)
 
 
-def test_the_ablations_judge_on_prompts_that_nothing_in_them_trains_on() -> None:
+def test_the_ablations_evaluate_on_prompts_that_no_step_trains_on() -> None:
     examples = Path(__file__).parents[2] / "examples"
     held_out = {row["id"] for row in rows_in(examples / "evaluation.jsonl")}
     assert len(held_out) == 32

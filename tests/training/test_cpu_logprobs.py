@@ -5,7 +5,7 @@ import pytest
 from tiny import tiny_model_dir
 
 from cai_cli.models.loading import load_causal_lm
-from cai_cli.training.cpu_logprobs import use_plain_head
+from cai_cli.training.cpu_logprobs import use_unfused_head
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -30,7 +30,7 @@ def test_the_plain_head_gives_what_trls_head_gives_values_and_gradients(
         add_fused_lm_head(model, temperature=temperature, outputs=("log_probs", "entropy", "is_top1"))
         if plain:
             args = SimpleNamespace(device=torch.device("cpu"))
-            use_plain_head(SimpleNamespace(model=model, args=args), temperature)
+            use_unfused_head(SimpleNamespace(model=model, args=args), temperature)
         out = model(input_ids=ids, labels=labels, fused_lm_head=True)
         out.log_probs.sum().backward()
         gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])

@@ -1,0 +1,134 @@
+"""The pairs of `cai train-pm`: read, encoded, and scored by a preference model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cai_cli.common.errors import RowError
+from cai_cli.data.formats import parse_preference
+from cai_cli.data.jsonl import origin
+from cai_cli.data.row_reader import RowReader
+from cai_cli.data.schema import JudgedPair, Preference, reject
+from cai_cli.data.splits import too_long_for
+from cai_cli.engines.tokenization import encode_text
+from cai_cli.reward.packed_pairs import score_pairs
+from cai_cli.reward.preference_model import encode_conversation, score_ids
+from cai_cli.runtime.counts import Counts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def read_preferences(reader: RowReader, source: str, limit: int | None = None) -> list[Preference]:
+    """Read Preference rows and pairs labelled by humans. A labelled pair without a source gets the file's name."""
+    name = origin(source)
+    return [row for _, row in reader.rows(source, lambda value: parse_preference(value, source=name), limit)]
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """A preference, encoded.
+
+    Attributes:
+        row: The preference.
+        chosen: Token ids of the conversation with the chosen reply, shape (length,).
+        rejected: Token ids of the conversation with the rejected reply.
+        target: The probability of `chosen` to train on.
+    """
+
+    row: Preference
+    chosen: list[int]
+    rejected: list[int]
+    target: float
+
+    @property
+    def ids(self) -> tuple[list[int], list[int]]:
+        """The ids of both conversations, chosen first."""
+        return self.chosen, self.rejected
+
+    def columns(self) -> dict[str, Any]:
+        """The row of the training dataset."""
+        return {"chosen_ids": self.chosen, "rejected_ids": self.rejected, "p_chosen": self.target}
+
+
+def encode_pairs(
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: Sequence[Preference],
+    max_length: int,
+    counts: Counts,
+    *,
+    window: int,
+    hard: bool,
+) -> list[EncodedPair]:
+    """Encode the pairs, and reject those that cannot be trained on.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        rows: The preferences.
+        max_length: Longest conversation in tokens.
+        counts: Receives the rejected and skipped rows.
+        window: The model's context window in tokens.
+        hard: Whether the preferred reply has probability 1. A tie is skipped then, because neither is preferred.
+
+    Returns:
+        The pairs that fit, in order.
+    """
+    pairs, too_long = [], too_long_for(max_length, window)
+    for row in rows:
+        try:
+            ids = [encode_conversation(tokenizer, [*row.prompt, *reply]) for reply in (row.chosen, row.rejected)]
+        except RowError as error:
+            counts.reject(reject(row.key, error.message, row))
+            continue
+        if max(map(len, ids)) > min(max_length, window):
+            counts.reject(reject(row.key, too_long, row))
+        elif ids[0] == ids[1]:
+            counts.reject(reject(row.key, "chosen and rejected are the same", row))
+        elif hard and row.p_chosen == 0.5:
+            counts.skipped["a tie, which has no hard target"] += 1
+        else:
+            pairs.append(EncodedPair(row, ids[0], ids[1], 1.0 if hard else row.p_chosen))
+    return pairs
+
+
+def score_held_out(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    pairs: Sequence[EncodedPair],
+    batch_size: int,
+    *,
+    share_prompts: bool,
+) -> list[JudgedPair]:
+    """Score both replies of each held-out pair.
+
+    Args:
+        model: The preference model.
+        tokenizer: Its tokenizer.
+        pairs: The pairs.
+        batch_size: Pairs in one forward pass.
+        share_prompts: Whether the model takes packed pairs, which compute the prompt of a pair once.
+
+    Returns:
+        The pairs in order, each with its scores (logits) and the lengths of its replies in tokens.
+    """
+    if share_prompts:
+        chosen, rejected = score_pairs(model, [pair.ids for pair in pairs], batch_size)
+    else:
+        chosen = score_ids(model, tokenizer, [pair.chosen for pair in pairs], batch_size)
+        rejected = score_ids(model, tokenizer, [pair.rejected for pair in pairs], batch_size)
+
+    def tokens(text: str) -> int:
+        return len(encode_text(tokenizer, text, start=False))
+
+    return [
+        JudgedPair(
+            id=row.id,
+            source=row.source,
+            p_chosen=row.p_chosen,
+            chosen_score=a,
+            rejected_score=b,
+            chosen_tokens=tokens(row.chosen[0].content),
+            rejected_tokens=tokens(row.rejected[0].content),
+        )
+        for row, a, b in zip((pair.row for pair in pairs), chosen, rejected, strict=True)
+    ]

@@ -1,0 +1,139 @@
+"""The options of `cai rl`."""
+
+from enum import StrEnum
+from importlib.util import find_spec
+
+from cai_cli.common.errors import UsageError
+from cai_cli.models.loading import pick_device
+from cai_cli.reward.scorer import PreferenceModelOptions
+from cai_cli.runtime.config import Effect, Group, Option, option, redefine
+from cai_cli.runtime.shared_options import DEFAULT_MODEL, MODEL_TO_TRAIN_HELP, EngineOptions, SamplingOptions
+from cai_cli.training import distributed
+from cai_cli.training.config import TrainingConfig
+from cai_cli.training.options import TrainerOptions
+
+
+class Algorithm(StrEnum):
+    """The policy-gradient algorithm."""
+
+    RLOO = "rloo"
+    GRPO = "grpo"
+
+
+class Reporter(StrEnum):
+    """Where metrics are logged besides metrics.jsonl."""
+
+    TENSORBOARD = "tensorboard"
+    TRACKIO = "trackio"
+
+
+class RlConfig(TrainerOptions, PreferenceModelOptions):
+    """Train a policy by RL against a preference model.
+
+    INPUT: prompts in any form that `cai sample` takes. Writes a model directory.
+    """
+
+    model: str = option(DEFAULT_MODEL, MODEL_TO_TRAIN_HELP, Option(Effect.HASHED, Group.MODEL, flags=("--model", "-m")))
+    helpful: str | None = option(
+        None,
+        "File of helpful prompts to mix in, in any form that INPUT takes.",
+        Option(Effect.HASHED, reads_file=True),
+    )
+    helpful_ratio: float = option(1.0, "Helpful prompts for each prompt of INPUT.", ge=0.0)
+    algorithm: Algorithm = option(
+        Algorithm.RLOO,
+        "rloo (leave-one-out baseline, beta * KL in the reward, as in the paper) or grpo (beta * KL in the loss).",
+    )
+    beta: float = option(
+        0.05, "Weight of the KL divergence from --model, in standard deviations of the score per nat.", ge=0.0
+    )
+    steps: int = option(100, "Training steps.", ge=1)
+    prompts_per_step: int = option(4, "Prompts in each step.", ge=1)
+    samples_per_prompt: int = option(4, "Replies to each prompt of a step; each is compared with the others.", ge=2)
+    batch_size: int | None = option(
+        None,
+        "Replies in one forward pass of one process; by default its whole share of a step.",
+        Option(Effect.HARMLESS, Group.TRAINING),
+        ge=1,
+    )
+    max_new_tokens: int = redefine(SamplingOptions, "max_new_tokens", 128)
+    temperature: float = option(1.0, "Sampling temperature.", Option(group=Group.SAMPLING), ge=0.01)
+    cutoff_penalty: float = option(
+        1.0, "Subtracted from the standardised score of a reply that is cut off at --max-new-tokens.", ge=0.0
+    )
+    learning_rate: float = redefine(TrainerOptions, "learning_rate", 1e-6)
+    held_out: int = option(32, "Prompts held out to check the policy; at most half of all prompts.", ge=1)
+    monitor_every: int = option(10, "Steps between checks of the policy on the held-out prompts.", ge=1)
+    monitor_pm: str | None = option(
+        None,
+        "A second preference model, not used as the reward, that scores the replies of the checks.",
+        Option(Effect.HASHED, aliases=("watch-pm",)),
+    )
+    monitor_judge: str | None = option(
+        None,
+        "A judge, not used as the reward, that compares the replies of the checks with those of --model.",
+        Option(Effect.HASHED, aliases=("watch-judge",)),
+    )
+    base_url: str | None = redefine(EngineOptions, "base_url", None)
+    stop_on_goodhart: bool = option(
+        False,
+        "Stop training at a flagged check, and keep the best policy before it.",
+        Option(flags=("--stop-on-goodhart",)),
+    )
+    report_to: Reporter | None = option(
+        None, "Also log metrics to tensorboard or trackio.", Option(Effect.HARMLESS, Group.OUTPUT)
+    )
+    save_steps: int = redefine(TrainerOptions, "save_steps", 25)
+
+    @property
+    def replies(self) -> int:
+        """Replies in one step."""
+        return self.prompts_per_step * self.samples_per_prompt
+
+    def check(self) -> None:
+        super().check()
+        if self.report_to and find_spec(self.report_to) is None:
+            raise UsageError(
+                f"--report-to {self.report_to}: not installed",
+                hint=f"pip install {self.report_to}",
+                code="missing-dependency",
+            )
+
+    def training_config(self) -> TrainingConfig:
+        """These options as a trainer takes them.
+
+        Raises:
+            UsageError: The replies of a step cannot be divided evenly.
+            CaiError: There is no such device.
+        """
+        share = _share(self.replies, self.batch_size)
+        return TrainingConfig(
+            batch_size=self.batch_size or share,
+            gradient_accumulation=share // (self.batch_size or share),
+            learning_rate=self.learning_rate,
+            save_steps=self.save_steps,
+            seed=self.seed,
+            device=pick_device(self.device),
+            lora_rank=self.lora_rank if self.lora else None,
+            max_steps=self.steps,
+            schedule="constant",
+            report_to=self.report_to,
+        )
+
+
+def _share(replies: int, batch_size: int | None) -> int:
+    """The number of replies of a step that one process samples.
+
+    Raises:
+        UsageError: The replies cannot be divided evenly among processes and batches.
+    """
+    parts = (batch_size or 1) * distributed.world_size()
+    if replies % parts:
+        given = [f"--batch-size {batch_size}"] if batch_size else []
+        given += [f"{distributed.world_size()} processes"] if distributed.world_size() > 1 else []
+        raise UsageError(
+            f"{' times '.join(given)} does not divide the {replies} replies of a step",
+            hint="a step has --prompts-per-step times --samples-per-prompt replies",
+            code="option-conflict",
+        )
+    return replies // distributed.world_size()
