@@ -14,6 +14,7 @@ class CaiError(Exception):
         message: What happened and where, in one line.
         hint: What to do about it, in one line, or None.
         code: Stable name of this kind of failure, in kebab case.
+        in_summary: Whether the JSON summary of the run, printed before, contains the error.
     """
 
     exit_code = 1
@@ -23,6 +24,7 @@ class CaiError(Exception):
         self.message = message
         self.hint = hint
         self.code = code
+        self.in_summary = False
 
     def as_json(self) -> dict[str, Any]:
         """The error as `--json` prints it."""

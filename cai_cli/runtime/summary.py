@@ -21,7 +21,9 @@ def print_summary(summary: Mapping[str, Any], *, as_json: bool, stdout_is_data: 
         stdout_is_data: Whether the rows of the stage went to stdout.
     """
     if as_json:
-        print(orjson.dumps(summary).decode(), file=sys.stderr if stdout_is_data else sys.stdout)
+        error = _all_rejected(summary)
+        whole = {**summary, "error": error.as_json()} if error else summary
+        print(orjson.dumps(whole).decode(), file=sys.stderr if stdout_is_data else sys.stdout)
         return
     target = "" if stdout_is_data or not summary["output"] else f" -> {summary['output']}"
     details = "; ".join([counted(summary), *_usage(summary), *_training(summary)])
@@ -34,12 +36,19 @@ def refuse_all_rejected(summary: Mapping[str, Any]) -> None:
     Raises:
         CaiError: `all-rejected`.
     """
-    if summary["rejected"] and not summary.get("out", summary.get("used")):
-        raise CaiError(
-            f"{summary['stage']}: all {summary['rejected']:,} rows were rejected and the output is empty",
-            hint="the summary counts the reasons; OUT.rejected.jsonl holds the rows",
-            code="all-rejected",
-        )
+    if error := _all_rejected(summary):
+        error.in_summary = True
+        raise error
+
+
+def _all_rejected(summary: Mapping[str, Any]) -> CaiError | None:
+    if not summary["rejected"] or summary.get("out", summary.get("used")):
+        return None
+    return CaiError(
+        f"{summary['stage']}: all {summary['rejected']:,} rows were rejected and the output is empty",
+        hint="the summary counts the reasons; OUT.rejected.jsonl holds the rows",
+        code="all-rejected",
+    )
 
 
 def counted(counts: Mapping[str, Any]) -> str:

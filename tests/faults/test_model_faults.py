@@ -174,7 +174,7 @@ def test_logits_that_are_no_numbers_stop_the_run_and_name_the_row(value: float, 
     for more in ((), ("--temperature", "0")):
         stopped = cai(*words, *more, "--overwrite")
         assert stopped.code == 1
-        assert "error: the model's logits hold NaN or infinity at row 'p" in stopped.stderr
+        assert "error: the model's logits contain NaN or infinity at row 'p" in stopped.stderr
         assert len(stopped.stderr.splitlines()) <= 2
         assert not (folder / "out.jsonl").exists()
     stopped = cai(
