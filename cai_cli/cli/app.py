@@ -130,7 +130,7 @@ def main() -> NoReturn:
         code = _run()
     except CaiError as error:
         console.error(error.message, error.hint)
-        if "--json" in sys.argv[1:]:
+        if "--json" in sys.argv[1:] and error.code != "all-rejected":  # the summary is printed already
             console.error_json(error.as_json())
         code = error.exit_code
     except KeyboardInterrupt:
