@@ -1,5 +1,5 @@
 """A disk that fills up, breaks or may not be written, an output that is the input, and two writers: one line of error
-each, what was there before stays whole, and the same command goes on when the cause is gone."""
+each, what was there before stays whole, and the same command resumes when the cause is gone."""
 
 import json
 import os
@@ -170,7 +170,7 @@ def test_an_output_that_is_replaced_stays_whole_when_the_disk_fills_up(forks: Fo
         if failed.code == 0:
             break
         failed.assert_is_one_error()
-        if (folder / "out.jsonl.manifest.json").exists():  # it was the closing line that did not fit
+        if (folder / "out.jsonl.manifest.json").exists():  # it was the summary line that did not fit
             continue
         assert old in [path.read_bytes() for path in folder.glob("out.jsonl*")]
     assert nth > 5

@@ -174,7 +174,7 @@ steps:
 @needs_strace
 @pytest.mark.faults
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("who", ["the road alone", "the road or a step"])
+@pytest.mark.parametrize("who", ["the pipeline alone", "the pipeline or a step"])
 @pytest.mark.parametrize("call", ["fsync", "rename", "write"])
 def test_a_kill_of_a_road_or_of_its_steps_changes_no_byte_in_the_end(
     who: str, call: str, forks: Forks, folder: Path, ran: Ran
@@ -190,7 +190,7 @@ def test_a_kill_of_a_road_or_of_its_steps_changes_no_byte_in_the_end(
     for kills in range(60):
         clear(folder, "out")
         inject = f"{call}:signal=SIGKILL:when={1 + kills * (3 if call == 'write' else 1)}"
-        killed = forks.run_injected(*road, cwd=folder, inject=inject, children=who != "the road alone")
+        killed = forks.run_injected(*road, cwd=folder, inject=inject, children=who != "the pipeline alone")
         if killed.code == 0:
             break
         until(lambda: not held(folder / "out"))

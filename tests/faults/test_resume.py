@@ -19,7 +19,7 @@ def cai(*words: str, cwd: Path, **options: object) -> subprocess.CompletedProces
 
 
 def write_inputs(folder: Path, seconds: float) -> None:
-    """40 prompts, a script whose answers take `seconds` each, one prompt that always fails, samples to go on from."""
+    """40 prompts, a script whose answers take `seconds` each, one prompt that always fails, samples to continue with."""
     prompts = [{"id": f"p{i}", "prompt": f"question {i}"} for i in range(40)]
     write(folder / "prompts.jsonl", prompts)
     script = [

@@ -347,7 +347,7 @@ def test_a_run_that_rejects_every_row_fails_after_its_summary_and_fails_again(
     for status in ("finished", "already finished" if output == "out.jsonl" else "finished"):
         done = cai("sample", "prompts.txt", "-o", output, "--model", "scripted:script.jsonl", "--json", "--quiet")
         assert (done.code, done.error) == (1, "all-rejected")
-        summary = json.loads(next(line for line in (done.stdout + done.stderr).splitlines() if '"status"' in line))
+        summary = json.loads(done.stdout if output != "-" else done.stderr.splitlines()[1])
         assert (summary["status"], summary["out"], summary["rejected"]) == (status, 0, 1)
     assert (tmp_path / "out.jsonl.rejected.jsonl").exists() == (output == "out.jsonl")
 
