@@ -112,18 +112,15 @@ def train_pm(
     """Train a preference model on soft labels (paper sections 4.1 and 4.2).
 
     Args:
-        base: Directory of the model that training starts from.
-        tokenizer: Its tokenizer.
-        train: The pairs to train on.
-        held_out: The pairs to evaluate on; may be empty.
+        base: Directory of the model that training starts from; `tokenizer` is its tokenizer.
+        train: The pairs to train on; `held_out` those to evaluate on, which may be empty.
         training: The options of the trainer.
-        work: A directory; the trained model is written to `work/model`, with the scores of the held-out pairs in
-            `held_out.jsonl` there.
+        work: A directory; the model and `held_out.jsonl`, the scores of the held-out pairs, go to `work/model`.
         fitted_head: Whether to start from a head fitted to the labels instead of a random one.
 
     Returns:
-        The metrics for the manifest, on rank 0; an empty dict on other ranks. Losses are mean cross-entropies in nats;
-        `_before` marks those of the start model.
+        The metrics for the manifest, on rank 0; an empty dict on other ranks. Losses are in nats; `_before` marks those
+        of the start model.
 
     Raises:
         CaiError: The head cannot be fitted, or training fails; see `fit`.
@@ -150,18 +147,15 @@ def train_pm(
         return {}
     after = _finished_metrics(work / "model", tokenizer, held_out, training, longest if share else None)
     metrics.put(steps, _metrics_row(after))
+    by_source = Counter(pair.row.source or "no source" for pair in train)
+    run = {"steps": steps, **head, **_losses(metrics), "pairs_by_source": dict(by_source), "throughput": throughput}
+    return run | {"held_out_loss_before": before["held_out_loss"], "accuracy_before": before["accuracy"]} | after
+
+
+def _losses(metrics: Metrics) -> dict[str, float | None]:
+    """The training loss of the first step and of the last."""
     losses = [row["loss"] for row in metrics.rows if row["loss"] is not None]
-    return {
-        "steps": steps,
-        **head,
-        "loss_before": losses[0] if losses else None,
-        "loss": losses[-1] if losses else None,
-        "held_out_loss_before": before["held_out_loss"],
-        "accuracy_before": before["accuracy"],
-        **after,
-        "pairs_by_source": dict(Counter(pair.row.source or "no source" for pair in train)),
-        "throughput": throughput,
-    }
+    return {"loss_before": losses[0] if losses else None, "loss": losses[-1] if losses else None}
 
 
 def _start_metrics(
