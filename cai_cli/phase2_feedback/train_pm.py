@@ -119,8 +119,7 @@ def train_pm(
         fitted_head: Whether to start from a head fitted to the labels instead of a random one.
 
     Returns:
-        The metrics for the manifest, on rank 0; an empty dict on other ranks. Losses are in nats; `_before` marks those
-        of the start model.
+        The metrics for the manifest (losses in nats) on rank 0; an empty dict on other ranks.
 
     Raises:
         CaiError: The head cannot be fitted, or training fails; see `fit`.
