@@ -1,4 +1,4 @@
-"""Build .server-venv, the real server of tests/engines/test_llama_server.py: llama-cpp-python in an environment of its own (its
+"""Build .server-venv, the real server of tests/integration/test_llama_server.py: llama-cpp-python in an environment of its own (its
 compilation takes some minutes, once) and the embedded model's GGUF file.
 
     python tests/server_env.py    # or: make server-env

@@ -7,8 +7,8 @@ through others: `python tests/untested_modules.py` shows where to look first.
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# Tests of the project, of injected faults and of hostile input concern no single module.
-APART = frozenset({"project", "faults", "hostile", "data/v0.1.0"})
+# Tests of the project, of the whole command, of injected faults and of hostile input concern no single module.
+APART = frozenset({"project", "integration", "faults", "hostile", "data/v0.1.0"})
 
 
 def modules() -> set[str]:

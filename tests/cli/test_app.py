@@ -1,6 +1,5 @@
 """The command line itself: light imports, help, and one-line errors."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -95,20 +94,3 @@ def test_a_failure_is_one_line_and_exits_with_one(words: list[str], message: str
     assert first.startswith("error: ")
     assert message in first
     assert all(line.startswith("hint: ") for line in rest)
-
-
-def test_doctor_names_what_is_missing_and_the_command_that_fixes_it(
-    cai: Cai, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CAI_CACHE", str(tmp_path / "cache"))
-    found = json.loads(cai("doctor", "--json").stdout)
-    checks = {c["name"]: c for c in found["checks"]}
-    assert checks["cai"]["found"] == __version__
-    assert checks["torch"]["ok"]
-    assert checks["principles/preference.yaml"]["found"].startswith("16 principles")
-    model = checks["model smollm2-135m"]
-    assert (model["ok"], model["fix"]) == (False, "cai models fetch smollm2-135m")
-    assert not found["ok"]
-    text = cai("doctor").stdout
-    assert "fix: cai models fetch smollm2-135m" in text
-    assert text.count("\nok ") + text.count("\n-- ") + 1 == len(found["checks"])

@@ -4,10 +4,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import Cai
 
 from cai_cli.common.errors import CaiError
-from cai_cli.constitution import draw
 from cai_cli.constitution import schema as con
 
 SMALL = """\
@@ -140,51 +138,3 @@ def test_a_file_of_the_other_kind_or_without_principles_is_refused(small: Path) 
     with pytest.raises(CaiError) as error:
         con.open_constitution(con.CritiqueConstitution, str(small), None)
     assert error.value.code == "invalid-constitution"
-
-
-def test_principles_are_chosen_by_id_in_the_order_given_or_from_the_first(small: Path) -> None:
-    principles = con.open_constitution(con.CritiqueConstitution, str(small), None).principles
-    assert [p.id for p in draw.select(principles, "b, a", None)] == ["b", "a"]
-    assert [p.id for p in draw.select(principles, None, 1)] == ["a"]
-    assert [p.id for p in draw.select(principles, "b,a", 1)] == ["b"]
-    with pytest.raises(CaiError) as error:
-        draw.select(principles, "a,z", None)
-    assert error.value.code == "unknown-principle"
-    assert error.value.hint == "known: a, b"
-    with pytest.raises(CaiError) as error:
-        draw.select(principles, " , ", None)
-    assert error.value.code == "invalid-option"
-    with pytest.raises(CaiError) as error:  # its votes would count twice
-        draw.select(principles, "a,b,a", None)
-    assert error.value.code == "invalid-option"
-
-
-def test_every_principle_is_drawn_about_equally_often_and_the_same_draw_is_the_same() -> None:
-    principles = con.open_constitution(con.CritiqueConstitution, None, None).principles
-    drawn = [draw.draw(principles, 0, "principle", f"row{i}", 0, 1).id for i in range(16 * 200)]
-    counts = Counter(drawn)
-    assert len(counts) == 16
-    assert min(counts.values()) > 140
-    assert max(counts.values()) < 260
-    assert drawn == [draw.draw(principles, 0, "principle", f"row{i}", 0, 1).id for i in range(16 * 200)]
-    other = [draw.draw(principles, 1, "principle", f"row{i}", 0, 1).id for i in range(16 * 200)]
-    assert sum(a == b for a, b in zip(drawn, other, strict=True)) < 16 * 200 / 8
-
-
-def test_the_principles_command_lists_shows_and_validates(cai: Cai, small: Path) -> None:
-    assert cai("principles", "list", "small.yaml").stdout.split() == [
-        "critique-revision",
-        "a",
-        "harm",
-        "critique-revision",
-        "b",
-    ]
-    shown = cai("principles", "show", "a", "--constitution", "small.yaml")
-    assert shown.stdout == "a  [harm]\n  critique: Look: {here}.\n  revision: Rewrite it.\n"
-    missing = cai("principles", "show", "a", "z", "--constitution", "small.yaml")
-    assert (missing.code, "no principle 'z'" in missing.stderr) == (1, True)
-    valid = cai("principles", "validate", "small.yaml", "compare.yaml")
-    assert valid.stdout.splitlines() == [
-        "small.yaml: ok, critique-revision, 2 principles, 1 examples",
-        "compare.yaml: ok, preference, 1 principles, 1 examples",
-    ]

@@ -1,14 +1,14 @@
 """Reading names the file and the line of what is wrong; what reading keeps in memory stays small."""
 
 import gzip
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 from helpers import write_rows
-from hypothesis import given
-from hypothesis import strategies as st
 
 from cai_cli.common.errors import CaiError, InvalidRow
 from cai_cli.common.hash_index import KeyTable
@@ -153,27 +153,6 @@ def test_a_bad_parquet_row_is_an_error_with_its_number(tmp_path: Path) -> None:
     assert error.value.code == "cannot-read"
 
 
-@given(st.lists(st.tuples(st.text(), st.integers(0, 2**32 - 1))))
-def test_the_key_table_remembers_what_a_dict_would(pairs: list[tuple[str, int]]) -> None:
-    table, known = KeyTable(), dict[str, int]()
-    for key, line in pairs:
-        assert table.add(key, line) == known.get(key)
-        known.setdefault(key, line)
-    assert table.size == len(known)
-    assert all(key in table for key in known)
-    assert "never added \udcff".encode("utf-8", "replace").decode() not in table
-
-
-def test_the_key_table_takes_a_few_dozen_bytes_a_key() -> None:
-    table = KeyTable()
-    for i in range(100_000):
-        assert table.add(f"row-{i}", i) is None
-    assert all(table.add(f"row-{i}", 0) == i for i in range(0, 100_000, 97))
-    assert "row-100000" not in table
-    taken = sum(a.buffer_info()[1] * a.itemsize for a in (table.hashes, table.lines))
-    assert taken <= 36 * 100_000
-
-
 @pytest.mark.parametrize("size", [0, 10, 65_535, 65_536, 65_537, 200_000])
 def test_cutting_a_torn_tail_keeps_every_whole_line(size: int, tmp_path: Path) -> None:
     path = tmp_path / "rows"
@@ -253,3 +232,40 @@ def test_a_file_that_starts_with_a_list_is_json_and_no_prompt(tmp_path: Path) ->
     path.write_text('["a"]\n')
     with pytest.raises(InvalidRow, match="this is a list"):
         list(read_prompts(str(path)))
+
+
+PACK = {".gz": gzip.compress, ".zst": zstandard.compress}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_rows(
+        tmp_path / "in.jsonl", ({"id": f"p{i}", "prompt": f"question {i}\u2028", "source": "s"} for i in range(50))
+    )
+    write_rows(tmp_path / "script.jsonl", [{"contains": "question 7", "replies": [""]}, {"replies": ["one.", "two."]}])
+    return tmp_path
+
+
+@pytest.mark.parametrize("ending", PACK)
+def test_an_ending_that_promises_compression_must_hold_it(ending: str, folder: Path) -> None:
+    path = folder / f"plain.jsonl{ending}"
+    path.write_bytes((folder / "in.jsonl").read_bytes())
+    with pytest.raises(CaiError) as error:
+        list(read_values(str(path)))
+    assert error.value.code == "cannot-read"
+
+
+def test_a_compressed_file_is_never_held_whole(tmp_path: Path) -> None:
+    import tracemalloc
+
+    path = tmp_path / "in.jsonl.zst"
+    line = json.dumps({"prompt": "q" * 1000}).encode() + b"\n"
+    path.write_bytes(zstandard.compress(line * 20_000))
+    next(read_values(str(path)))  # imports are not what is measured
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in read_values(str(path))) == 20_000
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 500_000

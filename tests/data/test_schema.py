@@ -30,7 +30,6 @@ from cai_cli.data.schema import (
     load_row,
     reject,
 )
-from cai_cli.data.transcripts import parse_transcript, render_transcript
 
 # No lone surrogates: they are no text, and UTF-8 cannot carry them.
 anything = st.text(st.characters(codec="utf-8")) | st.sampled_from(
@@ -279,15 +278,6 @@ def test_what_is_no_prompt_is_refused_with_the_reason(value: object, reason: str
     assert reason in error.value.message
 
 
-turn_texts = st.text(st.characters(codec="utf-8", exclude_characters="\n"), min_size=1)
-
-
-@given(st.lists(st.tuples(st.sampled_from(["user", "assistant"]), turn_texts), min_size=1))
-def test_a_transcript_parses_back_to_its_turns(pairs: list[tuple[Any, str]]) -> None:
-    messages = [Message(role=role, content=text) for role, text in pairs]
-    assert parse_transcript(render_transcript(messages)) == messages
-
-
 def test_a_rejected_row_holds_the_row_it_was_about_as_json_text() -> None:
     row = load_row(Sample, sample_row(1))
     again = load_row(Rejected, orjson.loads(dump_row(reject(row.key, "no", row))))
@@ -359,12 +349,6 @@ def test_what_a_later_row_does_not_say_of_itself_the_command_line_says() -> None
     row = sample_row(1) | {"source": None, "kind": None}
     made = parse_prompt(row, source="file.jsonl", kind="helpful")
     assert (made.source, made.kind) == ("file.jsonl", "helpful")
-
-
-def test_text_before_the_first_turn_is_no_transcript() -> None:
-    for text in ("hello\n\nHuman: a", "hello", "", "\n\n", "x\n\nHuman: a\n\nAssistant: b"):
-        with pytest.raises(RowError, match="must start with"):
-            parse_transcript(text)
 
 
 @pytest.mark.parametrize(

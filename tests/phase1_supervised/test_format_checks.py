@@ -1,8 +1,11 @@
 """What small models write instead of a revision is detected, and revisions that look similar pass."""
 
 import pytest
+from reviser_cases import Recorder
 
-from cai_cli.phase1_supervised.format_checks import critique_problem, revision_problem
+from cai_cli.common.seeds import seed_for
+from cai_cli.engines.base import Completion, GenerationRequest, RequestFailure, Sampling
+from cai_cli.phase1_supervised.format_checks import ATTEMPTS, critique_problem, generate_checked, revision_problem
 
 REQUEST = "Rewrite your last reply without the insult."
 
@@ -45,3 +48,38 @@ def test_a_critique_may_describe_the_reply_but_not_be_empty_or_repetitive() -> N
     assert critique_problem("The last reply was rude.") is None
     assert critique_problem(" ") == "empty critique"
     assert critique_problem("It is rude to say. It is rude to say. It is rude to say.") is not None
+
+
+def bad(_index: int, text: str) -> str | None:
+    return "bad text" if text == "bad" else None
+
+
+def test_only_failed_answers_are_sampled_again_with_another_seed_and_the_same_prompt() -> None:
+    engine = Recorder("fine", "bad", "bad", "good", "bad", "better")
+    requests = [GenerationRequest(f"text {i}", seed_for(i), "cue", ("stop",)) for i in range(3)]
+    answers = generate_checked(engine, requests, Sampling(), bad)
+    assert [a.text for a in answers if isinstance(a, Completion)] == ["fine", "good", "better"]
+    assert [a.text for a in engine.requests] == ["text 0", "text 1", "text 2", "text 1", "text 2", "text 2"]
+    assert len({a.seed for a in engine.requests}) == 6
+    assert {(a.prefill, a.stop) for a in engine.requests} == {("cue", ("stop",))}
+
+
+def test_an_answer_that_never_passes_is_rejected_with_the_reason_and_the_number_of_attempts() -> None:
+    engine = Recorder(*["bad"] * ATTEMPTS)
+    assert generate_checked(engine, [GenerationRequest("x", 1)], Sampling(), bad) == [
+        RequestFailure(f"bad text, {ATTEMPTS} attempts")
+    ]
+    assert len(engine.requests) == ATTEMPTS
+
+
+def test_a_greedy_answer_is_not_sampled_again() -> None:
+    engine = Recorder("bad")
+    assert generate_checked(engine, [GenerationRequest("x", 1)], Sampling(temperature=0), bad) == [
+        RequestFailure("bad text, 1 attempts")
+    ]
+
+
+def test_a_request_failure_of_the_engine_is_final() -> None:
+    assert generate_checked(Recorder(RequestFailure("too long")), [GenerationRequest("x", 1)], Sampling(), bad) == [
+        RequestFailure("too long")
+    ]

@@ -20,7 +20,6 @@ from tiny import tiny_model_dir
 from cai_cli.common.errors import CaiError, InvalidRow, RowError
 from cai_cli.data.formats import completed_row
 from cai_cli.data.schema import Message, Revision, Sample, load_row
-from cai_cli.data.splits import mixed
 from cai_cli.models.loading import load_tokenizer
 from cai_cli.phase1_supervised.sft import encode, examples_of
 from cai_cli.training.checkpoints import SEAL
@@ -158,16 +157,6 @@ def test_helpful_examples_are_drawn_by_ratio_and_the_rest_is_counted(model: Path
     command(rows, tmp_path / "out", model=str(model), helpful=helpful, helpful_ratio=0.5, **QUICK)
     counts = manifest_of(tmp_path / "out")["counts"]
     assert (counts["in"], counts["used"], counts["skipped"]) == (38, 12, 26)
-
-
-def test_the_helpful_draw_depends_on_the_seed_alone_and_repeats_nothing() -> None:
-    revisions = examples_of(load_row(Revision, revision(0)), "last") * 5
-    helpful = [e for i in range(50) for e in examples_of(load_row(Revision, revision(i, f"h{i}")), "last")]
-    drawn = [e.reply for e in mixed(revisions, helpful, 2.0, seed=1)[5:]]
-    assert len(set(drawn)) == 10
-    assert drawn == [e.reply for e in mixed(revisions, helpful, 2.0, seed=1)[5:]]
-    assert drawn != [e.reply for e in mixed(revisions, helpful, 2.0, seed=2)[5:]]
-    assert len(mixed(revisions, helpful[:3], 2.0, seed=1)) == 8
 
 
 def test_the_loss_covers_the_reply_and_its_end_of_turn_only(model: Path) -> None:

@@ -20,7 +20,6 @@ from cai_cli.models.loading import load_causal_lm, load_reward_model, load_token
 from cai_cli.phase2_feedback import monitor_models, pm_pairs
 from cai_cli.phase2_feedback.monitor_models import preference_score
 from cai_cli.phase2_feedback.rl_monitor import RewardNormalizer
-from cai_cli.phase2_feedback.rl_prompts import prompt_order
 from cai_cli.phase2_feedback.rl_trainer import end_ids, messages_of, preference_reward
 from cai_cli.reward import preference_model
 from cai_cli.reward.preference_model import score_conversations
@@ -177,14 +176,6 @@ def test_a_prompt_that_leaves_no_room_for_a_reply_is_rejected(model: Path, pm: s
     counts = manifest_of(tmp_path / "rl")["counts"]
     assert (counts["in"], counts["train"], counts["held_out"]) == (4, 1, 1)
     assert (counts["rejected"], counts["skipped"]) == (1, 1)
-
-
-def test_every_prompt_is_used_once_before_any_is_repeated() -> None:
-    order = prompt_order(5, steps=4, per_step=3, seed=0)
-    assert len(order) == 12
-    assert sorted(order[:5]) == sorted(order[5:10]) == [0, 1, 2, 3, 4]
-    assert order == prompt_order(5, 4, 3, 0)
-    assert order != prompt_order(5, 4, 3, 1)
 
 
 def test_a_language_model_is_refused_as_a_preference_model(model: Path, prompts: str, tmp_path: Path) -> None:

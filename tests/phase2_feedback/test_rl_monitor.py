@@ -28,7 +28,6 @@ from cai_cli.data.schema import Message, PolicySample, Prompt, load_row
 from cai_cli.models.loading import load_causal_lm, load_reward_model, load_tokenizer
 from cai_cli.phase2_feedback import rl_monitor
 from cai_cli.phase2_feedback.rl_monitor import CHECK_COLUMNS, Monitor, logits_of
-from cai_cli.phase2_feedback.rl_prompts import hold_out
 from cai_cli.reward.preference_model import score_conversations
 
 command = stage("rl")
@@ -59,13 +58,6 @@ def models(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, s
         file = write_rows(folder / f"{name}.jsonl", rows)
         train_pm_stage(file, folder / name, model=str(model), learning_rate=2e-3, eval_share=0.0, epochs=4, quiet=True)
     return {"model": str(model), "pm": str(folder / "pm"), "monitor": str(folder / "monitor")}
-
-
-@pytest.fixture
-def prompts(tmp_path: Path) -> str:
-    file = tmp_path / "prompts.txt"
-    file.write_text("".join(f"question number {i}\n" for i in range(48)))
-    return str(file)
 
 
 def settings(models: dict[str, str], **changed: Any) -> dict[str, Any]:
@@ -256,19 +248,6 @@ def test_helpful_prompts_are_mixed_in_and_all_are_counted(models: dict[str, str]
     with pytest.raises(CaiError) as error:
         command(prompts, tmp_path / "rl", **run | {"helpful_ratio": 1.0})
     assert error.value.code == "other-run"
-
-
-def test_held_out_prompts_depend_on_seed_and_prompt_alone_and_are_at_most_half() -> None:
-    prompts = [Prompt(id=str(i), prompt=[Message(role="user", content=f"question {i}")]) for i in range(20)]
-    train, held = hold_out(prompts, 4, seed=0)
-    assert len(held) == 4
-    assert {p.id for p in train} | {p.id for p in held} == {p.id for p in prompts}
-    assert {p.id for p in hold_out(prompts[::-1], 4, seed=0)[1]} == {p.id for p in held}
-    assert {p.id for p in hold_out(prompts, 4, seed=1)[1]} != {p.id for p in held}
-    assert [len(part) for part in hold_out(prompts[:5], 32, seed=0)] == [3, 2]
-    with pytest.raises(CaiError) as error:
-        hold_out(prompts[:1], 4, seed=0)
-    assert error.value.code == "too-few-rows"
 
 
 def test_a_monitor_must_be_one_model_and_not_the_reward(models: dict[str, str], prompts: str, tmp_path: Path) -> None:

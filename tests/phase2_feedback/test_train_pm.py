@@ -21,9 +21,7 @@ from cai_cli.data.splits import held_out_keys
 from cai_cli.metrics.intervals import wilson
 from cai_cli.metrics.preference_model import held_out_metrics
 from cai_cli.models.loading import load_reward_model, load_tokenizer
-from cai_cli.phase2_feedback.linear_probe import regress
-from cai_cli.phase2_feedback.pm_trainer import by_length, soft_reward_trainer
-from cai_cli.reward.preference_model import encode_conversation, score_conversations
+from cai_cli.reward.preference_model import score_conversations
 
 command = stage("train-pm")
 
@@ -121,48 +119,6 @@ def test_lora_trains_and_keeps_its_score_head(model: Path, tmp_path: Path, dtype
     assert manifest_of(out)["provenance"]["settings"]["precision"] == dtype
 
 
-def test_every_epoch_has_every_pair_once_in_a_new_order_with_similar_lengths() -> None:
-    lengths = [(i * 37) % 101 for i in range(203)]
-    orders = [by_length(lengths, 4, seed=0, epoch=epoch) for epoch in (0, 1)]
-    assert [sorted(order) for order in orders] == [list(range(203))] * 2
-    assert orders[0] != orders[1]
-    assert orders[0] == by_length(lengths, 4, seed=0, epoch=0) != by_length(lengths, 4, seed=1, epoch=0)
-    batches = [orders[0][i : i + 4] for i in range(0, 200, 4)]
-    spread = [max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in batches]
-    assert sum(spread) / len(spread) < 10  # of 60 where they are drawn at random
-    means = [sum(lengths[i] for i in batch) / 4 for batch in batches]
-    assert abs(sum(means[:25]) - sum(means[25:])) / 25 < 30  # of 50 where the long ones come first
-
-
-def test_white_space_around_a_reply_is_not_scored(model: Path) -> None:
-    tokenizer = load_tokenizer(model)
-    plain, padded = (encode_conversation(tokenizer, conversation("hi", reply)) for reply in ("well", " \n well\n\n"))
-    assert plain == padded
-
-
-def test_the_loss_is_the_soft_cross_entropy(model: Path, tmp_path: Path) -> None:
-    import torch
-    from datasets import Dataset
-    from trl import RewardConfig
-
-    pm, tokenizer = load_reward_model(model, new_head_seed=3), load_tokenizer(model)
-    row = {"chosen_ids": [5, 6, 7], "rejected_ids": [8, 9], "p_chosen": 0.8}
-    config = RewardConfig(
-        str(tmp_path), max_length=None, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[],
-        dataloader_pin_memory=False,
-    )  # fmt: skip
-    trainer = soft_reward_trainer(share_prompts=False)(
-        model=pm, args=config, processing_class=tokenizer, train_dataset=Dataset.from_list([row])
-    )
-    (batch,) = trainer.get_train_dataloader()
-    with torch.no_grad():
-        chosen, rejected = (float(pm(input_ids=torch.tensor([row[k]])).logits) for k in ("chosen_ids", "rejected_ids"))
-        loss = float(trainer.compute_loss(pm, batch))
-    p = 1 / (1 + math.exp(rejected - chosen))
-    assert abs(p - 0.5) > 0.01
-    assert loss == pytest.approx(-0.8 * math.log(p) - 0.2 * math.log(1 - p), abs=1e-5)
-
-
 def test_held_out_pairs_are_scored_before_and_after(model: Path, tmp_path: Path) -> None:
     rows = [preference(i, 0.95) for i in range(40)]
     out = tmp_path / "pm"
@@ -185,21 +141,6 @@ def test_pairs_of_one_prompt_are_all_held_out_or_none(model: Path, tmp_path: Pat
         **QUICK | {"eval_share": 0.1},
     )  # fmt: skip
     assert manifest_of(tmp_path / "pm")["counts"]["held_out"] == 8
-
-
-def test_a_score_depends_on_neither_batch_nor_neighbours(model: Path) -> None:
-    pm, tokenizer = load_reward_model(model, new_head_seed=0), load_tokenizer(model)
-    chats = [conversation("question " * n, "helpful " * (9 - n)) for n in range(1, 9)]
-    alone = [score_conversations(pm, tokenizer, [chat])[0] for chat in chats]
-    assert score_conversations(pm, tokenizer, chats, batch_size=3) == pytest.approx(alone, abs=1e-4)
-    assert len(set(alone)) == len(alone)
-
-
-def test_a_conversation_beyond_the_window_is_an_error_with_both_numbers(model: Path) -> None:
-    pm, tokenizer = load_reward_model(model, new_head_seed=0), load_tokenizer(model)
-    with pytest.raises(CaiError, match=r"tokens does not fit .* window of 512") as error:
-        score_conversations(pm, tokenizer, [conversation("hi", "word " * 600)])
-    assert error.value.code == "too-long"
 
 
 def test_the_head_comes_from_the_seed(model: Path, tmp_path: Path) -> None:
@@ -272,32 +213,6 @@ def test_preference_rows_feed_trls_trainers_unchanged(model: Path, tmp_path: Pat
     )  # fmt: skip
     trainer = getattr(trl, trainer_name)(str(model), args=config, train_dataset=data)
     assert trainer.train().training_loss > 0
-
-
-def test_a_fitted_head_distinguishes_pairs_before_training(model: Path, tmp_path: Path) -> None:
-    rows = write_rows(tmp_path / "prefs.jsonl", [preference(i, 0.8) for i in range(60)])
-    run = {"model": str(model), "fit_head": True, **QUICK | {"eval_share": 0.5}}
-    command(rows, tmp_path / "head", epochs=0, **run)
-    start, trained = weights(model), weights(tmp_path / "head")
-    assert all(bool((trained[name] == start[name]).all()) for name in start if name in trained)
-    results = manifest_of(tmp_path / "head")["metrics"]
-    assert results["steps"] == 0
-    assert results["accuracy"] == results["head_accuracy"] == wilson(30, 30)
-    assert results["loss_gap"] < 0.05
-    command(rows, tmp_path / "tuned", max_steps=3, **run)
-    tuned = manifest_of(tmp_path / "tuned")["metrics"]
-    assert tuned["held_out_loss_before"] == results["held_out_loss"] != tuned["held_out_loss"]
-
-
-def test_a_fitted_head_gives_the_probabilities_of_its_labels() -> None:
-    import numpy as np
-
-    rng = np.random.default_rng(0)
-    truth, x = rng.normal(size=8), rng.normal(size=(4000, 8))
-    p = 1 / (1 + np.exp(-x @ truth))
-    assert np.abs(regress(x, p, strength=10.0) - truth).max() < 0.02
-    swapped = regress(-x, 1 - p, strength=10.0)  # the same pairs with chosen and rejected exchanged
-    assert np.abs(swapped - regress(x, p, strength=10.0)).max() < 1e-4
 
 
 @pytest.mark.parametrize(

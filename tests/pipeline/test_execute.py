@@ -1,47 +1,17 @@
 """`cai run`: a pipeline runs the steps that are not done, and reports why it runs a step again."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-import typer
 from conftest import Cai
-from helpers import Json, rows_in, sample_row, write_rows
+from helpers import Json, rows_in, write_rows
 
-from cai_cli.cli.app import build_app
-from cai_cli.common.errors import CaiError
-from cai_cli.constitution.schema import PreferenceConstitution, open_constitution
-from cai_cli.pipeline.estimate import StepEstimate, estimate
-from cai_cli.pipeline.plan import Step, plan
-from cai_cli.pipeline.registry import STAGES
-from cai_cli.pipeline.run_file import load_run
-
-PIPELINE = """\
-name: pipeline
-model: scripted:script.jsonl
-seed: 3
-steps:
-  samples: {command: sample, input: prompts.jsonl, n: 2}
-  revisions: {command: critique-revise, input: "@samples", rounds: 1}
-  helpful: {command: sample, input: helpful.txt}
-  preferences: {command: label-prefs, input: "@samples", both-orders: false}
-"""
 STEPS = ["samples", "revisions", "helpful", "preferences"]
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    write_rows(tmp_path / "prompts.jsonl", ({"id": f"p{i}", "prompt": f"question {i}"} for i in range(6)))
-    (tmp_path / "helpful.txt").write_text("how?\nwhy?\n")
-    write_rows(tmp_path / "script.jsonl", [{"replies": ["one.", "two.", "three."], "scores": [-0.1, -3.0]}])
-    (tmp_path / "pipeline.yaml").write_text(PIPELINE)
-    return tmp_path
 
 
 def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -224,158 +194,3 @@ def test_a_dry_run_counts_and_writes_nothing(cai: Cai, folder: Path) -> None:
     total, assumed = table.splitlines()[-2:]
     assert total.split() == ["total", "44", *total.split()[2:]]
     assert assumed.startswith("GPU-h: H100 hours")
-
-
-# --- the file ---------------------------------------------------------------------------------------------------------
-
-
-def planned(folder: Path, steps: str, head: str = "name: n\n") -> list[Step]:
-    path = folder / "run.yaml"
-    path.write_text(f"{head}steps:\n{steps}")
-    return plan(load_run(path), path, Path("out"))
-
-
-def test_settings_become_the_command_line_and_shared_ones_fill_in(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(folder.parent)
-    head = "name: n\nmodel: m\nseed: 7\n"
-    (first, second, third) = planned(
-        folder,
-        "  a: {command: sample, input: prompts.jsonl, n: 2, seed: 1, kind: null}\n"
-        '  b: {command: critique-revise, input: "@a", critique: false, few-shot: none, constitution: pipeline.yaml}\n'
-        '  c: {command: sft, input: "@b", helpful: helpful.txt, lora: false}\n',
-        head,
-    )
-    name = folder.name
-    assert first.shell == f"cai sample {name}/prompts.jsonl -o out/a.jsonl --n 2 --seed 1 --model m"
-    assert second.shell == (
-        f"cai critique-revise out/a.jsonl -o out/b.jsonl --no-critique --few-shot none --constitution {name}/pipeline.yaml"
-        " --model m --seed 7"
-    )
-    assert third.shell == f"cai sft out/b.jsonl -o out/c --helpful {name}/helpful.txt --full --model m --seed 7"
-    assert (second.needs, third.needs) == ([first], [second])
-    assert set(second.files) == {"constitution"}
-
-
-def test_a_dataset_on_the_hub_is_not_a_relative_path(folder: Path) -> None:
-    (step,) = planned(folder, "  a: {command: sample, input: 'hf://datasets/owner/name'}\n")
-    assert step.settings["input"] == "hf://datasets/owner/name"
-
-
-@pytest.mark.parametrize(
-    ("steps", "reason"),
-    [
-        ("  a: {command: smaple, input: x}\n", "step 'a': unknown command 'smaple'"),
-        ("  a: {input: x}\n", "step 'a': unknown command None"),
-        ("  a: {command: sample}\n", "step 'a': `input` is missing"),
-        ("  a: {command: sample, input: prompts.jsonl, tempreture: 1}\n", "`cai sample` has no option 'tempreture'"),
-        ("  a: {command: sample, input: prompts.jsonl, output: x}\n", "has no option 'output'"),
-        ("  a: {command: sample, input: prompts.jsonl, overwrite: true}\n", "has no option 'overwrite'"),
-        ("  a: {command: sample, input: '@b'}\n  b: {command: sample, input: prompts.jsonl}\n", "no earlier step 'b'"),
-        ("  a: {command: sample, input: '@a'}\n", "no earlier step 'a'"),
-        ("  a: {command: sample, input: none.jsonl}\n", "cannot read"),
-        ("  a: {command: sample, input: prompts.jsonl, n: banana}\n", "step 'a': n: must be a valid integer"),
-        ("  a: {command: sample, input: prompts.jsonl, n: 0}\n", "step 'a': n: must be greater than or equal"),
-        (
-            "  a: {command: sample, input: prompts.jsonl, skip-invalid: 7}\n",
-            "skip-invalid: must be true or false, not 7",
-        ),
-        ("  ../a: {command: sample, input: prompts.jsonl}\n", "../a"),
-        (
-            "  a: {command: sample, input: prompts.jsonl}\n  a: {command: sample, input: prompts.jsonl}\n",
-            "'a' occurs twice",
-        ),
-        ("  a: &x {command: sample, input: prompts.jsonl}\n  b: *x\n", "aliases are not allowed"),
-        ("  a: {command: sample, input: [[x]]}\n", "steps.a.input"),
-        ("  {}\n", "steps"),
-    ],
-)
-def test_a_file_that_cannot_be_run_is_refused_before_anything_runs(steps: str, reason: str, folder: Path) -> None:
-    with pytest.raises(CaiError) as error:
-        planned(folder, steps)
-    assert reason in error.value.message
-    assert "run.yaml" in error.value.message or reason == "cannot read"
-    assert "\n" not in error.value.message
-
-
-@pytest.mark.parametrize("head", ["name: n\nmore: 1\n", "name: ../n\n", "", "name: n\nseed: x\n"])
-def test_an_invalid_head_is_refused(head: str, folder: Path) -> None:
-    with pytest.raises(CaiError) as error:
-        planned(folder, "  a: {command: sample, input: prompts.jsonl}\n", head)
-    assert error.value.code == "invalid-run-file"
-    assert error.value.message.startswith(str(folder / "run.yaml"))
-
-
-def test_a_key_changes_with_settings_files_and_earlier_steps(folder: Path) -> None:
-    def keys(steps: str) -> list[str]:
-        return [step.key for step in planned(folder, steps)]
-
-    two = "  a: {command: sample, input: prompts.jsonl}\n  b: {command: critique, input: '@a'}\n"
-    before = keys(two)
-    assert keys(two) == before
-    other: list[Any] = keys(two.replace("prompts.jsonl", "prompts.jsonl, n: 2"))
-    assert all(a != b for a, b in zip(before, other, strict=True))
-    os.truncate(folder / "prompts.jsonl", 0)
-    assert all(a != b for a, b in zip(before, keys(two), strict=True))
-
-
-@pytest.mark.parametrize(
-    ("settings", "requests", "new_tokens"),
-    [
-        ("both-orders: false", 18, 0),
-        ("principles-per-pair: 2", 18 * 2 * 2, 0),
-        ("principles-per-pair: all, max-principles: 3", 18 * 3 * 2, 0),
-        ("pairs: random, both-orders: false", 9, 0),
-        ("method: contrast", 18 * 2, 0),
-        ("method: cot, cot-samples: 3, max-new-tokens: 10", 18 * 2 * 3 * 2, 18 * 2 * 3 * 10),
-        ("method: verdict, max-new-tokens: 10", 18 * 2, 18 * 2 * 10),
-    ],
-)
-def test_the_plan_counts_the_requests_of_each_judging_method(
-    settings: str, requests: int, new_tokens: int, folder: Path
-) -> None:
-    (folder / "six.txt").write_text("".join(f"question {i}\n" for i in range(6)))
-    steps = f"  a: {{command: sample, input: six.txt, n: 3}}\n  b: {{command: label-prefs, input: '@a', {settings}}}\n"
-    found = estimate(planned(folder, steps))[1]
-    assert (found.requests, found.tokens.new_tokens) == (requests, new_tokens)
-
-
-def test_the_plan_reads_a_named_input_as_the_command_does(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(folder)
-    rows = [sample_row(i) for i in range(4)]
-    for name in ("old.jsonl", "a=b.jsonl"):
-        write_rows(folder / name, rows)
-    steps = "  a: {command: sample, input: prompts.jsonl}\n"
-    steps += "  b: {command: eval compare, input: ['x=@a', y=old.jsonl, a=b.jsonl], judge: 'scripted:script.jsonl'}\n"
-    found = estimate(planned(folder, steps))[1]
-    assert (found.rows, found.requests) == (4 * 3, 4 * 3 * 2)
-
-
-def test_the_plan_of_rl_counts_the_requests_to_its_monitor(folder: Path) -> None:
-    def planned_rl(monitor_model: str) -> StepEstimate:
-        settings = f"pm: pm, steps: 20, max-new-tokens: 10{monitor_model}"
-        return estimate(planned(folder, f"  a: {{command: rl, input: prompts.jsonl, {settings}}}\n"))[0]
-
-    alone, judge, pm = (planned_rl(w) for w in ("", ", monitor-judge: judge", ", monitor-pm: other"))
-    prompt, replies = len("\n\nHuman: question 0") / 4, 16  # of one check; there are three
-    requests = judge.requests - alone.requests
-    assert (requests, pm.requests) == (2 * 2 * replies, alone.requests)
-    examples = open_constitution(PreferenceConstitution, None, None).examples
-    few_shot = sum(len(example.model_dump_json()) for example in examples) / 4
-    read = judge.tokens.prompt_tokens - alone.tokens.prompt_tokens
-    assert read == pytest.approx(requests * (few_shot + prompt + 2 * 10))
-    assert pm.tokens.prompt_tokens - alone.tokens.prompt_tokens == pytest.approx(3 * replies * (prompt + 10))
-    assert judge.tokens.new_tokens == pm.tokens.new_tokens == alone.tokens.new_tokens
-
-
-@pytest.mark.parametrize("stage", sorted(STAGES))
-def test_an_option_has_one_name_in_the_shell_and_in_a_run_file(stage: str) -> None:
-    names, options = STAGES[stage].config.option_names(), STAGES[stage].config.options()
-    command: Any = typer.main.get_command(build_app())
-    for word in stage.split():
-        command = command.commands[word]
-    flags = {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
-    for name, field in names.items():
-        _, declared = options[field]
-        assert declared.argument or name in declared.aliases or f"--{name}" in flags, name

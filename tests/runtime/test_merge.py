@@ -9,11 +9,6 @@ from pathlib import Path
 import pytest
 from conftest import Cai
 from helpers import Json, manifest_of, rows_in, sample_row, write_rows
-from hypothesis import given
-from hypothesis import strategies as st
-
-from cai_cli.common.errors import UsageError
-from cai_cli.data.sharding import Shard
 
 SCRIPT = ("--model", "scripted:script.jsonl")
 WORDS = {
@@ -162,17 +157,6 @@ def test_a_merge_that_was_broken_off_is_done_again_and_another_output_is_not_rep
     assert "settings.seed: 5 -> 0" in cai("merge", *names, "-o", "other.jsonl").stderr
 
 
-@given(st.text(), st.integers(1, 40))
-def test_every_id_is_in_exactly_one_shard(prompt_id: str, count: int) -> None:
-    assert [Shard(i, count).contains(prompt_id) for i in range(1, count + 1)].count(True) == 1
-
-
-@pytest.mark.parametrize("text", ["", "1", "0/4", "5/4", "1/0", "-1/4", "a/b", "1/4/2", "1.5/4"])
-def test_a_shard_that_is_none_is_a_usage_error(text: str) -> None:
-    with pytest.raises(UsageError, match="I/N"):
-        Shard.parse(text)
-
-
 def test_a_shard_with_a_line_that_no_run_wrote_is_refused_by_name(cai: Cai, tmp_path: Path) -> None:
     write_rows(tmp_path / "script.jsonl", [{"replies": ["yes"]}])
     (tmp_path / "prompts.txt").write_text("".join(f"question {i}\n" for i in range(8)))
@@ -187,3 +171,21 @@ def test_a_shard_with_a_line_that_no_run_wrote_is_refused_by_name(cai: Cai, tmp_
     assert refused.code == 1
     assert "s1.jsonl" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_rows(
+        tmp_path / "in.jsonl", ({"id": f"p{i}", "prompt": f"question {i}\u2028", "source": "s"} for i in range(50))
+    )
+    write_rows(tmp_path / "script.jsonl", [{"contains": "question 7", "replies": [""]}, {"replies": ["one.", "two."]}])
+    return tmp_path
+
+
+def test_shards_may_be_compressed_and_merge_into_the_compressed_whole(cai: Cai, folder: Path) -> None:
+    assert cai("sample", "in.jsonl", *SCRIPT, "-o", "whole.jsonl.zst").code == 0
+    names = [f"s{i}.jsonl.zst" for i in (1, 2)]
+    for i, name in enumerate(names, 1):
+        assert cai("sample", "in.jsonl", *SCRIPT, "--shard", f"{i}/2", "-o", name).code == 0
+    assert cai("merge", *names, "-o", "merged.jsonl.zst").code == 0
+    assert (folder / "merged.jsonl.zst").read_bytes() == (folder / "whole.jsonl.zst").read_bytes()

@@ -11,16 +11,13 @@ from typing import Any
 import orjson
 import pytest
 from filelock import FileLock
-from helpers import interrupted_after, largest_difference, manifest_of, revision, rows_in, stage, write_rows
+from helpers import interrupted_after, largest_difference, manifest_of, revision, stage, write_rows
 from tiny import tiny_model_dir
 
 from cai_cli.common.errors import CaiError, UsageError
-from cai_cli.data.splits import held_out_keys
 from cai_cli.models.loading import pick_device
 from cai_cli.models.source import ModelSource
 from cai_cli.training import training_run
-from cai_cli.training.checkpoints import newest_checkpoint
-from cai_cli.training.metrics_log import Metrics
 
 command = stage("sft")
 
@@ -203,40 +200,6 @@ def test_the_card_names_model_data_and_license_but_no_folder_of_this_machine(
     assert "# sft of first" in card
     assert manifest_of(tmp_path / "second")["provenance"]["input"]["revisions"] in card
     assert str(tmp_path) not in card
-
-
-def test_the_held_out_share_is_exact_and_depends_on_seed_and_key_alone() -> None:
-    keys = [f"k{i}" for i in range(100)]
-    held = held_out_keys(keys, 0.1, seed=0)
-    assert len(held) == 10
-    assert held == held_out_keys(keys[::-1] * 2, 0.1, seed=0)
-    assert held != held_out_keys(keys, 0.1, seed=1)
-    assert len(held_out_keys(keys[:20], 0.01, seed=0)) == 1
-    assert not held_out_keys(keys[:19], 0.01, seed=0)
-    assert not held_out_keys(keys, 0.0, seed=0)
-
-
-def test_metrics_are_complete_after_a_torn_line_and_a_repeated_step(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    metrics = Metrics(path, ["loss", "held_out_loss"])
-    for step in (0, 1, 2, 3):
-        metrics.put(step, {"loss": step / 2})
-    with path.open("ab") as file:
-        file.write(b'{"step": 4, "lo')
-    metrics = Metrics(path, ["loss", "held_out_loss"])
-    metrics.cut_after(1)
-    metrics.put(2, {"loss": 7.0})
-    metrics.put(2, {"held_out_loss": 8.0})
-    assert [(r["step"], r["loss"]) for r in rows_in(path)] == [(0, 0.0), (1, 0.5), (2, 7.0)]
-    assert rows_in(path)[-1] == {"step": 2, "loss": 7.0, "held_out_loss": 8.0}
-
-
-def test_without_a_complete_checkpoint_there_is_none(tmp_path: Path) -> None:
-    assert newest_checkpoint(tmp_path) is None
-    (tmp_path / "checkpoint-5").mkdir()
-    (tmp_path / "checkpoint-5/trainer_state.json").write_text("{}")
-    assert newest_checkpoint(tmp_path) is None
-    assert not (tmp_path / "checkpoint-5").exists()
 
 
 def test_an_unknown_device_is_a_usage_error() -> None:

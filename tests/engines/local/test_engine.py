@@ -1,16 +1,9 @@
 """The local engine against transformers itself, on tiny random models of several families."""
 
-from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
-from tempfile import mkdtemp
-from typing import Any
-
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from tiny import END_OF_TEXT, tiny_model_dir
+from local_models import chat, engine, generation_requests, model_dir, prompt_ids, reference, replies
+from tiny import END_OF_TEXT
 
 from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.data.schema import Message
@@ -19,102 +12,6 @@ from cai_cli.engines.local import prefix_cache, sampling
 from cai_cli.engines.local.engine import LocalEngine
 
 FAMILIES = [*sorted(prefix_cache.MODEL_TYPES), "gpt2"]
-WINDOW = 9  # tokens seen by the sliding-window layers of the families that have them, far fewer than a prompt's
-
-
-def family_config(family: str, vocab_size: int) -> Any:
-    import transformers
-
-    shape: dict[str, Any] = {
-        "vocab_size": vocab_size,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 512,
-        "initializer_range": 0.2,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
-    grouped = shape | {"num_key_value_heads": 2}
-    gemma = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": WINDOW, "attn_logit_softcapping": 5.0}
-    gemma3 = {
-        "head_dim": 8,
-        "query_pre_attn_scalar": 8,
-        "sliding_window": WINDOW,
-        "layer_types": ["sliding_attention", "full_attention"],
-    }
-    gpt2 = {"vocab_size": vocab_size, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, "eos_token_id": 2}
-    kind, settings = {
-        "gemma": (transformers.GemmaConfig, grouped | {"head_dim": 8}),
-        "gemma2": (transformers.Gemma2Config, grouped | gemma),
-        "gemma3_text": (transformers.Gemma3TextConfig, grouped | gemma3),
-        "gpt2": (transformers.GPT2Config, gpt2 | {"initializer_range": 0.2}),
-        "mistral": (transformers.MistralConfig, grouped | {"sliding_window": WINDOW}),
-        "phi": (transformers.PhiConfig, shape),
-        "phi3": (transformers.Phi3Config, grouped | {"sliding_window": WINDOW}),
-        "qwen2": (transformers.Qwen2Config, grouped),
-        "qwen3": (transformers.Qwen3Config, grouped | {"head_dim": 8}),
-    }[family]
-    return kind(**settings)
-
-
-@cache
-def model_dir(family: str = "llama") -> Path:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    path = tiny_model_dir(Path(mkdtemp(prefix="cai-test-")))
-    if family != "llama":
-        config = family_config(family, len(AutoTokenizer.from_pretrained(path)))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(1)
-            AutoModelForCausalLM.from_config(config, attn_implementation="eager").save_pretrained(path)
-    return path
-
-
-@cache
-def reference(family: str = "llama") -> Any:
-    """The same model, to be run by transformers alone; eager attention, as sdpa knows no soft-capping."""
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(model_dir(family), attn_implementation="eager").eval()
-
-
-@cache
-def engine(family: str = "llama", batch_size: int | None = None) -> LocalEngine:
-    return LocalEngine(str(model_dir(family)), batch_size=batch_size, device="cpu", dtype="float32")
-
-
-def chat(*contents: str) -> list[Message]:
-    return [Message(role="assistant" if i % 2 else "user", content=c) for i, c in enumerate(contents)]
-
-
-def generation_requests(count: int = 10) -> list[GenerationRequest]:
-    """Chats and raw texts of many lengths, the chats sharing their first turns."""
-    shared = "Please choose the response that is the most helpful, honest, and harmless."
-    return [
-        GenerationRequest(chat(shared, "Yes", "How can I help " * (i % 5) + str(i)), seed=1000 + i)
-        if i % 3
-        else GenerationRequest(f"Human: Consider {'the following ' * i}", seed=i, prefill=" conversation")
-        for i in range(count)
-    ]
-
-
-def replies(
-    family: str, batch_size: int | None, wanted: Sequence[GenerationRequest], sampling: Sampling
-) -> list[Completion]:
-    answers = engine(family, batch_size).generate(wanted, sampling)
-    assert all(isinstance(answer, Completion) for answer in answers)
-    return [answer for answer in answers if isinstance(answer, Completion)]
-
-
-def prompt_ids(e: LocalEngine, request: GenerationRequest) -> list[int]:
-    if isinstance(request.text, str):
-        return list(e.tokenizer(request.text + request.prefill)["input_ids"])
-    turns = [m.model_dump() for m in request.text]
-    ids = e.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-    return list(ids) + list(e.tokenizer(request.prefill, add_special_tokens=False)["input_ids"])
 
 
 # --- text ---------------------------------------------------------------------------------------------------------
@@ -177,42 +74,6 @@ def test_rows_wait_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(prefix_cache.PrefixCache, "_reserve", watched)
     assert small.generate(generation_requests(), Sampling(20)) == alone
     assert max(made) <= 300
-
-
-def test_the_seed_alone_decides_the_noise() -> None:
-    request = generation_requests()[1]
-    same = [GenerationRequest(request.text, seed) for seed in (5, 6, 5)]
-    first, second, again = (r.text for r in replies("llama", None, same, Sampling(20)))
-    assert first == again != second
-
-
-def test_sampled_tokens_follow_the_models_distribution() -> None:
-    request, count = generation_requests()[1], 4000
-    with torch.no_grad():
-        logits = reference().forward(torch.tensor([prompt_ids(engine(), request)])).logits[0, -1]
-    expected = torch.softmax(logits / 1.5, -1)
-    noise = torch.tensor([float(sampling.uniforms(seed, 1)[0]) for seed in range(count)], dtype=torch.float64)
-    drawn = sampling.draw(logits.expand(count, -1), noise, Sampling(temperature=1.5))
-    observed = torch.bincount(drawn, minlength=len(expected)) / count
-    assert (observed - expected).abs().sum() < 0.25 < (observed - 1 / len(expected)).abs().sum()
-
-
-def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
-    logits = torch.tensor([[0.1, 0.5, 0.15, 0.25]]).log().repeat(1000, 1)
-    noise = torch.linspace(0, 0.9999, 1000, dtype=torch.float64)
-    kept = [set(sampling.draw(logits, noise, Sampling(top_p=p)).tolist()) for p in (0.0, 0.49, 0.6, 0.8, 0.95, 1.0)]
-    assert kept == [{1}, {1}, {1, 3}, {1, 2, 3}, {0, 1, 2, 3}, {0, 1, 2, 3}]
-    steps = torch.linspace(0, -1, 5000).expand(2, -1)  # nearly flat: more tokens are kept than are looked at first
-    count = int((steps[0].double().softmax(-1).cumsum(-1) < 0.9).sum()) + 1
-    last = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
-    assert sampling.draw(steps, last, Sampling(top_p=0.9)).tolist() == [0, pytest.approx(count - 1, abs=1)]
-
-
-def test_a_token_of_no_weight_is_never_drawn() -> None:
-    logits = torch.full((3, 600), -torch.inf)
-    logits[:, [3, 300]] = 0.0
-    noise = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
-    assert sampling.draw(logits, noise, Sampling()).tolist() == [3, 300, 300]
 
 
 def test_the_end_of_turn_ends_a_reply_and_is_no_part_of_it() -> None:
@@ -341,32 +202,6 @@ def test_a_question_that_does_not_fit_is_refused_and_the_others_are_scored() -> 
 
 # --- what rows share ----------------------------------------------------------------------------------------------
 
-ids = st.lists(st.integers(3, 5), min_size=1, max_size=12).map(tuple)
-
-
-@given(st.lists(ids, unique=True, max_size=12), st.integers(0, 60))
-def test_groups_hold_every_row_once_and_cost_no_more_than_one_group(rows: list[tuple[int, ...]], more: int) -> None:
-    rows = [(9,) * more + row for row in rows]
-    found = prefix_cache.prefix_groups(rows)
-    assert sorted(row for group in found for row in group) == sorted(rows)
-
-    def cost(group: list[tuple[int, ...]]) -> int:
-        start = min(prefix_cache.common_prefix_length(min(group), max(group)), min(map(len, group)) - 1)
-        return prefix_cache.MIN_SHARED_TOKENS + start + sum(len(row) - start for row in group)
-
-    assert sum(map(cost, found)) <= (cost(rows) if rows else 0)
-
-
-def test_starts_that_lie_in_one_another_by_the_thousand_end_in_groups() -> None:
-    rows = [(1,) * n + (2,) for n in range(1, 2000, 2)]
-    found = prefix_cache.prefix_groups(rows)
-    assert sorted(row for group in found for row in group) == sorted(rows)
-
-
-def test_rows_of_two_long_starts_are_two_groups() -> None:
-    rows = [(start,) * 40 + (i, i) for start in (3, 4) for i in (5, 6, 7)]
-    assert prefix_cache.prefix_groups(rows) == [rows[:3], rows[3:]]
-
 
 @pytest.mark.parametrize("family", sorted(prefix_cache.MODEL_TYPES))
 @pytest.mark.parametrize("start", [0, 40])
@@ -404,18 +239,6 @@ def test_rows_run_in_small_pieces_equal_whole_forward_passes(
             rows += others
             memory.keep([4, 1, 2, 3] if len(rows) == 5 else range(len(rows)))
             rows = [rows[i] for i in (4, 1, 2, 3)] if len(rows) == 5 else rows
-
-
-def test_a_shared_start_and_equal_prompts_are_run_once() -> None:
-    fresh = LocalEngine(str(model_dir()), batch_size=None, device="cpu", dtype="float32")
-    run: list[int] = []
-    fresh.model.register_forward_pre_hook(
-        lambda _, __, inputs: run.append(inputs["input_ids"].numel()), with_kwargs=True
-    )
-    examples = "Please choose the response that is the most helpful, honest, and harmless. " * 3
-    wanted = [GenerationRequest(chat(examples + last), seed) for last in ("Yes", "No") for seed in range(4)]
-    assert len(fresh.generate(wanted, Sampling(1))) == 8
-    assert sum(run) < 1.5 * len(prompt_ids(fresh, wanted[0]))
 
 
 def test_a_family_that_is_not_known_is_run_as_transformers_does_and_says_so_once(

@@ -1,21 +1,16 @@
-"""The exact prompts that are sent to a model."""
+"""Requests that compare two replies, word for word, and what is read from them and from answers."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cai_cli.common.errors import UsageError
-from cai_cli.constitution.schema import ComparisonExample, CritiqueExample, PreferencePrinciple
+from cai_cli.constitution.schema import ComparisonExample, PreferencePrinciple
 from cai_cli.data.schema import Message
-from cai_cli.data.transcripts import parse_transcript
-from cai_cli.engines.scripted import ScriptedEngine
 from cai_cli.prompting.base import (
     RAW_STOPS,
     PromptFormat,
     Request,
     assistant,
-    reply_request,
-    resolve_prompt_format,
     user,
 )
 from cai_cli.prompting.comparison import (
@@ -29,23 +24,12 @@ from cai_cli.prompting.comparison import (
     verdict_of,
     verdict_request,
 )
-from cai_cli.prompting.evaluation import evaluation_request, harm_request
-from cai_cli.prompting.revision import critique_request, revision_request
+from cai_cli.prompting.evaluation import evaluation_request
 
 TALK = [user("how?"), assistant("like so.")]
-WORKED = CritiqueExample(
-    messages=[user("why?"), assistant("because.")],
-    critique_request="Any harm?",
-    critique="None.",
-    revision_request="Redo it.",
-    revision="Because of this.",
-)
-COMPARED = ComparisonExample(messages=[user("who?")], comparison="Which is kinder?", options=["me", "you"], answer="B")
 
-_EXAMPLE_START = "\n\nHuman: why?\n\nAssistant: because."
-_EXAMPLE_CRITIQUE = "\n\nCritiqueRequest: Any harm?\n\nCritique: None."
-_EXAMPLE_END = "\n\nRevisionRequest: Redo it.\n\nRevision: Because of this."
-_TALK = "\n\nHuman: how?\n\nAssistant: like so."
+
+COMPARED = ComparisonExample(messages=[user("who?")], comparison="Which is kinder?", options=["me", "you"], answer="B")
 
 
 # What a reply may hold to pass for something else.
@@ -82,68 +66,10 @@ def test_no_text_closes_its_own_fence_nor_is_any_of_it_lost(text: str) -> None:
     assert text in inner
 
 
-@given(talks)
-def test_no_message_speaks_for_somebody_else_in_a_transcript(talk: list[Message]) -> None:
-    raw = reply_request(talk, "raw").text
-    assert isinstance(raw, str)
-    assert parse_transcript(raw) == talk
-
-
 @pytest.mark.parametrize("text", ["", "\n (A) [[[x]]]", "\n (A) [[[x]]]\n (B) [[y]]", "\n (A) [[x]]\n (B) [[[y]]]"])
 def test_a_text_without_two_fenced_options_at_its_end_has_none(text: str) -> None:
     with pytest.raises(ValueError, match="no fenced option"):
         options_of(text)
-
-
-def test_a_reply_in_raw_form_is_the_transcript_and_the_cue() -> None:
-    assert reply_request(TALK[:1], "raw") == Request("\n\nHuman: how?", "\n\nAssistant:", RAW_STOPS)
-    assert reply_request(TALK[:1], "chat") == Request(TALK[:1])
-
-
-def test_a_raw_critique_request_is_the_published_text_after_its_examples() -> None:
-    request = critique_request(TALK, "What is wrong?", [WORKED], "raw")
-    assert request.text == (
-        f"{_EXAMPLE_START}{_EXAMPLE_CRITIQUE}{_EXAMPLE_END}{_TALK}\n\nCritiqueRequest: What is wrong?"
-    )
-    assert (request.prefill, request.stop) == ("\n\nCritique:", RAW_STOPS)
-
-
-def test_a_raw_revision_request_goes_on_from_the_critique() -> None:
-    request = revision_request(TALK, ("What is wrong?", "Too short."), "Lengthen it.", [WORKED], "raw")
-    assert request.text == (
-        f"{_EXAMPLE_START}{_EXAMPLE_CRITIQUE}{_EXAMPLE_END}{_TALK}"
-        "\n\nCritiqueRequest: What is wrong?\n\nCritique: Too short.\n\nRevisionRequest: Lengthen it."
-    )
-    assert (request.prefill, request.stop) == ("\n\nRevision:", RAW_STOPS)
-
-
-def test_examples_stand_one_after_the_other_with_nothing_between() -> None:
-    whole, short = _EXAMPLE_START + _EXAMPLE_CRITIQUE + _EXAMPLE_END, _EXAMPLE_START + _EXAMPLE_END
-    for text, example in (
-        (critique_request(TALK, "x", [WORKED] * 2, "raw").text, whole),
-        (revision_request(TALK, ("x", "y"), "z", [WORKED] * 2, "raw").text, whole),
-        (revision_request(TALK, None, "z", [WORKED] * 2, "raw").text, short),
-    ):
-        assert isinstance(text, str)
-        assert text.startswith(example * 2 + _TALK)
-
-
-def test_a_revision_without_critique_shows_none_anywhere() -> None:
-    raw = revision_request(TALK, None, "Lengthen it.", [WORKED], "raw")
-    assert raw.text == f"{_EXAMPLE_START}{_EXAMPLE_END}{_TALK}\n\nRevisionRequest: Lengthen it."
-    chat = revision_request(TALK, None, "Lengthen it.", [WORKED], "chat")
-    assert chat.text == [*WORKED.messages, user("Redo it."), assistant("Because of this."), *TALK, user("Lengthen it.")]
-
-
-def test_in_a_chat_the_examples_are_earlier_turns_after_the_system_message() -> None:
-    system = Message(role="system", content="Be brief.")
-    worked = [*WORKED.messages, user("Any harm?"), assistant("None."), user("Redo it."), assistant("Because of this.")]
-    request = critique_request([system, *TALK], "What is wrong?", [WORKED], "chat")
-    assert request == Request([system, *worked, *TALK, user("What is wrong?")])
-    revised = revision_request([system, *TALK], ("What is wrong?", "Too short."), "Lengthen it.", [WORKED], "chat")
-    assert revised.text == [
-        system, *worked, *TALK, user("What is wrong?"), assistant("Too short."), user("Lengthen it."),
-    ]  # fmt: skip
 
 
 _QUESTION = (
@@ -173,24 +99,6 @@ def test_an_example_without_comparison_takes_the_one_that_is_asked() -> None:
     text = comparison_request(TALK[:1], "Which is safer?", ["left", "right"], [bare], "raw").text
     assert isinstance(text, str)
     assert text.count("Which is safer? Options:") == 2
-
-
-@pytest.mark.parametrize("odd", ["{}", "{0}", "%s", "{{ x }}", "\\1", "$HOME"])
-def test_template_syntax_inside_rows_stays_text(odd: str) -> None:
-    text = comparison_request([user(odd)], odd, [odd, odd], [], "raw").text
-    assert isinstance(text, str)
-    assert text.count(odd) == 4
-    assert odd in str(critique_request([user(odd), assistant(odd)], odd, [], "raw").text)
-
-
-def test_auto_form_asks_the_engine_and_another_word_is_a_usage_error(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    script = tmp_path / "script.jsonl"
-    script.write_text('{"replies": ["x"]}\n')
-    engine = ScriptedEngine(str(script))
-    assert (resolve_prompt_format("auto", engine), resolve_prompt_format("raw", engine)) == ("chat", "raw")
-    with pytest.raises(UsageError) as error:
-        resolve_prompt_format("html", engine)
-    assert error.value.code == "invalid-option"
 
 
 THOUGHT = COMPARED.model_copy(update={"rationale": "you are kind, I am not."})
@@ -275,15 +183,6 @@ def test_a_published_question_in_a_chat_keeps_all_but_its_outer_line_ends() -> N
     assert request == Request([user("  Is X it?  ")], prefill="The answer is:")
     assert evaluation_request("\nX", "chat") == Request([user("X")])
     assert evaluation_request("\n\nX The answer is:", "raw") == Request("\n\nX The answer is:")
-
-
-def test_a_judge_of_harm_is_asked_on_a_scale_and_starts_with_the_answer() -> None:
-    raw, chat = harm_request(TALK, "raw"), harm_request(TALK, "chat")
-    assert (raw.prefill, chat.prefill) == ("\n\nThe answer is: (", "The answer is: (")
-    assert isinstance(raw.text, str)
-    assert raw.text == f"\n\n{chat.text[0].content}"  # type: ignore[union-attr]
-    assert f"an assistant:{_TALK}\n\n\nHow much harm" in raw.text
-    assert raw.text.endswith("Answer with one number.")
 
 
 def test_a_fence_is_one_bracket_longer_than_what_it_holds() -> None:

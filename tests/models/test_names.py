@@ -1,0 +1,66 @@
+"""Model names: what they resolve to, and the error for a name that nothing has."""
+
+from pathlib import Path
+
+import pytest
+from tiny import tiny_model_dir
+
+from cai_cli.common.errors import CaiError
+from cai_cli.models import names
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("CAI_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path) -> Path:
+    return tiny_model_dir(tmp_path / "model")
+
+
+@pytest.fixture
+def offline_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+def test_a_whole_local_directory_resolves_to_itself(model_dir: Path) -> None:
+    assert names.resolve(str(model_dir)) == model_dir
+
+
+def test_a_directory_without_config_or_weights_is_refused_by_the_name_of_what_is_missing(model_dir: Path) -> None:
+    (model_dir / "model.safetensors").unlink()
+    with pytest.raises(CaiError, match=r"\*\.safetensors is missing"):
+        names.resolve(str(model_dir))
+    (model_dir / "config.json").unlink()
+    with pytest.raises(CaiError, match=r"config\.json is missing"):
+        names.resolve(str(model_dir))
+
+
+def test_an_adapter_is_refused_as_it_would_load_its_base_model_from_elsewhere(model_dir: Path) -> None:
+    (model_dir / "adapter_config.json").write_text('{"base_model_name_or_path": "some/where"}')
+    with pytest.raises(CaiError, match="adapter"):
+        names.resolve(str(model_dir))
+
+
+def test_a_word_that_is_nothing_is_refused_with_what_would_do(tmp_path: Path) -> None:
+    with pytest.raises(CaiError) as caught:
+        names.resolve("gpt-nothing")
+    assert caught.value.code == "unknown-model"
+    assert "smollm2-135m" in str(caught.value.hint)
+    file = tmp_path / "a.safetensors"
+    file.touch()
+    with pytest.raises(CaiError) as error:
+        names.resolve(str(file))
+    assert error.value.code == "unknown-model"
+
+
+@pytest.mark.usefixtures("offline_hub")
+def test_a_hub_name_with_the_hub_switched_off_is_one_line_and_a_hint() -> None:
+    with pytest.raises(CaiError, match="HF_HUB_OFFLINE is set") as caught:
+        names.resolve("some/model")
+    assert caught.value.code == "unknown-model"
+    assert "\n" not in caught.value.message
+    assert "smollm2-135m" in str(caught.value.hint)

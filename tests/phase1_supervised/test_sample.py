@@ -1,0 +1,45 @@
+"""`cai sample`: seeds, rejected replies and limits."""
+
+from pathlib import Path
+
+from conftest import Cai
+from helpers import manifest_of, rows_in, write_rows
+from reviser_cases import Recorder
+
+from cai_cli.common.seeds import seed_for
+from cai_cli.data.schema import Prompt, Rejected, Sample, load_row
+from cai_cli.engines.base import RequestFailure, Sampling
+from cai_cli.phase1_supervised.sample import sample
+
+
+def test_sampling_gives_every_reply_its_own_seed_and_rejects_empty_replies() -> None:
+    prompt = load_row(Prompt, {"id": "p", "prompt": [{"role": "user", "content": "q"}]})
+    engine = Recorder(" one \n", "  ", RequestFailure("does not fit"))
+    outcomes = list(sample([(prompt, i) for i in range(3)], engine, sampling=Sampling(), form="chat", seed=5))
+    assert [o.key for o in outcomes] == ["p/0", "p/1", "p/2"]
+    assert isinstance(outcomes[0], Sample)
+    assert outcomes[0].reply == "one"
+    assert [o.reason for o in outcomes if isinstance(o, Rejected)] == ["empty reply", "does not fit"]
+    assert [a.seed for a in engine.requests] == [seed_for(5, "sample", "p", i) for i in range(3)]
+
+
+def test_kind_is_for_rows_without_one_and_another_word_is_a_usage_error(cai: Cai, inputs: Path) -> None:
+    write_rows(inputs / "p.jsonl", [{"prompt": "a", "kind": "helpful"}, {"prompt": "b"}])
+    words = ("sample", "p.jsonl", "--model", "scripted:script.jsonl", "-o", "s.jsonl")
+    assert cai(*words, "--kind", "red-team").code == 0
+    assert [r["kind"] for r in rows_in(inputs / "s.jsonl")] == ["helpful", "red-team"]
+    refused = cai(*words, "--kind", "evil")
+    assert (refused.code, "--kind" in refused.stderr) == (2, True)
+
+
+def test_limit_takes_the_first_rows_and_n_counts_replies(cai: Cai, inputs: Path) -> None:
+    (inputs / "p.txt").write_text("one\ntwo\nthree\n")
+    assert (
+        cai("sample", "p.txt", "--model", "scripted:script.jsonl", "-o", "s.jsonl", "-n", "3", "--limit", "2").code == 0
+    )
+    rows = rows_in(inputs / "s.jsonl")
+    assert [(r["prompt"][0]["content"], r["sample_index"]) for r in rows] == [
+        (text, k) for text in ("one", "two") for k in range(3)
+    ]
+    assert manifest_of(inputs / "s.jsonl")["counts"]["in"] == 6
+    assert {r["source"] for r in rows} == {"p.txt"}

@@ -1,0 +1,96 @@
+"""Run files: settings become a command line, and files that cannot be run are refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from pipeline_cases import planned
+
+from cai_cli.cli.app import build_app
+from cai_cli.common.errors import CaiError
+from cai_cli.pipeline.registry import STAGES
+
+
+def test_settings_become_the_command_line_and_shared_ones_fill_in(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    head = "name: n\nmodel: m\nseed: 7\n"
+    (first, second, third) = planned(
+        folder,
+        "  a: {command: sample, input: prompts.jsonl, n: 2, seed: 1, kind: null}\n"
+        '  b: {command: critique-revise, input: "@a", critique: false, few-shot: none, constitution: pipeline.yaml}\n'
+        '  c: {command: sft, input: "@b", helpful: helpful.txt, lora: false}\n',
+        head,
+    )
+    name = folder.name
+    assert first.shell == f"cai sample {name}/prompts.jsonl -o out/a.jsonl --n 2 --seed 1 --model m"
+    assert second.shell == (
+        f"cai critique-revise out/a.jsonl -o out/b.jsonl --no-critique --few-shot none --constitution {name}/pipeline.yaml"
+        " --model m --seed 7"
+    )
+    assert third.shell == f"cai sft out/b.jsonl -o out/c --helpful {name}/helpful.txt --full --model m --seed 7"
+    assert (second.needs, third.needs) == ([first], [second])
+    assert set(second.files) == {"constitution"}
+
+
+def test_a_dataset_on_the_hub_is_not_a_relative_path(folder: Path) -> None:
+    (step,) = planned(folder, "  a: {command: sample, input: 'hf://datasets/owner/name'}\n")
+    assert step.settings["input"] == "hf://datasets/owner/name"
+
+
+@pytest.mark.parametrize(
+    ("steps", "reason"),
+    [
+        ("  a: {command: smaple, input: x}\n", "step 'a': unknown command 'smaple'"),
+        ("  a: {input: x}\n", "step 'a': unknown command None"),
+        ("  a: {command: sample}\n", "step 'a': `input` is missing"),
+        ("  a: {command: sample, input: prompts.jsonl, tempreture: 1}\n", "`cai sample` has no option 'tempreture'"),
+        ("  a: {command: sample, input: prompts.jsonl, output: x}\n", "has no option 'output'"),
+        ("  a: {command: sample, input: prompts.jsonl, overwrite: true}\n", "has no option 'overwrite'"),
+        ("  a: {command: sample, input: '@b'}\n  b: {command: sample, input: prompts.jsonl}\n", "no earlier step 'b'"),
+        ("  a: {command: sample, input: '@a'}\n", "no earlier step 'a'"),
+        ("  a: {command: sample, input: none.jsonl}\n", "cannot read"),
+        ("  a: {command: sample, input: prompts.jsonl, n: banana}\n", "step 'a': n: must be a valid integer"),
+        ("  a: {command: sample, input: prompts.jsonl, n: 0}\n", "step 'a': n: must be greater than or equal"),
+        (
+            "  a: {command: sample, input: prompts.jsonl, skip-invalid: 7}\n",
+            "skip-invalid: must be true or false, not 7",
+        ),
+        ("  ../a: {command: sample, input: prompts.jsonl}\n", "../a"),
+        (
+            "  a: {command: sample, input: prompts.jsonl}\n  a: {command: sample, input: prompts.jsonl}\n",
+            "'a' occurs twice",
+        ),
+        ("  a: &x {command: sample, input: prompts.jsonl}\n  b: *x\n", "aliases are not allowed"),
+        ("  a: {command: sample, input: [[x]]}\n", "steps.a.input"),
+        ("  {}\n", "steps"),
+    ],
+)
+def test_a_file_that_cannot_be_run_is_refused_before_anything_runs(steps: str, reason: str, folder: Path) -> None:
+    with pytest.raises(CaiError) as error:
+        planned(folder, steps)
+    assert reason in error.value.message
+    assert "run.yaml" in error.value.message or reason == "cannot read"
+    assert "\n" not in error.value.message
+
+
+@pytest.mark.parametrize("head", ["name: n\nmore: 1\n", "name: ../n\n", "", "name: n\nseed: x\n"])
+def test_an_invalid_head_is_refused(head: str, folder: Path) -> None:
+    with pytest.raises(CaiError) as error:
+        planned(folder, "  a: {command: sample, input: prompts.jsonl}\n", head)
+    assert error.value.code == "invalid-run-file"
+    assert error.value.message.startswith(str(folder / "run.yaml"))
+
+
+@pytest.mark.parametrize("stage", sorted(STAGES))
+def test_an_option_has_one_name_in_the_shell_and_in_a_run_file(stage: str) -> None:
+    names, options = STAGES[stage].config.option_names(), STAGES[stage].config.options()
+    command: Any = typer.main.get_command(build_app())
+    for word in stage.split():
+        command = command.commands[word]
+    flags = {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
+    for name, field in names.items():
+        _, declared = options[field]
+        assert declared.argument or name in declared.aliases or f"--{name}" in flags, name

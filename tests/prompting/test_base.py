@@ -1,0 +1,43 @@
+"""Prompt formats, transcripts and stop strings."""
+
+import pytest
+
+from cai_cli.common.errors import UsageError
+from cai_cli.engines.scripted import ScriptedEngine
+from cai_cli.prompting.base import (
+    RAW_STOPS,
+    Request,
+    assistant,
+    reply_request,
+    resolve_prompt_format,
+    user,
+)
+from cai_cli.prompting.comparison import (
+    comparison_request,
+)
+from cai_cli.prompting.revision import critique_request
+
+TALK = [user("how?"), assistant("like so.")]
+
+
+def test_a_reply_in_raw_form_is_the_transcript_and_the_cue() -> None:
+    assert reply_request(TALK[:1], "raw") == Request("\n\nHuman: how?", "\n\nAssistant:", RAW_STOPS)
+    assert reply_request(TALK[:1], "chat") == Request(TALK[:1])
+
+
+@pytest.mark.parametrize("odd", ["{}", "{0}", "%s", "{{ x }}", "\\1", "$HOME"])
+def test_template_syntax_inside_rows_stays_text(odd: str) -> None:
+    text = comparison_request([user(odd)], odd, [odd, odd], [], "raw").text
+    assert isinstance(text, str)
+    assert text.count(odd) == 4
+    assert odd in str(critique_request([user(odd), assistant(odd)], odd, [], "raw").text)
+
+
+def test_auto_form_asks_the_engine_and_another_word_is_a_usage_error(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    script = tmp_path / "script.jsonl"
+    script.write_text('{"replies": ["x"]}\n')
+    engine = ScriptedEngine(str(script))
+    assert (resolve_prompt_format("auto", engine), resolve_prompt_format("raw", engine)) == ("chat", "raw")
+    with pytest.raises(UsageError) as error:
+        resolve_prompt_format("html", engine)
+    assert error.value.code == "invalid-option"

@@ -1,0 +1,53 @@
+"""Rows on the page: replies side by side, chains of revisions, and the size of the page."""
+
+import json
+import re
+from pathlib import Path
+
+from report_page import drawn, squeezed
+from report_run import make_run, revision
+
+from cai_cli.data.schema import Revision, load_row
+from cai_cli.report import examples
+from cai_cli.report.collect import read_run
+
+
+def test_replies_of_the_models_are_side_by_side_by_prompt(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "made"))
+    excerpt = examples.side_by_side(run, examples.Budget(10**6))
+    assert excerpt
+    assert (len(excerpt.rows), excerpt.total) == (30, 30)
+    assert list(excerpt.rows[3].replies) == ["start", "rl-cai"]
+    after = json.loads((tmp_path / "made/after.jsonl").read_text().splitlines()[3])
+    reply = excerpt.rows[3].replies["rl-cai"]
+    assert reply
+    assert reply.text.text == after["completion"][0]["content"]
+
+
+def test_a_large_run_stays_under_5_mb_and_states_how_much_it_shows(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "big", rows=700, hostile=True, long=50_000)
+    text, page = drawn(folder)
+    assert len(text.encode()) < 5_000_000
+    page_text = squeezed(page.text)
+    (shown,) = re.findall(r"The first (\d+) of 700 chains from revisions.jsonl; use cai show for the rest", page_text)
+    assert 0 < int(shown) <= examples.MAX_ROWS
+    assert text.count("data-item data-principles") == int(shown) + int(
+        re.findall(r"The first (\d+) of 700 comp", page_text)[0]
+    )
+    assert "The text is cut: 6,000 of 50,000 characters are shown." in page_text
+
+
+def test_the_budget_of_a_list_counts_what_escaping_adds() -> None:
+    budget = examples.Budget(10_000)
+    assert budget.allows("<" * 1000)
+    assert not budget.allows("<" * 1600)
+    assert not budget.allows("small")  # the first rows are shown, not the short ones
+
+
+def test_a_chain_compares_each_round_with_the_one_before(tmp_path: Path) -> None:
+    import random
+
+    row = load_row(Revision, revision(0, ["a"], random.Random(1), []))
+    chain = examples.chain(row)
+    assert [r.before.text for r in chain.rounds] == [one.response for one in row.history]
+    assert [r.after.text for r in chain.rounds] == [row.history[1].response, row.reply]
