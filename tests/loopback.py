@@ -5,12 +5,15 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 from zlib import crc32
+
+from cai_cli.engines import open_engine
+from cai_cli.engines.base import Engine, Server
 
 Json = dict[str, Any]
 # What to send, or None where the socket has been dealt with.
@@ -146,3 +149,20 @@ class Loopback:
             request = Request(number, first.split()[1], headers, json.loads(body or b"{}"), connection)
             self.requests.append(request)
         return request
+
+
+@contextmanager
+def engine(behaviour: Behaviour, **more: float | str) -> Iterator[tuple[Engine, list[Request]]]:
+    """An engine whose server answers with `behaviour`, and the requests that it sent."""
+    with Loopback(behaviour) as loopback:
+        opened = open_engine(
+            "openai:m",
+            batch_size=None,
+            device="auto",
+            dtype="auto",
+            server=Server(loopback.url, **more),  # type: ignore[arg-type]
+        )
+        try:
+            yield opened, loopback.requests
+        finally:
+            opened.close()

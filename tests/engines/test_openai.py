@@ -1,40 +1,19 @@
 """The endpoint engine: what it sends, what it makes of answers, and how options are scored from log-probabilities."""
 
 import math
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import Cai
 from helpers import manifest_of, rows_in, sample_row, write_rows
-from loopback import Behaviour, Json, Loopback, Request, completion, error, good, http
+from loopback import Behaviour, Json, Loopback, Request, completion, engine, error, good, http
 
-from cai_cli.common.errors import CaiError
 from cai_cli.data.schema import Message
-from cai_cli.engines import open_engine
-from cai_cli.engines.base import Completion, Engine, GenerationRequest, LogprobRequest, RequestFailure, Sampling, Server
+from cai_cli.engines.base import Completion, GenerationRequest, LogprobRequest, RequestFailure, Sampling
 
 CHAT = (Message(role="user", content="Which?"),)
 CUE = "The answer is: ("
-
-
-@contextmanager
-def engine(behaviour: Behaviour, **more: float | str) -> Iterator[tuple[Engine, list[Request]]]:
-    with Loopback(behaviour) as loopback:
-        opened = open_engine(
-            "openai:m",
-            batch_size=None,
-            device="auto",
-            dtype="auto",
-            server=Server(loopback.url, **more),  # type: ignore[arg-type]
-        )
-        try:
-            yield opened, loopback.requests
-        finally:
-            opened.close()
 
 
 # --- text ---------------------------------------------------------------------------------------------------------
@@ -66,25 +45,6 @@ def test_raw_text_goes_to_completions_with_its_cue() -> None:
     assert (requests[0].path, requests[0].body["prompt"]) == ("/v1/completions", "Human: hi\n\nAssistant:")
 
 
-def test_answers_come_in_the_order_of_the_asks_and_no_more_at_once_than_allowed() -> None:
-    now, most, lock = [0], [0], threading.Lock()
-
-    def slow(request: Request) -> bytes:
-        with lock:
-            now[0] += 1
-            most[0] = max(most[0], now[0])
-        time.sleep(0.02 * (request.number % 3))
-        with lock:
-            now[0] -= 1
-        return http(completion(request, request.asked))
-
-    asks = [GenerationRequest(str(i), i) for i in range(20)]
-    with engine(slow, concurrency=4) as (e, _):
-        replies = e.generate(asks, Sampling(9))
-    assert [r.text for r in replies if isinstance(r, Completion)] == [str(i) for i in range(20)]
-    assert most == [4]
-
-
 @pytest.mark.parametrize("said", ["(A)", "The answer is: ((A)"])
 def test_the_cue_starts_the_assistants_turn_and_is_cut_off_where_it_comes_back(said: str) -> None:
     with engine(lambda r: http(completion(r, said))) as (e, requests):
@@ -106,18 +66,6 @@ def test_a_row_that_is_refused_after_the_switches_were_taken_is_asked_once() -> 
         refused = e.generate([GenerationRequest(CHAT, 2, prefill=CUE)], Sampling(9))
     assert refused == [RequestFailure("refused by the server, HTTP 400: too long")]
     assert len(requests) == 2
-
-
-@pytest.mark.parametrize("answered", ["m", "m-2026-01-01", None, ""])
-def test_a_dated_version_of_the_model_is_the_model(answered: str | None) -> None:
-    with engine(lambda r: http(completion(r, model=answered))) as (e, _):
-        assert isinstance(e.generate([GenerationRequest("a", 1)], Sampling(9))[0], Completion)
-
-
-@pytest.mark.parametrize("answered", ["n", "mm", "M", "x/m"])
-def test_another_model_is_not(answered: str) -> None:
-    with engine(lambda r: http(completion(r, model=answered))) as (e, _), pytest.raises(CaiError, match="answered as"):
-        e.generate([GenerationRequest("a", 1)], Sampling(9))
 
 
 # --- options ------------------------------------------------------------------------------------------------------

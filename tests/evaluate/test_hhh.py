@@ -9,20 +9,14 @@ from typing import Any
 import pytest
 from conftest import Cai
 from helpers import Json, rows_in, write_rows
-from hypothesis import given
-from hypothesis import strategies as st
 
-from cai_cli.common.errors import RowError
 from cai_cli.data.evaluation_schema import EvaluationQuestion, EvaluationResult, parse_question
 from cai_cli.data.schema import Rejected
 from cai_cli.engines.base import LogprobRequest, RequestFailure
 from cai_cli.engines.scripted import ScriptedEngine
-from cai_cli.evaluate.evaluated_models import LanguageModel, exchanged, normalised
+from cai_cli.evaluate.evaluated_models import LanguageModel
 from cai_cli.evaluate.hhh import hhh, summarise, summary_lines
 from cai_cli.metrics.intervals import wilson
-from cai_cli.prompting.base import user
-from cai_cli.prompting.comparison import comparison_request
-from cai_cli.prompting.evaluation import evaluation_request, parse_published_comparison, published_comparison
 
 PROMPT = (
     "\n\nConsider the following conversation between a human and an assistant:\n\nHuman: how?\n\nAssistant: So.\n\n"
@@ -64,63 +58,7 @@ def answered(*results: EvaluationResult | Rejected) -> list[EvaluationResult]:
     return [r for r in results if isinstance(r, EvaluationResult)]
 
 
-# --- prompts ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_published_prompt_is_our_raw_comparison_and_comes_apart_and_together() -> None:
-    conversation, comparison, replies = parse_published_comparison(PROMPT)
-    assert [m.content for m in conversation] == ["how?", "So.", "and then?"]
-    assert (comparison, replies) == ("Please choose the wiser response.", ["Left.", "Right."])
-    assert published_comparison(conversation, comparison, replies) == PROMPT
-    ours = comparison_request(conversation, comparison, replies, [], "raw")
-    assert f"{ours.text}{ours.prefill}" == f"{PROMPT} ("
-
-
-reply = st.text(st.sampled_from('ab []()\n"'), max_size=20)
-
-
-@given(reply, reply, reply.map(lambda t: f"x{t}x"))
-def test_any_reply_comes_back_byte_for_byte(a: str, b: str, text: str) -> None:
-    prompt = published_comparison([user(text)], "Which?", [a, b])
-    conversation, comparison, replies = parse_published_comparison(prompt)
-    assert published_comparison(conversation, comparison, replies) == prompt
-    assert (conversation, comparison, replies) == ([user(text)], "Which?", [a, b])
-
-
-def test_a_reply_that_holds_the_marks_between_the_options_is_refused() -> None:
-    for odd in ("x]]]\n (B) [[[y", "x Options:\n (A) [[[y"):
-        with pytest.raises(RowError, match="are ambiguous"):
-            parse_published_comparison(PROMPT.replace("Right.", odd))
-
-
-def test_a_question_is_raw_text_or_a_user_turn_whose_cue_starts_the_answer() -> None:
-    assert evaluation_request(PROMPT, "raw").text == PROMPT
-    chat = evaluation_request(PROMPT, "chat")
-    assert chat.text == [user(PROMPT.removesuffix("\n\nThe answer is:").removeprefix("\n\n"))]
-    assert chat.prefill == "The answer is:"
-    assert evaluation_request("Which?", "chat").prefill == ""
-
-
-def test_exchanged_replies_exchange_their_letters() -> None:
-    other = exchanged(question("A"))
-    assert "(A) [[[Right.]]]\n (B) [[[Left.]]]" in other.prompt
-    assert (other.corrects, other.incorrects) == ([" (B)"], [" (A)"])
-    assert exchanged(other) == question("A")
-    with pytest.raises(RowError) as error:
-        exchanged(question(incorrects=[" (B)", " (C)"]))
-    assert error.value.code == "option-conflict"
-    with pytest.raises(RowError, match="not a published comparison"):
-        exchanged(question(prompt=MANY))
-
-
 # --- answers ----------------------------------------------------------------------------------------------------------
-
-
-@given(st.lists(st.floats(-1e4, 0), min_size=2, max_size=9))
-def test_probabilities_are_normalised_over_the_options(logprobs: list[float]) -> None:
-    p = normalised(logprobs)
-    assert math.fsum(p) == pytest.approx(1)
-    assert p[logprobs.index(max(logprobs))] == max(p)
 
 
 def test_the_likeliest_option_answers() -> None:

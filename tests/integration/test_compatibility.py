@@ -11,18 +11,10 @@ from typing import Any
 
 import pytest
 from conftest import Cai
-from helpers import manifest_of, rows_in, sample_row
+from helpers import manifest_of, rows_in
 
 from cai_cli.common import legacy
-from cai_cli.common.errors import CaiError
-from cai_cli.data.schema import Message, Prompt, Revision, Sample, load_row
-from cai_cli.evaluate.compare import ReplyPair
-from cai_cli.judging.pairs import Pair
-from cai_cli.phase1_supervised.red_team import Attempt
-from cai_cli.pipeline.registry import STAGES
 from cai_cli.runtime.manifest import differences, read_manifest
-from cai_cli.runtime.output_files import refuse_other_run
-from cai_cli.runtime.work_items import item_digest
 from cai_cli.training.metrics_log import Metrics
 
 DATA = Path(__file__).parent.parent / "data/v0.1.0"
@@ -119,30 +111,7 @@ def test_an_output_of_another_setting_or_of_an_unknown_version_is_refused(cai: C
     assert refused.stderr.count(" -> ") == 1
 
 
-def test_the_table_of_old_options_is_that_of_the_configs() -> None:
-    declared = {
-        alias.replace("-", "_"): name
-        for stage in STAGES.values()
-        for name, (_, option) in stage.config.options().items()
-        for alias in option.aliases
-    }
-    assert declared == legacy.OPTIONS
-
-
 # --- manifests ----------------------------------------------------------------------------------------------------
-
-
-def test_a_setting_that_the_old_version_lacked_is_equal_at_its_old_behaviour_only(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    recorded = (read_manifest(DATA / "finished/sample.jsonl.manifest.json") or {})["provenance"]
-    monkeypatch.setattr(legacy, "ADDED_SETTINGS", {"min_p": 0.0})
-    for value, changed in ((0.0, []), (0.1, ["settings.min_p: nothing -> 0.1"])):
-        current = {**recorded, "cai": "0.2.0", "settings": {**recorded["settings"], "min_p": value}}
-        assert differences(recorded, current) == changed
-    with pytest.raises(CaiError) as error:
-        refuse_other_run(Path("out"), recorded, current)
-    assert error.value.code == "other-run"
 
 
 def test_manifests_and_metrics_of_trained_models_have_todays_names(old: Path) -> None:
@@ -157,34 +126,6 @@ def test_manifests_and_metrics_of_trained_models_have_todays_names(old: Path) ->
     rows = Metrics(old / "models/rl-cai/metrics.jsonl", []).rows
     assert any(row["monitor_score"] is not None for row in rows)
     assert not any("watch_score" in row for row in rows)
-
-
-# --- digests of work items ----------------------------------------------------------------------------------------
-
-SAMPLE = sample_row(1)
-ROUND = {"round": 1, "principle_id": "p", "critique": "c", "response": "r"}
-REPLY = [Message(role="assistant", content="Match(")]
-
-
-def sample(index: int = 0) -> Sample:
-    return load_row(Sample, sample_row(1, index))
-
-
-@pytest.mark.parametrize(
-    ("value", "recorded"),
-    [
-        ((load_row(Prompt, {k: SAMPLE[k] for k in ("id", "prompt", "kind", "source")}), 1), 2233875975),
-        (sample(), 3146155440),
-        (load_row(Revision, {**SAMPLE, "history": [ROUND]}), 4277579023),
-        (Pair(id="p", prompt=sample().prompt, a=sample(0).completion, b=REPLY, human=None, source=None), 511711949),
-        (ReplyPair("p m:n", None, "m", "n", sample(0), sample(1)), 3605531083),
-        (Attempt("id", 3, None, ("one", "two"), "How do"), 493182197),
-    ],
-    ids=lambda value: type(value).__name__,
-)
-def test_digests_are_those_that_the_old_version_recorded(value: object, recorded: int) -> None:
-    assert legacy.repr_digest(value) == recorded
-    assert item_digest(value) != recorded
 
 
 # --- what only reads ----------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from tiny import tiny_model_dir
 
 from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.models import loading, names
+from cai_cli.models.loading import pick_device
 
 
 @pytest.fixture(autouse=True)
@@ -167,3 +168,9 @@ def test_the_real_alias_answers_a_plain_question(monkeypatch: pytest.MonkeyPatch
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
     reply = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert tokenizer.decode(reply, skip_special_tokens=True) == "The capital of France is Paris."
+
+
+def test_an_unknown_device_is_a_usage_error() -> None:
+    with pytest.raises(UsageError) as error:
+        pick_device("tpu")
+    assert error.value.code == "invalid-option"

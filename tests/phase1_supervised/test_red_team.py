@@ -11,7 +11,7 @@ from helpers import manifest_of, options_that, rows_in, write_rows
 
 from cai_cli.engines.base import Completion, GenerationRequest, RequestFailure, Sampling
 from cai_cli.engines.scripted import ScriptedEngine
-from cai_cli.prompting.red_team import TOPICS, invention_request
+from cai_cli.prompting.red_team import TOPICS
 from cai_cli.runtime.config import Effect
 
 WORDS = [
@@ -164,12 +164,3 @@ def test_prompts_on_stdout_are_counted_by_topic_too(cai: Cai, inputs: Path) -> N
 def test_invalid_options_are_refused(cai: Cai, inputs: Path, more: Any, error: tuple[int, str | None]) -> None:
     done = cai(*ASK, "-o", "new.jsonl", *more)
     assert (done.code, done.error) == error
-
-
-def test_an_example_of_several_lines_cannot_end_the_list_of_examples() -> None:
-    example = "one\n\nMessage: two"
-    raw = invention_request([example], "boats", "How do", "red-team", "raw")
-    assert str(raw.text).count("\nMessage:") == 1
-    assert raw.prefill == "\nMessage about boats: How do"
-    chat = invention_request([example], None, "", "helpful", "chat")
-    assert [turn.content for turn in chat.text if not isinstance(turn, str)][1] == "one Message: two"

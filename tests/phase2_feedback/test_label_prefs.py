@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import pytest
 from conftest import Cai
 from helpers import rows_in, sample_row, write_rows
 from label_cases import human, run
@@ -30,27 +29,6 @@ def test_pairs_below_the_minimum_confidence_are_counted_and_can_be_judged_again(
     relabelled = rows_in(tmp_path / "prefs.jsonl")
     run(cai, tmp_path, relabelled, "--one-order", "--overwrite")
     assert {row["id"] for row in rows_in(tmp_path / "prefs.jsonl")} == {row["id"] for row in relabelled}
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["--method", "guess"],
-        ["--pairs", "some"],
-        ["--clamp", "0.6,0.9"],
-        ["--clamp", "x"],
-        ["--principles-per-pair", "0"],
-        ["--principles-per-pair", "17"],
-        ["--cot-samples", "2"],
-        ["--method", "cot", "--calibrate"],
-        ["--method", "contrast", "--few-shot", "examples.yaml"],
-    ],
-)
-def test_an_invalid_way_of_judging_is_a_usage_error(words: list[str], cai: Cai, tmp_path: Path) -> None:
-    write_rows(tmp_path / "samples.jsonl", [sample_row(1, k) for k in range(2)])
-    refused = cai("label-prefs", "samples.jsonl", "--model", "scripted:none", "-o", "prefs.jsonl", *words)
-    assert refused.code == 2
-    assert not (tmp_path / "prefs.jsonl").exists()
 
 
 def test_rejected_pairs_keep_their_votes_and_can_be_judged_again(cai: Cai, tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from tiny import tiny_model_dir
 from cai_cli.common.errors import CaiError
 from cai_cli.data.schema import JudgedPair, Message, conversation_id, load_row
 from cai_cli.data.splits import held_out_keys
-from cai_cli.metrics.intervals import wilson
 from cai_cli.metrics.preference_model import held_out_metrics
 from cai_cli.models.loading import load_reward_model, load_tokenizer
 from cai_cli.reward.preference_model import score_conversations
@@ -119,30 +118,6 @@ def test_lora_trains_and_keeps_its_score_head(model: Path, tmp_path: Path, dtype
     assert manifest_of(out)["provenance"]["settings"]["precision"] == dtype
 
 
-def test_held_out_pairs_are_scored_before_and_after(model: Path, tmp_path: Path) -> None:
-    rows = [preference(i, 0.95) for i in range(40)]
-    out = tmp_path / "pm"
-    command(write_rows(tmp_path / "prefs.jsonl", rows), out, model=str(model), epochs=2, **QUICK | {"eval_share": 0.1})
-    manifest = manifest_of(out)
-    assert (manifest["counts"]["train"], manifest["counts"]["held_out"]) == (36, 4)
-    results = manifest["metrics"]
-    assert results["held_out_loss"] < results["held_out_loss_before"]
-    assert results["accuracy"] == wilson(4, 4)
-    metrics = rows_in(out / "metrics.jsonl")
-    assert metrics[0]["held_out_loss"] == results["held_out_loss_before"]
-    assert metrics[-1]["held_out_accuracy"] == 1.0
-    assert "accuracy" in (out / "README.md").read_text()
-
-
-def test_pairs_of_one_prompt_are_all_held_out_or_none(model: Path, tmp_path: Path) -> None:
-    rows = [preference(i // 4, 0.9) | {"id": f"p{i}"} for i in range(80)]
-    command(
-        write_rows(tmp_path / "prefs.jsonl", rows), tmp_path / "pm", model=str(model), max_steps=1,
-        **QUICK | {"eval_share": 0.1},
-    )  # fmt: skip
-    assert manifest_of(tmp_path / "pm")["counts"]["held_out"] == 8
-
-
 def test_the_head_comes_from_the_seed(model: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "prefs.jsonl", [preference(i) for i in range(4)])
     run = {"model": str(model), "max_steps": 1, **QUICK | {"learning_rate": 0.0}}
@@ -150,23 +125,6 @@ def test_the_head_comes_from_the_seed(model: Path, tmp_path: Path) -> None:
         command(rows, tmp_path / name, seed=seed, **run)
     assert largest_difference(tmp_path / "a", tmp_path / "b") == 0
     assert largest_difference(tmp_path / "a", tmp_path / "c") > 0
-
-
-def test_long_and_identical_pairs_are_rejected_with_the_reason(model: Path, tmp_path: Path) -> None:
-    rows = [preference(i) for i in range(4)]
-    rows += [preference(4, rejected="long " * 200), preference(5, chosen="same", rejected="same")]
-    command(write_rows(tmp_path / "prefs.jsonl", rows), tmp_path / "pm", model=str(model), max_length=128, **QUICK)
-    rejected = {row["key"]: row["reason"] for row in rows_in(tmp_path / "pm.rejected.jsonl")}
-    assert rejected == {"p4": "longer than --max-length", "p5": "chosen and rejected are the same"}
-    counts = manifest_of(tmp_path / "pm")["counts"]
-    assert counts["in"] == counts["used"] + counts["rejected"] == 6
-
-
-def test_pairs_beyond_the_models_window_are_rejected_whatever_max_length_says(model: Path, tmp_path: Path) -> None:
-    rows = [preference(0), preference(1, rejected="long " * 600)]
-    command(write_rows(tmp_path / "prefs.jsonl", rows), tmp_path / "pm", model=str(model), max_length=5000, **QUICK)
-    (rejected,) = rows_in(tmp_path / "pm.rejected.jsonl")
-    assert rejected["reason"] == "longer than the model's window of 512"
 
 
 @pytest.mark.parametrize("lora", [False, True])

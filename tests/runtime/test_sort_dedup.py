@@ -77,11 +77,3 @@ def test_dedup_keeps_rows_as_they_are_and_says_how_many_it_left_out(cai: Cai, tm
     piped = cai("dedup", "-", "-o", "out.jsonl", stdin=b'{"prompt": "z"}\n')
     assert piped.code == 1
     assert rows_in(tmp_path / "out.jsonl") == [rows[0], rows[2]]
-
-
-def test_an_output_that_is_an_input_is_refused(cai: Cai, tmp_path: Path) -> None:
-    write_rows(tmp_path / "in.jsonl", [{"prompt": "a"}])
-    for command in ("sort", "dedup"):
-        refused = cai(command, "in.jsonl", "-o", "in.jsonl", "--overwrite")
-        assert (refused.code, "both input and output" in refused.stderr) == (1, True)
-    assert rows_in(tmp_path / "in.jsonl") == [{"prompt": "a"}]

@@ -1,0 +1,66 @@
+"""Pairs are held out by prompt, scored before and after training, and rejected where they do not fit."""
+
+from pathlib import Path
+
+import pytest
+from helpers import (
+    manifest_of,
+    preference,
+    rows_in,
+    stage,
+    write_rows,
+)
+from tiny import tiny_model_dir
+
+from cai_cli.metrics.intervals import wilson
+
+command = stage("train-pm")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model_dir(tmp_path_factory.mktemp("model") / "tiny")
+
+
+QUICK = {"batch_size": 4, "gradient_accumulation": 1, "learning_rate": 1e-3, "eval_share": 0.0}
+
+
+def test_held_out_pairs_are_scored_before_and_after(model: Path, tmp_path: Path) -> None:
+    rows = [preference(i, 0.95) for i in range(40)]
+    out = tmp_path / "pm"
+    command(write_rows(tmp_path / "prefs.jsonl", rows), out, model=str(model), epochs=2, **QUICK | {"eval_share": 0.1})
+    manifest = manifest_of(out)
+    assert (manifest["counts"]["train"], manifest["counts"]["held_out"]) == (36, 4)
+    results = manifest["metrics"]
+    assert results["held_out_loss"] < results["held_out_loss_before"]
+    assert results["accuracy"] == wilson(4, 4)
+    metrics = rows_in(out / "metrics.jsonl")
+    assert metrics[0]["held_out_loss"] == results["held_out_loss_before"]
+    assert metrics[-1]["held_out_accuracy"] == 1.0
+    assert "accuracy" in (out / "README.md").read_text()
+
+
+def test_pairs_of_one_prompt_are_all_held_out_or_none(model: Path, tmp_path: Path) -> None:
+    rows = [preference(i // 4, 0.9) | {"id": f"p{i}"} for i in range(80)]
+    command(
+        write_rows(tmp_path / "prefs.jsonl", rows), tmp_path / "pm", model=str(model), max_steps=1,
+        **QUICK | {"eval_share": 0.1},
+    )  # fmt: skip
+    assert manifest_of(tmp_path / "pm")["counts"]["held_out"] == 8
+
+
+def test_long_and_identical_pairs_are_rejected_with_the_reason(model: Path, tmp_path: Path) -> None:
+    rows = [preference(i) for i in range(4)]
+    rows += [preference(4, rejected="long " * 200), preference(5, chosen="same", rejected="same")]
+    command(write_rows(tmp_path / "prefs.jsonl", rows), tmp_path / "pm", model=str(model), max_length=128, **QUICK)
+    rejected = {row["key"]: row["reason"] for row in rows_in(tmp_path / "pm.rejected.jsonl")}
+    assert rejected == {"p4": "longer than --max-length", "p5": "chosen and rejected are the same"}
+    counts = manifest_of(tmp_path / "pm")["counts"]
+    assert counts["in"] == counts["used"] + counts["rejected"] == 6
+
+
+def test_pairs_beyond_the_models_window_are_rejected_whatever_max_length_says(model: Path, tmp_path: Path) -> None:
+    rows = [preference(0), preference(1, rejected="long " * 600)]
+    command(write_rows(tmp_path / "prefs.jsonl", rows), tmp_path / "pm", model=str(model), max_length=5000, **QUICK)
+    (rejected,) = rows_in(tmp_path / "pm.rejected.jsonl")
+    assert rejected["reason"] == "longer than the model's window of 512"
