@@ -123,8 +123,7 @@ def test_the_directory_of_a_model_names_the_files_that_can_be_shown(cai: Cai, tm
         (tmp_path / "rl" / name).write_text("{}")
     (tmp_path / "rl.manifest.json").write_text(json.dumps(manifest("rl", training_counts(5))))
     done = cai("show", "rl")
-    assert done.code == 2
-    assert "rl is the directory of a model, not a JSONL file" in done.stderr
+    assert (done.code, done.error) == (2, "cannot-read")
     assert "rl/metrics.jsonl, rl/samples.jsonl" in done.stderr
 
 

@@ -51,8 +51,10 @@ def test_a_bad_line_is_an_error_with_its_file_and_line(line: bytes, reason: str,
 def test_plain_text_that_is_not_utf8_is_an_error_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "in.txt"
     path.write_bytes(b"one\ncaf\xe9\n")
-    with pytest.raises(CaiError, match=r"in\.txt:2: not UTF-8: unexpected end of data at byte 3"):
+    with pytest.raises(InvalidRow) as error:
         texts(path)
+    assert (error.value.file, error.value.line) == (str(path), 2)
+    assert error.value.reason == "not UTF-8: unexpected end of data at byte 3"
 
 
 def test_plain_text_with_a_nul_is_no_text(tmp_path: Path) -> None:
@@ -99,8 +101,9 @@ def test_a_line_without_end_is_refused_before_it_fills_the_memory(
     monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 100)
     path = tmp_path / "in.jsonl"
     path.write_bytes(b'{"prompt": "q"}\n' + b"x" * 101)
-    with pytest.raises(CaiError, match=r"in\.jsonl:2: a line longer than"):
+    with pytest.raises(InvalidRow) as error:
         list(read_values(str(path)))
+    assert (error.value.file, error.value.line) == (str(path), 2)
 
 
 def test_marks_and_line_ends_of_other_systems_are_no_content(tmp_path: Path) -> None:
@@ -120,8 +123,9 @@ def test_an_empty_file_holds_no_prompts(content: bytes, tmp_path: Path) -> None:
 def test_the_first_line_decides_so_that_a_broken_row_never_becomes_a_prompt(tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     path.write_text('{"prompt": "one"}\nplain words\n')
-    with pytest.raises(CaiError, match=r"in\.jsonl:2: not JSON"):
+    with pytest.raises(InvalidRow) as error:
         texts(path)
+    assert (error.value.file, error.value.line) == (str(path), 2)
     path.write_text('plain words\n{"prompt": "one"}\n')
     assert texts(path) == ["plain words", '{"prompt": "one"}']
 
@@ -145,8 +149,9 @@ def test_a_bad_parquet_row_is_an_error_with_its_number(tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
     pq.write_table(pa.table({"prompt": ["one", " "]}), tmp_path / "in.parquet")
-    with pytest.raises(CaiError, match=r"in\.parquet:2: the prompt is empty"):
+    with pytest.raises(InvalidRow) as invalid:
         texts(tmp_path / "in.parquet")
+    assert (invalid.value.file, invalid.value.line) == (str(tmp_path / "in.parquet"), 2)
     (tmp_path / "bad.parquet").write_bytes(b"no parquet")
     with pytest.raises(CaiError) as error:
         texts(tmp_path / "bad.parquet")
@@ -230,8 +235,9 @@ def test_the_first_line_says_whether_prompts_are_json(lines: str, said: list[str
 def test_a_file_that_starts_with_a_list_is_json_and_no_prompt(tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     path.write_text('["a"]\n')
-    with pytest.raises(InvalidRow, match="this is a list"):
+    with pytest.raises(InvalidRow) as error:
         list(read_prompts(str(path)))
+    assert (error.value.code, error.value.file, error.value.line) == ("invalid-row", str(path), 1)
 
 
 PACK = {".gz": gzip.compress, ".zst": zstandard.compress}

@@ -37,5 +37,6 @@ def test_a_dated_version_of_the_model_is_the_model(answered: str | None) -> None
 
 @pytest.mark.parametrize("answered", ["n", "mm", "M", "x/m"])
 def test_another_model_is_not(answered: str) -> None:
-    with engine(lambda r: http(completion(r, model=answered))) as (e, _), pytest.raises(CaiError, match="answered as"):
+    with engine(lambda r: http(completion(r, model=answered))) as (e, _), pytest.raises(CaiError) as wrong:
         e.generate([GenerationRequest("a", 1)], Sampling(9))
+    assert wrong.value.code == "wrong-answer"

@@ -34,5 +34,5 @@ def test_the_command_prints_every_metric_and_writes_it_once(cai: Cai, tmp_path: 
 def test_an_invalid_row_is_named_with_file_and_line(cai: Cai, tmp_path: Path) -> None:
     write_rows(tmp_path / "prefs.jsonl", [orjson.loads(dump_row(steady(1))), {"id": "x"}])
     done = cai("eval", "agreement", "prefs.jsonl")
-    assert done.code == 1
-    assert "prefs.jsonl:2: not a Preference row" in done.stderr
+    assert (done.code, done.error) == (1, "invalid-row")
+    assert "prefs.jsonl:2: " in done.stderr

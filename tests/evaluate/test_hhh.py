@@ -200,26 +200,26 @@ def test_what_cannot_be_answered_is_counted_with_its_reason(cai: Cai, files: Pat
 
 
 @pytest.mark.parametrize(
-    ("change", "more", "message"),
+    ("change", "more", "code", "line"),
     [
-        ({"corrects": []}, [], "hhh.jsonl:2: not a EvaluationQuestion row: field 'corrects'"),
-        ({"incorrects": [" (A)"]}, [], "hhh.jsonl:2: not a EvaluationQuestion row: the options must differ"),
-        ({"prompt": None}, [], "hhh.jsonl:2: not a EvaluationQuestion row: field 'prompt'"),
-        ({"answer": "A"}, [], "hhh.jsonl:2: not a EvaluationQuestion row: unknown field 'answer'"),
-        ({"prompt": MANY}, ["--both-orders"], "hhh.jsonl:2: not a published comparison of two replies"),
-        ({"id": "x"}, [], "hhh.jsonl:3: id 'x' was already used on line 2"),
+        ({"corrects": []}, [], "invalid-row", 2),
+        ({"incorrects": [" (A)"]}, [], "invalid-row", 2),
+        ({"prompt": None}, [], "invalid-row", 2),
+        ({"answer": "A"}, [], "invalid-row", 2),
+        ({"prompt": MANY}, ["--both-orders"], "invalid-row", 2),
+        ({"id": "x"}, [], "duplicate-id", 3),
     ],
 )
 def test_an_invalid_row_is_named_with_file_and_line(
-    change: Json, more: list[str], message: str, cai: Cai, files: Path
+    change: Json, more: list[str], code: str, line: int, cai: Cai, files: Path
 ) -> None:
     first, second, third = published(3)
     changed = {**second, **change}
     write_rows(files / "hhh.jsonl", [first, changed, {**third, **({"id": "x"} if "id" in change else {})}])
     done = cai(*WORDS, *more)
     assert "--skip-invalid" not in done.stderr  # which `eval hhh` does not have
-    assert done.code == 1
-    assert message in done.stderr
+    assert (done.code, done.error) == (1, code)
+    assert f"hhh.jsonl:{line}: " in done.stderr
 
 
 def test_a_preference_model_takes_no_model_beside_it(cai: Cai, files: Path) -> None:

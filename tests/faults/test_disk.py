@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -283,19 +282,16 @@ def test_an_output_that_is_the_input_is_refused_by_whatever_name(
 # --- two writers --------------------------------------------------------------------------------------------------
 
 
-def test_a_second_writer_is_refused_within_two_seconds_and_the_lock_goes_with_its_holder(
-    forks: Forks, folder: Path
-) -> None:
+def test_a_second_writer_is_refused_and_a_killed_holder_frees_the_lock(forks: Forks, folder: Path) -> None:
     write_rows(folder / "script.jsonl", [{"replies": ["one."], "seconds": 0.3}])
     holder = subprocess.Popen([*CAI, *SAMPLE], cwd=folder, stderr=subprocess.DEVNULL)
     until((folder / "out.jsonl.partial.manifest.json").exists)
     before = (folder / "out.jsonl.partial.manifest.json").read_bytes()
     for more in ((), ("--overwrite",), ("--seed", "3")):
-        started = time.monotonic()
         refused = forks.run(*SAMPLE, *more, cwd=folder)
-        assert time.monotonic() - started < 2
         refused.assert_is_one_error()
         assert "another cai is writing" in refused.stderr
+    assert holder.poll() is None  # nobody waited for it
     assert (folder / "out.jsonl.partial.manifest.json").read_bytes() == before
     holder.send_signal(signal.SIGKILL)
     holder.wait()

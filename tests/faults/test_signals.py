@@ -7,7 +7,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -79,11 +78,9 @@ def test_a_signal_or_two_end_a_stage_with_its_code_and_whole_lines(
 ) -> None:
     child = start(*STAGES[stage], "-o", "out.jsonl", cwd=folder)
     until(lambda: holds_rows(folder / "out.jsonl.partial"))
-    started = time.monotonic()
     for one in sent:
         child.send_signal(one)
     _, stderr = child.communicate(timeout=10)
-    assert time.monotonic() - started < 10
     assert child.returncode in {CODES[one] for one in sent}
     assert "Traceback" not in stderr
     assert len(stderr.splitlines()) <= 1

@@ -106,8 +106,7 @@ def test_pickled_weights_are_refused_by_every_command(
     (untrusted / name).write_bytes(form(trace))
     for stage in (*MODELS, "chat"):
         done = cai(*words(stage))
-        assert done.code == 1, stage
-        assert "only pickled weights" in done.stderr
+        assert (done.code, done.error) == (1, "unsafe-model"), stage
 
 
 @pytest.mark.parametrize("stage", [*MODELS, "chat", "stats"])
@@ -122,8 +121,7 @@ def test_no_command_reads_code_in_a_model_directory(stage: str, cai: Cai, untrus
     done = cai(*words(stage))
     assert "Traceback" not in done.stderr
     if stage != "stats":  # whose tokenizer transformers can read without
-        assert done.code == 1
-        assert "auto_map" in done.stderr
+        assert (done.code, done.error) == (1, "unsafe-model")
 
 
 def test_pickles_next_to_safetensors_are_never_opened(cai: Cai, untrusted: Path, trace: Path) -> None:
@@ -155,8 +153,7 @@ def test_a_chat_template_has_no_access_and_its_failures_reject_rows(
     """transformers renders templates in jinja2's sandbox."""
     (untrusted / "chat_template.jinja").write_text(template.replace("TRACE", repr(str(trace))))
     done = cai(*words("sample"))
-    assert "Traceback" not in done.stderr
-    assert (done.code, "all 4 rows were rejected" in done.stderr) == (1, True)
+    assert (done.code, done.error) == (1, "all-rejected")
     rejected = (untrusted.parent / "out.rejected.jsonl").read_text()
     assert rejected.count('"reason":"the chat template ') == 4
     assert "root:" not in rejected
@@ -183,8 +180,7 @@ def test_a_changed_checkpoint_is_refused(name: str, cai: Cai, killed: Path, tiny
     (killed / name).write_bytes(archive(trace))
     done = finish(cai, tiny)
     assert (done.code, done.error) == (1, "invalid-checkpoint")
-    assert f"out.partial/checkpoint-6: {name} has changed since this run saved it" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert f"checkpoint-6: {name} " in done.stderr
     assert killed.exists()
 
 

@@ -1,7 +1,6 @@
 """Template syntax in rows, principles and few-shot examples stays text; YAML makes data only, and little of it."""
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -144,13 +143,13 @@ REFUSED = {
 }
 
 
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("what", REFUSED)
 def test_yaml_beyond_plain_data_is_a_one_line_error_in_every_file(what: str, cai: Cai, tmp_path: Path) -> None:
     (tmp_path / "evil.yaml").write_text(REFUSED[what])
     write_rows(tmp_path / "samples.jsonl", [sample_row(k) for k in range(2)])
     write_rows(tmp_path / "script.jsonl", [{"replies": ["x"], "scores": [-1.0, -2.0]}])
     model = ("--model", "scripted:script.jsonl")
-    began = time.monotonic()
     for words in (
         ("run", "evil.yaml"),
         ("principles", "validate", "evil.yaml"),
@@ -164,7 +163,6 @@ def test_yaml_beyond_plain_data_is_a_one_line_error_in_every_file(what: str, cai
         assert "evil.yaml" in done.stderr
         assert len(done.stderr.splitlines()) <= 2
         assert len(done.stderr) < 2_000
-    assert time.monotonic() - began < 60
     assert {p.name for p in tmp_path.iterdir()} == {"evil.yaml", "samples.jsonl", "script.jsonl"}
 
 

@@ -114,5 +114,4 @@ def test_votes_come_from_a_finished_labelling(label: Cai, asked: list[str], tmp_
     with (tmp_path / "before.jsonl.rejected.jsonl").open("a") as file:
         file.write('{"key": "p", "reason": "tie", "row": "{"}\n')
     broken = label("after.jsonl", "--votes", "before.jsonl")
-    assert broken.code == 1
-    assert "its `row` is not JSON" in broken.stderr
+    assert (broken.code, broken.error) == (1, "invalid-row")

@@ -43,7 +43,7 @@ def test_a_directory_with_only_pickled_weights_is_refused_unread(tmp_path: Path,
     (model_dir / "model.safetensors").unlink()
     (model_dir / "pytorch_model.bin").write_bytes(pickle.dumps(Canary(trace)))
     for use in (lambda: names.resolve(str(model_dir)), lambda: loading.load_causal_lm(model_dir)):
-        with pytest.raises(CaiError, match=r"pickled weights \(pytorch_model\.bin\).*run code") as error:
+        with pytest.raises(CaiError) as error:
             use()
         assert error.value.code == "unsafe-model"
     assert not trace.exists()
@@ -64,7 +64,7 @@ def own_code(model_dir: Path, trace: Path, **config: object) -> None:
 def test_the_code_of_a_model_is_never_run_though_its_config_asks_for_it(tmp_path: Path, model_dir: Path) -> None:
     own_code(model_dir, tmp_path / "ran", model_type="canary")
     for load in (loading.load_causal_lm, loading.load_reward_model):
-        with pytest.raises(CaiError, match=r"auto_map.*never run") as error:
+        with pytest.raises(CaiError) as error:
             load(model_dir)
         assert error.value.code == "unsafe-model"
     assert not (tmp_path / "ran").exists()
@@ -91,8 +91,9 @@ def test_a_tokenizer_pads_on_the_left_and_falls_back_to_the_end_token(model_dir:
     assert (tokenizer.padding_side, tokenizer.pad_token) == ("left", "<|im_end|>")
     del config["eos_token"]
     (model_dir / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(CaiError, match="neither a padding nor an end-of-sequence token"):
+    with pytest.raises(CaiError) as error:
         loading.load_tokenizer(model_dir)
+    assert error.value.code == "invalid-model"
 
 
 def test_a_language_model_is_loaded_quietly_in_the_asked_dtype(

@@ -41,8 +41,9 @@ def test_a_directory_without_config_or_weights_is_refused_by_the_name_of_what_is
 
 def test_an_adapter_is_refused_as_it_would_load_its_base_model_from_elsewhere(model_dir: Path) -> None:
     (model_dir / "adapter_config.json").write_text('{"base_model_name_or_path": "some/where"}')
-    with pytest.raises(CaiError, match="adapter"):
+    with pytest.raises(CaiError) as error:
         names.resolve(str(model_dir))
+    assert error.value.code == "invalid-model"
 
 
 def test_a_word_that_is_nothing_is_refused_with_what_would_do(tmp_path: Path) -> None:
@@ -59,7 +60,7 @@ def test_a_word_that_is_nothing_is_refused_with_what_would_do(tmp_path: Path) ->
 
 @pytest.mark.usefixtures("offline_hub")
 def test_a_hub_name_with_the_hub_switched_off_is_one_line_and_a_hint() -> None:
-    with pytest.raises(CaiError, match="HF_HUB_OFFLINE is set") as caught:
+    with pytest.raises(CaiError) as caught:
         names.resolve("some/model")
     assert caught.value.code == "unknown-model"
     assert "\n" not in caught.value.message

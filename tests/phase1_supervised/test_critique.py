@@ -37,8 +37,7 @@ def test_a_critique_where_a_sample_is_expected_is_refused_with_the_stage_that_ta
         assert (refused.code, refused.error) == (1, "wrong-row-type")
         assert "`cai revise` takes critiques" in refused.stderr
     refused = cai("revise", "samples.jsonl", *model)
-    assert refused.error == "invalid-row"
-    assert "samples.jsonl:1: not a Critique row: field 'history' is missing" in refused.stderr
+    assert (refused.code, refused.error) == (1, "invalid-row")
 
 
 def test_only_the_requested_principles_are_used(cai: Cai, inputs: Path) -> None:

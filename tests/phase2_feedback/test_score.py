@@ -100,8 +100,10 @@ def test_an_interrupted_run_ends_with_the_same_bytes(pm: Path, tmp_path: Path) -
 def test_a_row_without_a_reply_is_an_error_with_its_line(pm: Path, tmp_path: Path, row: object, problem: str) -> None:
     file = tmp_path / "in.jsonl"
     file.write_bytes(orjson.dumps({"messages": CHAT}) + b"\n" + orjson.dumps(row) + b"\n")
-    with pytest.raises(InvalidRow, match=rf"in\.jsonl:2: .*{problem}"):
+    with pytest.raises(InvalidRow) as error:
         command(str(file), tmp_path / "out.jsonl", pm=str(pm))
+    assert (error.value.file, error.value.line) == (str(file), 2)
+    assert problem in error.value.reason
 
 
 def test_scores_of_another_preference_model_are_not_mixed_in(pm: Path, tmp_path: Path) -> None:
@@ -110,7 +112,7 @@ def test_scores_of_another_preference_model_are_not_mixed_in(pm: Path, tmp_path:
         write_rows(tmp_path / "prefs.jsonl", [preference(1)]), other, model=str(pm), max_steps=1, eval_share=0.0
     )
     command(file, tmp_path / "out.jsonl", pm=str(pm))
-    with pytest.raises(CaiError, match=r"pm\.fingerprint") as error:
+    with pytest.raises(CaiError) as error:
         command(file, tmp_path / "out.jsonl", pm=str(other))
     assert error.value.code == "other-run"
 

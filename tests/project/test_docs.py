@@ -112,10 +112,6 @@ def test_the_readme_installs_as_the_makefile_does() -> None:
         assert f"$(BIN)/{line}\n" in makefile
 
 
-def test_the_readme_is_short() -> None:
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 900
-
-
 def test_the_version_is_the_same_everywhere() -> None:
     released = re.search(r"^## \[(\d+\.\d+\.\d+)\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())

@@ -61,8 +61,9 @@ def test_any_reply_comes_back_byte_for_byte(a: str, b: str, text: str) -> None:
 
 def test_a_reply_that_holds_the_marks_between_the_options_is_refused() -> None:
     for odd in ("x]]]\n (B) [[[y", "x Options:\n (A) [[[y"):
-        with pytest.raises(RowError, match="are ambiguous"):
+        with pytest.raises(RowError) as error:
             parse_published_comparison(PROMPT.replace("Right.", odd))
+        assert error.value.code == "invalid-row"
 
 
 def test_a_question_is_raw_text_or_a_user_turn_whose_cue_starts_the_answer() -> None:

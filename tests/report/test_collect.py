@@ -8,11 +8,11 @@ from report_page import drawn, squeezed
 from report_run import make_run
 
 
-def test_metrics_of_a_manifest_are_read_under_their_new_name(tmp_path: Path) -> None:
+def test_metrics_of_a_manifest_of_version_0_1_are_read(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "made")
     path = folder / "pm.manifest.json"
     value = json.loads(path.read_text())
-    path.write_text(json.dumps({**value, "metrics": value.pop("figures")}))
+    path.write_text(json.dumps({**value, "figures": value.pop("metrics")}))
     assert "held-out accuracy of pm 70%" in squeezed(drawn(folder)[1].text)
 
 

@@ -109,13 +109,13 @@ def test_a_missing_a_doubled_and_a_foreign_shard_are_refused_by_name(cai: Cai, i
     assert (twice.code, "s2.jsonl and copy.jsonl are both shard 2/4" in twice.stderr) == (1, True)
     assert cai(*WORDS["sample"], "--seed", "5", "--shard", "1/4", "-o", "foreign.jsonl").code == 0
     foreign = cai("merge", "foreign.jsonl", *names[1:], "-o", "m.jsonl")
-    assert foreign.code == 1
+    assert (foreign.code, foreign.error) == (1, "other-run")
     assert "foreign.jsonl is from another run than the other shards: settings.seed: 0 -> 5" in foreign.stderr
     assert cai(*WORDS["sample"], "--shard", "1/3", "-o", "third.jsonl").code == 0
-    assert "third.jsonl is from another run" in cai("merge", "third.jsonl", *names[1:], "-o", "m.jsonl").stderr
+    assert cai("merge", "third.jsonl", *names[1:], "-o", "m.jsonl").error == "other-run"
     assert cai(*WORDS["sample"], "-o", "whole.jsonl").code == 0
-    assert "whole.jsonl is not a shard" in cai("merge", *names, "whole.jsonl", "-o", "m.jsonl").stderr
-    assert "none.jsonl does not exist" in cai("merge", "none.jsonl", "-o", "m.jsonl").stderr
+    assert cai("merge", *names, "whole.jsonl", "-o", "m.jsonl").error == "invalid-shards"
+    assert cai("merge", "none.jsonl", "-o", "m.jsonl").error == "cannot-read"
     assert not (inputs / "m.jsonl").exists()
 
 
@@ -124,8 +124,8 @@ def test_shards_that_read_other_rows_from_a_pipe_are_not_merged(cai: Cai, inputs
     for i, given_lines in ((1, lines), (2, lines), (3, lines.replace(b"reply 2 to 9", b"reply 2 to nine"))):
         assert cai("critique", "-", *SCRIPT, "--shard", f"{i}/3", "-o", f"s{i}.jsonl", stdin=given_lines).code == 0
     refused = cai("merge", "s1.jsonl", "s2.jsonl", "s3.jsonl", "-o", "m.jsonl")
-    assert refused.code == 1
-    assert "s3.jsonl is from another run than the other shards: rows.sha256" in refused.stderr
+    assert (refused.code, refused.error) == (1, "other-run")
+    assert "s3.jsonl" in refused.stderr
 
 
 @pytest.mark.parametrize("change", ["drop", "add", "swap"])
@@ -136,9 +136,8 @@ def test_a_shard_that_was_changed_since_it_was_made_is_refused(change: str, cai:
     changed = {"drop": lines[:-1], "add": [*lines, extra], "swap": [lines[1], lines[0], *lines[2:]]}[change]
     (inputs / names[1]).write_bytes(b"".join(changed))
     refused = cai("merge", *names, "-o", "m.jsonl")
-    assert refused.code == 1
-    assert f"error: {names[1]}: " in refused.stderr
-    assert "a file has been changed" in refused.stderr
+    assert (refused.code, refused.error) == (1, "input-changed")
+    assert names[1] in refused.stderr
     assert not (inputs / "m.jsonl").exists()
 
 
@@ -154,7 +153,7 @@ def test_a_merge_that_was_broken_off_is_done_again_and_another_output_is_not_rep
     assert (inputs / "m.jsonl").read_bytes() == whole
     assert "nothing to do" in cai("merge", *names, "-o", "m.jsonl").stderr
     assert cai(*WORDS["sample"], "--seed", "5", "-o", "other.jsonl").code == 0
-    assert "settings.seed: 5 -> 0" in cai("merge", *names, "-o", "other.jsonl").stderr
+    assert cai("merge", *names, "-o", "other.jsonl").error == "other-run"
 
 
 def test_a_shard_with_a_line_that_no_run_wrote_is_refused_by_name(cai: Cai, tmp_path: Path) -> None:
@@ -168,9 +167,8 @@ def test_a_shard_with_a_line_that_no_run_wrote_is_refused_by_name(cai: Cai, tmp_
     with (tmp_path / "s1.jsonl").open("a") as file:
         file.write("x\n")
     refused = cai("merge", "s1.jsonl", "s2.jsonl", "-o", "whole.jsonl")
-    assert refused.code == 1
+    assert (refused.code, refused.error) == (1, "input-changed")
     assert "s1.jsonl" in refused.stderr
-    assert "Traceback" not in refused.stderr
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ def test_a_named_pipe_takes_the_rows(inputs: Path) -> None:
 
 def test_a_device_that_takes_no_bytes_is_an_error(cai: Cai, inputs: Path) -> None:
     done = cai(*WORDS["sample"], "-o", "/dev/full")
-    assert (done.code, "error: cannot write /dev/full: No space left" in done.stderr) == (1, True)
+    assert (done.code, done.error) == (1, "cannot-write")
 
 
 @pytest.mark.parametrize("command", ["sort", "dedup"])

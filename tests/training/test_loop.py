@@ -57,6 +57,6 @@ def test_stdin_is_read_and_another_stdin_is_refused(
     command("-", tmp_path / "out", model=str(model), **QUICK)
     assert manifest_of(tmp_path / "out")["counts"]["in"] == 4
     feed(1, 2, 3, 5)
-    with pytest.raises(CaiError, match=r"rows\.sha256") as error:
+    with pytest.raises(CaiError) as error:
         command("-", tmp_path / "out", model=str(model), **QUICK)
     assert error.value.code == "other-run"
