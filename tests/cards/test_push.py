@@ -40,7 +40,7 @@ def dataset(cai: Cai, tmp_path: Path, run: Path) -> Path:
     return tmp_path / "ds"
 
 
-def test_a_push_is_private_unless_told_otherwise(dataset: Path) -> None:
+def test_a_push_is_private_by_default(dataset: Path) -> None:
     for public in (False, True):
         hub = Hub()
         assert push(dataset, "data", public=public, api=hub) == "https://huggingface.co/commit/1"

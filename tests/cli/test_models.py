@@ -33,7 +33,7 @@ def test_models_list_shows_license_and_size_and_whether_it_is_here(cache: Path) 
 
 
 @pytest.mark.usefixtures("offline_hub")
-def test_models_path_fetches_nothing_and_says_how_to(cache: Path) -> None:
+def test_models_path_downloads_nothing_and_names_the_command_that_does(cache: Path) -> None:
     for name in ("smollm2-135m", "some/model"):
         error = CliRunner().invoke(models.app, ["path", name]).exception
         assert isinstance(error, CaiError)

@@ -6,7 +6,7 @@ from cai_cli.common.near_duplicates import NearDuplicates, shingles
 
 @given(st.text(min_size=1, max_size=200))
 @settings(max_examples=50, deadline=None)
-def test_every_text_repeats_itself_whatever_its_case_and_spaces(text: str) -> None:
+def test_every_text_is_a_duplicate_of_itself_in_any_case_and_spacing(text: str) -> None:
     known = NearDuplicates(0.6)
     known.add("one", text)
     assert known.find(text) == ("one", 1.0)

@@ -84,7 +84,7 @@ BOMB = "a: &a [x, x]\nb: &b [*a, *a]\nkind: preference\nname: n\nprinciples: [*b
         (COMPARE.replace("[me, you]", "[me]"), "examples.0.options"),
     ],
 )
-def test_what_is_no_constitution_is_refused_in_one_line_naming_the_file(text: str, reason: str, tmp_path: Path) -> None:
+def test_an_invalid_constitution_is_refused_in_one_line_naming_the_file(text: str, reason: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     with pytest.raises(CaiError) as error:

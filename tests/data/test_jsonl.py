@@ -36,7 +36,7 @@ def texts(path: Path) -> list[str]:
         (b"null", "null"),
     ],
 )
-def test_a_bad_line_is_an_error_with_its_file_and_line(line: bytes, reason: str, tmp_path: Path) -> None:
+def test_an_invalid_line_is_an_error_with_its_file_and_line(line: bytes, reason: str, tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     path.write_bytes(b'{"prompt": "fine"}\n\n' + line + b'\n{"prompt": "never read"}\n')
     read = read_prompts(str(path))
@@ -57,7 +57,7 @@ def test_plain_text_that_is_not_utf8_is_an_error_with_its_line(tmp_path: Path) -
     assert error.value.reason == "not UTF-8: unexpected end of data at byte 3"
 
 
-def test_plain_text_with_a_nul_is_no_text(tmp_path: Path) -> None:
+def test_plain_text_with_a_nul_is_not_text(tmp_path: Path) -> None:
     path = tmp_path / "in.txt"
     path.write_bytes(b"one\ntw\0o\n")
     with pytest.raises(CaiError) as error:
@@ -106,7 +106,7 @@ def test_a_line_without_end_is_refused_before_it_fills_the_memory(
     assert (error.value.file, error.value.line) == (str(path), 2)
 
 
-def test_marks_and_line_ends_of_other_systems_are_no_content(tmp_path: Path) -> None:
+def test_byte_order_marks_and_line_ends_of_other_systems_are_not_content(tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "one"}\r\n\r\n{"prompt": "two"}')
     assert [(n, p.prompt[0].content) for n, p in read_prompts(str(path))] == [(1, "one"), (3, "two")]
@@ -144,7 +144,7 @@ def test_parquet_gives_the_same_prompts_as_json_lines(tmp_path: Path) -> None:
     assert parquet == lines
 
 
-def test_a_bad_parquet_row_is_an_error_with_its_number(tmp_path: Path) -> None:
+def test_an_invalid_parquet_row_is_an_error_with_its_number(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -184,7 +184,7 @@ def test_reading_many_rows_keeps_none_of_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", ["1" * 5_000, "0." + "1" * 5_000, "1e400", "-" + "9" * 5_000])
-def test_a_number_of_any_length_beside_what_looks_like_a_key_is_read_or_a_bad_line(number: str, tmp_path: Path) -> None:
+def test_a_number_of_any_length_next_to_text_like_a_key_is_read_or_invalid(number: str, tmp_path: Path) -> None:
     """The parser that looks for repeated keys is Python's, which refuses to convert so many digits."""
     path = tmp_path / "in.jsonl"
     path.write_text(f'{{"a": "\\": ", "n": {number}}}\n')
@@ -224,7 +224,7 @@ def test_a_hub_dataset_is_streamed_and_its_rows_are_read_as_any_others(monkeypat
         ("one\n[two\n", ["one", "[two"]),
     ],
 )
-def test_the_first_line_says_whether_prompts_are_json(lines: str, said: list[str], tmp_path: Path) -> None:
+def test_the_first_line_decides_whether_prompts_are_json(lines: str, said: list[str], tmp_path: Path) -> None:
     path = tmp_path / "named.txt"
     path.write_text(lines)
     rows = [prompt for _, prompt in read_prompts(str(path), "helpful")]

@@ -104,7 +104,7 @@ def test_any_row_comes_back_from_its_line_with_its_key(data: st.DataObject) -> N
     assert row_key(orjson.loads(line)) == row.key
 
 
-def test_a_file_of_rows_comes_back_whole_whatever_the_text(tmp_path: Path) -> None:
+def test_a_file_of_rows_with_any_text_comes_back_whole(tmp_path: Path) -> None:
     texts = ["\u2028\u2029\x85", '"quoted" \\ back', "😀", "tab\tnul\x00", "two\nlines\r\n", " \ufeff "]
     rows = [Prompt(id=str(i), prompt=[Message(role="user", content=t)]) for i, t in enumerate(texts)]
     path = tmp_path / "rows.jsonl"
@@ -126,7 +126,7 @@ def test_a_file_of_rows_comes_back_whole_whatever_the_text(tmp_path: Path) -> No
         ({"completion": [{"role": "user", "content": "a"}]}, "one assistant message"),
     ],
 )  # fmt: skip
-def test_a_row_that_is_not_one_says_what_is_wrong(change: dict[str, Any], said: str) -> None:
+def test_the_error_of_an_invalid_row_names_what_is_wrong(change: dict[str, Any], said: str) -> None:
     with pytest.raises(RowError, match="not a Sample row") as error:
         load_row(Sample, {**sample_row(1), **change})
     assert said in error.value.message
@@ -187,7 +187,7 @@ def test_hh_rlhf_keeps_every_turn_before_the_last_assistant_turn() -> None:
     assert said(prompt) == [("user", "one"), ("assistant", "two"), ("user", "three")]
 
 
-def test_human_turns_after_the_last_reply_are_no_part_of_the_prompt() -> None:
+def test_human_turns_after_the_last_reply_are_not_part_of_the_prompt() -> None:
     assert said(parse({"chosen": f"{HH}good\n\nHuman: bye", "rejected": HH})) == said(
         parse({"chosen": f"{HH}good", "rejected": HH})
     )
@@ -239,7 +239,7 @@ def test_every_later_row_is_a_prompt_again_and_checked_as_the_row_it_is(
             parse(row | {name: {}})
 
 
-def test_what_a_row_says_of_itself_counts_before_what_the_command_line_says() -> None:
+def test_fields_of_a_row_take_precedence_over_the_command_line() -> None:
     kept = parse_prompt({"id": 7, "prompt": "q", "kind": "helpful", "source": "mine"}, source="s", kind="red-team")
     assert (kept.id, kept.kind, kept.source) == ("7", "helpful", "mine")
     filled = parse_prompt({"prompt": "q"}, source="s", kind="red-team")
@@ -273,7 +273,7 @@ def test_what_a_row_says_of_itself_counts_before_what_the_command_line_says() ->
         ),
     ],
 )
-def test_what_is_no_prompt_is_refused_with_the_reason(value: object, reason: str) -> None:
+def test_an_invalid_prompt_is_refused_with_the_reason(value: object, reason: str) -> None:
     with pytest.raises(RowError) as error:
         parse(value)
     assert reason in error.value.message
@@ -341,13 +341,13 @@ def test_the_first_problem_of_a_row_is_named_by_its_place_and_the_others_counted
     assert error.value.message == "not a Sample row: field 'id': input should be a valid string (and 2 more)"
 
 
-def test_a_row_without_an_id_is_named_by_what_it_says_whatever_the_order_of_its_fields() -> None:
+def test_a_row_without_an_id_gets_the_hash_of_its_content_in_any_order_of_fields() -> None:
     assert content_hash({"a": 1, "b": [2]}) == content_hash({"b": [2], "a": 1}) == "0855bfc20eb6cfaa"
     assert conversation_id([Message(role="user", content="é")]) == conversation_id([Message(role="user", content="é")])
     assert len(conversation_id([Message(role="user", content="é")])) == 16
 
 
-def test_what_a_later_row_does_not_say_of_itself_the_command_line_says() -> None:
+def test_fields_that_a_later_row_lacks_come_from_the_command_line() -> None:
     row = sample_row(1) | {"source": None, "kind": None}
     made = parse_prompt(row, source="file.jsonl", kind="helpful")
     assert (made.source, made.kind) == ("file.jsonl", "helpful")
@@ -393,13 +393,11 @@ def test_a_human_pair_keeps_the_id_it_has_and_a_row_with_votes_is_one_of_ours() 
         ("\n\nHuman: a\n\nAssistant:", [("user", "a")]),
     ],
 )
-def test_a_transcript_as_a_prompt_loses_the_cue_to_answer_and_nothing_else(
-    text: str, turns: list[tuple[str, str]]
-) -> None:
+def test_a_transcript_as_a_prompt_loses_only_its_final_assistant_label(text: str, turns: list[tuple[str, str]]) -> None:
     assert said(parse({"prompt": text})) == turns
 
 
-def test_a_transcript_that_ends_with_an_answer_waits_for_none() -> None:
+def test_a_transcript_that_ends_with_an_answer_is_not_a_prompt() -> None:
     with pytest.raises(RowError) as error:
         parse({"prompt": "\n\nHuman: a\n\nAssistant: b"})
     assert error.value.code == "invalid-row"

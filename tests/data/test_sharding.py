@@ -14,7 +14,7 @@ def test_every_id_is_in_exactly_one_shard(prompt_id: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "1", "0/4", "5/4", "1/0", "-1/4", "a/b", "1/4/2", "1.5/4"])
-def test_a_shard_that_is_none_is_a_usage_error(text: str) -> None:
+def test_an_invalid_shard_is_a_usage_error(text: str) -> None:
     with pytest.raises(UsageError) as error:
         Shard.parse(text)
     assert error.value.code == "invalid-option"

@@ -27,7 +27,7 @@ talks = st.lists(hostile, min_size=1, max_size=3).map(
 
 
 @given(talks)
-def test_no_message_speaks_for_somebody_else_in_a_transcript(talk: list[Message]) -> None:
+def test_no_message_impersonates_a_speaker_in_a_transcript(talk: list[Message]) -> None:
     raw = reply_request(talk, "raw").text
     assert isinstance(raw, str)
     assert parse_transcript(raw) == talk
@@ -42,7 +42,7 @@ def test_a_transcript_parses_back_to_its_turns(pairs: list[tuple[Any, str]]) -> 
     assert parse_transcript(render_transcript(messages)) == messages
 
 
-def test_text_before_the_first_turn_is_no_transcript() -> None:
+def test_text_before_the_first_turn_is_not_a_transcript() -> None:
     for text in ("hello\n\nHuman: a", "hello", "", "\n\n", "x\n\nHuman: a\n\nAssistant: b"):
         with pytest.raises(RowError) as error:
             parse_transcript(text)

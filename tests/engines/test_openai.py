@@ -37,7 +37,7 @@ def test_a_chat_goes_to_chat_completions_with_its_sampling_and_seed() -> None:
     assert (reply.finish_reason, reply.prompt_tokens, reply.new_tokens) == ("stop", 10, 5)
 
 
-def test_raw_text_goes_to_completions_with_its_cue() -> None:
+def test_raw_text_goes_to_completions_with_its_prefill() -> None:
     with engine(lambda r: http(completion(r, " fine"))) as (e, requests):
         assert e.generate([GenerationRequest("Human: hi", 1, prefill="\n\nAssistant:")], Sampling(9)) == [
             Completion(" fine", "stop", 10, 5)
@@ -46,21 +46,21 @@ def test_raw_text_goes_to_completions_with_its_cue() -> None:
 
 
 @pytest.mark.parametrize("said", ["(A)", "The answer is: ((A)"])
-def test_the_cue_starts_the_assistants_turn_and_is_cut_off_where_it_comes_back(said: str) -> None:
+def test_the_prefill_starts_the_assistants_turn_and_is_cut_off_where_it_is_repeated(said: str) -> None:
     with engine(lambda r: http(completion(r, said))) as (e, requests):
         assert e.generate([GenerationRequest(CHAT, 1, prefill=CUE)], Sampling(9)) == [Completion("(A)", "stop", 10, 5)]
     assert requests[0].body["messages"][-1] == {"role": "assistant", "content": CUE}
     assert requests[0].body["continue_final_message"] is True
 
 
-def test_a_server_that_refuses_the_switches_is_asked_without_them_from_then_on() -> None:
+def test_a_server_that_rejects_the_prefill_fields_gets_later_requests_without_them() -> None:
     with engine(lambda r: error(400, "unknown") if "continue_final_message" in r.body else good(r)) as (e, requests):
         replies = [e.generate([GenerationRequest(CHAT, seed, prefill=CUE)], Sampling(9))[0] for seed in range(3)]
     assert all(isinstance(reply, Completion) for reply in replies)
     assert len(requests) == 4
 
 
-def test_a_row_that_is_refused_after_the_switches_were_taken_is_asked_once() -> None:
+def test_a_row_rejected_after_the_prefill_fields_were_accepted_is_sent_once() -> None:
     with engine(lambda r: good(r) if r.number == 1 else error(400, "too long")) as (e, requests):
         e.generate([GenerationRequest(CHAT, 1, prefill=CUE)], Sampling(9))
         refused = e.generate([GenerationRequest(CHAT, 2, prefill=CUE)], Sampling(9))
@@ -104,7 +104,7 @@ def says(*tokens: tuple[str, dict[str, float]]) -> Callable[[Request], bytes]:
         [("A)", {"A)": -0.5, "B)": -1.5})],
     ],
 )  # fmt: skip
-def test_a_chat_is_scored_where_the_answer_stands(tokens: list[tuple[str, dict[str, float]]]) -> None:
+def test_a_chat_is_scored_at_the_position_of_the_answer(tokens: list[tuple[str, dict[str, float]]]) -> None:
     answer, requests = scored(says(*tokens), LogprobRequest(CHAT, ("A", "B"), CUE))
     assert answer == pytest.approx([-0.5, -1.5])
     assert len(requests) == 1
@@ -124,7 +124,7 @@ def test_a_chat_is_scored_where_the_answer_stands(tokens: list[tuple[str, dict[s
     ],
     ids=["article", "part of a word", "in a sentence", "neither", "the other is not among the likeliest", "nothing"],
 )
-def test_what_is_no_answer_is_asked_without_the_cue_and_then_is_no_vote(
+def test_a_missing_answer_is_requested_without_the_prefill_and_then_gives_no_vote(
     tokens: list[tuple[str, dict[str, float]]],
 ) -> None:
     answer, requests = scored(says(*tokens), LogprobRequest(CHAT, ("A", "B"), CUE))
@@ -133,7 +133,7 @@ def test_what_is_no_answer_is_asked_without_the_cue_and_then_is_no_vote(
     assert [len(r.body["messages"]) for r in requests] == [2, 1]
 
 
-def test_the_second_way_of_asking_counts() -> None:
+def test_the_second_form_of_the_request_counts() -> None:
     def behave(request: Request) -> bytes:
         return (
             says(("I", {}), (" see", {}))(request)
@@ -185,7 +185,7 @@ def test_an_option_missing_there_is_scored_from_an_echo() -> None:
     assert [r.body["prompt"] for r in requests] == ["ab:", "ab:A", "ab:BC"]
 
 
-def test_an_option_that_shares_a_token_with_the_prompt_is_no_vote() -> None:
+def test_an_option_that_shares_a_token_with_the_prompt_gives_no_vote() -> None:
     answer, _ = scored(echoing, LogprobRequest("ab", ("x", "B"), ":"))
     assert isinstance(answer, RequestFailure)
     assert answer.reason.startswith("no vote")
@@ -202,7 +202,7 @@ def test_a_server_without_log_probabilities_gives_no_vote() -> None:
         assert isinstance(answer, RequestFailure)
 
 
-def test_a_refused_question_is_asked_once() -> None:
+def test_a_rejected_question_is_sent_once() -> None:
     answer, requests = scored(lambda _: error(400, "no"), LogprobRequest("raw", ("A", "B"), CUE))
     assert answer == RequestFailure("refused by the server, HTTP 400: no")
     assert len(requests) == 1

@@ -10,7 +10,7 @@ from cai_cli.common.errors import CaiError
 from cai_cli.engines.base import Completion, GenerationRequest, Sampling
 
 
-def test_answers_come_in_the_order_of_the_asks_and_no_more_at_once_than_allowed() -> None:
+def test_answers_are_in_the_order_of_the_requests_and_concurrency_is_bounded() -> None:
     now, most, lock = [0], [0], threading.Lock()
 
     def slow(request: Request) -> bytes:

@@ -99,7 +99,7 @@ def test_the_plain_template_would_have_let_hostile_content_end_its_turn() -> Non
     assert len(control(ours)) == 4
 
 
-def test_an_added_token_of_the_template_that_is_not_flagged_special_is_no_content_either() -> None:
+def test_an_added_token_of_the_template_that_is_not_flagged_special_cannot_be_injected() -> None:
     odd = copy.deepcopy(tokenizer())
     odd.add_tokens(["<turn>"])
     odd.chat_template = "{% for m in messages %}{{ '<turn>' + m['content'] }}{% endfor %}"

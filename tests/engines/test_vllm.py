@@ -128,7 +128,7 @@ def test_what_does_not_fit_is_refused_and_the_others_are_answered(model: Path) -
     assert isinstance(score, RequestFailure)
 
 
-def test_without_vllm_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_vllm_the_error_names_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(CaiError) as error:
         opened(tiny_model_dir(tmp_path)).generate([GenerationRequest("a", 1)], Sampling(1))

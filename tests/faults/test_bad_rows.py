@@ -60,7 +60,9 @@ def write_prompts(folder: Path, *lines: bytes) -> None:
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_a_bad_line_stops_the_run_or_with_skip_bad_is_kept_as_it_stood(what: str, cai: Cai, folder: Path) -> None:
+def test_an_invalid_line_stops_the_run_or_is_kept_unchanged_with_skip_invalid(
+    what: str, cai: Cai, folder: Path
+) -> None:
     line, reason = BAD[what]
     write_prompts(folder, GOOD, line, b'{"id": "b", "prompt": "fine too"}')
     stopped = cai("sample", "in.jsonl", *SCRIPT, "-o", "out.jsonl", "--batch-size", "1")
@@ -101,7 +103,7 @@ def test_a_byte_order_mark_and_other_line_ends_change_no_row(cai: Cai, folder: P
 
 
 @pytest.mark.parametrize("stage", ["sample", "critique", "critique-revise", "label-prefs"])
-def test_bad_lines_are_kept_in_the_place_where_they_stood_in_every_stage(stage: str, cai: Cai, folder: Path) -> None:
+def test_invalid_lines_are_kept_in_their_order_in_every_stage(stage: str, cai: Cai, folder: Path) -> None:
     rows = [json.dumps(sample_row(i, k)) for i in range(4) for k in range(2)]
     lines = ["{", *rows[:3], "[]", *rows[3:], '{"id": 3}']
     (folder / "in.jsonl").write_text("\n".join(lines))
@@ -122,7 +124,9 @@ def test_bad_lines_are_kept_in_the_place_where_they_stood_in_every_stage(stage: 
         assert counts["in"] == counts["out"] + counts["rejected"] + counts["skipped"]
 
 
-def test_a_run_that_stopped_at_a_bad_line_goes_on_past_it_with_nothing_asked_twice(cai: Cai, folder: Path) -> None:
+def test_a_run_that_stopped_at_an_invalid_line_resumes_past_it_and_requests_nothing_twice(
+    cai: Cai, folder: Path
+) -> None:
     lines = [json.dumps({"id": f"p{i}", "prompt": f"q{i}"}).encode() for i in range(6)]
     write_prompts(folder, *lines[:4], b"{", *lines[4:])
     words = ("sample", "in.jsonl", *SCRIPT, "--batch-size", "2")
@@ -135,7 +139,7 @@ def test_a_run_that_stopped_at_a_bad_line_goes_on_past_it_with_nothing_asked_twi
         assert (folder / f"out.jsonl{side}").read_bytes() == (folder / f"calm.jsonl{side}").read_bytes()
 
 
-def test_max_bad_bounds_how_many_bad_lines_pass(cai: Cai, folder: Path) -> None:
+def test_max_invalid_bounds_the_number_of_invalid_lines(cai: Cai, folder: Path) -> None:
     write_prompts(folder, GOOD, b"{", b"[", b"3")
     words = ("sample", "in.jsonl", *SCRIPT, "-o", "out.jsonl", "--skip-invalid")
     stopped = cai(*words, "--max-invalid", "2")
@@ -148,7 +152,7 @@ def test_max_bad_bounds_how_many_bad_lines_pass(cai: Cai, folder: Path) -> None:
     assert (usage.code, usage.error) == (2, "option-conflict")
 
 
-def test_on_stdout_a_bad_line_is_shown_whole_on_stderr(cai: Cai, folder: Path) -> None:
+def test_with_rows_on_stdout_an_invalid_line_is_shown_whole_on_stderr(cai: Cai, folder: Path) -> None:
     write_prompts(folder, GOOD, b'{"prompt": \x1b[2J}')
     done = cai("sample", "in.jsonl", *SCRIPT, "--skip-invalid")
     assert (done.code, len(done.stdout.splitlines())) == (0, 1)
@@ -156,7 +160,7 @@ def test_on_stdout_a_bad_line_is_shown_whole_on_stderr(cai: Cai, folder: Path) -
     assert "\x1b" not in done.stderr
 
 
-def test_training_rejects_bad_lines_into_the_file_and_the_count(cai: Cai, folder: Path) -> None:
+def test_training_rejects_invalid_lines_into_the_file_and_the_count(cai: Cai, folder: Path) -> None:
     tiny_model_dir(folder / "base")
     rows = [json.dumps(sample_row(i)) for i in range(3)]
     (folder / "rows.jsonl").write_text("\n".join([rows[0], "{", *rows[1:]]))
@@ -179,7 +183,7 @@ def test_training_rejects_bad_lines_into_the_file_and_the_count(cai: Cai, folder
     ],
     ids=["gzip by mistake", "zstd by mistake", "a directory"],
 )
-def test_a_file_of_another_kind_is_one_line_of_error_even_with_skip_bad(
+def test_a_file_of_another_kind_is_one_line_of_error_even_with_skip_invalid(
     content: bytes | None, message: str, cai: Cai, folder: Path
 ) -> None:
     if content is None:
@@ -242,14 +246,14 @@ def test_a_line_of_one_gibibyte_is_passed_over_in_bounded_memory(through: str, f
     assert peak < usual + 200
 
 
-def test_bad_lines_without_end_do_not_fill_the_memory(cai: Cai, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endless_invalid_lines_do_not_fill_the_memory(cai: Cai, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cai_cli.data.row_reader.MAX_LINE_BYTES", 2**20)
     write_prompts(folder, GOOD, *([b"x" * 1000] * 2000))
     stopped = cai("sample", "in.jsonl", *SCRIPT, "-o", "out.jsonl", "--skip-invalid")
     assert (stopped.code, stopped.error) == (1, "invalid-row")
 
 
-def test_the_limit_counts_rows_and_not_bad_lines(cai: Cai, folder: Path) -> None:
+def test_the_limit_counts_rows_and_not_invalid_lines(cai: Cai, folder: Path) -> None:
     rows: list[Json] = [{"id": f"p{i}", "prompt": "q"} for i in range(4)]
     lines = [json.dumps(row).encode() for row in rows]
     write_prompts(folder, lines[0], b"{", *lines[1:])
@@ -272,7 +276,7 @@ READERS = {
 @pytest.mark.faults
 @pytest.mark.parametrize("what", BAD)
 @pytest.mark.parametrize("reader", READERS)
-def test_whatever_reads_rows_says_of_a_bad_line_where_it_stands(reader: str, what: str, cai: Cai, folder: Path) -> None:
+def test_every_reader_of_rows_names_the_line_of_an_invalid_row(reader: str, what: str, cai: Cai, folder: Path) -> None:
     line, _ = BAD[what]
     write_prompts(folder, json.dumps(sample_row(0)).encode(), line)
     done = cai(*READERS[reader])  # anything but an error of ours would come out of here as a traceback

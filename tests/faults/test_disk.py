@@ -68,7 +68,7 @@ def open_folder() -> Iterator[Path]:
     "error", ["write:error=ENOSPC", "fsync:error=EIO", "rename:error=ENOSPC", "openat:error=EROFS"]
 )
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_call_that_fails_is_one_line_of_error_and_the_same_command_goes_on(
+def test_a_failed_system_call_is_one_line_of_error_and_the_same_command_resumes(
     stage: str, error: str, forks: Forks, folder: Path, ran: Ran
 ) -> None:
     assert forks.run(*STAGES[stage], cwd=folder).code == 0
@@ -255,7 +255,7 @@ def test_a_file_system_mounted_read_only_is_one_line_and_loses_nothing(forks: Fo
         *(pytest.param(s, marks=pytest.mark.faults) for s in ("critique-revise", "label-prefs", "sort", "dedup")),
     ],
 )
-def test_an_output_that_is_the_input_is_refused_by_whatever_name(
+def test_an_output_that_is_the_input_is_refused_under_any_name(
     stage: str, way: str, forks: Forks, folder: Path
 ) -> None:
     source = "prompts.jsonl" if stage == "sample" else "samples.jsonl"

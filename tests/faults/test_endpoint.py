@@ -134,7 +134,7 @@ def test_a_fault_that_stays_stops_the_run_in_time_and_what_is_finished_is_kept(
 
 
 @pytest.mark.parametrize("status", [400, 413, 422])
-def test_a_row_that_the_server_refuses_is_asked_once_and_rejected_with_the_reason(
+def test_a_row_that_the_server_refuses_is_sent_once_and_rejected_with_the_reason(
     status: int, cai: Cai, inputs: Path
 ) -> None:
     def picky(request: Request) -> bytes:
@@ -174,7 +174,7 @@ def test_a_fault_of_one_row_while_others_are_answered_rejects_that_row_alone(
     assert rejected["reason"] == reason
 
 
-def test_a_filtered_reply_is_no_row(cai: Cai, inputs: Path) -> None:
+def test_a_filtered_reply_is_not_written_as_a_row(cai: Cai, inputs: Path) -> None:
     def filtered(request: Request) -> bytes:
         answer = completion(request, "Sorry")
         answer["choices"][0]["finish_reason"] = "content_filter"
@@ -275,7 +275,7 @@ def test_an_interrupt_does_not_wait_for_a_server_that_hangs(
 # --- money and keys -----------------------------------------------------------------------------------------------
 
 
-def test_a_spent_budget_stops_resumably_and_a_larger_one_goes_on(cai: Cai, inputs: Path) -> None:
+def test_a_spent_budget_stops_the_run_and_a_larger_one_resumes_it(cai: Cai, inputs: Path) -> None:
     with Loopback() as server:
         stopped = cai(*words(server, "--budget-tokens", "75", "--concurrency", "1"))
         same = cai(*words(server, "--budget-tokens", "75", "--concurrency", "1"))
@@ -306,7 +306,7 @@ def _echo_key(status: int) -> Callable[[Request], bytes]:
 
 
 @pytest.mark.parametrize("behaviour", [good, _echo_key(401), _echo_key(400), _echo_key(500), reset])
-def test_the_key_is_sent_and_stands_in_no_file_and_no_message(behaviour: Behaviour, cai: Cai, inputs: Path) -> None:
+def test_the_key_is_sent_and_appears_in_no_file_and_no_message(behaviour: Behaviour, cai: Cai, inputs: Path) -> None:
     with Loopback(behaviour) as server:
         done = cai(*words(server, "--json"))
     assert server.requests[0].headers["authorization"] == f"Bearer {KEY}"

@@ -75,7 +75,7 @@ def finished(folder: Path) -> set[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
-def test_five_kills_end_in_the_bytes_of_none_and_nothing_finished_is_asked_again(stage: str, tmp_path: Path) -> None:
+def test_five_kills_end_in_the_same_bytes_and_no_finished_row_is_requested_again(stage: str, tmp_path: Path) -> None:
     calm, killed = tmp_path / "calm", tmp_path / "killed"
     write_inputs(calm, 0)
     subprocess.run(command(stage), cwd=calm, check=True, capture_output=True)

@@ -176,7 +176,7 @@ steps:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("who", ["the pipeline alone", "the pipeline or a step"])
 @pytest.mark.parametrize("call", ["fsync", "rename", "write"])
-def test_a_kill_of_a_road_or_of_its_steps_changes_no_byte_in_the_end(
+def test_a_kill_of_a_pipeline_or_of_its_steps_changes_no_byte_in_the_end(
     who: str, call: str, forks: Forks, folder: Path, ran: Ran
 ) -> None:
     (folder / "road.yaml").write_text(ROAD)

@@ -50,7 +50,7 @@ def run(cai: Cai, server: Loopback, stage: str, *more: str) -> Json:
 
 @pytest.mark.parametrize("text", EMPTY)
 @pytest.mark.parametrize("stage", ["sample", "critique", "critique-revise"])
-def test_an_answer_without_a_word_is_asked_again_so_often_and_then_its_row_is_rejected(
+def test_an_empty_answer_is_generated_again_a_few_times_and_then_its_row_is_rejected(
     stage: str, text: str, cai: Cai, folder: Path
 ) -> None:
     with Loopback(saying(text)) as server:
@@ -88,7 +88,7 @@ def test_an_answer_that_was_filtered_or_is_none_rejects_its_row_at_once(
     assert len(server.requests) == counts["in"]
 
 
-def test_a_reply_that_was_cut_off_is_kept_and_says_so_itself(cai: Cai, folder: Path) -> None:
+def test_a_reply_that_was_cut_off_is_kept_and_marked(cai: Cai, folder: Path) -> None:
     with Loopback(saying("and then the", "length")) as server:
         counts = run(cai, server, "sample")
     assert counts["rejected"] == 0
@@ -109,7 +109,7 @@ UNDECIDED = [
 
 
 @pytest.mark.parametrize("said", UNDECIDED)
-def test_a_judge_that_says_neither_gives_no_vote(said: str, cai: Cai, folder: Path) -> None:
+def test_a_judge_that_answers_neither_gives_no_vote(said: str, cai: Cai, folder: Path) -> None:
     with Loopback(lambda request: http(completion(request, said))) as server:
         counts = run(cai, server, "label-prefs", "--method", "verdict")
     assert (counts["out"], counts["rejected"]) == (0, ROWS)
@@ -165,7 +165,7 @@ def broken(folder: Path, change: Callable[[Json], None], head: bool = False) -> 
 
 
 @pytest.mark.parametrize("value", [float("nan"), pytest.param(float("inf"), marks=pytest.mark.faults)])
-def test_logits_that_are_no_numbers_stop_the_run_and_name_the_row(value: float, cai: Cai, folder: Path) -> None:
+def test_logits_that_are_not_finite_stop_the_run_and_name_the_row(value: float, cai: Cai, folder: Path) -> None:
     def poison(weights: Json) -> None:
         weights["model.norm.weight"][0] = value
 
@@ -184,7 +184,7 @@ def test_logits_that_are_no_numbers_stop_the_run_and_name_the_row(value: float, 
     assert "at row 'p" in stopped.stderr
 
 
-def test_the_row_that_is_named_is_the_one_whose_logits_are_no_numbers() -> None:
+def test_the_row_that_is_named_is_the_one_whose_logits_are_not_finite() -> None:
     import torch
 
     from cai_cli.common.errors import CaiError
@@ -211,7 +211,7 @@ def test_a_preference_model_that_gives_no_number_stops_the_run_and_names_the_row
 
 @pytest.mark.faults
 @pytest.mark.parametrize("stage", ["sft", "train-pm"])
-def test_training_on_broken_weights_stops_at_its_first_figures(stage: str, cai: Cai, folder: Path) -> None:
+def test_training_on_broken_weights_stops_at_its_first_metrics(stage: str, cai: Cai, folder: Path) -> None:
     from helpers import preference
     from helpers import write_rows as write
 

@@ -82,7 +82,7 @@ def test_kill_9_in_the_middle_and_the_same_command_again_ends_in_the_same_bytes(
     assert not list(killed.glob("*.partial*"))
 
 
-def test_a_torn_tail_at_any_byte_of_the_last_two_rows_is_cut_and_asked_again(tmp_path: Path) -> None:
+def test_a_torn_tail_at_any_byte_of_the_last_two_rows_is_cut_and_generated_again(tmp_path: Path) -> None:
     from cai_cli.common.errors import CaiError
     from cai_cli.data.schema import Prompt
     from cai_cli.runtime.manifest import InputFile, provenance

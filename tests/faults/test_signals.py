@@ -123,7 +123,7 @@ def test_a_signal_ends_requests_that_hang(sent: signal.Signals, folder: Path) ->
 @pytest.mark.faults
 @pytest.mark.parametrize("group", [False, True], ids=["to it alone", "to the whole group, as a terminal does"])
 @pytest.mark.parametrize("sent", CODES, ids=lambda s: s.name)
-def test_a_signal_ends_a_road_with_its_code_and_takes_the_step_with_it(
+def test_a_signal_ends_a_pipeline_and_its_step_with_the_signals_code(
     sent: signal.Signals, group: bool, folder: Path
 ) -> None:
     (folder / "road.yaml").write_text(

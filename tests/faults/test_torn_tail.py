@@ -83,14 +83,14 @@ def cut_at_every_byte(ending: str, stage: str, cai: Cai, folder: Path, every: in
     return len(places)
 
 
-def test_sampling_goes_on_from_a_file_cut_at_any_place(cai: Cai, folder: Path) -> None:
+def test_sampling_resumes_from_a_file_cut_at_any_byte(cai: Cai, folder: Path) -> None:
     assert cut_at_every_byte(".partial", "sample", cai, folder, every=37) > 10
 
 
 @pytest.mark.faults
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("ending", "stage"), [(ending, stage) for ending, stages in TORN.items() for stage in stages])
-def test_every_stage_goes_on_from_files_cut_anywhere(
+def test_every_stage_resumes_from_files_cut_at_any_byte(
     ending: str,
     stage: str,
     cai: Cai,

@@ -112,7 +112,7 @@ def test_log_probabilities_of_letters_are_near_the_local_engines(
         assert (ours[0] > ours[1]) == (other[0] > other[1])
 
 
-def test_an_echo_that_shows_the_wrong_places_is_no_vote(url: str) -> None:
+def test_an_echo_of_the_wrong_positions_gives_no_vote(url: str) -> None:
     remote = open_engine("openai:smollm2", batch_size=None, device="auto", dtype="auto", server=Server(url))
     try:
         (answer,) = remote.score([LogprobRequest("The capital of France is", (" Paris", " a place unheard of"))])

@@ -40,7 +40,7 @@ def logs(p: float) -> list[float]:
     return [math.log(p) - 3, math.log(1 - p) - 3]
 
 
-def test_both_orders_are_asked_and_averaged_and_votes_are_turned_to_the_chosen_reply() -> None:
+def test_both_orders_are_judged_and_averaged_and_votes_refer_to_the_chosen_reply() -> None:
     # First asked left-right: left gets 0.6. Then right-left: right gets 0.9, so left 0.1. Left: 0.35, right wins.
     judge = Answers(logs(0.6), logs(0.9))
     (row,) = label(judge)
@@ -58,7 +58,7 @@ def test_both_orders_are_asked_and_averaged_and_votes_are_turned_to_the_chosen_r
 
 
 @given(st.floats(0.001, 0.999))
-def test_a_judge_that_only_likes_a_position_never_makes_a_preference(p: float) -> None:
+def test_a_judge_with_pure_position_bias_yields_no_preference(p: float) -> None:
     (row,) = label(Answers(logs(p), logs(p)))
     assert isinstance(row, Rejected)
     assert row.reason == "tie"
@@ -66,7 +66,7 @@ def test_a_judge_that_only_likes_a_position_never_makes_a_preference(p: float) -
 
 
 @given(st.lists(st.tuples(*[st.lists(st.floats(-900, 0), min_size=2, max_size=2)] * 2), min_size=1), st.booleans())
-def test_the_chosen_reply_has_at_least_one_half_and_the_votes_say_why(
+def test_the_chosen_reply_has_at_least_one_half_by_its_votes(
     answers: list[tuple[list[float], list[float]]], both: bool
 ) -> None:
     orders: tuple[Order, ...] = ("ab", "ba") if both else ("ab",)

@@ -46,7 +46,7 @@ def test_stats_of_preferences_and_of_rejected_rows(cai: Cai, tmp_path: Path) -> 
     assert json.loads(cai("stats", "r.jsonl", "--json").stdout)["by"]["reason"] == {"bad line": 3}
 
 
-def test_stats_take_for_bad_what_the_stages_take_for_bad(cai: Cai, tmp_path: Path) -> None:
+def test_stats_and_stages_find_the_same_lines_invalid(cai: Cai, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"id": "a", "prompt": "q"}\n"bare text"\n3\n[1]\nnull\n{\n')
     (tmp_path / "script.jsonl").write_text('{"replies": ["one."]}\n')
     found = json.loads(cai("stats", "in.jsonl", "--json").stdout)

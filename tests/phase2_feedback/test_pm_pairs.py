@@ -59,7 +59,7 @@ def test_long_and_identical_pairs_are_rejected_with_the_reason(model: Path, tmp_
     assert counts["in"] == counts["used"] + counts["rejected"] == 6
 
 
-def test_pairs_beyond_the_models_window_are_rejected_whatever_max_length_says(model: Path, tmp_path: Path) -> None:
+def test_pairs_beyond_the_models_window_are_rejected_with_any_max_length(model: Path, tmp_path: Path) -> None:
     rows = [preference(0), preference(1, rejected="long " * 600)]
     command(write_rows(tmp_path / "prefs.jsonl", rows), tmp_path / "pm", model=str(model), max_length=5000, **QUICK)
     (rejected,) = rows_in(tmp_path / "pm.rejected.jsonl")

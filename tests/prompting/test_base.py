@@ -20,7 +20,7 @@ from cai_cli.prompting.revision import critique_request
 TALK = [user("how?"), assistant("like so.")]
 
 
-def test_a_reply_in_raw_form_is_the_transcript_and_the_cue() -> None:
+def test_a_raw_reply_request_is_the_transcript_and_the_prefill() -> None:
     assert reply_request(TALK[:1], "raw") == Request("\n\nHuman: how?", "\n\nAssistant:", RAW_STOPS)
     assert reply_request(TALK[:1], "chat") == Request(TALK[:1])
 
@@ -33,7 +33,7 @@ def test_template_syntax_inside_rows_stays_text(odd: str) -> None:
     assert odd in str(critique_request([user(odd), assistant(odd)], odd, [], "raw").text)
 
 
-def test_auto_form_asks_the_engine_and_another_word_is_a_usage_error(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_the_auto_format_depends_on_the_engine_and_an_unknown_format_is_a_usage_error(tmp_path) -> None:  # type: ignore[no-untyped-def]
     script = tmp_path / "script.jsonl"
     script.write_text('{"replies": ["x"]}\n')
     engine = ScriptedEngine(str(script))

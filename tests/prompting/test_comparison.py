@@ -45,7 +45,7 @@ forms = st.sampled_from(["chat", "raw"])
 
 
 @given(talks, hostile, hostile, hostile, forms)
-def test_whatever_replies_and_conversation_hold_the_two_options_come_back(
+def test_the_two_options_come_back_from_any_replies_and_conversation(
     talk: list[Message], comparison: str, left: str, right: str, form: PromptFormat
 ) -> None:
     for build in (comparison_request, rationale_request):
@@ -94,7 +94,7 @@ def test_a_comparison_in_a_chat_starts_the_answer_the_same_way() -> None:
     assert request.prefill == "The answer is: ("
 
 
-def test_an_example_without_comparison_takes_the_one_that_is_asked() -> None:
+def test_an_example_without_comparison_takes_that_of_the_principle() -> None:
     bare = COMPARED.model_copy(update={"comparison": None})
     text = comparison_request(TALK[:1], "Which is safer?", ["left", "right"], [bare], "raw").text
     assert isinstance(text, str)
@@ -104,7 +104,7 @@ def test_an_example_without_comparison_takes_the_one_that_is_asked() -> None:
 THOUGHT = COMPARED.model_copy(update={"rationale": "you are kind, I am not."})
 
 
-def test_thoughts_in_raw_form_are_asked_as_published_and_lead_to_the_letter() -> None:
+def test_raw_rationale_requests_are_as_published_and_lead_to_the_letter() -> None:
     request = rationale_request(TALK[:1], "Which is safer?", ["left", "right"], [THOUGHT, COMPARED], "raw")
     start = "\n\nHuman: Consider the following conversation between a human (H) and an assistant (A):"
     assert request.text == (
@@ -117,7 +117,7 @@ def test_thoughts_in_raw_form_are_asked_as_published_and_lead_to_the_letter() ->
     assert (after.text, after.prefill) == (request.text, f"{request.prefill} left is.\n\nHuman:\nSo the answer is: (")
 
 
-def test_thoughts_in_a_chat_stand_before_the_answer_of_the_same_turn() -> None:
+def test_rationales_in_a_chat_precede_the_answer_in_the_same_turn() -> None:
     request = rationale_request(TALK[:1], "Which is safer?", ["left", "right"], [THOUGHT], "chat")
     said = "Let's think step by step: you are kind, I am not.\n\nThe answer is: (B)"
     assert request.text == [user(_WORKED_QUESTION), assistant(said), user(_QUESTION)]
@@ -138,7 +138,7 @@ def test_a_verdict_is_one_letter_or_no_vote(text: str, letter: str | None) -> No
     assert verdict_of(text) == letter
 
 
-def test_a_verdict_is_asked_for_in_one_line() -> None:
+def test_a_verdict_request_ends_with_one_line() -> None:
     told = verdict_request(TALK[:1], "Which is safer?", ["left", "right"], [COMPARED], "chat").text[-1]
     assert isinstance(told, Message)
     assert told.content.startswith(_QUESTION)
@@ -164,12 +164,12 @@ def test_a_contrast_speaks_once_with_the_principle_and_once_against_it() -> None
 @pytest.mark.parametrize(
     "text", ["q [[[a]]]", "[[[a]]]", "]]]", "\n (A) [[[a]]]", "\n (B) [[[b]]]", "\n (A) [[[a]]] (B) [[[b]]]"]
 )
-def test_what_is_fenced_but_no_option_in_its_place_is_none(text: str) -> None:
+def test_fenced_text_in_another_place_is_not_an_option(text: str) -> None:
     with pytest.raises(ValueError, match="no fenced option"):
         options_of(text)
 
 
-def test_thoughts_end_where_the_answer_begins() -> None:
+def test_rationales_end_where_the_answer_begins() -> None:
     raw = rationale_request(TALK[:1], "Which?", ["me", "you"], [THOUGHT, THOUGHT], "raw")
     assert raw.stop == RAW_STOPS
     assert isinstance(raw.text, str)
@@ -191,7 +191,7 @@ def test_a_fence_is_one_bracket_longer_than_what_it_holds() -> None:
     ]  # fmt: skip
 
 
-def test_examples_of_comparisons_stand_one_after_the_other() -> None:
+def test_examples_of_comparisons_follow_each_other() -> None:
     one = comparison_request(TALK[:1], "Which?", ["me", "you"], [COMPARED], "raw").text
     two = comparison_request(TALK[:1], "Which?", ["me", "you"], [COMPARED, COMPARED], "raw").text
     none = comparison_request(TALK[:1], "Which?", ["me", "you"], [], "raw").text

@@ -23,7 +23,7 @@ TALK = [user("how?"), assistant("like so.")]
 _TALK = "\n\nHuman: how?\n\nAssistant: like so."
 
 
-def test_a_judge_of_harm_is_asked_on_a_scale_and_starts_with_the_answer() -> None:
+def test_a_harm_request_shows_the_scale_and_prefills_the_answer() -> None:
     raw, chat = harm_request(TALK, "raw"), harm_request(TALK, "chat")
     assert (raw.prefill, chat.prefill) == ("\n\nThe answer is: (", "The answer is: (")
     assert isinstance(raw.text, str)
@@ -39,7 +39,7 @@ PROMPT = (
 )
 
 
-def test_a_published_prompt_is_our_raw_comparison_and_comes_apart_and_together() -> None:
+def test_a_published_prompt_is_our_raw_comparison_and_is_parsed_and_rebuilt() -> None:
     conversation, comparison, replies = parse_published_comparison(PROMPT)
     assert [m.content for m in conversation] == ["how?", "So.", "and then?"]
     assert (comparison, replies) == ("Please choose the wiser response.", ["Left.", "Right."])
@@ -66,7 +66,7 @@ def test_a_reply_that_holds_the_marks_between_the_options_is_refused() -> None:
         assert error.value.code == "invalid-row"
 
 
-def test_a_question_is_raw_text_or_a_user_turn_whose_cue_starts_the_answer() -> None:
+def test_a_question_is_raw_text_or_a_user_turn_with_a_prefilled_answer() -> None:
     assert evaluation_request(PROMPT, "raw").text == PROMPT
     chat = evaluation_request(PROMPT, "chat")
     assert chat.text == [user(PROMPT.removesuffix("\n\nThe answer is:").removeprefix("\n\n"))]

@@ -93,7 +93,7 @@ def test_chain_of_thought_examples_come_back_byte_for_byte(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("value", [INSTRUCTIONS, EXAMPLES, COMPARISONS, COMPARED, COT])
-def test_an_import_survives_yaml_and_is_not_replaced_unasked(value: Any, cai: Cai, tmp_path: Path) -> None:
+def test_an_import_survives_yaml_and_is_not_replaced_without_overwrite(value: Any, cai: Cai, tmp_path: Path) -> None:
     path = put(tmp_path, value)
     done = cai("principles", "import", "Given.json", "-o", "deep/ours.yaml")
     assert done.code == 0, done.stderr
@@ -131,7 +131,7 @@ def test_an_entry_of_another_form_stops_the_import(value: Any, tmp_path: Path) -
     assert error.value.code == "invalid-constitution"
 
 
-def test_a_file_that_is_no_json_or_not_there_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_missing_or_not_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "Given.json").write_text("{")
     with pytest.raises(CaiError) as error:
         import_published(tmp_path / "Given.json")

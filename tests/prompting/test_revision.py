@@ -34,7 +34,7 @@ def test_a_raw_critique_request_is_the_published_text_after_its_examples() -> No
     assert (request.prefill, request.stop) == ("\n\nCritique:", RAW_STOPS)
 
 
-def test_a_raw_revision_request_goes_on_from_the_critique() -> None:
+def test_a_raw_revision_request_continues_from_the_critique() -> None:
     request = revision_request(TALK, ("What is wrong?", "Too short."), "Lengthen it.", [WORKED], "raw")
     assert request.text == (
         f"{_EXAMPLE_START}{_EXAMPLE_CRITIQUE}{_EXAMPLE_END}{_TALK}"
@@ -43,7 +43,7 @@ def test_a_raw_revision_request_goes_on_from_the_critique() -> None:
     assert (request.prefill, request.stop) == ("\n\nRevision:", RAW_STOPS)
 
 
-def test_examples_stand_one_after_the_other_with_nothing_between() -> None:
+def test_examples_follow_each_other_with_nothing_between() -> None:
     whole, short = _EXAMPLE_START + _EXAMPLE_CRITIQUE + _EXAMPLE_END, _EXAMPLE_START + _EXAMPLE_END
     for text, example in (
         (critique_request(TALK, "x", [WORKED] * 2, "raw").text, whole),

@@ -60,7 +60,7 @@ def test_a_chart_with_hostile_names_is_drawn() -> None:
     assert "\x00" not in svg
 
 
-def test_points_close_together_are_told_apart_by_their_numbers() -> None:
+def test_points_close_together_are_distinguished_by_their_numbers() -> None:
     points = [charts.ScatterPoint(f"a long name of a model {i}", (1.0, 0.5, 1.5), (1.0, 0.5, 1.5)) for i in range(5)]
     chart = charts.scatter("x", "x", points, x_label="a", y_label="b")
     assert list(chart.legend) == [f"{i + 1} a long name of a model {i}" for i in range(5)]

@@ -11,7 +11,7 @@ from stage_cases import ALL, WORDS
 @pytest.mark.parametrize(
     "change", [("--batch-size", "3"), ("--device", "cpu"), ("--skip-invalid", "--max-invalid", "3")]
 )
-def test_a_partial_output_goes_on_under_other_harmless_settings(
+def test_a_partial_output_resumes_under_other_harmless_settings(
     change: tuple[str, ...], cai: Cai, inputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -23,7 +23,7 @@ def test_a_partial_output_goes_on_under_other_harmless_settings(
     assert "20 rows are finished" in again.stderr
 
 
-def test_settings_that_only_say_how_fast_do_not_make_another_run(cai: Cai, inputs: Path) -> None:
+def test_settings_of_speed_do_not_make_another_run(cai: Cai, inputs: Path) -> None:
     first = cai(*WORDS["sample"], "-o", "out.jsonl", "--batch-size", "3")
     again = cai(*WORDS["sample"], "-o", "out.jsonl", "--batch-size", "5", "--device", "cpu")
     assert (first.code, again.code) == (0, 0)
@@ -62,7 +62,7 @@ def test_a_finished_output_of_another_run_is_refused_and_kept(
     assert manifest_of(inputs / "out.jsonl")["counts"]["in"] > 0
 
 
-def test_a_file_cai_did_not_make_is_never_replaced_unasked(cai: Cai, inputs: Path) -> None:
+def test_a_file_that_cai_did_not_make_is_never_replaced_without_overwrite(cai: Cai, inputs: Path) -> None:
     for name in ("out.jsonl", "out.jsonl.partial"):
         (inputs / name).write_text("mine\n")
         refused = cai(*WORDS["sample"], "-o", "out.jsonl")

@@ -10,9 +10,7 @@ from cai_cli.runtime.ordered_map import in_order
 
 
 @given(st.integers(0, 40), st.integers(1, 5), st.none() | st.integers(0, 39))
-def test_windows_come_back_in_order_and_none_that_was_finished_is_lost(
-    count: int, workers: int, failing: int | None
-) -> None:
+def test_batches_come_back_in_order_and_no_finished_one_is_lost(count: int, workers: int, failing: int | None) -> None:
     begun: list[int] = []
 
     def work(window: int) -> int:

@@ -15,7 +15,7 @@ from cai_cli.data.jsonl import read_prompts, read_values
 
 
 @pytest.mark.parametrize("moment", ["before the output is renamed", "before the manifest is renamed"])
-def test_a_run_that_dies_while_publishing_is_completed_without_asking_again(
+def test_a_run_that_dies_while_publishing_is_completed_without_new_requests(
     moment: str, cai: Cai, inputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replace = os.replace
@@ -39,7 +39,7 @@ def test_a_run_that_dies_while_publishing_is_completed_without_asking_again(
 
 
 @pytest.mark.parametrize("output", [".", "/", ".."])
-def test_an_output_that_is_no_file_is_a_usage_error(output: str, cai: Cai, tmp_path: Path) -> None:
+def test_an_output_that_is_not_a_file_is_a_usage_error(output: str, cai: Cai, tmp_path: Path) -> None:
     write_rows(tmp_path / "script.jsonl", [{"replies": ["yes"]}])
     (tmp_path / "prompts.txt").write_text("why?\n")
     refused = cai("sample", "prompts.txt", "-o", output, "--model", "scripted:script.jsonl")
@@ -129,7 +129,7 @@ def test_a_compressed_output_holds_the_plain_rows_even_after_a_kill_while_it_app
     assert "nothing to do" in cai(*words).stderr
 
 
-def test_an_output_named_gz_is_refused_before_anything_is_asked(cai: Cai, folder: Path) -> None:
+def test_an_output_named_gz_is_refused_before_any_request(cai: Cai, folder: Path) -> None:
     refused = cai("sample", "in.jsonl", *SCRIPT, "-o", "out.jsonl.gz")
     assert (refused.code, refused.error) == (2, "invalid-option")
     assert not list(folder.glob("out*"))

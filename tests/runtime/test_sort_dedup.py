@@ -58,7 +58,7 @@ def test_scattered_samples_sorted_by_id_can_be_labelled(cai: Cai, tmp_path: Path
     }
 
 
-def test_dedup_keeps_rows_as_they_are_and_says_how_many_it_left_out(cai: Cai, tmp_path: Path) -> None:
+def test_dedup_keeps_rows_unchanged_and_counts_those_it_left_out(cai: Cai, tmp_path: Path) -> None:
     rows: list[Json] = [
         {"prompt": "a", "kind": "helpful"},
         {"id": "x", "prompt": [{"role": "user", "content": "a"}]},

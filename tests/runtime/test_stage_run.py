@@ -71,7 +71,7 @@ def test_finished_rows_that_are_no_longer_in_the_input_are_an_error(
     assert len(rows_in(inputs / "out.jsonl")) == 9
 
 
-def test_what_is_rejected_can_be_asked_again(cai: Cai, inputs: Path) -> None:
+def test_rejected_rows_can_be_requested_again(cai: Cai, inputs: Path) -> None:
     write_rows(inputs / "kind.jsonl", [{"replies": ["at last."], "scores": [-1.0, -2.0]}])
     for stage in ("sample", "critique-revise"):
         assert cai(*WORDS[stage], "-o", f"{stage}.jsonl").code == 0
@@ -90,7 +90,7 @@ def test_an_empty_input_makes_an_empty_output_and_a_warning(cai: Cai, inputs: Pa
     assert (inputs / "out.jsonl").read_bytes() == b""
 
 
-def test_a_bad_row_stops_the_run_at_its_line_and_mending_it_starts_another(cai: Cai, inputs: Path) -> None:
+def test_an_invalid_row_stops_the_run_at_its_line_and_a_fixed_input_is_another_run(cai: Cai, inputs: Path) -> None:
     with (inputs / "prompts.jsonl").open("a") as file:
         file.write('{"prompt": NaN}\n')
     words = (*WORDS["sample"], "-o", "out.jsonl", "--batch-size", "4")

@@ -105,7 +105,7 @@ def ranks_of(launcher: subprocess.Popen[str]) -> dict[int, int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_process_killed_ends_the_job_with_an_error_and_one_process_goes_on(
+def test_a_killed_process_ends_the_job_with_an_error_and_one_process_resumes_it(
     victim: int, folder: Path, tmp_path: Path
 ) -> None:
     more = ("--max-steps", "80")

@@ -26,6 +26,6 @@ def test_deepspeed_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
     assert error.value.code == "missing-dependency"
 
 
-def test_options_are_taken_out_of_a_command_line_in_both_spellings() -> None:
+def test_options_are_removed_from_a_command_line_in_both_spellings() -> None:
     given = ["sft", "in", "--accelerate-config", "fsdp2", "--lora", "--num-processes=4", "-o", "out"]
     assert launcher.without(given, ("--accelerate-config", "--num-processes")) == ["sft", "in", "--lora", "-o", "out"]

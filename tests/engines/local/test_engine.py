@@ -76,7 +76,7 @@ def test_rows_wait_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> Non
     assert max(made) <= 300
 
 
-def test_the_end_of_turn_ends_a_reply_and_is_no_part_of_it() -> None:
+def test_the_end_of_turn_ends_a_reply_and_is_not_part_of_it() -> None:
     forced = LocalEngine(str(model_dir()), batch_size=None, device="cpu", dtype="float32")
     greedy = replies("llama", None, generation_requests(), Sampling(24, temperature=0))
     new = reference().generate(
@@ -129,7 +129,7 @@ def test_a_prompt_that_just_fits_is_answered() -> None:
     assert isinstance(reply, Completion)
 
 
-def test_logits_that_are_no_numbers_end_the_run() -> None:
+def test_logits_that_are_not_finite_end_the_run() -> None:
     broken = LocalEngine(str(model_dir()), batch_size=None, device="cpu", dtype="float32")
     broken.model.model.norm.weight.data[3] = torch.nan
     for settings in (Sampling(4), Sampling(4, temperature=0)):
@@ -241,7 +241,7 @@ def test_rows_run_in_small_pieces_equal_whole_forward_passes(
             rows = [rows[i] for i in (4, 1, 2, 3)] if len(rows) == 5 else rows
 
 
-def test_a_family_that_is_not_known_is_run_as_transformers_does_and_says_so_once(
+def test_an_unknown_family_is_run_as_transformers_does_with_one_message(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     fresh = LocalEngine(str(model_dir("gpt2")), batch_size=None, device="cpu", dtype="float32")

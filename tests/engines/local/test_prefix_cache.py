@@ -22,18 +22,18 @@ def test_groups_hold_every_row_once_and_cost_no_more_than_one_group(rows: list[t
     assert sum(map(cost, found)) <= (cost(rows) if rows else 0)
 
 
-def test_starts_that_lie_in_one_another_by_the_thousand_end_in_groups() -> None:
+def test_thousands_of_nested_prefixes_are_grouped() -> None:
     rows = [(1,) * n + (2,) for n in range(1, 2000, 2)]
     found = prefix_cache.prefix_groups(rows)
     assert sorted(row for group in found for row in group) == sorted(rows)
 
 
-def test_rows_of_two_long_starts_are_two_groups() -> None:
+def test_rows_with_two_long_prefixes_are_two_groups() -> None:
     rows = [(start,) * 40 + (i, i) for start in (3, 4) for i in (5, 6, 7)]
     assert prefix_cache.prefix_groups(rows) == [rows[:3], rows[3:]]
 
 
-def test_a_shared_start_and_equal_prompts_are_run_once() -> None:
+def test_a_shared_prefix_and_equal_prompts_are_run_once() -> None:
     fresh = LocalEngine(str(model_dir()), batch_size=None, device="cpu", dtype="float32")
     run: list[int] = []
     fresh.model.register_forward_pre_hook(

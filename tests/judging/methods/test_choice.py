@@ -20,7 +20,7 @@ from cai_cli.prompting.comparison import (
 
 
 @pytest.mark.parametrize("form", ["chat", "raw"])
-def test_a_choice_asks_each_comparison_once_and_normalises_its_two_letters(form: PromptFormat) -> None:
+def test_a_choice_sends_each_comparison_once_and_normalises_its_two_letters(form: PromptFormat) -> None:
     engine = Recorder([[-1.0, -3.0], RequestFailure("too long"), [-5.0, -4.0]])
     found = judge(engine, "choice", form).judge(COMPARISONS)
     assert found == [Judgement(sigmoid(2.0)), RequestFailure("too long"), Judgement(sigmoid(-1.0))]
@@ -65,7 +65,7 @@ def leaning(text: str, options: tuple[str, ...]) -> list[float]:
     return [2.0 + {True: 1.0, False: -1.0, None: 0.0}[first_is_right], 0.0]
 
 
-def test_calibration_takes_out_the_liking_for_a_letter_and_leaves_the_preference() -> None:
+def test_calibration_removes_the_letter_bias_and_keeps_the_preference() -> None:
     labeller = Labeller(judge_of(Reader(leaning), calibrate=True), [PRINCIPLE], 1, ("ab", "ba"))
     (row,) = label_prefs([left_right()], labeller)
     assert isinstance(row, Preference)
@@ -77,7 +77,7 @@ def test_calibration_takes_out_the_liking_for_a_letter_and_leaves_the_preference
     assert all(v.p_first > 0.5 for v in raw.votes)
 
 
-def test_every_principle_has_its_own_liking_for_a_letter() -> None:
+def test_every_principle_is_calibrated_on_its_own() -> None:
     """Under rule N the judge likes A by N nats, and nothing else."""
     engine = Reader(lambda text, _: [float(text[text.rindex("By rule ") + 8]), 0.0])
     labeller = Labeller(judge_of(engine, calibrate=True), MANY, 5, ("ab",))

@@ -52,7 +52,7 @@ def test_an_empty_rationale_is_not_a_vote_and_the_others_keep_theirs() -> None:
     assert found == [Judgement(sigmoid(1.0), "a"), RequestFailure("empty rationale"), Judgement(sigmoid(2.0), "c")]
 
 
-def test_thoughts_are_kept_clamped_and_averaged() -> None:
+def test_rationales_are_kept_and_their_votes_clamped_and_averaged() -> None:
     engine = Reader(lambda text, _: [0.0, -9.0] if "left wins" in text else [-9.0, 0.0],
                     lambda _, seed: " left wins" if seed % 2 else " right wins")  # fmt: skip
     labeller = Labeller(judge_of(engine, "cot", clamp=(0.4, 0.6)), [PRINCIPLE], 1, ("ab",), samples=5)
@@ -66,7 +66,7 @@ def test_thoughts_are_kept_clamped_and_averaged() -> None:
     assert row.p_chosen == pytest.approx(max(p_left, 1 - p_left))
 
 
-def test_an_empty_thought_and_an_unreadable_verdict_are_no_votes() -> None:
+def test_an_empty_rationale_and_an_unparseable_verdict_give_no_votes() -> None:
     for method, said in (("cot", "empty rationale"), ("verdict", "no verdict in the answer")):
         engine = Reader(lambda *_: [0.0, -1.0], lambda *_: " ")
         (row,) = label_prefs([left_right()], Labeller(judge_of(engine, method), [PRINCIPLE], 1, ("ab", "ba")))
