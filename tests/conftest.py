@@ -20,7 +20,7 @@ Ran = Callable[[str], None]
 
 @pytest.fixture
 def ran(record_property: Callable[[str, object], None]) -> Ran:
-    """`ran("72 kills")`: what a test of faults was put to, told at the end of the run."""
+    """`ran("72 kills")`: the extent of a fault test, printed at the end of the run."""
     return lambda text: record_property("ran", text)
 
 
@@ -32,7 +32,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """The last line of every run says what `make faults` promises: N passed, N failed."""
+    """Print the last line that `make faults` promises: N passed, N failed."""
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     if reporter and not hasattr(config, "workerinput"):
         count = {name: len(reporter.stats.get(name, ())) for name in ("passed", "failed", "error")}
@@ -41,7 +41,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @dataclass(frozen=True)
 class Done:
-    """What a command did. `error`: the code of the error that ended it, None where there was none."""
+    """The result of a command. `error` is the code of the error that ended it, or None."""
 
     code: int
     stdout: str
@@ -63,14 +63,14 @@ def cai(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     errors: list[str] = []
     run = app._run
 
-    def watched() -> Any:
+    def recorded() -> Any:
         try:
             return run()
         except CaiError as error:
             errors.append(error.code)
             raise
 
-    monkeypatch.setattr(app, "_run", watched)
+    monkeypatch.setattr(app, "_run", recorded)
 
     def call(*words: str, stdin: bytes = b"") -> Done:
         errors.clear()

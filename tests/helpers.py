@@ -1,4 +1,4 @@
-"""Rows, models and interruptions: what the tests of several modules share."""
+"""Rows, models and interruptions for the tests of several modules."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,12 +21,12 @@ Json = dict[str, Any]
 
 
 class Died(BaseException):
-    """Caught by nothing: the process is as good as killed."""
+    """Raised to end a run as a kill would: nothing catches it."""
 
 
 @contextmanager
 def death_after(calls: int) -> Iterator[None]:
-    """What runs within dies after so many calls of the scripted engine, and must."""
+    """Raise `Died` in the block after this number of calls of the scripted engine, and expect it."""
     left = iter(range(calls))
     generate, score = ScriptedEngine.generate, ScriptedEngine.option_logprobs
 
@@ -133,12 +133,12 @@ def largest_difference(one: Path, other: Path) -> float:
 
 
 class Interrupted(BaseException):
-    """Stands for the kill."""
+    """Raised to end a training run as a kill would."""
 
 
 @contextmanager
 def interrupted_after(step: int) -> Iterator[None]:
-    """The run inside stops as by a kill when `step` is logged, before its metrics row is written."""
+    """End the run in the block when `step` is logged, before its metrics row is written, as a kill would."""
     put: Callable[..., None] = Metrics.put
 
     def dying_put(self: Metrics, at: int, values: Any) -> None:

@@ -30,7 +30,7 @@ class Request:
 
     @property
     def asked(self) -> str:
-        """The last thing said in the prompt."""
+        """The last message of the prompt."""
         return str(self.body["messages"][-1]["content"] if "messages" in self.body else self.body["prompt"])
 
 
@@ -91,7 +91,7 @@ def cut(request: Request) -> bytes:
 
 @dataclass
 class Loopback:
-    """Answers each request on its own connection with `behaviour`; keeps what it was asked."""
+    """Answers each request on its own connection with `behaviour`; keeps the requests."""
 
     behaviour: Behaviour = good
     port: int = 0

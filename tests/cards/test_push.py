@@ -13,7 +13,7 @@ from cai_cli.common.errors import CaiError
 
 
 class Hub:
-    """Stands for HfApi: remembers what it was asked."""
+    """A stand-in for HfApi that records its calls."""
 
     def __init__(self, private: bool | None = None, error: Exception | None = None) -> None:
         self.existing, self.error = private, error

@@ -1,4 +1,4 @@
-"""Which principles stand behind rows and models, and that cards name them."""
+"""Which principles were drawn for rows and models, and that cards name them."""
 
 import json
 from collections import Counter

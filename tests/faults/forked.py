@@ -123,7 +123,7 @@ def held(folder: Path) -> bool:
 
 
 def files_of(folder: Path, pattern: str = "out.jsonl*") -> dict[str, Any]:
-    """Name -> bytes of an output and all that stands beside it; of manifests what decides and counts, not when."""
+    """Name -> bytes of an output and its sidecars; of manifests the provenance and counts, without times."""
     return {path.name: _content(path) for path in sorted(folder.glob(pattern)) if path.is_file()}
 
 

@@ -111,6 +111,7 @@ def test_a_run_that_would_make_other_rows_is_refused_with_the_difference(
 def test_all_differences_are_named_at_once(cai: Cai, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun("sample", True, cai, monkeypatch)
     refused = cai(*STAGES["sample"], "--seed", "7", "--top-p", "0.5", "--model", "scripted:other.jsonl")
+    assert refused.error == "other-run"
     for named in ("settings.seed", "settings.top_p", "model.fingerprint"):
         assert named in refused.stderr
 

@@ -129,7 +129,7 @@ def test_a_small_file_system_that_fills_up_stops_the_run_resumably(forks: Forks,
             filler.unlink()
             if failed.code:
                 stopped += 1
-                # stderr stands on the same disk: it may be cut, but holds no traceback.
+                # stderr is on the same disk: it may be cut, but holds no traceback.
                 assert failed.code == 1
                 assert "Traceback" not in failed.stderr
                 assert not (disk / "out.jsonl").exists()

@@ -1,4 +1,4 @@
-"""SIGKILL again and again: the bytes in the end are those of a run left alone, and nothing finished is asked twice."""
+"""After repeated SIGKILLs the output has the bytes of an undisturbed run, and no finished row is requested twice."""
 
 import json
 import random
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-# The real command line; every text the scripted engine is asked leaves the number of its row in a log.
+# The real command line; every request to the scripted engine logs the number of its row.
 LOGGED = r"""
 import os, re
 from cai_cli.cli.app import main

@@ -75,7 +75,7 @@ def prepare(forks: Forks, folder: Path) -> None:
 
 
 def before(stage: str, forks: Forks, folder: Path) -> None:
-    """What stands in the folder when the run begins."""
+    """Prepare the folder for a run."""
     clear(folder)
     if stage == "overwritten":
         assert forks.run(*STAGES["sample"], "-o", "out.jsonl", cwd=folder).code == 0
@@ -162,8 +162,8 @@ def test_a_hundred_kills_at_random_moments_change_no_byte_in_the_end(forks: Fork
     ran(f"random moments: {landed} of 100 kills before the end")
 
 
-ROAD = """\
-name: road
+PIPELINE = """\
+name: pipeline
 model: scripted:script.jsonl
 steps:
   samples: {command: sample, input: prompts.jsonl, n: 2, batch-size: 3, skip-invalid: true}
@@ -179,22 +179,22 @@ steps:
 def test_a_kill_of_a_pipeline_or_of_its_steps_changes_no_byte_in_the_end(
     who: str, call: str, forks: Forks, folder: Path, ran: Ran
 ) -> None:
-    (folder / "road.yaml").write_text(ROAD)
-    road = ("run", "road.yaml", "--out", "out")
+    (folder / "pipeline.yaml").write_text(PIPELINE)
+    pipeline = ("run", "pipeline.yaml", "--out", "out")
 
     def results() -> Json:
         return {k: v for k, v in files_of(folder / "out", "*").items() if k not in ("run.json", "report.html")}
 
-    assert forks.run(*road, cwd=folder).code == 0
+    assert forks.run(*pipeline, cwd=folder).code == 0
     calm, kills = results(), 0
     for kills in range(60):
         clear(folder, "out")
         inject = f"{call}:signal=SIGKILL:when={1 + kills * (3 if call == 'write' else 1)}"
-        killed = forks.run_injected(*road, cwd=folder, inject=inject, children=who != "the pipeline alone")
+        killed = forks.run_injected(*pipeline, cwd=folder, inject=inject, children=who != "the pipeline alone")
         if killed.code == 0:
             break
         until(lambda: not held(folder / "out"))
-        again = forks.run(*road, cwd=folder)
+        again = forks.run(*pipeline, cwd=folder)
         assert again.code == 0, again
         assert results() == calm, kills
         state = json.loads((folder / "out/run.json").read_bytes())["steps"]

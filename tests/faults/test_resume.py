@@ -25,7 +25,7 @@ def write_inputs(folder: Path, seconds: float) -> None:
     script = [
         {"contains": "question 7", "replies": ["   "], "seconds": seconds},
         {"contains": "question 9", "replies": [""], "scores": None, "seconds": seconds},
-        # A judge that likes reply 0 wherever it stands; one that likes a position gives ties only.
+        # A judge that prefers reply 0 in either position; one with position bias gives ties only.
         {"contains": "(A) [[[reply 0", "scores": [-0.2, -1.7], "seconds": seconds},
         {"replies": [f"answer number {i}." for i in range(7)], "scores": [-1.7, -0.2], "seconds": seconds},
     ]

@@ -126,11 +126,11 @@ def test_a_signal_ends_requests_that_hang(sent: signal.Signals, folder: Path) ->
 def test_a_signal_ends_a_pipeline_and_its_step_with_the_signals_code(
     sent: signal.Signals, group: bool, folder: Path
 ) -> None:
-    (folder / "road.yaml").write_text(
-        "name: road\nmodel: scripted:script.jsonl\n"
+    (folder / "pipeline.yaml").write_text(
+        "name: pipeline\nmodel: scripted:script.jsonl\n"
         "steps:\n  samples: {command: sample, input: prompts.jsonl, n: 4, batch-size: 2}\n"
     )
-    child = start("run", "road.yaml", "--out", "out", cwd=folder)
+    child = start("run", "pipeline.yaml", "--out", "out", cwd=folder)
     until(lambda: holds_rows(folder / "out/samples.jsonl.partial"))
     (os.killpg if group else os.kill)(child.pid, sent)
     _, stderr = child.communicate(timeout=10)

@@ -56,7 +56,7 @@ def cut_at_every_byte(ending: str, stage: str, cai: Cai, folder: Path, every: in
     assert cai(*words).code == 0
     calm = files_of(folder)
     clear(folder)
-    # As late as can be, so that two rows at least stand in the file that is torn.
+    # As late as possible, so that the torn file holds at least two rows.
     calls = 30
     while True:
         clear(folder)

@@ -1,4 +1,4 @@
-"""Ids that stand twice, and inputs that are not what they were when the run began: noticed, or of no consequence."""
+"""Repeated ids, and inputs that changed after the run began, are noticed or make no difference."""
 
 import json
 import random

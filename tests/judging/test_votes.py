@@ -41,7 +41,7 @@ def logs(p: float) -> list[float]:
 
 
 def test_both_orders_are_judged_and_averaged_and_votes_refer_to_the_chosen_reply() -> None:
-    # First asked left-right: left gets 0.6. Then right-left: right gets 0.9, so left 0.1. Left: 0.35, right wins.
+    # In order left-right: left gets 0.6. Then right-left: right gets 0.9, so left 0.1. Left: 0.35, right wins.
     judge = Answers(logs(0.6), logs(0.9))
     (row,) = label(judge)
     assert isinstance(row, Preference)
@@ -102,7 +102,7 @@ def test_a_nan_log_probability_is_not_a_vote() -> None:
 
 
 def by_rule(text: str, _: Any) -> list[float] | RequestFailure:
-    """Rule 0 and 1 like `left`, the others `right`; rule 4 answers only when `left` stands first."""
+    """Rule 0 and 1 like `left`, the others `right`; rule 4 answers only when `left` comes first."""
     rule = int(text[text.rindex("By rule ") + 8])
     left_first = text.rindex("[[[left]]]") < text.rindex("[[[right]]]")
     if rule == 4 and not left_first:

@@ -100,7 +100,7 @@ def test_a_change_is_tested_on_paired_replies() -> None:
 
 
 def test_a_monitor_without_scores_does_not_select_a_check() -> None:
-    # What the start model's replies are given (as good as themselves) was said by nobody.
+    # No monitor scored the start model's replies; they count as equal to themselves.
     silent = run(3, lambda k, i, rng: {"monitor_score": None if k else 0.5})
     assert best_check(silent) == len(silent) - 1
     mostly = run(3, lambda k, i, rng: {"monitor_score": None if k and i % 3 else 0.5 - 0.1 * k})

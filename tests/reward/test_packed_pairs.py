@@ -27,7 +27,7 @@ def alone(model, ids: list[int]) -> float:
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(st.lists(st.integers(0, 400), max_size=30), IDS, IDS), min_size=1, max_size=4))
 def test_packed_pairs_score_as_their_conversations_alone(model, parts) -> None:
-    # id 0 is the padding token, behind which the library reads no score: it may stand anywhere, at the end too
+    # id 0 is the padding token, behind which the library reads no score: it may occur anywhere, also at the end
     pairs = [([1, *prompt, *a], [1, *prompt, *b]) for prompt, a, b in parts]
     assert take_packed_pairs(model, pairs[0])
     first, second = score_pairs(model, pairs, batch_size=3)

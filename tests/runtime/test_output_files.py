@@ -94,7 +94,7 @@ def test_a_compressed_file_that_was_cut_is_an_error_and_not_fewer_rows(ending: s
         list(read_prompts(str(folder / f"cut.jsonl{ending}")))
     assert error.value.code == "cannot-read"
     refused = cai("sample", f"cut.jsonl{ending}", *SCRIPT, "-o", "out.jsonl", "--skip-invalid")
-    assert refused.code == 1
+    assert (refused.code, refused.error) == (1, "cannot-read")
     assert not (folder / "out.jsonl").exists()
 
 

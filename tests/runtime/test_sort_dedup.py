@@ -44,13 +44,13 @@ def test_scattered_samples_sorted_by_id_can_be_labelled(cai: Cai, tmp_path: Path
     write_rows(tmp_path / "in.jsonl", samples)
     write_rows(tmp_path / "script.jsonl", [{"scores": [-0.1, -3.0]}])
     label = ("label-prefs", "--model", "scripted:script.jsonl", "--one-order", "-o", "prefs.jsonl")
-    assert "sort by id" in cai(*label, "in.jsonl").stderr
+    assert cai(*label, "in.jsonl").error == "rows-out-of-order"
     done = cai("sort", "in.jsonl", "-o", "sorted.jsonl", "--json")
     assert json.loads(done.stdout)["out"] == 24
     assert sorted(map(str, rows_in(tmp_path / "sorted.jsonl"))) == sorted(map(str, samples))
     assert cai(*label, "sorted.jsonl", "--overwrite").code == 0
     assert "nothing to do" in cai("sort", "in.jsonl", "-o", "sorted.jsonl").stderr
-    assert "settings.by: id -> length" in cai("sort", "in.jsonl", "-o", "sorted.jsonl", "--by", "length").stderr
+    assert cai("sort", "in.jsonl", "-o", "sorted.jsonl", "--by", "length").error == "other-run"
     assert {p.name for p in tmp_path.glob("sorted*")} <= {
         "sorted.jsonl",
         "sorted.jsonl.manifest.json",
