@@ -8,7 +8,7 @@ import typer
 from cai_cli.cli import options
 from cai_cli.metrics.dataset_stats import print_stats
 from cai_cli.runtime.merge import merge_shards
-from cai_cli.runtime.sort_dedup import By, dedup_file, sort_file
+from cai_cli.runtime.sort_dedup import SortBy, dedup_file, sort_file
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="Output JSONL file.", show_default=False)]
 
@@ -47,8 +47,8 @@ def sort_command(
     input: options.Input,
     output: Output,
     by: Annotated[
-        By, typer.Option(help="Sort by id, which groups the rows of a prompt, or by length in characters.")
-    ] = By.id,
+        SortBy, typer.Option(help="Sort by id, which groups the rows of a prompt, or by length in characters.")
+    ] = SortBy.id,
     overwrite: options.Overwrite = False,
     json: options.Json = False,
     quiet: options.Quiet = False,

@@ -8,7 +8,7 @@ from cai_cli.common import console
 from cai_cli.common.errors import CaiError, RowError
 from cai_cli.common.seeds import seed_for
 from cai_cli.data.schema import Prompt, conversation_id, reject
-from cai_cli.data.splits import apart
+from cai_cli.data.splits import pick_keys
 from cai_cli.engines.tokenization import encode_chat
 from cai_cli.models.loading import tokenizer_and_window
 from cai_cli.prompting.base import assistant
@@ -78,6 +78,6 @@ def hold_out(prompts: Sequence[Prompt], count: int, seed: int) -> tuple[list[Pro
         count = len(prompts) // 2
         console.say(f"rl: {count:,} prompts are held out, half of all prompts, which is fewer than --held-out")
     keys = [conversation_id(prompt.prompt) for prompt in prompts]
-    held = apart(keys, count, seed)
+    held = pick_keys(keys, count, seed)
     train = [prompt for prompt, key in zip(prompts, keys, strict=True) if key not in held]
     return train, [prompt for prompt, key in zip(prompts, keys, strict=True) if key in held]

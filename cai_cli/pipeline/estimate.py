@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 
 from cai_cli.common import console
-from cai_cli.data.jsonl import read_prompts, stop
+from cai_cli.data.jsonl import raise_invalid, read_prompts
 from cai_cli.data.transcripts import render_transcript
 from cai_cli.pipeline.plan import Step
 from cai_cli.pipeline.sweep import split_name
@@ -98,7 +98,7 @@ def _file(source: str, flows: Mapping[str, RowFlow]) -> str:
 
 
 def _flow_of_file(source: str, skip_invalid: bool) -> RowFlow:
-    prompts = read_prompts(source, on_invalid=(lambda _error, _raw: None) if skip_invalid else stop)
+    prompts = read_prompts(source, on_invalid=(lambda _error, _raw: None) if skip_invalid else raise_invalid)
     lengths = [len(render_transcript(p.prompt)) / CHARACTERS_PER_TOKEN for _, p in prompts]
     return RowFlow(len(lengths), 1, sum(lengths) / max(1, len(lengths)), 0.0)
 

@@ -106,7 +106,7 @@ def test_a_shard_without_rows_is_a_shard(cai: Cai, inputs: Path) -> None:
 def test_a_missing_a_doubled_and_a_foreign_shard_are_refused_by_name(cai: Cai, inputs: Path) -> None:
     names = run_shards(cai, WORDS["sample"], 4)
     missing = cai("merge", names[0], names[2], "-o", "m.jsonl")
-    assert (missing.code, "of 4 shards 2 are missing: 2/4, 4/4" in missing.stderr) == (1, True)
+    assert (missing.code, "2 of 4 shards are missing: 2/4, 4/4" in missing.stderr) == (1, True)
     (inputs / "copy.jsonl").write_bytes((inputs / names[1]).read_bytes())
     for side in ("manifest.json", "units.jsonl"):
         (inputs / f"copy.jsonl.{side}").write_bytes((inputs / f"{names[1]}.{side}").read_bytes())
