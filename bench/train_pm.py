@@ -17,7 +17,7 @@ from typing import Any
 from cai_cli.models.loading import load_reward_model, load_tokenizer
 from cai_cli.models.names import resolve
 from cai_cli.phase2_feedback.pm_trainer import soft_reward_trainer
-from cai_cli.reward.packed_pairs import score_pairs, take_packed_pairs
+from cai_cli.reward.packed_pairs import enable_packed_pairs, score_pairs
 from cai_cli.reward.preference_model import score_ids
 from cai_cli.training.config import TrainingConfig
 from cai_cli.training.loop import without_printer
@@ -66,7 +66,7 @@ def main() -> None:
             ours, config = side == "ours", RewardConfig(**training.arguments(Path(folder)), max_length=None)
             if ours:
                 ids = [(row["chosen_ids"], row["rejected_ids"]) for row in rows[:4]]
-                assert take_packed_pairs(model, ids[0])
+                assert enable_packed_pairs(model, ids[0])
                 plain = score_ids(model, tokenizer, [pair[0] for pair in ids], 4)
                 gaps = [abs(a - b) for a, b in zip(score_pairs(model, ids, 4)[0], plain, strict=True)]
             trainer_class = soft_reward_trainer(share_prompts=True) if ours else RewardTrainer

@@ -38,7 +38,7 @@ def merge_command(
     """Merge the shards of one run.
 
     SHARD...: outputs of the same command with --shard 1/N to N/N. Rows, rejected rows, counts and provenance equal
-    those of a run without --shard, byte for byte. A missing shard, or one of another run, is refused by name.
+    those of a run without --shard, byte for byte. A missing shard, or a shard of another run, is an error.
     """
     merge_shards(shards, output, overwrite=overwrite, as_json=json)
 
@@ -69,7 +69,7 @@ def dedup_command(
 ) -> None:
     """Keep the first row of each prompt.
 
-    INPUT: JSONL rows with prompts in any form that `cai sample` takes. The first row of each prompt is written
+    INPUT: JSONL rows with prompts in any format that `cai sample` takes. The first row of each prompt is written
     unchanged. The file is never loaded as a whole.
     """
     dedup_file(input, output, overwrite=overwrite, as_json=json)

@@ -1,4 +1,4 @@
-"""The prompts of `cai rl` (paper section 4.2): which fit, which are held out for the monitors, and their order."""
+"""The prompts of `cai rl` (paper section 4.2): which fit, which are held out for the checks, and their order."""
 
 import random
 from collections.abc import Sequence
@@ -39,13 +39,13 @@ def fitting_prompts(
     """
     fitting, known = [], set()
     tokenizer, window = tokenizer_and_window(policy)
-    judges = [tokenizer_and_window(path) for path in preference_models]
+    scorers = [tokenizer_and_window(path) for path in preference_models]
     for prompt in prompts:
         try:
             room = window - len(encode_chat(tokenizer, prompt.prompt, add_generation_prompt=True))
-            for judge_tokenizer, judge_window in judges:
-                judged = encode_conversation(judge_tokenizer, [*prompt.prompt, assistant("")])
-                room = min(room, judge_window - len(judged))
+            for scorer_tokenizer, scorer_window in scorers:
+                encoded = encode_conversation(scorer_tokenizer, [*prompt.prompt, assistant("")])
+                room = min(room, scorer_window - len(encoded))
         except RowError as error:
             counts.reject(reject(prompt.key, error.message, prompt))
             continue

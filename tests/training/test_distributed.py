@@ -223,6 +223,6 @@ def test_options_that_need_whole_weights_are_refused_with_sharded_weights(
 
 
 def test_a_single_process_is_the_leader() -> None:
-    assert (distributed.rank(), distributed.world_size(), distributed.leads()) == (0, 1, True)
-    assert distributed.from_leader(lambda: 7) == 7
+    assert (distributed.rank(), distributed.world_size(), distributed.is_rank_zero()) == (0, 1, True)
+    assert distributed.from_rank_zero(lambda: 7) == 7
     assert distributed.gathered([1, 2]) == [1, 2]
