@@ -1,11 +1,11 @@
-"""Tokens a second: 64 replies of at most 128 tokens at temperature 1 to conversations like those of HH-RLHF, ours
-against `model.generate` of transformers at its best batch size (left-padded, rows of like length together).
+"""Measures generation: 64 replies of at most 128 tokens at temperature 1 to conversations like those of HH-RLHF.
 
     python bench/generate.py [--model smollm2-135m] [--rows 64] [--new-tokens 128] [--repeats 3] [--batches 8 16 32 64]
 
-First each of their batch sizes is tried once; one line per paired run at the best of them follows, then the shares of
-the machine's matmul peak that our prefill and our decoding reach, then `ratio generate VALUE`: the median over the
-pairs of our tokens a second over theirs. Only tokens of replies count, up to and with the one that ends a turn.
+The local engine is compared with `model.generate` of transformers at its best batch size (left-padded, rows sorted by
+length). Each batch size is tried once. Then the script prints one line per paired run at the best one, the shares of the
+machine's matmul peak that prefill and decoding of the local engine reach, and `ratio generate VALUE`: the median over
+the pairs of its tokens a second over those of transformers. Only tokens of replies count, including the end of a turn.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""How often each way of judging agrees with humans: method x few-shot x calibration x orders, with 95% intervals.
+"""Measures how often each judging method agrees with humans: method x few-shot x calibration x orders, with 95% intervals.
 
     python bench/labels.py FILE [--model smollm2-135m] [--rows 200] [--methods choice,contrast,verdict,cot] [--skip 0]
 
-FILE holds HH-RLHF pairs, or published evaluation questions of two options (`prompt`, `corrects`). Calibration and the
-number of orders cost no further question, so each method is asked once per few-shot setting. Prints a markdown table;
-a tie counts as half, a pair without a vote as wrong.
+FILE contains HH-RLHF pairs, or published evaluation questions with two options (`prompt`, `corrects`). Calibration and
+the number of orders need no further requests, so each method runs once per few-shot setting. Prints a Markdown table; a
+tie counts as half, a pair without a vote as wrong.
 """
 
 import argparse

@@ -1,5 +1,6 @@
-"""Our engine against other ones on the same work: the replies of `generate.py` and the comparisons of `score.py`, given
-to each as token ids. A peer lives in an environment of its own and is skipped where that is not there:
+"""Compares the local engine with other engines on the replies of `generate.py` and the comparisons of `score.py`.
+
+All engines get the same token ids. A peer is installed in its own environment and skipped if that does not exist:
 
     python -m venv .peers/openvino && .peers/openvino/bin/pip install openvino-genai
     optimum-cli export openvino --model MODEL_DIR --weight-format fp32 .peers/openvino/model   # of optimum-intel
@@ -8,9 +9,9 @@ to each as token ids. A peer lives in an environment of its own and is skipped w
     python bench/peers.py [--model smollm2-135m] [--peers .peers] [--rows 64] [--new-tokens 128] [--repeats 3]
 
 OpenVINO GenAI runs all rows in its ContinuousBatchingPipeline, in float32, with prefix caching; it answers a comparison
-by its likeliest next token. llama.cpp runs one row after the other, as its Python package does, in the precision of the
-GGUF file. Prints one line per paired run and, for each peer and work, `ratio NAME VALUE`: the median of our speed over
-theirs.
+with its most probable next token. llama.cpp runs one row after the other, as its Python package does, in the precision
+of the GGUF file. Prints one line per paired run and, for each peer and task, `ratio NAME VALUE`: the median of the speed
+of the local engine over that of the peer.
 """
 
 import argparse

@@ -1,9 +1,10 @@
-"""Comparisons a second: 64 two-option questions behind one few-shot prefix of some 590 tokens, ours against a plain
-batched forward pass of transformers over whole prompts (left-padded, in batches of 8, last logits only).
+"""Measures scoring: 64 two-option comparisons behind a shared few-shot prefix of some 590 tokens.
 
     python bench/score.py [--model smollm2-135m] [--rows 64] [--repeats 3]
 
-Prints one line per paired run, then `ratio score VALUE`: the median over the pairs of their seconds over ours.
+The local engine is compared with a plain batched forward pass of transformers over whole prompts (left-padded, in
+batches of 8, last logits only). Prints one line per paired run, then `ratio score VALUE`: the median over the pairs of
+the seconds of transformers over those of the local engine.
 """
 
 import argparse

@@ -1,9 +1,10 @@
-"""Rows a second and peak memory of the files alone: the data stages with the scripted engine, which answers at once.
+"""Measures rows a second and peak memory of the file handling alone: data stages with the scripted engine.
 
     python bench/spine.py [--rows 10000,100000,1000000] [--stage sample|critique-revise|label-prefs] [--zst]
 
-Each size is a `cai` process of its own. Prints one line a size, by how much the peak memory of the largest is above that
-of the smallest, and `ratio spine VALUE`: rows a second at the largest size over 2,000.
+The scripted engine answers at once. Each size runs in a separate `cai` process. Prints one line per size, the difference
+in peak memory between the largest and the smallest, and `ratio spine VALUE`: rows a second at the largest size over
+2,000.
 """
 
 import argparse

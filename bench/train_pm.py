@@ -1,10 +1,10 @@
-"""Pairs a second of preference model training, ours against TRL's RewardTrainer as it comes, on the same token ids.
+"""Measures preference model training in pairs a second, `cai` against an unmodified RewardTrainer of TRL.
 
     python bench/train_pm.py [--model smollm2-135m] [--pairs 32] [--batch-size 8] [--dtype bfloat16]
 
-The pairs have the lengths of HH-RLHF's harmlessness pairs: about 150 tokens of shared prompt and 50 of each reply. Both
-train all weights for one epoch. Prints one line a side, the largest difference of a score between packed and plain
-passes, then `ratio train_pm VALUE`: our pairs a second over theirs. Both sides train in --dtype.
+Both get the same token ids, with the lengths of HH-RLHF's harmlessness pairs: about 150 tokens of shared prompt and 50
+of each reply. Both train all weights for one epoch in --dtype. Prints one line per side, the largest difference of a
+score between packed and plain passes, and `ratio train_pm VALUE`: pairs a second of `cai` over those of TRL.
 """
 
 import argparse

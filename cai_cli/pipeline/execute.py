@@ -140,7 +140,7 @@ def _ancestors(step: Step) -> list[Step]:
 
 
 def _run(step: Step, *, overwrite: bool, quiet: bool) -> float:
-    """Run a step as a child process, which ends with this one. Return its seconds. Raises CaiError if the step fails."""
+    """Run a step as a child process, which ends with this one. Returns seconds. Raises CaiError if it fails."""
     words = [*step.argv, *(["--overwrite"] if overwrite else []), *(["--quiet"] if quiet else [])]
     console.say(f"[{step.name}] $ {shlex.join(['cai', *words])}")
     stopwatch = console.Stopwatch()
