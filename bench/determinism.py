@@ -21,7 +21,7 @@ NEAR = 1e-4
 
 
 def distance(engine: LocalEngine, alone: ActiveSequence, other: ActiveSequence) -> float:
-    """How far the noise of the first token in which two replies differ is from the ends of that token's interval."""
+    """The distance of the noise of the first differing token from the nearer end of that token's interval."""
     import torch
 
     at = next(i for i, (a, b) in enumerate(zip(alone.new, other.new, strict=False)) if a != b)

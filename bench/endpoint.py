@@ -22,7 +22,7 @@ from statistics import median
 
 
 class Server:
-    """`slots` requests at a time, the others wait; each connection asks again and again."""
+    """Serves `slots` requests at a time, while the others wait. A connection may send any number of requests."""
 
     def __init__(self, slots: int, seconds: float) -> None:
         self.slots, self.seconds = asyncio.Semaphore(slots), seconds
@@ -67,7 +67,7 @@ ANSWER = _http(
 
 
 async def bare(port: int, prompts: list[str], connections: int) -> None:
-    """Every prompt asked once over `connections` connections that never idle."""
+    """Sends every prompt once over `connections` connections that are never idle."""
     waiting = iter(prompts)
 
     async def ask() -> None:

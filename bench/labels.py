@@ -57,7 +57,7 @@ def pairs_in(file: str) -> Iterator[Pair]:
 
 
 def agreement(pairs: Sequence[Pair], p_a: Sequence[float | None]) -> str:
-    """A table cell: the share in which the judge sides with the humans, ties as half."""
+    """A table cell: the share of pairs in which the judge agrees with humans, with ties as half."""
     right = 0.0
     for pair, p in zip(pairs, p_a, strict=True):
         if p is not None:

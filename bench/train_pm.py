@@ -59,22 +59,22 @@ def main() -> None:
     path, rows = resolve(options.model), pairs(options.pairs)
     tokenizer, data = load_tokenizer(path), Dataset.from_list(rows)
     took = {}
-    for side in ("trl", "ours"):
+    for side in ("trl", "cai"):
         model = load_reward_model(path, new_head_seed=0)
         training = TrainingConfig(options.batch_size, 1, 1e-5, 10_000, 0, "cpu", dtype=options.dtype)
         with tempfile.TemporaryDirectory() as folder, quiet_libraries():
-            ours, config = side == "ours", RewardConfig(**training.arguments(Path(folder)), max_length=None)
-            if ours:
+            is_cai, config = side == "cai", RewardConfig(**training.arguments(Path(folder)), max_length=None)
+            if is_cai:
                 ids = [(row["chosen_ids"], row["rejected_ids"]) for row in rows[:4]]
                 assert enable_packed_pairs(model, ids[0])
                 plain = score_ids(model, tokenizer, [pair[0] for pair in ids], 4)
                 gaps = [abs(a - b) for a, b in zip(score_pairs(model, ids, 4)[0], plain, strict=True)]
-            trainer_class = soft_reward_trainer(share_prompts=True) if ours else RewardTrainer
+            trainer_class = soft_reward_trainer(share_prompts=True) if is_cai else RewardTrainer
             trainer = trainer_class(model=model, args=config, processing_class=tokenizer, train_dataset=data)
             took[side] = seconds(trainer)
         print(f"{side}: {options.pairs / took[side]:.2f} pairs/s ({options.dtype}, {options.pairs} pairs)", flush=True)
     print(f"largest difference of a score, packed against plain: {max(gaps):.1e}")
-    print(f"ratio train_pm {took['trl'] / took['ours']:.2f}")
+    print(f"ratio train_pm {took['trl'] / took['cai']:.2f}")
 
 
 if __name__ == "__main__":

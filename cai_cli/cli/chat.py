@@ -92,7 +92,7 @@ def show_answers(sessions: Sequence[ChatSession], answers: Sequence[Completion |
     replies = []
     for session, answer in zip(sessions, answers, strict=True):
         if isinstance(answer, RequestFailure):
-            console.warn(f"{session.name}: {answer.reason}; this turn is not added to its conversation")
+            console.warn(f"{session.name}: {answer.reason}; this turn is not part of its conversation")
         else:
             cut = " [cut off at --max-new-tokens]" if answer.finish_reason == "length" else ""
             replies.append((console.safe(session.name), console.safe(answer.text.strip()) + cut))
@@ -148,7 +148,7 @@ def run(config: ChatConfig) -> None:
     for line in lines():
         text = line.strip()
         if not is_utf8(text):
-            console.warn("this line is not UTF-8; it is not added to the conversation")
+            console.warn("this line is not UTF-8; it is not part of the conversation")
         elif text == "/quit":
             return
         elif text == "/reset":
