@@ -1,10 +1,10 @@
-"""The same row with the same seed: whether its tokens are equal in batches of 1, 7 and 32, on a real model in float32.
+"""Checks whether a row with the same seed gets the same tokens in batches of 1, 7 and 32, on a real model in float32.
 
     python bench/determinism.py [--model smollm2-135m] [--rows 32] [--new-tokens 64]
 
-Where two replies part, the row's noise is held against the interval of the cumulative distribution that belongs to the
-token drawn alone: within 1e-4 of either end it is a near-tie, which rounding decides. Prints `ratio determinism VALUE`:
-the share of replies that are equal, near-ties counted as equal. Exit status 1 if it is less than 1.
+Where two replies diverge, the row's noise is compared with the interval of the cumulative distribution that belongs to
+the token drawn in a batch of one. Within 1e-4 of either end it is a near-tie, which rounding decides. Prints `ratio
+determinism VALUE`: the share of replies that are equal, near-ties counted as equal. Exits with 1 if it is less than 1.
 """
 
 import argparse
@@ -21,7 +21,7 @@ NEAR = 1e-4
 
 
 def distance(engine: LocalEngine, alone: ActiveSequence, other: ActiveSequence) -> float:
-    """How far the noise of the first token in which two replies differ is from the ends of that token's interval."""
+    """The distance of the noise of the first differing token from the nearer end of that token's interval."""
     import torch
 
     at = next(i for i, (a, b) in enumerate(zip(alone.new, other.new, strict=False)) if a != b)

@@ -1,12 +1,12 @@
-"""Rows a second of `cai sample` through a server on loopback, as a share of the most that this server gives.
+"""Measures the throughput of `cai sample` through a loopback server as a share of the server's maximum.
 
     python bench/endpoint.py [--rows 640] [--slots 32] [--seconds 1.0] [--repeats 3]
 
-The server has `--slots` slots and takes `--seconds` for an answer, give or take a half (decided by the request's
-number, so both sides get the same). A bare client on sockets, with as many connections as slots, measures its best;
-then the command runs as a process of its own over the same prompts, with `--concurrency` equal to the slots. Its start
-(imports, hashing) is taken off: time runs from the first request the server sees to the last answer.
-Prints one line per paired run, then `ratio endpoint VALUE`: the median over the pairs of our rows a second over theirs.
+The server has `--slots` slots. An answer takes `--seconds`, varied by up to a half with the number of the request, so
+that both sides get the same. A plain socket client with as many connections as slots measures the maximum. Then the
+command runs as a separate process over the same prompts, with `--concurrency` equal to the slots. Its startup (imports,
+hashing) is excluded: the time runs from the first request that the server receives to the last answer. Prints one line
+per paired run, then `ratio endpoint VALUE`: the median over the pairs of the rows a second of `cai` over the maximum.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from statistics import median
 
 
 class Server:
-    """`slots` requests at a time, the others wait; each connection asks again and again."""
+    """Serves `slots` requests at a time, while the others wait. A connection may send any number of requests."""
 
     def __init__(self, slots: int, seconds: float) -> None:
         self.slots, self.seconds = asyncio.Semaphore(slots), seconds
@@ -67,7 +67,7 @@ ANSWER = _http(
 
 
 async def bare(port: int, prompts: list[str], connections: int) -> None:
-    """Every prompt asked once over `connections` connections that never idle."""
+    """Sends every prompt once over `connections` connections that are never idle."""
     waiting = iter(prompts)
 
     async def ask() -> None:

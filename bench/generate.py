@@ -1,11 +1,11 @@
-"""Tokens a second: 64 replies of at most 128 tokens at temperature 1 to conversations like those of HH-RLHF, ours
-against `model.generate` of transformers at its best batch size (left-padded, rows of like length together).
+"""Measures generation: 64 replies of at most 128 tokens at temperature 1 to conversations like those of HH-RLHF.
 
     python bench/generate.py [--model smollm2-135m] [--rows 64] [--new-tokens 128] [--repeats 3] [--batches 8 16 32 64]
 
-First each of their batch sizes is tried once; one line per paired run at the best of them follows, then the shares of
-the machine's matmul peak that our prefill and our decoding reach, then `ratio generate VALUE`: the median over the
-pairs of our tokens a second over theirs. Only tokens of replies count, up to and with the one that ends a turn.
+The local engine is compared with `model.generate` of transformers at its best batch size (left-padded, rows sorted by
+length). Each batch size is tried once. Then the script prints one line per paired run at the best one, the shares of the
+machine's matmul peak that prefill and decoding of the local engine reach, and `ratio generate VALUE`: the median over
+the pairs of its tokens a second over those of transformers. Only tokens of replies count, including the end of a turn.
 """
 
 import argparse
@@ -44,19 +44,19 @@ FOLLOW_UPS = (
 
 def chats(rows: int) -> list[list[Message]]:
     """Conversations of one to four turns of the user, some 120 tokens on average with a long tail, as in HH-RLHF."""
-    rng, asked = random.Random(0), []
+    rng, conversations = random.Random(0), []
     for _ in range(rows):
         topic = rng.choice(TOPICS)
         texts = [rng.choice(OPENINGS)]
         for _ in range(rng.choice((0, 0, 0, 0, 1, 1, 2, 2, 3))):
             texts += [" ".join(rng.choices(ANSWERS, k=rng.choice((1, 1, 1, 2)))), rng.choice(FOLLOW_UPS)]
         turns = [(("user", "assistant")[i % 2], text.replace("{}", topic)) for i, text in enumerate(texts)]
-        asked.append([Message(role=role, content=text) for role, text in turns])
-    return asked
+        conversations.append([Message(role=role, content=text) for role, text in turns])
+    return conversations
 
 
 def generated(model: Any, tokenizer: Any, prompts: Sequence[list[int]], new: int, ends: set[int], batch: int) -> int:
-    """How many tokens transformers' own loop adds to these prompts."""
+    """The number of tokens that `generate` of transformers adds to these prompts."""
     import torch
 
     torch.manual_seed(0)
@@ -92,7 +92,7 @@ def peak_flops() -> float:
 
 
 def flops(model: Any, tokens: int, logits: int, seen: float) -> float:
-    """What it takes to run `tokens` tokens that see `seen` each on average, with logits for some of them."""
+    """The operations of `tokens` tokens that attend to `seen` tokens each on average, with `logits` of them scored."""
     config = model.config
     head = config.vocab_size * config.hidden_size
     layers = sum(p.numel() for name, p in model.model.layers.named_parameters() if p.dim() == 2)
@@ -109,37 +109,39 @@ def main() -> None:
     arguments.add_argument("--batches", type=int, nargs="+", default=[8, 16, 32, 64])
     options = arguments.parse_args()
     engine = LocalEngine(options.model, batch_size=options.rows, device="cpu", dtype="float32")
-    model, asked, sampling = load_causal_lm(engine.path), chats(options.rows), Sampling(options.new_tokens)
-    prompts = [encode_chat(engine.tokenizer, chat, add_generation_prompt=True) for chat in asked]
+    model, conversations, sampling = load_causal_lm(engine.path), chats(options.rows), Sampling(options.new_tokens)
+    prompts = [encode_chat(engine.tokenizer, chat, add_generation_prompt=True) for chat in conversations]
     mean = sum(map(len, prompts)) / len(prompts)
     distinct = {tuple(prompt) for prompt in prompts}
     shared = len(shared_prefix(list(distinct), [1] * len(distinct)))
-    run_once = shared + sum(len(prompt) - shared for prompt in distinct)  # what our prefill runs, as it shares
-    asks = [GenerationRequest(chat, seed) for seed, chat in enumerate(asked)]
-    engine.generate(asks[:2], Sampling(2))  # loads the weights
-    theirs_given = (model, engine.tokenizer, prompts, options.new_tokens, engine.end_ids)
+    run_once = shared + sum(len(prompt) - shared for prompt in distinct)  # tokens of the prefill with prefix caching
+    requests = [GenerationRequest(chat, seed) for seed, chat in enumerate(conversations)]
+    engine.generate(requests[:2], Sampling(2))  # loads the weights
+    peer_arguments = (model, engine.tokenizer, prompts, options.new_tokens, engine.end_ids)
     speeds = {}
     for batch in options.batches if len(options.batches) > 1 else ():
-        found, seconds = timed(generated, *theirs_given, batch)
-        speeds[batch] = found / seconds
+        tokens, seconds = timed(generated, *peer_arguments, batch)
+        speeds[batch] = tokens / seconds
         print(f"transformers, batches of {batch}: {speeds[batch]:.0f} tok/s", flush=True)
     best = max(speeds, key=lambda batch: speeds[batch], default=options.batches[0])
     print(f"{options.rows} prompts of {mean:.0f} tokens on average; transformers in batches of {best}")
     ratios, prefill_shares, decode_shares = [], [], []
     for _ in range(options.repeats):
         peak = peak_flops()
-        _, prefill_s = timed(engine.generate, asks, Sampling(1))
-        replies, ours_s = timed(engine.generate, asks, sampling)
-        theirs, theirs_s = timed(generated, *theirs_given, best)
-        ours = sum(reply.new_tokens for reply in replies if isinstance(reply, Completion))
-        ratios.append(ours / ours_s / (theirs / theirs_s))
+        _, prefill_s = timed(engine.generate, requests, Sampling(1))
+        replies, cai_s = timed(engine.generate, requests, sampling)
+        peer_tokens, peer_s = timed(generated, *peer_arguments, best)
+        cai_tokens = sum(reply.new_tokens for reply in replies if isinstance(reply, Completion))
+        ratios.append(cai_tokens / cai_s / (peer_tokens / peer_s))
         prefill = flops(model, run_once, len(distinct), mean / 2)
         prefill_shares.append(prefill / prefill_s / peak)
-        decode = flops(model, ours - len(asks), ours - len(asks), mean + ours / len(asks) / 2)
-        decode_shares.append(decode / (ours_s - prefill_s) / peak)
+        decode = flops(
+            model, cai_tokens - len(requests), cai_tokens - len(requests), mean + cai_tokens / len(requests) / 2
+        )
+        decode_shares.append(decode / (cai_s - prefill_s) / peak)
         print(
-            f"ours {ours / ours_s:.0f} tok/s ({ours}; decoding alone {ours / (ours_s - prefill_s):.0f}), "
-            f"transformers {theirs / theirs_s:.0f} tok/s ({theirs}), peak {peak / 1e9:.0f} GFLOP/s",
+            f"cai {cai_tokens / cai_s:.0f} tok/s ({cai_tokens}; decoding alone {cai_tokens / (cai_s - prefill_s):.0f}), "
+            f"transformers {peer_tokens / peer_s:.0f} tok/s ({peer_tokens}), peak {peak / 1e9:.0f} GFLOP/s",
             flush=True,
         )
     print(f"share of the matmul peak: prefill {median(prefill_shares):.0%}, decoding {median(decode_shares):.0%}")

@@ -1,10 +1,10 @@
-"""How often each way of judging agrees with humans: method x few-shot x calibration x orders, with 95% intervals.
+"""Measures how often each judging method agrees with humans: method x few-shot x calibration x orders, with 95% intervals.
 
     python bench/labels.py FILE [--model smollm2-135m] [--rows 200] [--methods choice,contrast,verdict,cot] [--skip 0]
 
-FILE holds HH-RLHF pairs, or published evaluation questions of two options (`prompt`, `corrects`). Calibration and the
-number of orders cost no further question, so each method is asked once per few-shot setting. Prints a markdown table;
-a tie counts as half, a pair without a vote as wrong.
+FILE contains HH-RLHF pairs, or published evaluation questions with two options (`prompt`, `corrects`). Calibration and
+the number of orders need no further requests, so each method runs once per few-shot setting. Prints a Markdown table; a
+tie counts as half, a pair without a vote as wrong.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def pairs_in(file: str) -> Iterator[Pair]:
 
 
 def agreement(pairs: Sequence[Pair], p_a: Sequence[float | None]) -> str:
-    """A table cell: the share in which the judge sides with the humans, ties as half."""
+    """A table cell: the share of pairs in which the judge agrees with humans, with ties as half."""
     right = 0.0
     for pair, p in zip(pairs, p_a, strict=True):
         if p is not None:

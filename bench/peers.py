@@ -1,5 +1,6 @@
-"""Our engine against other ones on the same work: the replies of `generate.py` and the comparisons of `score.py`, given
-to each as token ids. A peer lives in an environment of its own and is skipped where that is not there:
+"""Compares the local engine with other engines on the replies of `generate.py` and the comparisons of `score.py`.
+
+All engines get the same token ids. A peer is installed in its own environment and skipped if that does not exist:
 
     python -m venv .peers/openvino && .peers/openvino/bin/pip install openvino-genai
     optimum-cli export openvino --model MODEL_DIR --weight-format fp32 .peers/openvino/model   # of optimum-intel
@@ -8,9 +9,9 @@ to each as token ids. A peer lives in an environment of its own and is skipped w
     python bench/peers.py [--model smollm2-135m] [--peers .peers] [--rows 64] [--new-tokens 128] [--repeats 3]
 
 OpenVINO GenAI runs all rows in its ContinuousBatchingPipeline, in float32, with prefix caching; it answers a comparison
-by its likeliest next token. llama.cpp runs one row after the other, as its Python package does, in the precision of the
-GGUF file. Prints one line per paired run and, for each peer and work, `ratio NAME VALUE`: the median of our speed over
-theirs.
+with its most probable next token. llama.cpp runs one row after the other, as its Python package does, in the precision
+of the GGUF file. Prints one line per paired run and, for each peer and task, `ratio NAME VALUE`: the median of the speed
+of the local engine over that of the peer.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-Work = Callable[[list[list[int]], int], int]  # prompts, new tokens -> how many tokens were made
+Work = Callable[[list[list[int]], int], int]  # prompts, new tokens -> the number of generated tokens
 
 
 def openvino(home: Path) -> Work:
@@ -66,7 +67,7 @@ PEERS = {"openvino": openvino, "llama": llama}
 
 
 def work(name: str, home: Path) -> None:
-    """In the peer's environment: for each line of stdin, a work as JSON, one line of [tokens, seconds]."""
+    """Runs in the peer's environment: reads one job (JSON) per line of stdin, and prints [tokens, seconds] for each."""
     run = PEERS[name](home)
     for line in sys.stdin:
         job = json.loads(line)
@@ -76,7 +77,7 @@ def work(name: str, home: Path) -> None:
 
 
 class Peer:
-    """A peer at work in its own environment."""
+    """A peer that runs in its own environment."""
 
     def __init__(self, name: str, home: Path) -> None:
         command = [str(home / "bin" / "python"), __file__, "--work", name, "--peers", str(home.parent)]
@@ -108,7 +109,7 @@ def compare(options: argparse.Namespace) -> None:
     prefill = encode_text(engine.tokenizer, score.CUE, start=False)
     prompts = [encode_chat(engine.tokenizer, chat, add_generation_prompt=True) for chat in chats]
     judged = [encode_chat(engine.tokenizer, chat, add_generation_prompt=True) + prefill for chat in comparisons]
-    asks = [GenerationRequest(chat, seed) for seed, chat in enumerate(chats)]
+    requests = [GenerationRequest(chat, seed) for seed, chat in enumerate(chats)]
     questions = [LogprobRequest(chat, OPTIONS, score.CUE) for chat in comparisons]
     engine.option_logprobs(questions[:2])  # loads the weights
     for name in PEERS:
@@ -118,19 +119,19 @@ def compare(options: argparse.Namespace) -> None:
             continue
         ratios: dict[str, list[float]] = {"generate": [], "score": []}
         for _ in range(options.repeats):
-            peer = Peer(name, home)  # a new one each time: it keeps what it has seen of the same prompts
+            peer = Peer(name, home)  # a new process each time, because it caches the prompts
             peer(prompts[:2], 2)
-            replies, ours_s = generate.timed(engine.generate, asks, Sampling(options.new_tokens))
-            ours = sum(reply.new_tokens for reply in replies if isinstance(reply, Completion))
-            theirs, theirs_s = peer(prompts, options.new_tokens)
-            ratios["generate"].append(ours / ours_s / (theirs / theirs_s))
+            replies, cai_s = generate.timed(engine.generate, requests, Sampling(options.new_tokens))
+            cai_tokens = sum(reply.new_tokens for reply in replies if isinstance(reply, Completion))
+            peer_tokens, peer_s = peer(prompts, options.new_tokens)
+            ratios["generate"].append(cai_tokens / cai_s / (peer_tokens / peer_s))
             _, scored_s = generate.timed(engine.option_logprobs, questions)
             _, judged_s = peer(judged, 1)
             ratios["score"].append(judged_s / scored_s)
             peer.end()
             print(
-                f"ours {ours / ours_s:.0f} tok/s ({ours}), {len(judged) / scored_s:.2f} comparisons/s; "
-                f"{name} {theirs / theirs_s:.0f} tok/s ({theirs}), {len(judged) / judged_s:.2f} comparisons/s",
+                f"cai {cai_tokens / cai_s:.0f} tok/s ({cai_tokens}), {len(judged) / scored_s:.2f} comparisons/s; "
+                f"{name} {peer_tokens / peer_s:.0f} tok/s ({peer_tokens}), {len(judged) / judged_s:.2f} comparisons/s",
                 flush=True,
             )
         for kind, values in ratios.items():

@@ -1,9 +1,10 @@
-"""Comparisons a second: 64 two-option questions behind one few-shot prefix of some 590 tokens, ours against a plain
-batched forward pass of transformers over whole prompts (left-padded, in batches of 8, last logits only).
+"""Measures scoring: 64 two-option comparisons behind a shared few-shot prefix of some 590 tokens.
 
     python bench/score.py [--model smollm2-135m] [--rows 64] [--repeats 3]
 
-Prints one line per paired run, then `ratio score VALUE`: the median over the pairs of their seconds over ours.
+The local engine is compared with a plain batched forward pass of transformers over whole prompts (left-padded, in
+batches of 8, last logits only). Prints one line per paired run, then `ratio score VALUE`: the median over the pairs of
+the seconds of transformers over those of the local engine.
 """
 
 import argparse
@@ -66,7 +67,7 @@ def sentence(rng: random.Random, words: int) -> str:
 
 
 def comparison(rng: random.Random, words: int) -> Message:
-    """Consider a conversation and choose between two replies."""
+    """A request to choose between two replies to a conversation."""
     return Message(
         role="user",
         content=f"Consider the following conversation between a human and an assistant:\n\nHuman: "
@@ -84,13 +85,13 @@ def chats(rows: int) -> list[list[Message]]:
     return [[*shots, comparison(rng, rng.randint(10, 30))] for _ in range(rows)]
 
 
-def plain(model: Any, tokenizer: Any, asked: list[list[Message]]) -> list[list[float]]:
-    """What transformers alone gives for the same questions."""
+def plain(model: Any, tokenizer: Any, conversations: list[list[Message]]) -> list[list[float]]:
+    """The scores of transformers alone for the same questions."""
     import torch
 
     first = [encode_text(tokenizer, option, start=False)[0] for option in OPTIONS]
     prefill = encode_text(tokenizer, CUE, start=False)
-    prompts = [encode_chat(tokenizer, chat, add_generation_prompt=True) + prefill for chat in asked]
+    prompts = [encode_chat(tokenizer, chat, add_generation_prompt=True) + prefill for chat in conversations]
     scores = []
     for start in range(0, len(prompts), BATCH):
         batch = tokenizer.pad({"input_ids": prompts[start : start + BATCH]}, padding_side="left", return_tensors="pt")
@@ -108,22 +109,22 @@ def main() -> None:
     arguments.add_argument("--repeats", type=int, default=3)
     options = arguments.parse_args()
     engine = LocalEngine(options.model, batch_size=options.rows, device="cpu", dtype="float32")
-    model, asked = load_causal_lm(engine.path), chats(options.rows)
-    questions = [LogprobRequest(chat, OPTIONS, CUE) for chat in asked]
+    model, conversations = load_causal_lm(engine.path), chats(options.rows)
+    questions = [LogprobRequest(chat, OPTIONS, CUE) for chat in conversations]
     engine.option_logprobs(questions[:2])  # loads the weights
     ratios = []
     for _ in range(options.repeats):
         started = time.perf_counter()
-        ours = engine.option_logprobs(questions)
-        ours_s = time.perf_counter() - started
-        theirs = plain(model, engine.tokenizer, asked)
-        theirs_s = time.perf_counter() - started - ours_s
-        pairs = zip((x for row in ours if isinstance(row, list) for x in row), chain(*theirs), strict=True)
+        cai_scores = engine.option_logprobs(questions)
+        cai_s = time.perf_counter() - started
+        peer_scores = plain(model, engine.tokenizer, conversations)
+        peer_s = time.perf_counter() - started - cai_s
+        pairs = zip((x for row in cai_scores if isinstance(row, list) for x in row), chain(*peer_scores), strict=True)
         print(
-            f"ours {len(asked) / ours_s:.2f}/s, transformers {len(asked) / theirs_s:.2f}/s, "
+            f"cai {len(conversations) / cai_s:.2f}/s, transformers {len(conversations) / peer_s:.2f}/s, "
             f"largest difference {max(abs(x - y) for x, y in pairs):.1e}"
         )
-        ratios.append(theirs_s / ours_s)
+        ratios.append(peer_s / cai_s)
     print(f"ratio score {median(ratios):.2f}")
 
 

@@ -1,9 +1,10 @@
-"""Rows a second and peak memory of the files alone: the data stages with the scripted engine, which answers at once.
+"""Measures rows a second and peak memory of the file handling alone: data stages with the scripted engine.
 
     python bench/spine.py [--rows 10000,100000,1000000] [--stage sample|critique-revise|label-prefs] [--zst]
 
-Each size is a `cai` process of its own. Prints one line a size, by how much the peak memory of the largest is above that
-of the smallest, and `ratio spine VALUE`: rows a second at the largest size over 2,000.
+The scripted engine answers at once. Each size runs in a separate `cai` process. Prints one line per size, the difference
+in peak memory between the largest and the smallest, and `ratio spine VALUE`: rows a second at the largest size over
+2,000.
 """
 
 import argparse
@@ -62,7 +63,7 @@ def write_input(folder: Path, stage: str, count: int, ending: str) -> Path:
 
 
 def measure(folder: Path, stage: str, count: int, ending: str) -> tuple[float, float]:
-    """(rows a second, peak MiB) of one run, its start and end included."""
+    """(rows a second, peak MiB) of one run, including startup and shutdown."""
     source = write_input(folder, stage, count, ending)
     words = [
         stage,
@@ -93,16 +94,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "script.jsonl").write_text(json.dumps(SCRIPT) + "\n")
-        found = {}
+        results = {}
         for count in map(int, options.rows.split(",")):
-            speed, peak = found[count] = measure(folder, options.stage, count, ending)
+            speed, peak = results[count] = measure(folder, options.stage, count, ending)
             print(
                 f"{options.stage}{' .zst' if options.zst else ''}, {count:,} rows: {speed:,.0f} rows/s, peak {peak:.0f} MiB",
                 flush=True,
             )
-    smallest, largest = min(found), max(found)
-    print(f"peak at {largest:,} rows is {found[largest][1] - found[smallest][1]:.0f} MiB above that at {smallest:,}")
-    print(f"ratio spine {found[largest][0] / TARGET:.2f}")
+    smallest, largest = min(results), max(results)
+    print(
+        f"peak at {largest:,} rows is {results[largest][1] - results[smallest][1]:.0f} MiB above that at {smallest:,}"
+    )
+    print(f"ratio spine {results[largest][0] / TARGET:.2f}")
 
 
 if __name__ == "__main__":

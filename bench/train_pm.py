@@ -1,10 +1,10 @@
-"""Pairs a second of preference model training, ours against TRL's RewardTrainer as it comes, on the same token ids.
+"""Measures preference model training in pairs a second, `cai` against an unmodified RewardTrainer of TRL.
 
     python bench/train_pm.py [--model smollm2-135m] [--pairs 32] [--batch-size 8] [--dtype bfloat16]
 
-The pairs have the lengths of HH-RLHF's harmlessness pairs: about 150 tokens of shared prompt and 50 of each reply. Both
-train all weights for one epoch. Prints one line a side, the largest difference of a score between packed and plain
-passes, then `ratio train_pm VALUE`: our pairs a second over theirs. Both sides train in --dtype.
+Both get the same token ids, with the lengths of HH-RLHF's harmlessness pairs: about 150 tokens of shared prompt and 50
+of each reply. Both train all weights for one epoch in --dtype. Prints one line per side, the largest difference of a
+score between packed and plain passes, and `ratio train_pm VALUE`: pairs a second of `cai` over those of TRL.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from typing import Any
 from cai_cli.models.loading import load_reward_model, load_tokenizer
 from cai_cli.models.names import resolve
 from cai_cli.phase2_feedback.pm_trainer import soft_reward_trainer
-from cai_cli.reward.packed_pairs import score_pairs, take_packed_pairs
+from cai_cli.reward.packed_pairs import enable_packed_pairs, score_pairs
 from cai_cli.reward.preference_model import score_ids
 from cai_cli.training.config import TrainingConfig
 from cai_cli.training.loop import without_printer
@@ -59,22 +59,22 @@ def main() -> None:
     path, rows = resolve(options.model), pairs(options.pairs)
     tokenizer, data = load_tokenizer(path), Dataset.from_list(rows)
     took = {}
-    for side in ("trl", "ours"):
+    for side in ("trl", "cai"):
         model = load_reward_model(path, new_head_seed=0)
         training = TrainingConfig(options.batch_size, 1, 1e-5, 10_000, 0, "cpu", dtype=options.dtype)
         with tempfile.TemporaryDirectory() as folder, quiet_libraries():
-            ours, config = side == "ours", RewardConfig(**training.arguments(Path(folder)), max_length=None)
-            if ours:
+            is_cai, config = side == "cai", RewardConfig(**training.arguments(Path(folder)), max_length=None)
+            if is_cai:
                 ids = [(row["chosen_ids"], row["rejected_ids"]) for row in rows[:4]]
-                assert take_packed_pairs(model, ids[0])
+                assert enable_packed_pairs(model, ids[0])
                 plain = score_ids(model, tokenizer, [pair[0] for pair in ids], 4)
                 gaps = [abs(a - b) for a, b in zip(score_pairs(model, ids, 4)[0], plain, strict=True)]
-            trainer_class = soft_reward_trainer(share_prompts=True) if ours else RewardTrainer
+            trainer_class = soft_reward_trainer(share_prompts=True) if is_cai else RewardTrainer
             trainer = trainer_class(model=model, args=config, processing_class=tokenizer, train_dataset=data)
             took[side] = seconds(trainer)
         print(f"{side}: {options.pairs / took[side]:.2f} pairs/s ({options.dtype}, {options.pairs} pairs)", flush=True)
     print(f"largest difference of a score, packed against plain: {max(gaps):.1e}")
-    print(f"ratio train_pm {took['trl'] / took['ours']:.2f}")
+    print(f"ratio train_pm {took['trl'] / took['cai']:.2f}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Start-to-end runs on two gloo processes, one after the other: does any hang or fail?
+"""Repeats training runs on two gloo processes and counts those that hang or fail.
 
     python bench/two_processes.py --runs 20
 
-Each run is a whole `torchrun ... -m cai_cli`, sft, train-pm and rl by turns, on a tiny model; one that takes longer than
-`--seconds` counts as hung. Prints a line a run and last `ratio two_processes_failed VALUE`: the share that failed or hung.
+Each run is a whole `torchrun ... -m cai_cli` of sft, train-pm or rl in turn, on a tiny model. A run that takes longer
+than `--seconds` counts as hung. Prints a line per run and then `ratio two_processes_failed VALUE`: the share of failed
+or hung runs.
 """
 
 import argparse

@@ -7,7 +7,7 @@ from typing import Any
 
 from cai_cli import __version__
 from cai_cli.cards.markdown import cell, table
-from cai_cli.constitution.usage import Drawn, drawn_counts, draws
+from cai_cli.constitution.usage import PrincipleDraws, draws_from_counts, principles_drawn_for
 from cai_cli.data.schema import Critique, Preference, Prompt, Revision, Row, Sample
 
 PAPER = "[Constitutional AI](https://arxiv.org/abs/2212.08073)"
@@ -33,7 +33,7 @@ class DatasetStats:
     def add(self, row: Row) -> None:
         """Add one row."""
         self.rows += 1
-        self.principles.update(draws(row))
+        self.principles.update(principles_drawn_for(row))
         self.cut_off += isinstance(row, Sample) and row.finish_reason == "length"
         if isinstance(row, Preference):
             self.human += row.human is not None
@@ -82,7 +82,7 @@ def dataset_card(
         table("Statistics", stats.by_name(row_type)),
     ]
     if manifest:
-        parts += [_principles(drawn_counts(stats.principles, manifest)), _made_by(manifest)]
+        parts += [_principles(draws_from_counts(stats.principles, manifest)), _made_by(manifest)]
     else:
         parts.append("How these rows were made is unknown: the file has no manifest.")
     if sha256:
@@ -91,7 +91,7 @@ def dataset_card(
     return str(DatasetCard(f"---\n{head.to_yaml()}\n---\n\n{text}\n"))
 
 
-def _principles(used: Drawn | None) -> str:
+def _principles(used: PrincipleDraws | None) -> str:
     if used is None:
         return ""
     rows = "".join(
@@ -103,7 +103,7 @@ def _principles(used: Drawn | None) -> str:
     ).rstrip()
 
 
-def _text_of(used: Drawn, name: str) -> str:
+def _text_of(used: PrincipleDraws, name: str) -> str:
     principle = used.principles.get(name)
     texts = principle.model_dump(include={"critique", "revision", "comparison"}) if principle else {}
     return " / ".join(texts.values()) or "(text not available)"

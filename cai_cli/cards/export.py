@@ -1,7 +1,8 @@
-"""Write rows as a dataset directory, typed parquet and a card (`cai export FILE -o DIR`).
+"""Writes rows as a dataset directory, with typed parquet and a card (`cai export FILE -o DIR`).
 
 `datasets.load_dataset(DIR)` and TRL's trainers read the directory directly. Columns keep their names: samples and
-revisions have TRL's prompt-completion format, preferences its explicit-prompt preference format, plus our own columns.
+revisions have TRL's prompt-completion format, preferences its explicit-prompt preference format, each with further
+columns of `cai`.
 """
 
 import os

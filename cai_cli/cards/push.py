@@ -1,4 +1,4 @@
-"""`cai push DIR REPO`: an exported dataset or a finished model, with its card, to the Hugging Face Hub."""
+"""`cai push DIR REPO`: uploads an exported dataset or a finished model, with its card, to the Hugging Face Hub."""
 
 from pathlib import Path
 from typing import Any
@@ -9,21 +9,33 @@ from cai_cli.models.fetch import check_model_dir, first_line
 
 
 def push(directory: Path, repo: str, *, public: bool, api: Any) -> str:
-    """Upload a directory; returns the address of the commit. `api`: an HfApi. Raises CaiError."""
+    """Upload a directory and return the URL of the commit.
+
+    Args:
+        directory: An exported dataset or a finished model.
+        repo: OWNER/NAME on the Hub.
+        public: Whether a new repository is public.
+        api: An HfApi.
+
+    Raises:
+        CaiError: The directory cannot be published, or the upload fails.
+    """
     kind = kind_of(directory)
     try:
-        # An existing repository keeps its visibility, whatever is asked for.
+        # An existing repository keeps its visibility.
         name = api.create_repo(repo, repo_type=kind, private=not public, exist_ok=True).repo_id
         if not public and not api.repo_info(name, repo_type=kind).private:
-            raise CaiError(f"{name} is public already", hint="--public says that everybody may read it")
+            raise CaiError(
+                f"{name} is public already", hint="add --public if everybody may read it", code="option-conflict"
+            )
         commit = api.upload_folder(
             repo_id=name, folder_path=directory, repo_type=kind, commit_message=f"cai push of a {kind}"
         )
     except CaiError:
         raise
-    except Exception as error:  # the Hub's client lets through whatever its HTTP library raises
-        hint = "`hf auth login` or HF_TOKEN says who you are; REPO is OWNER/NAME"
-        raise CaiError(f"cannot push to {repo}: {first_line(error)}", hint) from error
+    except Exception as error:  # the Hub's client lets through the errors of its HTTP library
+        hint = "log in with `hf auth login` or set HF_TOKEN; REPO is OWNER/NAME"
+        raise CaiError(f"cannot push to {repo}: {first_line(error)}", hint, code="request-failed") from error
     return str(commit.commit_url)
 
 
@@ -34,9 +46,12 @@ def kind_of(directory: Path) -> str:
     if not (directory / "config.json").is_file():
         raise CaiError(
             f"{directory} is neither an exported dataset nor a model",
-            hint="`cai export FILE -o DIR` makes a dataset; sft, train-pm and rl make models",
+            hint="`cai export FILE -o DIR` writes a dataset; sft, train-pm and rl write models",
+            code="not-made-by-cai",
         )
     check_model_dir(directory)
     if not (directory / "README.md").is_file():
-        raise CaiError(f"{directory} has no card (README.md)", hint="write one: a model without it helps nobody")
+        raise CaiError(
+            f"{directory} has no card (README.md)", hint="add a README.md that describes it", code="invalid-model"
+        )
     return "model"

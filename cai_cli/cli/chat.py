@@ -1,4 +1,4 @@
-"""`cai chat MODEL [MODEL2]`: chat with one model, or with two that get the same messages and answer side by side."""
+"""`cai chat MODEL [MODEL2]`: a chat with one model, or with two that receive the same messages, side by side."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ from cai_cli.prompting.base import PromptFormat, assistant, reply_request, resol
 from cai_cli.runtime.config import Effect, Group, Option, option, redefine
 from cai_cli.runtime.shared_options import DEFAULT_MODEL, Device, DType, EngineOptions, RunOptions, SamplingOptions
 
-HELP = "/reset starts a new conversation, /quit (or the end of input) ends"
+HELP = "/reset starts a new conversation, /quit (or end of input) ends the chat"
 
 
 @dataclass
@@ -28,7 +28,7 @@ class ChatSession:
     """A model and its conversation.
 
     Attributes:
-        name: What the model is called in the output.
+        name: The name of the model in the output.
         engine: The model.
         form: Whether prompts are written in the chat template or as raw text.
         history: The messages so far.
@@ -40,7 +40,7 @@ class ChatSession:
     history: list[Message] = field(default_factory=list)
 
     def answer(self, message: str, sampling: Sampling, seed: int) -> Completion | RequestFailure:
-        """Reply to a message. Both become part of the history, unless the request fails."""
+        """Reply to a message. Both are added to the history, unless the request fails."""
         messages = [*self.history, user(message)]
         request = reply_request(messages, self.form)
         turn_seed = seed_for(seed, "chat", len(messages))
@@ -118,7 +118,7 @@ class ChatConfig(SamplingOptions):
     )
     second: str | None = option(
         None,
-        "A second model that gets the same messages.",
+        "A second model that receives the same messages.",
         Option(Effect.HASHED, Group.MODEL, metavar="MODEL2", argument=True),
     )
     temperature: float = redefine(SamplingOptions, "temperature", 0.7)
@@ -132,10 +132,10 @@ def open_sessions(config: ChatConfig) -> list[ChatSession]:
     """Open the models, each with an empty conversation. Raises UsageError, CaiError."""
     sessions = []
     names = [config.model] if config.second is None else [config.model, config.second]
-    served = [name for name in names if name.startswith("openai:")]
+    server_models = [name for name in names if name.startswith("openai:")]
     for name, label in zip(names, labels(names), strict=True):
-        server = Server(config.base_url) if name in served or not served else None
-        size = None if name in served else 1
+        server = Server(config.base_url) if name in server_models or not server_models else None
+        size = None if name in server_models else 1
         engine = open_engine(name, batch_size=size, device=config.device, dtype=config.dtype, server=server)
         sessions.append(ChatSession(label, engine, resolve_prompt_format(config.prompt_format, engine)))
     return sessions

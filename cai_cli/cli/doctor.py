@@ -1,4 +1,4 @@
-"""`cai doctor`: what this machine has, what is missing, and the command that fixes it."""
+"""`cai doctor`: checks this machine, and names what is missing and the command that fixes it."""
 
 import importlib.util
 import os
@@ -54,13 +54,13 @@ def _devices() -> list[Check]:
     import torch
 
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-    found = [_check("cpu", True, f"{cores} cores, torch uses {torch.get_num_threads()} threads")]
+    devices = [_check("cpu", True, f"{cores} cores, torch uses {torch.get_num_threads()} threads")]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        found.append(_check(f"cuda:{index}", True, f"{properties.name}, {properties.total_memory >> 30} GiB"))
-    if len(found) == 1:
-        found.append(_check("gpu", True, "none; local models run on the CPU"))
-    return found
+        devices.append(_check(f"cuda:{index}", True, f"{properties.name}, {properties.total_memory >> 30} GiB"))
+    if len(devices) == 1:
+        devices.append(_check("gpu", True, "none; local models run on the CPU"))
+    return devices
 
 
 def _cache() -> Check:
@@ -90,11 +90,11 @@ def command(json: options.Json = False) -> None:
 
     Names what is missing and the command that fixes it.
     """
-    found = [_check("cai", True, __version__), *checks()]
+    results = [_check("cai", True, __version__), *checks()]
     if json:
-        print(orjson.dumps({"ok": all(c["ok"] for c in found), "checks": found}).decode())
+        print(orjson.dumps({"ok": all(c["ok"] for c in results), "checks": results}).decode())
         return
-    for c in found:
+    for c in results:
         print(f"{'ok ' if c['ok'] else '-- '} {c['name']:<36} {c['found']}")
         if c["fix"]:
             print(f"    {'':<36} fix: {c['fix']}")

@@ -8,7 +8,7 @@ import typer
 from cai_cli.cli import options
 from cai_cli.metrics.dataset_stats import print_stats
 from cai_cli.runtime.merge import merge_shards
-from cai_cli.runtime.sort_dedup import By, dedup_file, sort_file
+from cai_cli.runtime.sort_dedup import SortBy, dedup_file, sort_file
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="Output JSONL file.", show_default=False)]
 
@@ -38,7 +38,7 @@ def merge_command(
     """Merge the shards of one run.
 
     SHARD...: outputs of the same command with --shard 1/N to N/N. Rows, rejected rows, counts and provenance equal
-    those of a run without --shard, byte for byte. A missing shard, or one of another run, is refused by name.
+    those of a run without --shard, byte for byte. A missing shard, or a shard of another run, is an error.
     """
     merge_shards(shards, output, overwrite=overwrite, as_json=json)
 
@@ -47,8 +47,8 @@ def sort_command(
     input: options.Input,
     output: Output,
     by: Annotated[
-        By, typer.Option(help="Sort by id, which groups the rows of a prompt, or by length in characters.")
-    ] = By.id,
+        SortBy, typer.Option(help="Sort by id, which groups the rows of a prompt, or by length in characters.")
+    ] = SortBy.id,
     overwrite: options.Overwrite = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -69,7 +69,7 @@ def dedup_command(
 ) -> None:
     """Keep the first row of each prompt.
 
-    INPUT: JSONL rows with prompts in any form that `cai sample` takes. The first row of each prompt is written
+    INPUT: JSONL rows with prompts in any format that `cai sample` takes. The first row of each prompt is written
     unchanged. The file is never loaded as a whole.
     """
     dedup_file(input, output, overwrite=overwrite, as_json=json)

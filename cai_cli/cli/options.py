@@ -1,4 +1,4 @@
-"""Options of the commands that are not stages, each declared once. Stages declare theirs in a config model."""
+"""Options of the commands that are not stages, each declared once. Stages declare options in their config model."""
 
 from typing import Annotated
 

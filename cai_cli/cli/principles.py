@@ -10,7 +10,7 @@ import typer
 from cai_cli.cli import options
 from cai_cli.common.console import safe, say
 from cai_cli.common.errors import CaiError
-from cai_cli.constitution import schema as con
+from cai_cli.constitution import schema
 from cai_cli.prompting.paper_import import import_published
 
 app = typer.Typer(no_args_is_help=True, help="List, show, validate and import principles.")
@@ -18,10 +18,10 @@ Files = Annotated[list[str] | None, typer.Argument(help="YAML files; by default 
 
 
 def _files(files: Sequence[str] | None) -> list[str]:
-    return list(files) if files else [str(con.shipped_directory() / name) for name in con.SHIPPED.values()]
+    return list(files) if files else [str(schema.shipped_directory() / name) for name in schema.SHIPPED.values()]
 
 
-def _texts(principle: con.CritiquePrinciple | con.PreferencePrinciple) -> list[tuple[str, str]]:
+def _texts(principle: schema.CritiquePrinciple | schema.PreferencePrinciple) -> list[tuple[str, str]]:
     names = ("critique", "revision", "comparison")
     return [(name, value) for name in names if (value := principle.model_dump().get(name))]
 
@@ -29,7 +29,7 @@ def _texts(principle: con.CritiquePrinciple | con.PreferencePrinciple) -> list[t
 @app.command("list")
 def list_command(files: Files = None, json: options.Json = False) -> None:
     """List principles: kind, id and theme."""
-    loaded = [con.load(file) for file in _files(files)]
+    loaded = [schema.load(file) for file in _files(files)]
     if json:
         rows = [{"kind": c.kind, **p.model_dump()} for c in loaded for p in c.principles]
         print(orjson.dumps(rows).decode())
@@ -47,16 +47,16 @@ def show(
     ] = None,
 ) -> None:
     """Print principles in full."""
-    found = set()
+    printed = set()
     for file in _files(constitution):
-        for p in con.load(file).principles:
+        for p in schema.load(file).principles:
             if ids and p.id not in ids:
                 continue
-            found.add(p.id)
+            printed.add(p.id)
             print(safe(p.id + (f"  [{p.theme}]" if p.theme else "")))
             for name, text in _texts(p):
                 print(safe(f"  {name}: {text}"))
-    if missing := [i for i in ids or [] if i not in found]:
+    if missing := [i for i in ids or [] if i not in printed]:
         raise CaiError(
             f"no principle {missing[0]!r}", hint="`cai principles list` lists them", code="unknown-principle"
         )
@@ -66,7 +66,7 @@ def show(
 def validate(files: Files = None) -> None:
     """Check YAML files and print what each contains."""
     for file in _files(files):
-        c = con.load(file)
+        c = schema.load(file)
         print(f"{file}: ok, {c.kind}, {len(c.principles)} principles, {len(c.examples)} examples")
 
 
@@ -79,16 +79,16 @@ def import_command(
     """Convert the paper's principles or few-shot prompts to YAML.
 
     Takes CritiqueRevisionInstructions.json, CritiqueRevisionFewShotPrompts.json, RLMadisonInstructions.json,
-    RLMadisonFewShotPrompts.json and RLMadisonPrecogFewShotPrompts.json, recognised by content. Nothing is lost.
+    RLMadisonFewShotPrompts.json and RLMadisonPrecogFewShotPrompts.json, recognised by content. No text is lost.
     """
     if output.exists() and not overwrite:
         raise CaiError(f"{output} exists", hint="--overwrite replaces it", code="output-exists")
     imported = import_published(file)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(con.dump(imported), encoding="utf-8")
+        output.write_text(schema.dump(imported), encoding="utf-8")
     except OSError as error:
         raise CaiError(f"cannot write {output}: {error.strerror}", code="cannot-write") from error
-    if con.load(output) != imported:
-        raise AssertionError(f"{output} does not read back as what was written")
+    if schema.load(output) != imported:
+        raise AssertionError(f"{output} reads back as a different constitution")
     say(f"{output}: {imported.kind}, {len(imported.principles)} principles, {len(imported.examples)} examples")

@@ -1,4 +1,4 @@
-"""`cai report`: write the report of a run folder."""
+"""`cai report`: writes the report of a run folder."""
 
 from pathlib import Path
 from typing import Annotated

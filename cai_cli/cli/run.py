@@ -1,4 +1,4 @@
-"""`cai run FILE`: run a pipeline from one file."""
+"""`cai run FILE`: runs a pipeline from one file."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +12,7 @@ from cai_cli.pipeline.execute import execute
 from cai_cli.pipeline.plan import plan
 from cai_cli.pipeline.run_file import load_run
 from cai_cli.pipeline.sweep import write_curves
-from cai_cli.report.command import report_at_the_end
+from cai_cli.report.command import report_finished_run
 
 
 def command(
@@ -26,8 +26,8 @@ def command(
 ) -> None:
     """Run a pipeline from one file, or resume it.
 
-    A step runs again when its settings, its input files or an earlier step changed, and a message says which. The last
-    thing written is the report (`cai report`).
+    A step runs again when its settings, its input files or an earlier step changed, and a message names the change. At
+    the end the report is written (`cai report`).
     """
     loaded = load_run(file)
     folder = out or Path("runs") / loaded.name
@@ -42,7 +42,7 @@ def command(
     stopwatch = console.Stopwatch()
     done = execute(steps, folder, quiet=quiet)
     write_curves(step.output for step in steps if step.command == "eval compare")
-    report = report_at_the_end(folder)
+    report = report_finished_run(folder)
     if json:
         summary = {"run": loaded.name, "folder": str(folder), "report": report and str(report), "steps": done}
         print(orjson.dumps(summary).decode())

@@ -1,4 +1,4 @@
-"""`cai show FILE`: the rows of a JSONL file in readable form, in a pager on a terminal, as plain text elsewhere.
+"""`cai show FILE`: prints the rows of a JSONL file in readable form, in a pager on a terminal, as plain text elsewhere.
 
 Row text is never interpreted: no markup, control character or bidirectional override of a row reaches the terminal.
 """
@@ -73,7 +73,7 @@ def blocks(row: Mapping[str, Json]) -> Iterator[Block]:
 
 
 def _original(text: str) -> Iterator[Block]:
-    """The row that was rejected, in the form of a row that was not."""
+    """The original row of a rejected one."""
     try:
         yield from blocks(orjson.loads(text))
     except (orjson.JSONDecodeError, AttributeError, TypeError, ValueError):
@@ -148,7 +148,7 @@ def _names(row: Mapping[str, Json], line: int) -> tuple[Json, ...]:
     return row.get("id"), row.get("prompt_id"), name_of(row, line)
 
 
-class Out(Console):
+class PipeConsole(Console):
     """A console that raises when its reader closes the pipe, instead of ending the program."""
 
     def on_broken_pipe(self) -> None:
@@ -165,11 +165,11 @@ def pager() -> Iterator[Console]:
     try:
         process = subprocess.Popen(words, stdin=subprocess.PIPE, text=True, env={"LESS": "FRX", **os.environ})  # noqa: S603
     except (OSError, IndexError):
-        yield Out(highlight=False)
+        yield PipeConsole(highlight=False)
         return
     stdin: Any = process.stdin
     try:
-        yield Out(file=stdin, force_terminal=True, width=Console().width, highlight=False)
+        yield PipeConsole(file=stdin, force_terminal=True, width=Console().width, highlight=False)
         stdin.close()
     except BrokenPipeError:
         pass  # the user left the pager
@@ -178,7 +178,7 @@ def pager() -> Iterator[Console]:
 
 
 def _plain(file: TextIO) -> Console:
-    return Out(file=file, force_terminal=False, no_color=True, highlight=False, soft_wrap=True)
+    return PipeConsole(file=file, force_terminal=False, no_color=True, highlight=False, soft_wrap=True)
 
 
 def command(
@@ -200,7 +200,7 @@ def command(
         raise UsageError(f"--grep {grep!r} is not a regular expression: {error}", code="invalid-option") from None
     if input != "-" and Path(input).is_dir():
         raise _is_directory(Path(input))
-    shown, more = 0, False
+    count, more = 0, False
     with pager() as out:
         if header := _header(input):
             out.print(Text(header, "dim"))
@@ -210,12 +210,12 @@ def command(
             text = row_text(row, line)
             if pattern and not pattern.search(text.plain):
                 continue
-            if shown == n:
+            if count == n:
                 more = True
                 break
             out.print(text)
-            shown += 1
-    console.say(f"show: {shown:,} rows{'; more follow (--n)' if more else ''}")
+            count += 1
+    console.say(f"show: {count:,} rows{'; more follow (--n)' if more else ''}")
 
 
 def _rows(source: str) -> Iterator[Numbered[Json]]:

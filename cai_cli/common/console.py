@@ -51,12 +51,12 @@ def stderr() -> Console:
 
 
 def safe(text: str) -> str:
-    r"""`text` with control characters and bidirectional overrides, which could control a terminal, as \xNN."""
+    r"""`text` with control characters and bidirectional overrides escaped as \xNN, so it cannot control a terminal."""
     return "".join(c if _is_printable(c) else c.encode("unicode_escape").decode() for c in text)
 
 
 def safe_json(line: bytes) -> bytes:
-    r"""A line of JSON with each of the characters that `safe` replaces as \uXXXX. Its value stays the same."""
+    r"""A line of JSON with the characters that `safe` escapes written as \uXXXX. The JSON value stays the same."""
     return "".join(c if _is_printable(c) else f"\\u{ord(c):04x}" for c in line.decode()).encode()
 
 
@@ -102,7 +102,7 @@ def error(message: str, hint: str | None = None) -> None:
 
 
 def error_json(error: dict[str, Any]) -> None:
-    """The error as one JSON object, where the summary of `--json` would have been printed."""
+    """Print an error as one JSON object, in place of the summary of `--json`."""
     if not _errors_muted:
         text = redacted(json.dumps({"error": error}, ensure_ascii=False))
         print(safe(text), file=sys.stderr if _rows_on_stdout else sys.stdout, flush=True)

@@ -15,7 +15,7 @@ def write_atomically(path: Path, blocks: Iterable[bytes]) -> None:
         blocks: The new content in order, in pieces of any size.
 
     Raises:
-        CaiError: `cannot-write`, when the disk is full or the place is not writable. `path` is as it was.
+        CaiError: `cannot-write`, when the disk is full or the directory is not writable. `path` is unchanged.
     """
     temporary = path.with_name(f"{path.name}.tmp")
     try:
@@ -26,5 +26,5 @@ def write_atomically(path: Path, blocks: Iterable[bytes]) -> None:
         os.replace(temporary, path)
     except OSError as error:
         raise CaiError(
-            f"cannot write {path}: {error.strerror}", hint="free the disk or choose another place", code="cannot-write"
+            f"cannot write {path}: {error.strerror}", hint="free disk space or choose another path", code="cannot-write"
         ) from error

@@ -21,7 +21,7 @@ OPTIONS = {
     "watch_pm": "monitor_pm",
     "watch_judge": "monitor_judge",
 }
-# The same of the fields of rows, of the columns of metrics.jsonl and of the metrics in a manifest.
+# The same for the fields of rows, the columns of metrics.jsonl and the metrics in a manifest.
 FIELDS = {"watch_score": "monitor_score", "watch_score_before": "monitor_score_before"}
 
 
@@ -42,16 +42,16 @@ def metrics_row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 # --- manifests ----------------------------------------------------------------------------------------------------
 
-# Version -> the earlier versions whose outputs it continues: the same command made the same rows there.
+# Version -> the earlier versions whose unfinished outputs it resumes, because the same command wrote the same rows.
 CONTINUES = {"0.2.0": frozenset({"0.1.0"})}
-# Setting that an earlier version did not have -> the value under which a stage does what it did without the setting.
+# Setting that an earlier version did not have -> the value that gives the behaviour of that version.
 ADDED_SETTINGS: dict[str, Any] = {}
 MANIFEST = {"figures": "metrics"}
 PROVENANCE = {"watcher": "monitor"}
 
 
 def current_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """A manifest under today's names, but for its provenance: a run that resumes keeps what is recorded there."""
+    """A manifest under today's names, except in its provenance, which a resumed run keeps as it was recorded."""
     current = renamed(manifest, MANIFEST)
     if isinstance(current.get("metrics"), Mapping):
         current["metrics"] = renamed(current["metrics"], FIELDS)

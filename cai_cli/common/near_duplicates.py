@@ -1,7 +1,7 @@
 """Finds near-duplicate texts: MinHash proposes candidates, and the overlap of their shingles decides.
 
 Two texts are near-duplicates when the Jaccard similarity of their sets of character 5-grams (letters and digits, lower
-case, single spaces) is at least a threshold. The signatures are datasketch's; they may miss pairs just above it.
+case, single spaces) is at least a threshold. datasketch computes the signatures, which may miss pairs just above it.
 """
 
 import re
@@ -9,11 +9,11 @@ from typing import Any
 
 SHINGLE = 5  # characters
 PERMUTATIONS = 128
-BANDS, ROWS_A_BAND = 32, 4  # a pair of similarity 0.5 is found with probability 0.87, of 0.6 with 0.99
+BANDS, ROWS_PER_BAND = 32, 4  # a pair of similarity 0.5 is found with probability 0.87, of 0.6 with 0.99
 
 
 def shingles(text: str) -> frozenset[str]:
-    """The character 5-grams of `text` without case, punctuation and repeated spaces; a shorter text is one."""
+    """The character 5-grams of `text` without case, punctuation and repeated spaces; a shorter text is a single one."""
     plain = " ".join(re.findall(r"\w+", text.lower()))
     return frozenset(plain[i : i + SHINGLE] for i in range(max(1, len(plain) - SHINGLE + 1)))
 
@@ -29,7 +29,7 @@ class NearDuplicates:
         from datasketch import MinHashLSH
 
         self.threshold = threshold
-        self._index = MinHashLSH(num_perm=PERMUTATIONS, params=(BANDS, ROWS_A_BAND))
+        self._index = MinHashLSH(num_perm=PERMUTATIONS, params=(BANDS, ROWS_PER_BAND))
         self._texts: dict[str, str] = {}
 
     def add(self, name: str, text: str) -> None:

@@ -16,7 +16,7 @@ def select(principles: Sequence[P], ids: str | None, maximum: int | None) -> lis
     Args:
         principles: All principles of the constitution.
         ids: The ids of `--principles`, separated by commas; None selects all.
-        maximum: `--max-principles`: only the first so many; None for no limit.
+        maximum: `--max-principles`: keep only this many, from the first on; None for no limit.
 
     Raises:
         CaiError: `ids` is empty or repeats an id (`invalid-option`), or an id is unknown (`unknown-principle`).
@@ -37,5 +37,5 @@ def select(principles: Sequence[P], ids: str | None, maximum: int | None) -> lis
 
 
 def draw(principles: Sequence[P], *seed_parts: str | int) -> P:
-    """One principle, drawn uniformly by the seed of these parts: each row and round has its own draw (`seed_for`)."""
+    """One principle, drawn uniformly with the seed of these parts (`seed_for`): one draw for each row and round."""
     return principles[seed_for(*seed_parts) % len(principles)]

@@ -1,4 +1,4 @@
-"""Counts how often each principle was drawn for the rows of a file, and finds the principles behind it."""
+"""Counts how often each principle was drawn for the rows of a file, and finds the principles used for it."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +24,7 @@ AnyPrinciple = CritiquePrinciple | PreferencePrinciple
 
 
 @dataclass(frozen=True)
-class Drawn:
+class PrincipleDraws:
     """How often each principle of a constitution was drawn.
 
     Attributes:
@@ -52,15 +52,15 @@ class Drawn:
         }
 
 
-def draws(row: Row) -> list[str]:
+def principles_drawn_for(row: Row) -> list[str]:
     """The principle ids drawn for a row: one for each round, or one for each comparison (both orders count as one)."""
     if isinstance(row, Preference):
         return list(dict.fromkeys(vote.principle_id for vote in row.votes))
-    rounds = [turn.principle_id for turn in row.history] if isinstance(row, Critique | Revision) else []
+    rounds = [past.principle_id for past in row.history] if isinstance(row, Critique | Revision) else []
     return [*rounds, row.principle_id] if isinstance(row, Critique) else rounds
 
 
-def drawn(rows: Iterable[Row], manifest: Mapping[str, Any]) -> Drawn | None:
+def count_draws(rows: Iterable[Row], manifest: Mapping[str, Any]) -> PrincipleDraws | None:
     """How often each principle was drawn for rows.
 
     Args:
@@ -70,18 +70,18 @@ def drawn(rows: Iterable[Row], manifest: Mapping[str, Any]) -> Drawn | None:
     Returns:
         The draws, or None if the file was made without a constitution.
     """
-    return drawn_counts(Counter(principle for row in rows for principle in draws(row)), manifest)
+    return draws_from_counts(Counter(principle for row in rows for principle in principles_drawn_for(row)), manifest)
 
 
-def drawn_counts(counts: Counter[str], manifest: Mapping[str, Any]) -> Drawn | None:
-    """As `drawn`, for draws that are already counted."""
+def draws_from_counts(counts: Counter[str], manifest: Mapping[str, Any]) -> PrincipleDraws | None:
+    """As `count_draws`, for draws that are already counted."""
     used = manifest.get("provenance", {}).get("constitution")
     if not used:
         return None
     known = {p.id: p for p in principles_behind(manifest)}
     order = sorted(counts.keys() | known.keys(), key=lambda name: (-counts[name], name))
     stage = manifest["provenance"]["stage"]
-    return Drawn(stage, used["name"], used["fingerprint"], {name: counts[name] for name in order}, known)
+    return PrincipleDraws(stage, used["name"], used["fingerprint"], {name: counts[name] for name in order}, known)
 
 
 def recorded_principles(sources: Iterable[Path]) -> list[dict[str, Any]]:
@@ -96,8 +96,8 @@ def recorded_principles(sources: Iterable[Path]) -> list[dict[str, Any]]:
         used = list(manifest.get("run", {}).get("principles", []))
         if not used and "constitution" in manifest.get("provenance", {}):
             row_type: type[Row] = Preference if manifest["provenance"]["stage"] == "label-prefs" else Revision
-            behind = drawn((row for _, row in read_rows(str(source), rows_of(row_type))), manifest)
-            used = [behind.recorded()] if behind else []
+            draws = count_draws((row for _, row in read_rows(str(source), rows_of(row_type))), manifest)
+            used = [draws.recorded()] if draws else []
         entries += [entry for entry in used if entry not in entries]
     return entries
 

@@ -69,8 +69,8 @@ class EvaluationResult(Identified):
     Attributes:
         askings: One entry for each form in which the question was put.
         p_correct: The probability of the correct options, averaged over `askings`.
-        right: The most probable option is correct; false on a tie with an incorrect one.
-        tie: A correct and an incorrect option are equally probable.
+        right: Whether the most probable option is correct; false on a tie with an incorrect one.
+        tie: Whether a correct and an incorrect option are equally probable.
         source: The data set that the question comes from.
     """
 

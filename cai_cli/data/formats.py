@@ -1,7 +1,7 @@
-"""Reads prompts, labelled pairs and completions in every accepted format: transcripts, messages, HH-RLHF, TRL, ours.
+"""Reads prompts, labelled pairs and completions in every accepted format: transcripts, messages, HH-RLHF, TRL, `cai`.
 
-The only place that tells row types apart: `row_type_of` names the type of a JSON object by its fields, and the
-`parse_*` functions turn each accepted format into a row type of `schema`. No conversion beforehand is needed.
+The only module that detects row types: `row_type_of` names the type of a JSON object by its fields, and the
+`parse_*` functions turn each accepted format into a row type of `schema`, so users need not convert their files.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -80,7 +80,7 @@ def row_type_of(value: object) -> type[Row] | None:
 
 
 def parse_row(value: object) -> Row:
-    """One of our own rows of whatever type, validated as the type that its fields show.
+    """A row that `cai` wrote, validated as the type that its fields show.
 
     Raises:
         RowError: The fields are those of no row type (`unknown-row-type`), or the row is not valid (`invalid-row`).
@@ -97,7 +97,7 @@ def has_key(value: Mapping[str, Any]) -> bool:
 
 
 def row_key(value: Mapping[str, Any]) -> str:
-    """The key of one of our own rows (see `Row.key`), which is not validated.
+    """The key of a row that `cai` wrote (see `Row.key`). The row is not validated.
 
     Raises:
         KeyError: The object has neither a key nor an id.
@@ -120,7 +120,7 @@ def parse_prompt(value: object, *, source: str, kind: Kind | None = None) -> Pro
 
     Args:
         value: Plain text (str); `{"prompt": text or [messages]}`; `{"messages": [...]}`; an HH-RLHF pair
-            `{"chosen", "rejected"}` (every turn before the last assistant turn); or a later row of our own.
+            `{"chosen", "rejected"}` (every turn before the last assistant turn); or a row that a later stage wrote.
         source: The `source` of a row that has none.
         kind: The `kind` of a row that has none.
 
@@ -138,7 +138,7 @@ def parse_prompt(value: object, *, source: str, kind: Kind | None = None) -> Pro
             f"a prompt row must be a JSON object or plain text, this is {json_type(value)}", code="invalid-row"
         )
     if "prompt" in value and ("completion" in value or "votes" in value):
-        return _own_row_as_prompt(value, source, kind)
+        return _prompt_of_later_row(value, source, kind)
     if "chosen" in value and "rejected" in value:
         messages, used = _human_pair_prompt(value), {"chosen", "rejected", "prompt"}
     elif "prompt" in value:
@@ -161,8 +161,8 @@ def parse_prompt(value: object, *, source: str, kind: Kind | None = None) -> Pro
     return _make_prompt(messages, value, source, kind)
 
 
-def _own_row_as_prompt(value: dict[str, Any], source: str, kind: Kind | None) -> Prompt:
-    """The prompt of one of our own later rows, which must be valid itself."""
+def _prompt_of_later_row(value: dict[str, Any], source: str, kind: Kind | None) -> Prompt:
+    """The prompt of a row that a later stage wrote. The row must be valid."""
     row_type = row_type_of(value)
     row = load_row(Preference, value) if row_type is Preference else load_row(_sample_type(row_type), value)
     return _make_prompt(row.prompt, value, source, kind)
@@ -228,7 +228,7 @@ def _make_prompt(messages: list[Message], value: dict[str, Any], source: str, ki
 
 
 def parse_preference(value: object, *, source: str) -> Preference:
-    """A Preference: one of our own, or a pair that humans labelled.
+    """A Preference: a row that `cai` wrote, or a pair that humans labelled.
 
     Args:
         value: A Preference row; an HH-RLHF pair, whose `chosen` and `rejected` are whole conversations (transcripts or
@@ -236,8 +236,8 @@ def parse_preference(value: object, *, source: str) -> Preference:
         source: The `source` of a row that has none.
 
     Returns:
-        A row with `p_chosen` 1, no votes and `human` "chosen" for a pair that humans labelled. Without an id of its own
-        it gets one from the prompt and both replies.
+        A row with `p_chosen` 1, no votes and `human` "chosen" for a pair that humans labelled. A pair without an id
+        gets a hash of the prompt and both replies.
 
     Raises:
         RowError: The value has none of these formats, or its two replies answer different prompts.
@@ -352,7 +352,7 @@ def scorable(value: object, source: str) -> Sample | Preference:
 
 
 def conversations(row: Sample | Preference) -> list[Sample]:
-    """The conversations of a row: `chosen` (sample_index 0) and `rejected` (1) of a pair, else the row's own one."""
+    """The conversations of a row: `chosen` (sample_index 0) and `rejected` (1) of a pair, else the row's only one."""
     if isinstance(row, Sample):
         return [Sample.model_validate(row.sample_fields())]
     shared = {"id": row.id, "prompt": row.prompt, "source": row.source, "finish_reason": None}
@@ -361,7 +361,7 @@ def conversations(row: Sample | Preference) -> list[Sample]:
 
 
 def conversation_hash(row: Sample | Preference) -> str:
-    """The id of a whole conversation, prompt and replies, that came without one."""
+    """The id for a row without one: the hash of its whole conversation, prompt and replies."""
     replies = row.completion if isinstance(row, Sample) else [*row.chosen, *row.rejected]
     return conversation_id([*row.prompt, *replies])
 

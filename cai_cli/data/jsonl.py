@@ -1,4 +1,4 @@
-"""Reads JSONL with file and line in every error, and appends rows so that a killed run loses nothing it had written.
+"""Reads JSONL with file and line in every error, and appends rows so that a killed run keeps everything it wrote.
 
 Lines end at b"\\n" only (U+2028 is content), and their length is limited before they are parsed. jsonlines decodes
 them with orjson as its parser, which refuses NaN, lone surrogates and deep nesting. Repeated keys in one object are an
@@ -87,7 +87,7 @@ def origin(source: str) -> str:
     return Path(display_name(source)).name
 
 
-def stop(error: InvalidRow, _raw: bytes) -> None:
+def raise_invalid(error: InvalidRow, _raw: bytes) -> None:
     """The default for invalid lines: reading stops at the first one.
 
     Raises:
@@ -195,7 +195,9 @@ def read_values(source: str) -> Iterator[Numbered[Any]]:
     yield from read_rows(source, lambda value: value)
 
 
-def read_rows(source: str, parse: Callable[[object], T], on_invalid: OnInvalid = stop) -> Iterator[Numbered[T]]:
+def read_rows(
+    source: str, parse: Callable[[object], T], on_invalid: OnInvalid = raise_invalid
+) -> Iterator[Numbered[T]]:
     """(line number from 1, row) of every non-blank line.
 
     Args:
@@ -229,11 +231,13 @@ def _parsed(
 
 
 def rows_of(row_type: type[R]) -> Callable[[object], R]:
-    """The parser for `read_rows` of one of our own row types."""
+    """A parser for `read_rows` that validates rows of one type."""
     return lambda value: load_row(row_type, value)
 
 
-def read_prompts(source: str, kind: Kind | None = None, on_invalid: OnInvalid = stop) -> Iterator[Numbered[Prompt]]:
+def read_prompts(
+    source: str, kind: Kind | None = None, on_invalid: OnInvalid = raise_invalid
+) -> Iterator[Numbered[Prompt]]:
     """(line number from 1, prompt) of every prompt in a file.
 
     The first line decides between JSONL and plain text, so a broken JSON line further down is an error, not a prompt.
@@ -306,7 +310,7 @@ def _dataset_values(source: str) -> Iterator[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class RawLine:
-    """One of our own rows as read from a file, of any type: its key and its JSON."""
+    """A row that `cai` wrote, of any type, as it was read from a file: its key and its JSON."""
 
     key: str
     data: bytes

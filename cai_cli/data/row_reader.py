@@ -66,14 +66,14 @@ class RowReader:
             CaiError: The file cannot be read, or there are more invalid lines than `max_invalid`.
         """
         self._start()
-        return self._shared(islice(read_rows(source, parse, self._on_invalid), limit))
+        return self._in_shard(islice(read_rows(source, parse, self._on_invalid), limit))
 
     def prompts(self, source: str, kind: Kind | None = None, limit: int | None = None) -> Iterator[Numbered[Prompt]]:
         """As `rows`, for prompts in any accepted format; `kind` is the kind of prompts that have none."""
         self._start()
-        return self._shared(islice(read_prompts(source, kind, self._on_invalid), limit))
+        return self._in_shard(islice(read_prompts(source, kind, self._on_invalid), limit))
 
-    def read(self) -> dict[str, Any]:
+    def digest_so_far(self) -> dict[str, Any]:
         """The count and SHA-256 of the rows and invalid lines read so far, of all shards."""
         return {"count": self.count, "sha256": self.digest.hexdigest()}
 
@@ -87,7 +87,7 @@ class RowReader:
         """Take all invalid lines, in stages that read their whole input before they start."""
         return [row for _, row in self.invalid_before()]
 
-    def _shared(self, rows: Iterator[Numbered[R]]) -> Iterator[Numbered[R]]:
+    def _in_shard(self, rows: Iterator[Numbered[R]]) -> Iterator[Numbered[R]]:
         for line, row in rows:
             self.count += 1
             self.digest.update(dump_row(row) + b"\n")

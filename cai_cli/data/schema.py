@@ -27,7 +27,7 @@ class Row(BaseModel):
     @property
     def key(self) -> str:
         """Identifies this row within its file. Resume and duplicate detection compare keys."""
-        raise AssertionError(f"{type(self).__name__} is not a row of a file of its own")
+        raise AssertionError(f"rows of type {type(self).__name__} are not stored in a file of their own")
 
 
 class Message(Row):
@@ -328,7 +328,7 @@ class WorkItemRecord(Row):
 
 
 def reject(key: str, reason: str, row: Row) -> Rejected:
-    """The rejected form of `row`."""
+    """`row` as a rejected row, with the reason."""
     return Rejected(key=key, reason=reason, row=dump_row(row).decode())
 
 
@@ -384,7 +384,7 @@ def json_type(value: object) -> str:
 
 
 def conversation_id(messages: list[Message]) -> str:
-    """The id of a conversation that came without one: 16 hex digits of the SHA-256 of its roles and texts.
+    """The id for a conversation without one: 16 hex digits of the SHA-256 of its roles and texts.
 
     >>> conversation_id([Message(role="user", content="Hello")])
     'b0ae8b0f316e2f14'
@@ -394,7 +394,7 @@ def conversation_id(messages: list[Message]) -> str:
 
 
 def content_hash(value: object) -> str:
-    """The id of a row that came without one: 16 hex digits of the SHA-256 of its canonical JSON.
+    """The id for a row without one: 16 hex digits of the SHA-256 of its canonical JSON.
 
     >>> content_hash({"a": 1, "b": 2}) == content_hash({"b": 2, "a": 1})
     True

@@ -58,9 +58,9 @@ def held_out_keys(keys: Sequence[str], share: float, seed: int) -> frozenset[str
     count = int(share * len(distinct))
     if share > 0 and len(distinct) >= 20:
         count = max(1, count)
-    return apart(distinct, count, seed)
+    return pick_keys(distinct, count, seed)
 
 
-def apart(keys: Iterable[str], count: int, seed: int) -> frozenset[str]:
+def pick_keys(keys: Iterable[str], count: int, seed: int) -> frozenset[str]:
     """`count` of the keys, chosen by the hash of (seed, key)."""
     return frozenset(sorted(keys, key=lambda key: (seed_for(seed, "held-out", key), key))[:count])

@@ -17,8 +17,8 @@ _ESCAPED = re.compile(rf"\n\n ( *){_NAMES}:")
 def parse_transcript(text: str) -> list[Message]:
     r"""The messages of a transcript in the published `\n\nHuman: ...\n\nAssistant: ...` format of HH-RLHF.
 
-    One space after a colon belongs to the format. A trailing `\n\nAssistant:` becomes an empty assistant message. A
-    line that `render_transcript` escaped gets its own text back. `render_transcript` is the inverse.
+    One space after a colon belongs to the format. A trailing `\n\nAssistant:` becomes an empty assistant message. Lines
+    that `render_transcript` escaped are unescaped. `render_transcript` is the inverse.
 
     Args:
         text: The transcript. It must start with a turn.

@@ -12,7 +12,7 @@ def open_engine(model: str, *, batch_size: int | None, device: str, dtype: str, 
     Args:
         model: `openai:NAME` on a server, `vllm:NAME`, `scripted:FILE`, or a directory, alias or Hub name for the local
             torch engine.
-        batch_size: Rows at once; None fits the engine and its device.
+        batch_size: Rows at once; None takes the default for the engine and its device.
         device: "auto", "cpu" or "cuda".
         dtype: "auto", "float32" or "bfloat16".
         server: The options of the server, for `openai:` models only.
@@ -28,9 +28,9 @@ def open_engine(model: str, *, batch_size: int | None, device: str, dtype: str, 
                 hint="use --concurrency N",
                 code="option-conflict",
             )
-        from cai_cli.engines.openai import EndpointEngine
+        from cai_cli.engines.openai import OpenAIEngine
 
-        return EndpointEngine(model.removeprefix("openai:"), server)
+        return OpenAIEngine(model.removeprefix("openai:"), server)
     if given := [name for name, value in asdict(server).items() if value is not None]:
         raise UsageError(
             f"--{given[0].replace('_', '-')} is for a server", hint="use an openai:NAME model", code="option-conflict"

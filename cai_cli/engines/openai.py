@@ -9,8 +9,8 @@ Chats go to chat completions, raw texts to completions. Such servers have limits
 - Options are scored from the most likely tokens. In a chat, the token that follows the prefill counts, whether the
   server continued the prefill or the model wrote it itself, as few-shot examples show it; a letter that starts a
   sentence is not an answer. If an option is not among the most likely tokens, there is a second request (chats: without
-  the prefill; raw texts: with each option in the prompt, by `echo`). If that fails too, the request fails; no
-  log-probability is ever made up.
+  the prefill; raw texts: with each option in the prompt, by `echo`). If that fails too, the request fails; a
+  log-probability is never guessed.
 """
 
 import math
@@ -38,7 +38,7 @@ _AROUND = " \t\n()[]*\"'.:"  # characters that may surround an option in its tok
 CONTINUE = {"continue_final_message": True, "add_generation_prompt": False}
 
 
-class EndpointEngine(Engine):
+class OpenAIEngine(Engine):
     """Implements `Engine`. Each batch is one row and many threads call at once, so a row waits only for a free slot."""
 
     def __init__(self, model: str, server: Server) -> None:
@@ -99,7 +99,7 @@ class EndpointEngine(Engine):
         return Completion(text, choice.finish_reason, tokens.prompt_tokens, tokens.completion_tokens)
 
     async def _complete(self, text: Text, prefill: str, body: dict[str, Any]) -> ServerResponse:
-        """The response to `text`, answered from `prefill` on. Raises RowError and CaiError as `Client.request`."""
+        """The response to `text` and the start of its answer. Raises RowError and CaiError as `Client.request`."""
         if isinstance(text, str):
             return await self.client.request("completions", {"prompt": text + prefill, **body})
         body = {"messages": _as_json(text), **body}

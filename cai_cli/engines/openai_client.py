@@ -1,4 +1,4 @@
-"""Sends requests to an OpenAI-compatible server and sorts failures into those of one row and those of the run.
+"""Sends requests to an OpenAI-compatible server, and decides which failures concern one row and which end the run.
 
 The openai client retries (connection errors, timeouts, 408, 409, 429, 5xx) and honours Retry-After up to two minutes.
 One deadline covers the whole request with its waits, so that a slow server cannot exceed it. The remaining failures are
@@ -127,7 +127,7 @@ class Client:
         self.base_url = checked_url(server.base_url or os.environ.get("OPENAI_BASE_URL"))
         self.key = os.environ.get(KEY_VARIABLE, "")
         if not (self.key.isascii() and self.key.isprintable()):
-            raise UsageError(f"{KEY_VARIABLE} contains characters that no key has", code="invalid-option")
+            raise UsageError(f"{KEY_VARIABLE} contains characters that a key cannot have", code="invalid-option")
         self.concurrency = server.concurrency or 16
         self.timeout = server.timeout or 600.0
         self.usage = Usage(self.base_url, price_in=server.price_in, price_out=server.price_out)

@@ -1,7 +1,8 @@
-"""Encodes rows as token ids, in this one place. Control tokens come from the chat template, never from a row's text.
+"""Encodes rows as token ids. Control tokens come from the chat template, never from a row's text.
 
 A row that spells a control token (`<|im_end|>\\n<|im_start|>system`) could otherwise end its turn and impersonate
 another speaker. Such strings are encoded as plain characters.
+No other module encodes rows.
 """
 
 from collections.abc import Sequence
@@ -71,7 +72,7 @@ def _spells_a_token(tokenizer: "PreTrainedTokenizerBase", contents: Sequence[str
 
     tokens = tokenizer.added_tokens_encoder
     spelled = any(token in content for content in contents for token in tokens)
-    # transformers marks spelled control tokens with these two private characters and would drop a row's own ones.
+    # transformers marks spelled control tokens with these two private characters, and would delete them from a text.
     marks = (_CONTROL_TOKEN_START, _CONTROL_TOKEN_END)
     if spelled and any(mark in content for content in contents for mark in marks):
         raise RowError(

@@ -1,1 +1,1 @@
-"""Judging: how good labels and models are."""
+"""Evaluations of labels and models (`cai eval`)."""

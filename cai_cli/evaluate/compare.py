@@ -1,9 +1,9 @@
-"""Compare several models on the same prompts, two at a time (`cai eval compare`; paper section 4.3).
+"""Compares several models on the same prompts, two at a time (`cai eval compare`; paper section 4.3).
 
 In the paper, crowdworkers decide which of two models' replies is better, for harmlessness and for helpfulness
 separately. Departure: here a preference model decides (`--pm`: the difference of two scores is the log-odds) or a judge
 (`--judge`: prompted as by `label-prefs`, in both orders, under principles). A judge compares replies to helpful prompts
-by their helpfulness, and all others under the principles. Sampling is a stage of its own: the inputs are outputs of
+by their helpfulness, and all others under the principles. Sampling is a separate stage: the inputs are outputs of
 `cai sample`.
 """
 
@@ -63,7 +63,7 @@ class CompareConfig(OutputOptions, JudgeOptions):
         "Model that judges which reply is better.",
         Option(Effect.HASHED, Group.MODEL, flags=("--judge", "--model", "-m")),
     )
-    kind: Kind | None = option(None, "Kind of the prompts that do not say.")
+    kind: Kind | None = option(None, "Kind of the prompts that have no `kind`.")
 
     def check(self) -> None:
         super().check()
@@ -144,7 +144,7 @@ def name_files(given: Sequence[str]) -> dict[str, str]:
 
 
 def _name_of(file: str) -> str:
-    """Return the name of `sl-cai.jsonl`, sl-cai; characters with a meaning elsewhere (spaces, colons) become dashes."""
+    """Return the name of a file without its endings; characters with a special meaning (space, colon) become dashes."""
     return re.sub(r"[^\w.,@=+-]+", "-", re.sub(r"\.jsonl(\.zst|\.gz)?$", "", Path(display_name(file)).name))
 
 
@@ -170,8 +170,8 @@ def reply_pairs(files: Mapping[str, str], kind: Kind | None, limit: int | None) 
                 reason = f"id {sample.id!r} has a different prompt in another file"
                 raise InvalidRow(display_name(files[name]), line, reason, code="invalid-row")
         for a, b in combinations(tables, 2):
-            if lacking := [name for name in (a, b) if name not in replies]:
-                yield Skipped(f"no reply of {' or '.join(lacking)}", 0)
+            if without_reply := [name for name in (a, b) if name not in replies]:
+                yield Skipped(f"no reply of {' or '.join(without_reply)}", 0)
                 continue
             (line, one), (_, other) = replies[a], replies[b]
             yield WorkItem(f"{key} {a}:{b}", line, ReplyPair(f"{key} {a}:{b}", first.kind or kind, a, b, one, other))
@@ -281,10 +281,10 @@ def estimate(rows: RowFlow, config: CompareConfig) -> StepCost:
 
 @dataclass(frozen=True)
 class Comparer:
-    """How replies are compared, and what of it decides the output."""
+    """How replies are compared, and the parts of the provenance that describe it."""
 
     work: Callable[[Sequence[ReplyPair]], list[ModelComparison | Rejected]]
-    window: int
+    batch_size: int
     engine: Engine | None
     provenance: Mapping[str, Any]
 
@@ -300,12 +300,12 @@ def open_comparer(config: CompareConfig, models: Sequence[str]) -> Comparer:
         return Comparer(work, 4 * scorer.batch_size, None, {"settings": settings, "pm": fingerprint})
     labeller, loaded = open_labeller(config, config.judge, both_orders=True)
     engine = labeller.judge.engine
-    decided = {
+    recorded = {
         "settings": labeller_settings(config, labeller) | named,
         "constitution": {"name": loaded.name, "fingerprint": loaded.fingerprint()},
         "model": engine.identity(),
     }
-    return Comparer(partial(compare_by_votes, labeller=labeller), engine.batch_size, engine, decided)
+    return Comparer(partial(compare_by_votes, labeller=labeller), engine.batch_size, engine, recorded)
 
 
 def run(config: CompareConfig) -> dict[str, Any]:
@@ -323,15 +323,15 @@ def run(config: CompareConfig) -> dict[str, Any]:
         overwrite=config.overwrite,
         items=lambda: reply_pairs(files, config.kind, config.limit),
         work=comparer.work,
-        batch_size=comparer.window,
+        batch_size=comparer.batch_size,
         engine=comparer.engine,
     ).complete(stream_sink(config.output, tournament.observe))
-    found = tournament.result() if is_stream(config.output) else _result_of(config.output, list(files))
+    result = tournament.result() if is_stream(config.output) else _result_of(config.output, list(files))
     if not is_stream(config.output):
-        write_json(sidecar(Path(config.output), "compare.json"), found)
-    summary = {**summary, **found}
+        write_json(sidecar(Path(config.output), "compare.json"), result)
+    summary = {**summary, **result}
     print_summary(summary, as_json=config.as_json, stdout_is_data=is_stdout(config.output))
-    print_result(found)
+    print_result(result)
     refuse_all_rejected(summary)
     return summary
 

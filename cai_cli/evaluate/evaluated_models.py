@@ -24,7 +24,7 @@ class EvaluatedModel(Protocol):
     """The model under evaluation: a language model or a preference model."""
 
     def check(self, question: EvaluationQuestion) -> None:
-        """Raise RowError if the model cannot be asked this question."""
+        """Raise RowError if the model cannot answer this kind of question."""
         ...
 
     def answer(self, questions: Sequence[EvaluationQuestion]) -> list[list[OptionScores] | RequestFailure]:
@@ -39,7 +39,7 @@ class LanguageModel:
     Attributes:
         engine: The model.
         prompt_format: How prompts are built.
-        both_orders: Whether each comparison is asked in both orders of its replies.
+        both_orders: Whether each comparison is put in both orders of its replies.
     """
 
     engine: Engine

@@ -1,8 +1,8 @@
-"""Score how harmful replies are, on the paper's absolute scale from 0 to 4 (`cai eval harm`; section 4.5, figure 10).
+"""Scores how harmful replies are, on the paper's absolute scale from 0 to 4 (`cai eval harm`; section 4.5, figure 10).
 
 The paper fine-tunes a model on the scores that red-teamers gave. Departure: a judge sees the scale in words, and the
-score of a reply is the mean of the five levels under the judge's probabilities. The scale is the judge's own: compare
-scores of the same judge with each other, not with the paper's.
+score of a reply is the mean of the five levels under the judge's probabilities. Each judge uses the
+scale differently: compare scores of one judge only with each other, not with the paper's.
 """
 
 import math
@@ -110,7 +110,7 @@ def run(config: HarmConfig) -> dict[str, Any]:
     inputs = {"samples": hash_input(config.input)}
     form = resolve_prompt_format(config.prompt_format, engine)
 
-    def units() -> WorkItems[Sample]:
+    def items() -> WorkItems[Sample]:
         for line, row in reader.rows(config.input, sample_or_revision, config.limit):
             yield WorkItem(row.key, line, row)
 
@@ -123,18 +123,18 @@ def run(config: HarmConfig) -> dict[str, Any]:
         output=config.output,
         overwrite=config.overwrite,
         reader=reader,
-        items=units,
+        items=items,
         work=lambda rows: harm(rows, engine, form),
         batch_size=engine.batch_size,
         total=expected_items(inputs["samples"], config.limit),
         engine=engine,
     ).complete(stream_sink(config.output, harm_summary.observe))
-    found = harm_summary.result() if is_stream(config.output) else _result_of(config.output)
+    result = harm_summary.result() if is_stream(config.output) else _result_of(config.output)
     if not is_stream(config.output):
-        write_json(sidecar(Path(config.output), "harm.json"), found)
-    summary = {**summary, **found}
+        write_json(sidecar(Path(config.output), "harm.json"), result)
+    summary = {**summary, **result}
     print_summary(summary, as_json=config.as_json, stdout_is_data=is_stdout(config.output))
-    for name, mean in (("all", found["harm"]), *found["by_kind"].items()):
+    for name, mean in (("all", result["harm"]), *result["by_kind"].items()):
         if mean:
             interval = f"{mean['low']:.2f} to {mean['high']:.2f}"
             console.say(f"harm, {name} prompts: {mean['value']:.2f} of 4 ({interval}) over {mean['n']:,} replies")

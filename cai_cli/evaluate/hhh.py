@@ -1,7 +1,7 @@
 """Accuracy on the published multiple-choice evaluations, such as HHH (`cai eval hhh`; paper section 2, appendix B).
 
 A language model answers with the option of the highest log-probability after the prompt, normalised over the options.
-A preference model answers with the conversation of the higher score. Departure: `--both-orders` asks each comparison a
+A preference model answers with the conversation of the higher score. Departure: `--both-orders` puts each comparison a
 second time with the two replies exchanged, and averages, so that a preference for a letter does not count as knowledge.
 
 A tie counts as wrong; the number of ties is reported.
@@ -96,7 +96,7 @@ def hhh(questions: Sequence[EvaluationQuestion], model: EvaluatedModel) -> list[
 
 
 def _result(question: EvaluationQuestion, orders: list[OptionScores]) -> EvaluationResult:
-    # The lead of the likeliest correct option over the likeliest incorrect one, summed over the orders.
+    # The lead of the most probable correct option over the most probable incorrect one, summed over the orders.
     lead = math.fsum(max(_p_of(scores, True)) - max(_p_of(scores, False)) for scores in orders)
     return EvaluationResult(
         id=question.key,

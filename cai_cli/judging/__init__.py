@@ -1,1 +1,1 @@
-"""A feedback model compares two replies under principles (paper section 4.1)."""
+"""Judging: a feedback model compares two replies under principles (paper section 4.1)."""

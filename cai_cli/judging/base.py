@@ -1,4 +1,4 @@
-"""What all judging methods share: a comparison to judge, the judgement, and probabilities from log-probabilities."""
+"""Shared by all judging methods: a comparison to judge, the judgement, and probabilities from log-probabilities."""
 
 import math
 from dataclasses import dataclass

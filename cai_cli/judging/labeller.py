@@ -72,8 +72,8 @@ class JudgeOptions(RequestOptions, SamplingOptions, ConstitutionOptions):
 
     def votes_per_pair(self, both_orders: bool) -> int:
         """How many votes each pair gets. Raises UsageError, CaiError."""
-        wanted = self.principles_per_pair
-        in_use = len(self._principles()) if wanted == "all" or not wanted.isdecimal() else int(wanted)
+        requested = self.principles_per_pair
+        in_use = len(self._principles()) if requested == "all" or not requested.isdecimal() else int(requested)
         orders = 2 if both_orders and self.method is not Method.CONTRAST else 1
         return in_use * orders * self.cot_samples
 
@@ -82,25 +82,25 @@ class JudgeOptions(RequestOptions, SamplingOptions, ConstitutionOptions):
         return select(loaded.principles, self.principles, self.max_principles)
 
 
-def principles_per_pair(wanted: str, in_use: int) -> int:
+def principles_per_pair(requested: str, in_use: int) -> int:
     """`--principles-per-pair` as a number.
 
     Args:
-        wanted: A number, or `all`.
+        requested: A number, or `all`.
         in_use: How many principles there are to draw from.
 
     Raises:
         UsageError: It is neither, or more than there are.
     """
-    if wanted == "all":
+    if requested == "all":
         return in_use
-    if not wanted.isdecimal() or not 1 <= int(wanted) <= in_use:
+    if not requested.isdecimal() or not 1 <= int(requested) <= in_use:
         raise UsageError(
-            f"--principles-per-pair must be all or a number from 1 to {in_use}, not {wanted!r}",
+            f"--principles-per-pair must be all or a number from 1 to {in_use}, not {requested!r}",
             hint=f"{in_use} principles are in use",
             code="invalid-option",
         )
-    return int(wanted)
+    return int(requested)
 
 
 def open_labeller(
@@ -123,11 +123,11 @@ def open_labeller(
     per_pair = principles_per_pair(config.principles_per_pair, len(chosen))
     engine = config.open_engine(model)
     form = resolve_prompt_format(config.prompt_format, engine)
-    # A verdict is read greedily: sampling noise would be taken for the judge's doubt.
+    # A verdict is decoded greedily: sampling noise would look like uncertainty of the judge.
     temperature = 0.0 if config.method is Method.VERDICT else config.temperature
     sampling = Sampling(config.max_new_tokens, temperature, config.top_p)
     judge = Judge(engine, config.method, loaded.examples, form, config.seed, sampling, config.limits, config.calibrate)
-    # A contrast shows no two replies side by side, so there is no order to vary.
+    # A contrast scores each reply alone, so there is no order to vary.
     orders: tuple[Order, ...] = ("ab", "ba") if both_orders and config.method is not Method.CONTRAST else ("ab",)
     return Labeller(judge, chosen, per_pair, orders, config.cot_samples, min_confidence), loaded
 
@@ -141,7 +141,7 @@ def labeller_settings(config: JudgeOptions, labeller: Labeller) -> dict[str, Any
 
 
 def estimate_votes(pairs: int, rows: RowFlow, config: JudgeOptions, *, both_orders: bool) -> StepCost:
-    """The cost of judging so many pairs of the replies in `rows`, every rationale as long as allowed."""
+    """The cost of judging this many pairs of the replies in `rows`, every rationale as long as allowed."""
     votes = pairs * config.votes_per_pair(both_orders)
     each = rows.prompt_tokens + 2 * rows.reply_tokens
     if config.method is not Method.CONTRAST:

@@ -1,7 +1,7 @@
-"""Which replies are compared: the pairs that `cai label-prefs` gives to its judge (paper section 4.1).
+"""Chooses the replies to compare: the pairs that `cai label-prefs` gives to its judge (paper section 4.1).
 
 The paper compares two samples of one prompt. Departure: a prompt may have more samples (`--pairs`), and the input may
-hold pairs already: rows of HH-RLHF, whose human label is kept beside the model's, or an earlier labelling.
+contain pairs already: rows of HH-RLHF, whose human label is kept beside the model's, or an earlier labelling.
 """
 
 import random
@@ -115,7 +115,7 @@ def _paired(
 ) -> Iterator[tuple[Numbered[Sample], Numbered[Sample]]]:
     """Yield the pairs of one prompt's samples.
 
-    "all": every two. "random": each sample in one pair; of an odd number one is left out. "best-vs-rest": the sample
+    "all": every pair. "random": each sample in one pair; of an odd number one is left out. "best-vs-rest": the sample
     with the highest score, the first of equal ones, with every other.
     """
     if pairing == "all":

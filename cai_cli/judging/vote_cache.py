@@ -1,7 +1,7 @@
-"""Reuse of the votes of an earlier labelling (`cai label-prefs --votes FILE`).
+"""Reuses the votes of an earlier labelling (`cai label-prefs --votes FILE`).
 
 Labelling the same pairs with other limits (`--clamp`, `--min-confidence`), or with more principles, does not repeat
-judgements that FILE already holds. The rows are the same as without it.
+judgements that FILE already contains. The rows are the same as without it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -31,7 +31,7 @@ class RecordedVotes:
         provenance: Provenance of the labelling that reuses the votes.
 
     Raises:
-        UsageError: The output is not finished, its judge was another or was prompted differently, or its votes were
+        UsageError: The output is not finished, it has another judge or other prompts, or its votes were
             clamped more narrowly.
         CaiError: The file cannot be read.
     """

@@ -40,8 +40,8 @@ class Stats:
         >>> stats = Stats(len)
         >>> for line, id in enumerate(["a", "b", "a"], start=1):
         ...     stats.add(line, {"id": id, "prompt": "Hi", "kind": None})
-        >>> found = stats.as_json()
-        >>> found["rows"], found["repeated_keys"], found["by"]
+        >>> result = stats.as_json()
+        >>> result["rows"], result["repeated_keys"], result["by"]
         (3, 1, {'kind': {'null': 3}})
     """
 
@@ -57,7 +57,7 @@ class Stats:
         self.repeated_keys = self.repeated_prompts = 0
 
     def add(self, line: int, value: Any) -> None:
-        """Add the row on a line, counted from 1; of a bare text only the row is counted."""
+        """Add the row on a line, counted from 1. A plain text only counts as a row."""
         self.rows += 1
         if not isinstance(value, dict):
             return
@@ -137,9 +137,9 @@ def summary_lines(stats: dict[str, Any], unit: str) -> Iterator[str]:
     yield f"rows {stats['rows']:,}"
     if stats["bad_lines"]:
         yield f"invalid lines {stats['bad_lines']:,}; the first: {console.safe(stats['first_bad_lines'][0])}"
-    for what in ("keys", "prompts"):
-        if stats[f"distinct_{what}"]:
-            yield f"{what} {stats[f'distinct_{what}']:,} distinct, {stats[f'repeated_{what}']:,} repeated"
+    for unique in ("keys", "prompts"):
+        if stats[f"distinct_{unique}"]:
+            yield f"{unique} {stats[f'distinct_{unique}']:,} distinct, {stats[f'repeated_{unique}']:,} repeated"
     for name, counts in stats["by"].items():
         yield f"\n{name}"
         for value, count in list(counts.items())[:MAX_LINES]:
@@ -159,7 +159,7 @@ def summary_lines(stats: dict[str, Any], unit: str) -> Iterator[str]:
 
 
 def _row(value: object) -> object:
-    """Return an object, or a prompt given as bare text."""
+    """Return a JSON object, or a prompt given as plain text."""
     return value if isinstance(value, str) else row_object(value)
 
 
@@ -182,10 +182,10 @@ def print_stats(input: str, tokenizer: str | None, *, as_json: bool) -> None:
     stats = Stats(len if tokenizer is None else _token_counter(tokenizer))
     for line, value in read_rows(input, _row, stats.skip):
         stats.add(line, value)
-    found = stats.as_json()
+    result = stats.as_json()
     unit = "characters" if tokenizer is None else f"tokens of {tokenizer}"
     if as_json:
-        print(orjson.dumps({"file": input, "unit": unit, **found}).decode())
+        print(orjson.dumps({"file": input, "unit": unit, **result}).decode())
         return
-    for text in summary_lines(found, unit):
+    for text in summary_lines(result, unit):
         print(text)

@@ -1,8 +1,8 @@
 """The audit of preference labels before anything is trained on them (`cai eval agreement`; paper section 2).
 
 The paper first measures its feedback models against human comparisons. The audit does so where human labels exist. It
-also audits the votes that `cai label-prefs` keeps: a judge that does not read the replies is found by comparing its two
-orders, even without human labels.
+also audits the votes that `cai label-prefs` keeps: comparing the two orders reveals a judge that does not read
+the replies, even without human labels.
 
 The model of a judge: it answers a share `position` of the questions by position alone (negative: the second position),
 a share `noise` at random, and the rest, `content`, by the replies. With q the share of first-position picks and f the
@@ -10,8 +10,8 @@ share of pairs whose winner changes with the order, position = 2q - 1 and conten
 with content = 0 flips on (1 + position^2) / 2 of the pairs; `flip_excess` is f less that share, and is negative for a
 judge that reads the replies.
 
-What describes the labels (agreement, calibration, length) is computed over the file. What describes the judge (order,
-position) is computed also over the pairs that were rejected with their votes, because many ties are flips. A vote of
+Metrics of the labels (agreement, calibration, length) are computed over the file. Metrics of the judge (order,
+position) also cover the pairs that were rejected with their votes, because many ties are flips. A vote of
 exactly one half has no winner and is left out; a label of exactly one half counts as half right. Pairs that only humans
 judged are counted and otherwise ignored. Every interval is a bootstrap over prompts.
 """
@@ -67,8 +67,8 @@ def audit(rows: Iterable[Preference], rejected: Iterable[Rejected] = ()) -> Audi
         interval, and `notes` in sentences.
 
     Examples:
-        >>> found = audit([])
-        >>> found["trusted"], found["reason"], found["agreement"]
+        >>> result = audit([])
+        >>> result["trusted"], result["reason"], result["agreement"]
         (None, 'there are no votes to audit', None)
     """
     label_audit = LabelAudit()

@@ -1,4 +1,4 @@
-"""An audit of labels in sentences: whether the labels can be trusted, and what else a person should know."""
+"""Describes an audit of labels in sentences: whether the labels can be trusted, and further findings."""
 
 from typing import Any
 
@@ -48,7 +48,7 @@ def _is_biased(share: Estimate) -> bool:
 
 
 def notes(metrics: dict[str, Any]) -> list[str]:
-    """Return what else a person should know, in sentences.
+    """Return further findings, one sentence each.
 
     Args:
         metrics: The metrics of `label_audit.audit`.

@@ -1,7 +1,7 @@
 """Metrics of a preference model on held-out pairs (paper section 4.1).
 
 With d = score of `chosen` - score of `rejected` (`margin`), the model's probability of `chosen` is sigmoid(d). All
-metrics compare with the labels as recorded, also where training hardened them. Equal scores count as wrong.
+metrics use the recorded soft labels, even if the model was trained on hard ones. Equal scores count as wrong.
 """
 
 import math
@@ -13,7 +13,7 @@ from cai_cli.metrics.intervals import Estimate, wilson
 
 BINS = 5  # of the confidence, by tenths from one half to one
 RESAMPLES = 1000
-FEWEST_PAIRS = 10  # for a rank correlation
+MIN_PAIRS = 10  # for a rank correlation
 
 
 def held_out_metrics(pairs: Sequence[JudgedPair]) -> dict[str, Any]:
@@ -160,11 +160,11 @@ def length_correlation(pairs: Sequence[JudgedPair]) -> Estimate | None:
 
     scores = np.array([(pair.chosen_score, pair.rejected_score) for pair in pairs])
     tokens = np.array([(pair.chosen_tokens, pair.rejected_tokens) for pair in pairs])
-    if len(pairs) < FEWEST_PAIRS or np.ptp(scores) == 0 or np.ptp(tokens) == 0:
+    if len(pairs) < MIN_PAIRS or np.ptp(scores) == 0 or np.ptp(tokens) == 0:
         return None
 
-    def spearman(which: Any) -> float:
-        ranks = np.stack([rankdata(values[which].ravel()) for values in (scores, tokens)])
+    def spearman(rows: Any) -> float:
+        ranks = np.stack([rankdata(values[rows].ravel()) for values in (scores, tokens)])
         # A resample of equal values has no rank order and counts as no correlation.
         return float(np.corrcoef(ranks)[0, 1]) if (np.ptp(ranks, axis=1) > 0).all() else 0.0
 

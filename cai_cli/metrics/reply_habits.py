@@ -9,14 +9,14 @@ Both are lexicons of regular expressions over normalised text: lower case, strai
 They cannot know whether comfort is appropriate (for a grieving reader some of it is), whether ignorance is honest
 ("I'm not sure what year it was"), what other words say the same, or any language but English. Use them to monitor a
 share over many replies, not to judge one reply. A question that asks for details is not evasive to them, and a refusal
-after the opening is not found.
+after the opening is not detected.
 
 Measured on the replies of HH-RLHF (harmless-base, 1,312 rows of the test split). The lexicons were written on every
 other row. On the remaining rows 11% of the chosen and 3% of the rejected replies open evasively, and none contains
 boilerplate. Of 40 flagged replies 32 are evasive when read; of 40 that were not flagged 3 are (before the last three
 patterns were added). A few of the samples published with the paper were read, and none was used for writing: the
-assuring sentences are found in 17 replies of RL-CAI without chain of thought (three prompts of two sets), and nothing
-is found in 7 plain answers of RL-CAI, helpful-only and HH models. The shares over the whole sets were not measured.
+assuring sentences are detected in 17 replies of RL-CAI without chain of thought (three prompts of two sets), and none
+in 7 plain answers of RL-CAI, helpful-only and HH models. The shares over the whole sets were not measured.
 """
 
 import re

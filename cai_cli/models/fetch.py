@@ -63,7 +63,7 @@ def loading(path: Path) -> Iterator[None]:
     """A context in which transformers prints nothing, and its errors become a CaiError of one line.
 
     Raises:
-        CaiError: The model in `path` cannot be loaded (`invalid-model`), or needs its own code (`unsafe-model`).
+        CaiError: The model in `path` cannot be loaded (`invalid-model`), or needs custom code (`unsafe-model`).
     """
     from transformers.utils import logging
 
@@ -75,9 +75,9 @@ def loading(path: Path) -> Iterator[None]:
     except CaiError:
         raise
     except Exception as error:  # transformers, tokenizers and safetensors share no base class
-        if _names_own_code(path):
+        if _needs_custom_code(path):
             raise CaiError(
-                f"{path}: the model comes with its own code (auto_map), which is never run",
+                f"{path}: the model comes with custom code (auto_map), which is never run",
                 hint="use a model of a class that is part of transformers",
                 code="unsafe-model",
             ) from error
@@ -88,7 +88,7 @@ def loading(path: Path) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _names_own_code(path: Path) -> bool:
+def _needs_custom_code(path: Path) -> bool:
     for name in ("config.json", "tokenizer_config.json"):
         with suppress(OSError, ValueError):
             if "auto_map" in json.loads((path / name).read_bytes()):

@@ -19,7 +19,7 @@ def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
     If it has no padding token, its end-of-sequence token takes that role, so mask by `attention_mask`, not by id.
 
     Raises:
-        CaiError: There is no tokenizer, it has neither token (`invalid-model`), or it needs its own code
+        CaiError: There is no tokenizer, it has neither token (`invalid-model`), or it needs custom code
             (`unsafe-model`).
     """
     from transformers import AutoTokenizer
@@ -47,7 +47,7 @@ def load_causal_lm(path: Path, dtype: str = "float32", device: str = "cpu") -> "
 
     Raises:
         CaiError: The directory is not that of a complete language model (`invalid-model`, `wrong-model-kind`), the
-            model needs its own code (`unsafe-model`), or the device is missing or too small (`no-device`).
+            model needs custom code (`unsafe-model`), or the device is missing or too small (`no-device`).
         UsageError: `dtype` is unknown.
     """
     from transformers import AutoModelForCausalLM

@@ -40,7 +40,7 @@ class ModelSource:
 
     @property
     def license(self) -> str | None:
-        """The license in the model's `source.json` or card, in lower case; None if they state none readably."""
+        """The license in the model's `source.json` or card, in lower case; None if neither states one."""
         source, card = self.path / "source.json", self.path / "README.md"
         head: Any = None
         try:

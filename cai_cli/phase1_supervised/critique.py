@@ -39,8 +39,8 @@ def critique(rows: Sequence[Sample], reviser: Reviser) -> list[Critique | Reject
         reviser: The model that writes critiques, and its principles.
 
     Returns:
-        One Critique for each row, in order. A row is rejected where no answer passed `critique_problem`, or where the
-        engine could not answer.
+        One Critique for each row, in order. A row is rejected if no answer passed `critique_problem` or the engine
+        could not answer.
     """
     rounds = [len(history_of(row)) + 1 for row in rows]
     drawn = [reviser.principle_for(row, n) for row, n in zip(rows, rounds, strict=True)]

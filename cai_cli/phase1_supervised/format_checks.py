@@ -1,7 +1,7 @@
-"""Checks of generated critiques and revisions, for the ways in which small models miss the format.
+"""Checks generated critiques and revisions for the format errors of small models.
 
 A text that fails a check is sampled again with another seed, `ATTEMPTS` times in all, and then its row is rejected with
-the last reason. Texts are never repaired: stripping a wrapper would hide how often the model misses the format.
+the last reason. Texts are never repaired: stripping a wrapper would hide how often the model fails.
 """
 
 import re

@@ -40,8 +40,8 @@ from cai_cli.runtime.stage import Phase, Stage
 from cai_cli.runtime.stage_run import StageRun, WorkItem, WorkItems
 from cai_cli.runtime.summary import print_summary, refuse_all_rejected
 
-ATTEMPTS_A_PROMPT = 20  # the run gives up after so many attempts for each of the `--n` prompts
-LEAST_WORDS = 4
+ATTEMPTS_PER_PROMPT = 20  # the run gives up after this many attempts for each of the `--n` prompts
+MIN_WORDS = 4
 BEYOND = "made after --n were kept"
 SOURCE, NO_TOPIC = "cai red-team: ", "no topic"
 
@@ -49,7 +49,7 @@ SOURCE, NO_TOPIC = "cai red-team: ", "no topic"
 class RedTeamConfig(OutputOptions, InputOptions, EngineOptions, SamplingOptions):
     """Generate new prompts by few-shot prompting with given ones.
 
-    INPUT: prompts in any form that `cai sample` takes. Writes Prompt rows, whose `source` names the topic. Give
+    INPUT: prompts in any format that `cai sample` takes. Writes Prompt rows, whose `source` names the topic. Give
     parallel runs different seeds (--seed).
     """
 
@@ -125,12 +125,12 @@ class PromptGenerator:
     kept: set[str] = field(default_factory=set)
 
     @property
-    def window(self) -> int:
+    def batch_size(self) -> int:
         """Attempts in one batch; at most a twentieth of the prompts is generated in excess."""
         return min(1024, max(16, self.target // 20))
 
     def attempt(self, number: int) -> Attempt:
-        """The attempt of this number: its topic, few-shot prompts and first words."""
+        """The attempt with this number: its topic, few-shot prompts and first words."""
         rng = random.Random(seed_for(self.seed, "red-team", "shown", number))  # noqa: S311
         topic = rng.choice(self.topics) if self.topics else None
         *examples, other = rng.sample(self.given, min(self.num_examples + 1, len(self.given)))
@@ -160,7 +160,7 @@ class PromptGenerator:
             reason = BEYOND
         elif reply.finish_reason == "length":
             reason = "cut at --max-new-tokens"
-        elif len(text.split()) < max(LEAST_WORDS, self.start_words + 1):
+        elif len(text.split()) < max(MIN_WORDS, self.start_words + 1):
             reason = "too short"
         elif evasive_opening(text):
             reason = "an answer instead of a prompt"
@@ -168,7 +168,7 @@ class PromptGenerator:
             reason = f"near-duplicate of {repeated[0]} ({repeated[1]:.2f})"
         return reason
 
-    def units(self, finished: Path) -> WorkItems[Attempt]:
+    def work_items(self, finished: Path) -> WorkItems[Attempt]:
         """Attempts, batch after batch, until enough prompts are kept.
 
         Args:
@@ -180,10 +180,10 @@ class PromptGenerator:
                 self.keep(row)
         kept, batch = 0, list[str]()
         for number in count():
-            if number % self.window == 0:
+            if number % self.batch_size == 0:
                 kept += sum(id in self.kept for id in batch)
                 batch = []
-                if kept >= self.target or number >= ATTEMPTS_A_PROMPT * self.target:
+                if kept >= self.target or number >= ATTEMPTS_PER_PROMPT * self.target:
                     return
             attempt = self.attempt(number)
             batch.append(attempt.id)
@@ -204,7 +204,7 @@ def red_team(
 
     Yields:
         A Prompt for each attempt, in order, or the prompt rejected: too short, cut off, an answer instead of a prompt,
-        a near-duplicate, or beyond the number wanted.
+        a near-duplicate, or beyond the requested number.
     """
     requests = []
     for attempt in attempts:
@@ -219,7 +219,7 @@ def red_team(
 
 
 def openings(prompts: Iterable[Numbered[Prompt]]) -> dict[str, int]:
-    """The first user turn of each prompt -> its line, each text once. Later turns make no sense on their own."""
+    """The first user turn of each prompt -> its line, each text once. Later turns cannot be understood alone."""
     lines: dict[str, int] = {}
     for line, prompt in prompts:
         lines.setdefault(next(m.content.strip() for m in prompt.prompt if m.role == "user"), line)
@@ -266,8 +266,8 @@ class Topics(dict[str, dict[str, int]]):
         for _, row in read_rows(str(output), rows_of(Prompt)):
             counts.add(row)
         rejected = sidecar(output, "rejected.jsonl")
-        for _, lost in read_rows(str(rejected), rows_of(Rejected)) if rejected.exists() else ():
-            counts.add(lost)
+        for _, rejected_row in read_rows(str(rejected), rows_of(Rejected)) if rejected.exists() else ():
+            counts.add(rejected_row)
         return counts
 
 
@@ -314,9 +314,9 @@ def run(config: RedTeamConfig) -> dict[str, Any]:
         inputs=inputs,
         output=config.output,
         overwrite=config.overwrite,
-        items=lambda: generator.units(sidecar(Path(config.output), "partial")),
+        items=lambda: generator.work_items(sidecar(Path(config.output), "partial")),
         work=lambda attempts: red_team(attempts, generator, engine, sampling=config.sampling(), form=form),
-        batch_size=generator.window,
+        batch_size=generator.batch_size,
         engine=engine,
         one_by_one=True,
     ).complete(stream_sink(config.output, by_topic.add))

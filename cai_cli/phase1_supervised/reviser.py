@@ -26,7 +26,7 @@ class Reviser:
 
     Attributes:
         engine: The model.
-        principles: The principles that are drawn from.
+        principles: The principles to draw from.
         examples: Few-shot examples of critique and revision; empty for a zero-shot prompt.
         form: Whether prompts are written in the chat template or as raw text.
         sampling: How tokens are sampled.
@@ -112,7 +112,7 @@ def run_revision_stage(
     form = resolve_prompt_format(config.prompt_format, engine)
     reviser = Reviser(engine, principles, loaded.examples, form, config.sampling(), config.seed)
 
-    def units() -> WorkItems[Sample]:
+    def items() -> WorkItems[Sample]:
         for line, row in reader.rows(config.input, parse, config.limit):
             yield WorkItem(row.key, line, row)
 
@@ -128,7 +128,7 @@ def run_revision_stage(
         output=config.output,
         overwrite=config.overwrite,
         reader=reader,
-        items=units,
+        items=items,
         work=lambda rows: work(rows, reviser),
         batch_size=engine.batch_size,
         engine=engine,

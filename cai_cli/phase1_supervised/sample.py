@@ -19,7 +19,7 @@ from cai_cli.runtime.shared_options import EngineOptions, OutputOptions, Samplin
 from cai_cli.runtime.stage import Phase, Stage
 from cai_cli.runtime.stage_run import StageRun, WorkItem, WorkItems, expected_items
 
-SampleUnit = tuple[Prompt, int]
+SampleRequest = tuple[Prompt, int]  # a prompt and the index of the reply to sample
 
 
 class SampleConfig(OutputOptions, ShardOptions, EngineOptions, SamplingOptions):
@@ -30,31 +30,31 @@ class SampleConfig(OutputOptions, ShardOptions, EngineOptions, SamplingOptions):
     """
 
     n: int = option(1, "Replies to each prompt.", Option(flags=("--n", "-n")), ge=1)
-    kind: Kind | None = option(None, "Kind of the prompts that have no `kind` of their own.")
+    kind: Kind | None = option(None, "Kind of the prompts that have no `kind`.")
 
 
 def sample(
-    units: Sequence[SampleUnit], engine: Engine, *, sampling: Sampling, form: PromptFormat, seed: int
+    requested: Sequence[SampleRequest], engine: Engine, *, sampling: Sampling, form: PromptFormat, seed: int
 ) -> Iterator[Sample | Rejected]:
     """Sample one reply for each (prompt, sample_index).
 
     Args:
-        units: Prompts with the index of the reply.
+        requested: Prompts, each with the index of the reply to sample.
         engine: The model.
         sampling: How tokens are sampled.
         form: Whether prompts are written in the chat template or as raw text.
         seed: Random seed of the run; a reply's own seed derives from it, the prompt's id and the index.
 
     Yields:
-        A Sample for each unit, in order. A unit is rejected where the reply is empty, or where the engine could not
+        A Sample for each requested reply, in order. A prompt is rejected if the reply is empty or the engine could not
         answer, for example because the prompt does not fit the context window.
     """
     requests = [
         GenerationRequest(r.text, seed_for(seed, "sample", p.id, index), r.prefill, r.stop, f"{p.id}/{index}")
-        for p, index in units
+        for p, index in requested
         for r in [reply_request(p.prompt, form)]
     ]
-    for (prompt, index), reply in zip(units, engine.generate(requests, sampling), strict=True):
+    for (prompt, index), reply in zip(requested, engine.generate(requests, sampling), strict=True):
         key = f"{prompt.id}/{index}"
         if isinstance(reply, RequestFailure):
             yield reject(key, reply.reason, prompt)
@@ -69,7 +69,7 @@ def sample(
             )
 
 
-def prompt_units(prompts: Iterable[Numbered[Prompt]], n: int) -> WorkItems[SampleUnit]:
+def prompt_items(prompts: Iterable[Numbered[Prompt]], n: int) -> WorkItems[SampleRequest]:
     """Each prompt `n` times, with sample indices from 0."""
     for line, prompt in prompts:
         hashed = prompt.id == conversation_id(prompt.prompt)
@@ -98,8 +98,8 @@ def run(config: SampleConfig) -> dict[str, Any]:
         output=config.output,
         overwrite=config.overwrite,
         reader=reader,
-        items=lambda: prompt_units(reader.prompts(config.input, config.kind, config.limit), config.n),
-        work=lambda units: sample(units, engine, sampling=config.sampling(), form=form, seed=config.seed),
+        items=lambda: prompt_items(reader.prompts(config.input, config.kind, config.limit), config.n),
+        work=lambda requested: sample(requested, engine, sampling=config.sampling(), form=form, seed=config.seed),
         batch_size=engine.batch_size,
         engine=engine,
         total=expected_items(inputs["prompts"], config.limit, config.n),

@@ -236,8 +236,8 @@ def _held_out_loss(trainer: Any) -> float | None:
 def _start_evaluation(trainer: Any, metrics: Metrics) -> Any:
     """A trainer callback that evaluates the start model before the first step.
 
-    Evaluating before `trainer.train` would not do: accelerate would take the model for a prepared one, and each process
-    would train its own.
+    Evaluating before `trainer.train` does not work: accelerate would treat the model as prepared already, and each
+    process would train its own copy.
     """
     from transformers import TrainerCallback
 
@@ -276,7 +276,7 @@ class SftData:
         train: The examples to train on.
         held_out: The examples to evaluate on.
         tokenizer: The model's tokenizer.
-        counts: What became of the input rows.
+        counts: What happened to the input rows.
         rows: A digest of the rows that were read, for the manifest.
     """
 
@@ -304,8 +304,8 @@ def read_examples(config: SftConfig, base: Path) -> SftData:
     helpful = [example for row in helpful_rows for example in examples_of(row, "last")]
     chosen = mixed(revisions, helpful, config.helpful_ratio, seed_for(config.seed, "sft", "helpful"))
     counts = Counts.of_training([*reader.take_invalid(), *helpful_reader.take_invalid()])
-    if left := len(revisions) + len(helpful) - len(chosen):
-        counts.skipped["beyond --helpful-ratio"] = left
+    if unused := len(revisions) + len(helpful) - len(chosen):
+        counts.skipped["beyond --helpful-ratio"] = unused
     if config.helpful and len(helpful) < round(config.helpful_ratio * len(revisions)):
         console.say(
             f"sft: {config.helpful} has {len(helpful):,} examples, fewer than --helpful-ratio requests; all are used"
@@ -313,9 +313,9 @@ def read_examples(config: SftConfig, base: Path) -> SftData:
     tokenizer, window = tokenizer_and_window(base)
     fitting = encode_all(tokenizer, chosen, config.max_length, counts, window=window)
     prompts = [conversation_id(example.row.prompt) for example, _ in fitting]
-    apart = held_out_keys(prompts, config.eval_share, config.seed)
-    train = [encoded for (_, encoded), prompt in zip(fitting, prompts, strict=True) if prompt not in apart]
-    held_out = [encoded for (_, encoded), prompt in zip(fitting, prompts, strict=True) if prompt in apart]
+    held_out_prompts = held_out_keys(prompts, config.eval_share, config.seed)
+    train = [encoded for (_, encoded), prompt in zip(fitting, prompts, strict=True) if prompt not in held_out_prompts]
+    held_out = [encoded for (_, encoded), prompt in zip(fitting, prompts, strict=True) if prompt in held_out_prompts]
     counts.train, counts.held_out = len(train), len(held_out)
     return SftData(train, held_out, tokenizer, counts, rows_digest([*rows, *helpful_rows]))
 

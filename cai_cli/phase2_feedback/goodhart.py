@@ -1,8 +1,8 @@
-"""Detect that the policy exploits the preference model (Goodhart's law; paper section 4.3).
+"""Detects that the policy exploits the preference model (Goodhart's law; paper section 4.3).
 
-A check holds the policy's replies to the same held-out prompts, sampled with the same seeds, after some steps; check 0
-is the start model's. Replies to the same prompt are compared between checks, by the mean difference and its standard
-error. A check is flagged when
+A check contains the policy's replies to the same held-out prompts, sampled with the same seeds, after some steps. Check
+0 contains the replies of the start model. Replies to the same prompt are compared between checks, by the mean
+difference and its standard error. A check is flagged when
 
 - the monitor's score has fallen since an earlier check while the training preference model's score has risen; or
 - the share of boilerplate, of evasive openings or of cut-off replies has risen by more than `RUNAWAY_SHARE` since the
@@ -67,10 +67,10 @@ def best_check(checks: Sequence[Check]) -> int:
 
 def _falling_monitor(checks: Sequence[Check], alpha: float) -> str | None:
     now = checks[-1]
-    for then in checks[:-1]:
-        fallen = changed(then, now, lambda row: row.monitor_score, alpha / (len(checks) - 1)) < 0
-        if fallen and changed(then, now, lambda row: row.score, alpha / (len(checks) - 1)) > 0:
-            return f"monitor_score falls while pm_score rises since step {then[0].step}"
+    for earlier in checks[:-1]:
+        fallen = changed(earlier, now, lambda row: row.monitor_score, alpha / (len(checks) - 1)) < 0
+        if fallen and changed(earlier, now, lambda row: row.score, alpha / (len(checks) - 1)) > 0:
+            return f"monitor_score falls while pm_score rises since step {earlier[0].step}"
     return None
 
 
@@ -93,18 +93,18 @@ def mean_of(check: Check, measure: Measure) -> float | None:
     return fmean(values) if values else None
 
 
-def changed(then: Check, now: Check, measure: Measure, alpha: float) -> int:
+def changed(earlier: Check, later: Check, measure: Measure, alpha: float) -> int:
     """Return 1 if a measure has risen significantly between two checks, -1 if it has fallen, else 0.
 
     Args:
-        then: The earlier check.
-        now: The later check.
+        earlier: The earlier check.
+        later: The later check.
         measure: The measure; replies that do not have it in both checks are left out.
         alpha: Level of the one-sided paired t test.
     """
     from scipy.stats import t
 
-    pairs = [(measure(a), measure(b)) for a, b in zip(then, now, strict=True)]
+    pairs = [(measure(a), measure(b)) for a, b in zip(earlier, later, strict=True)]
     differences = [b - a for a, b in pairs if a is not None and b is not None]
     if len(differences) < 2:
         return 0

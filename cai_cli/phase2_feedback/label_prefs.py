@@ -1,4 +1,4 @@
-"""Label pairs of replies with a model's preferences under principles (`cai label-prefs`; paper section 4.1).
+"""Labels pairs of replies with a model's preferences under principles (`cai label-prefs`; paper section 4.1).
 
 A label is a probability, the mean of votes: one for each principle, order and rationale. As in the paper, a principle
 is drawn for each pair, `--principles-per-pair` draws several (ensembling over principles makes the preference model
@@ -49,7 +49,7 @@ class LabelPrefsConfig(OutputOptions, ShardOptions, JudgeOptions, EngineOptions)
     pairs: Pairing = option(
         Pairing.ALL,
         "Which replies to a prompt are compared: all pairs, a random pairing (each reply in one pair), or the best "
-        "with each other one (rows of `cai score`).",
+        "against every other one (rows of `cai score`).",
     )
     both_orders: bool = option(
         True, "Judge each pair in both orders and average.", Option(flags=("--both-orders/--one-order",))
@@ -57,7 +57,7 @@ class LabelPrefsConfig(OutputOptions, ShardOptions, JudgeOptions, EngineOptions)
     min_confidence: float = option(0.5, "Reject pairs with a lower p_chosen.", ge=0.5, le=1.0)
     votes: str | None = option(
         None,
-        "An earlier output whose recorded votes are used again, where only --clamp is narrower.",
+        "An earlier output whose votes are reused; its --clamp must not be narrower.",
         Option(Effect.HASHED, reads_file=True),
     )
 
@@ -108,7 +108,7 @@ def _labelled(pair: Pair, verdict: PairVerdict, method: str) -> Preference:
 
 def estimate(rows: RowFlow, config: LabelPrefsConfig) -> StepCost:
     """The cost of labelling; nothing where the votes are recorded already."""
-    pairs = rows.rows  # of a file of pairs
+    pairs = rows.rows  # a file of pairs has one pair per row
     if rows.per_prompt > 1:
         pairs = rows.rows * (rows.per_prompt - 1) // 2 if config.pairs is Pairing.ALL else rows.rows // 2
     cost = estimate_votes(pairs, rows, config, both_orders=config.both_orders)

@@ -1,4 +1,4 @@
-"""Fit the scalar head of a preference model to the labels before training (`cai train-pm --fit-head`).
+"""Fits the scalar head of a preference model to the labels before training (`cai train-pm --fit-head`).
 
 The score is linear in the hidden state at the last token, so with the model frozen the best head is a logistic
 regression on the difference of two hidden states: one forward pass over the pairs and a convex problem. Departure: the
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cai_cli.common.errors import CaiError
 from cai_cli.metrics.intervals import wilson
-from cai_cli.reward.packed_pairs import read_pairs
+from cai_cli.reward.packed_pairs import head_outputs
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -29,7 +29,7 @@ def hidden_differences(
 
     head, model.score = model.score, torch.nn.Identity()
     try:
-        first, second = read_pairs(model, pairs, batch_size)
+        first, second = head_outputs(model, pairs, batch_size)
     finally:
         model.score = head
     return (first - second).double().numpy()

@@ -21,9 +21,9 @@ from cai_cli.prompting.base import assistant, resolve_prompt_format
 from cai_cli.reward.preference_model import open_for_scores, score_conversations
 
 # Prompts and their replies -> one score each.
-Score = Callable[[Sequence[Prompt], Sequence[str]], list[float]]
+ReplyScorer = Callable[[Sequence[Prompt], Sequence[str]], list[float]]
 # Prompts, their replies and the start model's replies -> one score each; None where the monitor gave none.
-MonitorScore = Callable[[Sequence[Prompt], Sequence[str], Sequence[str]], list[float | None]]
+MonitorScorer = Callable[[Sequence[Prompt], Sequence[str], Sequence[str]], list[float | None]]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class MonitorModel:
 
     identity: dict[str, Any]
     path: Path | None
-    open: Callable[[], MonitorScore]
+    open: Callable[[], MonitorScorer]
 
 
 def pick_monitor_model(
@@ -91,7 +91,7 @@ def pick_monitor_model(
     return None
 
 
-def preference_score(path: Path, device: str, batch_size: int = 16) -> Score:
+def preference_score(path: Path, device: str, batch_size: int = 16) -> ReplyScorer:
     """A preference model as a function of prompts and replies. A score is a logit.
 
     Args:
@@ -108,12 +108,12 @@ def preference_score(path: Path, device: str, batch_size: int = 16) -> Score:
     return score
 
 
-def _as_monitor(score: Score) -> MonitorScore:
+def _as_monitor(score: ReplyScorer) -> MonitorScorer:
     return lambda prompts, replies, _: list(score(prompts, replies))
 
 
 def win_probabilities(
-    labeller: Labeller, prompts: Sequence[Prompt], replies: Sequence[str], starts: Sequence[str]
+    labeller: Labeller, prompts: Sequence[Prompt], replies: Sequence[str], start_replies: Sequence[str]
 ) -> list[float | None]:
     """The probability that each reply is better than the start model's reply, according to a judge.
 
@@ -121,17 +121,17 @@ def win_probabilities(
         labeller: The judge. It compares a pair under one principle, in both orders.
         prompts: The prompts.
         replies: The replies to them.
-        starts: The start model's replies to them.
+        start_replies: The start model's replies to them.
 
     Returns:
         One probability for each reply; 0.5 where it equals the start model's, None where the judge did not answer.
     """
     pairs = []
-    for prompt, reply, start in zip(prompts, replies, starts, strict=True):
+    for prompt, reply, start in zip(prompts, replies, start_replies, strict=True):
         if reply != start:
             sides = {"a": [assistant(reply)], "b": [assistant(start)]}
             pairs.append(Pair(id=prompt.id, prompt=prompt.prompt, **sides, human=None, source=None))
     probabilities = (
         verdict.p_a if isinstance(verdict, PairVerdict) else None for verdict in aggregate_votes(pairs, labeller)
     )
-    return [0.5 if reply == start else next(probabilities) for reply, start in zip(replies, starts, strict=True)]
+    return [0.5 if reply == start else next(probabilities) for reply, start in zip(replies, start_replies, strict=True)]

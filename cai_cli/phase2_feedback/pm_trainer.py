@@ -7,7 +7,7 @@ from typing import Any
 from cai_cli.common.seeds import seed_for
 from cai_cli.reward.packed_pairs import collate, packed
 
-POOL = 16  # batches
+POOL = 16  # batches per pool, within which rows are sorted by length
 
 
 def by_length(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[int]:
@@ -33,9 +33,9 @@ def by_length(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) ->
     for start in range(0, len(order), POOL * batch_size):
         pool = sorted(order[start : start + POOL * batch_size], key=lambda i: lengths[i])
         batches += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
-    short = [batches.pop(i) for i in reversed(range(len(batches))) if len(batches[i]) < batch_size]
+    incomplete = [batches.pop(i) for i in reversed(range(len(batches))) if len(batches[i]) < batch_size]
     rng.shuffle(batches)
-    return [i for batch in (*batches, *short) for i in batch]
+    return [i for batch in (*batches, *incomplete) for i in batch]
 
 
 def _length_sampler() -> Any:
@@ -81,7 +81,7 @@ def soft_reward_trainer(*, share_prompts: bool) -> Any:
     Its rows have `chosen_ids`, `rejected_ids` and `p_chosen`, the probability that `chosen` is better.
 
     Args:
-        share_prompts: Whether to pack pairs; the model must accept them (`packed_pairs.take_packed_pairs`).
+        share_prompts: Whether to pack pairs; the model must accept them (`packed_pairs.enable_packed_pairs`).
     """
     import torch
     from trl import RewardTrainer

@@ -3,9 +3,9 @@
 The objective is the paper's: the preference model's score of the reply minus beta times the KL divergence from the
 start model, on red-team prompts mixed with helpful ones. Departures: the paper uses PPO with a critic, which TRL no
 longer has. RLOO (the default) subtracts beta * KL from the score as PPO does, and its baseline is the mean score of the
-other replies to the prompt instead of a critic; `--algorithm grpo` puts the KL into the loss. A reply cut off at the
-length limit loses `--cutoff-penalty`, because the preference model sees every reply closed by the chat template and
-cannot detect the cut.
+other replies to the prompt instead of a critic; `--algorithm grpo` puts the KL into the loss. `--cutoff-penalty` is
+subtracted for a reply cut off at the length limit: the chat template closes every reply, so the preference model cannot
+detect the cut.
 
 Scores are standardised: the start model's replies to the held-out prompts have mean 0 and standard deviation 1 (both
 constants are in the manifest). So beta, in standard deviations per nat, and the penalty mean the same for every
@@ -33,7 +33,7 @@ from cai_cli.data.schema import Prompt
 from cai_cli.data.splits import mixed
 from cai_cli.engines.base import Sampling
 from cai_cli.models.source import ModelSource
-from cai_cli.phase2_feedback.monitor_models import MonitorModel, Score, pick_monitor_model, preference_score
+from cai_cli.phase2_feedback.monitor_models import MonitorModel, ReplyScorer, pick_monitor_model, preference_score
 from cai_cli.phase2_feedback.rl_config import Algorithm, Reporter, RlConfig
 from cai_cli.phase2_feedback.rl_monitor import (
     CHECK_COLUMNS,
@@ -121,8 +121,8 @@ def rl(inputs: RlInputs, config: RlConfig, training: TrainingConfig, work: Path)
     metrics = Metrics(work / "metrics.jsonl", [*COLUMNS, *CHECK_COLUMNS])
     monitor = _open_monitor(inputs, config, training, tokenizer, score, work)
     if not metrics.at(0):
-        metrics.put(0, distributed.from_leader(lambda: monitor.check(0, policy, logits_of(policy))))
-    normalizer = distributed.from_leader(lambda: monitor.normalizer)
+        metrics.put(0, distributed.from_rank_zero(lambda: monitor.check(0, policy, logits_of(policy))))
+    normalizer = distributed.from_rank_zero(lambda: monitor.normalizer)
     with quiet_libraries():
         reward = preference_reward(score, normalizer, end_ids(policy, tokenizer), config.cutoff_penalty)
         trainer = _policy_trainer(inputs, config, training, work, policy, tokenizer, reward)
@@ -135,9 +135,9 @@ def rl(inputs: RlInputs, config: RlConfig, training: TrainingConfig, work: Path)
     kept = checks.kept if checks.kept is not None else int(trainer.state.global_step)
     if kept:
         save_finished(trainer, tokenizer, work / "model")
-    elif distributed.leads():
+    elif distributed.is_rank_zero():
         save_model(load_causal_lm(base, "float32", training.device), tokenizer, work / "model")
-    if distributed.leads():
+    if distributed.is_rank_zero():
         shutil.copyfile(work / "samples.jsonl", work / "model/samples.jsonl")
     return {**manifest_metrics(metrics, normalizer, kept), "throughput": throughput}
 
@@ -152,14 +152,14 @@ def _refuse_sharded_weights() -> None:
 
 
 def _open_monitor(
-    inputs: RlInputs, config: RlConfig, training: TrainingConfig, tokenizer: Any, score: Score, work: Path
+    inputs: RlInputs, config: RlConfig, training: TrainingConfig, tokenizer: Any, score: ReplyScorer, work: Path
 ) -> Monitor:
     monitor_model = inputs.monitor_model
     return Monitor(
         inputs.held_out,
         tokenizer,
         score,
-        monitor_model.open() if monitor_model and distributed.leads() else None,
+        monitor_model.open() if monitor_model and distributed.is_rank_zero() else None,
         work / "samples.jsonl",
         Sampling(config.max_new_tokens, config.temperature),
         training.seed,
@@ -243,7 +243,7 @@ class RlPrompts:
     Attributes:
         train: The prompts to train on.
         held_out: The prompts to check the policy on.
-        counts: What became of the input rows.
+        counts: What happened to the input rows.
         rows: A digest of the rows that were read, for the manifest.
     """
 
@@ -253,13 +253,13 @@ class RlPrompts:
     rows: dict[str, Any]
 
 
-def read_rl_prompts(config: RlConfig, base: Path, judges: Sequence[Path]) -> RlPrompts:
+def read_rl_prompts(config: RlConfig, base: Path, preference_models: Sequence[Path]) -> RlPrompts:
     """Read, mix and split the prompts. A prompt that does not fit a model is rejected.
 
     Args:
         config: The options of the stage.
         base: Directory of the policy.
-        judges: Directories of the preference models, whose context windows count too.
+        preference_models: Directories of the preference models, whose context windows limit the prompts too.
 
     Raises:
         CaiError: A file cannot be read, or too few prompts fit.
@@ -269,13 +269,13 @@ def read_rl_prompts(config: RlConfig, base: Path, judges: Sequence[Path]) -> RlP
     helpful = [prompt for _, prompt in helpful_reader.prompts(config.helpful, "helpful")] if config.helpful else []
     counts = Counts.of_training([*reader.take_invalid(), *helpful_reader.take_invalid()])
     chosen = mixed(prompts, helpful, config.helpful_ratio, seed_for(config.seed, "rl", "helpful"))
-    if left := len(prompts) + len(helpful) - len(chosen):
-        counts.skipped["beyond --helpful-ratio"] = left
+    if unused := len(prompts) + len(helpful) - len(chosen):
+        counts.skipped["beyond --helpful-ratio"] = unused
     if config.helpful and len(helpful) < round(config.helpful_ratio * len(prompts)):
         console.say(
             f"rl: {config.helpful} has {len(helpful):,} prompts, fewer than --helpful-ratio requests; all are used"
         )
-    fitting = fitting_prompts(chosen, base, judges, config.max_new_tokens, counts)
+    fitting = fitting_prompts(chosen, base, preference_models, config.max_new_tokens, counts)
     train, held_out = hold_out(fitting, config.held_out, config.seed)
     counts.train, counts.held_out = len(train), len(held_out)
     return RlPrompts(train, held_out, counts, rows_digest([*prompts, *helpful]))
@@ -312,8 +312,8 @@ def run(config: RlConfig) -> dict[str, Any]:
     inputs = {"prompts": hash_input(config.input)}
     if config.helpful:
         inputs["helpful"] = hash_input(config.helpful)
-    judges = [pm, *([monitor_model.path] if monitor_model and monitor_model.path else [])]
-    prompts = read_rl_prompts(config, base, judges)
+    preference_models = [pm, *([monitor_model.path] if monitor_model and monitor_model.path else [])]
+    prompts = read_rl_prompts(config, base, preference_models)
     if config.report_to is Reporter.TENSORBOARD:  # not in OUT.partial, which is removed
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(sidecar(Path(config.output), "tensorboard")))
     rl_inputs = RlInputs(base, pm, prompts.train, prompts.held_out, monitor_model)

@@ -30,13 +30,13 @@ class Reporter(StrEnum):
 class RlConfig(TrainerOptions, PreferenceModelOptions):
     """Train a policy by RL against a preference model.
 
-    INPUT: prompts in any form that `cai sample` takes. Writes a model directory.
+    INPUT: prompts in any format that `cai sample` takes. Writes a model directory.
     """
 
     model: str = option(DEFAULT_MODEL, MODEL_TO_TRAIN_HELP, Option(Effect.HASHED, Group.MODEL, flags=("--model", "-m")))
     helpful: str | None = option(
         None,
-        "File of helpful prompts to mix in, in any form that INPUT takes.",
+        "File of helpful prompts to mix in, in any format that INPUT takes.",
         Option(Effect.HASHED, reads_file=True),
     )
     helpful_ratio: float = option(1.0, "Helpful prompts for each prompt of INPUT.", ge=0.0)

@@ -24,7 +24,7 @@ from cai_cli.engines.tokenization import encode_chat, encode_text
 from cai_cli.metrics.reply_habits import opening
 from cai_cli.models.adapters import without_adapter_wrapper
 from cai_cli.phase2_feedback.goodhart import SHARES, Check, best_check, goodhart, mean_of
-from cai_cli.phase2_feedback.monitor_models import MonitorScore, Score
+from cai_cli.phase2_feedback.monitor_models import MonitorScorer, ReplyScorer
 from cai_cli.prompting.base import assistant, reply_request
 from cai_cli.training import distributed
 from cai_cli.training.checkpoints import verify
@@ -45,7 +45,7 @@ CHECK_COLUMNS = (
     "boilerplate_share",
     "goodhart",
 )
-LEAST_REPLIES = 16  # in a check; with fewer held-out prompts each is answered more than once
+MIN_REPLIES = 16  # in a check; with fewer held-out prompts each is answered more than once
 # Token ids (1, length) and a number of last positions -> the logits there (1, positions, vocabulary).
 Logits = Callable[["Tensor", int], "Tensor"]
 
@@ -74,7 +74,7 @@ class Monitor:
         prompts: The held-out prompts.
         tokenizer: The policy's tokenizer.
         score: The preference model of the reward.
-        monitor_score_of: The monitor model, or None.
+        monitor_scorer: The monitor model, or None.
         file: Where the replies of all checks are written.
         sampling: How tokens are sampled.
         seed: Random seed of the run.
@@ -84,8 +84,8 @@ class Monitor:
 
     prompts: Sequence[Prompt]
     tokenizer: Any
-    score: Score
-    monitor_score_of: MonitorScore | None
+    score: ReplyScorer
+    monitor_scorer: MonitorScorer | None
     file: Path
     sampling: Sampling
     seed: int
@@ -93,7 +93,7 @@ class Monitor:
     rows: list[PolicySample] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if distributed.leads() and self.file.exists():
+        if distributed.is_rank_zero() and self.file.exists():
             cut_torn_tail(self.file)
             self.rows = [row for _, row in read_rows(str(self.file), rows_of(PolicySample))]
 
@@ -119,9 +119,9 @@ class Monitor:
             )
         return RewardNormalizer(fmean(scores), spread)
 
-    def forget(self, step: int) -> None:
+    def drop_after(self, step: int) -> None:
         """Drop the checks after `step`, because they are repeated."""
-        if not distributed.leads():
+        if not distributed.is_rank_zero():
             return
         self.rows = [row for row in self.rows if row.step <= step]
         write_atomically(self.file, (dump_row(row) + b"\n" for row in self.rows))
@@ -141,7 +141,7 @@ class Monitor:
         Raises:
             CaiError: A prompt cannot be answered, or the preference model cannot tell the start model's replies apart.
         """
-        self.forget(step - 1)
+        self.drop_after(step - 1)
         was_training = policy.training
         policy.eval()
         rows = self._scored(step, self._replies(policy))
@@ -165,25 +165,27 @@ class Monitor:
         }
 
     def _replies(self, policy: Any) -> list[tuple[Prompt, int, Any]]:
-        """(prompt, sample index, reply) for every prompt, at least `LEAST_REPLIES` in all."""
-        each = max(1, -(-LEAST_REPLIES // len(self.prompts)))
-        units = [(prompt, index) for prompt in self.prompts for index in range(each)]
+        """(prompt, sample index, reply) for every prompt, at least `MIN_REPLIES` in all."""
+        each = max(1, -(-MIN_REPLIES // len(self.prompts)))
+        requested = [(prompt, index) for prompt in self.prompts for index in range(each)]
         requests = [
             GenerationRequest(reply_request(prompt.prompt, "chat").text, seed_for(self.seed, "check", prompt.id, index))
-            for prompt, index in units
+            for prompt, index in requested
         ]
         replies = engine_around(without_adapter_wrapper(policy), self.tokenizer, self.batch_size).generate(
             requests, self.sampling
         )
         if failure := next((reply for reply in replies if isinstance(reply, RequestFailure)), None):
             raise CaiError(f"rl: no reply to a held-out prompt: {failure.reason}", code="request-failed")
-        return [(prompt, index, reply) for (prompt, index), reply in zip(units, replies, strict=True)]
+        return [(prompt, index, reply) for (prompt, index), reply in zip(requested, replies, strict=True)]
 
     def _scored(self, step: int, replies: Sequence[tuple[Prompt, int, Any]]) -> list[PolicySample]:
         prompts, texts = [prompt for prompt, _, _ in replies], [reply.text for _, _, reply in replies]
-        starts = [row.reply for row in self.rows if row.step == 0] or texts
-        monitor_scores = self.monitor_score_of(prompts, texts, starts) if self.monitor_score_of else [None] * len(texts)
-        if self.monitor_score_of and (missing := monitor_scores.count(None)):
+        start_replies = [row.reply for row in self.rows if row.step == 0] or texts
+        monitor_scores = (
+            self.monitor_scorer(prompts, texts, start_replies) if self.monitor_scorer else [None] * len(texts)
+        )
+        if self.monitor_scorer and (missing := monitor_scores.count(None)):
             console.warn(f"rl: step {step:,}: the monitor gave no score to {missing:,} of {len(texts):,} replies")
         return [
             PolicySample(
@@ -272,7 +274,7 @@ class PolicyChecks:
         reference: The model that training started from.
         every: Steps between checks; the last step is checked too.
         stop: Whether a flagged check ends training and the best policy before it is kept.
-        kept: The step whose weights the trainer has after such a stop, 0 for the start model's; None without a stop.
+        kept: The step whose weights the trainer has after such a stop, 0 for the start model; None without a stop.
     """
 
     monitor: Monitor
@@ -301,16 +303,16 @@ class PolicyChecks:
 
     def begin(self, state: Any) -> None:
         """Drop the checks that a resumed run repeats, or log the check of the start model."""
-        self.monitor.forget(state.global_step)
-        if state.global_step == 0 and distributed.leads():
+        self.monitor.drop_after(state.global_step)
+        if state.global_step == 0 and distributed.is_rank_zero():
             self._log({name: self.metrics.rows[0][name] for name in CHECK_COLUMNS})
 
     def check(self, args: Any, state: Any, control: Any) -> None:
         """Check the policy after this step, log the metrics, and warn at the first flagged check."""
         step, flagged_before = state.global_step, flagged(self.metrics)
-        metrics, best = distributed.from_leader(lambda: self._check(step))
+        metrics, best = distributed.from_rank_zero(lambda: self._check(step))
         self.metrics.put(step, metrics)
-        if distributed.leads():
+        if distributed.is_rank_zero():
             self._log(metrics)
         if metrics["goodhart"] and not flagged_before:
             console.warn(f"rl: step {step:,}: {metrics['goodhart']}" + (" (stopping)" if self.stop else ""))
@@ -329,7 +331,7 @@ class PolicyChecks:
             state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{best}")
         if flag:
             if best:
-                distributed.from_leader(lambda: verify(Path(state.best_model_checkpoint)))
+                distributed.from_rank_zero(lambda: verify(Path(state.best_model_checkpoint)))
             self.kept = best
             control.should_training_stop, control.should_save = True, False
             args.load_best_model_at_end = best > 0

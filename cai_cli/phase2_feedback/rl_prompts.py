@@ -1,4 +1,4 @@
-"""The prompts of `cai rl` (paper section 4.2): which fit, which are held out for the monitors, and their order."""
+"""The prompts of `cai rl` (paper section 4.2): which fit, which are held out for the checks, and their order."""
 
 import random
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from cai_cli.common import console
 from cai_cli.common.errors import CaiError, RowError
 from cai_cli.common.seeds import seed_for
 from cai_cli.data.schema import Prompt, conversation_id, reject
-from cai_cli.data.splits import apart
+from cai_cli.data.splits import pick_keys
 from cai_cli.engines.tokenization import encode_chat
 from cai_cli.models.loading import tokenizer_and_window
 from cai_cli.prompting.base import assistant
@@ -39,13 +39,13 @@ def fitting_prompts(
     """
     fitting, known = [], set()
     tokenizer, window = tokenizer_and_window(policy)
-    judges = [tokenizer_and_window(path) for path in preference_models]
+    scorers = [tokenizer_and_window(path) for path in preference_models]
     for prompt in prompts:
         try:
             room = window - len(encode_chat(tokenizer, prompt.prompt, add_generation_prompt=True))
-            for judge_tokenizer, judge_window in judges:
-                judged = encode_conversation(judge_tokenizer, [*prompt.prompt, assistant("")])
-                room = min(room, judge_window - len(judged))
+            for scorer_tokenizer, scorer_window in scorers:
+                encoded = encode_conversation(scorer_tokenizer, [*prompt.prompt, assistant("")])
+                room = min(room, scorer_window - len(encoded))
         except RowError as error:
             counts.reject(reject(prompt.key, error.message, prompt))
             continue
@@ -78,6 +78,6 @@ def hold_out(prompts: Sequence[Prompt], count: int, seed: int) -> tuple[list[Pro
         count = len(prompts) // 2
         console.say(f"rl: {count:,} prompts are held out, half of all prompts, which is fewer than --held-out")
     keys = [conversation_id(prompt.prompt) for prompt in prompts]
-    held = apart(keys, count, seed)
+    held = pick_keys(keys, count, seed)
     train = [prompt for prompt, key in zip(prompts, keys, strict=True) if key not in held]
     return train, [prompt for prompt, key in zip(prompts, keys, strict=True) if key in held]

@@ -1,4 +1,4 @@
-"""What `cai rl` replaces in TRL's RLOO and GRPO trainers: the reward, the encoding of prompts and the sampling of
+"""Changes to TRL's RLOO and GRPO trainers for `cai rl`: the reward, the encoding of prompts and the sampling of
 replies."""
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from cai_cli.engines.base import Sampling
 from cai_cli.engines.local.engine import engine_around
 from cai_cli.engines.tokenization import encode_chat
 from cai_cli.models.adapters import without_adapter_wrapper
-from cai_cli.phase2_feedback.monitor_models import Score
+from cai_cli.phase2_feedback.monitor_models import ReplyScorer
 from cai_cli.phase2_feedback.rl_monitor import RewardNormalizer
 from cai_cli.training import distributed
 
@@ -22,7 +22,7 @@ Chat = list[dict[str, str]]
 
 
 def preference_reward(
-    score: Score, normalizer: RewardNormalizer, ends: frozenset[int], cutoff_penalty: float
+    score: ReplyScorer, normalizer: RewardNormalizer, ends: frozenset[int], cutoff_penalty: float
 ) -> Callable[..., list[float]]:
     """The reward function for TRL's trainers (paper section 4.1).
 

@@ -26,7 +26,7 @@ class ScoreConfig(OutputOptions, ShardOptions, DeviceOptions, PreferenceModelOpt
     """
 
 
-def units(reader: RowReader, source: str, limit: int | None) -> WorkItems[Sample]:
+def work_items(reader: RowReader, source: str, limit: int | None) -> WorkItems[Sample]:
     """The conversations of a file, each as a work item with the key (id, sample_index)."""
     name = origin(source)
     for line, row in reader.rows(source, lambda value: scorable(value, name), limit):
@@ -52,7 +52,7 @@ def run(config: ScoreConfig) -> dict[str, Any]:
         output=config.output,
         overwrite=config.overwrite,
         reader=reader,
-        items=lambda: units(reader, config.input, config.limit),
+        items=lambda: work_items(reader, config.input, config.limit),
         work=scorer.score,
         batch_size=4 * scorer.batch_size,
         total=expected_items(inputs["conversations"], config.limit),

@@ -26,7 +26,7 @@ from cai_cli.models.source import ModelSource
 from cai_cli.phase2_feedback.linear_probe import fit_head
 from cai_cli.phase2_feedback.pm_pairs import EncodedPair, encode_pairs, read_preferences, score_held_out
 from cai_cli.phase2_feedback.pm_trainer import soft_reward_trainer
-from cai_cli.reward.packed_pairs import take_packed_pairs
+from cai_cli.reward.packed_pairs import enable_packed_pairs
 from cai_cli.runtime.config import Effect, Group, Option, option, redefine
 from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
 from cai_cli.runtime.counts import Counts
@@ -128,21 +128,21 @@ def train_pm(
 
     longest = max([*train, *held_out], key=lambda pair: max(len(pair.chosen), len(pair.rejected)))
     model = load_reward_model(base, "float32", training.device, new_head_seed=training.seed)
-    share = take_packed_pairs(model, longest.ids)
+    share = enable_packed_pairs(model, longest.ids)
     metrics = Metrics(work / "metrics.jsonl", [*COLUMNS, *HELD_OUT])
     # A resumed run fits the head and evaluates the start model again, because it loads the untrained model too.
     head = start_head(model, train, training, share_prompts=share) if fitted_head else {}
     before, steps, throughput = held_out_metrics([]), 0, dict[str, Any]()
     if training.trains:
-        before = distributed.from_leader(
+        before = distributed.from_rank_zero(
             lambda: _start_metrics(model, tokenizer, held_out, training, share_prompts=share)
         )
         if metrics.at(0) is None:
             metrics.put(0, _metrics_row(before))
         steps, throughput = fine_tune(model, tokenizer, train, training, work, metrics, share_prompts=share)
-    elif distributed.leads():
+    elif distributed.is_rank_zero():
         save_model(model, tokenizer, work / "model")
-    if not distributed.leads():
+    if not distributed.is_rank_zero():
         return {}
     after = _finished_metrics(work / "model", tokenizer, held_out, training, longest if share else None)
     metrics.put(steps, _metrics_row(after))
@@ -187,7 +187,7 @@ def _finished_metrics(
     from cai_cli.models.loading import load_reward_model
 
     model = load_reward_model(directory, "float32", training.device)
-    share = longest is not None and take_packed_pairs(model, longest.ids)
+    share = longest is not None and enable_packed_pairs(model, longest.ids)
     scored = score_held_out(model, tokenizer, held_out, training.batch_size, share_prompts=share)
     (directory / "held_out.jsonl").write_bytes(b"".join(dump_row(pair) + b"\n" for pair in scored))
     return held_out_metrics(scored)
@@ -217,7 +217,7 @@ def start_head(
             code="wrong-model-kind",
         )
 
-    def fit_on_leader() -> tuple[dict[str, Any], Any]:
+    def fit_on_rank_zero() -> tuple[dict[str, Any], Any]:
         with training.autocast():
             metrics = fit_head(
                 model,
@@ -228,7 +228,7 @@ def start_head(
             )
         return metrics, model.score.weight.data.cpu()
 
-    metrics, weight = distributed.from_leader(fit_on_leader)
+    metrics, weight = distributed.from_rank_zero(fit_on_rank_zero)
     model.score.weight.data.copy_(weight)
     return metrics
 
@@ -276,7 +276,7 @@ def fine_tune(
 
 
 def _metrics_row(held_out: dict[str, Any]) -> dict[str, float | None]:
-    """The held-out metrics as metrics.jsonl has them."""
+    """The held-out metrics as a row of metrics.jsonl."""
     accuracy = held_out["accuracy"]
     return {"held_out_loss": held_out["held_out_loss"], "held_out_accuracy": accuracy and accuracy["value"]}
 
@@ -289,7 +289,7 @@ class PreferenceData:
         train: The pairs to train on.
         held_out: The pairs to evaluate on.
         tokenizer: The model's tokenizer.
-        counts: What became of the input rows.
+        counts: What happened to the input rows.
         rows: A digest of the rows that were read, for the manifest.
     """
 
@@ -315,16 +315,18 @@ def read_pairs(config: TrainPmConfig, base: Path) -> PreferenceData:
     mix = read_preferences(mix_reader, config.mix) if config.mix else []
     rows = mixed(main, mix, config.mix_ratio, seed_for(config.seed, "train-pm", "mix"))
     counts = Counts.of_training([*reader.take_invalid(), *mix_reader.take_invalid()])
-    if left := len(main) + len(mix) - len(rows):
-        counts.skipped["beyond --mix-ratio"] = left
+    if unused := len(main) + len(mix) - len(rows):
+        counts.skipped["beyond --mix-ratio"] = unused
     if config.mix and len(mix) < round(config.mix_ratio * len(main)):
         console.say(f"train-pm: {config.mix} has {len(mix):,} pairs, fewer than --mix-ratio requests; all are used")
     tokenizer, window = tokenizer_and_window(base)
     hard = config.targets is Targets.HARD
     pairs = encode_pairs(tokenizer, rows, config.max_length, counts, window=window, hard=hard)
-    apart = held_out_keys([conversation_id(pair.row.prompt) for pair in pairs], config.eval_share, config.seed)
-    train = [pair for pair in pairs if conversation_id(pair.row.prompt) not in apart]
-    held_out = [pair for pair in pairs if conversation_id(pair.row.prompt) in apart]
+    held_out_prompts = held_out_keys(
+        [conversation_id(pair.row.prompt) for pair in pairs], config.eval_share, config.seed
+    )
+    train = [pair for pair in pairs if conversation_id(pair.row.prompt) not in held_out_prompts]
+    held_out = [pair for pair in pairs if conversation_id(pair.row.prompt) in held_out_prompts]
     counts.train, counts.held_out = len(train), len(held_out)
     return PreferenceData(train, held_out, tokenizer, counts, rows_digest([*main, *mix]))
 
@@ -360,7 +362,9 @@ def run(config: TrainPmConfig) -> dict[str, Any]:
         train=lambda work: train_pm(
             base.path, data.tokenizer, data.train, data.held_out, training, work, fitted_head=config.fit_head
         ),
-        facts=training.facts("all pairs in a new random order every epoch, in batches of like length", len(data.train)),
+        facts=training.facts(
+            "all pairs in a new random order every epoch, in batches of similar length", len(data.train)
+        ),
     ).run(as_json=config.as_json)
     if summary["note"]:
         console.warn(f"train-pm: {summary['note']}")

@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 
 from cai_cli.common import console
-from cai_cli.data.jsonl import read_prompts, stop
+from cai_cli.data.jsonl import raise_invalid, read_prompts
 from cai_cli.data.transcripts import render_transcript
 from cai_cli.pipeline.plan import Step
 from cai_cli.pipeline.sweep import split_name
@@ -78,7 +78,7 @@ def estimate(steps: Sequence[Step]) -> list[StepEstimate]:
 
 
 def estimate_step(name: str, stage: Stage, rows: RowFlow, config: Any, shell: str) -> tuple[StepEstimate, RowFlow]:
-    """The cost of one step, and the rows that leave it.
+    """The cost of one step, and the rows that it writes.
 
     Args:
         name: Name of the step.
@@ -98,7 +98,7 @@ def _file(source: str, flows: Mapping[str, RowFlow]) -> str:
 
 
 def _flow_of_file(source: str, skip_invalid: bool) -> RowFlow:
-    prompts = read_prompts(source, on_invalid=(lambda _error, _raw: None) if skip_invalid else stop)
+    prompts = read_prompts(source, on_invalid=(lambda _error, _raw: None) if skip_invalid else raise_invalid)
     lengths = [len(render_transcript(p.prompt)) / CHARACTERS_PER_TOKEN for _, p in prompts]
     return RowFlow(len(lengths), 1, sum(lengths) / max(1, len(lengths)), 0.0)
 
@@ -109,15 +109,15 @@ def print_estimate(steps: Sequence[Step], *, as_json: bool) -> None:
     if as_json:
         print(orjson.dumps([e.as_json() for e in estimates]).decode())
         return
-    wide = max(14, *(len(e.step) + 1 for e in estimates))
+    name_width = max(14, *(len(e.step) + 1 for e in estimates))
 
     def line(name: str, rows: str, requests: str, tokens: TokenCounts) -> str:
-        hours = "".join(f"{hours_shown(tokens.gpu_hours(size)):>10}" for size in cost.MODELS.values())
+        hours = "".join(f"{format_hours(tokens.gpu_hours(size)):>10}" for size in cost.MODELS.values())
         counts = f"{tokens.prompt_tokens:>15,.0f}{tokens.new_tokens:>13,.0f}{tokens.trained_tokens:>13,.0f}"
-        return f"{name:<{wide}}{rows:>10}{requests:>10}{counts}{hours}"
+        return f"{name:<{name_width}}{rows:>10}{requests:>10}{counts}{hours}"
 
     sizes = "".join(f"{f'GPU-h {name}':>10}" for name in cost.MODELS)
-    print(f"{'step':<{wide}}{'rows':>10}{'requests':>10}{'prompt tokens':>15}{'new':>13}{'trained':>13}{sizes}")
+    print(f"{'step':<{name_width}}{'rows':>10}{'requests':>10}{'prompt tokens':>15}{'new':>13}{'trained':>13}{sizes}")
     for e in estimates:
         print(line(e.step, f"{e.rows:,}", f"{e.requests:,}", e.tokens))
         print(console.safe(f"  $ {e.command}"))
@@ -125,6 +125,6 @@ def print_estimate(steps: Sequence[Step], *, as_json: bool) -> None:
     print(f"GPU-h: {cost.ASSUMPTIONS}.")
 
 
-def hours_shown(hours: float) -> str:
+def format_hours(hours: float) -> str:
     """GPU-hours with two significant digits, or whole hours from ten on."""
     return f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}"

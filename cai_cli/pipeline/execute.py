@@ -1,7 +1,7 @@
-"""`cai run FILE.yaml`: run a pipeline from one file. Each step is one `cai` command.
+"""`cai run FILE.yaml`: runs a pipeline from one file. Each step is one `cai` command.
 
     name: quickstart
-    model: smollm2-135m          # of every step that takes --model and names none
+    model: smollm2-135m          # default of the steps that take --model
     seed: 0
     steps:
       samples:   {command: sample, input: red_team.jsonl, n: 2}
@@ -45,32 +45,32 @@ def execute(steps: Sequence[Step], out: Path, *, quiet: bool) -> list[dict[str, 
     record_path = out / "run.json"
     with one_writer(record_path):
         record = read_manifest(record_path) or {"steps": {}}
-        current: set[str] = set()  # steps whose recorded settings, files and earlier steps are those of this run
+        current: set[str] = set()  # steps recorded with the settings, files and earlier steps of this run
         for step in steps:
-            before = record["steps"].get(step.name)
-            if before and _is_current(step, before, current):
+            previous = record["steps"].get(step.name)
+            if previous and _is_current(step, previous, current):
                 current.add(step.name)
-                before["key"] = step.key
-            if before and step.name in current and before["status"] == "done" and step.output.exists():
+                previous["key"] = step.key
+            if previous and step.name in current and previous["status"] == "done" and step.output.exists():
                 console.say(f"[{step.name}] already done: {step.output}")
                 continue
-            _run_and_record(step, before, steps, record, record_path, quiet=quiet)
-            if before is None or before["key"] == step.key:
+            _run_and_record(step, previous, steps, record, record_path, quiet=quiet)
+            if previous is None or previous["key"] == step.key:
                 current.add(step.name)
         return [{"step": s.name, "output": str(s.output), **record["steps"][s.name]} for s in steps]
 
 
-def _is_current(step: Step, before: Mapping[str, Any], current: Collection[str]) -> bool:
+def _is_current(step: Step, previous: Mapping[str, Any], current: Collection[str]) -> bool:
     """Whether a step was recorded with the same settings, files and earlier steps.
 
     In records of version 0.1.0 the key depends on how options were spelled, so their settings are compared instead.
     """
-    if before["key"].startswith(KEY_FORMAT):
-        return bool(before["key"] == step.key)
-    return all(need.name in current for need in step.needs) and not _changes(step, before)
+    if previous["key"].startswith(KEY_FORMAT):
+        return bool(previous["key"] == step.key)
+    return all(need.name in current for need in step.needs) and not _changes(step, previous)
 
 
-def _changes(step: Step, before: Mapping[str, Any]) -> list[str]:
+def _changes(step: Step, previous: Mapping[str, Any]) -> list[str]:
     """The settings and files of a step that differ from its record."""
     names = step.stage.config.option_names()
     options = step.stage.config.options()
@@ -79,24 +79,24 @@ def _changes(step: Step, before: Mapping[str, Any]) -> list[str]:
         return {names.get(name, name): value for name, value in values.items()}
 
     defaults = {name: plain(field.default) for name, (field, _) in options.items() if not field.is_required()}
-    recorded = {"settings": defaults | by_field(before["settings"]), "files": by_field(before["files"])}
+    recorded = {"settings": defaults | by_field(previous["settings"]), "files": by_field(previous["files"])}
     return differences(recorded, {"settings": defaults | by_field(step.settings), "files": by_field(step.files)})
 
 
 def _run_and_record(
     step: Step,
-    before: Mapping[str, Any] | None,
+    previous: Mapping[str, Any] | None,
     steps: Sequence[Step],
     record: dict[str, Any],
     record_path: Path,
     *,
     quiet: bool,
 ) -> None:
-    again = before is not None and before["key"] != step.key
-    if before and again:
-        _report_change(step, before, steps)
+    changed = previous is not None and previous["key"] != step.key
+    if previous and changed:
+        _report_change(step, previous, steps)
     # The output to replace. It is recorded, because a run may be interrupted before the step starts.
-    replaces = _manifests(step.output) if again else before.get("replaces") if before else None
+    replaces = _manifests(step.output) if changed else previous.get("replaces") if previous else None
     entry = {
         "key": step.key,
         "argv": step.argv,
@@ -122,14 +122,14 @@ def _label_trust(step: Step) -> dict[str, Any]:
 
 
 def _manifests(output: Path) -> list[int | None]:
-    """The times (ns) when the manifests of an output were written, which tell two versions of it apart."""
+    """The times (ns) when the manifests of an output were written, which distinguish two versions of it."""
     paths = (sidecar(output, ending) for ending in ("manifest.json", "partial.manifest.json"))
     return [path.stat().st_mtime_ns if path.exists() else None for path in paths]
 
 
-def _report_change(step: Step, before: Mapping[str, Any], steps: Sequence[Step]) -> None:
+def _report_change(step: Step, previous: Mapping[str, Any], steps: Sequence[Step]) -> None:
     """Print why a step runs again, and which later steps it affects."""
-    why = "; ".join(_changes(step, before)) or "an earlier step changed"
+    why = "; ".join(_changes(step, previous)) or "an earlier step changed"
     after = [s.name for s in steps if step in _ancestors(s)]
     more = f", and after it {', '.join(after)}" if after else ""
     console.say(f"[{step.name}] changed since its last run ({why}): running it again{more}")
@@ -140,7 +140,7 @@ def _ancestors(step: Step) -> list[Step]:
 
 
 def _run(step: Step, *, overwrite: bool, quiet: bool) -> float:
-    """Run a step as a child process, which ends with this one. Returns seconds. Raises CaiError if the step fails."""
+    """Run a step as a child process, which ends with this one. Returns seconds. Raises CaiError if it fails."""
     words = [*step.argv, *(["--overwrite"] if overwrite else []), *(["--quiet"] if quiet else [])]
     console.say(f"[{step.name}] $ {shlex.join(['cai', *words])}")
     stopwatch = console.Stopwatch()
@@ -161,7 +161,7 @@ def _run(step: Step, *, overwrite: bool, quiet: bool) -> float:
 
 
 def _die_with_parent() -> None:
-    """Terminate the child when `cai run` is killed (Linux only; elsewhere the lock still guards the output)."""
+    """Terminate the child when `cai run` is killed (Linux only; elsewhere the lock still protects the output)."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

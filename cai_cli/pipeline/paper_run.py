@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from cai_cli.pipeline import registry
-from cai_cli.pipeline.estimate import StepEstimate, estimate_step, hours_shown
+from cai_cli.pipeline.estimate import StepEstimate, estimate_step, format_hours
 from cai_cli.runtime import cost
 from cai_cli.runtime.cost import RowFlow, TokenCounts
 
@@ -55,7 +55,7 @@ def paper_table() -> str:
     def line(name: str, command: str, rows: str, tokens: TokenCounts, file: str) -> str:
         counts = (tokens.prompt_tokens, tokens.new_tokens, tokens.trained_tokens)
         cells = [name, command, rows, *(f"{count / 1e6:,.0f} M" if count else "" for count in counts)]
-        cells += [hours_shown(tokens.gpu_hours(size)) for size in cost.MODELS.values()]
+        cells += [format_hours(tokens.gpu_hours(size)) for size in cost.MODELS.values()]
         return f"| {' | '.join([*cells, file])} |"
 
     for e in estimates:

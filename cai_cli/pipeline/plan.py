@@ -1,4 +1,4 @@
-"""From a run file to the steps of a run: sweeps expanded, references resolved, every option checked."""
+"""Turns a run file into the steps of a run: expands sweeps, resolves references and checks every option."""
 
 import os
 import shlex
@@ -19,7 +19,7 @@ from cai_cli.runtime.config import StageConfig
 from cai_cli.runtime.manifest import hash_input
 from cai_cli.runtime.stage import Stage
 
-SET_BY_THE_RUN = frozenset({"output", "overwrite", "json", "quiet"})
+SET_BY_RUN = frozenset({"output", "overwrite", "json", "quiet"})
 KEY_FORMAT = "2:"  # keys of version 0.1.0 have no prefix
 
 
@@ -101,12 +101,12 @@ def plan(run: RunFile, file: Path, out: Path) -> list[Step]:
     """
     steps: dict[str, Step] = {}
     for name, given in expand(run.steps, takes_many).items():
-        steps[name] = _planned(name, given, steps, _Place(run, file, out))
+        steps[name] = _plan_step(name, given, steps, _RunPaths(run, file, out))
     return list(steps.values())
 
 
 @dataclass(frozen=True)
-class _Place:
+class _RunPaths:
     """The run file, where it was read from, and the run folder."""
 
     run: RunFile
@@ -114,7 +114,7 @@ class _Place:
     out: Path
 
 
-def _planned(name: str, given: Mapping[str, Any], steps: Mapping[str, Step], place: _Place) -> Step:
+def _plan_step(name: str, given: Mapping[str, Any], steps: Mapping[str, Step], place: _RunPaths) -> Step:
     where = f"{place.file}: step {name!r}"
     stage = registry.STAGES.get(str(given.get("command")))
     if stage is None:
@@ -134,10 +134,10 @@ def _planned(name: str, given: Mapping[str, Any], steps: Mapping[str, Step], pla
     for option, value in settings.items():
         folder = place.file.parent if _reads_file(stage.config, option) else None
         values = value if isinstance(value, list) else [value]
-        located = [_located(one, f"{where}: {option}", steps, folder) for one in values]
-        settings[option] = [v for v, _ in located] if isinstance(value, list) else located[0][0]
-        needs += [source for _, source in located if isinstance(source, Step)]
-        paths = [source for _, source in located if isinstance(source, str)]
+        resolved = [_resolve(one, f"{where}: {option}", steps, folder) for one in values]
+        settings[option] = [v for v, _ in resolved] if isinstance(value, list) else resolved[0][0]
+        needs += [source for _, source in resolved if isinstance(source, Step)]
+        paths = [source for _, source in resolved if isinstance(source, str)]
         files |= {
             option if len(paths) == 1 else f"{option} {number}": hash_input(path).sha256
             for number, path in enumerate(paths, 1)
@@ -158,8 +158,8 @@ def _with_current_names(given: Mapping[str, Any], stage: Stage, where: str) -> d
     for name, value in given.items():
         if name == "command":
             continue
-        if name not in names or name in SET_BY_THE_RUN:
-            known = sorted(set(present.values()) - SET_BY_THE_RUN)
+        if name not in names or name in SET_BY_RUN:
+            known = sorted(set(present.values()) - SET_BY_RUN)
             raise UsageError(
                 f"{where}: `cai {stage.name}` has no option {name!r}",
                 hint=f"it has {', '.join(known)}",
@@ -182,10 +182,10 @@ def _reads_file(config: type[StageConfig], name: str) -> bool:
     return declared.reads_file
 
 
-def _located(
+def _resolve(
     value: Value, where: str, steps: Mapping[str, Step], folder: Path | None
 ) -> tuple[Value, Step | str | None]:
-    """A setting as the command gets it, and the step or file that it names. Files are relative to `folder`."""
+    """A setting as the command receives it, and the step or file that it refers to. Files are relative to `folder`."""
     if isinstance(value, str) and "\0" in value:
         raise UsageError(
             f"{where}: {value!r} contains a NUL character, which a command line cannot contain", code="invalid-option"

@@ -18,8 +18,8 @@ class RunFile(BaseModel):
 
     Attributes:
         name: Name of the run, and of its folder under runs/.
-        model: Model of every step that takes one and names none.
-        seed: Random seed of every step that names none.
+        model: Default model of the steps.
+        seed: Default random seed of the steps.
         steps: Step name -> its command, its input and its options.
     """
 

@@ -5,11 +5,11 @@
     after:     {command: sample, input: red_team.jsonl, model: "@sl-cai"}       # five files of samples
     compare:   {command: eval compare, input: ["@after@*"], pm: "@pm"}          # one step over all five
 
-Steps that do not depend on the list run once. Several lists are a product; a step that reads two swept steps reads the
-variants with its own values. `@step@*` names all variants of a step, for an option that takes several values. Rounds of
-revision continue one another: the variant with 2 rounds adds one round to the rows of the variant with 1, which gives
-the rows that two rounds at once would. A list of clamps judges each pair once, as long as the first clamp contains the
-others.
+Steps that do not depend on the list run once. Several lists expand to all combinations of their values; a step that
+reads two swept steps reads the variants with its own values. `@step@*` names all variants of a step, for an option that
+takes several values. Rounds of revision continue one another: the variant with 2 rounds adds one round to the rows of
+the variant with 1, which gives the same rows as two rounds at once. A list of clamps judges each pair once, as long as
+the first clamp contains the others.
 """
 
 import math
@@ -26,7 +26,7 @@ from cai_cli.runtime.manifest import read_manifest, write_json
 from cai_cli.runtime.output_files import sidecar
 
 MAX_STEPS = 256
-LONGEST_NAME = 160  # of the 255 bytes of a file name; endings of sidecars take the rest
+LONGEST_NAME = 160  # bytes; file names may have 255, and the endings of sidecars need the rest
 Value = str | int | float | bool | None
 Given = Mapping[str, Any]
 Choice = Mapping[str, Value]  # "step.setting" -> its value
@@ -80,7 +80,7 @@ def expand(steps: Mapping[str, Given], takes_many: TakesMany) -> dict[str, dict[
                 variants.append(variant)
                 if len(flat) > MAX_STEPS:
                     raise UsageError(
-                        f"step {step!r}: the lists make more than {MAX_STEPS} steps", code="invalid-run-file"
+                        f"step {step!r}: the lists expand to more than {MAX_STEPS} steps", code="invalid-run-file"
                     )
         if given.get("command") == "critique-revise" and _whole_numbers(lists.get("rounds", [None])):
             _continue_rounds(f"{step}.rounds", variants, flat)
@@ -92,8 +92,8 @@ def expand(steps: Mapping[str, Given], takes_many: TakesMany) -> dict[str, dict[
 
 def _lists(given: Given, takes_many: TakesMany) -> dict[str, list[Value]]:
     """The settings of a step that have a list of values to sweep."""
-    apart = takes_many(given.get("command")) | {"command"}
-    return {setting: value for setting, value in given.items() if isinstance(value, list) and setting not in apart}
+    not_swept = takes_many(given.get("command")) | {"command"}
+    return {setting: value for setting, value in given.items() if isinstance(value, list) and setting not in not_swept}
 
 
 def _checked(step: str, lists: dict[str, list[Value]]) -> dict[str, list[Any]]:
@@ -101,7 +101,7 @@ def _checked(step: str, lists: dict[str, list[Value]]) -> dict[str, list[Any]]:
     for setting, values in lists.items():
         if len(values) == 0 or len({_slug(value) for value in values}) < len(values):
             raise UsageError(
-                f"step {step!r}: {setting}: a list needs values, each once",
+                f"step {step!r}: {setting}: a list needs one or more distinct values",
                 hint=f"it is {values}",
                 code="invalid-run-file",
             )
@@ -113,7 +113,7 @@ def _whole_numbers(values: Sequence[Value]) -> bool:
 
 
 def _continue_rounds(axis: str, variants: Sequence[Variant], flat: dict[str, dict[str, Any]]) -> None:
-    """Let each variant start from the rows of the one with fewer rounds.
+    """Make each variant start from the rows of the one with fewer rounds.
 
     That gives the same rows, because the draws of a round depend on the row and the round alone.
     """
@@ -127,7 +127,7 @@ def _continue_rounds(axis: str, variants: Sequence[Variant], flat: dict[str, dic
 
 
 def _reuse_votes(axis: str, variants: Sequence[Variant], flat: dict[str, dict[str, Any]]) -> None:
-    """Let variants whose clamp lies within the first clamp of the list reuse the votes of that variant."""
+    """Make variants whose clamp lies within the first clamp of the list reuse the votes of that variant."""
     first = variants[0].choice[axis]
     low, high = _limits(first)
     for variant in variants:
@@ -137,7 +137,7 @@ def _reuse_votes(axis: str, variants: Sequence[Variant], flat: dict[str, dict[st
 
 
 def _limits(clamp: Value) -> tuple[float, float]:
-    """The limits of `LOW,HIGH`. For any other value NaN, within which nothing lies; the command will report it."""
+    """The limits of `LOW,HIGH`; NaN for any other value, which contains no limits. The command reports the error."""
     try:
         low, high = (float(part) for part in str(clamp).split(","))
     except ValueError:

@@ -1,4 +1,4 @@
-"""What all prompts share: the two prompt formats, `Request`, and the request for the next reply.
+"""Shared by all prompts: the two prompt formats, `Request`, and the request for the next reply.
 
 No module outside `prompting` builds prompt text. Raw prompts are those published with the paper (for base models). Chat
 prompts have the same content in turns, with few-shot examples as earlier turns. Prompts are built by concatenation in

@@ -26,7 +26,7 @@ def comparison_request(
     examples: Sequence[ComparisonExample],
     form: PromptFormat,
 ) -> Request:
-    """The multiple-choice question which reply is better; the answer continues with one of the letters `OPTIONS`.
+    """The multiple-choice request for the better reply; the answer continues with one of the letters `OPTIONS`.
 
     Args:
         conversation: The conversation that both replies continue.
@@ -89,7 +89,7 @@ def verdict_request(
     examples: Sequence[ComparisonExample],
     form: PromptFormat,
 ) -> Request:
-    """The comparison to answer as text, for engines without log-probabilities; `verdict_of` reads the answer."""
+    """The request to compare in words, for engines without log-probabilities; `verdict_of` parses the answer."""
     request = comparison_request(conversation, comparison, options, examples, form)
     if isinstance(request.text, str):
         return Request(request.text, prefill=request.prefill, stop=RAW_STOPS)

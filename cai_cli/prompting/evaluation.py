@@ -27,7 +27,7 @@ def evaluation_request(prompt: str, form: PromptFormat) -> Request:
 
 
 def published_comparison(conversation: Sequence[Message], comparison: str, options: Sequence[str]) -> str:
-    """The prompt of a published HHH question: our raw comparison, except that its brackets are always three."""
+    """The prompt of a published HHH question: `comparison_text`, except that it always has three brackets."""
     text = comparison_text(conversation, comparison, [f"[[[{option}]]]" for option in options])
     return f"\n\n{text}\n\n{_PUBLISHED_PREFILL}"
 
@@ -76,7 +76,7 @@ _HARM_SCALE = (
 
 
 def harm_request(conversation: Sequence[Message], form: PromptFormat) -> Request:
-    """The question how harmful the last assistant turn is; the answer continues with one of `HARM_LEVELS`."""
+    """The request to rate the harm of the last assistant turn; the answer continues with one of `HARM_LEVELS`."""
     question = f"{PREAMBLE}{render_transcript(conversation)}\n\n\n{_HARM_SCALE}"
     if form == "raw":
         return Request(f"\n\n{question}", prefill=f"\n\n{ANSWER}")

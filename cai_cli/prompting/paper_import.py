@@ -42,7 +42,7 @@ _COT_SPEAKER = {"H": "Human", "A": "Assistant"}
 
 
 def import_published(path: Path) -> AnyConstitution:
-    """The constitution in a published file. Its content shows which of the files it is.
+    """The constitution in a published file, which is recognised by its content.
 
     Raises:
         CaiError: The file cannot be read (`cannot-read`) or is not one of the published files

@@ -66,7 +66,7 @@ def invention_request(
 
     Args:
         examples: Prompts of this kind. Line breaks in them become spaces.
-        topic: What the new prompt is about, if anything.
+        topic: The topic of the new prompt, or None.
         start: The start of the new prompt.
         kind: The kind of prompt.
         form: Chat or raw.

@@ -1,7 +1,7 @@
-"""Read a run folder as plain data: its steps, their state, and the files that each of them left.
+"""Reads a run folder as plain data: its steps, their state, and the files that each of them wrote.
 
 The manifests beside the outputs are the source. `run.json`, which `cai run` writes, adds the order of the steps and the
-steps that never finished; it may be missing, as when the commands were run by hand. A file that cannot be read does not
+steps that never finished; it is missing if the commands were run by hand. A file that cannot be read does not
 end the report; it becomes a problem that the page lists.
 """
 
@@ -34,8 +34,8 @@ class StepFiles:
 
     Attributes:
         name: Name of the step.
-        stage: The command that made it, such as "sft".
-        status: Whether it is done, unfinished, or left no output.
+        stage: The command that it runs, such as "sft".
+        status: Whether it is done, unfinished, or has no output.
         output: Its JSONL file or model directory.
         manifest: The manifest beside the output; empty where there is none.
         recorded: The entry of the step in `run.json`; empty where there is none.
@@ -107,7 +107,7 @@ class StepFiles:
 
 
 class Result(BaseModel):
-    """A file of results that another command left in the run folder."""
+    """A file of results that another command wrote to the run folder."""
 
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
@@ -151,7 +151,7 @@ class ComparisonResult(Result):
 
 
 class Point(ReportedEstimate):
-    """The metric where the setting is `at`."""
+    """The metric for the value `at` of the setting."""
 
     at: float
 
@@ -184,8 +184,8 @@ class RunFiles:
     evaluations: Mapping[str, Mapping[str, Any]]
     problems: list[str] = field(default_factory=list)
 
-    def of(self, *stages: str) -> list[StepFiles]:
-        """Return the steps that these commands made, in order."""
+    def steps_of(self, *stages: str) -> list[StepFiles]:
+        """Return the steps that ran these commands, in order."""
         return [step for step in self.steps if step.stage in stages]
 
     def rows(self, step: StepFiles, row_type: type[R]) -> Iterator[R]:
@@ -232,12 +232,12 @@ def read_run(folder: Path) -> RunFiles:
         CaiError: `folder` is not a run folder.
     """
     if not folder.is_dir():
-        raise CaiError(f"{folder} is not a run folder", hint="name the folder that `cai run` made", code="cannot-read")
+        raise CaiError(f"{folder} is not a run folder", hint="name the folder that `cai run` wrote", code="cannot-read")
     problems: list[str] = []
     steps = _steps(folder, problems)
     if not steps:
         raise CaiError(
-            f"{folder} holds no output of cai",
+            f"{folder} contains no output of cai",
             hint="a run folder has run.json, or outputs with their .manifest.json",
             code="not-made-by-cai",
         )
@@ -271,7 +271,7 @@ def _steps(folder: Path, problems: list[str]) -> list[StepFiles]:
         except (OSError, ValueError):
             problems.append(f"{folder / 'run.json'}: {file[:40]!r} is not a valid file name")
     order = list(recorded)
-    # Steps that `cai run` did not make come last, in the order in which they finished.
+    # Steps that `cai run` did not record come last, in the order in which they finished.
     return sorted(
         steps,
         key=lambda s: (

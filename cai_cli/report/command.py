@@ -1,4 +1,4 @@
-"""Write the report of a run folder (`cai report`, and the end of `cai run`)."""
+"""Writes the report of a run folder (`cai report`, and the end of `cai run`)."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
     return path
 
 
-def report_at_the_end(folder: Path) -> Path | None:
+def report_finished_run(folder: Path) -> Path | None:
     """Write the report of a run that just finished; return None, and print the error, if that fails."""
     try:
         path = write_report(folder)

@@ -77,8 +77,8 @@ def flags(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, str]]:
     for row in rows:
         for name, value in row.items():
             if value is True or ("goodhart" in name and value):
-                what = name if isinstance(value, bool | int | float) else f"{name}: {value}"
-                flagged.append((int(row["step"]), what))
+                reason = name if isinstance(value, bool | int | float) else f"{name}: {value}"
+                flagged.append((int(row["step"]), reason))
     return flagged
 
 

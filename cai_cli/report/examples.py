@@ -22,7 +22,7 @@ MAX_ROWS = 200
 
 
 class Budget:
-    """How much of the page a list may still fill.
+    """The space on the page that is left for a list.
 
     Args:
         size: Size in bytes of HTML.
@@ -34,7 +34,7 @@ class Budget:
     def allows(self, *texts: str) -> bool:
         """Return whether a row of these texts still fits; after one that does not, no row fits.
 
-        The page shows the first rows, not the shortest.
+        So the page shows the first rows, not the shortest ones.
         """
         needed = sum(len(str(escape(safe(text))).encode()) for text in texts) + 600
         fits = self.rows > 0 and needed <= self.left
@@ -127,8 +127,8 @@ def chains(run: RunFiles, budget: Budget) -> Excerpt[Chain]:
 
 def last_revisions(run: RunFiles) -> list[StepFiles]:
     """Return the revision steps whose output no other revision step reads."""
-    revised = run.of("revise", "critique-revise")
-    read = {name for step in [*revised, *run.of("critique")] for name in step.reads}
+    revised = run.steps_of("revise", "critique-revise")
+    read = {name for step in [*revised, *run.steps_of("critique")] for name in step.reads}
     return [step for step in revised if step.output.name not in read]
 
 
@@ -163,7 +163,7 @@ class ComparedReplies:
         return any(flips(self.votes))
 
 
-def compared(row: Preference) -> ComparedReplies:
+def compared_replies(row: Preference) -> ComparedReplies:
     """Return the comparison of a label."""
     chosen, rejected = clip(row.chosen[0].content), clip(row.rejected[0].content)
     return ComparedReplies(row.id, messages_of(row.prompt), chosen, rejected, row.p_chosen, row.votes, row.human)
@@ -175,7 +175,7 @@ def comparisons(rows: Iterator[Preference], budget: Budget, sources: Sequence[st
     for row in rows:
         total += 1
         if budget.allows(*_texts([*row.prompt, *row.chosen, *row.rejected])):
-            fitting.append(compared(row))
+            fitting.append(compared_replies(row))
     return Excerpt(fitting, total, sources)
 
 
@@ -202,7 +202,7 @@ def side_by_side(run: RunFiles, budget: Budget) -> Excerpt[SideBySide] | None:
     Returns:
         One entry for each prompt, with the models in the order of the run; None where no two models share a prompt.
     """
-    steps = run.of("sample")
+    steps = run.steps_of("sample")
     for last in reversed(steps):
         prompts = {row.id: row.prompt for row in run.rows(last, Sample)}
         replies, sources = _replies(run, steps, prompts.keys())

@@ -1,4 +1,4 @@
-"""Render a run as one HTML page with jinja2: autoescaped, without control characters or bidirectional overrides.
+"""Renders a run as one HTML page with jinja2: autoescaped, without control characters or bidirectional overrides.
 
 The page loads nothing: its Content-Security-Policy allows one inline script, by its hash, and no requests.
 """
@@ -64,7 +64,7 @@ def _finalize(value: object) -> object:
 
 def _sections(run: RunFiles) -> dict[str, Any]:
     """Return the variables of the template. Every file is read in one pass; `run.problems` is complete afterwards."""
-    labelled = [(step, labels.LabelCharts()) for step in run.of("label-prefs")]
+    labelled = [(step, labels.LabelCharts()) for step in run.steps_of("label-prefs")]
     compared = examples.comparisons(
         chain.from_iterable(_observed(run, step, label_charts) for step, label_charts in labelled),
         examples.Budget(COMPARISON_BYTES),
@@ -81,7 +81,7 @@ def _sections(run: RunFiles) -> dict[str, Any]:
         "chains": examples.chains(run, examples.Budget(CHAIN_BYTES)),
         "compared": compared,
         "audits": audits,
-        "training": [_training(run, step) for step in run.of(*TRAINING)],
+        "training": [_training(run, step) for step in run.steps_of(*TRAINING)],
         "scatters": _scatters(run),
         "wins": _win_rates(run),
         "sweeps": _sweeps(run),
@@ -136,7 +136,7 @@ def _costs(run: RunFiles) -> tuple[list[str], list[list[Any]]]:
 
 def _scatters(run: RunFiles) -> list[Chart]:
     """Return a scatter plot of the Elo ratings of each comparison."""
-    drawn = []
+    plots = []
     for name, compared in run.comparisons.items():
         axes = [{r.model: (r.value, r.low, r.high) for r in ratings}
                 for ratings in (compared.ratings.helpful, compared.ratings.harmless)]  # fmt: skip
@@ -146,20 +146,20 @@ def _scatters(run: RunFiles) -> list[Chart]:
         if points:
             title, note = f"Elo ratings ({_short(name)})", "Higher is better on both axes. The bars are 95% intervals."
             labels_of_axes = {"x_label": "helpfulness Elo", "y_label": "harmlessness Elo"}
-            drawn.append(charts.scatter(name, title, points, **labels_of_axes, note=note))
-    return drawn
+            plots.append(charts.scatter(name, title, points, **labels_of_axes, note=note))
+    return plots
 
 
 def _win_rates(run: RunFiles) -> list[Chart]:
     """Return a forest plot of the win rates of each comparison."""
-    drawn = []
+    plots = []
     for name, compared in run.comparisons.items():
         rates = {f"{w.a} over {w.b}" + (f", {w.kind}" if w.kind else ""): w.model_dump() for w in compared.win_rates}
         if rates:
             title = f"Win rates ({_short(name)})"
             note = "An interval that contains 0.5 shows no significant difference."
-            drawn.append(charts.forest(f"{name}-wins", title, rates, x_label="win rate and 95% interval", note=note))
-    return drawn
+            plots.append(charts.forest(f"{name}-wins", title, rates, x_label="win rate and 95% interval", note=note))
+    return plots
 
 
 def _short(name: str) -> str:
@@ -168,23 +168,23 @@ def _short(name: str) -> str:
 
 
 def _sweeps(run: RunFiles) -> list[Chart]:
-    drawn = []
+    plots = []
     for name, sweep in run.sweeps.items():
         points = sorted(sweep.points, key=lambda point: point.at)
         line = charts.Series(sweep.figure, *([getattr(p, a) for p in points] for a in ("at", "value", "low", "high")))
         title = f"{sweep.figure} by {sweep.setting} ({_short(name)})"
-        drawn.append(charts.lines(name, title, [line], x_label=sweep.setting))
-    return drawn
+        plots.append(charts.lines(name, title, [line], x_label=sweep.setting))
+    return plots
 
 
 def _forests(run: RunFiles) -> dict[str, Chart]:
     """Return a forest plot for every evaluation with 2 to 40 estimates."""
-    drawn = {}
+    plots = {}
     for name, metrics in run.evaluations.items():
         estimates = {k: v for k, v in metrics.items() if is_estimate(v)}
         if 2 <= len(estimates) <= 40:
-            drawn[name] = charts.forest(name, f"Metrics of {name}", estimates, x_label="value and 95% interval")
-    return drawn
+            plots[name] = charts.forest(name, f"Metrics of {name}", estimates, x_label="value and 95% interval")
+    return plots
 
 
 # --- filters of the template --------------------------------------------------------------------------------------

@@ -1,15 +1,15 @@
-"""The top of the page: the main results, what the run lacks, and the row counts of every step."""
+"""The top of the page: the main results, the missing parts of the run, and the row counts of every step."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cai_cli.constitution.usage import Drawn, drawn
+from cai_cli.constitution.usage import PrincipleDraws, count_draws
 from cai_cli.data.schema import Critique, Preference, Revision, Row
 from cai_cli.report.collect import RunFiles, StepFiles, flat_metrics, is_estimate
 from cai_cli.report.examples import last_revisions
 
-# What a complete run has, and the command that adds it.
+# The parts of a complete run, and the command that adds each.
 COMPLETE_RUN = {
     ("sample",): "sampled replies (`cai sample`)",
     ("revise", "critique-revise"): "revisions (`cai critique-revise`)",
@@ -44,11 +44,13 @@ def row_counts(step: StepFiles) -> StageCounts | None:
 
 
 def missing(run: RunFiles) -> list[str]:
-    """Return what a complete run has and this run lacks, or has not finished."""
-    lacks = [text for stages, text in COMPLETE_RUN.items() if not any(s.status == "done" for s in run.of(*stages))]
+    """Return the parts of a complete run that this run lacks or has not finished."""
+    absent = [
+        text for stages, text in COMPLETE_RUN.items() if not any(s.status == "done" for s in run.steps_of(*stages))
+    ]
     if not run.comparisons:
-        lacks.append("models compared by Elo (`NAME.compare.json`)")
-    return lacks
+        absent.append("models compared by Elo (`NAME.compare.json`)")
+    return absent
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def _row_metrics(run: RunFiles) -> Iterator[KeyMetric]:
     revised = [row_counts(step) for step in last_revisions(run) if step.status == "done"]
     if revised:
         yield KeyMetric("replies revised", sum(counts.out for counts in revised if counts))
-    labelled = [row_counts(step) for step in run.of("label-prefs") if step.status == "done"]
+    labelled = [row_counts(step) for step in run.steps_of("label-prefs") if step.status == "done"]
     if labelled:
         # Several steps may have labelled the same pairs.
         several = len(labelled) > 1
@@ -88,10 +90,10 @@ def _label_metrics(audit: Mapping[str, Any] | None) -> Iterator[KeyMetric]:
 
 
 def _model_metrics(run: RunFiles) -> Iterator[KeyMetric]:
-    for step in run.of("train-pm"):
+    for step in run.steps_of("train-pm"):
         if is_estimate(step.metrics.get("accuracy")):
             yield KeyMetric(f"held-out accuracy of {step.name}", step.metrics["accuracy"])
-    for step in run.of("rl"):
+    for step in run.steps_of("rl"):
         metrics = step.metrics
         if metrics.get("reward_before") is not None and metrics.get("reward") is not None:
             change = f"{metrics['reward_before']:.3g} in the first training step"
@@ -100,14 +102,14 @@ def _model_metrics(run: RunFiles) -> Iterator[KeyMetric]:
             yield KeyMetric(f"preference model score of {step.name}", metrics["reward"], change)
 
 
-def constitutions(run: RunFiles) -> list[tuple[StepFiles, Drawn]]:
+def constitutions(run: RunFiles) -> list[tuple[StepFiles, PrincipleDraws]]:
     """Return every constitution used, with its draws: by the last revisions (or unrevised critiques) and by labels."""
     kinds: list[tuple[list[StepFiles], type[Row]]] = [
         (last_revisions(run), Revision),
-        ([] if run.of("revise", "critique-revise") else run.of("critique"), Critique),
-        (run.of("label-prefs"), Preference),
+        ([] if run.steps_of("revise", "critique-revise") else run.steps_of("critique"), Critique),
+        (run.steps_of("label-prefs"), Preference),
     ]
-    used = [(step, drawn(run.rows(step, kind), step.manifest)) for steps, kind in kinds for step in steps]
+    used = [(step, count_draws(run.rows(step, kind), step.manifest)) for steps, kind in kinds for step in steps]
     return [(step, d) for step, d in used if d]
 
 

@@ -1,4 +1,4 @@
-"""Score two replies to one prompt in one forward pass, so that the tokens of the prompt are computed once.
+"""Scores two replies to one prompt in one forward pass, so that the tokens of the prompt are computed once.
 
 A packed pair consists of the tokens that both conversations share at the start, the rest of the first, and the rest of
 the second. A token attends to the shared tokens and to those of its own conversation, at the position it has there, so
@@ -56,7 +56,7 @@ def collate(pairs: Sequence[dict[str, list[int]]], pad_token_id: int) -> dict[st
     return {**batch, "attention_mask": (batch["branches"] != PADDING).long()}
 
 
-def take_packed_pairs(model: "PreTrainedModel", longest: tuple[list[int], list[int]]) -> bool:
+def enable_packed_pairs(model: "PreTrainedModel", longest: tuple[list[int], list[int]]) -> bool:
     """Make a sequence classifier accept packed pairs; other inputs work as before.
 
     The `logits` of packed pairs have shape (2 * pairs, 1): first all first conversations, then all second ones.
@@ -95,19 +95,19 @@ def _forward(self: Any, input_ids: Any = None, branches: Any = None, **inputs: A
     columns = torch.arange(branches.shape[1], device=branches.device)
     before = columns[:, None] >= columns
     own = branches[:, :, None] == branches[:, None, :]
-    sees = before & (own | (branches[:, None, :] == SHARED))
+    visible = before & (own | (branches[:, None, :] == SHARED))
     hidden = self.base_model(
-        input_ids, attention_mask=sees[:, None], position_ids=inputs["position_ids"], use_cache=False
+        input_ids, attention_mask=visible[:, None], position_ids=inputs["position_ids"], use_cache=False
     ).last_hidden_state
     # transformers reads a score at the last token that is not the padding token.
-    read = input_ids != self.config.get_text_config().pad_token_id
-    mine = ((branches == SHARED) | (branches == branch) for branch in (1, 2))
-    ends = torch.cat([(columns * (read & tokens)).argmax(-1) for tokens in mine])
+    not_padding = input_ids != self.config.get_text_config().pad_token_id
+    own_tokens = ((branches == SHARED) | (branches == branch) for branch in (1, 2))
+    ends = torch.cat([(columns * (not_padding & tokens)).argmax(-1) for tokens in own_tokens])
     rows = torch.arange(len(branches), device=branches.device).repeat(2)
     return SequenceClassifierOutput(logits=self.score(hidden[rows, ends]))
 
 
-def read_pairs(
+def head_outputs(
     model: "PreTrainedModel", pairs: Sequence[tuple[list[int], list[int]]], batch_size: int
 ) -> tuple["Tensor", "Tensor"]:
     """Return the outputs of the head for the first and the second conversation of each pair.
@@ -148,5 +148,5 @@ def score_pairs(
     """
     if not pairs:
         return [], []
-    first, second = (scores[:, 0].tolist() for scores in read_pairs(model, pairs, batch_size))
+    first, second = (scores[:, 0].tolist() for scores in head_outputs(model, pairs, batch_size))
     return [finite(score) for score in first], [finite(score) for score in second]

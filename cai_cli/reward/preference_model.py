@@ -1,4 +1,4 @@
-"""Score conversations with a preference model (paper section 4.1).
+"""Scores conversations with a preference model (paper section 4.1).
 
 A score is a logit: the difference of two scores is the log-odds that the first conversation is preferred. The model is
 trained on exactly the token ids that `encode_conversation` returns, and must be given them.
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def encode_conversation(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> list[int]:
     """Return the token ids of a conversation, up to the chat template's end-of-turn token.
 
-    White space around the reply is dropped: `cai sample` keeps none, and RL must not gain from it. White space that a
+    White space around the reply is dropped: `cai sample` strips it too, and RL must not exploit it. White space that a
     template adds after the end-of-turn token is dropped as well, because the score at that token is more informative.
 
     Args:
@@ -32,8 +32,8 @@ def encode_conversation(tokenizer: "PreTrainedTokenizerBase", messages: Sequence
         RowError: The chat template rejects the conversation.
     """
     *prompt, reply = messages
-    judged = Message(role=reply.role, content=reply.content.strip())
-    ids = encode_chat(tokenizer, [*prompt, judged], add_generation_prompt=False)
+    stripped = Message(role=reply.role, content=reply.content.strip())
+    ids = encode_chat(tokenizer, [*prompt, stripped], add_generation_prompt=False)
     while tokenizer.decode(ids[-1]).isspace():
         del ids[-1]
     return ids
@@ -115,7 +115,7 @@ def score_ids(
 
 
 def finite(score: float, name: str | None = None) -> float:
-    """Return the score.
+    """Return the score if it is finite.
 
     Raises:
         CaiError: It is infinite or NaN; the message names the row.

@@ -1,4 +1,4 @@
-"""Score rows with a preference model (paper section 4.1)."""
+"""Scores rows with a preference model (paper section 4.1)."""
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -52,7 +52,7 @@ def score(
 
 
 class Scorer:
-    """A preference model that scores rows. It is loaded at the first use, so finished work does not load it.
+    """A preference model that scores rows. It is loaded at first use, so a finished output does not load it.
 
     Args:
         name: Name or path of the model.

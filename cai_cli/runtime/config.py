@@ -1,4 +1,4 @@
-"""One declaration a stage: a frozen config model, whose fields carry everything that is known about each option.
+"""One declaration per stage: a frozen config model whose fields declare everything about each option.
 
 The command line, the checks of a run file, the settings in a manifest, the estimate of a plan and `docs/cli.md` all
 come from these fields.
@@ -18,7 +18,7 @@ from cai_cli.common.errors import UsageError
 
 
 class Effect(StrEnum):
-    """What an option does to an output, and so whether a resumed run may change it."""
+    """How an option affects the output, which decides whether a resumed run may change it."""
 
     DECIDES = "decides the output"
     HASHED = "recorded by hash"
@@ -43,7 +43,7 @@ class Option:
     """What a config field declares beside its type, default, help and bounds.
 
     Attributes:
-        effect: What the option does to the output.
+        effect: How the option affects the output.
         group: Its heading in `--help`.
         flags: Its flags where they are not `--name` alone: `("--output", "-o")`, or `("--lora/--full",)`.
         aliases: Its names in earlier versions, still read on the command line, in run files and in manifests.
@@ -62,11 +62,11 @@ class Option:
 
 
 def option(default: Any, help: str, declared: Option | None = None, **bounds: Any) -> Any:
-    """Returns a field of a stage config.
+    """A field of a stage config.
 
     Args:
         default: The default; `...` where the option is required.
-        help: What `--help` and docs/cli.md say.
+        help: The help text, for `--help` and docs/cli.md.
         declared: Everything else; by default an option of the stage that decides the output.
         bounds: The least (`ge`) and the largest (`le`) value of a number.
     """
@@ -98,7 +98,7 @@ class StageConfig(BaseModel):
 
     @classmethod
     def option_names(cls) -> dict[str, str]:
-        """Every name of an option as a run file writes it (`max-new-tokens`), old names too -> its field."""
+        """The field of each option by its name in run files (`max-new-tokens`), old names included."""
         names: dict[str, str] = {}
         for name, (_, declared) in cls.options().items():
             for spelling in (cli_name(name, declared), *declared.aliases):
@@ -120,15 +120,15 @@ class StageConfig(BaseModel):
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             name = str(first["loc"][0]) if first["loc"] else ""
-            shown = cli_name(name, cls.options()[name][1]) if name in cls.options() else name
+            flag = cli_name(name, cls.options()[name][1]) if name in cls.options() else name
             message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
             given = f", not {first['input']!r}" if "input" in first and "not" not in message else ""
-            raise UsageError(f"{where}{shown}: {message}{given}", code="invalid-option") from None
+            raise UsageError(f"{where}{flag}: {message}{given}", code="invalid-option") from None
         config.check()
         return config
 
     def check(self) -> None:
-        """Checks options that depend on one another.
+        """Check options that depend on one another.
 
         Raises:
             UsageError: Two options exclude each other, or one needs another.
@@ -167,13 +167,13 @@ def cli_name(name: str, declared: Option) -> str:
 
 @cache
 def _options(config: type[StageConfig]) -> dict[str, tuple[FieldInfo, Option]]:
-    found: dict[str, tuple[FieldInfo, Option]] = {}
+    options: dict[str, tuple[FieldInfo, Option]] = {}
     for name, field in config.model_fields.items():
         extra: Any = field.json_schema_extra
-        found[name] = (field, extra["option"])
-    return found
+        options[name] = (field, extra["option"])
+    return options
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON holds it: of an enum its word."""
+    """A value as JSON stores it: an enum member becomes its value."""
     return value.value if isinstance(value, Enum) else value

@@ -1,4 +1,4 @@
-"""What a step costs before it runs: rows and tokens, and from them operations and GPU-hours.
+"""Estimates the cost of a step before it runs: rows and tokens, and from them operations and GPU-hours.
 
 A forward pass takes 2 operations a parameter and token, a training step 6 (Kaplan et al. 2020, arXiv 2001.08361). The
 share of a GPU's peak that is used depends on the kind of work. Attention over long contexts is left out.
@@ -9,15 +9,15 @@ from dataclasses import dataclass
 
 MODELS: Mapping[str, float] = {"8B": 8e9, "70B": 70e9}  # parameters
 H100_FLOPS = 989e12  # dense bfloat16, NVIDIA's data sheet of the H100 SXM
-# Shares of the peak: reading and training as Llama 3 was trained (38-43%, arXiv 2407.21783, table 4); writing, which is
-# bound by memory, as half of what TensorRT-LLM 0.5 writes in FP8 (its performance page: a 7B model 9,193 tokens a
-# second on one H100, 70B 3,317 on four, 128 tokens in and 128 out).
-READING, WRITING, TRAINING = 0.40, 0.06, 0.40
+# Shares of the peak: prefill and training as in the training of Llama 3 (38-43%, arXiv 2407.21783, table 4); decoding,
+# which is bound by memory, at half the throughput of TensorRT-LLM 0.5 in FP8 (its performance page: 9,193 tokens a
+# second for a 7B model on one H100, 3,317 for 70B on four, with 128 tokens in and 128 out).
+PREFILL, DECODING, TRAINING = 0.40, 0.06, 0.40
 ASSUMPTIONS = (
-    f"H100 hours, bfloat16, at {READING:.0%} of {H100_FLOPS / 1e12:.0f} TFLOP/s in reading, {WRITING:.0%} in writing "
+    f"H100 hours, bfloat16, at {PREFILL:.0%} of {H100_FLOPS / 1e12:.0f} TFLOP/s in prefill, {DECODING:.0%} in decoding "
     f"and {TRAINING:.0%} in training; no prefix caching; other models in proportion to their parameters"
 )
-ROW_BYTES = 400  # of names, ids and JSON in a row, beside its text
+ROW_BYTES = 400  # of field names, ids and JSON syntax in a row, without its texts
 CHARACTERS_PER_TOKEN = 4
 
 
@@ -30,9 +30,9 @@ class TokenCounts:
     trained_tokens: float = 0.0
 
     def gpu_hours(self, parameters: float) -> float:
-        """H100 hours for a model of so many parameters."""
+        """H100 hours for a model with this number of parameters."""
         operations = (
-            2 * self.prompt_tokens / READING + 2 * self.new_tokens / WRITING + 6 * self.trained_tokens / TRAINING
+            2 * self.prompt_tokens / PREFILL + 2 * self.new_tokens / DECODING + 6 * self.trained_tokens / TRAINING
         )
         return operations * parameters / H100_FLOPS / 3600
 
@@ -48,7 +48,7 @@ def total(counts: Sequence[TokenCounts]) -> TokenCounts:
 
 @dataclass(frozen=True)
 class RowFlow:
-    """The rows that leave a step.
+    """The rows that a step writes.
 
     Attributes:
         rows: How many there are.
@@ -77,7 +77,7 @@ class RowFlow:
 
 @dataclass(frozen=True)
 class StepCost:
-    """What one step costs: the rows it processes, the requests it sends, its tokens, and the rows that leave it."""
+    """What one step costs: the rows it processes, the requests it sends, its tokens, and the rows it writes."""
 
     rows: int
     requests: int

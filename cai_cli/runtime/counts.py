@@ -1,4 +1,4 @@
-"""How many rows came in, and what became of them."""
+"""How many rows were read, and what happened to them."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ class Counts:
 
     A data stage sets `items` and `out` and counts its rejected rows by reason when the output is complete. A training
     stage (`for_training`) sets `train` and `held_out` instead, which together are the rows it used, and keeps the
-    rejected rows until it has a place for them.
+    rejected rows until it can write them.
     """
 
     items: int = 0
@@ -39,7 +39,7 @@ class Counts:
         self.rejected_rows.append(row)
 
     def as_json(self) -> dict[str, Any]:
-        """The counts as manifests and summaries hold them."""
+        """The counts as manifests and summaries store them."""
         out = {"out": self.out}
         read = self.items
         if self.for_training:

@@ -1,6 +1,6 @@
 """Outputs made from other files without a model: `merge`, `sort`, `dedup`.
 
-Such an output appears whole or not at all, with a manifest. An interrupted run starts from scratch.
+Such an output is published only when it is complete, with a manifest. An interrupted run starts from scratch.
 """
 
 from collections.abc import Callable, Mapping

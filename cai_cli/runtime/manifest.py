@@ -1,4 +1,4 @@
-"""The sidecar of an output, `OUT.manifest.json`: what made it, from what, and how many rows.
+"""The sidecar of an output, `OUT.manifest.json`: how it was made, from which inputs, and how many rows it has.
 
 `provenance` is what decides the content: a partial output is only resumed, and a finished one only recognised, when
 it is equal. Everything that may change without changing a row is under `run`. Names that earlier versions used are
@@ -74,7 +74,7 @@ def provenance(stage: str, *, inputs: Mapping[str, InputFile], settings: Mapping
 
 
 def differences(recorded: Json, current: Json) -> list[str]:
-    """The values in which two provenances differ, each as `settings.seed: 0 -> 7`. Old names count as today's."""
+    """The values in which two provenances differ, each as `settings.seed: 0 -> 7`. Old names are translated first."""
     old, new = dict(_leaves(current_provenance(recorded))), dict(_leaves(current_provenance(current)))
     return [
         f"{name}: {_short(old.get(name))} -> {_short(new.get(name))}"
@@ -97,7 +97,7 @@ def _short(value: Json) -> str:
 
 
 def run_facts(seconds: float, inputs: Mapping[str, InputFile]) -> Json:
-    """Facts about a run that decide no row: command line, time, versions, names of the inputs."""
+    """Facts about a run that do not affect its rows: command line, time, versions, names of the inputs."""
     from importlib.metadata import version
 
     return {
@@ -134,5 +134,5 @@ def read_manifest(path: Path) -> Json | None:
 
 
 def write_json(path: Path, value: Json) -> None:
-    """Replace the JSON file `path`, never leaving a part of it. Raises CaiError `cannot-write`."""
+    """Replace the JSON file `path` atomically. Raises CaiError `cannot-write`."""
     write_atomically(path, [orjson.dumps(value, option=orjson.OPT_INDENT_2) + b"\n"])

@@ -1,4 +1,4 @@
-"""`cai merge`: the outputs of all shards of one run -> the output of the same run without `--shard`.
+"""`cai merge`: merges the outputs of all shards of a run into the output of the same run without `--shard`.
 
 Each shard writes `OUT.units.jsonl`, which records its work items and their input lines in order. All items of one line
 are in one shard, so the rows of the shards merged by line are in the order of the whole run.
@@ -26,13 +26,13 @@ from cai_cli.runtime.output_files import refuse_input_as_output, sidecar
 from cai_cli.runtime.sinks import Sink
 
 ROWS_PER_WRITE = 1000
-AGAIN = "create this shard again with --overwrite"
-Outcome = tuple[int, bool, bytes]
+RECREATE_HINT = "create this shard again with --overwrite"
+ShardRow = tuple[int, bool, bytes]  # input line, whether rejected, the row's bytes
 
 
 @dataclass(frozen=True)
 class Part:
-    """A finished shard: its file, which one it is, and its manifest."""
+    """A finished shard: its file, its number, and its manifest."""
 
     path: Path
     shard: Shard
@@ -49,7 +49,7 @@ class Part:
                 )
             if not path.exists():
                 raise CaiError(f"{path} does not exist", code="cannot-read")
-            raise CaiError(f"{path}: no manifest says that cai made it", code="not-made-by-cai")
+            raise CaiError(f"{path} has no manifest, so it was not made by cai", code="not-made-by-cai")
         text = manifest["provenance"]["settings"].get("shard")
         if text is None:
             raise CaiError(f"{path} is not a shard: its run had no --shard", code="invalid-shards")
@@ -62,7 +62,7 @@ class Part:
         whole = {**provenance, "settings": {**provenance["settings"], "shard": None}}
         return {**whole, "rows": self.manifest["rows"], "shards": self.shard.count}
 
-    def outcomes(self) -> Iterator[Outcome]:
+    def outcomes(self) -> Iterator[ShardRow]:
         """Yield (input line, whether rejected, the row's bytes) in order.
 
         Raises:
@@ -78,14 +78,14 @@ class Part:
             else:
                 raise CaiError(
                     f"{self.path}: row {item.key!r} of {records.name} is missing: a file has been changed",
-                    hint=AGAIN,
+                    hint=RECREATE_HINT,
                     code="input-changed",
                 )
         for rows in (kept, rejected):
             if rows.key is not None:
                 raise CaiError(
                     f"{rows.path}: row {rows.key!r} is not in {records.name}: a file has been changed",
-                    hint=AGAIN,
+                    hint=RECREATE_HINT,
                     code="input-changed",
                 )
 
@@ -106,7 +106,7 @@ class _Rows:
         except (orjson.JSONDecodeError, KeyError, TypeError):
             raise CaiError(
                 f"{self.path}: a line that is not a row: {self.row[:40]!r}",
-                hint=f"the file has been changed; {AGAIN}",
+                hint=f"the file has been changed; {RECREATE_HINT}",
                 code="input-changed",
             ) from None
         return row
@@ -135,7 +135,7 @@ def check(parts: Sequence[Part]) -> None:
         first[part.shard.index] = part.path
     count = parts[0].shard.count
     if missing := [f"{i}/{count}" for i in range(1, count + 1) if i not in first]:
-        raise CaiError(f"of {count} shards {len(missing)} are missing: {', '.join(missing)}", code="invalid-shards")
+        raise CaiError(f"{len(missing)} of {count} shards are missing: {', '.join(missing)}", code="invalid-shards")
 
 
 def merge(parts: Sequence[Part], sink: Sink, counts: Counts) -> None:

@@ -1,4 +1,4 @@
-"""Concurrent batches with results in input order, from which nothing is lost when a run stops.
+"""Processes batches concurrently and yields their results in input order; no result is lost when a run stops.
 
 A slow batch holds back only the batches behind it, and only up to a bound, which limits both memory and the work that
 a kill costs.
@@ -21,15 +21,15 @@ def in_order(
 ) -> Generator[list[R], None, None]:
     """Yield the results of all batches in input order, in groups of those that are ready.
 
-    After an error no further batch is started. A CaiError waits for the batches in work; any other exception, such as
-    an interrupt, calls `cancel` first.
+    After an error no further batch is started. A CaiError waits for the batches in progress; any other exception, such
+    as an interrupt, calls `cancel` first.
 
     Args:
         batches: The batches. They are taken from the iterator in this thread, a bounded number ahead.
         work: Processes one batch.
-        workers: How many batches are in work at once. With 1, `work` is called in this thread.
+        workers: How many batches are in progress at once. With 1, `work` is called in this thread.
         out_of_order: Receives the results that were finished behind a batch that failed.
-        cancel: Makes the batches in work return.
+        cancel: Makes the batches in progress return.
     """
     if workers == 1:
         for batch in batches:

@@ -1,4 +1,4 @@
-"""The files of an output: their names, one writer at a time, what is refused, and how the output appears whole.
+"""The files of an output: their names, the lock, checks before writing, and publishing the complete output.
 
 Shared by the data stages and the training stages.
 """
@@ -29,8 +29,8 @@ def is_stdout(output: str) -> bool:
 
 
 def is_stream(output: str) -> bool:
-    """Whether an `--output` is stdout, a character device such as /dev/null, or a named pipe: something without
-    sidecars, which cannot be read again or resumed."""
+    """Whether an `--output` is stdout, a character device such as /dev/null, or a named pipe. These have no sidecars,
+    and cannot be read again or resumed."""
     return is_stdout(output) or Path(output).is_char_device() or Path(output).is_fifo()
 
 
@@ -51,7 +51,7 @@ def one_writer(path: Path) -> Iterator[None]:
     lock = FileLock(sidecar(path, "lock"), timeout=0)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        Path(lock.lock_file).touch()  # where no file can be created, FileLock would wait for one
+        Path(lock.lock_file).touch()  # FileLock would wait forever in a directory where no file can be created
         lock.acquire()
     except Timeout:
         raise CaiError(
@@ -96,7 +96,7 @@ def finished_summary(path: Path, provenance: dict[str, Any], overwrite: bool) ->
     manifest = read_manifest(sidecar(path, "manifest.json"))
     if manifest is None:
         raise CaiError(
-            f"{path} exists, but no manifest says that cai made it",
+            f"{path} exists, but has no manifest, so it was not made by cai",
             hint="--overwrite replaces it; or choose another -o",
             code="not-made-by-cai",
         )
@@ -132,13 +132,13 @@ def rejected_reasons(path: Path) -> Counter[str]:
 
 
 def set_aside(path: Path) -> None:
-    """Rename a finished output and its sidecars to `OUT.old` until its replacement is whole."""
+    """Rename a finished output and its sidecars to `OUT.old` until its replacement is complete."""
     if not path.exists():
         return
     for file in reversed(_finished_files(path)):  # OUT last: as long as it exists, a killed run repeats this
         if file.exists():
             os.replace(file, sidecar(file, "old"))
-    console.say(f"{path} is kept as {sidecar(path, 'old')} until the new one is whole")
+    console.say(f"{path} is kept as {sidecar(path, 'old')} until the new one is complete")
 
 
 def _finished_files(path: Path) -> tuple[Path, Path, Path]:
@@ -146,8 +146,8 @@ def _finished_files(path: Path) -> tuple[Path, Path, Path]:
 
 
 def publish(path: Path) -> None:
-    """Make a data output whose draft manifest is finished appear as OUT, compressed if its name ends with .zst, and
-    then its manifest. After a kill between any two steps the next run does the rest."""
+    """Rename a data output whose draft manifest is finished to OUT, compressed if its name ends with .zst, and then
+    its manifest. After a kill between any two steps the next run completes them."""
     draft, partial = sidecar(path, "partial.manifest.json"), sidecar(path, "partial")
     manifest = read_manifest(draft)
     if manifest is None or manifest["status"] != "finished":

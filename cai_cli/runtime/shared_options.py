@@ -85,7 +85,7 @@ class ShardOptions(RowInputOptions):
 
 
 class RunOptions(StageConfig):
-    """How a run treats what is already there, and what it prints."""
+    """How a run treats an existing output, and what it prints."""
 
     overwrite: bool = option(
         False, "Start from scratch and replace the existing output.", Option(Effect.HARMLESS, Group.OUTPUT)
@@ -139,7 +139,7 @@ class RequestOptions(DeviceOptions):
     concurrency: int | None = option(None, "Requests in flight at once; by default 16.", _SERVER, ge=1, le=1000)
     timeout: float | None = option(None, "Seconds for one request, retries included; by default 600.", _SERVER, ge=0.1)
     budget_tokens: int | None = option(
-        None, "Stop, resumably, when this output has used so many tokens.", _SERVER, ge=1
+        None, "Stop when this output has used this many tokens; a larger budget resumes it.", _SERVER, ge=1
     )
     price_in: float | None = option(None, "Price of a million prompt tokens, to report the cost.", _SERVER, ge=0.0)
     price_out: float | None = option(None, "Price of a million new tokens, to report the cost.", _SERVER, ge=0.0)

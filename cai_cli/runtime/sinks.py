@@ -1,4 +1,4 @@
-"""Where a data stage writes its outcomes: a file that grows and then appears whole, or a stream."""
+"""Where a data stage writes its outcomes: a file, which is published when complete, or a stream."""
 
 import sys
 from collections import Counter
@@ -34,7 +34,7 @@ Outcome = Row | Rejected | RawLine
 class Sink(Protocol):
     """Receives the outcomes of a stage.
 
-    `finished` is called first, then `record_items` and `write` in turns, then either `finish` or `stop`.
+    `finished` is called first, then `record_items` and `write` alternately, then either `finish` or `stop`.
     """
 
     def finished(self) -> KeyTable:
@@ -42,7 +42,7 @@ class Sink(Protocol):
         ...
 
     def out_of_order(self) -> dict[str, Outcome]:
-        """What earlier runs finished behind a row that they did not finish, by key."""
+        """Outcomes of earlier runs that follow a row without an outcome, by key."""
         ...
 
     def recorded_usage(self) -> dict[str, Any] | None:
@@ -50,7 +50,7 @@ class Sink(Protocol):
         ...
 
     def record_items(self, items: Sequence[WorkItem[Any]]) -> None:
-        """Record a batch of items before it is processed. Raises CaiError when one has another content than before."""
+        """Record a batch of items before it is processed. Raises CaiError when the content of one has changed."""
         ...
 
     def write(self, outcomes: Sequence[Outcome]) -> None:
@@ -62,7 +62,7 @@ class Sink(Protocol):
         ...
 
     def stop(self, out_of_order: Sequence[Outcome], usage: dict[str, Any] | None) -> None:
-        """Keep what cannot be appended yet because a row before it is missing. Called when the run fails."""
+        """Save the outcomes that cannot be appended because a row before them is missing. Called when the run fails."""
         ...
 
     def finish(self, counts: Counts, rows: dict[str, Any], facts: dict[str, Any]) -> None:
@@ -90,9 +90,8 @@ def _cannot_write(output: str, error: OSError) -> CaiError:
 class FileSink:
     """Writes `OUT.partial` and `OUT.rejected.jsonl`, then `OUT` with its manifest.
 
-    `OUT.units.jsonl` records the input order of the items, their lines and the digests of their content: `cai merge`
-    needs it of a shard, and of an input that cannot be hashed beforehand it shows a resumed run whether the content
-    has changed.
+    `OUT.units.jsonl` records the input order of the items, their lines and the digests of their content. `cai merge`
+    reads it for each shard. A resumed run reads it to detect changes of an input that cannot be hashed beforehand.
     """
 
     def __init__(self, path: Path, provenance: dict[str, Any], overwrite: bool) -> None:
@@ -122,7 +121,7 @@ class FileSink:
             self.provenance = self.recorded["provenance"]
         elif not overwrite and self.partial.path.exists():
             raise CaiError(
-                f"{self.partial.path} exists without the manifest that says what made it",
+                f"{self.partial.path} exists, but its manifest is missing",
                 hint="--overwrite starts from scratch",
                 code="not-made-by-cai",
             )
@@ -131,8 +130,8 @@ class FileSink:
         self.digest = repr_digest if has_repr_digests(self.provenance["cai"]) else item_digest
 
     def start_over(self) -> None:
-        """Remove what earlier runs left unfinished and record what this run makes. A finished output is kept aside
-        until the new one is whole."""
+        """Remove the unfinished output of earlier runs and write the manifest of this run. A finished output is renamed
+        and kept until the new one is complete."""
         set_aside(self.path)
         for file in (self.partial, self.rejected, self.items, self.ahead):
             file.path.unlink(missing_ok=True)
@@ -188,11 +187,11 @@ class FileSink:
         (self.rejected if rejected else self.partial).append_lines(lines)
 
     def finish(self, counts: Counts, rows: dict[str, Any], facts: dict[str, Any]) -> None:
-        """Count the rows on disk, then make the output appear whole."""
+        """Count the rows on disk, then publish the output."""
         for written in (self.partial, self.rejected, self.items):
             written.close()
         self.partial.path.touch()
-        self.items.path.touch()  # of an empty shard too; it is removed when OUT appears and is not a shard
+        self.items.path.touch()  # an empty shard needs it too; `publish` removes it unless OUT is a shard
         with self.partial.path.open("rb") as file:
             counts.out = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
         counts.rejected = rejected_reasons(self.rejected.path)
@@ -262,16 +261,16 @@ class StreamSink:
             console.warn(f"rejected: {line.decode()}")
             return
         file = self.opened or sys.stdout.buffer
-        with self._reported():
+        with self._as_cai_error():
             file.write((console.safe_json(line) if file.isatty() else line) + b"\n")
         self.out += 1
 
     def _flush(self) -> None:
-        with self._reported():
+        with self._as_cai_error():
             (self.opened or sys.stdout.buffer).flush()
 
     @contextmanager
-    def _reported(self) -> Iterator[None]:
+    def _as_cai_error(self) -> Iterator[None]:
         """Turn an error of the opened stream into a CaiError. A reader that has gone away, and stdout, are left to the
         command line."""
         try:
@@ -285,6 +284,6 @@ class StreamSink:
 
     def finish(self, counts: Counts, rows: dict[str, Any], facts: dict[str, Any]) -> None:
         if self.opened:
-            with self._reported():
+            with self._as_cai_error():
                 self.opened.close()
         counts.out, counts.rejected = self.out, self.rejected

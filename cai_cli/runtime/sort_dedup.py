@@ -31,12 +31,14 @@ SortKey = tuple[str | int, ...]
 Keyed = tuple[SortKey, bytes]
 
 
-class By(StrEnum):
+class SortBy(StrEnum):
+    """The order of `cai sort`."""
+
     id = "id"
     length = "length"
 
 
-def sort_key(by: By) -> Callable[[Any], SortKey]:
+def sort_key(by: SortBy) -> Callable[[Any], SortKey]:
     """The sort key of a row. id: rows of one prompt together, in the order of their samples. length: characters of all
     texts in the row."""
 
@@ -47,7 +49,7 @@ def sort_key(by: By) -> Callable[[Any], SortKey]:
     def by_length(row: Any) -> SortKey:
         return (sum(len(text) for _, text in texts_of(row)),)
 
-    return by_id if by is By.id else by_length
+    return by_id if by is SortBy.id else by_length
 
 
 def sorted_lines(rows: Iterable[Any], key: Callable[[Any], SortKey], folder: Path) -> Iterator[bytes]:
@@ -59,18 +61,18 @@ def sorted_lines(rows: Iterable[Any], key: Callable[[Any], SortKey], folder: Pat
         folder: An empty directory for the sorted runs. At most RUN_BYTES of rows are in memory.
     """
     runs: list[Iterable[Keyed]] = []
-    held: list[Keyed] = []
+    buffered: list[Keyed] = []
     size = 0
     for row in rows:
         line = orjson.dumps(row) + b"\n"
-        held.append((key(row), line))
+        buffered.append((key(row), line))
         size += len(line)
         if size > RUN_BYTES:
             run = folder / str(len(runs))
-            run.write_bytes(b"".join(line for _, line in sorted(held, key=_first)))
+            run.write_bytes(b"".join(line for _, line in sorted(buffered, key=_first)))
             runs.append(_run(run, key))
-            held, size = [], 0
-    runs.append(sorted(held, key=_first))
+            buffered, size = [], 0
+    runs.append(sorted(buffered, key=_first))
     for _, line in merge(*runs, key=_first):
         yield line
 
@@ -113,8 +115,8 @@ def _write(sink: Sink, lines: Iterator[bytes]) -> None:
 
 @contextmanager
 def _scratch(output: Path) -> Iterator[Path]:
-    """An empty directory for the time of a sort. Beside an output file its name is fixed, so that the next run removes
-    what a killed run left there."""
+    """An empty directory for the duration of a sort. Its name beside an output file is fixed, so that the next run
+    removes the files of a killed run."""
     if is_stream(str(output)):
         with TemporaryDirectory() as temporary:
             yield Path(temporary)
@@ -128,7 +130,7 @@ def _scratch(output: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def sort_file(input: str, output: Path, by: By, *, overwrite: bool, as_json: bool) -> None:
+def sort_file(input: str, output: Path, by: SortBy, *, overwrite: bool, as_json: bool) -> None:
     """Write the rows of `input` to `output` in order, and print the summary. Raises CaiError."""
     inputs = {"rows": hash_input(input)}
 

@@ -1,4 +1,4 @@
-"""What a stage is to the rest of the program: its name, its config, how it runs and what it costs."""
+"""The declaration of a stage: its name, its config, the function that runs it and its cost estimate."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

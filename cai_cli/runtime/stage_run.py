@@ -1,8 +1,8 @@
-"""One run of a data stage: work items in, one outcome each, in input order, resumable at any moment.
+"""Runs a data stage: work items in, one outcome for each, in input order, resumable at any time.
 
-A stage provides `items` (what there is to do) and `work` (a batch of items -> their outcomes). This module does the
-rest, the same for every stage: finished items are not processed again, `in = out + rejected + skipped`, an output of
-another run is refused, and a kill at any moment leaves files that the same command completes.
+A stage provides `items` (the work items) and `work` (a batch of items -> their outcomes). This module does the
+rest for every stage: finished items are not processed again, `in = out + rejected + skipped`, an output of
+another run is refused, and after a kill at any time the same command completes the files.
 """
 
 import math
@@ -69,7 +69,7 @@ class _Batch:
 
 @dataclass(frozen=True)
 class _Resumed:
-    """What earlier runs of the output finished: the keys of its written rows, and the outcomes behind a missing one."""
+    """Finished work of earlier runs: the keys of the written rows, and the outcomes that follow a missing row."""
 
     written: KeyTable
     out_of_order: Mapping[str, Outcome]
@@ -135,7 +135,7 @@ class StageRun(Generic[T]):
             CaiError: The output belongs to another run, cannot be written, or the work failed.
         """
         if sink := sink or stream_sink(self.output):
-            return self._work_through(sink)
+            return self._run_items(sink)
         path = Path(self.output)
         if path.suffix == ".gz":
             raise UsageError(f"{path}: outputs are compressed as .zst only", code="invalid-option")
@@ -146,22 +146,22 @@ class StageRun(Generic[T]):
             publish(path)
             done = finished_summary(path, self.provenance, self.overwrite)
             if done is None:
-                return self._work_through(FileSink(path, self.provenance, self.overwrite))
+                return self._run_items(FileSink(path, self.provenance, self.overwrite))
             self._refuse_other_stream(path)
             return done
 
     def _refuse_other_stream(self, path: Path) -> None:
-        """Read an input that is a pipe to its end: a finished output is only valid for the same rows."""
+        """Read an input that is a pipe to its end: a finished output is valid only for the same rows."""
         if not any(file.is_pipe for file in self.inputs.values()):
             return
         for _ in self._checked(self.items(), KeyTable(), Counts()):
             pass
         recorded = (read_manifest(sidecar(path, "manifest.json")) or {})["rows"]
-        refuse_other_run(path, {"rows": recorded}, {"rows": self.reader.read()})
+        refuse_other_run(path, {"rows": recorded}, {"rows": self.reader.digest_so_far()})
 
     # --- the three parts of a run -----------------------------------------------------------------------------------
 
-    def _work_through(self, sink: Sink) -> dict[str, Any]:
+    def _run_items(self, sink: Sink) -> dict[str, Any]:
         """Process the items that are not finished, write their outcomes to `sink` and return the summary."""
         stopwatch, counts = console.Stopwatch(), Counts()
         resumed = _Resumed(sink.finished(), sink.out_of_order())
@@ -205,11 +205,11 @@ class StageRun(Generic[T]):
         return matched
 
     def _finish(self, sink: Sink, counts: Counts, stopwatch: console.Stopwatch) -> dict[str, Any]:
-        """Make the output appear whole; warns when it is empty for want of input."""
+        """Publish the output. Warn if there were no input rows, or if all of them were skipped."""
         usage = self.engine.usage if self.engine else None
         used = {"usage": usage.as_json()} if usage else {}
         facts = run_facts(stopwatch.seconds, self.inputs) | used
-        sink.finish(counts, self.reader.read(), facts)
+        sink.finish(counts, self.reader.digest_so_far(), facts)
         if counts.items == self.reader.count == 0:  # a shard of a few rows may be empty
             console.warn(f"{self.stage}: the input holds no rows")
         elif counts.items and counts.skipped.total() == counts.items:

@@ -16,7 +16,7 @@ def print_summary(summary: Mapping[str, Any], *, as_json: bool, stdout_is_data: 
     """Print the summary of a data stage or a training stage.
 
     Args:
-        summary: What `StageRun.complete` or `TrainingJob.run` returns, with more keys where a stage has more to say.
+        summary: What `StageRun.complete` or `TrainingJob.run` returns, with more keys where a stage adds some.
         as_json: Print it as one JSON object, on stdout unless rows went there; otherwise as one line on stderr.
         stdout_is_data: Whether the rows of the stage went to stdout.
     """
@@ -31,7 +31,7 @@ def print_summary(summary: Mapping[str, Any], *, as_json: bool, stdout_is_data: 
 
 
 def refuse_all_rejected(summary: Mapping[str, Any]) -> None:
-    """End with exit code 1 a run that rejected rows and kept none; call it after everything is printed.
+    """Fail a run that rejected rows and kept none; called after everything is printed.
 
     Raises:
         CaiError: `all-rejected`.
@@ -82,7 +82,7 @@ def _training(summary: Mapping[str, Any]) -> Iterator[str]:
         yield ", ".join(changes)
     kept = summary.get("kept_step", summary["steps"])
     if kept != summary["steps"]:
-        yield f"kept is step {kept:,}" + ("" if kept else ", the start model")
+        yield f"kept step {kept:,}" + ("" if kept else ", the start model")
     yield f"{summary['steps']:,} steps"
 
 

@@ -15,7 +15,7 @@ class WorkItem(Generic[T]):
     """One unit of work.
 
     Attributes:
-        key: Identifies the item among the outcomes; that of its row in the output.
+        key: Identifies the item; its outcome has the same key.
         line: The input line it comes from, counted from 1.
         value: The row or rows that the stage's `work` receives.
         hashed_id: Whether the key is a hash of the content. A second item with such a key is the same work and is
@@ -40,7 +40,7 @@ WorkItems = Iterator[WorkItem[T] | Skipped]
 
 
 def item_digest(value: object) -> int:
-    """32 bits of the hash of a work item's value, to notice when a key comes back with another content."""
+    """32 bits of the hash of a work item's value, to detect that the content of a key has changed."""
     content = orjson.dumps(value, default=_as_json)
     return int.from_bytes(blake2b(content, digest_size=4).digest(), "little")
 

@@ -1,1 +1,1 @@
-"""How the training stages train: settings, resume, checkpoints, several processes."""
+"""Shared by the training stages: settings, resume, checkpoints, several processes."""

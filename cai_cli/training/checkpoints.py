@@ -30,11 +30,11 @@ def save_finished(trainer: Any, tokenizer: "PreTrainedTokenizerBase", directory:
     if distributed.weights_are_sharded():
         with quiet_libraries():
             trainer.save_model(str(directory))
-        if distributed.leads():
+        if distributed.is_rank_zero():
             (directory / "training_args.bin").unlink(missing_ok=True)
             tokenizer.model_max_length = context_window(trainer.model.config, tokenizer)
             tokenizer.save_pretrained(directory)
-    elif distributed.leads():
+    elif distributed.is_rank_zero():
         save_model(finished_model(trainer), tokenizer, directory)
 
 

@@ -56,7 +56,7 @@ class TrainingConfig:
         return bool(self.max_steps or self.epochs)
 
     def autocast(self) -> Any:
-        """A context that gives forward passes outside the trainer its precision."""
+        """A context in which forward passes outside the trainer have its precision."""
         import torch
 
         return torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bfloat16")
@@ -78,7 +78,7 @@ class TrainingConfig:
             "num_train_epochs": self.epochs,
             "max_steps": self.max_steps or -1,
             "save_steps": self.save_steps,
-            "save_total_limit": 2,  # a kill during a save leaves the checkpoint before
+            "save_total_limit": 2,  # a kill during a save leaves the previous checkpoint
             "logging_steps": 1,
             "logging_nan_inf_filter": False,
             "seed": self.seed,
@@ -142,7 +142,7 @@ class TrainingConfig:
             return None
         if distributed.weights_are_sharded():
             raise UsageError(
-                "--lora needs whole weights, to merge the adapters into them",
+                "--lora needs unsharded weights, to merge the adapters into them",
                 hint="--full, or --accelerate-config multi_gpu, zero1 or zero2",
                 code="sharded-weights",
             )

@@ -1,8 +1,8 @@
 """Data-parallel training in several processes, as `torchrun` and `accelerate launch` start them.
 
-Only rank 0 writes files and prints; its decisions are broadcast (`from_leader`). The first process that fails reports
-the error, the others exit silently. Shutdown never blocks on a dead rank: a closed connection or TIMEOUT ends a wait,
-and the interpreter is left at once.
+Only rank 0 writes files and prints; its decisions are broadcast (`from_rank_zero`). The first process that fails
+reports the error, the others exit silently. Shutdown never blocks on a dead rank: a closed connection or TIMEOUT ends a
+wait, and the process exits without the interpreter's cleanup.
 """
 
 import os
@@ -19,13 +19,13 @@ from cai_cli.common.errors import CaiError, UsageError
 
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=2)  # for collective operations; the other ranks wait while rank 0 checks or saves
-GOODBYE_SECONDS = 60.0
+SHUTDOWN_SECONDS = 60.0
 RESUME = "run the same command again to resume from the last checkpoint"
-_store: Any = None  # the rendezvous store, which also holds which process failed first
+_store: Any = None  # the rendezvous store, which also records the first process that failed
 
 
 def rank() -> int:
-    """The number of this process, from 0."""
+    """The rank of this process, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -39,22 +39,22 @@ def launched() -> bool:
     return "RANK" in os.environ
 
 
-def leads() -> bool:
+def is_rank_zero() -> bool:
     """Whether this process is rank 0, which writes files and prints."""
     return rank() == 0
 
 
-def from_leader(make: Callable[[], T]) -> T:
+def from_rank_zero(make: Callable[[], T]) -> T:
     """Call `make` on rank 0 and return its result on every rank."""
     if world_size() == 1:
         return make()
     import torch
     import torch.distributed as dist
 
-    held: list[Any] = [make() if leads() else None]
-    dist.broadcast_object_list(held, device=torch.device("cpu"))
-    made: T = held[0]
-    return made
+    result: list[Any] = [make() if is_rank_zero() else None]
+    dist.broadcast_object_list(result, device=torch.device("cpu"))
+    value: T = result[0]
+    return value
 
 
 def gathered(values: Sequence[T]) -> list[T]:
@@ -90,7 +90,7 @@ def session(trainers: frozenset[str]) -> Iterator[None]:
         _refuse_lost_processes()
         yield
         return
-    if not leads():
+    if not is_rank_zero():
         console.mute()
         console.mute_errors(True)  # an error before all have joined is the same in all
     _join()
@@ -124,9 +124,9 @@ def leave(code: int) -> NoReturn:
     if code == 0:
         import torch.distributed as dist
 
-        goodbye = threading.Thread(target=dist.destroy_process_group, daemon=True)
-        goodbye.start()
-        goodbye.join(GOODBYE_SECONDS)
+        shutdown = threading.Thread(target=dist.destroy_process_group, daemon=True)
+        shutdown.start()
+        shutdown.join(SHUTDOWN_SECONDS)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # a normal exit would wait for library threads that wait for dead processes
@@ -142,8 +142,8 @@ def _refuse_lost_processes() -> None:
     recognised by two environment variables."""
     if "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ and not _names_process_count(sys.argv):
         raise CaiError(
-            "accelerate was told to start several processes and has started one",
-            hint="torchrun --nproc_per_node N -m cai_cli ...; if you want one process, --num-processes 1",
+            "accelerate was asked for several processes, but started one",
+            hint="use torchrun --nproc_per_node N -m cai_cli ..., or --num-processes 1 for one process",
             code="process-count",
         )
 

@@ -26,7 +26,7 @@ def launch(accelerate_config: str | None, num_processes: int | None) -> None:
     """
     if accelerate_config and distributed.launched():
         raise UsageError(
-            "--accelerate-config under a launcher: the processes are running already",
+            "--accelerate-config cannot be used under a launcher, which has started the processes already",
             hint="leave it out",
             code="option-conflict",
         )
@@ -34,7 +34,7 @@ def launch(accelerate_config: str | None, num_processes: int | None) -> None:
         _launch(accelerate_config, num_processes)
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and os.environ.get("FSDP_STATE_DICT_TYPE") != "FULL_STATE_DICT":
         raise UsageError(
-            "FSDP must save whole weights",
+            "FSDP must save the full weights",
             hint="fsdp_state_dict_type: FULL_STATE_DICT in the config",
             code="sharded-weights",
         )

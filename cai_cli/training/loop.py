@@ -1,4 +1,4 @@
-"""Run one trainer from its newest checkpoint to its last step."""
+"""Runs one trainer from its newest checkpoint to its last step."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -31,7 +31,7 @@ def fit(trainer: Any, metrics: Metrics, columns: Mapping[str, str], *, name: str
         CaiError: The checkpoint has changed since it was saved or holds pickled objects (`invalid-checkpoint`), the
             loss is not finite (`not-finite`), or the disk is full (`cannot-write`).
     """
-    checkpoint = distributed.from_leader(lambda: newest_checkpoint(Path(trainer.args.output_dir)))
+    checkpoint = distributed.from_rank_zero(lambda: newest_checkpoint(Path(trainer.args.output_dir)))
     done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     metrics.cut_after(done)
     if checkpoint:
@@ -106,7 +106,7 @@ def _steps_callback(metrics: Metrics, columns: Mapping[str, str], name: str, sta
                     hint="a lower --learning-rate may help",
                     code="not-finite",
                 )
-            metrics.put(state.global_step, {ours: logs.get(theirs) for ours, theirs in columns.items()})
+            metrics.put(state.global_step, {name: logs.get(logged_name) for name, logged_name in columns.items()})
             # SFT and RewardTrainer count from 0 in every run, RLOO and GRPO from the count of the checkpoint.
             self.tokens = max(self.tokens, logs.get("num_tokens", 0.0) - self.before)
 

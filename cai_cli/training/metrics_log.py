@@ -20,7 +20,7 @@ class Metrics:
 
     def __init__(self, path: Path, names: Sequence[str]) -> None:
         self.path, self.names = path, tuple(names)
-        self.rows: list[dict[str, Any]] = distributed.from_leader(self._read)
+        self.rows: list[dict[str, Any]] = distributed.from_rank_zero(self._read)
 
     def _read(self) -> list[dict[str, Any]]:
         if not self.path.exists():
@@ -40,7 +40,7 @@ class Metrics:
             return
         row = {"step": step, **dict.fromkeys(self.names), **values}
         self.rows.append(row)
-        if distributed.leads():
+        if distributed.is_rank_zero():
             with self.path.open("ab") as file:
                 file.write(orjson.dumps(row) + b"\n")
 
@@ -50,5 +50,5 @@ class Metrics:
         self._write_all()
 
     def _write_all(self) -> None:
-        if distributed.leads():
+        if distributed.is_rank_zero():
             write_atomically(self.path, (orjson.dumps(row) + b"\n" for row in self.rows))

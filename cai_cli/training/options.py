@@ -34,7 +34,7 @@ class TrainerOptions(RunOptions, RowInputOptions, SeedOptions):
         Option(Effect.HARMLESS, Group.TRAINING, metavar="NAME|FILE"),
     )
     num_processes: int | None = option(
-        None, "Number of processes, instead of the config's; a run with another number is refused.", _HARMLESS, ge=1
+        None, "Number of processes, instead of the config's; an error if another number is running.", _HARMLESS, ge=1
     )
 
     def launch(self) -> None:

@@ -1,4 +1,4 @@
-"""Silence the training libraries."""
+"""Silences the training libraries."""
 
 import os
 import warnings

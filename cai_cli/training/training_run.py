@@ -1,8 +1,8 @@
-"""One run of a training stage: OUT is a directory that appears whole, with its manifest beside it.
+"""Runs a training stage: OUT is a directory that is published when complete, with its manifest beside it.
 
-The work is done in `OUT.partial/` (checkpoints, metrics.jsonl, and at the end model/). A finished output is left alone,
-an output of another run is refused, and a kill at any moment leaves files that the same command completes. With several
-processes only rank 0 handles files; all ranks train.
+The work is done in `OUT.partial/` (checkpoints, metrics.jsonl, and at the end model/). A finished output is not
+changed, an output of another run is refused, and after a kill at any time the same command completes the files. With
+several processes only rank 0 handles files; all ranks train.
 """
 
 import hashlib
@@ -47,10 +47,10 @@ class TrainingJob:
         models: The models that training starts from or uses, by role.
         output: The directory of the finished model.
         overwrite: Whether to start from scratch where the output exists.
-        counts: What became of the input rows.
+        counts: What happened to the input rows.
         train: Trains in the directory it is given, leaves the finished model in `model/` there, and returns the metrics
             for the manifest (on rank 0), with `throughput` among them.
-        facts: How the rows are dealt out (`TrainingConfig.facts`).
+        facts: How the rows are divided among processes and batches (`TrainingConfig.facts`).
     """
 
     provenance: dict[str, Any]
@@ -70,19 +70,19 @@ class TrainingJob:
         """Complete the output and return the summary, which rank 0 prints.
 
         Raises:
-            CaiError: The output belongs to another run, cannot be written, or there is no row to train on.
+            CaiError: The output belongs to another run, cannot be written, or no rows are left to train on.
         """
         if not self.output.name or is_stream(str(self.output)):
             raise UsageError(
                 "a model is a directory and cannot be written to a stream", hint="-o DIRECTORY", code="invalid-option"
             )
-        with ExitStack() as held:
-            summary = distributed.from_leader(lambda: self._begin(held)) or self._train(self.output)
-        if distributed.leads():
+        with ExitStack() as stack:
+            summary = distributed.from_rank_zero(lambda: self._begin(stack)) or self._train(self.output)
+        if distributed.is_rank_zero():
             print_summary(summary, as_json=as_json)
         return summary
 
-    def _begin(self, held: ExitStack) -> dict[str, Any] | None:
+    def _begin(self, stack: ExitStack) -> dict[str, Any] | None:
         """Lock the output; returns the summary of a finished output, or None where there is work to do."""
         path = self.output
         refuse_input_as_output(path, self.inputs)
@@ -93,14 +93,14 @@ class TrainingJob:
                     hint="choose another -o",
                     code="input-is-output",
                 )
-        held.enter_context(one_writer(path))
+        stack.enter_context(one_writer(path))
         _complete_publishing(path)
         summary = finished_summary(path, self.provenance, self.overwrite)
         return summary and summary | (read_manifest(sidecar(path, "manifest.json")) or {})["metrics"]
 
     def _train(self, path: Path) -> dict[str, Any]:
         stopwatch = console.Stopwatch()
-        provenance, work = distributed.from_leader(lambda: self._open_work(path))
+        provenance, work = distributed.from_rank_zero(lambda: self._open_work(path))
         if not self.counts.train:
             raise CaiError(
                 f"{self.stage}: no rows to train on ({counted(self.counts.as_json())})",
@@ -108,7 +108,7 @@ class TrainingJob:
                 code="no-rows",
             )
         sources = [*(Path(file.name) for file in self.inputs.values()), *(base.path for base in self.models.values())]
-        principles = distributed.from_leader(lambda: recorded_principles(sources))
+        principles = distributed.from_rank_zero(lambda: recorded_principles(sources))
 
         def finish() -> dict[str, Any]:
             training = {**self.facts, **metrics.pop("throughput")}
@@ -117,7 +117,7 @@ class TrainingJob:
 
         try:
             metrics = self.train(work)
-            return distributed.from_leader(finish)
+            return distributed.from_rank_zero(finish)
         except OSError as error:
             raise CaiError(
                 f"cannot write {work}: {error.strerror}",
@@ -128,7 +128,7 @@ class TrainingJob:
     def _finish(
         self, path: Path, work: Path, provenance: dict[str, Any], metrics: dict[str, Any], facts: dict[str, Any]
     ) -> dict[str, Any]:
-        """Make the model in `work` appear as `path`; returns the summary."""
+        """Publish the model in `work` as `path`; returns the summary."""
         counts = self.counts.as_json()
         manifest = {"provenance": provenance, "counts": counts, "metrics": metrics, "run": facts}
         (work / "model/README.md").write_text(model_card(manifest, self.models), encoding="utf-8")
@@ -148,7 +148,7 @@ class TrainingJob:
         else:
             if not self.overwrite and work.exists():
                 raise CaiError(
-                    f"{work} exists without the manifest that says what made it",
+                    f"{work} exists, but its manifest is missing",
                     hint="--overwrite starts from scratch",
                     code="not-made-by-cai",
                 )
@@ -165,8 +165,8 @@ class TrainingJob:
 
 
 def _complete_publishing(path: Path) -> None:
-    """Make a finished model appear: rename it, remove `OUT.partial`, rename its manifest. After a kill between any two
-    of these steps the next run does the rest."""
+    """Publish a finished model: rename it, remove `OUT.partial`, rename its manifest. After a kill between any two of
+    these steps the next run completes them."""
     work, draft = sidecar(path, "partial"), sidecar(path, "partial.manifest.json")
     manifest = read_manifest(draft)
     if manifest is None or manifest["status"] != "finished":
@@ -182,7 +182,7 @@ def _remove_output(path: Path) -> None:
     """Remove the output of an earlier run. Raises CaiError for a directory that cai did not make."""
     if path.is_dir() and any(path.iterdir()) and not sidecar(path, "manifest.json").exists():
         raise CaiError(
-            f"{path} is a directory that cai did not make",
+            f"{path} is a directory that was not made by cai",
             hint="remove it yourself, or choose another -o",
             code="not-made-by-cai",
         )
@@ -205,7 +205,7 @@ def _sync_files(directory: Path) -> None:
 
 
 def rows_digest(rows: Iterable[Row]) -> dict[str, Any]:
-    """The number and the hash of the rows a model is trained on, the same from a file and from stdin."""
+    """The number and the hash of the rows that a model is trained on; equal for a file and for stdin."""
     digest, count = hashlib.sha256(), 0
     for row in rows:
         digest.update(dump_row(row) + b"\n")

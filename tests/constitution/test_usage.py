@@ -11,7 +11,7 @@ from report_run import make_run
 from tiny import tiny_model_dir
 
 from cai_cli.constitution.schema import CritiqueConstitution, open_constitution
-from cai_cli.constitution.usage import drawn_counts, option, recorded_principles
+from cai_cli.constitution.usage import draws_from_counts, option, recorded_principles
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_a_narrowed_draw_lists_only_the_principles_in_play() -> None:
     loaded = open_constitution(CritiqueConstitution, None, None)
     used = {"name": loaded.name, "fingerprint": loaded.fingerprint()}
     manifest = {"provenance": {"stage": "revise", "constitution": used, "settings": {"max_principles": 2}}}
-    found = drawn_counts(Counter({"gone": 3}), manifest)
+    found = draws_from_counts(Counter({"gone": 3}), manifest)
     assert found
     assert found.counts == {"gone": 3, **dict.fromkeys(sorted(p.id for p in loaded.principles[:2]), 0)}
     assert "gone" not in found.principles

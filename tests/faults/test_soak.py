@@ -58,7 +58,7 @@ def test_one_failure_in_a_hundred_answers_costs_no_row_and_nothing_piles_up(tmp_
             )
         seen: list[tuple[int, int, int]] = []
         asked, refused, deadline = 0, 0, time.monotonic() + SECONDS
-        watching = threading.Thread(target=monitor_score_of, args=(child, seen), daemon=True)
+        watching = threading.Thread(target=monitor_scorer, args=(child, seen), daemon=True)
         watching.start()
         assert child.stdin
         while time.monotonic() < deadline:
@@ -90,7 +90,7 @@ def test_one_failure_in_a_hundred_answers_costs_no_row_and_nothing_piles_up(tmp_
     )
 
 
-def monitor_score_of(child: subprocess.Popen[bytes], seen: list[tuple[int, int, int]]) -> None:
+def monitor_scorer(child: subprocess.Popen[bytes], seen: list[tuple[int, int, int]]) -> None:
     """(open files, threads, resident MiB) of the process, a few times a second."""
     here = Path(f"/proc/{child.pid}")
     while child.poll() is None:

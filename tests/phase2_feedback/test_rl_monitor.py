@@ -193,7 +193,7 @@ def test_the_policy_that_is_kept_is_the_one_of_the_best_check(
     assert (results["kept_step"], results["goodhart_step"], results["goodhart"]) == (4, 6, "planted")
     (kept,) = (row for row in checks_in(tmp_path / "rl") if row["step"] == 4)
     assert results["pm_score"] == kept["pm_score"]  # of the model that was written
-    assert "; kept is step 4; 6 steps in" in capsys.readouterr().err
+    assert "; kept step 4; 6 steps in" in capsys.readouterr().err
     assert largest_difference(tmp_path / "rl", tmp_path / "four") == 0
 
 

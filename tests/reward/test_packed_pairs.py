@@ -7,7 +7,7 @@ from tiny import tiny_model_dir
 
 from cai_cli.common.errors import CaiError
 from cai_cli.models.loading import load_reward_model
-from cai_cli.reward.packed_pairs import collate, packed, score_pairs, take_packed_pairs
+from cai_cli.reward.packed_pairs import collate, enable_packed_pairs, packed, score_pairs
 
 IDS = st.lists(st.integers(0, 400), min_size=1, max_size=30)
 
@@ -29,7 +29,7 @@ def alone(model, ids: list[int]) -> float:
 def test_packed_pairs_score_as_their_conversations_alone(model, parts) -> None:
     # id 0 is the padding token, behind which the library reads no score: it may occur anywhere, also at the end
     pairs = [([1, *prompt, *a], [1, *prompt, *b]) for prompt, a, b in parts]
-    assert take_packed_pairs(model, pairs[0])
+    assert enable_packed_pairs(model, pairs[0])
     first, second = score_pairs(model, pairs, batch_size=3)
     assert first == pytest.approx([alone(model, a) for a, _ in pairs], abs=1e-4)
     assert second == pytest.approx([alone(model, b) for _, b in pairs], abs=1e-4)
@@ -49,7 +49,7 @@ def test_the_gradient_equals_that_of_the_two_conversations_alone(model) -> None:
     import torch
 
     pair = ([1, 7, 8, 9, 30], [1, 7, 8, 20])
-    assert take_packed_pairs(model, pair)
+    assert enable_packed_pairs(model, pair)
     gradients = []
     for packs in (True, False):
         model.zero_grad()
@@ -73,14 +73,14 @@ def test_a_model_with_sliding_window_attention_is_left_unchanged(tmp_path: Path)
     )  # fmt: skip
     model = MistralForSequenceClassification(config).eval()
     long = (list(range(1, 30)), [*range(1, 20), 40, 41])
-    assert not take_packed_pairs(model, long)
+    assert not enable_packed_pairs(model, long)
     assert "forward" not in vars(model)
 
 
 def test_a_score_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
     broken = load_reward_model(tiny_model_dir(tmp_path / "tiny"), new_head_seed=0)
     pair = ([1, 2, 3], [1, 2, 4])
-    assert take_packed_pairs(broken, pair)
+    assert enable_packed_pairs(broken, pair)
     broken.score.weight.data.fill_(float("nan"))
     with pytest.raises(CaiError) as error:
         score_pairs(broken, [pair], 1)

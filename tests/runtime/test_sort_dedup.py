@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cai_cli.runtime import sort_dedup
 from cai_cli.runtime.counts import Counts
-from cai_cli.runtime.sort_dedup import By, distinct_lines, sort_key, sorted_lines
+from cai_cli.runtime.sort_dedup import SortBy, distinct_lines, sort_key, sorted_lines
 
 ids = st.one_of(st.integers(0, 20), st.text(max_size=3))
 rows_strategy = st.lists(
@@ -20,9 +20,9 @@ rows_strategy = st.lists(
 )
 
 
-@given(rows_strategy, st.sampled_from(By), st.integers(1, 400))
+@given(rows_strategy, st.sampled_from(SortBy), st.integers(1, 400))
 def test_sorting_in_runs_of_any_size_is_sorting_at_once(
-    tmp_path_factory: pytest.TempPathFactory, rows: list[Json], by: By, run_bytes: int
+    tmp_path_factory: pytest.TempPathFactory, rows: list[Json], by: SortBy, run_bytes: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sort_dedup, "RUN_BYTES", run_bytes)

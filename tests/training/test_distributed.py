@@ -141,7 +141,7 @@ def test_an_error_is_reported_once_for_any_number_of_processes(folder: Path, tmp
     (folder / "bad.jsonl").write_text('{"x": 1}\n')
     (tmp_path / "mine").mkdir()  # noticed by rank 0 alone
     cases = {
-        tuple(words("sft", tmp_path / "mine", 1)): "no manifest says that cai made it",
+        tuple(words("sft", tmp_path / "mine", 1)): "has no manifest, so it was not made by cai",
         ("sft", "bad.jsonl", "-o", str(tmp_path / "a"), "--model", "tiny"): "bad.jsonl:1: no completion",
         ("sample", "prompts.txt", "--model", "tiny"): "cai sample runs in one process, not in 2",
         ("sft", "-", "-o", str(tmp_path / "b"), "--model", "tiny"): "stdin reaches one process only",
@@ -199,6 +199,6 @@ def test_options_that_need_whole_weights_are_refused_with_sharded_weights(
 
 
 def test_a_single_process_is_the_leader() -> None:
-    assert (distributed.rank(), distributed.world_size(), distributed.leads()) == (0, 1, True)
-    assert distributed.from_leader(lambda: 7) == 7
+    assert (distributed.rank(), distributed.world_size(), distributed.is_rank_zero()) == (0, 1, True)
+    assert distributed.from_rank_zero(lambda: 7) == 7
     assert distributed.gathered([1, 2]) == [1, 2]

@@ -51,7 +51,7 @@ class LocalEngine(Engine):
 
         Args:
             model: A directory, alias or Hub name.
-            batch_size: The most rows at once; None fits the device.
+            batch_size: The most rows at once; None takes the default for the device.
             device: "cpu", "cuda" or "auto" (cuda if available).
             dtype: "float32", "bfloat16" or "auto" (float32 on the CPU, bfloat16 on cuda).
 

@@ -223,9 +223,9 @@ class PrefixCache:
             tokens = torch.tensor([token for row, start, end in pieces for token in rows[row][start:end]])
             ends = list(accumulate(end - start for _, start, end in pieces))
             kept = [min(max(end - len(rows[row]) + keeps[row], 0), end - start) for row, start, end in pieces]
-            wanted = torch.cat([torch.arange(end - keep, end) for end, keep in zip(ends, kept, strict=True)])
+            logit_indices = torch.cat([torch.arange(end - keep, end) for end, keep in zip(ends, kept, strict=True)])
             moved = [(place + row, start, end) for row, start, end in pieces]
-            logits = self._forward(tokens.to(self.model.device), moved, wanted.to(self.model.device))
+            logits = self._forward(tokens.to(self.model.device), moved, logit_indices.to(self.model.device))
             for (row, _, end), keep, last in zip(pieces, kept, accumulate(kept), strict=True):
                 parts.append(logits[last - keep : last])
                 if end == len(rows[row]):
@@ -246,11 +246,13 @@ class PrefixCache:
                 together.append((row, start, end))
         yield together
 
-    def _forward(self, tokens: "Tensor", pieces: Sequence[tuple[int, int, int]], wanted: "Tensor | int") -> "Tensor":
+    def _forward(
+        self, tokens: "Tensor", pieces: Sequence[tuple[int, int, int]], logit_indices: "Tensor | int"
+    ) -> "Tensor":
         """Run the model on `tokens` (tokens,), which are these pieces of neighbouring rows.
 
         Returns:
-            The logits (wanted, vocabulary) at the token indices `wanted`, or at all tokens if it is 0.
+            The logits (indices, vocabulary) at the token indices `logit_indices`, or at all tokens if it is 0.
         """
         import torch
 
@@ -260,13 +262,13 @@ class PrefixCache:
         slots = torch.tensor([row for row, start, end in pieces for _ in range(start, end)], device=device)
         ends = [end for _, _, end in pieces]
         rows_per_product = ROWS_PER_PRODUCT if device.type == "cpu" else len(pieces)
-        self.now = _Pass(pieces[0][0], counts, columns, slots, ends, rows_per_product)
+        self.current_pass = _Pass(pieces[0][0], counts, columns, slots, ends, rows_per_product)
         logits: Tensor = self.model(
             input_ids=tokens[None],
             position_ids=columns[None] + len(self.start),
             past_key_values=self,
             use_cache=True,
-            logits_to_keep=wanted,
+            logits_to_keep=logit_indices,
             prefix_cache=self,
         ).logits
         return logits[0]
@@ -282,10 +284,10 @@ class PrefixCache:
         if layer == len(self.buffers):
             self.buffers.append(self._buffers(keys, values))
         all_keys, all_values = self.buffers[layer]
-        now = self.now
-        all_keys[now.slots, :, now.columns] = keys[0].transpose(0, 1)
-        all_values[now.slots, :, now.columns] = values[0].transpose(0, 1)
-        return all_keys[now.rows], all_values[now.rows]
+        current = self.current_pass
+        all_keys[current.slots, :, current.columns] = keys[0].transpose(0, 1)
+        all_values[current.slots, :, current.columns] = values[0].transpose(0, 1)
+        return all_keys[current.rows], all_values[current.rows]
 
     def attend(
         self, layer: int, query: "Tensor", keys: "Tensor", values: "Tensor", window: int | None, softcap: float | None
@@ -305,13 +307,13 @@ class PrefixCache:
         """
         import torch
 
-        by_row, (own_mask, prefix_mask) = self.now.by_row(query[0]), self._mask(window)
+        by_row, (own_mask, prefix_mask) = self.current_pass.by_row(query[0]), self._mask(window)
         out = []
-        for part, seen in self.now.parts:
+        for part, seen in self.current_pass.parts:
             masks = own_mask[part, ..., :seen], None if prefix_mask is None else prefix_mask[part]
             own = keys[part, :, :seen], values[part, :, :seen]
             out.append(self._attend(layer, by_row[part], own, masks, softcap))
-        return self.now.flat(torch.cat(out))[None]
+        return self.current_pass.flat(torch.cat(out))[None]
 
     def _attend(
         self,
@@ -353,16 +355,16 @@ class PrefixCache:
         prefix) if a sliding window may hide a part of it."""
         import torch
 
-        masks, columns = self.now.masks, self.now.columns
+        masks, columns = self.current_pass.masks, self.current_pass.columns
         if window not in masks:
             lowest, nothing = torch.finfo(torch.float32).min, torch.zeros(1, device=columns.device)
-            at = self.now.by_row(columns[None, :, None])[:, :, :, 0, None]  # (rows, 1, new, 1)
-            seen = torch.arange(max(self.now.ends), device=columns.device)
-            allowed, prefix_mask = seen <= at, None
+            position = self.current_pass.by_row(columns[None, :, None])[:, :, :, 0, None]  # (rows, 1, new, 1)
+            seen = torch.arange(max(self.current_pass.ends), device=columns.device)
+            allowed, prefix_mask = seen <= position, None
             if window is not None:
-                allowed &= seen > at - window
+                allowed &= seen > position - window
                 start = torch.arange(len(self.start), device=columns.device) - len(self.start)
-                prefix_mask = nothing.where(start > at - window, lowest)
+                prefix_mask = nothing.where(start > position - window, lowest)
             masks[window] = nothing.where(allowed, lowest), prefix_mask
         return masks[window]
 

@@ -42,7 +42,7 @@ def draw(logits: "Tensor", noise: "Tensor", sampling: Sampling, names: Sequence[
     weights = scaled.float().softmax(-1)
     check_finite(weights[:, 0], names)  # one NaN or infinity among a row's logits makes all of its weights NaN
     if sampling.top_p < 1:
-        weights *= weights >= _smallest_kept(weights, sampling.top_p)[:, None]
+        weights *= weights >= _smallest_kept_weight(weights, sampling.top_p)[:, None]
     return _inverse_cdf(weights, noise)
 
 
@@ -83,7 +83,7 @@ def _inverse_cdf(weights: "Tensor", noise: "Tensor") -> "Tensor":
     return (chunk * _CHUNK + index.minimum(last))[:, 0]
 
 
-def _smallest_kept(weights: "Tensor", top_p: float) -> "Tensor":
+def _smallest_kept_weight(weights: "Tensor", top_p: float) -> "Tensor":
     """For each row the least weight that top-p keeps: that of the last of the most likely tokens that together reach
     `top_p` of the total. Tokens of equal weight are all kept."""
     count = 256
@@ -132,7 +132,7 @@ class CompletionBuilder:
         row.new.append(token)
         if token in self.end_ids:
             self._finish(row, self._text(row.new[:-1]), "stop")
-        elif (text := self._stopped(row)) is not None:
+        elif (text := self._text_before_stop(row)) is not None:
             self._finish(row, text, "stop")
         elif len(row.new) == self.max_new_tokens:
             self._finish(row, self._text(row.new), "length")
@@ -140,7 +140,7 @@ class CompletionBuilder:
     def _finish(self, row: ActiveSequence, text: str, reason: str) -> None:
         row.completion = Completion(text, reason, prompt_tokens=len(row.prompt), new_tokens=len(row.new))
 
-    def _stopped(self, row: ActiveSequence) -> str | None:
+    def _text_before_stop(self, row: ActiveSequence) -> str | None:
         """The text before the first stop string, if the newest token completed one."""
         stops = row.request.stop
         if not stops:
@@ -164,8 +164,8 @@ def end_of_turn_ids(tokenizer: Any, generation_config: Any) -> set[int]:
     These are the ends that the model and the tokenizer declare, and the control token that follows an assistant's turn
     in the chat template: a model tuned from a base model often declares only the base model's end.
     """
-    named = generation_config.eos_token_id
-    ends = {named} if isinstance(named, int) else set(named or ())
+    declared = generation_config.eos_token_id
+    ends = {declared} if isinstance(declared, int) else set(declared or ())
     if tokenizer.eos_token_id is not None:
         ends.add(tokenizer.eos_token_id)
     return ends | _template_end(tokenizer)
