@@ -1,13 +1,17 @@
-"""Shared by all judging methods: a comparison to judge, the judgement, and probabilities from log-probabilities."""
+"""Shared by all judging methods: the feedback model, a comparison to judge, the judgement, and probabilities from
+log-probabilities."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from cai_cli.common.seeds import seed_for
-from cai_cli.constitution.schema import PreferencePrinciple
+from cai_cli.constitution.schema import ComparisonExample, PreferencePrinciple
 from cai_cli.data.schema import Pair
-from cai_cli.engines.base import RequestFailure
+from cai_cli.engines.base import Engine, LogprobRequest, RequestFailure, Sampling
+from cai_cli.prompting.base import PromptFormat
+from cai_cli.prompting.comparison import OPTIONS, comparison_request
 
 Order = Literal["ab", "ba"]
 
@@ -50,6 +54,37 @@ class Judgement:
 
     p_first: float
     rationale: str | None = None
+
+
+@dataclass
+class FeedbackModel:
+    """A feedback model and the settings it judges with.
+
+    Attributes:
+        engine: The model.
+        method: Name of the judging method, a key of `METHODS`.
+        examples: Few-shot examples.
+        prompt_format: How prompts are built.
+        seed: Random seed of the run.
+        sampling: Sampling of rationales and verdicts.
+        clamp: Smallest and largest probability of a judgement.
+        calibrate: Whether `choice` subtracts the judge's A/B bias.
+    """
+
+    engine: Engine
+    method: str
+    examples: Sequence[ComparisonExample]
+    prompt_format: PromptFormat
+    seed: int
+    sampling: Sampling
+    clamp: tuple[float, float] = (0.0, 1.0)
+    calibrate: bool = False
+    letter_bias: dict[str, float] = field(default_factory=dict)  # principle id -> log-odds; `choice` fills it
+
+    def multiple_choice(self, pair: Pair, principle: PreferencePrinciple, replies: tuple[str, str]) -> LogprobRequest:
+        """Return the request for the log-probabilities of the letters A and B as the answer."""
+        request = comparison_request(pair.prompt, principle.comparison, replies, self.examples, self.prompt_format)
+        return LogprobRequest(request.text, OPTIONS, request.prefill, pair.key)
 
 
 def sigmoid(log_odds: float) -> float:

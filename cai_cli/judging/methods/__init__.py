@@ -5,20 +5,16 @@ To add one, write a module with a function of type `JudgingMethod` and register 
 
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
-from typing import TYPE_CHECKING
 
 from cai_cli.engines.base import RequestFailure
-from cai_cli.judging.base import Judgement, PairComparison
+from cai_cli.judging.base import FeedbackModel, Judgement, PairComparison
 from cai_cli.judging.methods.choice import choice
 from cai_cli.judging.methods.contrast import contrast
 from cai_cli.judging.methods.cot import cot
 from cai_cli.judging.methods.verdict import verdict
 
-if TYPE_CHECKING:
-    from cai_cli.judging.judge import Judge
-
 # Returns one judgement for each comparison, in order; a failure where the model gave no answer.
-JudgingMethod = Callable[["Judge", Sequence[PairComparison]], list[Judgement | RequestFailure]]
+JudgingMethod = Callable[[FeedbackModel, Sequence[PairComparison]], list[Judgement | RequestFailure]]
 
 
 class Method(StrEnum):

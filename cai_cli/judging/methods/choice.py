@@ -6,22 +6,18 @@ Departure: with `calibrate`, the judge's A/B bias is subtracted. It is estimated
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from cai_cli.common.errors import CaiError
 from cai_cli.constitution.schema import PreferencePrinciple
 from cai_cli.data.schema import Pair
 from cai_cli.engines.base import RequestFailure
-from cai_cli.judging.base import Judgement, PairComparison, normalised
+from cai_cli.judging.base import FeedbackModel, Judgement, PairComparison, normalised
 from cai_cli.prompting.base import user
-
-if TYPE_CHECKING:
-    from cai_cli.judging.judge import Judge
 
 CONTENT_FREE = ("N/A", "[MASK]", "")
 
 
-def choice(judge: "Judge", comparisons: Sequence[PairComparison]) -> list[Judgement | RequestFailure]:
+def choice(judge: FeedbackModel, comparisons: Sequence[PairComparison]) -> list[Judgement | RequestFailure]:
     """Return one judgement for each comparison, in order.
 
     Raises:
@@ -35,7 +31,7 @@ def choice(judge: "Judge", comparisons: Sequence[PairComparison]) -> list[Judgem
     ]
 
 
-def estimate_letter_bias(judge: "Judge", principles: Sequence[PreferencePrinciple]) -> Mapping[str, float]:
+def estimate_letter_bias(judge: FeedbackModel, principles: Sequence[PreferencePrinciple]) -> Mapping[str, float]:
     """Return the mean log-odds of the letter A over content-free pairs, by principle id."""
     new = {p.id: p for p in principles if p.id not in judge.letter_bias}
     blank = Pair(id="blank", prompt=[user("N/A")], a=[], b=[], human=None, source=None)

@@ -5,17 +5,13 @@ multiple choice.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from cai_cli.engines.base import LogprobRequest, RequestFailure
-from cai_cli.judging.base import Judgement, PairComparison, sigmoid
+from cai_cli.judging.base import FeedbackModel, Judgement, PairComparison, sigmoid
 from cai_cli.prompting.comparison import contrast_requests
 
-if TYPE_CHECKING:
-    from cai_cli.judging.judge import Judge
 
-
-def contrast(judge: "Judge", comparisons: Sequence[PairComparison]) -> list[Judgement | RequestFailure]:
+def contrast(judge: FeedbackModel, comparisons: Sequence[PairComparison]) -> list[Judgement | RequestFailure]:
     """Return one judgement for each comparison, in order. No few-shot examples are used."""
     requests = [
         LogprobRequest(prompt.text, c.ordered_replies, prompt.prefill, c.pair.key)

@@ -5,17 +5,13 @@ the paper (`--clamp`).
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from cai_cli.engines.base import GenerationRequest, LogprobRequest, RequestFailure
-from cai_cli.judging.base import Judgement, PairComparison, normalised
+from cai_cli.judging.base import FeedbackModel, Judgement, PairComparison, normalised
 from cai_cli.prompting.comparison import OPTIONS, answer_after, rationale_request
 
-if TYPE_CHECKING:
-    from cai_cli.judging.judge import Judge
 
-
-def cot(judge: "Judge", comparisons: Sequence[PairComparison]) -> list[Judgement | RequestFailure]:
+def cot(judge: FeedbackModel, comparisons: Sequence[PairComparison]) -> list[Judgement | RequestFailure]:
     """Return one judgement for each comparison, in order; an empty rationale gives none."""
     prompts = [
         rationale_request(c.pair.prompt, c.principle.comparison, c.ordered_replies, judge.examples, judge.prompt_format)

@@ -4,17 +4,13 @@ Departure: the paper uses log-probabilities; this method is for engines that do 
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from cai_cli.engines.base import Completion, GenerationRequest, RequestFailure
-from cai_cli.judging.base import Judgement, PairComparison
+from cai_cli.judging.base import FeedbackModel, Judgement, PairComparison
 from cai_cli.prompting.comparison import OPTIONS, verdict_of, verdict_request
 
-if TYPE_CHECKING:
-    from cai_cli.judging.judge import Judge
 
-
-def verdict(judge: "Judge", comparisons: Sequence[PairComparison]) -> list[Judgement | RequestFailure]:
+def verdict(judge: FeedbackModel, comparisons: Sequence[PairComparison]) -> list[Judgement | RequestFailure]:
     """Return one judgement for each comparison, in order; an answer without a letter gives none."""
     requests = []
     for c in comparisons:
