@@ -144,6 +144,8 @@ def test_a_signal_ends_a_pipeline_and_its_step_with_the_signals_code(
 @pytest.mark.parametrize("command", ["sample prompts.jsonl --model scripted:script.jsonl -n 100 --batch-size 2",
                                      "show samples.jsonl", "stats samples.jsonl"])  # fmt: skip
 def test_a_reader_that_leaves_after_one_line_makes_no_noise(command: str, folder: Path) -> None:
+    # More than a pipe holds, so that `show` still writes when its reader is gone.
+    write_rows(folder / "samples.jsonl", (sample_row(i, k) for i in range(1000) for k in range(3)))
     line = f"{PY} {command} | head -1; exit ${{PIPESTATUS[0]}}"
     left = subprocess.run(["bash", "-c", line], cwd=folder, capture_output=True, text=True, check=False, timeout=30)
     assert len(left.stdout.splitlines()) == 1
