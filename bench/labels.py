@@ -81,21 +81,21 @@ def rows_of_table(
     method: str, few_shot: str, labeller: Labeller, pairs: Sequence[Pair], label: str
 ) -> Iterator[list[str]]:
     started = time.perf_counter()
-    asked: list[PairComparison] = []
+    comparisons: list[PairComparison] = []
     answers: list[Judgement | RequestFailure] = []
     for start in range(0, len(pairs), 64):
-        window = [c for pair in pairs[start : start + 64] for c in labeller.comparisons(pair)]
-        asked += window
-        answers += labeller.judge.judge(window)
+        batch = [c for pair in pairs[start : start + 64] for c in labeller.comparisons(pair)]
+        comparisons += batch
+        answers += labeller.judge.judge(batch)
     seconds = time.perf_counter() - started
     firsts = [j.p_first for j in answers if isinstance(j, Judgement)]
     picks = sum(p > 0.5 for p in firsts) / max(1, len(firsts))
     for calibrated in (False, True) if method == "choice" else (False,):
-        priors = estimate_letter_bias(labeller.judge, [c.principle for c in asked]) if calibrated else {}
+        priors = estimate_letter_bias(labeller.judge, [c.principle for c in comparisons]) if calibrated else {}
         by_order = {
             order: [
                 p_of(c, j, priors.get(c.principle.id, 0.0))
-                for c, j in zip(asked, answers, strict=True)
+                for c, j in zip(comparisons, answers, strict=True)
                 if c.order == order
             ]
             for order in labeller.orders

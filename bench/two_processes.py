@@ -54,8 +54,8 @@ def main() -> None:
                 [*launcher, stage, *STAGES[stage]], cwd=folder, env=environment, stderr=subprocess.PIPE, text=True
             ) as job:
                 try:
-                    _, said = job.communicate(timeout=given.seconds)
-                    outcome = "done" if job.returncode == 0 else f"failed: {said[-2000:]}"
+                    _, output = job.communicate(timeout=given.seconds)
+                    outcome = "done" if job.returncode == 0 else f"failed: {output[-2000:]}"
                 except subprocess.TimeoutExpired:
                     job.terminate()
                     job.communicate()

@@ -206,7 +206,7 @@ def mean_estimate(values: Sequence[float], limits: Limits, clusters: Sequence[in
     Args:
         values: One value a row.
         limits: Smallest and largest possible value.
-        clusters: Cluster number of each row; None if every row is a cluster of its own.
+        clusters: Cluster number of each row; None if every row is a separate cluster.
 
     Returns:
         The mean, or None if there are no values.

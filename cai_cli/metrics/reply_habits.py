@@ -1,6 +1,6 @@
 """Detectors of two habits that RL from feedback can produce, by wording (paper sections 4.3 and 4.4).
 
-`boilerplate`: whatever the prompt, the reply assures the reader of their worth, of company or of care. The paper
+`boilerplate`: regardless of the prompt, the reply assures the reader of their worth, of company or of care. The paper
 describes it as the sign of an over-trained policy. `evasive_opening`: the reply starts by declining to engage (cannot
 help, does not know, would rather not). The paper's method is meant to replace this habit of models trained on human
 labels.

@@ -37,7 +37,7 @@ def critique_revise(
     Args:
         rows: Samples, or revisions to continue.
         reviser: The model that writes critiques and revisions, and its principles.
-        rounds: Number of rounds, each under a principle of its own draw. With 0 the rows are returned unchanged.
+        rounds: Number of rounds, each under a newly drawn principle. With 0 the rows are returned unchanged.
         with_critique: Whether a round critiques before it revises.
 
     Returns:

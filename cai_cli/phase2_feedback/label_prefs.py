@@ -2,7 +2,7 @@
 
 A label is a probability, the mean of votes: one for each principle, order and rationale. As in the paper, a principle
 is drawn for each pair, `--principles-per-pair` draws several (ensembling over principles makes the preference model
-more robust), and chain-of-thought probabilities are clamped to 40-60%. Departure: the paper asks each question once.
+more robust), and chain-of-thought probabilities are clamped to 40-60%. Departure: the paper judges each pair once.
 Here every pair is judged in both orders by default, so that position bias cancels, and a principle counts only where
 all its orders were answered.
 """

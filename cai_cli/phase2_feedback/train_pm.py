@@ -113,7 +113,7 @@ def train_pm(
 
     Args:
         base: Directory of the model that training starts from; `tokenizer` is its tokenizer.
-        train: The pairs to train on; `held_out` those to evaluate on, which may be empty.
+        train: The pairs to train on; `held_out` are the pairs to evaluate on and may be empty.
         training: The options of the trainer.
         work: A directory; the model and `held_out.jsonl`, the scores of the held-out pairs, go to `work/model`.
         fitted_head: Whether to start from a head fitted to the labels instead of a random one.

@@ -154,7 +154,7 @@ def _lettered(fenced: Sequence[str]) -> str:
 def fence(text: str) -> str:
     """`[[[text]]]`, with more brackets than any run of them in the text, so that a reply cannot close its own fence.
 
-    A text that starts or ends with a bracket or a line break is put on lines of its own. `options_of` is the inverse.
+    A text that starts or ends with a bracket or a line break is put on separate lines. `options_of` is the inverse.
 
     >>> fence("see [[[1]]] for more")
     '[[[[see [[[1]]] for more]]]]'
@@ -166,7 +166,7 @@ def fence(text: str) -> str:
 
 
 def options_of(choice: str) -> tuple[str, str]:
-    """The two options of a rendered comparison, whatever text they or the conversation contain.
+    """The two options of a rendered comparison, regardless of the text in them and in the conversation.
 
     They are read from the end, after which no reply can place text.
 

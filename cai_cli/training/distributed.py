@@ -142,7 +142,7 @@ def _refuse_lost_processes() -> None:
     recognised by two environment variables."""
     if "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ and not _names_process_count(sys.argv):
         raise CaiError(
-            "accelerate was asked for several processes, but started one",
+            "accelerate was started for several processes, but launched one",
             hint="use torchrun --nproc_per_node N -m cai_cli ..., or --num-processes 1 for one process",
             code="process-count",
         )

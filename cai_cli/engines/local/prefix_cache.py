@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # Model types whose attention passes on the arguments of `attend`. The tests compare each with transformers.
 MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3"})
 FIXED_ROPE = frozenset({"default", "linear", "llama3", "yarn"})  # other types depend on the longest row of a batch
-MIN_SHARED_TOKENS = 16  # a shorter prefix is not worth a forward pass of its own
+MIN_SHARED_TOKENS = 16  # a shorter prefix is not worth a separate forward pass
 MAX_GROUP_DEPTH = 100  # limits the recursion of `prefix_groups`
 ROWS_PER_PRODUCT = 16  # on CPUs: every row of a product costs as much as the longest one
 _ATTENTION = "cai_shared"
@@ -388,7 +388,7 @@ def common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
 
 
 def shared_prefix(rows: Sequence[TokenIds], keeps: Sequence[int]) -> TokenIds:
-    """The common prefix of all rows, or () if it is not worth a forward pass of its own.
+    """The common prefix of all rows, or () if it is not worth a separate forward pass.
 
     Args:
         rows: Token ids.
