@@ -9,6 +9,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from enum import StrEnum
 from types import FrameType
 from typing import Annotated, Any, NoReturn
@@ -20,7 +21,7 @@ from cai_cli import __version__
 from cai_cli.cli import agreement, chat, doctor, files, models, principles, publish, report, run, show
 from cai_cli.cli.expand import GroupedCommand, command_class, command_from, stage_command
 from cai_cli.common import console
-from cai_cli.common.errors import CaiError
+from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.pipeline import registry
 from cai_cli.runtime.stage import Phase
 from cai_cli.training import distributed
@@ -130,8 +131,8 @@ def main() -> NoReturn:
         code = _run()
     except CaiError as error:
         console.error(error.message, error.hint)
-        if "--json" in sys.argv[1:] and not error.in_summary:
-            console.error_json(error.as_json())
+        if not error.in_summary:
+            _print_json(error)
         code = error.exit_code
     except KeyboardInterrupt:
         code = 130
@@ -140,16 +141,21 @@ def main() -> NoReturn:
         code = 141
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        console.error(
+        failure = CaiError(
             f"{where}{error.strerror or error}",
             "the rows written so far are kept; fix the cause and run the same command again",
+            code="failed",
         )
+        console.error(failure.message, failure.hint)
+        with suppress(OSError):  # stdout may be what failed
+            _print_json(failure)
         _abandon_stdout()
         code = 1
     except SystemExit as stop:
         code = stop.code
-    except Exception:
+    except Exception as error:
         console.bug(traceback.format_exc())
+        _print_json(CaiError(f"{type(error).__name__}: {error}", "please report this bug in cai", code="bug"))
         code = 1
     if distributed.world_size() > 1:
         distributed.leave(int(code or 0))
@@ -165,9 +171,25 @@ def _run() -> Any:
     except SystemExit as stop:
         if isinstance(stop.__context__, BrokenPipeError):  # typer would exit with 1
             raise stop.__context__ from None
+        if format_message := getattr(stop.__context__, "format_message", None):  # typer has printed its usage error
+            code = _USAGE_CODES.get(type(stop.__context__).__name__, "usage")
+            _print_json(UsageError(format_message(), code=code))
         sys.stdout.flush()
         return stop.code
     return 0
+
+
+_USAGE_CODES = {
+    "NoSuchOption": "unknown-option",
+    "MissingParameter": "missing-option",
+    "BadParameter": "invalid-option",
+}
+
+
+def _print_json(error: CaiError) -> None:
+    """Print the error as one JSON object where the command line has `--json`."""
+    if "--json" in sys.argv[1:]:
+        console.error_json(error.as_json())
 
 
 def _open_closed_streams() -> None:

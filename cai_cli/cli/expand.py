@@ -16,16 +16,20 @@ from cai_cli.runtime.stage import Stage
 _HEADINGS = {heading: place for place, heading in enumerate(("Arguments", *(group.value for group in Group)))}
 
 
-def command_from(config: type[StageConfig], run: Callable[[Any], Any]) -> Callable[..., None]:
+def command_from(
+    config: type[StageConfig], run: Callable[[Any], Any], *, writes_rows: bool = False
+) -> Callable[..., None]:
     """A function for Typer to turn into a command. It builds the config from the options and calls `run` with it.
 
     Args:
         config: The options; the docstring is the help of the command.
         run: Called with the config.
+        writes_rows: Whether rows go to `--output`, which may be stdout.
     """
 
     def command(**values: Any) -> None:
         console.set_quiet(values["quiet"])
+        console.set_rows_on_stdout(writes_rows and is_stdout(values["output"] or ""))
         run(config.build(values))
 
     parameters = [_parameter(name, *declared) for name, declared in config.options().items()]
@@ -37,12 +41,7 @@ def command_from(config: type[StageConfig], run: Callable[[Any], Any]) -> Callab
 
 def stage_command(stage: Stage) -> Callable[..., None]:
     """A function for Typer to turn into the command of a stage."""
-
-    def run(config: Any) -> None:
-        console.set_rows_on_stdout(not stage.trains and is_stdout(config.output or ""))
-        stage.run(config)
-
-    return command_from(stage.config, run)
+    return command_from(stage.config, stage.run, writes_rows=not stage.trains)
 
 
 def _parameter(name: str, field: FieldInfo, declared: Option) -> Parameter:
@@ -64,12 +63,11 @@ class GroupedCommand(TyperCommand):
 
     old_flags: Mapping[str, str] = {}
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        renamed = []
-        for word in args:
-            flag, equals, value = word.partition("=")
-            renamed.append(f"{self.old_flags.get(flag, flag)}{equals}{value}" if flag in self.old_flags else word)
-        return super().parse_args(ctx, renamed)
+    def make_parser(self, ctx: Any) -> Any:
+        parser = super().make_parser(ctx)
+        for old, new in self.old_flags.items():
+            parser._long_opt[old] = parser._long_opt[new]
+        return parser
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}

@@ -31,7 +31,7 @@ class Step:
         name: Its name in the run file; for a variant of a sweep, with its value.
         stage: The stage that it runs.
         output: The file or directory it writes.
-        settings: Its options by their names in a run file.
+        settings: Its options by their names in a run file; null leaves an option at its default.
         files: Hashes of the files outside the run that it reads, by option.
         needs: The earlier steps whose outputs it reads.
     """
@@ -52,7 +52,7 @@ class Step:
     def config(self) -> Any:
         """The options as the stage takes them. Raises UsageError where one is invalid."""
         fields = self.stage.config.option_names()
-        values = {fields[name]: value for name, value in self.settings.items()}
+        values = {fields[name]: value for name, value in self.settings.items() if value is not None}
         return self.stage.config.build(values | {"output": str(self.output)}, where=f"step {self.name!r}: ")
 
     @property
@@ -122,7 +122,7 @@ def _plan_step(name: str, given: Mapping[str, Any], steps: Mapping[str, Step], p
         raise UsageError(
             f"{where}: unknown command {given.get('command')!r}", hint=f"known: {known}", code="unknown-option"
         )
-    if not isinstance(given.get("input"), str | list):
+    if not isinstance(given.get("input"), str | list) or not given["input"]:
         raise UsageError(f"{where}: `input` is missing", code="missing-option")
     settings = _with_current_names(given, stage, where)
     for shared in ("model", "seed"):
@@ -143,11 +143,9 @@ def _plan_step(name: str, given: Mapping[str, Any], steps: Mapping[str, Step], p
             for number, path in enumerate(paths, 1)
         }
     output = place.out / (name if stage.trains else f"{name}.jsonl")
-    step = Step(name, stage, output, settings, files, needs)
-    stage.config.build(
-        {stage.config.option_names()[k]: v for k, v in settings.items()} | {"output": str(output)}, where=f"{where}: "
-    )
-    return step
+    values = {stage.config.option_names()[k]: v for k, v in settings.items() if v is not None}
+    stage.config.build(values | {"output": str(output)}, where=f"{where}: ")
+    return Step(name, stage, output, settings, files, needs)
 
 
 def _with_current_names(given: Mapping[str, Any], stage: Stage, where: str) -> dict[str, Any]:
@@ -165,7 +163,14 @@ def _with_current_names(given: Mapping[str, Any], stage: Stage, where: str) -> d
                 hint=f"it has {', '.join(known)}",
                 code="unknown-option",
             )
-        settings[present[names[name]]] = value
+        current = present[names[name]]
+        if current in settings:
+            raise UsageError(
+                f"{where}: {current!r} is given twice: {name!r} is the same option under another name",
+                hint="remove one of them",
+                code="option-conflict",
+            )
+        settings[current] = value
     return settings
 
 

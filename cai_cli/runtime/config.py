@@ -4,6 +4,7 @@ The command line, the checks of a run file, the settings in a manifest, the esti
 come from these fields.
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, StrEnum
@@ -80,7 +81,12 @@ class StageConfig(BaseModel):
     """
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", coerce_numbers_to_str=True, validate_default=True, protected_namespaces=()
+        frozen=True,
+        extra="forbid",
+        coerce_numbers_to_str=True,
+        validate_default=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
     )
 
     @field_validator("*", mode="before")
@@ -89,6 +95,13 @@ class StageConfig(BaseModel):
         is_switch = cls.model_fields[str(info.field_name)].annotation is bool
         if isinstance(value, bool) != is_switch:
             raise ValueError(f"must be {'true or false' if is_switch else 'a value'}, not {value!r}")
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _counts_fit_an_index(cls, value: Any) -> Any:
+        if isinstance(value, int) and value > sys.maxsize:
+            raise ValueError(f"must be at most {sys.maxsize}")
         return value
 
     @classmethod
@@ -124,7 +137,10 @@ class StageConfig(BaseModel):
             message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
             given = f", not {first['input']!r}" if "input" in first and "not" not in message else ""
             raise UsageError(f"{where}{flag}: {message}{given}", code="invalid-option") from None
-        config.check()
+        try:
+            config.check()
+        except UsageError as error:
+            raise UsageError(f"{where}{error.message}", error.hint, code=error.code) from None
         return config
 
     def check(self) -> None:
