@@ -52,7 +52,7 @@ class Step:
     def config(self) -> Any:
         """The options as the stage takes them. Raises UsageError where one is invalid."""
         fields = self.stage.config.option_names()
-        values = {fields[name]: value for name, value in self.settings.items() if value is not None}
+        values: dict[str, Any] = {fields[name]: value for name, value in self.settings.items() if value is not None}
         return self.stage.config.build(values | {"output": str(self.output)}, where=f"step {self.name!r}: ")
 
     @property
@@ -143,7 +143,7 @@ def _plan_step(name: str, given: Mapping[str, Any], steps: Mapping[str, Step], p
             for number, path in enumerate(paths, 1)
         }
     output = place.out / (name if stage.trains else f"{name}.jsonl")
-    values = {stage.config.option_names()[k]: v for k, v in settings.items() if v is not None}
+    values: dict[str, Any] = {stage.config.option_names()[k]: v for k, v in settings.items() if v is not None}
     stage.config.build(values | {"output": str(output)}, where=f"{where}: ")
     return Step(name, stage, output, settings, files, needs)
 
