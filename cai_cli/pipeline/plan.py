@@ -143,8 +143,8 @@ def _plan_step(name: str, given: Mapping[str, Any], steps: Mapping[str, Step], p
             for number, path in enumerate(paths, 1)
         }
     output = place.out / (name if stage.trains else f"{name}.jsonl")
-    values: dict[str, Any] = {stage.config.option_names()[k]: v for k, v in settings.items() if v is not None}
-    stage.config.build(values | {"output": str(output)}, where=f"{where}: ")
+    by_field: dict[str, Any] = {stage.config.option_names()[k]: v for k, v in settings.items() if v is not None}
+    stage.config.build(by_field | {"output": str(output)}, where=f"{where}: ")
     return Step(name, stage, output, settings, files, needs)
 
 

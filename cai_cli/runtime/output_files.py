@@ -31,7 +31,9 @@ def is_stdout(output: str) -> bool:
 def is_stream(output: str) -> bool:
     """Whether an `--output` is stdout, a character device such as /dev/null, or a named pipe. These have no sidecars,
     and cannot be read again or resumed."""
-    return is_stdout(output) or Path(output).is_char_device() or Path(output).is_fifo()
+    if is_stdout(output) or output == "/dev/stderr" or output.startswith(("/dev/fd/", "/proc/self/fd/")):
+        return True  # also where the shell redirected it to a file
+    return Path(output).is_char_device() or Path(output).is_fifo()
 
 
 def sidecar(path: Path, ending: str) -> Path:

@@ -78,7 +78,7 @@ def stream_sink(output: str, observe: Callable[[Any], None] | None = None) -> "S
 def _open(output: str) -> BinaryIO:
     """Open a device or a named pipe for writing. Raises CaiError."""
     try:
-        return open(output, "wb")
+        return open(output, "ab")
     except OSError as error:
         raise _cannot_write(output, error) from error
 

@@ -1,6 +1,8 @@
 """Odd values, old names and failures with `--json`, on the command line and in run files."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -112,3 +114,10 @@ def test_null_in_a_run_file_leaves_an_option_at_its_default(cai: Cai, tmp_path: 
     assert cai("run", "r.yaml").code == 0
     settings = json.loads((tmp_path / "runs/r/a.jsonl.manifest.json").read_text())["provenance"]["settings"]
     assert (settings["n"], settings["temperature"], settings["seed"]) == (1, 1.0, 0)
+
+
+def test_stderr_is_a_stream_where_it_was_redirected_to_a_file(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("wb") as log:
+        words = ["sample", "p.txt", *MODEL, "-o", "/dev/stderr", "--quiet"]
+        subprocess.run([sys.executable, "-m", "cai_cli", *words], cwd=tmp_path, stderr=log, check=True)
+    assert json.loads((tmp_path / "log").read_text())["completion"][0]["content"] == "hi"
