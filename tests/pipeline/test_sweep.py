@@ -147,9 +147,9 @@ def test_more_rounds_continue_from_fewer_in_any_order() -> None:
 @pytest.mark.parametrize(
     ("steps", "reason"),
     [
-        ({"a": {"command": "sample", "input": "p", "n": []}}, "step 'a': n: a list needs values, each once"),
-        ({"a": {"command": "sample", "input": "p", "n": [1, 1]}}, "each once"),
-        ({"a": {"command": "sample", "input": ["x/y", "x y"]}}, "each once"),
+        ({"a": {"command": "sample", "input": "p", "n": []}}, "step 'a': n: a list needs one or more distinct values"),
+        ({"a": {"command": "sample", "input": "p", "n": [1, 1]}}, "one or more distinct values"),
+        ({"a": {"command": "sample", "input": ["x/y", "x y"]}}, "one or more distinct values"),
         ({"a": {"command": "sample", "input": "p", "principles": ["x" * 200]}}, "is too long for a file"),
         ({"a": {"command": "sample", "input": "p", "n": list(range(999))}}, f"more than {MAX_STEPS} steps"),
         ({"a": {"command": "sample", **{f"o{i}": list(range(9)) for i in range(9)}}}, f"more than {MAX_STEPS} steps"),
