@@ -16,7 +16,7 @@ LOGGED = r"""
 import os, re
 from cai_cli.cli.app import main
 from cai_cli.engines.scripted import ScriptedEngine
-from cai_cli.forms import render_transcript
+from cai_cli.data.transcripts import render_transcript
 log, answer = os.open("asked.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644), ScriptedEngine._line
 def logged(self, text):
     flat = text if isinstance(text, str) else render_transcript(text)

@@ -176,14 +176,14 @@ def test_rows_to_train_on_are_used_whole_or_rejected_and_counted(
     write_rows(folder / "in.jsonl", rows)
     trained: list[list[int]] = []
     from cai_cli.phase1_supervised import sft
-    from cai_cli.phase2_feedback import train_pm
+    from cai_cli.phase2_feedback import pm_pairs
 
     if stage == "sft":
         columns = sft.Encoded.columns
         monkeypatch.setattr(sft.Encoded, "columns", lambda self: trained.append(self.ids) or columns(self))  # type: ignore[func-returns-value]
     else:
-        of_pair = train_pm.Pair.columns
-        monkeypatch.setattr(train_pm.Pair, "columns", lambda self: trained.append(self.chosen) or of_pair(self))  # type: ignore[func-returns-value]
+        of_pair = pm_pairs.EncodedPair.columns
+        monkeypatch.setattr(pm_pairs.EncodedPair, "columns", lambda self: trained.append(self.chosen) or of_pair(self))  # type: ignore[func-returns-value]
     words = (
         stage,
         "in.jsonl",
