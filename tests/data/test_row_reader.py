@@ -56,7 +56,7 @@ def test_shards_share_the_rows_and_the_invalid_lines_and_record_the_same_input(f
         reader = RowReader(shard, skip_invalid=True)
         lines += [line for line, _ in reader.rows(file, PARSE)]
         lines += [line for line, _ in reader.invalid_before()]
-        read.append(reader.read())
+        read.append(reader.digest_so_far())
     assert sorted(lines) == list(range(1, 13))
     assert read[0]["count"] == 10
     assert read == [read[0]] * 3
@@ -65,9 +65,9 @@ def test_shards_share_the_rows_and_the_invalid_lines_and_record_the_same_input(f
 def test_a_limit_counts_valid_rows_and_the_digest_changes_with_one_row(file: str, tmp_path: Path) -> None:
     reader = RowReader(skip_invalid=True)
     assert [line for line, _ in reader.rows(file, PARSE, limit=4)] == [1, 2, 3, 5]
-    four = reader.read()
+    four = reader.digest_so_far()
     list(reader.rows(file, PARSE, limit=4))
-    assert reader.read() == four
+    assert reader.digest_so_far() == four
     changed = write_rows(
         tmp_path / "changed.jsonl", (sample_row(i, reply="other" if i == 3 else None) for i in range(4))
     )
