@@ -86,3 +86,34 @@ def cai(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     signal.signal(signal.SIGINT, on_interrupt)
     console.set_quiet(False)
     console.set_rows_on_stdout(False)
+
+
+SMALL = """\
+kind: critique-revision
+name: small
+principles:
+  - {id: a, theme: harm, critique: "Look: {here}.", revision: Rewrite it.}
+  - {id: b, critique: Look there., revision: Do it again.}
+examples:
+  - messages: [{role: user, content: "why?"}, {role: assistant, content: because.}]
+    critique_request: Any harm?
+    critique: None.
+    revision_request: Redo it.
+    revision: Because of this.
+"""
+COMPARE = """\
+kind: preference
+name: compare
+principles: [{id: c, comparison: "Which is kinder?"}]
+examples:
+  - {messages: [{role: user, content: "who?"}], options: [me, you], answer: A}
+"""
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """The file of a constitution of two principles; `compare.yaml` beside it has one to compare replies by."""
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL)
+    (tmp_path / "compare.yaml").write_text(COMPARE)
+    return path

@@ -9,35 +9,6 @@ from cai_cli.common.errors import CaiError
 from cai_cli.constitution import draw
 from cai_cli.constitution import schema as con
 
-SMALL = """\
-kind: critique-revision
-name: small
-principles:
-  - {id: a, theme: harm, critique: "Look: {here}.", revision: Rewrite it.}
-  - {id: b, critique: Look there., revision: Do it again.}
-examples:
-  - messages: [{role: user, content: "why?"}, {role: assistant, content: because.}]
-    critique_request: Any harm?
-    critique: None.
-    revision_request: Redo it.
-    revision: Because of this.
-"""
-COMPARE = """\
-kind: preference
-name: compare
-principles: [{id: c, comparison: "Which is kinder?"}]
-examples:
-  - {messages: [{role: user, content: "who?"}], options: [me, you], answer: A}
-"""
-
-
-@pytest.fixture
-def small(tmp_path: Path) -> Path:
-    path = tmp_path / "small.yaml"
-    path.write_text(SMALL)
-    (tmp_path / "compare.yaml").write_text(COMPARE)
-    return path
-
 
 def test_principles_are_chosen_by_id_in_the_order_given_or_from_the_first(small: Path) -> None:
     principles = con.open_constitution(con.CritiqueConstitution, str(small), None).principles

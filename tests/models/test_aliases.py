@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_model_dir
 from typer.testing import CliRunner
 
 from cai_cli.cli import models
@@ -21,23 +20,6 @@ from cai_cli.models.aliases import Alias
 
 ALIAS = "tiny-alias"
 WHEEL = "cai_tiny_gguf-1.0-py3-none-any.whl"
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("CAI_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def model_dir(tmp_path: Path) -> Path:
-    return tiny_model_dir(tmp_path / "model")
-
-
-@pytest.fixture
-def offline_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
 def write_gguf(model_dir: Path, path: Path) -> None:

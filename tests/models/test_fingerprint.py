@@ -12,17 +12,6 @@ from tiny import tiny_model_dir
 from cai_cli.models import fingerprint
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("CAI_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def model_dir(tmp_path: Path) -> Path:
-    return tiny_model_dir(tmp_path / "model")
-
-
 def settle(model_dir: Path) -> None:
     """Date every file back, so that its digest may be remembered."""
     for file in model_dir.iterdir():

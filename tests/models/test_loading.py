@@ -7,23 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_model_dir
 
 from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.models import loading, names
 from cai_cli.models.loading import pick_device
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("CAI_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def model_dir(tmp_path: Path) -> Path:
-    return tiny_model_dir(tmp_path / "model")
-
 
 # --- nothing of a model is ever run
 
