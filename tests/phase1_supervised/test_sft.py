@@ -91,17 +91,16 @@ def test_an_incomplete_checkpoint_is_skipped(model: Path, tmp_path: Path) -> Non
 
 KILLED = """
 import os, signal, sys
-from pathlib import Path
-from cai_cli.phase1_supervised.sft import command
-from cai_cli.training import Metrics
+from cai_cli.phase1_supervised.sft import SftConfig, run
+from cai_cli.training.metrics_log import Metrics
 put = Metrics.put
 def dying(self, step, values):
     put(self, step, values)
     if step == 5:
         os.kill(os.getpid(), signal.SIGKILL)
 Metrics.put = dying
-command(sys.argv[1], Path(sys.argv[2]), model=sys.argv[3], epochs=3, save_steps=2, batch_size=4,
-        gradient_accumulation=2, learning_rate=1e-3, eval_share=0.0)
+run(SftConfig(input=sys.argv[1], output=sys.argv[2], model=sys.argv[3], epochs=3, save_steps=2, batch_size=4,
+              gradient_accumulation=2, learning_rate=1e-3, eval_share=0.0))
 """
 
 
