@@ -1,5 +1,5 @@
-"""Build .server-venv, the real server of tests/integration/test_llama_server.py: llama-cpp-python in an environment of its own (its
-compilation takes some minutes, once) and the embedded model's GGUF file.
+"""Build .server-venv for tests/integration/test_llama_server.py: llama-cpp-python in a separate environment (its
+compilation takes some minutes, once) and the GGUF file of the embedded model.
 
     python tests/server_env.py    # or: make server-env
 """

@@ -2,7 +2,7 @@
 
 The server computes in 4-bit weights times 8-bit activations, the local engine in the same weights as float32: letters
 differ by some 0.1 nat in their log-probabilities. This server ignores the switches that continue a turn, so in chat
-form the model writes the cue itself after an unfinished turn: there letters may differ by half a nat.
+form the model writes the prefill itself after an unfinished turn: there letters may differ by half a nat.
 """
 
 import socket
@@ -69,7 +69,7 @@ def test_replies_are_criticised_and_revised_through_it(served: tuple[str, ...], 
     done = cai(
         "critique-revise", "samples.jsonl", "-o", "out.jsonl", "--rounds", "1", "--max-new-tokens", "24", *served
     )
-    assert done.code == 0, done.stderr
+    assert done.error in (None, "all-rejected"), done.stderr
     counts = manifest_of(tmp_path / "out.jsonl")["counts"]
     assert counts["in"] == 2 == counts["out"] + counts["rejected"]
     assert all("attempts" in reason for reason in counts["rejected_reasons"])  # the model's fault, never the server's
@@ -115,7 +115,7 @@ def test_log_probabilities_of_letters_are_near_the_local_engines(
 def test_an_echo_of_the_wrong_positions_gives_no_vote(url: str) -> None:
     remote = open_engine("openai:smollm2", batch_size=None, device="auto", dtype="auto", server=Server(url))
     try:
-        (answer,) = remote.score([LogprobRequest("The capital of France is", (" Paris", " a place unheard of"))])
+        (answer,) = remote.option_logprobs([LogprobRequest("The capital of France is", (" Paris", " a place unheard of"))])
     finally:
         remote.close()
     assert isinstance(answer, RequestFailure)
