@@ -87,6 +87,7 @@ class StageConfig(BaseModel):
         validate_default=True,
         protected_namespaces=(),
         allow_inf_nan=False,
+        defer_build=True,  # `cai --help` needs the fields of every stage, but validates none
     )
 
     @field_validator("*", mode="before")
