@@ -115,7 +115,9 @@ def test_log_probabilities_of_letters_are_near_the_local_engines(
 def test_an_echo_of_the_wrong_positions_gives_no_vote(url: str) -> None:
     remote = open_engine("openai:smollm2", batch_size=None, device="auto", dtype="auto", server=Server(url))
     try:
-        (answer,) = remote.option_logprobs([LogprobRequest("The capital of France is", (" Paris", " a place unheard of"))])
+        (answer,) = remote.option_logprobs(
+            [LogprobRequest("The capital of France is", (" Paris", " a place unheard of"))]
+        )
     finally:
         remote.close()
     assert isinstance(answer, RequestFailure)
