@@ -35,12 +35,14 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     log = tmp_path_factory.mktemp("server") / "log"
     with log.open("wb") as out, subprocess.Popen([str(w) for w in words], stdout=out, stderr=out) as server:
         address = f"http://127.0.0.1:{port}/v1"
-        for _ in range(600):
+        for _ in range(3000):
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     break
             assert server.poll() is None, log.read_text()
             time.sleep(0.1)
+        else:
+            raise AssertionError(f"the server did not start: {log.read_text()}")
         yield address
         server.kill()
 
