@@ -44,6 +44,9 @@ def metrics_row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 # Version -> the earlier versions whose unfinished outputs it resumes, because the same command wrote the same rows.
 CONTINUES = {"0.2.0": frozenset({"0.1.0"})}
+# Version -> the stages that, at equal settings, write other rows or train another model than in earlier versions.
+# Finished outputs of earlier versions are still recognised; unfinished ones are not resumed.
+CHANGED_STAGES: dict[str, frozenset[str]] = {"0.2.0": frozenset()}
 # Setting that an earlier version did not have -> the value that gives the behaviour of that version.
 ADDED_SETTINGS: dict[str, Any] = {}
 MANIFEST = {"figures": "metrics"}
@@ -75,6 +78,16 @@ def same_value(name: str, one: Any, other: Any) -> bool:
         added = ADDED_SETTINGS.get(name.removeprefix("settings."))
         return one == other or (added is not None and added in (one, other))
     return bool(one == other)
+
+
+def changed_between(stage: str, one: str, other: str) -> bool:
+    """Whether the stage does something else in one version than in the other."""
+    earlier, later = sorted((_numbers(one), _numbers(other)))
+    return any(stage in stages and earlier < _numbers(version) <= later for version, stages in CHANGED_STAGES.items())
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version))
 
 
 # --- digests of work items ----------------------------------------------------------------------------------------

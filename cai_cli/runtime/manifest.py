@@ -18,7 +18,7 @@ import orjson
 from cai_cli import __version__
 from cai_cli.common.errors import CaiError
 from cai_cli.common.files import write_atomically
-from cai_cli.common.legacy import current_manifest, current_provenance, same_value
+from cai_cli.common.legacy import changed_between, current_manifest, current_provenance, same_value
 from cai_cli.data.jsonl import COMPRESSED
 
 Json = Any
@@ -81,6 +81,14 @@ def differences(recorded: Json, current: Json) -> list[str]:
         for name in sorted(old.keys() | new.keys())
         if not same_value(name, old.get(name), new.get(name))
     ]
+
+
+def unfinished_differences(recorded: Json, current: Json) -> list[str]:
+    """`differences`, and the versions where the stage writes other rows in one than in the other."""
+    found, (one, other) = differences(recorded, current), (recorded["cai"], current["cai"])
+    if changed_between(current["stage"], one, other):
+        found.append(f"cai: {one} -> {other}, which changed what {current['stage']} writes")
+    return found
 
 
 def _leaves(value: Json, name: str = "") -> Iterator[tuple[str, Json]]:

@@ -21,7 +21,7 @@ from cai_cli.data.schema import WorkItemRecord
 from cai_cli.data.sharding import Shard
 from cai_cli.runtime.counts import Counts
 from cai_cli.runtime.file_transform import rewrite
-from cai_cli.runtime.manifest import InputFile, differences, read_manifest
+from cai_cli.runtime.manifest import InputFile, read_manifest, unfinished_differences
 from cai_cli.runtime.output_files import refuse_input_as_output, sidecar
 from cai_cli.runtime.sinks import Sink
 
@@ -123,7 +123,7 @@ def check(parts: Sequence[Part]) -> None:
     runs = [orjson.dumps(part.run, option=orjson.OPT_SORT_KEYS) for part in parts]
     common = orjson.loads(Counter(runs).most_common(1)[0][0])
     for part in parts:
-        if changed := differences(common, part.run):
+        if changed := unfinished_differences(common, part.run):
             raise CaiError(
                 f"{part.path} is from another run than the other shards: {'; '.join(changed)}", code="other-run"
             )

@@ -18,7 +18,7 @@ from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.common.files import write_atomically
 from cai_cli.data.jsonl import sync_directory
 from cai_cli.data.schema import reason_kind
-from cai_cli.runtime.manifest import InputFile, differences, read_manifest
+from cai_cli.runtime.manifest import InputFile, differences, read_manifest, unfinished_differences
 
 STDOUT = frozenset({"-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"})
 
@@ -79,7 +79,16 @@ def refuse_input_as_output(path: Path, inputs: Mapping[str, InputFile]) -> None:
 
 def refuse_other_run(path: Path, recorded: dict[str, Any], current: dict[str, Any]) -> None:
     """Raises CaiError `other-run`, which names each difference, when another run than the current one made `path`."""
-    if changed := differences(recorded, current):
+    _refuse(path, differences(recorded, current))
+
+
+def refuse_to_resume_other_run(path: Path, recorded: dict[str, Any], current: dict[str, Any]) -> None:
+    """The same for an unfinished output. A version whose stage writes other rows must not resume it."""
+    _refuse(path, unfinished_differences(recorded, current))
+
+
+def _refuse(path: Path, changed: list[str]) -> None:
+    if changed:
         raise CaiError(
             f"{path} was made by another run: {'; '.join(changed)}",
             hint="--overwrite starts from scratch; or choose another -o",
@@ -122,7 +131,7 @@ def resumed_provenance(output: str, provenance: dict[str, Any], overwrite: bool)
     if overwrite or is_stream(output):
         return provenance
     recorded = (read_manifest(sidecar(Path(output), "partial.manifest.json")) or {}).get("provenance")
-    return recorded if recorded and not differences(recorded, provenance) else provenance
+    return recorded if recorded and not unfinished_differences(recorded, provenance) else provenance
 
 
 def rejected_reasons(path: Path) -> Counter[str]:

@@ -21,7 +21,7 @@ from cai_cli.runtime.output_files import (
     is_stdout,
     is_stream,
     publish,
-    refuse_other_run,
+    refuse_to_resume_other_run,
     rejected_reasons,
     set_aside,
     sidecar,
@@ -117,7 +117,7 @@ class FileSink:
         self.provenance = provenance
         self.recorded = None if overwrite else read_manifest(self.draft)
         if self.recorded:
-            refuse_other_run(self.partial.path, self.recorded["provenance"], provenance)
+            refuse_to_resume_other_run(self.partial.path, self.recorded["provenance"], provenance)
             self.provenance = self.recorded["provenance"]
         elif not overwrite and self.partial.path.exists():
             raise CaiError(

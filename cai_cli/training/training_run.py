@@ -28,7 +28,7 @@ from cai_cli.runtime.output_files import (
     is_stream,
     one_writer,
     refuse_input_as_output,
-    refuse_other_run,
+    refuse_to_resume_other_run,
     sidecar,
 )
 from cai_cli.runtime.summary import counted, print_summary
@@ -144,7 +144,7 @@ class TrainingJob:
         work, draft = sidecar(path, "partial"), sidecar(path, "partial.manifest.json")
         recorded = None if self.overwrite else read_manifest(draft)
         if recorded:
-            refuse_other_run(work, recorded["provenance"], self.provenance)
+            refuse_to_resume_other_run(work, recorded["provenance"], self.provenance)
         else:
             if not self.overwrite and work.exists():
                 raise CaiError(

@@ -13,7 +13,7 @@ from cai_cli.judging.pairs import Pair
 from cai_cli.phase1_supervised.red_team import Attempt
 from cai_cli.pipeline.registry import STAGES
 from cai_cli.runtime.manifest import differences, read_manifest
-from cai_cli.runtime.output_files import refuse_other_run
+from cai_cli.runtime.output_files import refuse_other_run, refuse_to_resume_other_run
 from cai_cli.runtime.work_items import item_digest
 
 DATA = Path(__file__).parent.parent / "data/v0.1.0"
@@ -40,6 +40,24 @@ def test_a_setting_that_the_old_version_lacked_is_equal_at_its_old_behaviour_onl
     with pytest.raises(CaiError) as error:
         refuse_other_run(Path("out"), recorded, current)
     assert error.value.code == "other-run"
+
+
+def test_a_stage_that_changed_its_rows_recognises_old_outputs_and_does_not_resume_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recorded = (read_manifest(DATA / "finished/sample.jsonl.manifest.json") or {})["provenance"]
+    current = {**recorded, "cai": "0.2.0"}
+    refuse_to_resume_other_run(Path("out"), recorded, current)
+    monkeypatch.setattr(legacy, "CHANGED_STAGES", {"0.2.0": frozenset({"sample"})})
+    assert differences(recorded, current) == []
+    with pytest.raises(CaiError) as error:
+        refuse_to_resume_other_run(Path("out"), recorded, current)
+    assert error.value.code == "other-run"
+    refuse_to_resume_other_run(Path("out"), current, current)
+
+
+def test_the_stages_that_changed_exist() -> None:
+    assert all(stages <= STAGES.keys() for stages in legacy.CHANGED_STAGES.values())
 
 
 SAMPLE = sample_row(1)

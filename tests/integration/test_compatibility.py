@@ -72,6 +72,9 @@ def test_a_partial_output_resumes_to_the_bytes_of_an_uninterrupted_run(
     command: dict[str, Any], spelling: str, cai: Cai, old: Path
 ) -> None:
     done = cai(*words_of(command, spelling))
+    if command["argv"][1] in legacy.CHANGED_STAGES["0.2.0"]:
+        assert (done.code, done.error) == (1, "other-run")
+        return
     assert done.code == 0, done.stderr
     assert f"resuming {command['output']}.partial" in done.stderr
     output, expected = old / command["output"], old / command["expected"]
