@@ -11,6 +11,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -48,12 +49,15 @@ class Forks:
 
     def __init__(self, *modules: str) -> None:
         """`modules`: what is imported beforehand beside the command line."""
+        self._cache = tempfile.TemporaryDirectory()  # another test that writes to a shared one would change the calls
         self._mother = subprocess.Popen(
-            [sys.executable, "-u", __file__, *modules], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+            [sys.executable, "-u", __file__, *modules], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "CAI_CACHE": self._cache.name},
+        )  # fmt: skip
 
     def close(self) -> None:
         self._mother.communicate(timeout=10)
+        self._cache.cleanup()
 
     def _read(self) -> Any:
         assert self._mother.stdout
