@@ -25,6 +25,7 @@ FINGERPRINTED = (
     "vocab.txt",
     "merges.txt",
     "chat_template.*",
+    "additional_chat_templates/*",
     "additional_chat_templates/*.jinja",
 )
 

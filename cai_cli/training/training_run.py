@@ -198,9 +198,12 @@ def _remove_tree(path: Path) -> None:
 
 
 def _sync_files(directory: Path) -> None:
-    for file in directory.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
+    for path in directory.rglob("*"):  # named chat templates are in a folder of their own
+        if path.is_dir():
+            sync_directory(path)
+        else:
+            with path.open("rb") as handle:
+                os.fsync(handle.fileno())
     sync_directory(directory)
 
 
