@@ -58,15 +58,10 @@ def conversation(prompt: str, reply: str) -> list[Message]:
 CHATS = [conversation(prompt, reply) for prompt, *replies in PAIRS for reply in replies]
 
 
-def base_with(path: Path, template: str, padding: str | None) -> Path:
-    """A tiny language model with this chat template and padding token."""
-    from transformers import AutoTokenizer
-
-    tiny_model_dir(path, chat_template=template)
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    tokenizer.pad_token = padding
-    tokenizer.save_pretrained(path)
-    return path
+def base_of(path: Path, kind: str) -> Path:
+    """A tiny language model with this kind of chat template and of padding token."""
+    template, padding = TEMPLATES[kind]
+    return tiny_model_dir(path, chat_template=template, pad_token=padding)
 
 
 def preference_model(path: Path, base: Path) -> Path:
@@ -98,7 +93,7 @@ def test_a_conversation_beyond_the_window_is_an_error_with_both_numbers(model: P
 @pytest.mark.parametrize("padding", [END_OF_TEXT, IM_END, None])
 @pytest.mark.parametrize("at", ReadAt)
 def test_a_score_depends_on_neither_batch_nor_neighbours(tmp_path: Path, padding: str | None, at: ReadAt) -> None:
-    base = base_with(tmp_path / "tiny", ENDS_WITH_ITS_END, padding)
+    base = tiny_model_dir(tmp_path / "tiny", chat_template=ENDS_WITH_ITS_END, pad_token=padding)
     pm, tokenizer = load_reward_model(base, new_head_seed=0), load_tokenizer(base)
     pm.reading = Reading(at, None if at is ReadAt.END_OF_TURN else tokenizer.pad_token_id)
     chats = [conversation("question " * n, "helpful " * (9 - n)) for n in range(1, 9)]
@@ -149,7 +144,7 @@ def test_a_text_config_that_pads_otherwise_than_the_tokenizer_does_not_change_a_
 def test_a_closed_reply_and_one_that_is_not_have_different_scores_where_the_end_of_turn_is_the_padding(
     tmp_path: Path,
 ) -> None:
-    base = base_with(tmp_path / "tiny", ENDS_WITH_ITS_END, None)
+    base = base_of(tmp_path / "tiny", "nothing, padding is the end of turn")
     pm, tokenizer = load_reward_model(base, new_head_seed=0), load_tokenizer(base)
     closed = encode_conversation(tokenizer, CHATS[0], Reading())
     assert closed[-1] == tokenizer.pad_token_id == tokenizer.eos_token_id
@@ -169,7 +164,7 @@ def scores_of_transformers(directory: Path, sequences: Sequence[Sequence[int]]) 
 
 @pytest.mark.parametrize("kind", TEMPLATES)
 def test_a_model_of_version_0_1_0_has_the_scores_that_it_had(tmp_path: Path, kind: str) -> None:
-    path = preference_model(tmp_path / "pm", base_with(tmp_path / "tiny", *TEMPLATES[kind]))
+    path = preference_model(tmp_path / "pm", base_of(tmp_path / "tiny", kind))
     (path / "README.md").write_text("---\ntags:\n- constitutional-ai\n- cai-train-pm\n- trl\n---\n")
     pm, tokenizer = open_for_scores(path, "cpu")
     sequences = []
@@ -217,7 +212,7 @@ def trained_by_trl(base: Path, out: Path) -> list[float]:
 def test_a_reward_model_of_plain_trl_has_the_scores_of_trl(
     tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    expected = trained_by_trl(base_with(tmp_path / "tiny", *TEMPLATES[kind]), tmp_path / "rm")
+    expected = trained_by_trl(base_of(tmp_path / "tiny", kind), tmp_path / "rm")
     pm, tokenizer = open_for_scores(tmp_path / "rm", "cpu")
     assert "rm was not trained by `cai train-pm`" in capsys.readouterr().err
     assert score_conversations(pm, tokenizer, CHATS, batch_size=3) == pytest.approx(expected, abs=1e-3)
@@ -226,7 +221,7 @@ def test_a_reward_model_of_plain_trl_has_the_scores_of_trl(
 
 
 def test_a_model_without_any_padding_token_is_read_at_its_very_last_token(tmp_path: Path) -> None:
-    path = preference_model(tmp_path / "rm", base_with(tmp_path / "tiny", ENDS_WITH_ITS_END, None))
+    path = preference_model(tmp_path / "rm", base_of(tmp_path / "tiny", "nothing, padding is the end of turn"))
     config = json.loads((path / "config.json").read_text()) | {"pad_token_id": None}
     (path / "config.json").write_text(json.dumps(config))
     tokenizer_config = json.loads((path / "tokenizer_config.json").read_text()) | {"pad_token": None}
