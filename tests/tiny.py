@@ -31,13 +31,14 @@ def tiny_model_dir(
     vocab_size: int = 512,
     max_position_embeddings: int = 512,
     chat_template: str | None = CHATML,
+    pad_token: str | None = END_OF_TEXT,
     seed: int = 0,
 ) -> Path:
     """Save a seeded two-layer Llama (hidden 32, 4 heads, 2 of keys and values) and its tokenizer into `path`.
 
     The same arguments give the same weights, and torch's global generator is left as it was. The weights are
     drawn ten times wider than usual (0.2), so that the logits differ enough for a wrong mask or position to
-    show. eos is `<|im_end|>`, pad is `<|endoftext|>`. `vocab_size` counts the 3 special tokens, the 256 bytes
+    show. eos is `<|im_end|>`, pad is `pad_token`. `vocab_size` counts the 3 special tokens, the 256 bytes
     and as many merges as the corpus gives beyond them (444 in all).
     """
     import torch
@@ -58,7 +59,7 @@ def tiny_model_dir(
         tokenizer_object=raw,
         bos_token=IM_START,
         eos_token=IM_END,
-        pad_token=END_OF_TEXT,
+        pad_token=pad_token,
         unk_token=END_OF_TEXT,
         model_max_length=max_position_embeddings,
     )

@@ -29,6 +29,7 @@ class DatasetStats:
     cut_off: int = 0
     human: int = 0
     p_chosen: float = 0.0
+    rejected: Counter[str] = field(default_factory=Counter)
 
     def add(self, row: Row) -> None:
         """Add one row."""
@@ -46,6 +47,7 @@ class DatasetStats:
             statistics["replies cut off at the length limit"] = self.cut_off
         if row_type is Preference:
             statistics |= {"mean p_chosen": self.p_chosen / self.rows, "with a human label": self.human}
+        statistics |= {f"left out: {reason}": count for reason, count in sorted(self.rejected.items())}
         return statistics
 
 

@@ -26,7 +26,8 @@ def export_command(
     summary = export_file(input, output, overwrite=overwrite)
     if json:
         print(orjson.dumps(summary).decode())
-    console.say(f"export: {summary['rows']:,} {summary['type']} rows -> {output}")
+    left_out = "".join(f", {count:,} left out ({reason})" for reason, count in summary["rejected_reasons"].items())
+    console.say(f"export: {summary['rows']:,} {summary['type']} rows{left_out} -> {output}")
 
 
 def push_command(

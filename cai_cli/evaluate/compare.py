@@ -27,6 +27,7 @@ from cai_cli.judging.labeller import JudgeOptions, estimate_votes, labeller_sett
 from cai_cli.judging.votes import Labeller, PairVerdict, aggregate_votes
 from cai_cli.metrics.elo import Tournament
 from cai_cli.prompting.evaluation import HELPFULNESS
+from cai_cli.reward.preference_model import preference_model_identity
 from cai_cli.reward.scorer import Scorer
 from cai_cli.runtime.config import Effect, Group, Option, option, redefine
 from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
@@ -295,9 +296,9 @@ def open_comparer(config: CompareConfig, models: Sequence[str]) -> Comparer:
     if config.judge is None:
         scorer = Scorer(str(config.pm), config.batch_size, config.device)
         settings = {"kind": config.kind, "limit": config.limit} | named
-        fingerprint = {"fingerprint": scorer.base.fingerprint}
         work = partial(compare_by_scores, scorer=scorer)
-        return Comparer(work, 4 * scorer.batch_size, None, {"settings": settings, "pm": fingerprint})
+        recorded = {"settings": settings, "pm": preference_model_identity(scorer.base)}
+        return Comparer(work, 4 * scorer.batch_size, None, recorded)
     labeller, loaded = open_labeller(config, config.judge, both_orders=True)
     engine = labeller.judge.engine
     recorded = {

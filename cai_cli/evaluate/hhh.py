@@ -25,7 +25,7 @@ from cai_cli.metrics.intervals import SHARE, Estimate, mean_estimate, percent, w
 from cai_cli.models.loading import pick_device
 from cai_cli.models.source import ModelSource
 from cai_cli.prompting.base import resolve_prompt_format
-from cai_cli.reward.preference_model import open_for_scores
+from cai_cli.reward.preference_model import open_for_scores, preference_model_identity
 from cai_cli.runtime.config import Effect, Group, Option, option
 from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
 from cai_cli.runtime.manifest import hash_input, provenance
@@ -218,7 +218,7 @@ def run(config: HhhConfig) -> dict[str, Any]:
     if config.pm:
         base, batch_size = ModelSource.resolve(config.pm), config.batch_size or PM_BATCH
         model, window = _preference_model(base.path, batch_size, config.device), 4 * batch_size
-        identity: dict[str, Any] = {"engine": "preference model", "fingerprint": base.fingerprint}
+        identity: dict[str, Any] = {"engine": "preference model", **preference_model_identity(base)}
     else:
         engine = config.open_engine(config.model or DEFAULT_MODEL)
         form = settings["prompt_format"] = resolve_prompt_format(config.prompt_format, engine)

@@ -16,6 +16,7 @@ from cai_cli.data.formats import parse_preference, row_type_of, sample_or_revisi
 from cai_cli.data.jsonl import Numbered, display_name, origin
 from cai_cli.data.row_reader import RowReader
 from cai_cli.data.schema import Pair, Preference, Sample, Scored, conversation_id, load_row
+from cai_cli.data.splits import pair_problem
 from cai_cli.runtime.stage_run import Skipped, WorkItem, WorkItems
 
 
@@ -89,8 +90,8 @@ def _sides(row: Preference, seed: int) -> Pair:
 
 
 def _work_item(line: int, pair: Pair) -> WorkItem[Pair] | Skipped:
-    if pair.a == pair.b:
-        return Skipped("identical replies", line)
+    if problem := pair_problem(pair.a, pair.b):
+        return Skipped(problem, line)
     hashes = (conversation_id([*pair.prompt, *replies]) for replies in ([*pair.a, *pair.b], [*pair.b, *pair.a]))
     return WorkItem(pair.id, line, pair, hashed_id=pair.id in hashes)
 

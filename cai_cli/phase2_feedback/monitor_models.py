@@ -18,7 +18,7 @@ from cai_cli.judging.judge import Judge
 from cai_cli.judging.votes import Labeller, PairVerdict, aggregate_votes
 from cai_cli.models.source import ModelSource
 from cai_cli.prompting.base import assistant, resolve_prompt_format
-from cai_cli.reward.preference_model import open_for_scores, score_conversations
+from cai_cli.reward.preference_model import open_for_scores, preference_model_identity, score_conversations
 
 # Prompts and their replies -> one score each.
 ReplyScorer = Callable[[Sequence[Prompt], Sequence[str]], list[float]]
@@ -79,7 +79,7 @@ def pick_monitor_model(
                 code="option-conflict",
             )
         return MonitorModel(
-            {"fingerprint": base.fingerprint}, base.path, lambda: _as_monitor(preference_score(base.path, device))
+            preference_model_identity(base), base.path, lambda: _as_monitor(preference_score(base.path, device))
         )
     if monitor_judge:
         engine = open_engine(monitor_judge, batch_size=None, device="auto", dtype="auto", server=Server(base_url))

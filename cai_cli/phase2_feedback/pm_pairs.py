@@ -9,14 +9,18 @@ from cai_cli.data.formats import parse_preference
 from cai_cli.data.jsonl import origin
 from cai_cli.data.row_reader import RowReader
 from cai_cli.data.schema import JudgedPair, Preference, reject
-from cai_cli.data.splits import too_long_for
+from cai_cli.data.splits import IDENTICAL_REPLIES, pair_problem, too_long_for
 from cai_cli.engines.tokenization import encode_text
+from cai_cli.models.reading import Reading
 from cai_cli.reward.packed_pairs import score_pairs
 from cai_cli.reward.preference_model import encode_conversation, score_ids
 from cai_cli.runtime.counts import Counts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+PLACE = Reading()  # a model of `train-pm` is read at the end of the turn, as `record_place` records
 
 
 def read_preferences(reader: RowReader, source: str, limit: int | None = None) -> list[Preference]:
@@ -76,14 +80,16 @@ def encode_pairs(
     pairs, too_long = [], too_long_for(max_length, window)
     for row in rows:
         try:
-            ids = [encode_conversation(tokenizer, [*row.prompt, *reply]) for reply in (row.chosen, row.rejected)]
+            ids = [encode_conversation(tokenizer, [*row.prompt, *reply], PLACE) for reply in (row.chosen, row.rejected)]
         except RowError as error:
             counts.reject(reject(row.key, error.message, row))
             continue
-        if max(map(len, ids)) > min(max_length, window):
+        if problem := pair_problem(row.chosen, row.rejected):
+            counts.reject(reject(row.key, problem, row))
+        elif max(map(len, ids)) > min(max_length, window):
             counts.reject(reject(row.key, too_long, row))
-        elif ids[0] == ids[1]:
-            counts.reject(reject(row.key, "chosen and rejected are the same", row))
+        elif ids[0] == ids[1]:  # the chat template may change a text
+            counts.reject(reject(row.key, IDENTICAL_REPLIES, row))
         elif hard and row.p_chosen == 0.5:
             counts.skipped["a tie, which has no hard target"] += 1
         else:

@@ -46,6 +46,7 @@ from cai_cli.phase2_feedback.rl_monitor import (
 )
 from cai_cli.phase2_feedback.rl_prompts import fitting_prompts, hold_out, prompt_order
 from cai_cli.phase2_feedback.rl_trainer import end_ids, preference_reward, with_seeded_sampling
+from cai_cli.reward.preference_model import preference_model_identity
 from cai_cli.runtime.cost import CHARACTERS_PER_TOKEN, RowFlow, StepCost, TokenCounts
 from cai_cli.runtime.counts import Counts
 from cai_cli.runtime.manifest import hash_input, provenance
@@ -323,7 +324,7 @@ def run(config: RlConfig) -> dict[str, Any]:
             inputs=inputs,
             settings=training.settings(config),
             model={"fingerprint": models["model"].fingerprint},
-            pm={"fingerprint": models["pm"].fingerprint},
+            pm=preference_model_identity(models["pm"]),
             monitor=monitor_model.identity if monitor_model else None,
             rows=prompts.rows,
         ),

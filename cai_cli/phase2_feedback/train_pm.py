@@ -22,6 +22,7 @@ from cai_cli.data.schema import Preference, conversation_id, dump_row
 from cai_cli.data.splits import held_out_keys, mixed
 from cai_cli.metrics.preference_model import held_out_metrics
 from cai_cli.models.loading import tokenizer_and_window
+from cai_cli.models.reading import record_place
 from cai_cli.models.source import ModelSource
 from cai_cli.phase2_feedback.linear_probe import fit_head
 from cai_cli.phase2_feedback.pm_pairs import EncodedPair, encode_pairs, read_preferences, score_held_out
@@ -144,6 +145,7 @@ def train_pm(
         save_model(model, tokenizer, work / "model")
     if not distributed.is_rank_zero():
         return {}
+    record_place(work / "model")
     after = _finished_metrics(work / "model", tokenizer, held_out, training, longest if share else None)
     metrics.put(steps, _metrics_row(after))
     by_source = Counter(pair.row.source or "no source" for pair in train)

@@ -223,9 +223,9 @@ def test_a_preference_model_s_scores_decide_and_are_kept(cai: Cai, tmp_path: Pat
     from cai_cli.reward.preference_model import score_conversations
 
     base = tiny_model_dir(tmp_path / "base")
-    model, tokenizer = load_reward_model(base, new_head_seed=3), load_tokenizer(base)
-    model.save_pretrained(tmp_path / "pm")
-    tokenizer.save_pretrained(tmp_path / "pm")
+    load_reward_model(base, new_head_seed=3).save_pretrained(tmp_path / "pm")
+    load_tokenizer(base).save_pretrained(tmp_path / "pm")
+    model, tokenizer = load_reward_model(tmp_path / "pm"), load_tokenizer(tmp_path / "pm")
     names = ("x", "y", "z")
     for name in names:
         samples(tmp_path, name, {i: f"{name} says {i}" for i in range(4)})

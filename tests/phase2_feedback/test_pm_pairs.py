@@ -49,14 +49,17 @@ def test_pairs_of_one_prompt_are_all_held_out_or_none(model: Path, tmp_path: Pat
     assert manifest_of(tmp_path / "pm")["counts"]["held_out"] == 8
 
 
-def test_long_and_identical_pairs_are_rejected_with_the_reason(model: Path, tmp_path: Path) -> None:
+def test_long_and_identical_pairs_and_empty_replies_are_rejected_with_the_reason(model: Path, tmp_path: Path) -> None:
     rows = [preference(i) for i in range(4)]
-    rows += [preference(4, rejected="long " * 200), preference(5, chosen="same", rejected="same")]
+    rows += [preference(4, rejected="long " * 200), preference(5, chosen="same", rejected="same \n")]
+    rows += [preference(6, rejected=""), preference(7, chosen=" \n")]
     command(write_rows(tmp_path / "prefs.jsonl", rows), tmp_path / "pm", model=str(model), max_length=128, **QUICK)
     rejected = {row["key"]: row["reason"] for row in rows_in(tmp_path / "pm.rejected.jsonl")}
-    assert rejected == {"p4": "longer than --max-length", "p5": "chosen and rejected are the same"}
+    assert rejected == {
+        "p4": "longer than --max-length", "p5": "identical replies", "p6": "empty reply", "p7": "empty reply",
+    }  # fmt: skip
     counts = manifest_of(tmp_path / "pm")["counts"]
-    assert counts["in"] == counts["used"] + counts["rejected"] == 6
+    assert counts["in"] == counts["used"] + counts["rejected"] == 8
 
 
 def test_pairs_beyond_the_models_window_are_rejected_with_any_max_length(model: Path, tmp_path: Path) -> None:
