@@ -8,7 +8,7 @@ from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.models.fetch import check_model_dir, loading
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -35,6 +35,21 @@ def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
                 )
             tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_generation_config(path: Path) -> "GenerationConfig":
+    """The generation config of the model in a directory, without loading the model.
+
+    Raises:
+        CaiError: The directory is not that of a model (`invalid-model`).
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    with loading(path):
+        if (path / "generation_config.json").is_file():
+            return GenerationConfig.from_pretrained(path, local_files_only=True)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)  # nosec B615
+        return GenerationConfig.from_model_config(config)
 
 
 def load_causal_lm(path: Path, dtype: str = "float32", device: str = "cpu") -> "PreTrainedModel":

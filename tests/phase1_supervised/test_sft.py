@@ -15,12 +15,12 @@ from helpers import (
     user,
     write_rows,
 )
-from tiny import tiny_model_dir
+from tiny import declare_only_end_of_text, tiny_model_dir
 
 from cai_cli.common.errors import CaiError, InvalidRow, RowError
 from cai_cli.data.formats import completed_row
 from cai_cli.data.schema import Message, Revision, Sample, load_row
-from cai_cli.models.loading import load_tokenizer
+from cai_cli.models.loading import load_generation_config, load_tokenizer
 from cai_cli.phase1_supervised.sft import encode, examples_of
 from cai_cli.training.checkpoints import SEAL
 
@@ -206,3 +206,20 @@ def test_revision_rows_feed_trls_sft_trainer_unchanged(model: Path, tmp_path: Pa
     )  # fmt: skip
     trainer = SFTTrainer(str(model), config, train_dataset=data)
     assert trainer.train().training_loss > 0
+
+
+def test_the_finished_model_ends_its_turn_in_plain_transformers(tmp_path: Path) -> None:
+    """The base model names another end than its chat template, as base models do."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = declare_only_end_of_text(tiny_model_dir(tmp_path / "base"))
+    pair = [{"prompt": "Name a fruit.", "completion": "A pear."}, {"prompt": "Name a town.", "completion": "Bern."}]
+    options = {"max_steps": 40, "learning_rate": 1e-2, "gradient_accumulation": 1, "eval_share": 0.0}
+    command(write_rows(tmp_path / "pair.jsonl", pair), tmp_path / "sl", model=str(base), **options)
+    model, tokenizer = (kind.from_pretrained(tmp_path / "sl") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    chat = [{"role": "user", "content": "Name a fruit."}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    new = model.generate(**ids, do_sample=False, max_new_tokens=24)[0, ids["input_ids"].shape[1] :]
+    assert tokenizer.decode(new) == "A pear.<|im_end|>"
+    command(tmp_path / "pair.jsonl", tmp_path / "lora", model=str(base), **options | {"lora": True, "max_steps": 1})
+    assert load_generation_config(tmp_path / "lora").eos_token_id == [0, 2]
