@@ -20,7 +20,11 @@ NO_TEMPLATE = "use --prompt-format raw where there is such an option; training a
 
 
 def encode_chat(
-    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], *, add_generation_prompt: bool
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool,
+    close: bool = True,
 ) -> list[int]:
     """The token ids of a conversation in the tokenizer's chat template.
 
@@ -31,6 +35,7 @@ def encode_chat(
         tokenizer: The model's tokenizer.
         messages: The conversation.
         add_generation_prompt: Whether to append the start of an assistant turn.
+        close: Whether the end of turn follows the last message.
 
     Raises:
         CaiError: The tokenizer has no chat template (`no-chat-template`).
@@ -44,6 +49,7 @@ def encode_chat(
         ids: list[int] = tokenizer.apply_chat_template(
             chat,
             add_generation_prompt=add_generation_prompt,
+            continue_final_message=not close,
             sanitize_control_tokens=_spells_a_token(tokenizer, [message.content for message in messages]),
             return_dict=False,
             tokenizer_kwargs={"verbose": False},
