@@ -59,6 +59,6 @@ class Counts:
         }
 
     def ends_as_json(self) -> dict[str, Any]:
-        """How replies ended, for manifests and summaries, under the key `reply_ends`; empty where no row has a reply."""
+        """How replies ended, under the key `reply_ends` of manifests and summaries; empty where no row has a reply."""
         ends = self.reply_ends.as_json()
         return {"reply_ends": ends} if ends else {}
