@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"  # ids 0, 1, 2, as in SmolLM2
@@ -84,3 +85,15 @@ def tiny_model_dir(
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+def declare_only_end_of_text(directory: Path) -> Path:
+    """Let a tiny model name `<|endoftext|>` as its end, as base models do whose template closes turns otherwise."""
+    for name, changes in {
+        "config.json": {"eos_token_id": 0, "bos_token_id": 0},
+        "generation_config.json": {"eos_token_id": 0, "bos_token_id": 0},
+        "tokenizer_config.json": {"eos_token": END_OF_TEXT, "bos_token": None},
+    }.items():
+        file = directory / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return directory

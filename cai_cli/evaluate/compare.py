@@ -86,8 +86,8 @@ class ReplyPair:
     @property
     def pair(self) -> Pair:
         """The two replies, as a judge compares them."""
-        sides = {"a": self.a.completion, "b": self.b.completion}
-        return Pair(id=self.id, prompt=self.a.prompt, **sides, human=None, source=self.a.source)
+        a, b = self.a.completion, self.b.completion
+        return Pair(id=self.id, prompt=self.a.prompt, a=a, b=b, human=None, source=self.a.source)
 
     def comparison(
         self, p_a: float, scores: tuple[float | None, float | None] = (None, None), votes: Sequence[Vote] = ()

@@ -83,10 +83,11 @@ def _row(value: object, source: str, seed: int) -> Sample | Pair:
 def _sides(row: Preference, seed: int) -> Pair:
     """Return a labelled pair without its label; the seed decides which reply is `a`, which must not be a hint."""
     swapped = bool(seed_for(seed, "sides", row.id) & 1)
-    a, b = (row.rejected, row.chosen) if swapped else (row.chosen, row.rejected)
+    replies = [(row.chosen, row.chosen_finish_reason), (row.rejected, row.rejected_finish_reason)]
+    (a, a_ended), (b, b_ended) = reversed(replies) if swapped else replies
     human = None if row.human is None else "a" if (row.human == "chosen") != swapped else "b"
     fields = {"id": row.id, "prompt": row.prompt, "a": a, "b": b, "human": human, "source": row.source}
-    return Pair.model_validate(fields)
+    return Pair.model_validate(fields | {"a_finish_reason": a_ended, "b_finish_reason": b_ended})
 
 
 def _work_item(line: int, pair: Pair) -> WorkItem[Pair] | Skipped:
@@ -135,4 +136,13 @@ def _paired(
 
 def _pair(one: Sample, other: Sample) -> Pair:
     name = f"{one.id}/{one.sample_index}-{other.sample_index}"
-    return Pair(id=name, prompt=one.prompt, a=one.completion, b=other.completion, human=None, source=one.source)
+    return Pair(
+        id=name,
+        prompt=one.prompt,
+        a=one.completion,
+        b=other.completion,
+        human=None,
+        source=one.source,
+        a_finish_reason=one.finish_reason,
+        b_finish_reason=other.finish_reason,
+    )

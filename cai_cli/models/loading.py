@@ -9,7 +9,7 @@ from cai_cli.models.fetch import check_model_dir, loading
 from cai_cli.models.reading import ReadAt, Reading, place_of, read_last_token
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -41,6 +41,21 @@ def _tokenizer(path: Path) -> "PreTrainedTokenizerBase":
         return AutoTokenizer.from_pretrained(  # nosec B615
             path, trust_remote_code=False, local_files_only=True, padding_side="left"
         )
+
+
+def load_generation_config(path: Path) -> "GenerationConfig":
+    """The generation config of the model in a directory, without loading the model.
+
+    Raises:
+        CaiError: The directory is not that of a model (`invalid-model`).
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    with loading(path):
+        if (path / "generation_config.json").is_file():
+            return GenerationConfig.from_pretrained(path, local_files_only=True)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)  # nosec B615
+        return GenerationConfig.from_model_config(config)
 
 
 def load_causal_lm(path: Path, dtype: str = "float32", device: str = "cpu") -> "PreTrainedModel":

@@ -97,7 +97,9 @@ def _revised(
         if isinstance(answer, RequestFailure):
             outcomes.append(reject(row.key, answer.reason, row))
             continue
-        this_round = RevisionRound(round=n, principle_id=principle.id, critique=text, response=row.reply)
+        this_round = RevisionRound(
+            round=n, principle_id=principle.id, critique=text, response=row.reply, finish_reason=row.finish_reason
+        )
         fields = row.sample_fields()
         fields |= {"completion": [assistant(answer.text.strip())], "finish_reason": answer.finish_reason}
         outcomes.append(Revision(**fields, history=[*history_of(row), this_round]))

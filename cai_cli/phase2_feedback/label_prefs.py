@@ -103,6 +103,8 @@ def _labelled(pair: Pair, verdict: PairVerdict, method: str) -> Preference:
         votes=votes,
         human=None if pair.human is None else "chosen" if (pair.human == "a") == a_wins else "rejected",
         source=pair.source,
+        chosen_finish_reason=pair.a_finish_reason if a_wins else pair.b_finish_reason,
+        rejected_finish_reason=pair.b_finish_reason if a_wins else pair.a_finish_reason,
     )
 
 

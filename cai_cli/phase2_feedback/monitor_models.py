@@ -129,8 +129,8 @@ def win_probabilities(
     pairs = []
     for prompt, reply, start in zip(prompts, replies, start_replies, strict=True):
         if reply != start:
-            sides = {"a": [assistant(reply)], "b": [assistant(start)]}
-            pairs.append(Pair(id=prompt.id, prompt=prompt.prompt, **sides, human=None, source=None))
+            a, b = [assistant(reply)], [assistant(start)]
+            pairs.append(Pair(id=prompt.id, prompt=prompt.prompt, a=a, b=b, human=None, source=None))
     probabilities = (
         verdict.p_a if isinstance(verdict, PairVerdict) else None for verdict in aggregate_votes(pairs, labeller)
     )

@@ -70,7 +70,7 @@ def encode_pairs(
         tokenizer: The model's tokenizer.
         rows: The preferences.
         max_length: Longest conversation in tokens.
-        counts: Receives the rejected and skipped rows.
+        counts: Receives the rejected and skipped rows, and how the replies of the others ended.
         window: The model's context window in tokens.
         hard: Whether the preferred reply has probability 1. A tie is skipped then, because neither is preferred.
 
@@ -94,6 +94,8 @@ def encode_pairs(
             counts.skipped["a tie, which has no hard target"] += 1
         else:
             pairs.append(EncodedPair(row, ids[0], ids[1], 1.0 if hard else row.p_chosen))
+            counts.reply_ends.add("replies", row.chosen_finish_reason)
+            counts.reply_ends.add("replies", row.rejected_finish_reason)
     return pairs
 
 

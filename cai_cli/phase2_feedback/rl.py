@@ -32,6 +32,7 @@ from cai_cli.constitution.schema import PreferenceConstitution, open_constitutio
 from cai_cli.data.schema import Prompt
 from cai_cli.data.splits import mixed
 from cai_cli.engines.base import Sampling
+from cai_cli.engines.tokenization import declare_end_of_turn
 from cai_cli.models.source import ModelSource
 from cai_cli.phase2_feedback.monitor_models import MonitorModel, ReplyScorer, pick_monitor_model, preference_score
 from cai_cli.phase2_feedback.rl_config import Algorithm, Reporter, RlConfig
@@ -45,7 +46,7 @@ from cai_cli.phase2_feedback.rl_monitor import (
     reference_of,
 )
 from cai_cli.phase2_feedback.rl_prompts import fitting_prompts, hold_out, prompt_order
-from cai_cli.phase2_feedback.rl_trainer import end_ids, preference_reward, with_seeded_sampling
+from cai_cli.phase2_feedback.rl_trainer import preference_reward, with_seeded_sampling
 from cai_cli.reward.preference_model import preference_model_identity
 from cai_cli.runtime.cost import CHARACTERS_PER_TOKEN, RowFlow, StepCost, TokenCounts
 from cai_cli.runtime.counts import Counts
@@ -118,6 +119,7 @@ def rl(inputs: RlInputs, config: RlConfig, training: TrainingConfig, work: Path)
     policy, tokenizer = load_causal_lm(base, "float32", training.device), load_tokenizer(base)
     if policy.config._name_or_path != str(base):
         raise AssertionError("TRL would load the reference model from another directory")
+    ends = declare_end_of_turn(policy, tokenizer)  # TRL reads the config
     score = preference_score(inputs.preference_model, training.device, training.batch_size)
     metrics = Metrics(work / "metrics.jsonl", [*COLUMNS, *CHECK_COLUMNS])
     monitor = _open_monitor(inputs, config, training, tokenizer, score, work)
@@ -125,7 +127,7 @@ def rl(inputs: RlInputs, config: RlConfig, training: TrainingConfig, work: Path)
         metrics.put(0, distributed.from_rank_zero(lambda: monitor.check(0, policy, logits_of(policy))))
     normalizer = distributed.from_rank_zero(lambda: monitor.normalizer)
     with quiet_libraries():
-        reward = preference_reward(score, normalizer, end_ids(policy, tokenizer), config.cutoff_penalty)
+        reward = preference_reward(score, normalizer, tokenizer, ends, config.cutoff_penalty)
         trainer = _policy_trainer(inputs, config, training, work, policy, tokenizer, reward)
         reference = reference_of(trainer, base)
         checks = PolicyChecks(
@@ -182,7 +184,7 @@ def _policy_trainer(
     }[config.algorithm]
     order = prompt_order(len(inputs.train), training.max_steps, config.prompts_per_step, training.seed)
     sampling = Sampling(config.max_new_tokens, config.temperature)
-    seeded_class = with_seeded_sampling(trainer_class, end_ids(policy, tokenizer), sampling, training.batch_size)
+    seeded_class = with_seeded_sampling(trainer_class, sampling, training.batch_size)
     trainer = without_printer(
         seeded_class(
             model=policy,

@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from cai_cli.data.reply_ends import ReplyEnds
 from cai_cli.data.schema import Rejected, reason_kind
 
 
@@ -13,7 +14,8 @@ class Counts:
 
     A data stage sets `items` and `out` and counts its rejected rows by reason when the output is complete. A training
     stage (`for_training`) sets `train` and `held_out` instead, which together are the rows it used, and keeps the
-    rejected rows until it can write them.
+    rejected rows until it can write them. `reply_ends` counts how the replies of the output ended, or of the training
+    data.
     """
 
     items: int = 0
@@ -24,6 +26,7 @@ class Counts:
     train: int = 0
     held_out: int = 0
     rejected_rows: list[Rejected] = field(default_factory=list)
+    reply_ends: ReplyEnds = field(default_factory=ReplyEnds)
 
     @classmethod
     def of_training(cls, rejected: list[Rejected]) -> "Counts":
@@ -54,3 +57,8 @@ class Counts:
             "rejected_reasons": dict(sorted(self.rejected.items())),
             "skipped_reasons": dict(sorted(self.skipped.items())),
         }
+
+    def ends_as_json(self) -> dict[str, Any]:
+        """How replies ended, under the key `reply_ends` of manifests and summaries; empty where no row has a reply."""
+        ends = self.reply_ends.as_json()
+        return {"reply_ends": ends} if ends else {}

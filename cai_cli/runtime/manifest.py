@@ -22,7 +22,7 @@ from cai_cli.common.legacy import changed_between, current_manifest, current_pro
 from cai_cli.data.jsonl import COMPRESSED
 
 Json = Any
-OBJECTS = frozenset({"provenance", "counts", "run", "metrics", "steps"})  # in a manifest or run.json
+OBJECTS = frozenset({"provenance", "counts", "reply_ends", "run", "metrics", "steps"})  # in a manifest or run.json
 
 
 @dataclass(frozen=True)

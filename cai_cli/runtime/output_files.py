@@ -118,6 +118,7 @@ def finished_summary(path: Path, provenance: dict[str, Any], overwrite: bool) ->
         "status": "already finished",
         "output": str(path),
         **manifest["counts"],
+        **{name: value for name, value in manifest.items() if name == "reply_ends"},
         "seconds": manifest["run"]["seconds"],
     }
 

@@ -8,6 +8,7 @@ import orjson
 
 from cai_cli.common import console
 from cai_cli.common.errors import CaiError
+from cai_cli.data.reply_ends import cut_off_share
 
 TRAINING_METRICS = ("loss", "accuracy", "reward", "held_out_loss")  # shown in the line, where a stage has them
 
@@ -26,7 +27,7 @@ def print_summary(summary: Mapping[str, Any], *, as_json: bool, stdout_is_data: 
         print(orjson.dumps(whole).decode(), file=sys.stderr if stdout_is_data else sys.stdout)
         return
     target = "" if stdout_is_data or not summary["output"] else f" -> {summary['output']}"
-    details = "; ".join([counted(summary), *_usage(summary), *_training(summary)])
+    details = "; ".join([counted(summary), *_ends(summary), *_usage(summary), *_training(summary)])
     console.say(f"{summary['stage']}: {details} in {summary['seconds']:,.1f} s{target}")
 
 
@@ -62,6 +63,11 @@ def counted(counts: Mapping[str, Any]) -> str:
         reasons = ", ".join(f"{count:,} {why}" for why, count in counts.get(f"{name}_reasons", {}).items())
         parts.append(f"{counts[name]:,} {name}" + (f" ({reasons})" if reasons else ""))
     return " + ".join(parts)
+
+
+def _ends(summary: Mapping[str, Any]) -> Iterator[str]:
+    if text := cut_off_share(summary.get("reply_ends", {})):
+        yield text
 
 
 def _usage(summary: Mapping[str, Any]) -> Iterator[str]:

@@ -58,3 +58,19 @@ def test_every_labelling_ends_with_the_audit_of_its_labels(cai: Cai, tmp_path: P
         cai("eval", "agreement", "prefs.jsonl", "--json").stdout
         == json.dumps(found["audit"], separators=(",", ":")) + "\n"
     )
+
+
+def test_a_preference_says_which_of_its_replies_were_cut_off_and_they_are_counted(cai: Cai, tmp_path: Path) -> None:
+    rows = [sample_row(i, k) | {"finish_reason": "length" if k else "stop"} for i in range(4) for k in range(2)]
+    write_rows(tmp_path / "samples.jsonl", rows)
+    write_rows(tmp_path / "script.jsonl", [{"scores": [-3.0, -0.1]}])  # the second reply
+    words = ("label-prefs", "--model", "scripted:script.jsonl", "--one-order", "--json")
+    done = json.loads(cai(*words, "samples.jsonl", "-o", "prefs.jsonl").stdout)
+    assert done["reply_ends"] == {"replies": {"whole": 4, "cut_off": 4, "unknown": 0}}
+    for row in rows_in(tmp_path / "prefs.jsonl"):
+        assert (row["chosen_finish_reason"], row["rejected_finish_reason"]) == ("length", "stop")
+    again = json.loads(cai(*words, "prefs.jsonl", "-o", "again.jsonl").stdout)  # with the sides drawn again
+    assert again["reply_ends"] == done["reply_ends"]
+    for old, new in zip(rows_in(tmp_path / "prefs.jsonl"), rows_in(tmp_path / "again.jsonl"), strict=True):
+        ends = {old[side][0]["content"]: old[f"{side}_finish_reason"] for side in ("chosen", "rejected")}
+        assert ends == {new[side][0]["content"]: new[f"{side}_finish_reason"] for side in ("chosen", "rejected")}

@@ -67,3 +67,13 @@ def test_pairs_beyond_the_models_window_are_rejected_with_any_max_length(model: 
     command(write_rows(tmp_path / "prefs.jsonl", rows), tmp_path / "pm", model=str(model), max_length=5000, **QUICK)
     (rejected,) = rows_in(tmp_path / "pm.rejected.jsonl")
     assert rejected["reason"] == "longer than the model's window of 512"
+
+
+def test_replies_that_were_cut_off_are_counted_where_the_pairs_say_so(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ends = {"chosen_finish_reason": "stop", "rejected_finish_reason": "length"}
+    rows = [preference(i) | (ends if i < 3 else {}) for i in range(8)]
+    command(write_rows(tmp_path / "prefs.jsonl", rows), tmp_path / "pm", model=str(model), max_steps=1, **QUICK)
+    assert manifest_of(tmp_path / "pm")["reply_ends"] == {"replies": {"whole": 3, "cut_off": 3, "unknown": 10}}
+    assert "3 of 6 replies (10 more unknown) cut off at the length limit" in capsys.readouterr().err

@@ -12,15 +12,15 @@ from helpers import (
     stage,
     write_rows,
 )
-from tiny import tiny_model_dir
+from tiny import declare_only_end_of_text, tiny_model_dir
 
 from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.data.schema import Preference, load_row
-from cai_cli.models.loading import load_causal_lm, load_reward_model, load_tokenizer
+from cai_cli.models.loading import load_generation_config, load_reward_model, load_tokenizer
 from cai_cli.phase2_feedback import monitor_models, pm_pairs
 from cai_cli.phase2_feedback.monitor_models import preference_score
 from cai_cli.phase2_feedback.rl_monitor import RewardNormalizer
-from cai_cli.phase2_feedback.rl_trainer import end_ids, messages_of, preference_reward
+from cai_cli.phase2_feedback.rl_trainer import messages_of, preference_reward
 from cai_cli.reward import preference_model
 from cai_cli.reward.preference_model import score_conversations
 from cai_cli.runtime.counts import Counts
@@ -106,18 +106,35 @@ def test_an_interrupted_run_ends_with_the_parameters_of_one_that_was_not(
     assert rows_in(tmp_path / "whole/metrics.jsonl") == rows_in(tmp_path / "killed/metrics.jsonl")
 
 
+def test_replies_end_where_those_of_the_checks_end_and_the_result_says_so(pm: str, tmp_path: Path) -> None:
+    """A model whose template closes a turn with a token that no config names, as base models do."""
+    base = declare_only_end_of_text(tiny_model_dir(tmp_path / "base"))
+    rows = [{"prompt": f"question number {i}", "completion": reply} for i, reply in enumerate(["A pear.", "Bern."] * 2)]
+    sft = {"max_steps": 40, "learning_rate": 1e-2, "gradient_accumulation": 1, "eval_share": 0.0}
+    stage("sft")(write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "sl", model=str(base), **sft)
+    declare_only_end_of_text(tmp_path / "sl")
+    run = QUICK | {"steps": 2, "max_new_tokens": 24, "learning_rate": 1e-6}
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": row["prompt"]} for row in rows])
+    command(prompts, tmp_path / "rl", pm=pm, model=str(tmp_path / "sl"), **run)
+    metrics = rows_in(tmp_path / "rl/metrics.jsonl")
+    assert metrics[0]["held_out_reply_tokens"] < 12
+    for row in metrics[1:]:
+        assert row["reply_tokens"] == pytest.approx(metrics[0]["held_out_reply_tokens"], abs=3)
+        assert row["cut_off_share"] == 0
+    assert load_generation_config(tmp_path / "rl").eos_token_id == [0, 2]
+
+
 def test_a_reply_cut_off_at_the_limit_gets_the_penalty_and_is_counted(model: Path, pm: str) -> None:
     judge, tokenizer = load_reward_model(Path(pm)), load_tokenizer(Path(pm))
-    ends = end_ids(load_causal_lm(model), tokenizer)
-    assert ends == {tokenizer.eos_token_id}
+    ends = frozenset({tokenizer.eos_token_id, 0})
     logged = {}
     prompts = [[{"role": "user", "content": "question"}]] * 2
     replies = [[{"role": "assistant", "content": "helpful"}]] * 2
-    reward = preference_reward(preference_score(Path(pm), "cpu"), RewardNormalizer(-1.0, 0.5), ends, 1.5)
+    helpful, part = (tokenizer(text)["input_ids"] for text in ("helpful", "\u68a8"))
+    reward = preference_reward(preference_score(Path(pm), "cpu"), RewardNormalizer(-1.0, 0.5), tokenizer, ends, 1.5)
     rewards = reward(
         prompts=prompts,
-        completions=replies,
-        completion_ids=[[5, tokenizer.eos_token_id], [5, 6]],
+        completion_ids=[[*helpful, tokenizer.eos_token_id], [*helpful, *part[:-1]]],  # cut inside a character
         log_metric=logged.__setitem__,
         trainer_state=None,
     )

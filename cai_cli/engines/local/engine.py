@@ -28,10 +28,9 @@ from cai_cli.engines.local.sampling import (
     CompletionBuilder,
     check_finite,
     draw,
-    end_of_turn_ids,
     uniforms,
 )
-from cai_cli.engines.tokenization import encode_chat, encode_text
+from cai_cli.engines.tokenization import encode_chat, encode_text, end_of_turn_ids
 from cai_cli.models.fingerprint import fingerprint
 from cai_cli.models.loading import load_causal_lm, load_tokenizer
 from cai_cli.models.names import resolve
@@ -107,7 +106,7 @@ class LocalEngine(Engine):
         return min(int(self.tokenizer.model_max_length), int(config.max_position_embeddings))
 
     @cached_property
-    def end_ids(self) -> set[int]:
+    def end_ids(self) -> frozenset[int]:
         """The token ids that end an answer."""
         return end_of_turn_ids(self.tokenizer, self.model.generation_config)
 
