@@ -7,6 +7,7 @@ scores of a long row (heads x queries x keys) need bounded memory, and keys afte
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class PackedPass:
         """The largest number of new tokens of one row."""
         return max(self.counts)
 
-    @property
+    @cached_property
     def starts(self) -> list[int]:
         """The number of own tokens of each row before this pass."""
         return [end - count for end, count in zip(self.ends, self.counts, strict=True)]

@@ -118,6 +118,15 @@ class ActiveSequence:
     new: list[int] = field(default_factory=list)
     completion: Completion | None = None
 
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The token ids of the prompt and of the answer so far."""
+        return (*self.prompt, *self.new)
+
+    def fits(self, limit: int | None) -> bool:
+        """Whether the row has not ended and has at most `limit` tokens, if there is a limit."""
+        return self.completion is None and (limit is None or len(self.prompt) + len(self.new) <= limit)
+
 
 class CompletionBuilder:
     """Appends tokens to rows, and ends a row at its end of turn, at a stop string or at the token limit."""
