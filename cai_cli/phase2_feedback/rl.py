@@ -71,6 +71,8 @@ COLUMNS = {
     "entropy": "entropy",
     "reply_tokens": "completions/mean_length",
     "cut_off_share": "cut_off_share",
+    "importance_ratio_mean": "importance_ratio_mean",
+    "importance_ratio_max": "importance_ratio_max",
 }
 
 
@@ -164,6 +166,7 @@ def _open_monitor(
         Sampling(config.max_new_tokens, config.temperature),
         training.seed,
         training.batch_size,
+        autocast=training.autocast,
     )
 
 

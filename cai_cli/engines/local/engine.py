@@ -30,6 +30,7 @@ from cai_cli.engines.local.sampling import (
     check_finite,
     draw,
     end_of_turn_ids,
+    record_logprobs,
     uniforms,
 )
 from cai_cli.engines.tokenization import encode_chat, encode_text
@@ -210,7 +211,7 @@ class LocalEngine(Engine):
 
     def generate_ids(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling
-    ) -> list[list[int]]:
+    ) -> tuple[list[list[int]], list[list[float]]]:
         """As `generate`, for prompts that are already encoded.
 
         Args:
@@ -219,7 +220,8 @@ class LocalEngine(Engine):
             sampling: How tokens are sampled.
 
         Returns:
-            The token ids of each answer with its end of turn, if it reached one.
+            The token ids of each answer with its end of turn, if it reached one, and the log-probability with which
+            each token was drawn: natural logarithm, at the temperature, before top-p.
 
         Raises:
             CaiError: The model's logits are not finite.
@@ -227,12 +229,14 @@ class LocalEngine(Engine):
         import torch
 
         rows = [
-            ActiveSequence(index, GenerationRequest("", seed), tuple(ids), uniforms(seed, sampling.max_new_tokens))
+            ActiveSequence(
+                index, GenerationRequest("", seed), tuple(ids), uniforms(seed, sampling.max_new_tokens), logprobs=[]
+            )
             for index, (ids, seed) in enumerate(zip(prompts, seeds, strict=True))
         ]
         with torch.inference_mode():
             self._decode(rows, sampling)
-        return [row.new for row in rows]
+        return [row.new for row in rows], [row.logprobs or [] for row in rows]
 
     def _decode(self, rows: Sequence[ActiveSequence], sampling: Sampling) -> dict[int, Completion]:
         """Generate every row to its end.
@@ -265,7 +269,8 @@ class LocalEngine(Engine):
                 logits += cache.add([row.tokens for row in joining], [1] * len(joining))
                 active += joining
             noise = torch.tensor([row.noise[len(row.new)] for row in active], dtype=torch.float64, device=self.device)
-            tokens = draw(torch.cat(logits), noise, sampling, [row.request.row for row in active])
+            tokens = draw(last := torch.cat(logits), noise, sampling, [row.request.row for row in active])
+            record_logprobs(active, last, tokens, sampling)
             for row, token in zip(active, tokens.tolist(), strict=True):
                 builder.add(row, token)
             kept = _compacted([row.fits(limit) for row in active])
