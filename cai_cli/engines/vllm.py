@@ -20,6 +20,7 @@ from cai_cli.engines.tokenization import encode_chat, encode_text
 from cai_cli.models.fingerprint import fingerprint
 from cai_cli.models.loading import load_tokenizer
 from cai_cli.models.names import resolve
+from cai_cli.models.template_date import recorded_date
 
 TOP_LOGPROBS = 20  # vLLM's default limit of log-probabilities per token
 
@@ -65,7 +66,8 @@ class VllmEngine(Engine):
         return int(self.llm.llm_engine.model_config.max_model_len)
 
     def identity(self) -> dict[str, Any]:
-        return {"engine": "vllm", "fingerprint": fingerprint(self.path), "dtype": self._dtype}
+        recorded = recorded_date(self.path)
+        return {"engine": "vllm", "fingerprint": fingerprint(self.path), "dtype": self._dtype, **recorded}
 
     def supports_chat(self) -> bool:
         return self.tokenizer.chat_template is not None

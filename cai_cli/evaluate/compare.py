@@ -295,9 +295,8 @@ def open_comparer(config: CompareConfig, models: Sequence[str]) -> Comparer:
     if config.judge is None:
         scorer = Scorer(str(config.pm), config.batch_size, config.device)
         settings = {"kind": config.kind, "limit": config.limit} | named
-        fingerprint = {"fingerprint": scorer.base.fingerprint}
         work = partial(compare_by_scores, scorer=scorer)
-        return Comparer(work, 4 * scorer.batch_size, None, {"settings": settings, "pm": fingerprint})
+        return Comparer(work, 4 * scorer.batch_size, None, {"settings": settings, "pm": scorer.base.identity()})
     labeller, loaded = open_labeller(config, config.judge, both_orders=True)
     engine = labeller.judge.engine
     recorded = {

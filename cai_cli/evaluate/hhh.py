@@ -218,7 +218,7 @@ def run(config: HhhConfig) -> dict[str, Any]:
     if config.pm:
         base, batch_size = ModelSource.resolve(config.pm), config.batch_size or PM_BATCH
         model, window = _preference_model(base.path, batch_size, config.device), 4 * batch_size
-        identity: dict[str, Any] = {"engine": "preference model", "fingerprint": base.fingerprint}
+        identity: dict[str, Any] = {"engine": "preference model", **base.identity()}
     else:
         engine = config.open_engine(config.model or DEFAULT_MODEL)
         form = settings["prompt_format"] = resolve_prompt_format(config.prompt_format, engine)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.models.fetch import check_model_dir, loading
+from cai_cli.models.template_date import hold_template_date, refuse_random_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,6 +25,7 @@ def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
     """
     from transformers import AutoTokenizer
 
+    hold_template_date()
     with loading(path):
         tokenizer = AutoTokenizer.from_pretrained(  # nosec B615
             path, trust_remote_code=False, local_files_only=True, padding_side="left"
@@ -34,6 +36,9 @@ def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
                     f"{path}: the tokenizer has neither a padding nor an end-of-sequence token", code="invalid-model"
                 )
             tokenizer.pad_token = tokenizer.eos_token
+    templates = tokenizer.chat_template or ""
+    for template in templates.values() if isinstance(templates, dict) else [templates]:
+        refuse_random_template(template)
     return tokenizer
 
 

@@ -79,7 +79,7 @@ def pick_monitor_model(
                 code="option-conflict",
             )
         return MonitorModel(
-            {"fingerprint": base.fingerprint}, base.path, lambda: _as_monitor(preference_score(base.path, device))
+            base.identity(), base.path, lambda: _as_monitor(preference_score(base.path, device))
         )
     if monitor_judge:
         engine = open_engine(monitor_judge, batch_size=None, device="auto", dtype="auto", server=Server(base_url))

@@ -46,7 +46,7 @@ def run(config: ScoreConfig) -> dict[str, Any]:
     scorer = Scorer(config.pm, config.batch_size, config.device)
     return StageRun(
         provenance=provenance(
-            "score", inputs=inputs, settings=config.settings(), pm={"fingerprint": scorer.base.fingerprint}
+            "score", inputs=inputs, settings=config.settings(), pm=scorer.base.identity()
         ),
         inputs=inputs,
         output=config.output,

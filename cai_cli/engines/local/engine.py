@@ -37,6 +37,7 @@ from cai_cli.engines.tokenization import encode_chat, encode_text
 from cai_cli.models.fingerprint import fingerprint
 from cai_cli.models.loading import load_causal_lm, load_tokenizer
 from cai_cli.models.names import resolve
+from cai_cli.models.template_date import recorded_date
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -143,7 +144,8 @@ class LocalEngine(Engine):
         return int(total // 8 // bytes_per_token)
 
     def identity(self) -> dict[str, Any]:
-        return {"engine": "local", "fingerprint": fingerprint(self.path), "dtype": self.dtype}
+        recorded = recorded_date(self.path)
+        return {"engine": "local", "fingerprint": fingerprint(self.path), "dtype": self.dtype, **recorded}
 
     def supports_chat(self) -> bool:
         return self.tokenizer.chat_template is not None
