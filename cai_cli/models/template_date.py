@@ -46,8 +46,8 @@ def hold_template_date() -> None:
 
     class HeldDate(datetime):
         @classmethod
-        def now(cls, tz: Any = None) -> datetime:
-            return datetime.combine(date.fromisoformat(template_date()), datetime.min.time(), tz)
+        def now(cls, tz: Any = None) -> "HeldDate":
+            return cls.combine(date.fromisoformat(template_date()), datetime.min.time(), tz)
 
     chat_template_utils.datetime = HeldDate
 

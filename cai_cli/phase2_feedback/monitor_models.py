@@ -78,9 +78,7 @@ def pick_monitor_model(
                 "--monitor-pm and --pm are the same model: a monitor must not be used as the reward",
                 code="option-conflict",
             )
-        return MonitorModel(
-            base.identity(), base.path, lambda: _as_monitor(preference_score(base.path, device))
-        )
+        return MonitorModel(base.identity(), base.path, lambda: _as_monitor(preference_score(base.path, device)))
     if monitor_judge:
         engine = open_engine(monitor_judge, batch_size=None, device="auto", dtype="auto", server=Server(base_url))
         loaded = open_constitution(PreferenceConstitution, None, None)

@@ -136,6 +136,8 @@ def with_seeded_sampling(trainer_class: Any, ends: frozenset[int], sampling: Sam
 
         _returns_log_probabilities = trainer_class.__name__ == "GRPOTrainer"
 
+        _sampled: Any = None  # log-probabilities of sampling and the mask of their tokens, within the loss
+
         # The log-probabilities of sampling travel with their replies to the forward pass of the loss.
 
         def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
@@ -158,8 +160,6 @@ def with_seeded_sampling(trainer_class: Any, ends: frozenset[int], sampling: Sam
 
         def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
             super().log({**logs, **self._ratio.take()}, *args, **kwargs)
-
-        _sampled: Any = None
 
         @cached_property
         def _ratio(self) -> ImportanceRatio:

@@ -45,9 +45,7 @@ def run(config: ScoreConfig) -> dict[str, Any]:
     inputs = {"conversations": hash_input(config.input)}
     scorer = Scorer(config.pm, config.batch_size, config.device)
     return StageRun(
-        provenance=provenance(
-            "score", inputs=inputs, settings=config.settings(), pm=scorer.base.identity()
-        ),
+        provenance=provenance("score", inputs=inputs, settings=config.settings(), pm=scorer.base.identity()),
         inputs=inputs,
         output=config.output,
         overwrite=config.overwrite,

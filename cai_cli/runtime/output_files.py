@@ -144,7 +144,8 @@ def reuse_recorded_date(output: str) -> None:
         with suppress(CaiError):  # a damaged manifest is reported where it is needed
             manifest = read_manifest(sidecar(Path(output), ending)) or {}
         if days := template_dates(manifest.get("provenance", {})):
-            return reuse_template_date(min(days.values()))
+            reuse_template_date(min(days.values()))
+            return
 
 
 def rejected_reasons(path: Path) -> Counter[str]:

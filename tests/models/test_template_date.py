@@ -85,9 +85,10 @@ def test_a_resume_on_the_next_day_gives_the_rows_of_a_run_that_was_not_interrupt
             raise CaiError("stopped", code="server")
         return generate(self, *args)
 
-    with monkeypatch.context() as patched, pytest.raises(CaiError):
+    with monkeypatch.context() as patched:
         patched.setattr(LocalEngine, "generate", stopped)
-        sample(prompts, tmp_path / "cut.jsonl", **run)
+        with pytest.raises(CaiError):
+            sample(prompts, tmp_path / "cut.jsonl", **run)
     next_day(monkeypatch)
     sample(prompts, tmp_path / "cut.jsonl", **run)
     assert rows_in(tmp_path / "cut.jsonl") == rows_in(tmp_path / "whole.jsonl")

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 # Model types whose attention passes on the arguments of `attend`. The tests compare each with transformers.
 MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3"})
-# Types of rotary positions that do not depend on the longest row of a batch; `rope` holds "longrope" fixed, and says why
-# "dynamic" is among them.
+# Types of rotary positions that do not depend on the longest row of a batch. `rope` holds "longrope" fixed, and says
+# why "dynamic" is among them.
 FIXED_ROPE = frozenset({"default", "linear", "llama3", "yarn", "longrope", "dynamic"})
 MIN_SHARED_TOKENS = 16  # a shorter prefix is not worth a separate forward pass
 MAX_GROUP_DEPTH = 100  # limits the recursion of `prefix_groups`

@@ -70,7 +70,5 @@ def _long_frequencies(module: Any, layer_type: str | None, longest: int) -> "Ten
 
     frequencies: Tensor
     device = module.inv_freq.device if layer_type is None else getattr(module, f"{layer_type}_inv_freq").device
-    frequencies, _ = ROPE_INIT_FUNCTIONS["longrope"](
-        module.config, device, seq_len=longest + 1, layer_type=layer_type
-    )
+    frequencies, _ = ROPE_INIT_FUNCTIONS["longrope"](module.config, device, seq_len=longest + 1, layer_type=layer_type)
     return frequencies
