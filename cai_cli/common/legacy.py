@@ -76,6 +76,8 @@ def same_value(name: str, one: Any, other: Any) -> bool:
     """Whether two provenances agree in the value `name`, such as `settings.seed`; None where one does not have it."""
     if name == "cai":
         return one == other or one in CONTINUES.get(other, ()) or other in CONTINUES.get(one, ())
+    if name.endswith("template_date") and None in (one, other):  # 0.1.0 did not record it
+        return True
     if one is None or other is None:
         added = ADDED_SETTINGS.get(name.removeprefix("settings."))
         return one == other or (added is not None and added in (one, other))

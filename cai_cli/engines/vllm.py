@@ -29,6 +29,7 @@ from cai_cli.engines.tokenization import decode_reply, encode_chat, encode_text,
 from cai_cli.models.fingerprint import fingerprint
 from cai_cli.models.loading import load_generation_config, load_tokenizer
 from cai_cli.models.names import resolve
+from cai_cli.models.template_date import recorded_date
 
 TOP_LOGPROBS = 20  # vLLM's default limit of log-probabilities per token
 
@@ -79,7 +80,8 @@ class VllmEngine(Engine):
         return end_of_turn_ids(self.tokenizer, load_generation_config(self.path))
 
     def identity(self) -> dict[str, Any]:
-        return {"engine": "vllm", "fingerprint": fingerprint(self.path), "dtype": self._dtype}
+        recorded = recorded_date(self.path)
+        return {"engine": "vllm", "fingerprint": fingerprint(self.path), "dtype": self._dtype, **recorded}
 
     def supports_chat(self) -> bool:
         return self.tokenizer.chat_template is not None

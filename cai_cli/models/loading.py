@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.models.fetch import check_model_dir, loading
 from cai_cli.models.reading import ReadAt, Reading, place_of, read_last_token
+from cai_cli.models.template_date import hold_template_date, refuse_random_template
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -37,10 +38,15 @@ def _tokenizer(path: Path) -> "PreTrainedTokenizerBase":
     """The tokenizer as it is, with or without a padding token."""
     from transformers import AutoTokenizer
 
+    hold_template_date()
     with loading(path):
-        return AutoTokenizer.from_pretrained(  # nosec B615
+        tokenizer = AutoTokenizer.from_pretrained(  # nosec B615
             path, trust_remote_code=False, local_files_only=True, padding_side="left"
         )
+    templates = tokenizer.chat_template or ""
+    for template in templates.values() if isinstance(templates, dict) else [templates]:
+        refuse_random_template(template)
+    return tokenizer
 
 
 def load_generation_config(path: Path) -> "GenerationConfig":

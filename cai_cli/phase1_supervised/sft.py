@@ -389,7 +389,7 @@ def run(config: SftConfig) -> dict[str, Any]:
             "sft",
             inputs=inputs,
             settings=training.settings(config),
-            model={"fingerprint": base.fingerprint},
+            model=base.identity(),
             rows=data.rows,
         ),
         inputs=inputs,

@@ -73,6 +73,8 @@ COLUMNS = {
     "entropy": "entropy",
     "reply_tokens": "completions/mean_length",
     "cut_off_share": "cut_off_share",
+    "importance_ratio_mean": "importance_ratio_mean",
+    "importance_ratio_max": "importance_ratio_max",
 }
 
 
@@ -167,6 +169,7 @@ def _open_monitor(
         Sampling(config.max_new_tokens, config.temperature),
         training.seed,
         training.batch_size,
+        autocast=training.autocast,
     )
 
 
@@ -325,7 +328,7 @@ def run(config: RlConfig) -> dict[str, Any]:
             "rl",
             inputs=inputs,
             settings=training.settings(config),
-            model={"fingerprint": models["model"].fingerprint},
+            model=models["model"].identity(),
             pm=preference_model_identity(models["pm"]),
             monitor=monitor_model.identity if monitor_model else None,
             rows=prompts.rows,

@@ -6,6 +6,7 @@ reward is standardised.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -80,6 +81,7 @@ class Monitor:
         seed: Random seed of the run.
         batch_size: Replies that are sampled at once.
         rows: The replies of all checks so far, in order.
+        autocast: The context that gives policy and reference the precision of training, whatever wraps them.
     """
 
     prompts: Sequence[Prompt]
@@ -91,6 +93,7 @@ class Monitor:
     seed: int
     batch_size: int
     rows: list[PolicySample] = field(default_factory=list)
+    autocast: Callable[[], Any] = nullcontext
 
     def __post_init__(self) -> None:
         if distributed.is_rank_zero() and self.file.exists():
@@ -144,8 +147,11 @@ class Monitor:
         self.drop_after(step - 1)
         was_training = policy.training
         policy.eval()
-        rows = self._scored(step, self._replies(policy))
-        kl, entropy = self._divergence(policy, reference, rows)
+        with self.autocast():
+            replies = self._replies(policy)
+        rows = self._scored(step, replies)
+        with self.autocast():
+            kl, entropy = self._divergence(policy, reference, rows)
         policy.train(was_training)
         file = AppendFile(self.file)
         file.append(rows)

@@ -2,6 +2,7 @@
 replies."""
 
 from collections.abc import Callable
+from functools import cached_property
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Chat = list[dict[str, str]]
+_SAMPLING = "cai_sampling_logprobs"  # in the inputs of the loss
 
 
 def preference_reward(
@@ -63,11 +65,50 @@ def messages_of(chat: Chat) -> list[Message]:
     return [Message.model_validate(message) for message in chat]
 
 
+class ImportanceRatio:
+    """The ratio pi_train / pi_sample of the probabilities that a forward pass in training and the sampling engine give
+    to the tokens of replies. It is 1 where both compute in the same way; a policy gradient without correction for it
+    assumes that."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[float, int, float]] = []  # sum, count and maximum of each forward pass
+
+    def add(self, trained: Any, sampled: Any, mask: Any) -> None:
+        """Add the tokens of one forward pass.
+
+        Args:
+            trained: Log-probabilities (rows, tokens) in training.
+            sampled: Those in sampling.
+            mask: 1 where there is a token of a reply.
+        """
+        ratios = (trained.detach().float() - sampled)[mask.bool()].exp()
+        if ratios.numel():
+            self._parts.append((float(ratios.sum()), ratios.numel(), float(ratios.max())))
+
+    def take(self) -> dict[str, float]:
+        """The mean and the maximum over the tokens since the last call, of all processes; empty without tokens. Called
+        on every rank."""
+        parts, self._parts = distributed.gathered(self._parts), []
+        if not parts:
+            return {}
+        mean = sum(total for total, _, _ in parts) / sum(count for _, count, _ in parts)
+        return {"importance_ratio_mean": mean, "importance_ratio_max": max(largest for _, _, largest in parts)}
+
+
+def _padded(rows: list[list[float]], like: Any) -> Any:
+    """The rows as a tensor (rows, tokens) as wide as `like`, with zeros after their ends."""
+    import torch
+
+    values = [row + [0.0] * (like.shape[1] - len(row)) for row in rows]
+    return torch.tensor(values, dtype=torch.float32, device=like.device).view(len(rows), -1)
+
+
 def with_seeded_sampling(trainer_class: Any, sampling: Sampling, batch_size: int) -> Any:
     """A subclass of the trainer that encodes prompts and samples replies as `cai sample` does.
 
     Row text cannot become a control token. A reply's seed derives from (seed, step, index in the step), so replies do
-    not depend on the number of processes or on the batches.
+    not depend on the number of processes or on the batches. They are sampled in the precision of training, which the
+    model inside an adapter's wrapper would not have by itself; `ImportanceRatio` states what difference remains.
 
     Args:
         trainer_class: TRL's RLOOTrainer or GRPOTrainer.
@@ -91,10 +132,41 @@ def with_seeded_sampling(trainer_class: Any, sampling: Sampling, batch_size: int
             policy = without_adapter_wrapper(self.accelerator.unwrap_model(self.model))
             was_training = policy.training
             policy.eval()
-            replies = engine_around(policy, self._tokenizer, batch_size).generate_ids(prompt_ids, seeds, sampling)
+            engine = engine_around(policy, self._tokenizer, batch_size)
+            with self.accelerator.autocast():
+                replies, self._sampling_logprobs = engine.generate_ids(prompt_ids, seeds, sampling)
             policy.train(was_training)
             return (replies, None) if self._returns_log_probabilities else replies
 
         _returns_log_probabilities = trainer_class.__name__ == "GRPOTrainer"
+
+        _sampled: Any = None  # log-probabilities of sampling and the mask of their tokens, within the loss
+
+        # The log-probabilities of sampling travel with their replies to the forward pass of the loss.
+
+        def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+            output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+            output[_SAMPLING] = _padded(self._sampling_logprobs, output["completion_ids"])
+            return output
+
+        def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Any:
+            self._sampled = inputs[_SAMPLING], inputs["completion_mask"]
+            try:
+                return super()._compute_loss(model, inputs)
+            finally:
+                self._sampled = None
+
+        def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+            output = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+            if self._sampled is not None:
+                self._ratio.add(output[0], *self._sampled)
+            return output
+
+        def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            super().log({**logs, **self._ratio.take()}, *args, **kwargs)
+
+        @cached_property
+        def _ratio(self) -> ImportanceRatio:
+            return ImportanceRatio()
 
     return SeededSampling

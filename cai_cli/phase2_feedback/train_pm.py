@@ -353,7 +353,7 @@ def run(config: TrainPmConfig) -> dict[str, Any]:
             "train-pm",
             inputs=inputs,
             settings=training.settings(config),
-            model={"fingerprint": base.fingerprint},
+            model=base.identity(),
             rows=data.rows,
         ),
         inputs=inputs,

@@ -9,6 +9,7 @@ import types
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from cai_cli.engines.local.rope import rope_limits
 from cai_cli.models.reading import forward_to_last_token
 from cai_cli.reward.preference_model import finite
 
@@ -73,7 +74,8 @@ def enable_packed_pairs(model: "PreTrainedModel", longest: tuple[list[int], list
     import torch
     from transformers.modeling_layers import GenericForSequenceClassification
 
-    if not isinstance(model, GenericForSequenceClassification):
+    limits = rope_limits(model)  # the conversations of a pair may need other positions for the tokens that they share
+    if not isinstance(model, GenericForSequenceClassification) or (limits and max(map(len, longest)) > limits[0]):
         return False
     plain = vars(model).get("forward")
     model.forward = types.MethodType(_forward, model)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from cai_cli.common import console
 from cai_cli.common.errors import CaiError
 from cai_cli.data.schema import Message
+from cai_cli.engines.local.rope import length_groups, rope_limits
 from cai_cli.engines.tokenization import encode_chat
 from cai_cli.models.loading import context_window
 from cai_cli.models.reading import ReadAt, Reading, place_of
@@ -54,7 +55,7 @@ def preference_model_identity(source: ModelSource) -> dict[str, str]:
     Version 0.1.0 read such a model elsewhere, so its outputs with one must not be taken for those of this version.
     """
     at = place_of(source.path)
-    return {"fingerprint": source.fingerprint} | ({"read_at": at.value} if at is ReadAt.WHOLE_TEMPLATE else {})
+    return source.identity() | ({"read_at": at.value} if at is ReadAt.WHOLE_TEMPLATE else {})
 
 
 def open_for_scores(path: Path, device: str) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
@@ -124,8 +125,9 @@ def score_ids(
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     scores = [0.0] * len(sequences)
     model.eval()
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
+    groups = length_groups([len(sequences[i]) for i in order], rope_limits(model))
+    alike = [[order[place] for place in places] for _, places in groups]
+    for batch in [group[start : start + batch_size] for group in alike for start in range(0, len(group), batch_size)]:
         width = len(sequences[batch[-1]])
         ids = torch.full((len(batch), width), tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)

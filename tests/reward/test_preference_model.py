@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from local_models import ROPE_LIMIT, model_dir
 from tiny import CHATML, END_OF_TEXT, IM_END, tiny_model_dir
 
 from cai_cli.common.errors import CaiError
@@ -14,6 +15,7 @@ from cai_cli.engines.tokenization import encode_chat
 from cai_cli.models.loading import load_reward_model, load_tokenizer, reading_of
 from cai_cli.models.reading import ReadAt, Reading, record_place
 from cai_cli.models.source import ModelSource
+from cai_cli.reward.packed_pairs import enable_packed_pairs
 from cai_cli.reward.preference_model import (
     encode_conversation,
     open_for_scores,
@@ -78,6 +80,19 @@ def test_white_space_around_a_reply_is_not_scored(model: Path) -> None:
     for at in ReadAt:
         plain, padded = (encode_conversation(tokenizer, conversation("hi", reply), Reading(at)) for reply in replies)
         assert plain == padded
+
+
+def test_a_score_does_not_depend_on_neighbours_with_other_positions() -> None:
+    path = model_dir("longrope")
+    pm, tokenizer = load_reward_model(path, new_head_seed=0), load_tokenizer(path)
+    chats = [conversation("question " * n, "helpful") for n in range(1, 12)]
+    lengths = [len(encode_conversation(tokenizer, chat, pm.reading)) for chat in chats]
+    assert min(lengths) < ROPE_LIMIT < max(lengths)
+    alone = [score_conversations(pm, tokenizer, [chat])[0] for chat in chats]
+    assert score_conversations(pm, tokenizer, chats, batch_size=11) == pytest.approx(alone, abs=1e-4)
+    longest = ([*range(3, 3 + ROPE_LIMIT + 1)], [3, 4, 5])
+    assert not enable_packed_pairs(pm, longest)
+    assert enable_packed_pairs(pm, (longest[0][:ROPE_LIMIT], [3, 4, 5]))
 
 
 def test_a_conversation_beyond_the_window_is_an_error_with_both_numbers(model: Path) -> None:

@@ -110,6 +110,7 @@ class ActiveSequence:
         noise: Uniform random numbers; `noise[i]` draws `new[i]`.
         new: The token ids generated so far.
         completion: The result, once the row has ended.
+        logprobs: The log-probability with which each token of `new` was drawn; None where it is not wanted.
     """
 
     index: int
@@ -118,6 +119,27 @@ class ActiveSequence:
     noise: Sequence[float]
     new: list[int] = field(default_factory=list)
     completion: Completion | None = None
+    logprobs: list[float] | None = None
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The token ids of the prompt and of the answer so far."""
+        return (*self.prompt, *self.new)
+
+    def fits(self, limit: int | None) -> bool:
+        """Whether the row has not ended and has at most `limit` tokens, if there is a limit."""
+        return self.completion is None and (limit is None or len(self.prompt) + len(self.new) <= limit)
+
+
+def record_logprobs(rows: Sequence[ActiveSequence], logits: "Tensor", tokens: "Tensor", sampling: Sampling) -> None:
+    """Append to the rows that want it the log-probability of the token drawn for each from `logits` (rows,
+    vocabulary), at the temperature."""
+    if all(row.logprobs is None for row in rows):
+        return
+    logp = (logits.float() / (sampling.temperature or 1)).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    for row, value in zip(rows, logp.tolist(), strict=True):
+        if row.logprobs is not None:
+            row.logprobs.append(value)
 
 
 class CompletionBuilder:
