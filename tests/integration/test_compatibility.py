@@ -164,8 +164,13 @@ def test_the_report_reads_the_folder(folder: str, cai: Cai, old: Path) -> None:
 def test_a_run_folder_is_finished_or_completed(command: dict[str, Any], cai: Cai, old: Path) -> None:
     before = files_of(old / "run/out")
     done = cai(*words_of(command, "old"))
-    assert done.code == 0, done.stderr
     killed = "killed_in" in command
+    if killed and "critique-revise" in legacy.CHANGED_STAGES["0.2.0"]:
+        assert (done.code, done.error) == (1, "step-failed")  # as any unfinished output of a stage that changed
+        for unfinished in (old / command["output"]).glob("*.partial*"):
+            unfinished.unlink()
+        done = cai(*words_of(command, "old"))
+    assert done.code == 0, done.stderr
     assert done.stderr.count("already done: ") == (3 if killed else 7)
     assert done.stderr.count("] $ cai ") == (4 if killed else 0)
     after = files_of(old / command["output"])
