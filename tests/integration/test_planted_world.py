@@ -33,11 +33,11 @@ PLACE, CONTENT, NOISE = 0.6, 1.6, 1.2
 PROMPTS = 400
 QUESTION = "Which is kinder?"
 CONSTITUTION = f"kind: preference\nname: planted\nprinciples: [{{id: kind, comparison: '{QUESTION}'}}]\n"
-TRAIN = ("--batch-size", "8", "--gradient-accumulation", "1")
+TRAIN = "--batch-size 8 --gradient-accumulation 1"
 
 
-def done(cai: Cai, *words: str) -> None:
-    result = cai(*words, "--quiet")
+def done(cai: Cai, command: str) -> None:
+    result = cai(*command.split(), "--quiet")
     assert result.code == 0, result.stderr
 
 
@@ -52,24 +52,8 @@ def plant_a_policy_that_says_either_word(cai: Cai, world: Path) -> None:
         {"prompt": user(prompt), "completion": assistant(reply)} for prompt in prompts[:100] for reply in (GOOD, BAD)
     ]
     write_rows(world / "either.jsonl", rows)
-    done(
-        cai,
-        "sft",
-        "either.jsonl",
-        "-o",
-        "policy",
-        "--model",
-        "tiny",
-        "--max-steps",
-        "100",
-        "--epochs",
-        "4",
-        "--learning-rate",
-        "1e-2",
-        "--eval-share",
-        "0",
-        *TRAIN,
-    )
+    steps = "--max-steps 100 --epochs 4 --learning-rate 1e-2 --eval-share 0"
+    done(cai, f"sft either.jsonl -o policy --model tiny {steps} {TRAIN}")
 
 
 def plant_a_judge(world: Path, name: str, content: float) -> None:
@@ -90,24 +74,11 @@ def plant_a_judge(world: Path, name: str, content: float) -> None:
 
 
 def sample_two_replies_to_each_prompt(cai: Cai) -> None:
-    done(
-        cai,
-        "sample",
-        "prompts.txt",
-        "-o",
-        "run/samples.jsonl",
-        "--model",
-        "policy",
-        "--n",
-        "2",
-        "--max-new-tokens",
-        "4",
-    )
+    done(cai, "sample prompts.txt -o run/samples.jsonl --model policy --n 2 --max-new-tokens 4")
 
 
 def label_the_pairs(cai: Cai, judge: str, output: str) -> None:
-    words = ("label-prefs", "run/samples.jsonl", "-o", output, "--model", f"scripted:{judge}")
-    done(cai, *words, "--constitution", "planted.yaml")
+    done(cai, f"label-prefs run/samples.jsonl -o {output} --model scripted:{judge} --constitution planted.yaml")
 
 
 def audit_the_labels(cai: Cai, labels: str) -> Json:
@@ -115,8 +86,8 @@ def audit_the_labels(cai: Cai, labels: str) -> Json:
 
 
 def train_a_preference_model(cai: Cai) -> None:
-    words = ("train-pm", "run/labels.jsonl", "-o", "run/pm", "--model", "policy", "--max-steps", "60")
-    done(cai, *words, "--learning-rate", "3e-3", "--eval-share", "0.3", *TRAIN)
+    steps = "--max-steps 60 --learning-rate 3e-3 --eval-share 0.3"
+    done(cai, f"train-pm run/labels.jsonl -o run/pm --model policy {steps} {TRAIN}")
 
 
 def score_both_replies(cai: Cai, world: Path) -> list[float]:
@@ -124,15 +95,15 @@ def score_both_replies(cai: Cai, world: Path) -> list[float]:
     prompts = [f"question number {n}" for n in range(0, PROMPTS, 10)]
     rows = [{"prompt": user(prompt), "completion": assistant(reply)} for prompt in prompts for reply in (GOOD, BAD)]
     write_rows(world / "both.jsonl", rows)
-    done(cai, "score", "both.jsonl", "-o", "scores.jsonl", "--pm", "run/pm")
+    done(cai, "score both.jsonl -o scores.jsonl --pm run/pm")
     scores = [row["score"] for row in rows_in(world / "scores.jsonl")]
     return [good - bad for good, bad in zip(scores[::2], scores[1::2], strict=True)]
 
 
 def train_the_policy_against_it(cai: Cai) -> None:
-    words = ("rl", "prompts.txt", "-o", "run/rl", "--model", "policy", "--pm", "run/pm", "--max-new-tokens", "4")
-    more = ("--steps", "30", "--prompts-per-step", "8", "--learning-rate", "1e-3", "--monitor-every", "30")
-    done(cai, *words, *more, "--held-out", "200", "--save-steps", "100")
+    steps = "--steps 30 --prompts-per-step 8 --learning-rate 1e-3 --max-new-tokens 4"
+    checks = "--held-out 200 --monitor-every 30"
+    done(cai, f"rl prompts.txt -o run/rl --model policy --pm run/pm {steps} {checks}")
 
 
 # --- what must be recovered ---------------------------------------------------------------------------------------
