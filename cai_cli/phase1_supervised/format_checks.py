@@ -34,10 +34,10 @@ def revision_problem(text: str, request: str, asked: str = "") -> str | None:
     """
     if not text.strip():
         return "empty revision"
-    if is_critique(text):
-        return "a critique in place of a revision"
     if is_wrapped(text, asked):
         return "wrapped revision"
+    if is_critique(text):
+        return "a critique in place of a revision"
     if _repeats_the_request(text, request):
         return "the request repeated in place of a revision"
     return _repetition(text, "revision")

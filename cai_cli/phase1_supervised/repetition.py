@@ -17,6 +17,8 @@ _TOKEN = re.compile(rf"[ \t]*\n\s*\n\s*|[ \t]*\n|[{_UNSPACED}]|[^\W\d_{_UNSPACED
 _UNSPACED_TOKEN = re.compile(f"[{_UNSPACED}]")
 _SENTENCE_END = re.compile(r"[.!?。!?।؟]+[\"'”’」)]*(?=\s|$|[^\s.\d])")
 _STRUCTURE = re.compile(r"\s*(?:[|>#*+\-•]|\d+[.)]|```)|[^|]*\|[^|]*\|")
+_CODE_BLOCK = re.compile(r"^\s*```.*?(?:^\s*```|\Z)", re.DOTALL | re.MULTILINE)
+_LINK = re.compile(r"\S*://\S*")
 _SAME_CHARACTER = re.compile(r"([^\s_=\-.])\1{199,}")
 
 LONGEST_UNIT = 150  # tokens of the longest text whose repetition is looked for
@@ -132,9 +134,9 @@ def _scattered(text: str) -> str | None:
 
 
 def _prose(text: str) -> Iterator[list[str]]:
-    """The tokens of the lines that are running prose: neither structure nor short lines, as of verse."""
-    for line in text.splitlines():
-        tokens = [token[0].casefold() for token in _TOKEN.finditer(line)]
+    """The tokens of the lines that are running prose: no code, no structure and no short lines, as of verse."""
+    for line in _CODE_BLOCK.sub("", text).splitlines():
+        tokens = [token[0].casefold() for token in _TOKEN.finditer(_LINK.sub(" ", line))]
         long = sum(map(_words, tokens)) >= PROSE_WORDS or len(_SENTENCE_END.findall(line.strip())) >= PROSE_SENTENCES
         if long and not _STRUCTURE.match(line):
             yield tokens

@@ -12,6 +12,7 @@ _OPENING = 250  # characters in which a wrapper or a critique declares itself
 
 _NEW = (
     r"(?:revised|re-?written|updated|improved|edited|reworded|rephrased|corrected|modified|adjusted|refined|better"
+    r"|alternative|new"
     r"|more\s\w+(?:,?\s(?:and\s)?\w+)?)"
 )
 _REVISED = r"(?:revised|re-?written|updated|improved|edited|reworded|rephrased|corrected|modified|adjusted|refined)"
@@ -30,12 +31,19 @@ _WRAPPERS = (
     # "Here is a revised response", "Below is my attempt at a more polite answer"
     rf"""{_START}(?:here\ is|here's|this\ is|below\ is|the\ following\ is|here\ you\ go)\W+
          (?:(?:a|an|the|my|one|another)\s+)(?:\w+\s+){{0,3}}?
-         (?:{_NEW}\s+(?:\w+\s+){{0,2}}?{_REPLY}\b|{_REWRITE}\ of\ (?:the|my)\ (?:\S+\s+){{0,3}}?{_REPLY}\b
+         (?:{_NEW}\s+(?:\w+\s+){{0,2}}?{_REPLY}\b|(?:{_REWRITE}|(?:\w+\s+)?version)\ of\ (?:the|my)\ (?:\S+\s+){{0,3}}?{_REPLY}\b
            |(?:{_NEW}\s+(?:\w+\s+){{0,2}}?version|{_REWRITE})
             (?:\ of\ (?:(?:the|my)\ (?:\S+\s+){{0,3}}?{_REPLY})|(?!\ of\b)[^.!?:\n]{{0,80}}(?:[:\n]|\Z)))""",
     # "Revised response:", "**Revised Response**", "The rewritten version would be:", "Revision:"
-    rf"""\A\W*(?:(?:my|the|a)\s+)?{_REVISED}\s+(?:\w+\s+)?(?:{_REPLY}|version)\b(?:\s+\w+){{0,3}}\W*?(?:[:\n])""",
+    rf"""{_START}(?:(?:my|the|a)\s+)?(?:final\s+)?{_REVISED}\s+(?:\w+\s+)?(?:{_REPLY}|version)\b(?:\s+\w+){{0,3}}\W*?(?:[:\n])""",
     r"""\A\W*(?:revision|rewrite|revised|re-?written)\s*(?:[:\n])""",
+    r"""\A\W*assistant\s*\(\w+\)\s*:""",
+    # "Here is the reply, rewritten to be kind", "Here's how I would rewrite it", "Here are the edits to my reply"
+    rf"""{_START}(?:here\ is|here's|this\ is|below\ is)\s+(?:the|my)\s+(?:\S+\s+){{0,3}}?{_REPLY},?\s+{_REVISED}\b""",
+    rf"""{_START}(?:here\ is|here's)\s+(?:how\s+I\s+(?:would|might)|how\s+to|one\s+way\s+to)\s+
+         (?:revise|re-?write|rephrase|reword)\s+(?:the|my|this)\s+(?:\S+\s+){{0,3}}?{_REPLY}\b""",
+    rf"""{_START}here\ are\ (?:the|my)\ (?:revisions|edits|changes)\s+(?:to|of)\s+
+         (?:the|my)\s+(?:\S+\s+){{0,3}}?{_REPLY}\b""",
     # "I have rewritten my response", "Let me rephrase the reply"
     rf"""{_START}(?:I\ have|I've|I)\s+(?:\w+\s+)?(?:{_REVISED}|re-?wrote)\s+
          (?:the|my|this|that)\s+(?:\S+\s+){{0,2}}{_REPLY}\b""",
@@ -45,12 +53,18 @@ _WRAPPERS = (
 # A remark after the revision.
 _REMARKS = (
     rf"""\n\W*(?:note\W+|explanation\W+)?(?:in\s)?(?:this|the|my)\s+{_REVISED}\s+(?:\w+\s+)?{_REPLY}\b""",
-    rf"""\n\W*(?:I\ have|I've|I)\s+(?:\w+\s+)?(?:{_REVISED}|re-?wrote)\s+(?:the|my)\s+(?:\S+\s+){{0,2}}{_REPLY}\b""",
+    rf"""\n\W*(?:note\W+|explanation\W+)?(?:I\ have|I've|I)\s+(?:\w+\s+)?(?:{_REVISED}|re-?wrote)
+         \s+(?:the|my)\s+(?:\S+\s+){{0,2}}{_REPLY}\b""",
 )
 _CRITIQUES = (
     r"\A\W*(?:self-?)?critique\W*:|critique\s?request\s*:|revision\s?request\s*:",
     # "The assistant's last response", "The assistant should not have helped": nobody answers a user in these words.
-    rf"""{_START}(?:in\s)?{_SPEAKER}'s\ (?:\w+\s+){{0,2}}?(?:{_REPLY}|message|statement|advice|suggestion)\b""",
+    rf"""\b{_SPEAKER}'s\ (?:\w+\s+){{0,2}}?(?:{_REPLY}|message|statement|advice|suggestion)\b""",
+    rf"""\b{_REPLY}\s+(?:given|provided|written)\s+by\s+{_SPEAKER}\b
+         |\bthe\ model's\ {_REPLY}\s+\w+\s+(?:\w+\s+){{0,3}}?{_HARM}\b""",
+    rf"""{_START}in\ (?:its|the|this)\ (?:\w+\s+){{0,2}}?{_REPLY},?\s+{_SPEAKER}\b""",
+    rf"""{_START}the\ (?:ai\s)?assistant\s+
+         (?:provide[sd]|gives|gave|ma[dk]es?|respond(?:s|ed)|answer(?:s|ed)|helped|helps|tells|told|said|says|is|was|use[sd])\b[^.!?\n]{{0,120}}?{_HARM}\b""",
     rf"""{_START}{_SPEAKER}\s+(?:\w+ly\s+)?
          (?:should(?:n't|\snot)?\shave|could\shave|(?:made|makes)\s(?:a|an)\s(?:\w+\s)?(?:mistake|error)|fail(?:s|ed)\sto
            |(?:is|was|could\sbe|may\sbe|might\sbe)\s(?:\w+\s){{0,3}}?{_HARM}
@@ -67,9 +81,10 @@ _CRITIQUES = (
     # "The last reply was rude"
     rf"""\A\W*(?:in\s)?(?:the|this|that|your)\ (?:last|previous|preceding|above)\ (?:assistant\s)?{_REPLY}\s+\w+""",
     # "This response is harmful", "My first answer could be seen as offensive"
-    rf"""\A\W*(?:(?:the|this|that|your)\ (?:{_OLD}\ )?(?:reply|response)|(?:my|the)\ {_OLD}\ {_REPLY})\s+
+    rf"""\A\W*(?:(?:the|this|that|your|my)\ (?:{_OLD}\ )?(?:reply|response)|(?:my|the)\ {_OLD}\ {_REPLY})\s+
          (?:is|was|does|did|could|should|would|may|might|can|has|had|seems?|appears?|contains?|encourages?|promotes?|suggests?
-           |implies|provides?|uses?|makes?)\s+(?:\S+\s+){{0,3}}?{_HARM}\b""",
+           |condones?|normali[sz]es?|implies|provides?|uses?|makes?)\s+(?:\S+\s+){{0,4}}?
+           (?:{_HARM}|break\ the\ law|crimes?|hatred)\b""",
 )
 _ASKS_FOR_WORDING = re.compile(
     r"\bhow\s(?:\w+\s){1,3}(?:reply|respond|answer)\b|\bwhat\s(?:\w+\s){1,3}(?:reply|respond|answer|say)\b|"
@@ -85,6 +100,8 @@ _WRAPPERS_UNSPACED = (
     # Chinese
     r"(?:以下|下面|这里|這裡|这|這)(?:就)?(?:是|为).{0,12}?(?:修改|修订|修訂|改写|改寫|重写|重寫|更新|改进|改進|修正|调整)"
     r".{0,4}?(?:回复|回答|答复|回應|回覆|回应|(?:版本|版).{0,20}?[:：\n])",
+    r"\A\W*(?:以下|下面|这|這)(?:就)?(?:是|为)(?:一个)?更.{1,8}?的(?:回复|回答|答复|回應|回覆|回应)\W*?[:：\n]",
+    r"\A\W*(?:修改|修订|修訂|改写|改寫|重写|重寫|修正|改进|改進)如下",
     r"\A\W*(?:我的)?(?:修改|修订|修訂|改写|改寫|重写|重寫|修正|改进|改進|更新)(?:过|后|過|後)?的?(?:回复|回答|答复|回應|回覆|回应|版本|版)"
     r"(?:如下)?\W*?[:：\n]",
     # Japanese
@@ -92,16 +109,16 @@ _WRAPPERS_UNSPACED = (
     r"(?:返答|応答|回答|返信|(?:バージョン|版).{0,10}?[:：。\n])",
     r"\A\W*(?:修正|改訂|改善|訂正|書き直し|書き直した)(?:版|後|済み|した|された)?の?(?:返答|応答|回答|返信|バージョン)?\W*?[:：\n]",
     # Thai
-    r"(?:นี่คือ|ต่อไปนี้คือ|ด้านล่างนี้?คือ).{0,20}?(?:คำตอบ|การตอบกลับ|ฉบับ|เวอร์ชัน).{0,20}?(?:ปรับปรุง|แก้ไข|เขียนใหม่|ปรับแก้)",
-    r"\A\W*(?:คำตอบ|การตอบกลับ|ฉบับ|เวอร์ชัน)(?:ที่)?(?:ได้รับการ|ถูก)?(?:ปรับปรุง|แก้ไข|เขียนใหม่|ปรับแก้)(?:แล้ว|ใหม่)?\W*?[:\n]",
+    r"(?:นี่คือ|ต่อไปนี้(?:คือ|เป็น)|ด้านล่างนี้?คือ).{0,20}?(?:คำตอบ|การตอบกลับ|ฉบับ|เวอร์ชัน).{0,20}?(?:ปรับปรุง|แก้ไข|เขียนใหม่|ปรับแก้)",
+    r"\A\W*(?:คำตอบ|การตอบกลับ|ฉบับ|เวอร์ชัน)(?:ที่)?(?:ได้รับการ|ถูก)?(?:ปรับปรุง|แก้ไข|เขียนใหม่|ปรับแก้|ใหม่)(?:แล้ว|ใหม่)?\s*[:\n]",
 )
 _CRITIQUES_UNSPACED = (
     r"\A\W*(?:批评|批評|批判|评论|評論|論評|บทวิจารณ์|คำวิจารณ์|การวิจารณ์)\s*[:：]",
     # Chinese
-    r"(?:助手|助理|人工智能|AI)(?:的)?(?:上一个|上一條|上一条|最后一个|最后的|最後的|上述|之前的|这个|這個)?(?:回复|回答|答复|回應|回覆|回应)",
+    r"(?:助手|助理|人工智能|AI)(?:的|在)?(?:上一个|上一條|上一条|最后一个|最后的?|最後的?|上述|之前的|这个|這個)?(?:回复|回答|答复|回應|回覆|回应)",
     r"\A\W*(?:上一个|上一条|上一條|之前的|最后的|最後的|上述|该|該|这个|這個|这条|我(?:之前|上一个|的上一个)的?)"
     r"(?:回复|回答|答复|回應|回覆|回应).{0,20}?"
-    r"(?:有害|不道德|歧视|歧視|冒犯|危险|危險|违法|違法|不当|不當|不合适|不恰当|偏见|偏見|攻击|攻擊|不妥|无礼|误导|粗鲁)",
+    r"(?:有害|不道德|种族主义|歧视|歧視|冒犯|危险|危險|违法|違法|不当|不當|不合适|不恰当|偏见|偏見|攻击|攻擊|不妥|无礼|误导|粗鲁)",
     # Japanese
     r"アシスタントの(?:最後の|前の|直前の|この|上記の)?(?:返答|応答|回答|返信|発言)",
     r"\A\W*(?:この|前の|最後の|直前の|上記の|先ほどの|私の前の)(?:返答|応答|回答|返信).{0,30}?"
