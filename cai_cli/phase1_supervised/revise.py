@@ -90,7 +90,11 @@ def _revised(
         for row, principle, text in zip(rows, drawn, critiques, strict=True)
     ]
     answers = reviser.answers(
-        "revise", rows, rounds, requests, lambda i, text: revision_problem(text, drawn[i].revision)
+        "revise",
+        rows,
+        rounds,
+        requests,
+        lambda i, text: revision_problem(text, drawn[i].revision, rows[i].prompt[-1].content),
     )
     outcomes: list[Revision | Rejected] = []
     for row, n, principle, text, answer in zip(rows, rounds, drawn, critiques, answers, strict=True):

@@ -1,10 +1,12 @@
 """`cai sft`: fine-tune a language model on revisions (paper section 3, the SL-CAI model).
 
-As in the paper, every revision of every round is an example (`--revisions all`), sampled replies to helpful prompts
-are mixed in (`--helpful`), and training is one epoch. Departures: the loss covers the reply only, and of a reply that
-was cut off at the length limit not its end of turn (`--cut-off`), which the model did not write; the paper starts from
-a pretrained model, this stage from `--model`; the paper's learning rate, half that of pretraining, does not carry over
-to other models, so it is an option; the helpful share is a ratio (the paper has 135k helpful to 183k red-team prompts).
+As in the paper, every revision of every round is an example (`--revisions all`), sampled replies to helpful prompts are
+mixed in (`--helpful`), and training is one epoch. Departures: the loss covers the reply only, and of a reply that was
+cut off at the length limit not its end of turn (`--cut-off`), which the model did not write; the paper starts from a
+pretrained model, this stage from `--model`; the paper's learning rate, half that of pretraining, does not carry over to
+other models, so it is an option; it falls linearly to zero, where the paper's is constant, because runs here have few
+steps, of fewer rows than the paper's 1,024; the helpful share is a ratio (the paper has 2 replies to each of 135k
+helpful prompts for 4 revisions of each of 183k red-team prompts).
 """
 
 from collections.abc import Sequence

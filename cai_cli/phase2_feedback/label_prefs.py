@@ -2,9 +2,11 @@
 
 A label is a probability, the mean of votes: one for each principle, order and rationale. As in the paper, a principle
 is drawn for each pair, `--principles-per-pair` draws several (ensembling over principles makes the preference model
-more robust), and chain-of-thought probabilities are clamped to 40-60%. Departure: the paper judges each pair once.
+more robust), and chain-of-thought probabilities are clamped to 40-60%. Departures: the paper judges each pair once.
 Here every pair is judged in both orders by default, so that position bias cancels, and a principle counts only where
-all its orders were answered.
+all its orders were answered. The paper samples a principle for each few-shot example of each comparison; here the
+examples' order, letters and principles are drawn too, but each pair uses one of four arrangements of the run
+(`prompting/arrangements.py`), and an example that states its own question keeps it.
 """
 
 from collections.abc import Sequence

@@ -84,7 +84,8 @@ def pick_monitor_model(
     if monitor_judge:
         engine = open_engine(monitor_judge, batch_size=None, device="auto", dtype="auto", server=Server(base_url))
         loaded = open_constitution(PreferenceConstitution, None, None)
-        judge = Judge(engine, "choice", loaded.examples, resolve_prompt_format("auto", engine), seed, Sampling())
+        form = resolve_prompt_format("auto", engine)
+        judge = Judge(engine, "choice", loaded.examples, form, seed, Sampling(), principles=loaded.principles)
         labeller = Labeller(judge, loaded.principles, per_pair=1, orders=("ab", "ba"))
         identity = {**engine.identity(), "constitution": loaded.fingerprint()}
         return MonitorModel(identity, None, lambda: lambda *replies: win_probabilities(labeller, *replies))

@@ -5,7 +5,9 @@ start model, on red-team prompts mixed with helpful ones. Departures: the paper 
 longer has. RLOO (the default) subtracts beta * KL from the score as PPO does, and its baseline is the mean score of the
 other replies to the prompt instead of a critic; `--algorithm grpo` puts the KL into the loss. `--cutoff-penalty` is
 subtracted for a reply cut off at the length limit: the chat template closes every reply, so the preference model cannot
-detect the cut.
+detect the cut. The paper's lambda_KL is 0.001 per nat of the raw score (in the work whose settings it takes over, Bai
+et al. 2022, arXiv 2204.05862), so small that it hardly acts; `--beta` is 0.05 per nat by default, because a small
+preference model is sooner exploited.
 
 Scores are standardised: the start model's replies to the held-out prompts have mean 0 and standard deviation 1 (both
 constants are in the manifest). So beta, in standard deviations per nat, and the penalty mean the same for every

@@ -3,9 +3,9 @@
 As in the paper, labels are soft: the loss is the cross-entropy between p_chosen and sigmoid(r_chosen - r_rejected).
 TRL's RewardTrainer supports hard labels only; adding `(1 - p_chosen) * (r_chosen - r_rejected)` to its loss gives
 exactly the soft one. As in the paper, harmlessness comparisons by an AI are mixed with helpfulness comparisons by
-humans (`--mix`; the paper has 183k of the former and 135k of the latter). Departure: the paper starts from a model
+humans (`--mix`; the paper has 183k of the former and 135k of the latter). Departures: the paper starts from a model
 pretrained on preferences, this stage from `--model` with a scalar head that is random (seeded) or fitted to the labels
-first (`--fit-head`).
+first (`--fit-head`); the learning rate falls linearly to zero, as in `sft`.
 """
 
 from collections import Counter

@@ -115,3 +115,12 @@ def test_votes_come_from_a_finished_labelling(label: Cai, asked: list[str], tmp_
         file.write('{"key": "p", "reason": "tie", "row": "{"}\n')
     broken = label("after.jsonl", "--votes", "before.jsonl")
     assert (broken.code, broken.error) == (1, "invalid-row")
+
+
+def test_votes_of_a_version_with_other_prompts_are_not_reused(label: Cai, tmp_path: Path) -> None:
+    label("old.jsonl")
+    manifest = tmp_path / "old.jsonl.manifest.json"
+    manifest.write_text(manifest.read_text().replace('"cai": "0.2.0"', '"cai": "0.1.0"'))
+    refused = label("new.jsonl", "--votes", "old.jsonl")
+    assert (refused.code, refused.error) == (2, "other-run")
+    assert not (tmp_path / "new.jsonl").exists()

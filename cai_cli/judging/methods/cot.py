@@ -14,7 +14,9 @@ from cai_cli.prompting.comparison import OPTIONS, answer_after, rationale_reques
 def cot(judge: FeedbackModel, comparisons: Sequence[PairComparison]) -> list[Judgement | RequestFailure]:
     """Return one judgement for each comparison, in order; an empty rationale gives none."""
     prompts = [
-        rationale_request(c.pair.prompt, c.principle.comparison, c.ordered_replies, judge.examples, judge.prompt_format)
+        rationale_request(
+            c.pair.prompt, c.principle.comparison, c.ordered_replies, judge.examples_for(c.pair), judge.prompt_format
+        )
         for c in comparisons
     ]
     requests = [

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from judge_cases import COMPARISONS, EXAMPLE, ORDERED_REPLIES, SAMPLING, Recorder, judge
+from judge_cases import COMPARISONS, ORDERED_REPLIES, SAMPLING, Recorder, judge
 from label_cases import PRINCIPLE, Reader, judge_of, left_right
 
 from cai_cli.data.schema import Preference, Rejected
@@ -27,10 +27,11 @@ def test_rationales_are_generated_by_seed_and_answered_in_their_own_comparison(f
         Completion("\tright is truer", "length"),
     ]
     engine = Recorder([[-1.0, -2.0], [-4.0, -1.0]], replies)
-    found = judge(engine, "cot", form).judge(COMPARISONS)
+    asked = judge(engine, "cot", form)
+    found = asked.judge(COMPARISONS)
     assert found == [Judgement(sigmoid(1.0), "left is kinder"), RequestFailure("filtered"), Judgement(sigmoid(-3.0), "right is truer")]  # fmt: skip
     requests = [
-        rationale_request(c.pair.prompt, c.principle.comparison, replies, [EXAMPLE], form)
+        rationale_request(c.pair.prompt, c.principle.comparison, replies, asked.examples_for(c.pair), form)
         for c, replies in zip(COMPARISONS, ORDERED_REPLIES, strict=True)
     ]
     assert engine.asks == [
