@@ -137,7 +137,7 @@ class LabelAudit:
     def _add_votes(self, prompt: int, row: Preference) -> dict[str, float]:
         """Add the votes on one pair; return the mean probability of `chosen` by principle."""
         by_principle = _by_principle(row.votes)
-        self.votes.add(prompt, order_sums(by_principle.values()))
+        self.votes.add(prompt, dict[Sum, float](order_sums(by_principle.values()).items()))
         for principle, votes in by_principle.items():
             sums = _vote_sums(votes)
             self.votes.add(prompt, sums)
@@ -280,13 +280,17 @@ def _principle_agreement_sums(p_chosen: Iterable[float]) -> dict[Sum, float]:
 # --- metrics of sums ----------------------------------------------------------------------------------------------
 
 
+def _preference_spread(s: "Mapping[Sum, Numbers]") -> "Numbers":
+    return (s["preference_squares"] / s["ordered"]) ** 0.5
+
+
 def _log_odds_metrics(votes: ClusterBootstrap[Sum]) -> dict[str, Any]:
     """Return the mean and the standard deviation of the position part, and the root mean square of the preference."""
     signed, spread = (-LARGEST_LOG_ODDS, LARGEST_LOG_ODDS), (0.0, LARGEST_LOG_ODDS)
     return {
         "position_log_odds": votes.estimate(lambda s: s["position"] / s["ordered"], "ordered", signed),
         "position_spread": votes.estimate(lambda s: position_variance(s) ** 0.5, "ordered", spread),
-        "preference_spread": votes.estimate(lambda s: (s["preference_squares"] / s["ordered"]) ** 0.5, "ordered", spread),
+        "preference_spread": votes.estimate(_preference_spread, "ordered", spread),
     }
 
 

@@ -22,17 +22,21 @@ def trust(metrics: dict[str, Any]) -> tuple[bool | None, str]:
         return None, "there are no votes to audit"
     agreement = metrics["agreement"]
     if not agreement:
-        reads, finding = reads_replies(metrics)
-        if reads is False:
-            return False, finding
-        if reads is None:
-            return None, f"agreement is unknown: there are no human labels, and {finding}"
-        return None, f"agreement is unknown without human labels; {finding}"
+        return _trust_without_humans(metrics)
     finding = f"the judge agrees with humans on {percent(agreement)} of {agreement['n']:,} labelled pairs"
     if agreement["low"] > 0.5:
         return True, finding
     below = agreement["high"] < 0.5
     return False, f"{finding}, which {'is worse than' if below else 'cannot be distinguished from'} chance"
+
+
+def _trust_without_humans(metrics: dict[str, Any]) -> tuple[bool | None, str]:
+    reads, finding = reads_replies(metrics)
+    if reads is False:
+        return False, finding
+    if reads is None:
+        return None, f"agreement is unknown: there are no human labels, and {finding}"
+    return None, f"agreement is unknown without human labels; {finding}"
 
 
 def reads_replies(metrics: dict[str, Any]) -> tuple[bool | None, str]:

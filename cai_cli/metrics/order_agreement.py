@@ -14,10 +14,10 @@ same for every pair. The statistic is
 
     (E[preference^2] - Var(position)) / (E[preference^2] + Var(position))
 
-which is the correlation, over pairs, of what the judge prefers in one order with what it prefers in the other, after its
-mean position bias is subtracted: 1 for a judge whose answers are a constant bias plus its preference, 0 under the null
-hypothesis, and below 0 where the bias differs from pair to pair. A position bias that is the same for all pairs has no
-effect on it, however large: such a bias cancels in the label. An interval above 0 rejects the null hypothesis.
+which is the correlation, over pairs, of what the judge prefers in one order with what it prefers in the other, after
+its mean position bias is subtracted: 1 for a judge whose answers are a constant bias plus its preference, 0 under the
+null hypothesis, and below 0 where the bias differs from pair to pair. A position bias that is the same for all pairs
+has no effect on it, however large: such a bias cancels in the label. An interval above 0 rejects the null hypothesis.
 
 What this does not show: a preference that is stable but mistaken (for longer replies, or for the wrong reply) rejects
 the null hypothesis too; only human labels reveal it. And a bias that differs from pair to pair hides a preference that
@@ -117,7 +117,7 @@ def between_orders(sums: "ClusterBootstrap[Any]") -> Estimate | None:
 def _between_orders(s: "Mapping[Any, Numbers]") -> "Numbers":
     preference, position = s["preference_squares"] / s["ordered"], position_variance(s)
     # Rounded, so that resamples of equal pairs are equal and get the interval of a certain share.
-    return ((preference - position) / (preference + position)).round(12)  # type: ignore[no-any-return]
+    return ((preference - position) / (preference + position)).round(12)
 
 
 def position_variance(s: "Mapping[Any, Numbers]") -> "Numbers":

@@ -7,7 +7,8 @@ Here every pair is judged in both orders by default, so that position bias cance
 all its orders were answered. The mean is clamped, not each vote; rows keep the votes as they are.
 
 A label of exactly 0.5 is a tie. It is kept, because it is a valid soft label; its `chosen` is the reply `a` (the sample
-with the lower index), which says nothing about quality. `--min-confidence` above 0.5 rejects ties, and hard labels skip them.
+with the lower index), which says nothing about quality. `--min-confidence` above 0.5 rejects ties, and hard labels skip
+them.
 """
 
 from collections.abc import Sequence

@@ -41,8 +41,9 @@ def render(run: RunFiles) -> str:
         lstrip_blocks=True,
         finalize=_finalize,
     )
-    environment.filters |= {"number": number, "csv": csv_link, "svg": Markup, "share": share, "shares": shares, "estimate": estimate,
-                            "interval": interval, "probability": lambda p: f"{100 * p:.1f}%"}  # fmt: skip
+    environment.filters |= {"number": number, "csv": csv_link, "svg": Markup, "share": share, "shares": shares,
+                            "estimate": estimate, "interval": interval,
+                            "probability": lambda p: f"{100 * p:.1f}%"}  # fmt: skip
     script, style = ((HERE / "templates" / name).read_text(encoding="utf-8") for name in ("script.js", "style.css"))
     return environment.get_template("page.html.j2").render(
         **_sections(run),

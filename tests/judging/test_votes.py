@@ -82,9 +82,7 @@ def test_orders_are_averaged_before_the_limits_apply() -> None:
 @pytest.mark.parametrize("clamp", [(0.0, 0.7), (0.3, 1.0)])
 def test_limits_hold_for_both_replies_because_their_sides_are_arbitrary(clamp: tuple[float, float]) -> None:
     for p in (0.05, 0.95):
-        (row,) = label_prefs(
-            [left_right()], Labeller(judge_of(Answers(logs(p)), clamp=clamp), [PRINCIPLE], 1, ("ab",))
-        )
+        (row,) = label_prefs([left_right()], Labeller(judge_of(Answers(logs(p)), clamp=clamp), [PRINCIPLE], 1, ("ab",)))
         assert isinstance(row, Preference)
         assert row.p_chosen == pytest.approx(0.7)
 

@@ -13,7 +13,14 @@ from cai_cli.metrics.order_agreement import log_odds, order_sums
 
 
 def planted(
-    pairs: int, *, bias: float, preference: float, noise: float, seed: int, bias_spread: float = 0.0, per_prompt: int = 1
+    pairs: int,
+    *,
+    bias: float,
+    preference: float,
+    noise: float,
+    seed: int,
+    bias_spread: float = 0.0,
+    per_prompt: int = 1,
 ) -> Iterator[Preference]:
     """Labels of a judge whose log-odds are a position bias, its normal preference (sd) and normal noise (sd)."""
     rng = random.Random(f"{pairs} {bias} {preference} {noise} {seed}")
@@ -50,9 +57,9 @@ def test_a_position_bias_that_cancels_in_the_label_is_no_reason_to_distrust_it(b
 @pytest.mark.parametrize(("bias", "per_prompt"), [(0.0, 1), (4.0, 1), (4.0, 4)])
 def test_a_judge_that_answers_with_noise_is_seldom_said_to_read(bias: float, per_prompt: int) -> None:
     runs = [
-        audit(
-            without_humans(planted(80, bias=bias, preference=0.0, noise=1.0, seed=seed, per_prompt=per_prompt))
-        )["trusted"]
+        audit(without_humans(planted(80, bias=bias, preference=0.0, noise=1.0, seed=seed, per_prompt=per_prompt)))[
+            "trusted"
+        ]
         for seed in range(40)
     ]
     assert runs.count(False) >= 36
