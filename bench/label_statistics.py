@@ -5,10 +5,96 @@ often it is made where something is). Every simulation has a fixed seed.
     python bench/label_statistics.py audit      # one
 """
 
+import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-SIMULATIONS: dict[str, Callable[[], None]] = {}
+from cai_cli.data.schema import Vote
+from cai_cli.judging.base import sigmoid
+from cai_cli.metrics.intervals import ClusterBootstrap
+from cai_cli.metrics.order_agreement import ORDER_SUMS, between_orders, order_sums
+
+# --- the audit of labels ----------------------------------------------------------------------------------------------
+
+
+def biased_votes(rng: random.Random, pairs: int, bias: float, preference: float, noise: float) -> Iterator[list[float]]:
+    """Yield p_first in the orders a-b and b-a: a position bias, a normal preference and normal noise, in log-odds.
+
+    `preference` and `noise` are standard deviations.
+    """
+    for _ in range(pairs):
+        prefers = rng.gauss(0, preference)
+        yield [sigmoid(bias + side * prefers + rng.gauss(0, noise)) for side in (1, -1)]
+
+
+def audit() -> None:
+    """Whether the audit finds that a judge reads the replies, and how often it says so of one that answers with noise.
+
+    "said to read" is the share of runs whose interval lies above 0; its size, where the preference is 0, is
+    nominally 2.5%, and that of an interval which excludes 0 on either side 5%.
+    """
+    print("noise has sd 1 except in the last rows; two pairs a prompt\n")
+    print("| pairs | position bias | sd of the preference | said to read | interval excludes 0 |")
+    print("|---|---|---|---|---|")
+    for pairs in (50, 200, 500):
+        for preference in (0.0, 0.25, 0.5, 1.0):
+            for bias in (0.0, 1.0, 2.0, 4.0):
+                _audit_row(pairs, bias, preference, 1.0, runs=400 if preference == 0 and bias in (0, 4) else 60)
+    for preference in (0.25, 1.0):
+        _audit_row(500, 4.0, preference, 0.0, runs=60)
+
+
+def _audit_row(pairs: int, bias: float, preference: float, noise: float, runs: int) -> None:
+    above = either = 0
+    for run in range(runs):
+        rng = random.Random(f"audit {pairs} {bias} {preference} {noise} {run}")
+        sums = ClusterBootstrap(ORDER_SUMS)
+        for i, (first, second) in enumerate(biased_votes(rng, pairs, bias, preference, noise)):
+            sums.add(i // 2, order_sums([[_vote("ab", first), _vote("ba", second)]]))
+        correlation = between_orders(sums)
+        assert correlation
+        above += correlation["low"] > 0
+        either += correlation["low"] > 0 or correlation["high"] < 0
+    noted = "" if noise else ", no noise"
+    print(f"| {pairs} | {bias:g} | {preference:g}{noted} | {above / runs:.1%} | {either / runs:.1%} |", flush=True)
+
+
+def _vote(order: str, p_first: float) -> Vote:
+    return Vote.model_construct(principle_id="p", method="choice", order=order, p_first=p_first, rationale=None)
+
+
+def clamp() -> None:
+    """The share of pairs lost as ties where each vote is clamped before averaging, and where the mean is clamped."""
+    print("2,000 pairs, noise of sd 1, limits 0.4 and 0.6\n")
+    print(
+        "| position bias | sd of the preference | ties, votes clamped | labels right | ties, mean clamped | labels right |"
+    )
+    print("|---|---|---|---|---|---|")
+    for bias in (0.0, 1.0, 2.0, 4.0):
+        for preference in (1.0, 3.0):
+            print(f"| {bias:g} | {preference:g} | {' | '.join(_clamped_cells(bias, preference))} |")
+
+
+def _clamped_cells(bias: float, preference: float) -> Iterator[str]:
+    pairs, rng = 2000, random.Random(f"clamp {bias} {preference}")
+    votes = []
+    for _ in range(pairs):
+        prefers = rng.gauss(0, preference)
+        first, second = (sigmoid(bias + side * prefers + rng.gauss(0, 1)) for side in (1, -1))
+        votes.append((prefers > 0, first, second))
+    for clamp_each in (True, False):
+        ties = right = 0.0
+        for a_is_better, *both in votes:
+            first, second = (min(0.6, max(0.4, p)) for p in both) if clamp_each else both
+            p_a = (first + 1 - second) / 2
+            tie = abs(p_a - 0.5) < 1e-12
+            ties += tie
+            right += 0.5 if tie else (p_a > 0.5) == a_is_better
+        yield f"{ties / pairs:.1%}"
+        yield f"{right / pairs:.1%}"
+
+
+SIMULATIONS: dict[str, Callable[[], None]] = {"audit": audit, "clamp": clamp}
 
 
 def main() -> None:

@@ -199,8 +199,9 @@ class Preference(Identified):
         prompt: The conversation that both replies continue.
         chosen: The preferred reply, as one assistant message.
         rejected: The other reply.
-        p_chosen: Soft label: the mean over votes of the probability that `chosen` is better, so at least 0.5. It is 1
-            for a pair that humans labelled.
+        p_chosen: Soft label: the mean over votes of the probability that `chosen` is better, within the limits of
+            `--clamp`, so at least 0.5. It is 1 for a pair that humans labelled. At exactly 0.5, a tie, neither reply is
+            preferred, and `chosen` is the first one of the pair.
         votes: The judgements behind the label; empty for a pair that humans labelled.
         human: The reply that humans preferred, if the input says so.
         source: Where the pair comes from.

@@ -68,7 +68,7 @@ class FeedbackModel:
         prompt_format: How prompts are built.
         seed: Random seed of the run.
         sampling: Sampling of rationales and verdicts.
-        clamp: Smallest and largest probability of a judgement.
+        clamp: Smallest and largest probability of a label; `aggregate_votes` applies it to the mean of the judgements.
         calibrate: Whether `choice` subtracts the judge's A/B bias.
         principles: Principles to draw from for few-shot examples without a question.
     """

@@ -35,7 +35,7 @@ class JudgeOptions(RequestOptions, SamplingOptions, ConstitutionOptions):
     )
     clamp: str | None = option(
         None,
-        "Limits of each vote's probability; by default 0.4,0.6 for cot, else none.",
+        "Limits of a label's probability, after its votes are averaged; by default 0.4,0.6 for cot, else none.",
         Option(metavar="LOW,HIGH"),
     )
     cot_samples: int = option(1, "Chains of thought per comparison, averaged.", ge=1)

@@ -32,8 +32,8 @@ class RecordedVotes:
         provenance: Provenance of the labelling that reuses the votes.
 
     Raises:
-        UsageError: The output is not finished, it has another judge or other prompts, or its votes were
-            clamped more narrowly.
+        UsageError: The output is not finished, it has another judge or other prompts, or an earlier version wrote
+            clamped votes.
         CaiError: The file cannot be read.
     """
 
@@ -47,9 +47,11 @@ class RecordedVotes:
         if different := differences(_judge_settings(recorded), _judge_settings(provenance)):
             raise UsageError(f"--votes {source}: the judge differs: {'; '.join(different)}", code="other-run")
         low, high = settings["clamp"]
-        if low > provenance["settings"]["clamp"][0] or high < provenance["settings"]["clamp"][1]:
+        version, current = recorded["cai"], provenance["cai"]
+        if (low, high) != (0, 1) and changed_between("label-prefs", version, current):
             raise UsageError(
-                f"--votes {source}: its votes were clamped to {low},{high}, which is narrower than --clamp",
+                f"--votes {source}: version {version} clamped its votes to {low},{high} before averaging",
+                hint="label the pairs again; votes are now recorded as the judge gave them",
                 code="option-conflict",
             )
         # Raised when a vote is needed, not here: a finished output is recognised whatever its votes.

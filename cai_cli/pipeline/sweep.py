@@ -8,11 +8,9 @@
 Steps that do not depend on the list run once. Several lists expand to all combinations of their values; a step that
 reads two swept steps reads the variants with its own values. `@step@*` names all variants of a step, for an option that
 takes several values. Rounds of revision continue one another: the variant with 2 rounds adds one round to the rows of
-the variant with 1, which gives the same rows as two rounds at once. A list of clamps judges each pair once, as long as
-the first clamp contains the others.
+the variant with 1, which gives the same rows as two rounds at once. A list of clamps judges each pair once.
 """
 
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -127,22 +125,11 @@ def _continue_rounds(axis: str, variants: Sequence[Variant], flat: dict[str, dic
 
 
 def _reuse_votes(axis: str, variants: Sequence[Variant], flat: dict[str, dict[str, Any]]) -> None:
-    """Make variants whose clamp lies within the first clamp of the list reuse the votes of that variant."""
+    """Make the variants with further clamps reuse the votes of the first one, which are recorded unclamped."""
     first = variants[0].choice[axis]
-    low, high = _limits(first)
     for variant in variants:
-        own_low, own_high = _limits(variant.choice[axis])
-        if variant.choice[axis] != first and low <= own_low and own_high <= high:
+        if variant.choice[axis] != first:
             flat[variant.name]["votes"] = f"@{_sibling(variant, axis, first, variants).name}"
-
-
-def _limits(clamp: Value) -> tuple[float, float]:
-    """The limits of `LOW,HIGH`; NaN for any other value, which contains no limits. The command reports the error."""
-    try:
-        low, high = (float(part) for part in str(clamp).split(","))
-    except ValueError:
-        return math.nan, math.nan
-    return low, high
 
 
 def _sibling(variant: Variant, axis: str, value: Value, variants: Sequence[Variant]) -> Variant:

@@ -42,7 +42,8 @@ def render(run: RunFiles) -> str:
         finalize=_finalize,
     )
     environment.filters |= {"number": number, "csv": csv_link, "svg": Markup, "share": share, "shares": shares,
-                            "interval": interval, "probability": lambda p: f"{100 * p:.1f}%"}  # fmt: skip
+                            "estimate": estimate, "interval": interval,
+                            "probability": lambda p: f"{100 * p:.1f}%"}  # fmt: skip
     script, style = ((HERE / "templates" / name).read_text(encoding="utf-8") for name in ("script.js", "style.css"))
     return environment.get_template("page.html.j2").render(
         **_sections(run),
@@ -216,6 +217,11 @@ def share(value: float) -> str:
 def interval(estimate: Any) -> str:
     """Return the 95% interval and n of a share."""
     return f"95%: {share(estimate['low'])} to {share(estimate['high'])}, n = {estimate['n']:,}"
+
+
+def estimate(value: Any) -> str:
+    """Return an estimate with its interval, to two decimals."""
+    return f"{value['value']:.2f} ({value['low']:.2f} to {value['high']:.2f})"
 
 
 def shares(estimate: Any) -> str:

@@ -1,5 +1,6 @@
 """`label-prefs --votes`: recorded judgements are not repeated, and the rows are the same as without it."""
 
+import json
 import random
 from pathlib import Path
 
@@ -50,14 +51,13 @@ def all_rows(output: Path) -> list[object]:
 
 
 def test_other_limits_repeat_no_judgement_and_give_the_same_rows(label: Cai, asked: list[str], tmp_path: Path) -> None:
-    label("wide.jsonl", *COT, "--clamp", "0,1")
+    label("first.jsonl", *COT, "--clamp", "0.4,0.6")
     whole = len(asked)
-    assert {row["reason"] for row in rows_in(tmp_path / "wide.jsonl.rejected.jsonl")} >= {"tie"}
     for number, (clamp, confidence) in enumerate([("0.2,0.8", "0.5"), ("0.4,0.6", "0.5"), ("0,1", "0.7")]):
         settings = (*COT, "--clamp", clamp, "--min-confidence", confidence)
         label(f"fresh{number}.jsonl", *settings)
         del asked[:]
-        label(f"taken{number}.jsonl", *settings, "--votes", "wide.jsonl")
+        label(f"taken{number}.jsonl", *settings, "--votes", "first.jsonl")
         assert len(asked) < whole / 4  # the questions that had no answer, of principles that therefore have no votes
         assert all_rows(tmp_path / f"taken{number}.jsonl") == all_rows(tmp_path / f"fresh{number}.jsonl")
         assert manifest_of(tmp_path / f"taken{number}.jsonl")["provenance"]["input"]["votes"]
@@ -90,7 +90,6 @@ def test_votes_of_the_same_id_about_other_replies_are_not_used(label: Cai, asked
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (("--clamp", "0,1"), "option-conflict", "0.4,0.6"),
         (("--clamp", "0.4,0.6", "--seed", "1"), "other-run", "settings.seed: 0 -> 1"),
         (("--clamp", "0.4,0.6", "--method", "choice"), "other-run", "settings.method: cot -> choice"),
         (("--clamp", "0.4,0.6", "--few-shot", "none"), "other-run", "constitution.fingerprint"),
@@ -105,6 +104,22 @@ def test_votes_of_a_different_judge_are_refused(
     assert (refused.code, refused.error) == (2, code)
     assert message in refused.stderr
     assert not (tmp_path / "other.jsonl").exists()
+
+
+def test_clamped_votes_of_the_version_that_clamped_before_averaging_are_refused(
+    label: Cai, asked: list[str], tmp_path: Path
+) -> None:
+    label("old.jsonl", *COT)
+    manifest = tmp_path / "old.jsonl.manifest.json"
+    written = json.loads(manifest.read_text())
+    written["provenance"]["cai"] = "0.1.0"
+    manifest.write_text(json.dumps(written))
+    refused = label("new.jsonl", *COT, "--votes", "old.jsonl")
+    assert (refused.code, refused.error) == (2, "option-conflict")
+    assert "clamped its votes to 0.4,0.6 before averaging" in refused.stderr
+    written["provenance"]["settings"]["clamp"] = [0.0, 1.0]
+    manifest.write_text(json.dumps(written))
+    assert label("new.jsonl", *COT, "--votes", "old.jsonl").code == 0
 
 
 def test_votes_come_from_a_finished_labelling(label: Cai, asked: list[str], tmp_path: Path) -> None:

@@ -10,9 +10,16 @@ from label_cases import human, run
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def test_by_default_a_constant_judge_gives_ties_and_no_preference(cai: Cai, tmp_path: Path) -> None:
-    counts = run(cai, tmp_path, [sample_row(1, k) for k in range(2)])
-    assert (counts["out"], counts["rejected_reasons"]) == (0, {"tie": 1})
+def test_by_default_a_constant_judge_gives_ties_which_are_kept_with_the_first_sample_as_chosen(
+    cai: Cai, tmp_path: Path
+) -> None:
+    counts = run(cai, tmp_path, [sample_row(i, k) for i in range(3) for k in range(2)])
+    assert (counts["out"], counts["rejected_reasons"]) == (3, {})
+    rows = rows_in(tmp_path / "prefs.jsonl")
+    assert [row["p_chosen"] for row in rows] == [0.5] * 3
+    assert [row["chosen"] for row in rows] == [sample_row(i, 0)["completion"] for i in range(3)]
+    audited = json.loads(cai("eval", "agreement", "prefs.jsonl", "--json").stdout)
+    assert (audited["trusted"], audited["reason"]) == (False, "no pair got a preference: 3 ties")
 
 
 # --- methods, ensembles, and where pairs come from --------------------------------------------------------------------
@@ -32,10 +39,10 @@ def test_pairs_below_the_minimum_confidence_are_counted_and_can_be_judged_again(
 
 
 def test_rejected_pairs_keep_their_votes_and_can_be_judged_again(cai: Cai, tmp_path: Path) -> None:
-    run(cai, tmp_path, [sample_row(1, k) for k in range(2)])
+    run(cai, tmp_path, [sample_row(1, k) for k in range(2)], "--min-confidence", "0.51")
     (tie,) = rows_in(tmp_path / "prefs.jsonl.rejected.jsonl")
     row = json.loads(tie["row"])
-    assert (row["p_chosen"], [v["order"] for v in row["votes"]]) == (0.5, ["ba", "ab"])
+    assert (row["p_chosen"], [v["order"] for v in row["votes"]]) == (0.5, ["ab", "ba"])
     again = cai(
         "label-prefs", "-", "--model", "scripted:script.jsonl", "--one-order", stdin=(tie["row"] + "\n").encode()
     )

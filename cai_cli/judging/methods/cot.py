@@ -1,7 +1,7 @@
 """Chain of thought: the model writes a rationale, then answers the multiple choice (paper section 4.1).
 
-After a rationale the probability of the answer is mostly close to 0 or 1, so it is clamped to 0.4,0.6 by default, as in
-the paper (`--clamp`).
+After a rationale the probability of the answer is mostly close to 0 or 1, so labels are clamped to 0.4,0.6 by default,
+as in the paper (`--clamp`).
 """
 
 from collections.abc import Sequence
