@@ -71,7 +71,8 @@ class RlConfig(TrainerOptions, PreferenceModelOptions):
     )
     monitor_judge: str | None = option(
         None,
-        "A judge, not used as the reward, that compares the replies of the checks with those of --model.",
+        "A judge, not used as the reward, that compares the replies of the checks with those of --model: by their "
+        "helpfulness where the prompt's kind is helpful, else under the shipped principles.",
         Option(Effect.HASHED, aliases=("watch-judge",)),
     )
     base_url: str | None = redefine(EngineOptions, "base_url", None)
