@@ -46,9 +46,9 @@ def metrics_row(row: Mapping[str, Any]) -> dict[str, Any]:
 CONTINUES = {"0.2.0": frozenset({"0.1.0"})}
 # Version -> the stages that, at equal settings, write other rows or train another model than in earlier versions.
 # Finished outputs of earlier versions are still recognised; unfinished ones are not resumed.
-CHANGED_STAGES: dict[str, frozenset[str]] = {"0.2.0": frozenset()}
+CHANGED_STAGES: dict[str, frozenset[str]] = {"0.2.0": frozenset({"rl"})}
 # Setting that an earlier version did not have -> the value that gives the behaviour of that version.
-ADDED_SETTINGS: dict[str, Any] = {}
+ADDED_SETTINGS: dict[str, Any] = {"scale_rewards": "group"}
 MANIFEST = {"figures": "metrics"}
 PROVENANCE = {"watcher": "monitor"}
 

@@ -179,6 +179,7 @@ def _policy_trainer(
         Algorithm.RLOO: (RLOOTrainer, RLOOConfig),
         Algorithm.GRPO: (GRPOTrainer, GRPOConfig),
     }[config.algorithm]
+    scaling = {"scale_rewards": config.scale_rewards.value} if config.algorithm is Algorithm.GRPO else {}
     order = prompt_order(len(inputs.train), training.max_steps, config.prompts_per_step, training.seed)
     sampling = Sampling(config.max_new_tokens, config.temperature)
     seeded_class = with_seeded_sampling(trainer_class, end_ids(policy, tokenizer), sampling, training.batch_size)
@@ -192,7 +193,8 @@ def _policy_trainer(
                 num_generations=config.samples_per_prompt,
                 max_completion_length=config.max_new_tokens,
                 temperature=config.temperature,
-                beta=config.beta,
+                beta=config.trainer_beta,
+                **scaling,
                 shuffle_dataset=False,  # TRL's own order would not survive a resume
             ),
             train_dataset=Dataset.from_list(

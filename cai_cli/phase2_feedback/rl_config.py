@@ -2,6 +2,7 @@
 
 from enum import StrEnum
 from importlib.util import find_spec
+from typing import Any
 
 from cai_cli.common.errors import UsageError
 from cai_cli.models.loading import pick_device
@@ -18,6 +19,14 @@ class Algorithm(StrEnum):
 
     RLOO = "rloo"
     GRPO = "grpo"
+
+
+class ScaleRewards(StrEnum):
+    """What GRPO divides a reply's advantage by."""
+
+    NONE = "none"
+    GROUP = "group"
+    BATCH = "batch"
 
 
 class Reporter(StrEnum):
@@ -43,6 +52,12 @@ class RlConfig(TrainerOptions, PreferenceModelOptions):
     algorithm: Algorithm = option(
         Algorithm.RLOO,
         "rloo (leave-one-out baseline, beta * KL in the reward, as in the paper) or grpo (beta * KL in the loss).",
+    )
+    scale_rewards: ScaleRewards = option(
+        ScaleRewards.NONE,
+        "With --algorithm grpo: divide each reply's advantage by the standard deviation of the rewards of its prompt "
+        "(group) or of the step (batch), or not at all (none). group and batch take the unit away from --beta, and "
+        "group gives near-ties the weight of clear preferences.",
     )
     beta: float = option(
         0.05, "Weight of the KL divergence from --model, in standard deviations of the score per nat.", ge=0.0
@@ -91,8 +106,30 @@ class RlConfig(TrainerOptions, PreferenceModelOptions):
         """Replies in one step."""
         return self.prompts_per_step * self.samples_per_prompt
 
+    @property
+    def trainer_beta(self) -> float:
+        """`beta` as TRL's trainer takes it, so that it weighs the KL divergence alike under both algorithms.
+
+        GRPO compares a reply with the mean of all n replies to its prompt, itself included. This multiplies the
+        gradient of the reward by (n - 1) / n, but not the gradient of the KL divergence in the loss.
+        """
+        if self.algorithm is Algorithm.RLOO or self.scale_rewards is not ScaleRewards.NONE:
+            return self.beta
+        return self.beta * (self.samples_per_prompt - 1) / self.samples_per_prompt
+
+    def settings(self, **resolved: Any) -> dict[str, Any]:
+        """The options that decide the output. Those that the algorithm does not use are left out."""
+        settings = super().settings(**resolved)
+        if self.algorithm is Algorithm.RLOO:
+            settings.pop("scale_rewards")
+        return settings
+
     def check(self) -> None:
         super().check()
+        if self.algorithm is Algorithm.RLOO and self.scale_rewards is not ScaleRewards.NONE:
+            raise UsageError(
+                f"--scale-rewards {self.scale_rewards} is an option of --algorithm grpo", code="option-conflict"
+            )
         if self.report_to and find_spec(self.report_to) is None:
             raise UsageError(
                 f"--report-to {self.report_to}: not installed",
