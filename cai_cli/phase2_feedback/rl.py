@@ -7,9 +7,9 @@ other replies to the prompt instead of a critic; `--algorithm grpo` puts the KL 
 subtracted for a reply cut off at the length limit: the chat template closes every reply, so the preference model cannot
 detect the cut.
 
-Scores are standardised: the start model's replies to the held-out prompts have mean 0 and standard deviation 1 (both
-constants are in the manifest). So beta, in standard deviations per nat, and the penalty mean the same for every
-preference model, even one whose labels were clamped to 40-60% and whose margins are at most ln 1.5 = 0.405.
+Scores are standardised: the start model's replies to the held-out prompts have mean 0, and standard deviation 1 within
+a prompt (both constants are in the manifest). So beta, in standard deviations per nat, and the penalty mean the same
+for every preference model, even one whose labels were clamped to 40-60% and whose margins are at most ln 1.5 = 0.405.
 
 Replies are sampled as in `cai sample`, not by TRL: with the same seed a run has the same prompts, replies and rewards
 on one process and on several, up to rounding.
@@ -34,12 +34,12 @@ from cai_cli.data.splits import mixed
 from cai_cli.engines.base import Sampling
 from cai_cli.models.source import ModelSource
 from cai_cli.phase2_feedback.monitor_models import MonitorModel, ReplyScorer, pick_monitor_model, preference_score
+from cai_cli.phase2_feedback.reward_normalizer import RewardNormalizer, replies_per_prompt
 from cai_cli.phase2_feedback.rl_config import Algorithm, Reporter, RlConfig
 from cai_cli.phase2_feedback.rl_monitor import (
     CHECK_COLUMNS,
     Monitor,
     PolicyChecks,
-    RewardNormalizer,
     flagged,
     logits_of,
     reference_of,
@@ -216,8 +216,8 @@ def manifest_metrics(metrics: Metrics, normalizer: RewardNormalizer, kept: int) 
         kept: The step whose weights are kept, 0 where no step was better than the start model.
 
     Returns:
-        `kept_step` is `kept`; `score_mean` and `score_std` are logits; `reward` and `pm_score` are in standard
-        deviations of the start model's scores; `kl` is in nats, as TRL logs it; `_before` marks the start model's.
+        `kept_step` is `kept`; `score_mean` and `score_std`, the unit of `reward` and `pm_score`, are logits;
+        `kl` is in nats per token, as TRL logs it; `_before` marks the start model's.
     """
     trained = [row for row in metrics.rows if row["reward"] is not None]
     last = [row for row in trained if row["step"] <= kept][-1:] or trained[:1]
@@ -287,7 +287,8 @@ def estimate(rows: RowFlow, config: RlConfig) -> StepCost:
     """The cost of all replies, of scoring them, and of training on them."""
     trained = config.steps * config.replies
     checks = 1 + -(-config.steps // config.monitor_every)
-    checked = max(16, min(config.held_out, rows.rows // 2))
+    held_out = max(1, min(config.held_out, rows.rows // 2))
+    checked = held_out * replies_per_prompt(held_out)
     replies, new = trained + checks * checked, config.max_new_tokens
     whole = rows.prompt_tokens + new
     # The preference model and the start model read each reply too.

@@ -60,7 +60,10 @@ class RlConfig(TrainerOptions, PreferenceModelOptions):
         "group gives near-ties the weight of clear preferences.",
     )
     beta: float = option(
-        0.05, "Weight of the KL divergence from --model, in standard deviations of the score per nat.", ge=0.0
+        0.05,
+        "Weight of the KL divergence from --model, in units of the reward per nat. The unit is the standard deviation "
+        "of the scores of --model's replies to the same prompt, over two or more replies to each held-out prompt.",
+        ge=0.0,
     )
     steps: int = option(100, "Training steps.", ge=1)
     prompts_per_step: int = option(4, "Prompts in each step.", ge=1)

@@ -25,7 +25,9 @@ class Cautious(ScriptedEngine):
 
     def _judged(self, question: str) -> list[float]:
         wanted = ANSWER if HELPFULNESS.comparison in question else REFUSAL
-        return [-0.1, -3.0] if question.rindex("(A)") < question.rindex(wanted) < question.rindex("(B)") else [-3.0, -0.1]
+        return (
+            [-0.1, -3.0] if question.rindex("(A)") < question.rindex(wanted) < question.rindex("(B)") else [-3.0, -0.1]
+        )
 
     def identity(self) -> dict[str, str]:
         return {"engine": "cautious"}

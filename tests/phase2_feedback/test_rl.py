@@ -19,8 +19,8 @@ from cai_cli.data.schema import Preference, load_row
 from cai_cli.models.loading import load_causal_lm, load_reward_model, load_tokenizer
 from cai_cli.phase2_feedback import monitor_models, pm_pairs
 from cai_cli.phase2_feedback.monitor_models import preference_score
+from cai_cli.phase2_feedback.reward_normalizer import RewardNormalizer
 from cai_cli.phase2_feedback.rl_config import RlConfig
-from cai_cli.phase2_feedback.rl_monitor import RewardNormalizer
 from cai_cli.phase2_feedback.rl_trainer import end_ids, messages_of, preference_reward
 from cai_cli.reward import preference_model
 from cai_cli.reward.preference_model import score_conversations
