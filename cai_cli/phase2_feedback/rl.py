@@ -33,6 +33,7 @@ from cai_cli.data.schema import Prompt
 from cai_cli.data.splits import mixed
 from cai_cli.engines.base import Sampling
 from cai_cli.models.source import ModelSource
+from cai_cli.phase2_feedback.goodhart import smallest_fall
 from cai_cli.phase2_feedback.monitor_models import MonitorModel, ReplyScorer, pick_monitor_model, preference_score
 from cai_cli.phase2_feedback.reward_normalizer import RewardNormalizer, replies_per_prompt
 from cai_cli.phase2_feedback.rl_config import Algorithm, Reporter, RlConfig
@@ -60,6 +61,7 @@ from cai_cli.training.metrics_log import Metrics
 from cai_cli.training.quiet import quiet_libraries
 from cai_cli.training.training_run import TrainingJob, rows_digest
 
+WEAK_ALARM = 3.0  # the smallest fall that is flagged, in standard deviations, above which there is a warning
 COLUMNS = {
     "loss": "loss",
     "learning_rate": "learning_rate",
@@ -155,6 +157,11 @@ def _open_monitor(
     inputs: RlInputs, config: RlConfig, training: TrainingConfig, tokenizer: Any, score: ReplyScorer, work: Path
 ) -> Monitor:
     monitor_model = inputs.monitor_model
+    if monitor_model and (fall := smallest_fall(len(inputs.held_out), config.checks)) > WEAK_ALARM:
+        console.warn(
+            f"rl: {len(inputs.held_out):,} held-out prompts are too few to detect over-optimisation: the monitor's "
+            f"score must fall by {fall:.1f} standard deviations between two checks to be flagged"
+        )
     return Monitor(
         inputs.held_out,
         tokenizer,
@@ -164,6 +171,7 @@ def _open_monitor(
         Sampling(config.max_new_tokens, config.temperature),
         training.seed,
         training.batch_size,
+        config.checks,
     )
 
 
@@ -286,7 +294,7 @@ def read_rl_prompts(config: RlConfig, base: Path, preference_models: Sequence[Pa
 def estimate(rows: RowFlow, config: RlConfig) -> StepCost:
     """The cost of all replies, of scoring them, and of training on them."""
     trained = config.steps * config.replies
-    checks = 1 + -(-config.steps // config.monitor_every)
+    checks = 1 + config.checks
     held_out = max(1, min(config.held_out, rows.rows // 2))
     checked = held_out * replies_per_prompt(held_out)
     replies, new = trained + checks * checked, config.max_new_tokens

@@ -110,6 +110,11 @@ class RlConfig(TrainerOptions, PreferenceModelOptions):
         return self.prompts_per_step * self.samples_per_prompt
 
     @property
+    def checks(self) -> int:
+        """Checks of the policy, without that of the start model."""
+        return -(-self.steps // self.monitor_every)
+
+    @property
     def trainer_beta(self) -> float:
         """`beta` as TRL's trainer takes it, so that it weighs the KL divergence alike under both algorithms.
 

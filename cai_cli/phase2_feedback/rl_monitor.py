@@ -63,6 +63,7 @@ class Monitor:
         sampling: How tokens are sampled.
         seed: Random seed of the run.
         batch_size: Replies that are sampled at once.
+        total: Number of checks of the run, without the start model's.
         rows: The replies of all checks so far, in order.
     """
 
@@ -74,6 +75,7 @@ class Monitor:
     sampling: Sampling
     seed: int
     batch_size: int
+    total: int
     rows: list[PolicySample] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -137,7 +139,7 @@ class Monitor:
             "distinct_openings": len({opening(row.reply) for row in rows}) / len(rows),
             "evasive_share": mean_of(rows, SHARES["evasive_share"]),
             "boilerplate_share": mean_of(rows, SHARES["boilerplate_share"]),
-            "goodhart": goodhart(self.checks),
+            "goodhart": goodhart(self.checks, self.total),
         }
 
     def _replies(self, policy: Any) -> list[tuple[Prompt, int, Any]]:

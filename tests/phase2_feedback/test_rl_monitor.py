@@ -116,6 +116,7 @@ def test_divergence_and_entropy_are_over_the_whole_vocabulary(model: Path, tmp_p
         rl_monitor.Sampling(8, 0.7),
         0,
         4,
+        1,
     )
     results = monitor.check(0, policy, logits_of(other))
     assert len(monitor.rows) == 17  # one prompt, seventeen replies
@@ -147,6 +148,7 @@ def test_one_score_for_every_reply_is_refused(model: Path, tmp_path: Path) -> No
         rl_monitor.Sampling(4),
         0,
         4,
+        1,
     )
     policy = load_causal_lm(model)
     with pytest.raises(CaiError) as error:
@@ -186,7 +188,7 @@ def test_the_policy_that_is_kept_is_the_one_of_the_best_check(
 ) -> None:
     run = settings(models, lora=lora, save_steps=3)
     command(prompts, tmp_path / "four", **run | {"steps": 4})
-    monkeypatch.setattr(rl_monitor, "goodhart", lambda checks: "planted" if len(checks) == 4 else None)
+    monkeypatch.setattr(rl_monitor, "goodhart", lambda checks, total: "planted" if len(checks) == 4 else None)
     with interrupted_after(6):
         command(prompts, tmp_path / "rl", stop_on_goodhart=True, **run | {"steps": 9})
     command(prompts, tmp_path / "rl", stop_on_goodhart=True, **run | {"steps": 9})
