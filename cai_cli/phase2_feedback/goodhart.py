@@ -152,8 +152,8 @@ def falling_monitor(monitor: "NDArray[Any]", pm: "NDArray[Any]", total: int) -> 
     fall = p_values(-monitor, windows)
     if (fall > level).all():
         return None
-    found = np.flatnonzero((fall <= level) & (p_values(pm, windows) <= level))
-    return windows[min(found, key=lambda i: (windows[i].width, fall[i]))] if found.size else None
+    found = np.flatnonzero((fall <= level) & (p_values(pm, windows) <= level)).tolist()
+    return windows[min(found, key=lambda i: (windows[i].width, fall[i]))] if found else None
 
 
 # --- boilerplate, evasion and length ------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, ClassVar
 
 from cai_cli.common.errors import UsageError
 from cai_cli.models.loading import pick_device
@@ -11,7 +11,7 @@ from cai_cli.runtime.config import Effect, Group, Option, option, redefine
 from cai_cli.runtime.shared_options import DEFAULT_MODEL, MODEL_TO_TRAIN_HELP, EngineOptions, SamplingOptions
 from cai_cli.training import distributed
 from cai_cli.training.config import TrainingConfig
-from cai_cli.training.options import TrainerOptions
+from cai_cli.training.options import DefaultRates, TrainerOptions
 
 
 class Algorithm(StrEnum):
@@ -79,7 +79,8 @@ class RlConfig(TrainerOptions, PreferenceModelOptions):
     cutoff_penalty: float = option(
         1.0, "Subtracted from the standardised score of a reply that is cut off at --max-new-tokens.", ge=0.0
     )
-    learning_rate: float = redefine(TrainerOptions, "learning_rate", 1e-6)
+    default_rates: ClassVar[DefaultRates] = DefaultRates(full=1e-6, lora=1e-5)
+    learning_rate: float | None = redefine(TrainerOptions, "learning_rate", None, default_rates.help)
     held_out: int = option(32, "Prompts held out to check the policy; at most half of all prompts.", ge=1)
     monitor_every: int = option(10, "Steps between checks of the policy on the held-out prompts.", ge=1)
     monitor_pm: str | None = option(
@@ -156,7 +157,7 @@ class RlConfig(TrainerOptions, PreferenceModelOptions):
         return TrainingConfig(
             batch_size=self.batch_size or share,
             gradient_accumulation=share // (self.batch_size or share),
-            learning_rate=self.learning_rate,
+            learning_rate=self.peak_learning_rate,
             save_steps=self.save_steps,
             seed=self.seed,
             device=pick_device(self.device),
