@@ -79,9 +79,11 @@ class RlConfig(TrainerOptions, PreferenceModelOptions):
     cutoff_penalty: float = option(
         1.0, "Subtracted from the standardised score of a reply that is cut off at --max-new-tokens.", ge=0.0
     )
-    default_rates: ClassVar[DefaultRates] = DefaultRates(full=1e-6, lora=1e-5)
+    default_rates: ClassVar[DefaultRates] = DefaultRates(full=1e-6, lora=2e-5)
     learning_rate: float | None = redefine(TrainerOptions, "learning_rate", None, default_rates.help)
-    held_out: int = option(32, "Prompts held out to check the policy; at most half of all prompts.", ge=1)
+    held_out: int = option(
+        32, "Prompts held out to check the policy, with two replies or more to each; at most half of all prompts.", ge=1
+    )
     monitor_every: int = option(10, "Steps between checks of the policy on the held-out prompts.", ge=1)
     monitor_pm: str | None = option(
         None,
