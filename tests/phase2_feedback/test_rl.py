@@ -183,7 +183,7 @@ def test_rl_scores_the_same_tokens_that_the_preference_model_is_trained_on(
         patch.object(monitor_models, "score_conversations", conversations_seen),
     ):
         command(file, tmp_path / "rl", pm=pm, model=str(model), **QUICK | {"steps": 2})
-    assert len(scored) == len(conversations_scored) == 48  # of two steps and two checks, one prompt each
+    assert len(scored) == len(conversations_scored) == 50  # of two steps with 8 replies and two checks with 17
     # The same conversations as preferences, each against another reply.
     preferences = [
         load_row(Preference, preference(i) | {
