@@ -17,8 +17,8 @@ _HARMLESS = Option(Effect.HARMLESS, Group.TRAINING)
 class DefaultRates:
     """The learning rates of a stage where none is given.
 
-    LoRA needs a higher rate: at the same rate the product of two adapters moves the weights several times less than full
-    tuning, and the less the wider the model is (`bench/lora_rates.py`).
+    LoRA needs a higher rate: at the same rate the product of two adapters moves the weights several times less than
+    full tuning does (`bench/lora_rates.py`).
 
     Attributes:
         full: The rate where all weights are trained.
