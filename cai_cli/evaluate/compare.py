@@ -23,10 +23,10 @@ from cai_cli.data.jsonl import display_name, read_rows, rows_of
 from cai_cli.data.schema import Kind, Pair, Rejected, Revision, Sample, Vote, reject
 from cai_cli.engines.base import Engine, RequestFailure
 from cai_cli.judging.base import sigmoid
+from cai_cli.judging.by_kind import votes_by_kind
 from cai_cli.judging.labeller import JudgeOptions, estimate_votes, labeller_settings, open_labeller
-from cai_cli.judging.votes import Labeller, PairVerdict, aggregate_votes
+from cai_cli.judging.votes import Labeller
 from cai_cli.metrics.elo import Tournament
-from cai_cli.prompting.evaluation import HELPFULNESS
 from cai_cli.reward.preference_model import preference_model_identity
 from cai_cli.reward.scorer import Scorer
 from cai_cli.runtime.config import Effect, Group, Option, option, redefine
@@ -223,14 +223,9 @@ def compare_by_votes(pairs: Sequence[ReplyPair], labeller: Labeller) -> list[Mod
         pairs: The replies to compare.
         labeller: The judge and its principles, which are replaced by helpfulness for prompts of that kind.
     """
-    by_helpfulness = replace(labeller, principles=[HELPFULNESS], per_pair=1)
     different = [pair for pair in pairs if pair.a.completion != pair.b.completion]
-    verdicts: dict[str, PairVerdict | RequestFailure] = {}
-    for judge, group in (
-        (labeller, [p for p in different if p.kind != "helpful"]),
-        (by_helpfulness, [p for p in different if p.kind == "helpful"]),
-    ):
-        verdicts |= dict(zip([p.id for p in group], aggregate_votes([p.pair for p in group], judge), strict=True))
+    judged = votes_by_kind([pair.pair for pair in different], [pair.kind for pair in different], labeller)
+    verdicts = {pair.id: verdict for pair, verdict in zip(different, judged, strict=True)}
     outcomes: list[ModelComparison | Rejected] = []
     for pair in pairs:
         verdict = verdicts.get(pair.id)

@@ -14,8 +14,9 @@ from cai_cli.constitution.schema import PreferenceConstitution, open_constitutio
 from cai_cli.data.schema import Pair, Prompt
 from cai_cli.engines import open_engine
 from cai_cli.engines.base import Sampling, Server
+from cai_cli.judging.by_kind import votes_by_kind
 from cai_cli.judging.judge import Judge
-from cai_cli.judging.votes import Labeller, PairVerdict, aggregate_votes
+from cai_cli.judging.votes import Labeller, PairVerdict
 from cai_cli.models.source import ModelSource
 from cai_cli.prompting.base import assistant, resolve_prompt_format
 from cai_cli.reward.preference_model import open_for_scores, preference_model_identity, score_conversations
@@ -119,7 +120,8 @@ def win_probabilities(
     """The probability that each reply is better than the start model's reply, according to a judge.
 
     Args:
-        labeller: The judge. It compares a pair under one principle, in both orders.
+        labeller: The judge. It compares a pair in both orders under one principle: helpfulness where the prompt's kind
+            is helpful, else one of the labeller's principles.
         prompts: The prompts.
         replies: The replies to them.
         start_replies: The start model's replies to them.
@@ -127,12 +129,12 @@ def win_probabilities(
     Returns:
         One probability for each reply; 0.5 where it equals the start model's, None where the judge did not answer.
     """
-    pairs = []
+    pairs, kinds = [], []
     for prompt, reply, start in zip(prompts, replies, start_replies, strict=True):
         if reply != start:
             a, b = [assistant(reply)], [assistant(start)]
             pairs.append(Pair(id=prompt.id, prompt=prompt.prompt, a=a, b=b, human=None, source=None))
-    probabilities = (
-        verdict.p_a if isinstance(verdict, PairVerdict) else None for verdict in aggregate_votes(pairs, labeller)
-    )
+            kinds.append(prompt.kind)
+    verdicts = votes_by_kind(pairs, kinds, labeller)
+    probabilities = (verdict.p_a if isinstance(verdict, PairVerdict) else None for verdict in verdicts)
     return [0.5 if reply == start else next(probabilities) for reply, start in zip(replies, start_replies, strict=True)]

@@ -13,7 +13,7 @@ from cai_cli.engines.local.engine import engine_around
 from cai_cli.engines.tokenization import decode_reply, encode_chat
 from cai_cli.models.adapters import without_adapter_wrapper
 from cai_cli.phase2_feedback.monitor_models import ReplyScorer
-from cai_cli.phase2_feedback.rl_monitor import RewardNormalizer
+from cai_cli.phase2_feedback.reward_normalizer import RewardNormalizer
 from cai_cli.training import distributed
 
 if TYPE_CHECKING:

@@ -8,15 +8,15 @@ from cai_cli.report.collect import StepFiles
 
 # Meaning and unit of the columns, in the order of the page; other columns follow under their own names.
 TITLES = {
-    "reward": "Preference model score (logits)",
-    "pm_score": "Preference model score on held-out prompts (logits)",
+    "reward": "Preference model score (standard deviations of the start model's scores within a prompt)",
+    "pm_score": "The same on held-out prompts",
     "monitor_score": "Score of the monitor model, which is not used for training",
-    "kl": "KL divergence from the start model (nats)",
+    "kl": "KL divergence from the start model (nats per token)",
     "reply_tokens": "Reply length (tokens)",
     "cut_off_share": "Share of replies cut off at the length limit",
     "evasive_share": "Share of evasive replies",
     "boilerplate_share": "Share of replies with boilerplate",
-    "distinct_openings": "Number of distinct openings",
+    "distinct_openings": "Distinct openings, as a share of the replies",
     "accuracy": "Accuracy",
     "held_out_accuracy": "Accuracy on held-out pairs",
     "loss": "Loss",

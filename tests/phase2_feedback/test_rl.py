@@ -19,7 +19,8 @@ from cai_cli.data.schema import Preference, load_row
 from cai_cli.models.loading import load_generation_config, load_reward_model, load_tokenizer
 from cai_cli.phase2_feedback import monitor_models, pm_pairs
 from cai_cli.phase2_feedback.monitor_models import preference_score
-from cai_cli.phase2_feedback.rl_monitor import RewardNormalizer
+from cai_cli.phase2_feedback.reward_normalizer import RewardNormalizer
+from cai_cli.phase2_feedback.rl_config import RlConfig
 from cai_cli.phase2_feedback.rl_trainer import messages_of, preference_reward
 from cai_cli.reward import preference_model
 from cai_cli.reward.preference_model import score_conversations
@@ -73,6 +74,36 @@ def test_the_parameters_change_and_the_output_loads_as_a_plain_model(
     assert all(row[name] is not None for row in metrics[1:] for name in names)
     assert metrics[1]["kl"] == pytest.approx(0, abs=1e-5)  # the reference holds the weights training starts from
     assert metrics[-1]["kl"] != pytest.approx(0, abs=1e-5)
+
+
+def first_step(directory: Path) -> dict[str, Any]:
+    return next(row for row in rows_in(directory / "metrics.jsonl") if row["step"] == 1)
+
+
+def test_grpo_keeps_the_unit_of_the_reward(model: Path, pm: str, prompts: str, tmp_path: Path) -> None:
+    # The policy still equals its start, so the KL has no gradient and the replies of all runs are the same. GRPO's loss
+    # is a mean over tokens, RLOO's over replies; GRPO's baseline contains the reply, RLOO's does not.
+    run = QUICK | {"pm": pm, "model": str(model), "steps": 1}
+    for name, options in (("rloo", {}), ("grpo", {}), ("group", {"scale_rewards": "group"})):
+        command(prompts, tmp_path / name, algorithm=name.replace("group", "grpo"), **run | options)
+    rloo, grpo, group = (first_step(tmp_path / name) for name in ("rloo", "grpo", "group"))
+    share = 3 / 4 / rloo["reply_tokens"]
+    assert grpo["grad_norm"] == pytest.approx(rloo["grad_norm"] * share, rel=1e-3)
+    assert group["grad_norm"] != pytest.approx(rloo["grad_norm"] * share, rel=1e-2)
+    assert manifest_of(tmp_path / "grpo")["provenance"]["settings"]["scale_rewards"] == "none"
+    assert "scale_rewards" not in manifest_of(tmp_path / "rloo")["provenance"]["settings"]
+
+
+def test_beta_weighs_the_divergence_alike_under_both_algorithms() -> None:
+    given = {"input": "p", "output": "o", "pm": "pm", "beta": 0.1, "samples_per_prompt": 5}
+    assert RlConfig.build(given).trainer_beta == 0.1
+    assert RlConfig.build(given | {"algorithm": "grpo"}).trainer_beta == pytest.approx(0.1 * 4 / 5)
+
+
+def test_only_grpo_scales_its_rewards() -> None:
+    with pytest.raises(UsageError) as error:
+        RlConfig.build({"input": "p", "output": "o", "pm": "pm", "scale_rewards": "group"})
+    assert error.value.code == "option-conflict"
 
 
 def test_training_raises_the_score_of_its_replies(model: Path, pm: str, prompts: str, tmp_path: Path) -> None:
@@ -169,7 +200,7 @@ def test_rl_scores_the_same_tokens_that_the_preference_model_is_trained_on(
         patch.object(monitor_models, "score_conversations", conversations_seen),
     ):
         command(file, tmp_path / "rl", pm=pm, model=str(model), **QUICK | {"steps": 2})
-    assert len(scored) == len(conversations_scored) == 48  # of two steps and two checks, one prompt each
+    assert len(scored) == len(conversations_scored) == 50  # of two steps with 8 replies and two checks with 17
     # The same conversations as preferences, each against another reply.
     preferences = [
         load_row(Preference, preference(i) | {
