@@ -192,9 +192,7 @@ def percent(share: Estimate) -> str:
     return f"{share['value']:.1%} ({share['low']:.1%} to {share['high']:.1%})"
 
 
-def resampled_interval(
-    value: float, resamples: "Numbers", counts: "Numbers", limits: Limits, among: int = 1
-) -> Ends:
+def resampled_interval(value: float, resamples: "Numbers", counts: "Numbers", limits: Limits, among: int = 1) -> Ends:
     """Return the 95% bootstrap interval of a value.
 
     It runs between percentiles of the resamples, shifted by their bias so that it is centred on the value, and widened
@@ -265,9 +263,7 @@ class ClusterBootstrap(Generic[Column]):
         """Return the sum of a column over all clusters."""
         return float(self.table[:, self.columns[column]].sum())
 
-    def estimate(
-        self, statistic: Statistic[Column], count: Column, limits: Limits, among: int = 1
-    ) -> Estimate | None:
+    def estimate(self, statistic: Statistic[Column], count: Column, limits: Limits, among: int = 1) -> Estimate | None:
         """Return a statistic of the sums with its 95% bootstrap interval; see `resampled_interval`.
 
         Args:

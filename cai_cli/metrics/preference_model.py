@@ -213,4 +213,5 @@ def length_correlation(pairs: Sequence[JudgedPair]) -> Estimate | None:
     drawn = (rng.integers(len(counts), size=len(counts)) for _ in range(RESAMPLES))
     resamples = np.array([spearman(np.concatenate([rows_of[prompt] for prompt in prompts])) for prompts in drawn])
     value = spearman(np.arange(len(pairs)))
-    return {"value": value, **resampled_interval(value, resamples, counts, SIGNED), "n": 2 * len(pairs)}
+    ends = resampled_interval(value, resamples, counts.astype(np.float64), SIGNED)
+    return {"value": value, "low": ends["low"], "high": ends["high"], "n": 2 * len(pairs)}

@@ -82,8 +82,9 @@ def fit_head(
         model.score.weight.copy_(torch.from_numpy(weights)[None])
     decided = p > 0.5
     _, of_prompt = np.unique(prompts, return_inverse=True)
-    right, pairs = (np.bincount(of_prompt, weights=of) for of in (decided & (margins[best] > 0), decided))
-    return {"head_loss": float(losses[best]), "head_accuracy": clustered_share(right, pairs)}
+    right = np.bincount(of_prompt, weights=decided & (margins[best] > 0)).astype(np.float64)
+    of_pairs = np.bincount(of_prompt, weights=decided).astype(np.float64)
+    return {"head_loss": float(losses[best]), "head_accuracy": clustered_share(right, of_pairs)}
 
 
 def regress(x: "NDArray[Any]", p: "NDArray[Any]", strength: float) -> "NDArray[Any]":
