@@ -142,8 +142,9 @@ def _letters(results: Sequence[EvaluationResult]) -> dict[str, Estimate | None]:
     picks = [(place, pick) for place, r in enumerate(results) for scores in r.askings if (pick := _pick(scores))]
     questions = [place for place, _ in picks]
     letters = sorted({option for r in results for scores in r.askings for option in scores.options})
+    among = len(letters) if len(letters) > 2 else 1  # of two letters one determines the other
     return {
-        letter.strip(" ()"): mean_estimate([float(pick == letter) for _, pick in picks], SHARE, questions, len(letters))
+        letter.strip(" ()"): mean_estimate([float(pick == letter) for _, pick in picks], SHARE, questions, among)
         for letter in letters
     }
 
@@ -169,8 +170,8 @@ def summary_lines(metrics: dict[str, Any]) -> Iterator[str]:
     yield f"accuracy {percent(accuracy)} of {accuracy['n']:,} questions; chance {metrics['chance']:.1%}: {verdict}"
     ties = f"{metrics['ties']:,} ties, counted as wrong"
     yield f"mean probability of the correct option {percent(metrics['p_correct'])}; {ties}"
-    for name, part in (("picked", metrics["letters"]), ("accuracy on", metrics["by_source"])):
-        at_once = f" (simultaneous over {len(part)})" if len(part) > 1 else ""
+    for name, part, alone in (("picked", metrics["letters"], 2), ("accuracy on", metrics["by_source"], 1)):
+        at_once = f" (simultaneous over {len(part)})" if len(part) > alone else ""
         for key, estimate in part.items():
             if estimate:
                 yield f"{name} {console.safe(key)}: {percent(estimate)}{at_once}, n = {estimate['n']:,}"

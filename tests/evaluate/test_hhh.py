@@ -116,8 +116,8 @@ def test_the_summary_counts_ties_as_wrong_and_shows_letters_and_sources() -> Non
     found = summarise([*tied, *liked])
     assert found["accuracy"] == mean_estimate([1, 0, 0], SHARE)
     assert (found["ties"], found["chance"], found["above_chance"]) == (1, 0.5, False)
-    # A tie picks no letter. The intervals of letters and of sources are simultaneous.
-    assert found["letters"] == {"A": mean_estimate([1, 1], SHARE, among=2), "B": mean_estimate([0, 0], SHARE, among=2)}
+    # A tie picks no letter. The intervals of the sources are simultaneous.
+    assert found["letters"] == {"A": mean_estimate([1, 1], SHARE), "B": mean_estimate([0, 0], SHARE)}
     assert found["by_source"] == {"x": mean_estimate([1, 0], SHARE, among=2), "y": mean_estimate([0], SHARE, among=2)}
     assert found["p_correct"]["value"] == pytest.approx((0.5 + 0.8 + 0.2) / 3)
 
@@ -188,7 +188,7 @@ WORDS = ("eval", "hhh", "hhh.jsonl", "--model", "scripted:script.jsonl")
 def test_the_command_reports_and_writes_a_row_a_question(cai: Cai, files: Path) -> None:
     done = cai(*WORDS)
     assert done.code == 0, done.stderr
-    assert done.stdout.startswith("accuracy 75.0% (40.9% to 92.9%) of 8 questions; chance 50.0%: not distinguishable")
+    assert done.stdout.startswith("accuracy 75.0% (33.0% to 94.8%) of 8 questions; chance 50.0%: not distinguishable")
     assert "picked A: 100.0%" in done.stdout
     filed = cai(*WORDS, "-o", "out.jsonl", "--json")
     summary = json.loads(filed.stdout)
