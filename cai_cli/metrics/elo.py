@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from cai_cli.common.hash_index import KeyTable
 from cai_cli.data.evaluation_schema import ModelComparison
 from cai_cli.data.schema import Kind, Rejected
-from cai_cli.metrics.intervals import ClusterBootstrap, Estimate, Limits, clustered_share
+from cai_cli.metrics.intervals import ClusterBootstrap, Estimate, Limits, clustered_share, widened
 
 if TYPE_CHECKING:
     from cai_cli.metrics.intervals import Numbers
@@ -179,8 +179,9 @@ class Tournament:
             return ELO_SCALE * math.log10(odds) * (1 - 1 / len(self.models))
 
         low, high = (rating["value"] + elo(end) - elo(wins["value"]) for end in (wins["low"], wins["high"]))
-        low, high = min(rating["low"], low), max(rating["high"], high)
-        return {**rating, "low": max(RATING_LIMITS[0], low), "high": min(RATING_LIMITS[1], high)}
+        covering = widened(rating, {**wins, "low": low, "high": high})
+        low, high = max(RATING_LIMITS[0], covering["low"]), min(RATING_LIMITS[1], covering["high"])
+        return {**rating, "low": low, "high": high}
 
     def _wins(self, model: int, sums: ClusterBootstrap[Sum]) -> "Numbers":
         """Return how many comparisons `model` won on each prompt, ties counted half, shape (blocks,)."""

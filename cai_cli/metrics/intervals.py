@@ -28,6 +28,8 @@ RESAMPLES = 2000
 # More clusters than this share blocks evenly. Memory and time then stay the same for a million rows, and 2,000
 # resamples of 2,000 blocks still determine the spread to 2%.
 BLOCKS = 2000
+# With fewer clusters than this the normal distribution is a poor approximation to Student's t.
+FEW_CLUSTERS = 30
 LEVEL = 0.05  # of all simultaneous intervals together
 Z = 1.959964  # the normal distribution's quantile for 95%
 Limits = tuple[float, float]
@@ -190,6 +192,13 @@ def percent(share: Estimate) -> str:
         '50.0% (25.0% to 75.0%)'
     """
     return f"{share['value']:.1%} ({share['low']:.1%} to {share['high']:.1%})"
+
+
+def widened(estimate: Estimate, other: Estimate | None) -> Estimate:
+    """Return `estimate` with an interval that also covers the interval of `other`."""
+    if other is None:
+        return estimate
+    return {**estimate, "low": min(estimate["low"], other["low"]), "high": max(estimate["high"], other["high"])}
 
 
 def resampled_interval(value: float, resamples: "Numbers", counts: "Numbers", limits: Limits, among: int = 1) -> Ends:

@@ -66,10 +66,10 @@ def accuracy_warning(overall: Estimate | None, prompts: int) -> str | None:
         prompts: Number of prompts that the pairs belong to.
 
     Examples:
-        >>> accuracy_warning(wilson(90, 100), 100) is None
+        >>> accuracy_warning({"value": 0.9, "low": 0.82, "high": 0.94, "n": 100}, prompts=100) is None
         True
-        >>> accuracy_warning(wilson(1, 10), 10)
-        'The preference model is worse than chance: right on 10.0% of 10 held-out pairs (95%: 1.8% to 40.4%).'
+        >>> accuracy_warning({"value": 0.1, "low": 0.02, "high": 0.4, "n": 10}, prompts=10)
+        'The preference model is worse than chance: right on 10.0% of 10 held-out pairs (95%: 2.0% to 40.0%).'
     """
     if overall is None:
         return "No pair with a preferred reply was held out, so it is unknown what the model learned."
