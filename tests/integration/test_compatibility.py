@@ -65,7 +65,7 @@ def test_a_finished_output_is_recognised(command: dict[str, Any], spelling: str,
     assert f"{command['output']} is already finished; nothing to do" in done.stderr
     after = files_of(old)
     # A finished evaluation is summarised again from its rows: same values, intervals as this version computes them.
-    for name in (n for n in before if n.endswith((".compare.json", ".harm.json")) and after[n] != before[n]):
+    for name in [n for n in before if n.endswith((".compare.json", ".harm.json"))]:
         assert values_in(json.loads(after.pop(name))).items() >= values_in(json.loads(before.pop(name))).items()
     assert after == before
 
