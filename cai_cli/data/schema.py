@@ -224,6 +224,7 @@ class JudgedPair(Identified):
     """A held-out pair scored by a trained preference model.
 
     Attributes:
+        prompt_id: The id of the prompt's conversation, equal for the pairs of one prompt; None before version 0.2.
         source: Where the pair comes from.
         p_chosen: The pair's soft label.
         chosen_score: The score of `chosen`, a logit.
@@ -232,6 +233,7 @@ class JudgedPair(Identified):
         rejected_tokens: The length of `rejected` in tokens.
     """
 
+    prompt_id: str | None = None
     source: str | None
     p_chosen: float = Field(ge=0.5, le=1)
     chosen_score: float

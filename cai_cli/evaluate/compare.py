@@ -27,6 +27,7 @@ from cai_cli.judging.by_kind import votes_by_kind
 from cai_cli.judging.labeller import JudgeOptions, estimate_votes, labeller_settings, open_labeller
 from cai_cli.judging.votes import Labeller
 from cai_cli.metrics.elo import Tournament
+from cai_cli.metrics.intervals import fewest_clusters
 from cai_cli.reward.preference_model import preference_model_identity
 from cai_cli.reward.scorer import Scorer
 from cai_cli.runtime.config import Effect, Group, Option, option, redefine
@@ -244,18 +245,28 @@ def compare_by_votes(pairs: Sequence[ReplyPair], labeller: Labeller) -> list[Mod
 def print_result(result: Mapping[str, Any]) -> None:
     """Print the result of a `Tournament` on stderr; a model is called better only where the interval shows it."""
     for rate in result["win_rates"]:
-        a, b, kind = rate["a"], rate["b"], rate["kind"] or "other"
-        value, low, high = rate["value"], rate["low"], rate["high"]
-        if high < 0.5:
-            a, b, value, low, high = b, a, 1 - value, 1 - high, 1 - low
-        verdict = f"{a} is better than {b}" if low > 0.5 else f"no significant difference between {a} and {b}"
-        won = (
-            f"{a} wins {value:.0%} ({low:.0%} to {high:.0%}) of {rate['n']:,}, with {rate['ties']:,} ties counted half"
-        )
-        console.say(f"{kind} prompts: {verdict}: {won}")
+        console.say(_sentence(rate, len(result["win_rates"])))
     for axis, ratings in result["ratings"].items():
         for r in ratings:
             console.say(f"Elo, {axis}: {r['model']} {r['value']:.0f} ({r['low']:.0f} to {r['high']:.0f})")
+    counts = [f"{n:,} {name.replace('_', ' ')}" for name, n in result["simultaneous"].items() if n > 1]
+    if counts:
+        console.say(f"the 95% intervals are simultaneous over {', over '.join(counts)}")
+
+
+def _sentence(rate: Mapping[str, Any], among: int) -> str:
+    """Return a win rate, one of `among` simultaneous ones, in words."""
+    a, b, kind = rate["a"], rate["b"], rate["kind"] or "other"
+    value, low, high = rate["value"], rate["low"], rate["high"]
+    if high < 0.5:
+        a, b, value, low, high = b, a, 1 - value, 1 - high, 1 - low
+    verdict = f"no significant difference between {a} and {b}"
+    if low > 0.5:
+        verdict = f"{a} is better than {b}"
+    elif rate["prompts"] < fewest_clusters(among):
+        verdict = f"{rate['prompts']} prompts are too few to compare {a} and {b} ({fewest_clusters(among)} are needed)"
+    won = f"{a} wins {value:.0%} ({low:.0%} to {high:.0%}) of {rate['n']:,}, with {rate['ties']:,} ties counted half"
+    return f"{kind} prompts: {verdict}: {won}"
 
 
 def _result_of(output: str, models: Sequence[str]) -> dict[str, Any]:

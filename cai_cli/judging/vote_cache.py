@@ -32,8 +32,7 @@ class RecordedVotes:
         provenance: Provenance of the labelling that reuses the votes.
 
     Raises:
-        UsageError: The output is not finished, it has another judge or other prompts, or an earlier version wrote
-            clamped votes.
+        UsageError: The output is not finished, or it has another judge or other prompts.
         CaiError: The file cannot be read.
     """
 
@@ -46,17 +45,11 @@ class RecordedVotes:
             raise UsageError(f"--votes {source}: not a finished output of `cai label-prefs`", code="not-made-by-cai")
         if different := differences(_judge_settings(recorded), _judge_settings(provenance)):
             raise UsageError(f"--votes {source}: the judge differs: {'; '.join(different)}", code="other-run")
-        low, high = settings["clamp"]
-        version, current = recorded["cai"], provenance["cai"]
-        if (low, high) != (0, 1) and changed_between("label-prefs", version, current):
-            raise UsageError(
-                f"--votes {source}: version {version} clamped its votes to {low},{high} before averaging",
-                hint="label the pairs again; votes are now recorded as the judge gave them",
-                code="option-conflict",
-            )
         # Raised when a vote is needed, not here: a finished output is recognised whatever its votes.
         if changed_between("label-prefs", recorded["cai"], provenance["cai"]):
-            self._outdated = f"--votes {source}: cai {recorded['cai']} asked the judge in other words"
+            self._outdated = (
+                f"--votes {source}: cai {recorded['cai']} asked the judge in other words and clamped its votes"
+            )
         self._samples = settings["cot_samples"]
         self._rows = {row.id: row for row in _labelled(source)}
 
@@ -64,7 +57,7 @@ class RecordedVotes:
         """Return the recorded judgement of a comparison, or None where there is none.
 
         Raises:
-            UsageError: The votes are of a version whose prompts were different.
+            UsageError: The votes are of a version that asked otherwise and clamped each vote.
         """
         if self._outdated:
             raise UsageError(self._outdated, hint="label the pairs again, without --votes", code="other-run")

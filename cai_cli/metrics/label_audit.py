@@ -18,7 +18,7 @@ about a pair cancels in their mean.
 Metrics of the labels (agreement, calibration, length) are computed over the file. Metrics of the judge (order,
 position) also cover the pairs that were rejected with their votes. A vote of exactly one half has no winner and is left
 out; a label of exactly one half is a tie, and counts as half right. Pairs that only humans judged are counted and
-otherwise ignored. Every interval is a bootstrap over prompts.
+otherwise ignored. Every interval is computed over prompts.
 """
 
 import math
@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from cai_cli.common.hash_index import KeyTable
 from cai_cli.data.jsonl import read_rows, rows_of
 from cai_cli.data.schema import TIE, Preference, Rejected, Vote, conversation_id, reason_kind, with_votes
+from cai_cli.metrics.calibration import error_if_calibrated
 from cai_cli.metrics.intervals import SHARE, ClusterBootstrap
 from cai_cli.metrics.label_verdict import notes, reads_replies, trust
 from cai_cli.metrics.order_agreement import (
@@ -163,6 +164,7 @@ class LabelAudit:
             "rejected": {why: n for why, n in sorted(self.reasons.items()) if why != TIE},
             "agreement": pairs.share("right", "human"),
             "calibration_error": pairs.estimate(_calibration_error, "human", SHARE),
+            "calibration_error_if_calibrated": _error_if_calibrated(pairs),
             "reliability": list(_reliability(pairs)),
             "ordered_prompts": votes.clusters("ordered"),
             "between_orders": between_orders(votes),
@@ -177,7 +179,10 @@ class LabelAudit:
             "between_principles": pairs.share("principles_agree", "principle_pairs"),
             "longer_chosen": pairs.share("longer", "unequal"),
             "length_correlation": pairs.estimate(_length_correlation, "pairs", SIGNED),
-            "principles": {name: _principle_metrics(self.principles[name]) for name in sorted(self.principles)},
+            "principles": {
+                name: _principle_metrics(self.principles[name], len(self.principles))
+                for name in sorted(self.principles)
+            },
         }
 
 
@@ -317,26 +322,41 @@ def _calibration_error(s: "Mapping[Sum, Numbers]") -> "Numbers":
     return gaps / s["human"]  # type: ignore[no-any-return]
 
 
+def _error_if_calibrated(pairs: ClusterBootstrap[Sum]) -> float | None:
+    """Return the mean calibration error of a calibrated judge of the same pairs; None without human labels."""
+    import numpy as np
+
+    if not (n := pairs.total("human")):
+        return None
+    gaps = [pairs.by_cluster(BinSum("confidence", k)) - pairs.by_cluster(BinSum("right", k)) for k in range(BINS)]
+    return error_if_calibrated(np.stack(gaps, axis=1), n)
+
+
 def _reliability(pairs: ClusterBootstrap[Sum]) -> Iterator[dict[str, Any]]:
-    """Yield the reliability curve: for each bin with labels, the mean confidence and the share right."""
-    for k in range(BINS):
-        if n := round(pairs.total(BinSum("n", k))):
-            ends = {"from": (BINS + k) / (2 * BINS), "to": (BINS + k + 1) / (2 * BINS)}
-            confidence = pairs.total(BinSum("confidence", k)) / n
-            right = pairs.share(BinSum("right", k), BinSum("n", k))
-            yield {**ends, "n": n, "confidence": confidence, "right": right}
+    """Yield the reliability curve: for each bin with labels, the mean confidence and the share right.
+
+    The intervals of the bins hold at once.
+    """
+    bins = [k for k in range(BINS) if pairs.total(BinSum("n", k))]
+    for k in bins:
+        n = round(pairs.total(BinSum("n", k)))
+        ends = {"from": (BINS + k) / (2 * BINS), "to": (BINS + k + 1) / (2 * BINS)}
+        confidence = pairs.total(BinSum("confidence", k)) / n
+        right = pairs.share(BinSum("right", k), BinSum("n", k), len(bins))
+        yield {**ends, "n": n, "confidence": confidence, "right": right}
 
 
 def _length_correlation(s: "Mapping[Sum, Numbers]") -> "Numbers":
     return s["xy"] / (s["xx"] * s["yy"]) ** 0.5
 
 
-def _principle_metrics(sums: ClusterBootstrap[Sum]) -> dict[str, Any]:
+def _principle_metrics(sums: ClusterBootstrap[Sum], principles: int) -> dict[str, Any]:
+    """Return the metrics of one of several principles; each metric's intervals hold at once for all principles."""
     return {
         "pairs": round(sums.total("pairs")),
-        "agreement": sums.share("right", "human"),
-        "mean_p_first": sums.estimate(lambda s: s["p_first"] / s["votes"], "votes", SHARE),
-        "flip_rate": sums.share("flips", "both_orders"),
+        "agreement": sums.share("right", "human", principles),
+        "mean_p_first": sums.estimate(lambda s: s["p_first"] / s["votes"], "votes", SHARE, principles),
+        "flip_rate": sums.share("flips", "both_orders", principles),
     }
 
 

@@ -42,11 +42,6 @@ _LEAST = 2.0**-53
 LARGEST_LOG_ODDS = math.log((1 - _LEAST) / _LEAST)
 # With fewer prompts the interval covers almost every correlation, and nothing is claimed.
 FEWEST_PROMPTS = 5
-# The 97.5% quantile of Student's distribution with 1, 2, 3 ... degrees of freedom.
-_STUDENT = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
-    *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048),
-)
 ORDER_SUMS = ("ordered", "preference_squares", "position", "position_squares")
 
 
@@ -94,8 +89,7 @@ def order_sums(by_principle: Iterable[Sequence[Vote]]) -> dict[str, float]:
 def between_orders(sums: "ClusterBootstrap[Any]") -> Estimate | None:
     """Return the correlation of the judge's preferences in the two orders, with its 95% interval over prompts.
 
-    With few prompts the bootstrap interval is too narrow. It is then widened as Student's distribution widens that of
-    a mean, and covers Fisher's interval over the pairs as well.
+    With few prompts the bootstrap interval is too narrow, and is widened to cover Fisher's interval over the pairs.
 
     Args:
         sums: The sums of `order_sums`, by prompt.
@@ -106,12 +100,9 @@ def between_orders(sums: "ClusterBootstrap[Any]") -> Estimate | None:
     estimate, prompts = sums.estimate(_between_orders, "ordered", (-1.0, 1.0)), sums.clusters("ordered")
     if estimate is None or not 1 < prompts < FEW_CLUSTERS:
         return estimate
-    value = estimate["value"]
-    factor = (prompts / (prompts - 1)) ** 0.5 * _STUDENT[prompts - 2] / 1.96
-    low, high = value - factor * (value - estimate["low"]), value + factor * (estimate["high"] - value)
-    z, half_width = math.atanh(max(-0.999999, min(0.999999, value))), 1.96 / (estimate["n"] - 1.5) ** 0.5
+    z, half_width = math.atanh(max(-0.999999, min(0.999999, estimate["value"]))), 1.96 / (estimate["n"] - 1.5) ** 0.5
     fisher: Estimate = {**estimate, "low": math.tanh(z - half_width), "high": math.tanh(z + half_width)}
-    return widened({**estimate, "low": max(-1.0, low), "high": min(1.0, high)}, fisher)
+    return widened(estimate, fisher)
 
 
 def _between_orders(s: "Mapping[Any, Numbers]") -> "Numbers":

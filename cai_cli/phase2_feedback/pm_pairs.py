@@ -8,7 +8,7 @@ from cai_cli.common.errors import RowError
 from cai_cli.data.formats import parse_preference
 from cai_cli.data.jsonl import origin
 from cai_cli.data.row_reader import RowReader
-from cai_cli.data.schema import JudgedPair, Preference, reject
+from cai_cli.data.schema import JudgedPair, Preference, conversation_id, reject
 from cai_cli.data.splits import IDENTICAL_REPLIES, pair_problem, too_long_for
 from cai_cli.engines.tokenization import encode_text
 from cai_cli.models.reading import Reading
@@ -131,6 +131,7 @@ def score_held_out(
     return [
         JudgedPair(
             id=row.id,
+            prompt_id=conversation_id(row.prompt),
             source=row.source,
             p_chosen=row.p_chosen,
             chosen_score=a,

@@ -220,6 +220,7 @@ def write_curves(compared: Iterable[Path]) -> None:
     """Write the curves of numeric sweeps, as `NAME.STEP.AXIS.sweep.json`.
 
     A curve is the preference model's mean score, or the Elo rating where there is none, over the values of the setting.
+    `simultaneous` is the number of intervals in the comparison that hold at once.
 
     Args:
         compared: Outputs of `cai eval compare`.
@@ -229,9 +230,11 @@ def write_curves(compared: Iterable[Path]) -> None:
         for axis in comparison["ratings"]:
             scores = comparison["scores"][axis]
             figure = f"{'PM score' if scores else 'Elo'}, {axis}"
+            simultaneous = comparison.get("simultaneous", {}).get("scores" if scores else "ratings", 1)
             for (step, setting), points in _curves(scores or comparison["ratings"][axis]):
                 path = output.with_name(f"{output.name.removesuffix('.jsonl')}.{step}.{axis}.sweep.json")
-                write_json(path, {"setting": setting, "figure": figure, "points": points})
+                curve = {"setting": setting, "figure": figure, "points": points, "simultaneous": simultaneous}
+                write_json(path, curve)
 
 
 def _curves(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[tuple[str, str], list[dict[str, Any]]]]:

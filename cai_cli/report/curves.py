@@ -87,10 +87,14 @@ def calibration(step: StepFiles) -> Chart | None:
     curve = step.metrics.get("calibration_curve")
     if not curve:
         return None
+    note = "On the dashed line the predicted probability equals the mean label."
+    error, expected = (step.metrics.get(f"calibration_error{of}") for of in ("", "_if_calibrated"))
+    if error is not None and expected is not None:
+        note += f" The calibration error is {error:.3f}; that of a calibrated model would be {expected:.3f} on average."
     return reliability(
         f"{step.name}-calibration",
         "Calibration on held-out pairs",
         [Bin(b["confidence"], b["label"], b["n"]) for b in curve],
         x_label="predicted probability of the preferred reply",
-        note="On the dashed line the predicted probability equals the mean label.",
+        note=note,
     )

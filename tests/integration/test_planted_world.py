@@ -144,8 +144,10 @@ def check_the_audit(audit: Json) -> None:
     first_picks, flips = first_picks_and_flips(CONTENT)
     assert holds(audit["first_picks"], first_picks)
     assert holds(audit["flip_rate"], flips)
-    assert audit["content"]["low"] > 0.3  # the replies decide
-    assert audit["position"]["low"] > 0  # the place has a share
+    assert holds(audit["position_log_odds"], PLACE)
+    # The share of the content in what the judge prefers: its variance against that of the noise in either order.
+    assert holds(audit["between_orders"], CONTENT**2 / (CONTENT**2 + NOISE**2))
+    assert audit["reads_replies"] is True
     assert audit["trusted"] is not False
 
 
@@ -176,7 +178,7 @@ def check_the_report(world: Path, audit: Json) -> None:
     _, page = drawn(world / "run")
     text = squeezed(page.text)
     accuracy, rl = manifest_of(world / "run/pm")["metrics"]["accuracy"], manifest_of(world / "run/rl")["metrics"]
-    for words in (f"{audit['flip_rate']['value']:.1%}", f"{accuracy['value']:.1%}", f"{rl['reward']:.3g}"):
+    for words in (f"{audit['between_orders']['value']:.2f}", f"{accuracy['value']:.1%}", f"{rl['reward']:.3g}"):
         assert words in text, words
 
 

@@ -1,6 +1,5 @@
 """`label-prefs --votes`: recorded judgements are not repeated, and the rows are the same as without it."""
 
-import json
 import random
 from pathlib import Path
 
@@ -104,22 +103,6 @@ def test_votes_of_a_different_judge_are_refused(
     assert (refused.code, refused.error) == (2, code)
     assert message in refused.stderr
     assert not (tmp_path / "other.jsonl").exists()
-
-
-def test_clamped_votes_of_the_version_that_clamped_before_averaging_are_refused(
-    label: Cai, asked: list[str], tmp_path: Path
-) -> None:
-    label("old.jsonl", *COT)
-    manifest = tmp_path / "old.jsonl.manifest.json"
-    written = json.loads(manifest.read_text())
-    written["provenance"]["cai"] = "0.1.0"
-    manifest.write_text(json.dumps(written))
-    refused = label("new.jsonl", *COT, "--votes", "old.jsonl")
-    assert (refused.code, refused.error) == (2, "option-conflict")
-    assert "clamped its votes to 0.4,0.6 before averaging" in refused.stderr
-    written["provenance"]["settings"]["clamp"] = [0.0, 1.0]
-    manifest.write_text(json.dumps(written))
-    assert label("new.jsonl", *COT, "--votes", "old.jsonl").code == 0
 
 
 def test_votes_come_from_a_finished_labelling(label: Cai, asked: list[str], tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Pairs are held out by prompt, scored before and after training, and rejected where they do not fit."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from helpers import (
 )
 from tiny import tiny_model_dir
 
-from cai_cli.metrics.intervals import wilson
+from cai_cli.metrics.intervals import SHARE, mean_estimate
 
 command = stage("train-pm")
 
@@ -33,7 +34,7 @@ def test_held_out_pairs_are_scored_before_and_after(model: Path, tmp_path: Path)
     assert (manifest["counts"]["train"], manifest["counts"]["held_out"]) == (36, 4)
     results = manifest["metrics"]
     assert results["held_out_loss"] < results["held_out_loss_before"]
-    assert results["accuracy"] == wilson(4, 4)
+    assert results["accuracy"] == mean_estimate([1.0] * 4, SHARE)
     metrics = rows_in(out / "metrics.jsonl")
     assert metrics[0]["held_out_loss"] == results["held_out_loss_before"]
     assert metrics[-1]["held_out_accuracy"] == 1.0
@@ -46,7 +47,11 @@ def test_pairs_of_one_prompt_are_all_held_out_or_none(model: Path, tmp_path: Pat
         write_rows(tmp_path / "prefs.jsonl", rows), tmp_path / "pm", model=str(model), max_steps=1,
         **QUICK | {"eval_share": 0.1},
     )  # fmt: skip
-    assert manifest_of(tmp_path / "pm")["counts"]["held_out"] == 8
+    manifest, held_out = manifest_of(tmp_path / "pm"), rows_in(tmp_path / "pm/held_out.jsonl")
+    assert (manifest["counts"]["held_out"], manifest["metrics"]["held_out_prompts"]) == (8, 2)
+    assert sorted(Counter(row["prompt_id"] for row in held_out).values()) == [4, 4]
+    # Eight pairs of two prompts are no eight independent pairs.
+    assert (manifest["metrics"]["accuracy"]["n"], manifest["metrics"]["at_chance"]) == (8, True)
 
 
 def test_long_and_identical_pairs_and_empty_replies_are_rejected_with_the_reason(model: Path, tmp_path: Path) -> None:

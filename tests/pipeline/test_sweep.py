@@ -228,7 +228,7 @@ def test_the_variants_of_a_numbered_sweep_become_a_curve(tmp_path: Path) -> None
 
     def curves(ratings: list[Json], scores: list[Json]) -> dict[str, Any]:
         found = {"ratings": {"harmless": ratings, "helpful": []}, "scores": {"harmless": scores, "helpful": []}}
-        (tmp_path / "c.jsonl.compare.json").write_text(json.dumps(found))
+        (tmp_path / "c.jsonl.compare.json").write_text(json.dumps(found | {"simultaneous": {"scores": 3}}))
         write_curves([tmp_path / "c.jsonl", tmp_path / "none.jsonl"])
         return {path.name: json.loads(path.read_text()) for path in tmp_path.glob("*.sweep.json")}
 
@@ -242,6 +242,7 @@ def test_the_variants_of_a_numbered_sweep_become_a_curve(tmp_path: Path) -> None
         {"at": 10.0, "value": 0.0, "low": -1.0, "high": 1.0, "n": 9},
     ]
     assert curves(ratings_of(*models), [])[name]["figure"] == "Elo, harmless"
+    assert curve["simultaneous"] == 3
 
 
 ABLATIONS = sorted((Path(__file__).parents[2] / "examples/ablations").glob("*.yaml"))
