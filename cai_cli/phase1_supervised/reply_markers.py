@@ -31,8 +31,8 @@ _WRAPPERS = (
     # "Here is a revised response", "Below is my attempt at a more polite answer"
     rf"""{_START}(?:here\ is|here's|this\ is|below\ is|the\ following\ is|here\ you\ go)\W+
          (?:(?:a|an|the|my|one|another)\s+)(?:\w+\s+){{0,3}}?
-         (?:{_NEW}\s+(?:\w+\s+){{0,2}}?{_REPLY}\b|(?:{_REWRITE}|(?:\w+\s+)?version)
-           \ of\ (?:the|my)\ (?:\S+\s+){{0,3}}?{_REPLY}\b
+         (?:{_NEW}\s+(?:\w+\s+){{0,2}}?{_REPLY}\b
+           |(?:{_REWRITE}|(?:\w+\s+)?version)\ of\ (?:the|my)\ (?:\S+\s+){{0,3}}?{_REPLY}\b
            |(?:{_NEW}\s+(?:\w+\s+){{0,2}}?version|{_REWRITE})
             (?:\ of\ (?:(?:the|my)\ (?:\S+\s+){{0,3}}?{_REPLY})|(?!\ of\b)[^.!?:\n]{{0,80}}(?:[:\n]|\Z)))""",
     # "Revised response:", "**Revised Response**", "The rewritten version would be:", "Revision:"
