@@ -47,7 +47,9 @@ def test_columns_are_typed_where_every_value_is_null_or_every_list_empty(cai: Ca
 def test_rows_that_a_trainer_must_not_learn_from_are_left_out_and_kept_with_their_reasons(
     cai: Cai, tmp_path: Path
 ) -> None:
+    ends = {"chosen_finish_reason": None, "rejected_finish_reason": None}
     rows = [preference(1), preference(2, rejected=" \n"), preference(3, chosen="well", rejected="well\n")]
+    rows = [row | ends for row in rows]
     write_rows(tmp_path / "prefs.jsonl", rows)
     done = cai("export", "prefs.jsonl", "-o", "ds", "--json")
     summary = json.loads(done.stdout)

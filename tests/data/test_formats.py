@@ -110,6 +110,7 @@ FIELDS: dict[type[Row], dict[str, st.SearchStrategy[Any]]] = {
     },
     JudgedPair: {
         "id": names,
+        "prompt_id": names,
         "source": optional,
         "p_chosen": at_least_half,
         "chosen_score": number,

@@ -104,7 +104,9 @@ def test_no_code_unpickles_or_runs_text() -> None:
 
 def test_models_are_loaded_from_local_directories_without_running_their_code() -> None:
     loads = [
-        (where, {k.arg for k in call.keywords}) for where, called, call in calls() if called.endswith("from_pretrained")
+        (where, {k.arg for k in call.keywords})
+        for where, called, call in calls()
+        if called.endswith("from_pretrained") and called != "GenerationConfig.from_pretrained"  # reads one JSON file
     ]
     assert len(loads) >= 4
     for where, words in loads:  # None: `**source`, which says both (the conversion of an alias)

@@ -151,6 +151,8 @@ def test_a_failing_step_stops_the_run_and_is_named(folder: Path) -> None:
 
 
 def test_json_prints_one_object_about_every_step(folder: Path) -> None:
+    with (folder / "prompts.jsonl").open("a") as file:  # six pairs are too few to say that the first reply always wins
+        file.writelines(f'{{"id": "p{i}", "prompt": "question {i}"}}\n' for i in range(6, 12))
     done = run(folder, "--json", "--quiet")
     # The warning about worthless labels is printed even with --quiet, by the step and again at the end.
     by_step, at_the_end = done.stderr.splitlines()
