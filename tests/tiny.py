@@ -31,9 +31,10 @@ def tiny_model_dir(
     vocab_size: int = 512,
     max_position_embeddings: int = 512,
     chat_template: str | None = CHATML,
+    head_dim: int = 8,
     seed: int = 0,
 ) -> Path:
-    """Save a seeded two-layer Llama (hidden 32, 4 heads, 2 of keys and values) and its tokenizer into `path`.
+    """Save a seeded two-layer Llama (hidden 32, 4 heads of size `head_dim`, 2 of keys and values) and its tokenizer into `path`.
 
     The same arguments give the same weights, and torch's global generator is left as it was. The weights are
     drawn ten times wider than usual (0.2), so that the logits differ enough for a wrong mask or position to
@@ -70,6 +71,7 @@ def tiny_model_dir(
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=head_dim,
         max_position_embeddings=max_position_embeddings,
         initializer_range=0.2,
         tie_word_embeddings=True,
