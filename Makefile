@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test faults soak test-all server-env lint docs smoke clean audit coverage mutants
+.PHONY: setup demo test faults soak test-all server-env vllm-env lint docs smoke clean audit coverage mutants
 
 setup: $(STAMP)
 
@@ -38,7 +38,14 @@ server-env: .server-venv/.installed
 	$(BIN)/python tests/server_env.py
 	touch $@
 
-test-all: setup server-env
+# vLLM's CPU build and cai, in an environment of their own (4 GB), for `pytest -m vllm`.
+vllm-env: .vllm-venv/.installed
+
+.vllm-venv/.installed: tests/vllm_env.py tests/vllm_requirements.txt | $(STAMP)
+	$(BIN)/python tests/vllm_env.py
+	touch $@
+
+test-all: setup server-env vllm-env
 	$(BIN)/pytest -m ''
 
 smoke: setup
@@ -75,4 +82,4 @@ docs: setup
 	$(BIN)/python tests/cli_docs.py > docs/cli.md
 
 clean:
-	rm -rf $(VENV) .server-venv .mutants-env mutants runs
+	rm -rf $(VENV) .server-venv .vllm-venv .mutants-env mutants runs

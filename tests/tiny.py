@@ -33,9 +33,10 @@ def tiny_model_dir(
     max_position_embeddings: int = 512,
     chat_template: str | None = CHATML,
     pad_token: str | None = END_OF_TEXT,
+    head_dim: int = 8,
     seed: int = 0,
 ) -> Path:
-    """Save a seeded two-layer Llama (hidden 32, 4 heads, 2 of keys and values) and its tokenizer into `path`.
+    """Save a seeded two-layer Llama (hidden 32, 4 heads of size `head_dim`, 2 of keys and values) and its tokenizer.
 
     The same arguments give the same weights, and torch's global generator is left as it was. The weights are
     drawn ten times wider than usual (0.2), so that the logits differ enough for a wrong mask or position to
@@ -72,6 +73,7 @@ def tiny_model_dir(
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=head_dim,
         max_position_embeddings=max_position_embeddings,
         initializer_range=0.2,
         tie_word_embeddings=True,

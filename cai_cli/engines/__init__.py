@@ -1,12 +1,22 @@
 """Model backends. `open_engine` opens the engine for a model name. Engines do not depend on stages."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
+from typing import Any
 
 from cai_cli.common.errors import UsageError
 from cai_cli.engines.base import Engine, Server
 
 
-def open_engine(model: str, *, batch_size: int | None, device: str, dtype: str, server: Server | None = None) -> Engine:
+def open_engine(
+    model: str,
+    *,
+    batch_size: int | None,
+    device: str,
+    dtype: str,
+    server: Server | None = None,
+    engine_args: Mapping[str, Any] | None = None,
+) -> Engine:
     """The engine for a model name. Nothing heavy is loaded before the first request.
 
     Args:
@@ -16,11 +26,14 @@ def open_engine(model: str, *, batch_size: int | None, device: str, dtype: str, 
         device: "auto", "cpu" or "cuda".
         dtype: "auto", "float32" or "bfloat16".
         server: The options of the server, for `openai:` models only.
+        engine_args: Settings of vLLM, for `vllm:` models only.
 
     Raises:
         UsageError: An option that this engine does not have (`option-conflict`), or an invalid value.
     """
     server = server or Server()
+    if engine_args and not model.startswith("vllm:"):
+        raise UsageError("--engine-arg is for vLLM", hint="use a vllm:NAME model", code="option-conflict")
     if model.startswith("openai:"):
         if (batch_size, device, dtype) != (None, "auto", "auto"):
             raise UsageError(
@@ -42,7 +55,8 @@ def open_engine(model: str, *, batch_size: int | None, device: str, dtype: str, 
     if model.startswith("vllm:"):
         from cai_cli.engines.vllm import VllmEngine
 
-        return VllmEngine(model.removeprefix("vllm:"), batch_size=batch_size, device=device, dtype=dtype)
+        name = model.removeprefix("vllm:")
+        return VllmEngine(name, batch_size=batch_size, device=device, dtype=dtype, engine_args=engine_args or {})
     from cai_cli.engines.local.engine import LocalEngine
 
     return LocalEngine(model, batch_size=batch_size, device=device, dtype=dtype)

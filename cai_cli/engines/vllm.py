@@ -1,14 +1,14 @@
 """The vLLM engine, `--model vllm:NAME` (extra `vllm`): offline batches on GPUs in this process, with prefix caching.
 
-It has not been run on a GPU. Its calls are tested against a stand-in with the same signatures
-(tests/engines/test_vllm.py), written from vLLM's documentation. For many GPUs use `vllm serve` and `openai:`
-(docs/scale.md).
+It is tested with vLLM's CPU build (tests/integration/test_vllm.py); no test ran it on a GPU. `--engine-arg` reaches
+vLLM's own settings, such as `tensor_parallel_size`. For many nodes use `vllm serve` and `openai:` (docs/scale.md).
 
 `tokenization` encodes the rows, as for the local engine, so control tokens that a row spells stay text.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,20 +32,41 @@ from cai_cli.models.names import resolve
 from cai_cli.models.template_date import recorded_date
 
 TOP_LOGPROBS = 20  # vLLM's default limit of log-probabilities per token
+# Settings of vLLM that have an option or a fixed value here.
+RESERVED = frozenset({"model", "dtype", "tokenizer", "trust_remote_code", "enable_prefix_caching", "seed"})
+# Settings of vLLM that decide where and how fast it computes, as opposed to what. A resumed run may change them.
+PLACEMENT = frozenset(
+    {"tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "gpu_memory_utilization", "enforce_eager",
+     "max_num_seqs", "max_num_batched_tokens", "swap_space", "cpu_offload_gb", "distributed_executor_backend"}
+)  # fmt: skip
+# A word of vLLM's message -> the setting that helps.
+HELP = {
+    "kv cache": "--engine-arg max_model_len=N with a smaller window, or --engine-arg gpu_memory_utilization=0.95",
+    "out of memory": "--engine-arg gpu_memory_utilization=X, tensor_parallel_size=N, or a smaller model",
+    "head size": "--engine-arg attention_backend=NAME with a backend that takes it, or a local model without vllm:",
+    "not supported": "use it as a local model, without vllm:",
+}
 
 
 class VllmEngine(Engine):
     """Implements `Engine`. Each request's seed decides its noise; the rounding of kernels may depend on the batch."""
 
-    def __init__(self, model: str, *, batch_size: int | None, device: str, dtype: str) -> None:
+    def __init__(
+        self, model: str, *, batch_size: int | None, device: str, dtype: str, engine_args: Mapping[str, Any]
+    ) -> None:
         """Check the options; nothing is loaded.
 
+        Args:
+            engine_args: More arguments of vLLM's `LLM`, by name.
+
         Raises:
-            UsageError: `device` is not "auto".
+            UsageError: `device` is not "auto", or an engine argument has an option of its own.
         """
+        if reserved := sorted(RESERVED & engine_args.keys()):
+            raise UsageError(f"--engine-arg {reserved[0]} cannot be set", code="option-conflict")
         if device != "auto":
             raise UsageError("vllm: models take no --device", hint="set CUDA_VISIBLE_DEVICES", code="option-conflict")
-        self._name, self._dtype = model, dtype
+        self._name, self._dtype, self._engine_args = model, dtype, dict(engine_args)
         self.batch_size = batch_size or 1024
 
     @cached_property
@@ -60,14 +81,21 @@ class VllmEngine(Engine):
 
     @cached_property
     def llm(self) -> Any:
-        """vLLM's LLM object, created at first use. Raises CaiError without vLLM."""
+        """vLLM's LLM object, created at first use. Raises CaiError without vLLM, or when it does not start."""
         try:
             from vllm import LLM
         except ImportError as error:
             raise CaiError(
                 "vLLM is not installed", hint="pip install 'cai[vllm]' (needs a GPU)", code="missing-dependency"
             ) from error
-        return LLM(model=str(self.path), dtype=self._dtype, enable_prefix_caching=True, trust_remote_code=False)
+        with _failures_of_vllm():
+            return LLM(
+                model=str(self.path),
+                dtype=self._dtype,
+                enable_prefix_caching=True,
+                trust_remote_code=False,
+                **self._engine_args,
+            )
 
     @cached_property
     def window(self) -> int:
@@ -80,8 +108,9 @@ class VllmEngine(Engine):
         return end_of_turn_ids(self.tokenizer, load_generation_config(self.path))
 
     def identity(self) -> dict[str, Any]:
-        recorded = recorded_date(self.path)
-        return {"engine": "vllm", "fingerprint": fingerprint(self.path), "dtype": self._dtype, **recorded}
+        decisive = {name: value for name, value in self._engine_args.items() if name not in PLACEMENT}
+        more = recorded_date(self.path) | ({"engine_args": decisive} if decisive else {})
+        return {"engine": "vllm", "fingerprint": fingerprint(self.path), "dtype": self._dtype, **more}
 
     def supports_chat(self) -> bool:
         return self.tokenizer.chat_template is not None
@@ -106,7 +135,9 @@ class VllmEngine(Engine):
         from vllm import SamplingParams, TokensPrompt
 
         token_prompts = [TokensPrompt(prompt_token_ids=list(ids)) for ids in prompts]
-        outputs: list[Any] = self.llm.generate(token_prompts, [SamplingParams(**p) for p in params], use_tqdm=False)
+        llm = self.llm
+        with _failures_of_vllm():
+            outputs: list[Any] = llm.generate(token_prompts, [SamplingParams(**p) for p in params], use_tqdm=False)
         return outputs
 
     def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[Completion | RequestFailure]:
@@ -183,6 +214,23 @@ class VllmEngine(Engine):
         for index in remaining:
             results[index] = [_summed(next(outputs).prompt_logprobs, option) for option in ends[index]]
         return [results[index] for index in range(len(requests))]
+
+
+@contextmanager
+def _failures_of_vllm() -> Iterator[None]:
+    """Raise what fails inside vLLM as one CaiError `engine-failed`, with the setting that helps."""
+    try:
+        yield
+    except CaiError:
+        raise
+    except Exception as error:
+        message = str(error).strip() or type(error).__name__
+        helpful = next((hint for word, hint in HELP.items() if word in message.lower()), None)
+        raise CaiError(
+            f"vLLM failed: {message.splitlines()[0]}",
+            hint=helpful or "its own messages are above; --engine-arg NAME=VALUE sets its settings",
+            code="engine-failed",
+        ) from error
 
 
 def _summed(positions: Sequence[Mapping[int, Any] | None], option: Sequence[int]) -> float:

@@ -2,7 +2,10 @@
 
 from dataclasses import fields
 from enum import StrEnum
+from typing import Any
 
+from cai_cli.common.errors import UsageError
+from cai_cli.common.yaml import parse_yaml
 from cai_cli.data.row_reader import RowReader
 from cai_cli.engines import open_engine
 from cai_cli.engines.base import Engine, Sampling, Server
@@ -144,12 +147,31 @@ class RequestOptions(DeviceOptions):
     price_in: float | None = option(None, "Price of a million prompt tokens, to report the cost.", _SERVER, ge=0.0)
     price_out: float | None = option(None, "Price of a million new tokens, to report the cost.", _SERVER, ge=0.0)
 
+    engine_arg: list[str] | None = option(
+        None,
+        "Setting of vLLM, for vllm: models, such as tensor_parallel_size=8; can be repeated.",
+        Option(Effect.HARMLESS, Group.MODEL, metavar="NAME=VALUE"),
+    )
+
     def open_engine(self, model: str) -> Engine:
         """The engine of `model`. Raises UsageError where it lacks one of these options."""
         server = Server(**{field.name: getattr(self, field.name) for field in fields(Server)})
         return open_engine(
-            model, batch_size=self.batch_size, device=self.device.value, dtype=self.dtype.value, server=server
+            model,
+            batch_size=self.batch_size,
+            device=self.device.value,
+            dtype=self.dtype.value,
+            server=server,
+            engine_args=dict(_named_value(text) for text in self.engine_arg or ()),
         )
+
+
+def _named_value(text: str) -> tuple[str, Any]:
+    """The name and the value, read as YAML, of a NAME=VALUE. Raises UsageError."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise UsageError(f"--engine-arg {text}: not NAME=VALUE", code="invalid-option")
+    return name, parse_yaml(value, f"--engine-arg {name}")
 
 
 class EngineOptions(RequestOptions):

@@ -12,6 +12,8 @@ from typing import Any, ClassVar, TypedDict
 
 import pytest
 import torch
+from conftest import Cai
+from helpers import manifest_of
 from tiny import declare_only_end_of_text, tiny_model_dir
 
 from cai_cli.common.errors import CaiError, UsageError
@@ -46,8 +48,12 @@ class LLM:
     requests: ClassVar[list[tuple[list[int], SamplingParams]]] = []
     forced: ClassVar[list[int]] = []  # the tokens to answer with instead
 
-    def __init__(self, model: str, *, dtype: str, enable_prefix_caching: bool, trust_remote_code: bool) -> None:
-        LLM.made = {"prefix caching": enable_prefix_caching, "own code": trust_remote_code, "dtype": dtype}
+    def __init__(
+        self, model: str, *, dtype: str, enable_prefix_caching: bool, trust_remote_code: bool, **more: Any
+    ) -> None:
+        if more.get("max_model_len", 0) > 512:
+            raise ValueError("max_model_len is larger than the KV cache\nthe rest of a long message")
+        LLM.made = {"prefix caching": enable_prefix_caching, "own code": trust_remote_code, "dtype": dtype, **more}
         LLM.requests = []
         self.model, self.tokenizer = load_causal_lm(Path(model)), load_tokenizer(Path(model))
         self.llm_engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=512))
@@ -156,3 +162,37 @@ def test_without_vllm_the_error_names_what_to_install(tmp_path: Path, monkeypatc
 def test_a_device_is_vllms_own_choice() -> None:
     with pytest.raises(UsageError):
         open_engine("vllm:any", batch_size=None, device="cpu", dtype="auto")
+
+
+def test_settings_of_vllm_reach_it_and_those_that_decide_rows_are_recorded(model: Path, cai: Cai) -> None:
+    words = ("sample", "prompts.txt", "-m", f"vllm:{model}", "-o", "out.jsonl", "--max-new-tokens", "2")
+    Path("prompts.txt").write_text("Name a fruit.\n")
+    settings = ("--engine-arg", "tensor_parallel_size=2", "--engine-arg", "quantization=fp8")
+    assert cai(*words, *settings).code == 0
+    assert (LLM.made["tensor_parallel_size"], LLM.made["quantization"]) == (2, "fp8")
+    assert manifest_of(Path("out.jsonl"))["provenance"]["model"]["engine_args"] == {"quantization": "fp8"}
+    assert "already finished" in cai(*words, "--engine-arg", "quantization=fp8").stderr
+    assert cai(*words).error == "other-run"
+
+
+@pytest.mark.parametrize(
+    ("setting", "model_name", "code"),
+    [
+        ("trust_remote_code=true", "vllm:any", "option-conflict"),
+        ("max_model_len", "vllm:any", "invalid-option"),
+        ("enforce_eager=true", "smollm2-135m", "option-conflict"),
+    ],
+)
+def test_a_setting_that_vllm_must_not_have_is_refused(setting: str, model_name: str, code: str, cai: Cai) -> None:
+    Path("prompts.txt").write_text("Name a fruit.\n")
+    done = cai("sample", "prompts.txt", "-m", model_name, "--engine-arg", setting, "-o", "out.jsonl")
+    assert (done.code, done.error) == (2, code)
+
+
+def test_a_failure_of_vllm_is_one_line_with_the_setting_that_helps(model: Path, cai: Cai) -> None:
+    Path("prompts.txt").write_text("Name a fruit.\n")
+    words = ("sample", "prompts.txt", "-m", f"vllm:{model}", "-o", "out.jsonl")
+    done = cai(*words, "--engine-arg", "max_model_len=1024")
+    assert (done.code, done.error) == (1, "engine-failed")
+    assert "error: vLLM failed: max_model_len is larger than the KV cache\n" in done.stderr
+    assert "max_model_len=N" in done.stderr

@@ -1,0 +1,152 @@
+"""vLLM itself, its CPU build in an environment of its own (`make vllm-env`), on a tiny random model.
+
+vLLM's attention on CPUs takes heads of 64 and not of 8, so this model has its own size of heads.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Cai
+from helpers import manifest_of, rows_in, sample_row, write_rows
+from tiny import tiny_model_dir
+from vllm_env import ENVIRONMENT, PYTHON
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
+
+# One process, no compilation: a start takes seconds instead of minutes.
+EAGER = ("--engine-arg", "enforce_eager=true", "--engine-arg", "max_num_seqs=16")
+ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    assert PYTHON.exists(), "make vllm-env builds the environment"
+    folder = tmp_path_factory.mktemp("vllm")
+    tiny_model_dir(folder / "tiny", head_dim=64)
+    (folder / "prompts.txt").write_text("Name a fruit.\nName a town.\nName a river in the north.\n")
+    (folder / "datasets.py").write_text("raise SystemExit('a file of the folder was run')\n")
+    write_rows(folder / "samples.jsonl", [sample_row(i, j) for i in range(4) for j in range(2)])
+    return folder
+
+
+def with_vllm(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """`cai ... -m vllm:tiny --dtype float32` in vLLM's environment."""
+    command = [PYTHON, "-m", "cai_cli", *words, "-m", "vllm:tiny", *EAGER]
+    return subprocess.run(command, cwd=folder, env=os.environ | ENV, capture_output=True, text=True, check=False)
+
+
+def test_replies_are_those_of_the_local_engine(folder: Path, cai: Cai, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    words = ("sample", "prompts.txt", "--max-new-tokens", "12", "--temperature", "0", "--dtype", "float32")
+    done = with_vllm(folder, *words, "-o", "vllm.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert cai(*words, "-m", "tiny", "-o", "local.jsonl").code == 0
+    assert rows_in(folder / "vllm.jsonl") == rows_in(folder / "local.jsonl")
+    assert manifest_of(folder / "vllm.jsonl")["provenance"]["model"]["engine"] == "vllm"
+
+
+def test_labels_are_those_of_the_local_engine(folder: Path, cai: Cai, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    words = ("label-prefs", "samples.jsonl", "--dtype", "bfloat16")
+    done = with_vllm(folder, *words, "-o", "vllm-labels.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert cai(*words, "-m", "tiny", "-o", "local-labels.jsonl").code == 0
+    votes = [
+        [vote for row in rows_in(folder / name) for vote in row["votes"]]
+        for name in ("vllm-labels.jsonl", "local-labels.jsonl")
+    ]
+    assert len(votes[0]) == len(votes[1]) > 0
+    for one, other in zip(*votes, strict=True):
+        assert (one["principle_id"], one["order"]) == (other["principle_id"], other["order"])
+        assert one["p_first"] == pytest.approx(other["p_first"], abs=0.0125)  # 0.05 nat at p = 0.5
+
+
+def test_revisions_and_red_team_prompts_are_written(folder: Path) -> None:
+    done = with_vllm(
+        folder, "critique-revise", "samples.jsonl", "-o", "revised.jsonl", "--rounds", "1", "--max-new-tokens", "8"
+    )
+    assert done.returncode in (0, 1), done.stderr  # a random model may write nothing that passes the format checks
+    rejected = folder / "revised.jsonl.rejected.jsonl"
+    written = rows_in(folder / "revised.jsonl") if (folder / "revised.jsonl").exists() else []
+    assert len(written) + (len(rows_in(rejected)) if rejected.exists() else 0) == 8
+    assert "Traceback" not in done.stderr
+
+
+def test_a_window_larger_than_the_models_is_vllms_failure_in_one_line(folder: Path) -> None:
+    done = with_vllm(folder, "sample", "prompts.txt", "-o", "failed.jsonl", "--engine-arg", "max_model_len=100000")
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert errors[0].startswith("error: vLLM failed: ")
+    assert "bug of cai" not in done.stderr
+
+
+@contextmanager
+def server(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    words = [
+        ENVIRONMENT / "bin/vllm",
+        "serve",
+        "tiny",
+        "--port",
+        port,
+        "--host",
+        "127.0.0.1",
+        "--served-model-name",
+        "tiny",
+    ]
+    words += ["--enforce-eager", "--max-num-seqs", 16, "--dtype", "float32"]
+    log = (folder / "server.log").open("ab")
+    process = subprocess.Popen(
+        [str(w) for w in words], cwd=folder, env=os.environ | ENV, stdout=log, stderr=log, start_new_session=True
+    )
+    try:
+        for _ in range(6000):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert process.poll() is None, (folder / "server.log").read_text()[-3000:]
+            time.sleep(0.1)
+        else:
+            raise AssertionError("the server did not start")
+        yield process
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        log.close()
+
+
+def test_a_run_goes_on_at_a_server_that_was_killed_and_started_again(
+    folder: Path, cai: Cai, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    (folder / "many.txt").write_text("".join(f"Name fruit number {i}.\n" for i in range(24)))
+    words = ["sample", "many.txt", "-o", "served.jsonl", "-m", "openai:tiny", "--base-url", f"http://127.0.0.1:{port}/v1",
+             "--max-new-tokens", "8", "--temperature", "0", "--concurrency", "2", "--json"]  # fmt: skip
+    with server(folder, port):
+        first = cai(*words, "--limit", "8")
+        assert first.code == 0, first.stderr
+        assert json.loads(first.stdout)["out"] == 8
+    down = cai(*words[:-1], "--overwrite", "--timeout", "2", "--json")
+    assert (down.code, down.error) == (1, "server-unreachable")
+    with server(folder, port):
+        done: Any = cai(*words)
+        assert done.code == 0, done.stderr
+    assert json.loads(done.stdout)["out"] == 24
+    local = cai("sample", "many.txt", "-m", "tiny", "-o", "own.jsonl", "--max-new-tokens", "8", "--temperature", "0")
+    assert local.code == 0
+    same = [
+        a["completion"] == b["completion"]
+        for a, b in zip(rows_in(folder / "served.jsonl"), rows_in(folder / "own.jsonl"), strict=True)
+    ]
+    assert sum(same) >= 20  # servers sample from the text of the chat; float32 sums differ in their last bits
