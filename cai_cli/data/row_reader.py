@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cai_cli.common.errors import CaiError, InvalidRow, UsageError
+from cai_cli.data.dropped import Dropped
 from cai_cli.data.jsonl import MAX_LINE_BYTES, Numbered, read_prompts, read_rows
 from cai_cli.data.schema import Identified, Kind, Prompt, Rejected, dump_row
 from cai_cli.data.sharding import Shard
+from cai_cli.data.sources import Columns
 
 R = TypeVar("R", bound=Identified)
 
@@ -28,8 +30,10 @@ class RowReader:
         skip_invalid: Whether to continue after invalid lines. None stops at the first one, as False does, and is for
             commands without the option: the error does not mention it.
         max_invalid: The number of invalid lines after which the run stops anyway; None for no limit.
+        columns: Which columns hold what (`--column`), or None.
 
     Attributes:
+        dropped: The columns that were left out of the rows read so far.
         invalid: The invalid lines read so far and not yet taken, as (line number, rejected row), in order.
 
     Raises:
@@ -37,17 +41,24 @@ class RowReader:
     """
 
     def __init__(
-        self, shard: str | None = None, *, skip_invalid: bool | None = False, max_invalid: int | None = None
+        self,
+        shard: str | None = None,
+        *,
+        skip_invalid: bool | None = False,
+        max_invalid: int | None = None,
+        columns: Columns | None = None,
     ) -> None:
         if max_invalid is not None and not skip_invalid:
             raise UsageError("--max-invalid needs --skip-invalid", hint="give both", code="option-conflict")
         self.shard = Shard.parse(shard) if shard else None
         self.skip_invalid, self.max_invalid = skip_invalid, max_invalid
+        self.columns, self.dropped = columns, Dropped()
         self.invalid: deque[Numbered[Rejected]] = deque()
         self.invalid_bytes = 0  # of the lines in `invalid`
         self._start()
 
     def _start(self) -> None:
+        self.dropped.counts.clear()
         self.digest, self.count, self.invalid_count = hashlib.sha256(), 0, 0
 
     def rows(self, source: str, parse: Callable[[object], R], limit: int | None = None) -> Iterator[Numbered[R]]:
@@ -66,12 +77,13 @@ class RowReader:
             CaiError: The file cannot be read, or there are more invalid lines than `max_invalid`.
         """
         self._start()
-        return self._in_shard(islice(read_rows(source, parse, self._on_invalid), limit))
+        return self._in_shard(islice(read_rows(source, parse, self._on_invalid, columns=self.columns), limit))
 
     def prompts(self, source: str, kind: Kind | None = None, limit: int | None = None) -> Iterator[Numbered[Prompt]]:
         """As `rows`, for prompts in any accepted format; `kind` is the kind of prompts that have none."""
         self._start()
-        return self._in_shard(islice(read_prompts(source, kind, self._on_invalid), limit))
+        rows = read_prompts(source, kind, self._on_invalid, columns=self.columns, dropped=self.dropped)
+        return self._in_shard(islice(rows, limit))
 
     def digest_so_far(self) -> dict[str, Any]:
         """The count and SHA-256 of the rows and invalid lines read so far, of all shards."""
@@ -95,6 +107,10 @@ class RowReader:
                 yield line, row
 
     def _on_invalid(self, error: InvalidRow, raw: bytes) -> None:
+        if error.code == "unusable-row":
+            self.digest.update(raw + b"\n")
+            self._reject(error, raw, error.reason)
+            return
         if not self.skip_invalid:
             hints = [error.hint] if error.hint else []
             if self.skip_invalid is not None:
@@ -109,16 +125,18 @@ class RowReader:
                 hint="fix the input, or allow more with --max-invalid",
                 code="invalid-row",
             )
+        self._reject(error, raw, f"bad line: {Path(error.file).name}:{error.line}: {error.reason}")
+
+    def _reject(self, error: InvalidRow, raw: bytes, reason: str) -> None:
         key = f"line {error.line}"
         if self.shard is not None and not self.shard.contains(key):
             return
-        reason = f"bad line: {Path(error.file).name}:{error.line}: {error.reason}"
         self.invalid.append((error.line, Rejected(key=key, reason=reason, row=_text(raw))))
         self.invalid_bytes += len(raw)
         if self.invalid_bytes > MAX_LINE_BYTES:
             raise CaiError(
-                f"{error.file}:{error.line}: more than {MAX_LINE_BYTES >> 20} MiB of consecutive invalid lines",
-                hint="is this a JSONL file?",
+                f"{error.file}:{error.line}: more than {MAX_LINE_BYTES >> 20} MiB of consecutive rejected lines",
+                hint="is this the right file?",
                 code="invalid-row",
             )
 

@@ -25,8 +25,8 @@ SampleRequest = tuple[Prompt, int]  # a prompt and the index of the reply to sam
 class SampleConfig(OutputOptions, ShardOptions, EngineOptions, SamplingOptions):
     """Sample replies to prompts.
 
-    INPUT: Prompt rows, {"prompt": ...}, {"messages": ...}, HH-RLHF rows, plain text (one prompt a line), parquet or
-    hf://datasets/OWNER/NAME. Writes Sample rows.
+    INPUT: Prompt rows, conversations and pairs in any format that `cai convert` reads, of which the last turn of the
+    assistant is left out, or plain text (one prompt a line). Writes Sample rows.
     """
 
     n: int = option(1, "Replies to each prompt.", Option(flags=("--n", "-n")), ge=1)

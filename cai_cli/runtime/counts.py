@@ -4,12 +4,13 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from cai_cli.data.dropped import Dropped
 from cai_cli.data.schema import Rejected, reason_kind
 
 
 @dataclass
 class Counts:
-    """The conservation of rows: in = out + rejected + skipped.
+    """The conservation of rows: in = out + rejected + skipped; and what was left out of them (`dropped`).
 
     A data stage sets `items` and `out` and counts its rejected rows by reason when the output is complete. A training
     stage (`for_training`) sets `train` and `held_out` instead, which together are the rows it used, and keeps the
@@ -20,15 +21,17 @@ class Counts:
     out: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
+    dropped: Dropped = field(default_factory=Dropped)
     for_training: bool = False
     train: int = 0
     held_out: int = 0
     rejected_rows: list[Rejected] = field(default_factory=list)
 
     @classmethod
-    def of_training(cls, rejected: list[Rejected]) -> "Counts":
-        """The counts of a training stage whose input reader has rejected these rows so far."""
-        counts = cls(for_training=True)
+    def of_training(cls, rejected: list[Rejected], dropped: Dropped | None = None) -> "Counts":
+        """The counts of a training stage whose input reader has rejected these rows so far, and left these columns
+        out."""
+        counts = cls(for_training=True, dropped=dropped or Dropped())
         for row in rejected:
             counts.reject(row)
         return counts
@@ -53,4 +56,5 @@ class Counts:
             "skipped": self.skipped.total(),
             "rejected_reasons": dict(sorted(self.rejected.items())),
             "skipped_reasons": dict(sorted(self.skipped.items())),
+            **({"dropped": self.dropped.as_json()} if self.dropped.counts else {}),
         }

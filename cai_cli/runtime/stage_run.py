@@ -209,6 +209,7 @@ class StageRun(Generic[T]):
         usage = self.engine.usage if self.engine else None
         used = {"usage": usage.as_json()} if usage else {}
         facts = run_facts(stopwatch.seconds, self.inputs) | used
+        counts.dropped = self.reader.dropped
         sink.finish(counts, self.reader.digest_so_far(), facts)
         if counts.items == self.reader.count == 0:  # a shard of a few rows may be empty
             console.warn(f"{self.stage}: the input holds no rows")
