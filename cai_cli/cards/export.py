@@ -8,15 +8,16 @@ columns of `cai`.
 import os
 import shutil
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, Union, get_args, get_origin
 
 from cai_cli.cards.dataset_card import DatasetStats, dataset_card
-from cai_cli.common.errors import CaiError, UsageError
-from cai_cli.data.formats import parse_preference, parse_prompt, row_type_of
-from cai_cli.data.jsonl import display_name, origin, read_rows, read_values, rows_of
+from cai_cli.common.errors import CaiError, InvalidRow, UsageError
+from cai_cli.data.formats import completed_row, parse_preference, parse_prompt, readable_type
+from cai_cli.data.jsonl import display_name, origin, read_rows, read_values, rows_of, skip_unusable
 from cai_cli.data.schema import Critique, Preference, Prompt, Rejected, Revision, Row, Sample
 from cai_cli.runtime.manifest import hash_input, read_manifest
 from cai_cli.runtime.output_files import one_writer, sidecar
@@ -31,7 +32,7 @@ def row_parser(source: str) -> tuple[type[Row], Callable[[object], Row]]:
     first: Any = next((value for _, value in read_values(source)), None)
     if first is None:
         raise CaiError(f"{display_name(source)} holds no rows", code="no-rows")
-    row_type = row_type_of(first) or Prompt
+    row_type = readable_type(first)
     if row_type is Rejected:
         hint = "export the output file that they belong to"
         raise CaiError(f"{source} holds rejected rows, which are not data", hint, code="wrong-row-type")
@@ -40,7 +41,7 @@ def row_parser(source: str) -> tuple[type[Row], Callable[[object], Row]]:
     if row_type in (Critique, Revision):
         return row_type, rows_of(row_type)
     if issubclass(row_type, Sample):
-        return Sample, rows_of(Sample)
+        return Sample, lambda value: completed_row(value, source=origin(source))
     return Prompt, lambda value: parse_prompt(value, source=origin(source))
 
 
@@ -80,10 +81,14 @@ def export(source: str, work: Path) -> dict[str, Any]:
 
     file = hash_input(source)
     row_type, parse = row_parser(source)
-    stats = DatasetStats()
+    stats, unusable = DatasetStats(), Counter[str]()
+
+    def left_out(error: InvalidRow, raw: bytes) -> None:
+        skip_unusable(error, raw)
+        unusable[error.reason] += 1
 
     def rows() -> Iterator[dict[str, Any]]:
-        for _, row in read_rows(source, parse):
+        for _, row in read_rows(source, parse, left_out):
             stats.add(row)
             yield row.model_dump()
 
@@ -104,7 +109,8 @@ def export(source: str, work: Path) -> dict[str, Any]:
     manifest = read_manifest(sidecar(Path(source), "manifest.json"))
     card = dataset_card(Path(source).name, row_type, columns, stats, manifest, file.sha256)
     (work / "README.md").write_text(card, encoding="utf-8")
-    return {"rows": stats.rows, "type": row_type.__name__, "columns": columns}
+    left = {"left_out": dict(unusable)} if unusable else {}
+    return {"rows": stats.rows, "type": row_type.__name__, "columns": columns, **left}
 
 
 def export_file(input: str, output: Path, *, overwrite: bool) -> dict[str, Any]:

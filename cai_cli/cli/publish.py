@@ -21,12 +21,13 @@ def export_command(
 ) -> None:
     """Write rows as a dataset with a card, ready for TRL.
 
-    FILE: Prompt, Sample, Critique, Revision or Preference rows, or pairs labelled by humans.
+    FILE: Prompt, Sample, Critique, Revision or Preference rows, or rows in any format that `cai convert` reads.
     """
     summary = export_file(input, output, overwrite=overwrite)
     if json:
         print(orjson.dumps(summary).decode())
-    console.say(f"export: {summary['rows']:,} {summary['type']} rows -> {output}")
+    left = "".join(f", without {count:,} ({reason})" for reason, count in summary.get("left_out", {}).items())
+    console.say(f"export: {summary['rows']:,} {summary['type']} rows{left} -> {output}")
 
 
 def push_command(

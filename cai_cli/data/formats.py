@@ -302,8 +302,34 @@ def scorable(value: object, source: str, dropped: Dropped | None = None) -> Samp
     if "sample_index" in value:
         value = {k: v for k, v in value.items() if k != "score"}
     row = completed_row(value, source=source, dropped=dropped)
+    if (
+        "messages" in value
+        and value["messages"]
+        and read_turns(value["messages"], "messages", Dropped())[-1].role != "assistant"
+    ):
+        raise RowError("`messages` must end with the assistant's reply", code="invalid-row")
     given = any(value.get(name) is not None for name in IDS)
     return row if given else row.model_copy(update={"id": conversation_hash(row)})
+
+
+def readable_type(value: object) -> type[Row]:
+    """The row type that a JSON value of any format is read as: its own for a row of `cai`, else Preference for a pair,
+    Sample for a conversation with a reply, and Prompt.
+
+    Raises:
+        RowError: The value has no format that is read.
+
+    >>> readable_type({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]})
+    <class 'cai_cli.data.schema.Sample'>
+    """
+    if isinstance(value, str):
+        return Prompt
+    if isinstance(value, dict) and (own := _own_type(value) or (Rejected if row_type_of(value) is Rejected else None)):
+        return own
+    found = recognize(value, Dropped())
+    if isinstance(found, ReplyPair):
+        return Preference
+    return Sample if found.has_reply and any(turn.role == "assistant" for turn in found.turns) else Prompt
 
 
 def conversations(row: Sample | Preference) -> list[Sample]:

@@ -25,11 +25,22 @@ from cai_cli.data.lines import (
     open_input,
     origin,
     raise_invalid,
+    skip_unusable,
 )
 from cai_cli.data.schema import Kind, Prompt, Rejected, Row, dump_row, load_row
 from cai_cli.data.sources import Columns, open_rows
 
-__all__ = ["COMPRESSED", "MAX_LINE_BYTES", "Numbered", "OnInvalid", "display_name", "open_input", "origin"]
+__all__ = [
+    "COMPRESSED",
+    "MAX_LINE_BYTES",
+    "Numbered",
+    "OnInvalid",
+    "display_name",
+    "open_input",
+    "origin",
+    "raise_invalid",
+    "skip_unusable",
+]
 T = TypeVar("T")
 R = TypeVar("R", bound=Row)
 

@@ -86,6 +86,16 @@ def raise_invalid(error: InvalidRow, _raw: bytes) -> None:
     raise error from None
 
 
+def skip_unusable(error: InvalidRow, _raw: bytes) -> None:
+    """For commands without a rejected file: rows that no command can use are left out, an invalid one stops.
+
+    Raises:
+        InvalidRow: The row is not valid.
+    """
+    if error.code != "unusable-row":
+        raise error from None
+
+
 def lines_of(
     stream: BinaryIO, name: str, on_invalid: OnInvalid, head: Sequence[bytes] = (), first: int = 1
 ) -> Iterator[Numbered[bytes]]:

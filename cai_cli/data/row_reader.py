@@ -77,12 +77,12 @@ class RowReader:
             CaiError: The file cannot be read, or there are more invalid lines than `max_invalid`.
         """
         self._start()
-        return self._in_shard(islice(read_rows(source, parse, self._on_invalid, columns=self.columns), limit))
+        return self._in_shard(islice(read_rows(source, parse, self.on_invalid, columns=self.columns), limit))
 
     def prompts(self, source: str, kind: Kind | None = None, limit: int | None = None) -> Iterator[Numbered[Prompt]]:
         """As `rows`, for prompts in any accepted format; `kind` is the kind of prompts that have none."""
         self._start()
-        rows = read_prompts(source, kind, self._on_invalid, columns=self.columns, dropped=self.dropped)
+        rows = read_prompts(source, kind, self.on_invalid, columns=self.columns, dropped=self.dropped)
         return self._in_shard(islice(rows, limit))
 
     def digest_so_far(self) -> dict[str, Any]:
@@ -106,7 +106,8 @@ class RowReader:
             if self.shard is None or self.shard.contains(row.id):
                 yield line, row
 
-    def _on_invalid(self, error: InvalidRow, raw: bytes) -> None:
+    def on_invalid(self, error: InvalidRow, raw: bytes) -> None:
+        """Collect an unusable row, or an invalid one with `skip_invalid`, in `invalid`. Raises InvalidRow, CaiError."""
         if error.code == "unusable-row":
             self.digest.update(raw + b"\n")
             self._reject(error, raw, error.reason)

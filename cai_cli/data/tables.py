@@ -37,9 +37,7 @@ def parquet_rows(path: str) -> Iterator[Numbered[dict[str, Any]]]:
         raise CaiError(message, hint="is it a parquet file?", code="cannot-read") from error
 
 
-def table_rows(
-    stream: BinaryIO, name: str, ending: str, on_invalid: OnInvalid
-) -> Iterator[Numbered[dict[str, str]]]:
+def table_rows(stream: BinaryIO, name: str, ending: str, on_invalid: OnInvalid) -> Iterator[Numbered[dict[str, str]]]:
     """(line on which it ends, cells by column) of a CSV or TSV file. Its first line names the columns.
 
     Args:
@@ -71,7 +69,9 @@ def table_rows(
             if row:
                 yield cells.line_num, _by_column(header, row)
         except csv.Error as error:
-            on_invalid(InvalidRow(name, cells.line_num, f"not {ending[1:].upper()}: {error}"), "".join(text.row).encode())
+            on_invalid(
+                InvalidRow(name, cells.line_num, f"not {ending[1:].upper()}: {error}"), "".join(text.row).encode()
+            )
         except RowError as error:
             on_invalid(InvalidRow(name, cells.line_num, error.message, error.hint), "".join(text.row).encode())
 

@@ -22,6 +22,7 @@ class Counts:
     rejected: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
     dropped: Dropped = field(default_factory=Dropped)
+    read_as: Counter[str] = field(default_factory=Counter)
     for_training: bool = False
     train: int = 0
     held_out: int = 0
@@ -56,5 +57,6 @@ class Counts:
             "skipped": self.skipped.total(),
             "rejected_reasons": dict(sorted(self.rejected.items())),
             "skipped_reasons": dict(sorted(self.skipped.items())),
+            **({"read_as": dict(self.read_as.most_common())} if self.read_as else {}),
             **({"dropped": self.dropped.as_json()} if self.dropped.counts else {}),
         }

@@ -41,6 +41,13 @@ class FormatChoice(StrEnum):
     RAW = "raw"
 
 
+class KindChoice(StrEnum):
+    """The kinds of prompts."""
+
+    RED_TEAM = "red-team"
+    HELPFUL = "helpful"
+
+
 class InputOptions(StageConfig):
     """Which rows are read."""
 

@@ -66,7 +66,9 @@ def counted(counts: Mapping[str, Any]) -> str:
 
 
 def _dropped(summary: Mapping[str, Any]) -> Iterator[str]:
-    """`left out: score_chosen (120), messages (120)`, the most frequent columns."""
+    """`read as: ShareGPT (120)` and `left out: score_chosen (120), messages (120)`, the most frequent columns."""
+    if names := summary.get("read_as"):
+        yield "read as: " + ", ".join(f"{name} ({count:,})" for name, count in names.items())
     if names := summary.get("dropped"):
         shown = ", ".join(f"{name} ({count:,})" for name, count in list(names.items())[:SHOWN_COLUMNS])
         more = f" and {len(names) - SHOWN_COLUMNS:,} more" if len(names) > SHOWN_COLUMNS else ""

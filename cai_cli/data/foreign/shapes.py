@@ -50,7 +50,9 @@ class Conversation:
         """
         turns = _up_to_reply(self.turns)
         if not self.has_reply or len(turns) < 2:
-            raise RowError("no completion in this row", 'a row has "prompt" and "completion"', code="invalid-row")
+            reason = ": no turn of the assistant follows one of the user" if self.has_reply else ""
+            hint = 'a row has "prompt" and "completion", or a conversation'
+            raise RowError(f"no completion in this row{reason}", hint, code="invalid-row")
         if self.label is False:
             raise UnusableRow("a reply that is labelled as a bad one")
         return turns[:-1], turns[-1]
