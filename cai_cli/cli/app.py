@@ -18,11 +18,12 @@ import typer
 from typer.core import TyperGroup
 
 from cai_cli import __version__
-from cai_cli.cli import agreement, chat, convert, doctor, files, models, principles, publish, report, run, show
+from cai_cli.cli import agreement, chat, doctor, files, models, principles, publish, report, run, show
 from cai_cli.cli.expand import GroupedCommand, command_class, command_from, stage_command
 from cai_cli.common import console
 from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.pipeline import registry
+from cai_cli.runtime import convert
 from cai_cli.runtime.stage import Phase
 from cai_cli.training import distributed
 
@@ -103,7 +104,7 @@ _EVAL_HELP = "Evaluate labels and models: agreement, hhh, compare, harm."
 _OTHERS: dict[Heading, dict[str, Callable[..., None] | typer.Typer]] = {
     Heading.PIPELINE: {"run": run.command, "report": report.command},
     Heading.FILES: {
-        "convert": convert.command,
+        "convert": command_from(convert.ConvertConfig, convert.run, writes_rows=True),
         "show": show.command,
         "stats": files.stats_command,
         "merge": files.merge_command,

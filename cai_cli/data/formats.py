@@ -140,11 +140,17 @@ def parse_prompt(value: object, *, source: str, kind: Kind | None = None, droppe
         return _make_prompt(Conversation(turns, value, has_reply=False).prompt(), value, source, kind)
     if isinstance(value, dict) and (row_type := _own_type(value)):
         if row_type is Preference or issubclass(row_type, Sample):
-            row = load_row(row_type if row_type in (*_MADE_FROM_SAMPLES, Preference) else Sample, value)
-            return _make_prompt(row.prompt, value, source, kind)
+            return _make_prompt(_loaded(row_type, value).prompt, value, source, kind)
         raise RowError(f"a {row_type.__name__} row, which is not a prompt", code="invalid-row")
     found = recognize(value, dropped or Dropped())
     return _make_prompt(found.prompt(), found.fields, source, kind)
+
+
+def _loaded(row_type: type[Row], value: Mapping[str, Any]) -> Sample | Preference:
+    """A row of a later stage. It must be valid."""
+    if row_type is Preference:
+        return load_row(Preference, value)
+    return load_row(next((known for known in _MADE_FROM_SAMPLES if known is row_type), Sample), value)
 
 
 def _own_type(value: Mapping[str, Any]) -> type[Row] | None:

@@ -7,7 +7,7 @@ to the rejected file and counted like every other rejected row.
 import hashlib
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +20,10 @@ from cai_cli.data.sharding import Shard
 from cai_cli.data.sources import Columns
 
 R = TypeVar("R", bound=Identified)
+
+
+class ChangedRows(CaiError):
+    """The first rows of an input are not those that its reader was told to expect."""
 
 
 class RowReader:
@@ -53,11 +57,20 @@ class RowReader:
         self.shard = Shard.parse(shard) if shard else None
         self.skip_invalid, self.max_invalid = skip_invalid, max_invalid
         self.columns, self.dropped = columns, Dropped()
+        self._expected: tuple[int, str] | None = None
         self.invalid: deque[Numbered[Rejected]] = deque()
         self.invalid_bytes = 0  # of the lines in `invalid`
         self._start()
 
+    def expect(self, rows: Mapping[str, Any]) -> None:
+        """Require that the input starts with these rows, given by their count and SHA-256 (`digest_so_far`).
+
+        Reading raises ChangedRows before it yields a row after them.
+        """
+        self._expected = (int(rows["count"]), str(rows["sha256"]))
+
     def _start(self) -> None:
+        self._met = self._expected is None
         self.dropped.counts.clear()
         self.digest, self.count, self.invalid_count = hashlib.sha256(), 0, 0
 
@@ -101,15 +114,30 @@ class RowReader:
 
     def _in_shard(self, rows: Iterator[Numbered[R]]) -> Iterator[Numbered[R]]:
         for line, row in rows:
+            if not self._met:
+                self._compare(more=True)
             self.count += 1
             self.digest.update(dump_row(row) + b"\n")
             if self.shard is None or self.shard.contains(row.id):
                 yield line, row
+        if not self._met:
+            self._compare(more=False)
+
+    def _compare(self, *, more: bool) -> None:
+        """Compare what was read so far with the expected rows, when as many were read. `more`: a row follows."""
+        count, sha256 = self._expected or (0, "")
+        self._met = self.count == count and self.digest.hexdigest() == sha256
+        if not self._met and (not more or self.count >= count):
+            raise ChangedRows(
+                f"the first {count:,} rows of the input are not those that the output was made from",
+                hint="--overwrite starts from scratch; or choose another -o",
+                code="other-run",
+            )
 
     def on_invalid(self, error: InvalidRow, raw: bytes) -> None:
         """Collect an unusable row, or an invalid one with `skip_invalid`, in `invalid`. Raises InvalidRow, CaiError."""
         if error.code == "unusable-row":
-            self.digest.update(raw + b"\n")
+            self._count_line(raw)
             self._reject(error, raw, error.reason)
             return
         if not self.skip_invalid:
@@ -119,7 +147,7 @@ class RowReader:
             hint = "; ".join(hints) or None
             raise InvalidRow(error.file, error.line, error.reason, hint, code=error.code) from None
         self.invalid_count += 1
-        self.digest.update(raw + b"\n")
+        self._count_line(raw)
         if self.max_invalid is not None and self.invalid_count > self.max_invalid:
             raise CaiError(
                 f"more than {self.max_invalid:,} invalid lines; the last one: {error.message}",
@@ -127,6 +155,12 @@ class RowReader:
                 code="invalid-row",
             )
         self._reject(error, raw, f"bad line: {Path(error.file).name}:{error.line}: {error.reason}")
+
+    def _count_line(self, raw: bytes) -> None:
+        """Add a line that is not a row to what was read. The expected rows may end before it or after it."""
+        if self._expected and not self._met and self.count == self._expected[0]:
+            self._met = self.digest.hexdigest() == self._expected[1]
+        self.digest.update(raw + b"\n")
 
     def _reject(self, error: InvalidRow, raw: bytes, reason: str) -> None:
         key = f"line {error.line}"

@@ -42,16 +42,21 @@ def layout_of(lines: Sequence[bytes], ending: str) -> Layout:
     if first.startswith(b"["):
         return _layout_of_list(lines[0], ending)
     if first.startswith(b"{"):
-        if _is_json(lines[0]) or not lines[0].endswith(b"\n"):
-            return Layout.LINES
-        if _goes_on(first):
-            return Layout.OBJECTS
-        return Layout.LINES if _OBJECT.match(first) or ending in JSON_ENDINGS else Layout.TEXT
-    if first.startswith(b'"'):
-        if ending in JSON_ENDINGS or all(map(_is_json, lines)):
-            return Layout.LINES
-        return Layout.CELLS if _QUOTED_CELLS.match(first) else Layout.TEXT
-    return Layout.TEXT
+        return _layout_of_object(lines[0], ending)
+    if not first.startswith(b'"'):
+        return Layout.TEXT
+    if ending in JSON_ENDINGS or all(map(_is_json, lines)):
+        return Layout.LINES
+    return Layout.CELLS if _QUOTED_CELLS.match(first) else Layout.TEXT
+
+
+def _layout_of_object(line: bytes, ending: str) -> Layout:
+    first = line.strip()
+    if _is_json(line) or not line.endswith(b"\n"):
+        return Layout.LINES
+    if _goes_on(first):
+        return Layout.OBJECTS
+    return Layout.LINES if _OBJECT.match(first) or ending in JSON_ENDINGS else Layout.TEXT
 
 
 def _layout_of_list(line: bytes, ending: str) -> Layout:

@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 
 import orjson
 
+from cai_cli.common import console
 from cai_cli.common.errors import CaiError, RowError, UsageError
 from cai_cli.data import lines
 from cai_cli.data.hub import hub_rows
@@ -129,9 +130,28 @@ def open_rows(
         if layout in (Layout.ARRAY, Layout.OBJECTS):
             yield _printed(stream, name, layout, head, first)
             return
-        plain = text and layout is Layout.TEXT
+        plain = text and layout is Layout.TEXT and bool(head)
+        if plain:
+            console.say(f"{name}: plain text, {_prompts_in(source)}")
         decode = decode_text if plain else decode_json
         yield Rows(lines_of(stream, name, on_invalid, head, first), decode, bytes, Layout.TEXT if plain else layout)
+
+
+def _prompts_in(source: str) -> str:
+    """How many prompts a file of plain text makes of how many lines; a stream is not counted."""
+    path = Path(source)
+    if not path.is_file() or path.suffix in COMPRESSED:
+        return "one prompt a line"
+    number = prompts = 0
+    start = blank = True
+    with path.open("rb") as file:
+        for piece in iter(lambda: file.readline(HEAD_BYTES), b""):  # a long line comes in several pieces
+            number += start
+            blank = (start or blank) and not piece.strip()
+            start = piece.endswith(b"\n")
+            prompts += start and not blank
+        prompts += not start and not blank
+    return f"one prompt a line: {prompts:,} prompts of {number:,} lines"
 
 
 def _objects(rows: Iterator[Numbered[dict[str, Any]]]) -> Rows:

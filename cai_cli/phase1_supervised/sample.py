@@ -101,6 +101,7 @@ def run(config: SampleConfig) -> dict[str, Any]:
         items=lambda: prompt_items(reader.prompts(config.input, config.kind, config.limit), config.n),
         work=lambda requested: sample(requested, engine, sampling=config.sampling(), form=form, seed=config.seed),
         batch_size=engine.batch_size,
+        grows=True,
         engine=engine,
         total=expected_items(inputs["prompts"], config.limit, config.n),
     ).run(as_json=config.as_json)

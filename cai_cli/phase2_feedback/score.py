@@ -21,7 +21,8 @@ from cai_cli.runtime.stage_run import StageRun, WorkItem, WorkItems, expected_it
 class ScoreConfig(OutputOptions, ShardOptions, DeviceOptions, PreferenceModelOptions):
     """Score conversations with a preference model.
 
-    INPUT: Sample, Revision or Preference rows, or conversations and pairs in any format that `cai convert` reads. Writes Scored rows, one for each conversation; for a pair, sample_index 0 is `chosen` and 1 is `rejected`.
+    INPUT: Sample, Revision or Preference rows, or conversations and pairs in any format that `cai convert` reads.
+    Writes Scored rows, one for each conversation; for a pair, sample_index 0 is `chosen` and 1 is `rejected`.
     """
 
 
@@ -54,6 +55,7 @@ def run(config: ScoreConfig) -> dict[str, Any]:
         items=lambda: work_items(reader, config.input, config.limit),
         work=scorer.score,
         batch_size=4 * scorer.batch_size,
+        grows=True,
         total=expected_items(inputs["conversations"], config.limit),
     ).run(as_json=config.as_json)
 

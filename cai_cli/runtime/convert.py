@@ -7,7 +7,6 @@ custom_id, through an index on disk, so that memory does not depend on the numbe
 import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
 from enum import StrEnum
 from itertools import islice
 from pathlib import Path
@@ -25,10 +24,11 @@ from cai_cli.data.formats import completed_row, conversation_hash, parse_prefere
 from cai_cli.data.jsonl import Numbered, display_name, origin, read_prompts, read_rows, skip_unusable
 from cai_cli.data.row_reader import RowReader
 from cai_cli.data.schema import Identified, Kind, Preference, Prompt, Row, Sample, conversation_id, dump_row, load_row
-from cai_cli.data.sources import Columns
+from cai_cli.runtime.config import Effect, Option, option, redefine
 from cai_cli.runtime.counts import Counts
 from cai_cli.runtime.file_transform import rewrite
 from cai_cli.runtime.manifest import hash_input, provenance
+from cai_cli.runtime.shared_options import OutputOptions, RowInputOptions
 from cai_cli.runtime.sinks import Sink
 from cai_cli.runtime.work_items import item_digest
 
@@ -51,23 +51,33 @@ ROW_TYPES: dict[Target, type[Row]] = {
 }
 
 
-@dataclass(frozen=True)
-class Conversion:
-    """The options that decide what a conversion writes.
+class ConvertConfig(OutputOptions, RowInputOptions):
+    """Convert rows of other tools to rows of cai.
 
-    Attributes:
-        to: The type of the rows; auto takes that of the first row.
-        column: Which columns hold what, as `--column` gives it.
-        soft_from: The scores that give the labels of pairs.
-        kind: The kind of prompts that have none.
-        limit: The number of rows to read; None reads all.
+    INPUT: conversations (`messages`, ShareGPT, LMSYS, Alpaca, questions and answers, prompts with completions), pairs
+    (HH-RLHF, UltraFeedback, replies beside their prompt), or results of OpenAI's and Anthropic's batch files with
+    --prompts; as JSONL, one JSON array, printed JSON, CSV, TSV, parquet, hf://datasets/OWNER/NAME?config=C&split=S, or
+    plain text. Prints what was read, left out and rejected.
     """
 
-    to: Target = Target.AUTO
-    column: str | None = None
-    soft_from: str | None = None
-    kind: Kind | None = None
-    limit: int | None = None
+    output: str = redefine(OutputOptions, "output", ...)
+    to: Target = option(Target.AUTO, "Rows to write; auto takes what the first row holds.")
+    prompts: str | None = option(
+        None,
+        "Requests of a batch result, or prompts with the same ids, to join by custom_id.",
+        Option(Effect.HASHED, reads_file=True),
+    )
+    soft_from: str | None = option(
+        None,
+        "Labels of pairs from their scores NAME_chosen and NAME_rejected; by default p_chosen is 1.",
+        Option(metavar="NAME"),
+    )
+    kind: Kind | None = option(None, "Kind of the prompts that have no `kind`.")
+
+    def check(self) -> None:
+        super().check()
+        if self.soft_from and self.to not in (Target.AUTO, Target.PAIRS):
+            raise UsageError("--soft-from is for pairs", hint="--to pairs", code="option-conflict")
 
 
 class PromptIndex:
@@ -111,7 +121,7 @@ class Converter:
         counts: Receives the formats that were read.
     """
 
-    def __init__(self, options: Conversion, source: str, prompts: PromptIndex | None, counts: Counts) -> None:
+    def __init__(self, options: ConvertConfig, source: str, prompts: PromptIndex | None, counts: Counts) -> None:
         self.options, self.source, self.prompts = options, source, prompts
         self.row_type = ROW_TYPES.get(options.to)
         self.dropped, self.counts = Dropped(), counts
@@ -129,9 +139,7 @@ class Converter:
     def _row(self, value: object) -> Identified:
         row_type = self.row_type or readable_type(value)
         if row_type is Preference:
-            return parse_preference(
-                value, source=self.source, soft_from=self.options.soft_from, dropped=self.dropped
-            )
+            return parse_preference(value, source=self.source, soft_from=self.options.soft_from, dropped=self.dropped)
         if row_type is Prompt:
             return parse_prompt(value, source=self.source, kind=self.options.kind, dropped=self.dropped)
         if row_type is Sample:
@@ -176,7 +184,8 @@ def distinct(rows: Iterable[Numbered[list[Identified]]], name: str, counts: Coun
     """
     seen, first_lines = KeyTable(), KeyTable()
     for line, group in rows:
-        for row in group:
+        for given in group:
+            row = given
             counts.items += 1
             digest = item_digest(row)
             first = seen.add(row.key, digest)
@@ -194,50 +203,31 @@ def distinct(rows: Iterable[Numbered[list[Identified]]], name: str, counts: Coun
                 raise InvalidRow(name, line, reason, "ids must be unique", code="duplicate-id")
 
 
-def convert_file(
-    input: str,
-    output: Path,
-    options: Conversion,
-    *,
-    prompts: str | None,
-    skip_invalid: bool,
-    overwrite: bool,
-    as_json: bool,
-) -> None:
-    """Write the rows of `input` as rows of `cai`, and print what was read and what was left out.
-
-    Args:
-        input: A file of any format that is read, an `hf://` address, or `-` for stdin.
-        output: The file to write, or a stream.
-        options: What to write.
-        prompts: The requests of a batch result, or its prompts.
-        skip_invalid: Whether to continue after invalid lines.
-        overwrite: Whether to replace the output.
-        as_json: Whether to print the summary as one JSON object.
+def run(config: ConvertConfig) -> None:
+    """Write the rows of a file as rows of `cai`, and print what was read and what was left out.
 
     Raises:
-        UsageError: The options exclude each other.
         CaiError: A file cannot be read or written, or a row is not valid.
     """
-    if options.soft_from and options.to not in (Target.AUTO, Target.PAIRS):
-        raise UsageError("--soft-from is for pairs", hint="--to pairs", code="option-conflict")
-    columns = Columns.parse(options.column) if options.column else None
-    inputs = {"rows": hash_input(input)} | ({"prompts": hash_input(prompts)} if prompts else {})
-    reader = RowReader(skip_invalid=skip_invalid)
+    inputs = {"rows": hash_input(config.input)}
+    if config.prompts:
+        inputs["prompts"] = hash_input(config.prompts)
+    reader = config.row_reader()
 
     def fill(sink: Sink, counts: Counts) -> None:
-        with PromptIndex.of_file(prompts) as index:
-            converter = Converter(options, origin(input), index, counts)
-            read = read_rows(input, converter.rows, reader.on_invalid, columns=columns, text=True)
-            rows = distinct(islice(read, options.limit), display_name(input), counts)
+        with PromptIndex.of_file(config.prompts) as index:
+            converter = Converter(config, origin(config.input), index, counts)
+            read = read_rows(config.input, converter.rows, reader.on_invalid, columns=reader.columns, text=True)
+            rows = distinct(islice(read, config.limit), display_name(config.input), counts)
             while group := [row for _, row in islice(rows, ROWS_PER_WRITE)]:
                 sink.write(group)
                 _write_rejected(sink, reader, counts)
             _write_rejected(sink, reader, counts)
             counts.dropped = converter.dropped
 
-    made_by = provenance("convert", inputs=inputs, settings=asdict(options))
-    rewrite(output, made_by, inputs, fill, overwrite=overwrite, as_json=as_json)
+    made_by = provenance("convert", inputs=inputs, settings=config.settings())
+    output = Path(config.output)
+    rewrite(output, made_by, inputs, fill, overwrite=config.overwrite, as_json=config.as_json)
 
 
 def _write_rejected(sink: Sink, reader: RowReader, counts: Counts) -> None:

@@ -41,13 +41,6 @@ class FormatChoice(StrEnum):
     RAW = "raw"
 
 
-class KindChoice(StrEnum):
-    """The kinds of prompts."""
-
-    RED_TEAM = "red-team"
-    HELPFUL = "helpful"
-
-
 class InputOptions(StageConfig):
     """Which rows are read."""
 
@@ -85,7 +78,10 @@ class RowInputOptions(InputOptions):
         return Columns.parse(self.column) if self.column else None
 
     def row_reader(self, *, of_input: bool = True) -> RowReader:
-        """A reader of the rows of the input, or of another file, to which `--column` does not apply. Raises UsageError."""
+        """A reader of the input's rows, or of those of another file, to which `--column` does not apply.
+
+        Raises UsageError.
+        """
         columns = self.columns() if of_input else None
         return RowReader(skip_invalid=self.skip_invalid, max_invalid=self.max_invalid, columns=columns)
 

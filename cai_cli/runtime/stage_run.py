@@ -17,10 +17,11 @@ from cai_cli.common import console
 from cai_cli.common.errors import CaiError, InvalidRow, UsageError
 from cai_cli.common.hash_index import KeyTable
 from cai_cli.data.jsonl import display_name
-from cai_cli.data.row_reader import RowReader
+from cai_cli.data.row_reader import ChangedRows, RowReader
 from cai_cli.data.schema import Rejected
 from cai_cli.engines.base import Engine
 from cai_cli.runtime.counts import Counts
+from cai_cli.runtime.growth import expected_rows, growth_of
 from cai_cli.runtime.manifest import InputFile, read_manifest, run_facts
 from cai_cli.runtime.ordered_map import in_order
 from cai_cli.runtime.output_files import (
@@ -95,6 +96,8 @@ class StageRun(Generic[T]):
         total: The number of items for the progress bar (`expected_items`), None where unknown.
         reader: Reads the input; it holds the invalid lines and the shard.
         engine: The model that `work` calls, which has the usage and the number of concurrent batches.
+        grows: Whether a finished output can be extended (`growth`): each row of the input gives its items alone or
+            with rows before it, in the order of the output.
         one_by_one: Whether a batch starts only after the previous one is written, because its items depend on that.
     """
 
@@ -108,6 +111,7 @@ class StageRun(Generic[T]):
     total: int | None = None
     reader: RowReader = field(default_factory=RowReader)
     engine: Engine | None = None
+    grows: bool = False
     one_by_one: bool = False
 
     @property
@@ -144,11 +148,25 @@ class StageRun(Generic[T]):
         refuse_input_as_output(path, self.inputs)
         with one_writer(path):
             publish(path)
-            done = finished_summary(path, self.provenance, self.overwrite)
+            growth = None
+            if self.grows and not self.overwrite:
+                growth = growth_of(path, self.provenance, next(iter(self.inputs)))
+            done = None if growth else finished_summary(path, self.provenance, self.overwrite)
             if done is None:
-                return self._run_items(FileSink(path, self.provenance, self.overwrite))
+                return self._extend(FileSink(path, self.provenance, self.overwrite, growth, grows=self.grows))
             self._refuse_other_stream(path)
             return done
+
+    def _extend(self, sink: FileSink) -> dict[str, Any]:
+        """Complete an output that may grow. Raises CaiError `other-run` when the rows that it was made from changed; a
+        finished output stays then as it was."""
+        if rows := expected_rows(sink.recorded):
+            self.reader.expect(rows)
+        try:
+            return self._run_items(sink)
+        except ChangedRows:
+            sink.abandon()
+            raise
 
     def _refuse_other_stream(self, path: Path) -> None:
         """Read an input that is a pipe to its end: a finished output is valid only for the same rows."""

@@ -337,17 +337,13 @@ _UNREADABLE: Sequence[tuple[str, frozenset[str], str]] = (
 def _unreadable(value: Row) -> RowError:
     """The error for a row without a known format, which names what it has."""
     if not value:
-        return RowError("no prompt in this row", f"read are: {_names()}", code="invalid-row")
+        return RowError("no prompt in this row", "docs/file_formats.md lists the formats", code="invalid-row")
     for name, marks, hint in _UNREADABLE:
         if marks <= value.keys():
             return RowError(f"no prompt in this row: it is {name}", hint, code="invalid-row")
     fields = ", ".join(str(name)[:40] for name in list(value)[:12])
     return RowError(
         f"no prompt in this row: its fields are {fields}",
-        f"--column NAME names the one that holds the prompt; read are: {_names()}",
+        "--column NAME names the one that holds the prompt; docs/file_formats.md lists the formats",
         code="invalid-row",
     )
-
-
-def _names() -> str:
-    return ", ".join(dict.fromkeys(shape.name for shape in SHAPES if "result" not in shape.name))
