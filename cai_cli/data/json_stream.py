@@ -119,4 +119,6 @@ class JsonSplitter:
         self.buffer, self.at, self.start = self.buffer[self.start :], max(0, self.at - self.start), 0
 
     def _invalid(self, reason: str) -> InvalidRow:
-        return InvalidRow(self.name, self.line, reason, "is this a JSON or JSONL file?", code="invalid-row")
+        rest = self.buffer[self.start : self.start + 65536]
+        blank = len(rest) - len(rest.lstrip(_BLANK))
+        return InvalidRow(self.name, self.line + rest.count(b"\n", 0, blank), reason, "is this a JSON or JSONL file?", code="invalid-row")

@@ -65,12 +65,12 @@ class RowReader:
     def expect(self, rows: Mapping[str, Any]) -> None:
         """Require that the input starts with these rows, given by their count and SHA-256 (`digest_so_far`).
 
-        Reading raises ChangedRows before it yields a row after them.
+        Reading raises ChangedRows before it yields a row after them; `met_expected` tells whether they were all read.
         """
         self._expected = (int(rows["count"]), str(rows["sha256"]))
 
     def _start(self) -> None:
-        self._met = self._expected is None
+        self.met_expected = self._expected is None
         self.dropped.counts.clear()
         self.digest, self.count, self.invalid_count = hashlib.sha256(), 0, 0
 
@@ -114,25 +114,30 @@ class RowReader:
 
     def _in_shard(self, rows: Iterator[Numbered[R]]) -> Iterator[Numbered[R]]:
         for line, row in rows:
-            if not self._met:
+            if not self.met_expected:
                 self._compare(more=True)
             self.count += 1
             self.digest.update(dump_row(row) + b"\n")
             if self.shard is None or self.shard.contains(row.id):
                 yield line, row
-        if not self._met:
+        if not self.met_expected:
             self._compare(more=False)
 
     def _compare(self, *, more: bool) -> None:
         """Compare what was read so far with the expected rows, when as many were read. `more`: a row follows."""
         count, sha256 = self._expected or (0, "")
-        self._met = self.count == count and self.digest.hexdigest() == sha256
-        if not self._met and (not more or self.count >= count):
-            raise ChangedRows(
-                f"the first {count:,} rows of the input are not those that the output was made from",
-                hint="--overwrite starts from scratch; or choose another -o",
-                code="other-run",
-            )
+        self.met_expected = self.count == count and self.digest.hexdigest() == sha256
+        if not self.met_expected and (not more or self.count >= count):
+            raise self.changed_rows()
+
+    def changed_rows(self) -> ChangedRows:
+        """The error for an input that does not start with the expected rows."""
+        count = self._expected[0] if self._expected else 0
+        return ChangedRows(
+            f"the first {count:,} rows of the input are not those that the output was made from",
+            hint="--overwrite starts from scratch; or choose another -o",
+            code="other-run",
+        )
 
     def on_invalid(self, error: InvalidRow, raw: bytes) -> None:
         """Collect an unusable row, or an invalid one with `skip_invalid`, in `invalid`. Raises InvalidRow, CaiError."""
@@ -158,8 +163,8 @@ class RowReader:
 
     def _count_line(self, raw: bytes) -> None:
         """Add a line that is not a row to what was read. The expected rows may end before it or after it."""
-        if self._expected and not self._met and self.count == self._expected[0]:
-            self._met = self.digest.hexdigest() == self._expected[1]
+        if self._expected and not self.met_expected and self.count == self._expected[0]:
+            self.met_expected = self.digest.hexdigest() == self._expected[1]
         self.digest.update(raw + b"\n")
 
     def _reject(self, error: InvalidRow, raw: bytes, reason: str) -> None:

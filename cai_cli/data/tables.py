@@ -70,10 +70,14 @@ def table_rows(stream: BinaryIO, name: str, ending: str, on_invalid: OnInvalid) 
                 yield cells.line_num, _by_column(header, row)
         except csv.Error as error:
             on_invalid(
-                InvalidRow(name, cells.line_num, f"not {ending[1:].upper()}: {error}"), "".join(text.row).encode()
+                InvalidRow(name, cells.line_num, f"not {ending[1:].upper()}: {error}"),
+                "".join(text.row).encode("utf-8", "surrogateescape"),
             )
         except RowError as error:
-            on_invalid(InvalidRow(name, cells.line_num, error.message, error.hint), "".join(text.row).encode())
+            on_invalid(
+                InvalidRow(name, cells.line_num, error.message, error.hint),
+                "".join(text.row).encode("utf-8", "surrogateescape"),
+            )
 
 
 def _by_column(header: Sequence[str], row: Sequence[str]) -> dict[str, str]:

@@ -75,6 +75,9 @@ class _Resumed:
     written: KeyTable
     out_of_order: Mapping[str, Outcome]
 
+    def __contains__(self, key: str) -> bool:
+        return key in self.written or key in self.out_of_order
+
     @property
     def count(self) -> int:
         return self.written.size + len(self.out_of_order)
@@ -200,7 +203,7 @@ class StageRun(Generic[T]):
         shards = self.reader.shard.count if self.reader.shard else 1
         out_of_order, matched = list[_Batch](), 0
         groups = in_order(
-            self._batches(sink, counts),
+            self._batches(sink, counts, resumed),
             lambda batch: self._process_batch(batch, resumed),
             self.engine.workers if self.engine and not self.one_by_one else 1,
             out_of_order,
@@ -238,17 +241,19 @@ class StageRun(Generic[T]):
 
     # --- batches ----------------------------------------------------------------------------------------------------
 
-    def _batches(self, sink: Sink, counts: Counts) -> Iterator[list[WorkItem[T | Rejected]]]:
+    def _batches(self, sink: Sink, counts: Counts, resumed: _Resumed) -> Iterator[list[WorkItem[T | Rejected]]]:
         """Cut the items by position in the input, so that the batches of a resumed run are those of the first."""
         recorded = self.reader.shard is not None or any(file.sha256 is None for file in self.inputs.values())
         items = self._checked(self.items(), KeyTable(), counts)
         while batch := list(islice(items, self.batch_size)):
+            if not self.reader.met_expected and any(item.key not in resumed for item in batch):
+                raise self.reader.changed_rows()
             if recorded:
                 sink.record_items(batch)
             yield batch
 
     def _process_batch(self, batch: Sequence[WorkItem[T | Rejected]], resumed: _Resumed) -> _Batch:
-        missing = [i for i in batch if i.key not in resumed.written and i.key not in resumed.out_of_order]
+        missing = [i for i in batch if i.key not in resumed]
         new = iter(self._outcomes(missing))
         outcomes = [
             resumed.out_of_order[i.key] if i.key in resumed.out_of_order else next(new)

@@ -174,8 +174,10 @@ HH = "\n\nHuman: one\n\nAssistant: two\n\nHuman: three\n\nAssistant: "
         {"messages": [{"role": "user", "content": "hello"}]},
         {"prompt": "\n\nHuman: hello\n\nAssistant:"},
         {"chosen": "\n\nHuman: hello\n\nAssistant: hi", "rejected": "\n\nHuman: hello\n\nAssistant: go away"},
-        {"chosen": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}],
-         "rejected": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "no"}]},
+        {
+            "chosen": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}],
+            "rejected": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "no"}],
+        },
     ],
 )
 def test_every_form_of_one_prompt_is_one_row_with_one_id(value: object) -> None:
