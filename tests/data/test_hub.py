@@ -27,7 +27,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     load, names = datasets.load_dataset, datasets.get_dataset_config_names
     for name, files in (
         ("name", {"README.md": README, "a-train.jsonl": "a train", "a-test.jsonl": "a test", "b.jsonl": "b"}),
-        ("plain", {"README.md": README.split("- {config_name: b")[0].replace("train", "left").replace("test", "right") + "---\n",
+        ("plain", {"README.md": README.split("- {config_name: b", maxsplit=1)[0].replace("train", "left").replace("test", "right") + "---\n",
                    "a-left.jsonl": "left", "a-right.jsonl": "right"}),
     ):  # fmt: skip
         folder = tmp_path / "owner" / name
