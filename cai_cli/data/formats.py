@@ -11,7 +11,7 @@ from cai_cli.common.errors import RowError
 from cai_cli.data.dropped import Dropped
 from cai_cli.data.evaluation_schema import EvaluationQuestion, EvaluationResult, HarmScore, ModelComparison
 from cai_cli.data.foreign import scores
-from cai_cli.data.foreign.shapes import IDS, Conversation, ReplyPair, recognize
+from cai_cli.data.foreign.shapes import IDS, Conversation, ReplyPair, recognize, shape_of
 from cai_cli.data.foreign.turns import read_turns
 from cai_cli.data.schema import (
     Critique,
@@ -283,6 +283,9 @@ def sample_or_revision(value: object) -> Sample:
             "`cai revise` takes critiques",
             code="wrong-row-type",
         )
+    if isinstance(value, dict) and "sample_index" not in value and (shape := shape_of(value)):
+        hint = "`cai convert FILE -o OUT` makes Sample rows of conversations"
+        raise RowError(f"not a Sample row, but one of another format: {shape.name}", hint, code="invalid-row")
     return load_row(Revision if row_type is Revision else Sample, value)
 
 

@@ -33,7 +33,7 @@ CONTENT_OPTIONS = frozenset(
         *("shard", "dtype", "helpful_ratio", "revisions", "epochs", "max_steps", "batch_size", "learning_rate"),
         *("max_length", "lora", "lora_rank", "eval_share", "mix_ratio", "targets", "fit_head", "algorithm", "beta"),
         *("steps", "prompts_per_step", "samples_per_prompt", "cutoff_penalty", "held_out", "monitor_every"),
-        "stop_on_goodhart",
+        *("stop_on_goodhart", "column", "soft_from"),
     ]
 )
 
