@@ -341,6 +341,21 @@ def readable_type(value: object) -> type[Row]:
     return Sample if found.has_reply and any(turn.role == "assistant" for turn in found.turns) else Prompt
 
 
+def format_name(value: object) -> str:
+    """The name of the format of a row that is read.
+
+    >>> format_name({"conversations": []}), format_name("Hello"), format_name({"id": "a", "votes": []})
+    ('ShareGPT', 'plain text', 'cai')
+    """
+    if isinstance(value, str):
+        return "plain text"
+    if not isinstance(value, dict):
+        return "messages"
+    own = "sample_index" in value or "votes" in value
+    shape = None if own else shape_of(value)
+    return shape.name if shape else "cai"
+
+
 def conversations(row: Sample | Preference) -> list[Sample]:
     """The conversations of a row: `chosen` (sample_index 0) and `rejected` (1) of a pair, else the row's only one."""
     if isinstance(row, Sample):

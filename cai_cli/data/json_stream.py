@@ -121,4 +121,10 @@ class JsonSplitter:
     def _invalid(self, reason: str) -> InvalidRow:
         rest = self.buffer[self.start : self.start + 65536]
         blank = len(rest) - len(rest.lstrip(_BLANK))
-        return InvalidRow(self.name, self.line + rest.count(b"\n", 0, blank), reason, "is this a JSON or JSONL file?", code="invalid-row")
+        return InvalidRow(
+            self.name,
+            self.line + rest.count(b"\n", 0, blank),
+            reason,
+            "is this a JSON or JSONL file?",
+            code="invalid-row",
+        )

@@ -27,7 +27,7 @@ class Layout(Enum):
 
 def needs_more_lines(first: bytes) -> bool:
     """Whether the first line alone does not tell the layout."""
-    return first.lstrip().startswith(b'"')
+    return first.lstrip().startswith(b'"') or _goes_on(first.strip())
 
 
 def layout_of(lines: Sequence[bytes], ending: str) -> Layout:
@@ -42,7 +42,7 @@ def layout_of(lines: Sequence[bytes], ending: str) -> Layout:
     if first.startswith(b"["):
         return _layout_of_list(lines[0], ending)
     if first.startswith(b"{"):
-        return _layout_of_object(lines[0], ending)
+        return _layout_of_object(lines, ending)
     if not first.startswith(b'"'):
         return Layout.TEXT
     if ending in JSON_ENDINGS or all(map(_is_json, lines)):
@@ -50,11 +50,12 @@ def layout_of(lines: Sequence[bytes], ending: str) -> Layout:
     return Layout.CELLS if _QUOTED_CELLS.match(first) else Layout.TEXT
 
 
-def _layout_of_object(line: bytes, ending: str) -> Layout:
-    first = line.strip()
-    if _is_json(line) or not line.endswith(b"\n"):
+def _layout_of_object(lines: Sequence[bytes], ending: str) -> Layout:
+    first, second = lines[0].strip(), lines[1].strip() if len(lines) > 1 else b""
+    if _is_json(first) or not lines[0].endswith(b"\n"):
         return Layout.LINES
-    if _goes_on(first):
+    # After `{` and `,` comes a key; a row there means that the first line is a row that is cut off.
+    if _goes_on(first) and (first.endswith((b"[", b":")) or second.startswith((b'"', b"}"))):
         return Layout.OBJECTS
     return Layout.LINES if _OBJECT.match(first) or ending in JSON_ENDINGS else Layout.TEXT
 

@@ -19,8 +19,14 @@ from cai_cli.common.errors import InvalidRow, RowError, UsageError
 from cai_cli.common.hash_index import KeyTable
 from cai_cli.data.dropped import Dropped
 from cai_cli.data.foreign.batches import is_batch_result, replies_of
-from cai_cli.data.foreign.shapes import shape_of
-from cai_cli.data.formats import completed_row, conversation_hash, parse_preference, parse_prompt, readable_type
+from cai_cli.data.formats import (
+    completed_row,
+    conversation_hash,
+    format_name,
+    parse_preference,
+    parse_prompt,
+    readable_type,
+)
 from cai_cli.data.jsonl import Numbered, display_name, origin, read_prompts, read_rows, skip_unusable
 from cai_cli.data.row_reader import RowReader
 from cai_cli.data.schema import Identified, Kind, Preference, Prompt, Row, Sample, conversation_id, dump_row, load_row
@@ -133,7 +139,7 @@ class Converter:
         else:
             rows = [self._row(value)]
         self.row_type = self.row_type or type(rows[0])
-        self.counts.read_as[_name(value)] += 1
+        self.counts.read_as[format_name(value)] += 1
         return rows
 
     def _row(self, value: object) -> Identified:
@@ -161,17 +167,6 @@ class Converter:
                 "finish_reason": reply.finish_reason,
             }
             yield load_row(Sample, prompt.model_dump() | fields)
-
-
-def _name(value: object) -> str:
-    if isinstance(value, str):
-        return "plain text"
-    if not isinstance(value, dict):
-        return "messages"
-    if "sample_index" in value or "votes" in value:
-        return "cai"
-    shape = shape_of(value)
-    return shape.name if shape else "cai"
 
 
 def distinct(rows: Iterable[Numbered[list[Identified]]], name: str, counts: Counts) -> Iterator[Numbered[Identified]]:

@@ -75,7 +75,14 @@ def test_plain_text_may_begin_like_json(content: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    ["{'prompt': 'q'}\n", '{"prompt": "q\n{"prompt": "r"}\n', '[{"prompt": "q"}', "['a', 'b']\n", '{"prompt": "q",}\n'],
+    [
+        '{\n{"prompt": "r"}\n',
+        "{'prompt': 'q'}\n",
+        '{"prompt": "q\n{"prompt": "r"}\n',
+        '[{"prompt": "q"}',
+        "['a', 'b']\n",
+        '{"prompt": "q",}\n',
+    ],
 )
 def test_broken_json_in_the_first_line_is_an_error_and_no_prompt(content: str, tmp_path: Path) -> None:
     path = tmp_path / "in.txt"
