@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal, Union, get_args, get_origin
 
 from cai_cli.cards.dataset_card import DatasetStats, dataset_card
-from cai_cli.common.errors import CaiError, InvalidRow, UsageError
+from cai_cli.common.errors import CaiError, InvalidRow, RowError, UnusableRow, UsageError
 from cai_cli.data.formats import completed_row, parse_preference, parse_prompt, readable_type
 from cai_cli.data.jsonl import display_name, origin, read_rows, read_values, rows_of, skip_unusable
 from cai_cli.data.schema import Critique, Preference, Prompt, Rejected, Revision, Row, Sample
@@ -29,10 +29,9 @@ def row_parser(source: str) -> tuple[type[Row], Callable[[object], Row]]:
     Raises:
         CaiError: The file has no rows, or holds rejected rows.
     """
-    first: Any = next((value for _, value in read_values(source)), None)
-    if first is None:
-        raise CaiError(f"{display_name(source)} holds no rows", code="no-rows")
-    row_type = readable_type(first)
+    row_type = next(_row_types(source), None)
+    if row_type is None:
+        raise CaiError(f"{display_name(source)} holds no rows that can be used", code="no-rows")
     if row_type is Rejected:
         hint = "export the output file that they belong to"
         raise CaiError(f"{source} holds rejected rows, which are not data", hint, code="wrong-row-type")
@@ -43,6 +42,17 @@ def row_parser(source: str) -> tuple[type[Row], Callable[[object], Row]]:
     if issubclass(row_type, Sample):
         return Sample, lambda value: completed_row(value, source=origin(source))
     return Prompt, lambda value: parse_prompt(value, source=origin(source))
+
+
+def _row_types(source: str) -> Iterator[type[Row]]:
+    """The types of the rows that can be used."""
+    for line, value in read_values(source):
+        try:
+            yield readable_type(value)
+        except UnusableRow:
+            continue
+        except RowError as error:
+            raise InvalidRow(display_name(source), line, error.message, error.hint, code=error.code) from None
 
 
 def features(row_type: type[Row]) -> Any:
@@ -103,6 +113,9 @@ def export(source: str, work: Path) -> dict[str, Any]:
     except Exception as error:  # `datasets` wraps what the generator raised
         if isinstance(error.__cause__, CaiError):
             raise error.__cause__ from None
+        if not stats.rows:  # `datasets` does not write a table without rows
+            message = f"{display_name(source)} holds no rows that can be used"
+            raise CaiError(message, next(iter(unusable), None), code="no-rows") from error
         raise
     finally:
         enable_progress_bar()

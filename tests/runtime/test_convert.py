@@ -109,4 +109,11 @@ def test_a_converted_file_goes_through_the_commands_that_read_it(cai: Cai, tmp_p
     assert cai("sample", "sg.jsonl", *words, "again.jsonl").code == 0
     assert rows_in(tmp_path / "again.jsonl")[0]["prompt"] == [{"role": "user", "content": "Hi"}]
     assert cai("export", "sg.jsonl", "-o", "dataset").code == 0
+    tool = {"messages": [U, {"role": "tool", "content": "x"}, G]}
+    write_rows(tmp_path / "tool.jsonl", [tool, {"messages": [U, G]}])
+    assert "1 Sample rows, without 1 (a tool call" in cai("export", "tool.jsonl", "-o", "used").stderr
+    parted = {"chosen": [U, G, U, G], "rejected": [U, {**G, "content": "No."}, U, G]}
+    for rows, code in (([tool], "no-rows"), ([parted], "no-rows"), ([{"a": 1}], "invalid-row")):
+        write_rows(tmp_path / "bad.jsonl", rows)
+        assert cai("export", "bad.jsonl", "-o", "none").error == code
     assert cai("dedup", "sg.jsonl", "-o", "distinct.jsonl").code == 0
