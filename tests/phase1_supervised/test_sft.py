@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -206,3 +207,13 @@ def test_revision_rows_feed_trls_sft_trainer_unchanged(model: Path, tmp_path: Pa
     )  # fmt: skip
     trainer = SFTTrainer(str(model), config, train_dataset=data)
     assert trainer.train().training_loss > 0
+
+
+def test_conversations_of_other_tools_are_trained_on_at_their_last_reply(model: Path, tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}, {"from": "human", "value": "bye"}]
+    helpful = [{"instruction": f"q{i}", "input": "", "output": "a", "topic": "x"} for i in range(2)]
+    write_rows(tmp_path / "helpful.jsonl", helpful)
+    (tmp_path / "in.json").write_text(json.dumps([{"conversations": turns, "id": f"c{i}"} for i in range(2)], indent=1))
+    options = {"model": str(model), "helpful": str(tmp_path / "helpful.jsonl"), "max_steps": 1, "eval_share": 0.0}
+    summary = command(tmp_path / "in.json", tmp_path / "out", **options)
+    assert (summary["used"], summary["dropped"]) == (4, {"topic": 2})

@@ -115,6 +115,9 @@ def recognize(value: object, dropped: Dropped, wanted: frozenset[str] = frozense
     if shape is None:
         raise _unreadable(value)
     found, used = shape.read(value, dropped)
+    if not isinstance(found.fields["source"], str | None):  # a column of another meaning
+        found.fields["source"] = None
+        dropped.add("source")
     for name, inner in value.items():
         if name not in used and name not in SHARED and name not in wanted and inner not in (None, "", [], {}):
             dropped.add(str(name))
@@ -341,6 +344,16 @@ def _unreadable(value: Row) -> RowError:
     for name, marks, hint in _UNREADABLE:
         if marks <= value.keys():
             return RowError(f"no prompt in this row: it is {name}", hint, code="invalid-row")
+    wrapped = [
+        name for name, inner in value.items() if isinstance(inner, list) and inner and isinstance(inner[0], dict)
+    ]
+    if len(wrapped) == 1:
+        name = wrapped[0][:40]
+        return RowError(
+            f"no prompt in this row: it is an object with rows in {name!r}",
+            f"`jq -c '.[\"{name}\"][]' FILE` prints the rows",
+            code="invalid-row",
+        )
     fields = ", ".join(str(name)[:40] for name in list(value)[:12])
     return RowError(
         f"no prompt in this row: its fields are {fields}",

@@ -90,6 +90,12 @@ def test_what_a_format_does_not_have_is_left_out_and_counted() -> None:
     assert set(dropped.as_json()) == {"prompt_id", "messages", "score_chosen", "score_rejected"}
 
 
+def test_a_source_that_is_no_text_is_a_column_of_another_meaning() -> None:
+    dropped = Dropped()
+    row = parse_prompt({"instruction": "q", "output": "a", "source": {"url": "x"}}, source="s", dropped=dropped)
+    assert (row.source, dropped.as_json()) == ("s", {"source": 1})
+
+
 def test_the_names_of_what_is_left_out_take_bounded_room() -> None:
     dropped = Dropped()
     parse_prompt({"prompt": "q"} | {f"{i}{'x' * 1000}": 1 for i in range(1000)}, source="s", dropped=dropped)
@@ -165,6 +171,7 @@ def test_a_reply_that_its_set_calls_bad_is_never_trained_on() -> None:
     [
         ({"goal": "q", "target": "x"}, "its fields are goal, target"),
         ({"text": "q"}, "a row of plain text"),
+        ({"data": [{"prompt": "q"}], "version": 1}, "an object with rows in 'data'"),
         ({"instruction_": "q", "completions": []}, "several scored completions"),
         ({"custom_id": "1", "response": {}}, "a batch result, which does not hold its prompt"),
         ({"conversations": []}, "field 'conversations' must be text or a non-empty list"),
