@@ -4,14 +4,13 @@ The file is read once, row by row. With `--prompts` the replies of a batch resul
 custom_id, through an index on disk, so that memory does not depend on the number of prompts.
 """
 
-import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from enum import StrEnum
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
@@ -37,6 +36,9 @@ from cai_cli.runtime.manifest import hash_input, provenance
 from cai_cli.runtime.shared_options import OutputOptions, RowInputOptions
 from cai_cli.runtime.sinks import Sink
 from cai_cli.runtime.work_items import item_digest
+
+if TYPE_CHECKING:
+    import sqlite3
 
 ROWS_PER_WRITE = 1000
 
@@ -89,13 +91,15 @@ class ConvertConfig(OutputOptions, RowInputOptions):
 class PromptIndex:
     """The prompts of a file by their ids, on disk."""
 
-    def __init__(self, database: sqlite3.Connection) -> None:
+    def __init__(self, database: "sqlite3.Connection") -> None:
         self.database = database
 
     @classmethod
     @contextmanager
     def of_file(cls, source: str | None) -> Iterator["PromptIndex | None"]:
         """The index of a file of prompts or of batch requests; None without a file. Raises CaiError."""
+        import sqlite3
+
         if source is None:
             yield None
             return
