@@ -91,10 +91,10 @@ def rows_of_table(
     firsts = [j.p_first for j in answers if isinstance(j, Judgement)]
     picks = sum(p > 0.5 for p in firsts) / max(1, len(firsts))
     for calibrated in (False, True) if method == "choice" else (False,):
-        priors = estimate_letter_bias(labeller.judge, [c.principle for c in comparisons]) if calibrated else {}
+        priors = estimate_letter_bias(labeller.judge, comparisons) if calibrated else {}
         by_order = {
             order: [
-                p_of(c, j, priors.get(c.principle.id, 0.0))
+                p_of(c, j, priors.get((c.principle.id, labeller.judge.arrangement(c.pair)), 0.0))
                 for c, j in zip(comparisons, answers, strict=True)
                 if c.order == order
             ]

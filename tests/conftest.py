@@ -56,6 +56,7 @@ Cai = Callable[..., Done]
 def cai(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Cai]:
     """`cai("sample", "in.jsonl", "-o", "out.jsonl", stdin=b"...")`, run in `tmp_path`."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)  # main() sets it: it is restored after the test
     on_terminate = signal.getsignal(signal.SIGTERM)
     # A shell that starts the tests in the background leaves SIGINT ignored.
     on_interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -16,6 +16,8 @@ from cai_cli.engines.local.engine import LocalEngine
 
 WINDOW = 9  # tokens seen by the sliding-window layers of the families that have them, far fewer than a prompt's
 
+ROPE_LIMIT = 64  # tokens; the family "longrope" has other frequencies in longer rows
+
 
 def family_config(family: str, vocab_size: int) -> Any:
     import transformers
@@ -40,6 +42,15 @@ def family_config(family: str, vocab_size: int) -> Any:
         "sliding_window": WINDOW,
         "layer_types": ["sliding_attention", "full_attention"],
     }
+    longrope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0, 3.0, 4.0, 8.0],
+        "original_max_position_embeddings": ROPE_LIMIT,
+    }
+    phi3_long = {"rope_parameters": longrope, "original_max_position_embeddings": ROPE_LIMIT}
+    dynamic = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}}
     gpt2 = {"vocab_size": vocab_size, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, "eos_token_id": 2}
     kind, settings = {
         "gemma": (transformers.GemmaConfig, grouped | {"head_dim": 8}),
@@ -49,6 +60,8 @@ def family_config(family: str, vocab_size: int) -> Any:
         "mistral": (transformers.MistralConfig, grouped | {"sliding_window": WINDOW}),
         "phi": (transformers.PhiConfig, shape),
         "phi3": (transformers.Phi3Config, grouped | {"sliding_window": WINDOW}),
+        "longrope": (transformers.Phi3Config, grouped | phi3_long),
+        "dynamic": (transformers.LlamaConfig, grouped | dynamic | {"max_position_embeddings": 90}),
         "qwen2": (transformers.Qwen2Config, grouped),
         "qwen3": (transformers.Qwen3Config, grouped | {"head_dim": 8}),
     }[family]

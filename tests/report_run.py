@@ -124,7 +124,7 @@ def revision(number: int, ids: list[str], rng: random.Random, texts: list[str]) 
     second = " ".join(rng.choice(WORDS) if rng.random() < 0.3 else w for w in words)
     third = f"{second} {sentence(rng, 6)}"
     turns = [
-        {"round": r, "principle_id": rng.choice(ids), "critique": texts[(number + r) % len(texts)] if texts else sentence(rng, 12), "response": said}
+        {"round": r, "principle_id": rng.choice(ids), "critique": texts[(number + r) % len(texts)] if texts else sentence(rng, 12), "response": said, "finish_reason": "stop"}
         for r, said in ((1, first), (2, second))
     ]  # fmt: skip
     return {**sample(number, third, texts[number % len(texts)] if texts else None), "history": turns}
@@ -145,6 +145,7 @@ def preference(number: int, ids: list[str], rng: random.Random, texts: list[str]
         "chosen": message("assistant", texts[number % len(texts)] if texts else sentence(rng)),
         "rejected": message("assistant", sentence(rng)), "p_chosen": p_chosen, "votes": votes,
         "human": "chosen" if rng.random() < p_chosen else "rejected", "source": "made",
+        "chosen_finish_reason": "stop", "rejected_finish_reason": "length",
     }  # fmt: skip
 
 

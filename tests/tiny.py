@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"  # ids 0, 1, 2, as in SmolLM2
@@ -31,13 +32,14 @@ def tiny_model_dir(
     vocab_size: int = 512,
     max_position_embeddings: int = 512,
     chat_template: str | None = CHATML,
+    pad_token: str | None = END_OF_TEXT,
     seed: int = 0,
 ) -> Path:
     """Save a seeded two-layer Llama (hidden 32, 4 heads, 2 of keys and values) and its tokenizer into `path`.
 
     The same arguments give the same weights, and torch's global generator is left as it was. The weights are
     drawn ten times wider than usual (0.2), so that the logits differ enough for a wrong mask or position to
-    show. eos is `<|im_end|>`, pad is `<|endoftext|>`. `vocab_size` counts the 3 special tokens, the 256 bytes
+    show. eos is `<|im_end|>`, pad is `pad_token`. `vocab_size` counts the 3 special tokens, the 256 bytes
     and as many merges as the corpus gives beyond them (444 in all).
     """
     import torch
@@ -58,7 +60,7 @@ def tiny_model_dir(
         tokenizer_object=raw,
         bos_token=IM_START,
         eos_token=IM_END,
-        pad_token=END_OF_TEXT,
+        pad_token=pad_token,
         unk_token=END_OF_TEXT,
         model_max_length=max_position_embeddings,
     )
@@ -83,3 +85,15 @@ def tiny_model_dir(
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+def declare_only_end_of_text(directory: Path) -> Path:
+    """Let a tiny model name `<|endoftext|>` as its end, as base models do whose template closes turns otherwise."""
+    for name, changes in {
+        "config.json": {"eos_token_id": 0, "bos_token_id": 0},
+        "generation_config.json": {"eos_token_id": 0, "bos_token_id": 0},
+        "tokenizer_config.json": {"eos_token": END_OF_TEXT, "bos_token": None},
+    }.items():
+        file = directory / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return directory

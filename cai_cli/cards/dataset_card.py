@@ -8,6 +8,7 @@ from typing import Any
 from cai_cli import __version__
 from cai_cli.cards.markdown import cell, table
 from cai_cli.constitution.usage import PrincipleDraws, draws_from_counts, principles_drawn_for
+from cai_cli.data.reply_ends import CUT_OFF
 from cai_cli.data.schema import Critique, Preference, Prompt, Revision, Row, Sample
 
 PAPER = "[Constitutional AI](https://arxiv.org/abs/2212.08073)"
@@ -16,7 +17,8 @@ USED_BY: Mapping[type[Row], str] = {
     Sample: "TRL's SFTTrainer",
     Revision: "TRL's SFTTrainer (`completion` is the last revision; `history` holds the earlier rounds)",
     Critique: "no trainer: it holds critiques, and no revised replies",
-    Preference: "TRL's RewardTrainer and DPOTrainer (hard labels; `p_chosen` is the soft label)",
+    Preference: "TRL's RewardTrainer and DPOTrainer (hard labels; `p_chosen` is the soft label; leave out ties, where "
+    "it is 0.5)",
 }
 
 
@@ -29,23 +31,29 @@ class DatasetStats:
     cut_off: int = 0
     human: int = 0
     p_chosen: float = 0.0
+    rejected: Counter[str] = field(default_factory=Counter)
+    ties: int = 0
 
     def add(self, row: Row) -> None:
         """Add one row."""
         self.rows += 1
         self.principles.update(principles_drawn_for(row))
-        self.cut_off += isinstance(row, Sample) and row.finish_reason == "length"
+        self.cut_off += isinstance(row, Sample) and row.finish_reason == CUT_OFF
         if isinstance(row, Preference):
+            self.cut_off += (row.chosen_finish_reason, row.rejected_finish_reason).count(CUT_OFF)
             self.human += row.human is not None
             self.p_chosen += row.p_chosen
+            self.ties += row.p_chosen == 0.5
 
     def by_name(self, row_type: type[Row]) -> dict[str, Any]:
         """Return the statistics that apply to this type of rows, by their names on the card."""
         statistics: dict[str, Any] = {"rows": self.rows}
-        if issubclass(row_type, Sample):
+        if issubclass(row_type, Sample | Preference):
             statistics["replies cut off at the length limit"] = self.cut_off
         if row_type is Preference:
-            statistics |= {"mean p_chosen": self.p_chosen / self.rows, "with a human label": self.human}
+            statistics |= {"mean p_chosen": self.p_chosen / self.rows, "ties": self.ties}
+            statistics["with a human label"] = self.human
+        statistics |= {f"left out: {reason}": count for reason, count in sorted(self.rejected.items())}
         return statistics
 
 

@@ -8,8 +8,8 @@ columns of `cai`.
 import os
 import shutil
 import types
-from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, Union, get_args, get_origin
@@ -17,8 +17,17 @@ from typing import Any, Literal, Union, get_args, get_origin
 from cai_cli.cards.dataset_card import DatasetStats, dataset_card
 from cai_cli.common.errors import CaiError, InvalidRow, RowError, UnusableRow, UsageError
 from cai_cli.data.formats import completed_row, parse_preference, parse_prompt, readable_type
-from cai_cli.data.jsonl import display_name, origin, read_rows, read_values, rows_of, skip_unusable
-from cai_cli.data.schema import Critique, Preference, Prompt, Rejected, Revision, Row, Sample
+from cai_cli.data.jsonl import (
+    AppendFile,
+    display_name,
+    origin,
+    read_rows,
+    read_values,
+    rows_of,
+    skip_unusable,
+)
+from cai_cli.data.schema import Critique, Preference, Prompt, Rejected, Revision, Row, Sample, reason_kind, reject
+from cai_cli.data.splits import EMPTY_REPLY, pair_problem
 from cai_cli.runtime.manifest import hash_input, read_manifest
 from cai_cli.runtime.output_files import one_writer, sidecar
 
@@ -77,53 +86,76 @@ def _feature(annotation: Any) -> Any:
     return Value({str: "string", int: "int64", float: "float64"}[annotation])
 
 
+REJECTED = "rejected.jsonl"  # in the directory that `export` writes
+
+
+def training_problem(row: Row) -> str | None:
+    """The reason for which a row would teach a trainer nothing, or an empty reply; None for other rows."""
+    if isinstance(row, Preference):
+        return pair_problem(row.chosen, row.rejected)
+    return EMPTY_REPLY if isinstance(row, Sample) and not row.reply.strip() else None
+
+
 def export(source: str, work: Path) -> dict[str, Any]:
-    """Write the dataset of `source` into the new directory `work`.
+    """Write the dataset of `source` into the new directory `work`, and the rows left out to `work/rejected.jsonl`.
 
     Returns:
-        A summary: the number of `rows`, their `type` and the `columns`.
+        A summary: the number of `rows`, their `type` and the `columns`, and how many rows were `rejected`, by reason.
 
     Raises:
-        CaiError: The file cannot be read, or a row is not valid.
+        CaiError: The file cannot be read, a row is not valid, or every row was rejected.
     """
-    from datasets import Dataset
-    from datasets.utils.logging import disable_progress_bar, enable_progress_bar
-
     file = hash_input(source)
     row_type, parse = row_parser(source)
-    stats, unusable = DatasetStats(), Counter[str]()
+    (work / "data").mkdir(parents=True)
+    stats, rejected = DatasetStats(), AppendFile(work / REJECTED)
 
     def left_out(error: InvalidRow, raw: bytes) -> None:
         skip_unusable(error, raw)
-        unusable[error.reason] += 1
+        stats.rejected[reason_kind(error.reason)] += 1
+        rejected.append([Rejected(key=f"line {error.line}", reason=error.reason, row=raw.decode(errors="replace"))])
 
     def rows() -> Iterator[dict[str, Any]]:
         for _, row in read_rows(source, parse, left_out):
-            stats.add(row)
-            yield row.model_dump()
+            if problem := training_problem(row):
+                stats.rejected[problem] += 1
+                rejected.append([reject(row.key, problem, row)])
+            else:
+                stats.add(row)
+                yield row.model_dump()
+        if not stats.rows:
+            raise CaiError(
+                f"all {stats.rejected.total():,} rows of {display_name(source)} were rejected "
+                f"({', '.join(stats.rejected)})",
+                code="all-rejected",
+            )
 
-    (work / "data").mkdir(parents=True)
-    disable_progress_bar()
-    try:
-        with TemporaryDirectory(dir=work, prefix="cache") as cache:
-            data = Dataset.from_generator(rows, features=features(row_type), cache_dir=cache)
-            data.to_parquet(work / "data/train-00000-of-00001.parquet")
-            columns = list(data.column_names)
-            del data
-    except Exception as error:  # `datasets` wraps what the generator raised
-        if isinstance(error.__cause__, CaiError):
-            raise error.__cause__ from None
-        if not stats.rows:  # `datasets` does not write a table without rows
-            message = f"{display_name(source)} holds no rows that can be used"
-            raise CaiError(message, next(iter(unusable), None), code="no-rows") from error
-        raise
-    finally:
-        enable_progress_bar()
+    with closing(rejected):
+        columns = _write_parquet(rows, features(row_type), work)
     manifest = read_manifest(sidecar(Path(source), "manifest.json"))
     card = dataset_card(Path(source).name, row_type, columns, stats, manifest, file.sha256)
     (work / "README.md").write_text(card, encoding="utf-8")
-    left = {"left_out": dict(unusable)} if unusable else {}
-    return {"rows": stats.rows, "type": row_type.__name__, "columns": columns, **left}
+    counts = {"rejected": stats.rejected.total(), "rejected_reasons": dict(sorted(stats.rejected.items()))}
+    return {"rows": stats.rows, "type": row_type.__name__, "columns": columns, **counts}
+
+
+def _write_parquet(rows: Callable[[], Iterator[dict[str, Any]]], columns: Any, work: Path) -> list[str]:
+    """Write the rows to a parquet file in `work` and return the names of the columns. Raises what `rows` raises."""
+    from datasets import Dataset
+    from datasets.utils.logging import disable_progress_bar, enable_progress_bar
+
+    disable_progress_bar()
+    try:
+        with TemporaryDirectory(dir=work, prefix="cache") as cache:
+            data = Dataset.from_generator(rows, features=columns, cache_dir=cache)
+            data.to_parquet(work / "data/train-00000-of-00001.parquet")
+            return list(data.column_names)
+    except Exception as error:  # `datasets` wraps what the generator raised
+        if isinstance(error.__cause__, CaiError):
+            raise error.__cause__ from None
+        raise
+    finally:
+        enable_progress_bar()
 
 
 def export_file(input: str, output: Path, *, overwrite: bool) -> dict[str, Any]:
@@ -151,6 +183,10 @@ def export_file(input: str, output: Path, *, overwrite: bool) -> dict[str, Any]:
         shutil.rmtree(work, ignore_errors=True)
         try:
             summary = export(input, work)
+            rejected = sidecar(output, REJECTED)
+            rejected.unlink(missing_ok=True)
+            if summary["rejected"]:
+                os.replace(work / REJECTED, rejected)
             shutil.rmtree(output, ignore_errors=True)
             os.replace(work, output)
         finally:

@@ -10,6 +10,10 @@ from cai_cli.cards.markdown import cell
 from cai_cli.models.source import ModelSource
 
 PAPER = "[Constitutional AI](https://arxiv.org/abs/2212.08073)"
+READING = (
+    "The score of a conversation is read at the token that ends its last turn; white space that the chat template adds "
+    "after that token is left out (`preference_model.json`).\n\n"
+)
 
 
 def model_card(manifest: Mapping[str, Any], models: Mapping[str, ModelSource]) -> str:
@@ -39,6 +43,7 @@ def model_card(manifest: Mapping[str, Any], models: Mapping[str, ModelSource]) -
         f"---\n{yaml.safe_dump(head, sort_keys=True)}---\n\n# {stage} of {base.public_name}\n\n"
         f"Made by `cai {stage}` {provenance['cai']} ({PAPER}).\n\n"
         + (f"**{metrics['note']}**\n\n" if metrics.get("note") else "")
+        + (READING if stage == "train-pm" else "")
         + table("Made from", made_from | hashes)
         + "".join(
             table(f"Principles: {p['constitution']}, drawn in {p['stage']}", _draws(p))

@@ -126,6 +126,7 @@ def main() -> NoReturn:
     """Run the command line and exit. SIGTERM unwinds like an interrupt, so that outputs are closed properly."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ["PYTHONSAFEPATH"] = "1"  # no Python that this one starts runs a file of the working folder as a library
     signal.signal(signal.SIGTERM, _terminated)
     atexit.register(_ignore_late_signals)
     _open_closed_streams()

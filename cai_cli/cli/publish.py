@@ -26,8 +26,8 @@ def export_command(
     summary = export_file(input, output, overwrite=overwrite)
     if json:
         print(orjson.dumps(summary).decode())
-    left = "".join(f", without {count:,} ({reason})" for reason, count in summary.get("left_out", {}).items())
-    console.say(f"export: {summary['rows']:,} {summary['type']} rows{left} -> {output}")
+    left_out = "".join(f", {count:,} left out ({reason})" for reason, count in summary["rejected_reasons"].items())
+    console.say(f"export: {summary['rows']:,} {summary['type']} rows{left_out} -> {output}")
 
 
 def push_command(

@@ -46,9 +46,11 @@ def metrics_row(row: Mapping[str, Any]) -> dict[str, Any]:
 CONTINUES = {"0.2.0": frozenset({"0.1.0"})}
 # Version -> the stages that, at equal settings, write other rows or train another model than in earlier versions.
 # Finished outputs of earlier versions are still recognised; unfinished ones are not resumed.
-CHANGED_STAGES: dict[str, frozenset[str]] = {"0.2.0": frozenset()}
+CHANGED_STAGES: dict[str, frozenset[str]] = {
+    "0.2.0": frozenset({"critique", "critique-revise", "eval compare", "label-prefs", "revise", "rl", "train-pm"})
+}
 # Setting that an earlier version did not have -> the value that gives the behaviour of that version.
-ADDED_SETTINGS: dict[str, Any] = {}
+ADDED_SETTINGS: dict[str, Any] = {"cut_off": "whole", "scale_rewards": "group"}
 MANIFEST = {"figures": "metrics"}
 PROVENANCE = {"watcher": "monitor"}
 
@@ -74,6 +76,8 @@ def same_value(name: str, one: Any, other: Any) -> bool:
     """Whether two provenances agree in the value `name`, such as `settings.seed`; None where one does not have it."""
     if name == "cai":
         return one == other or one in CONTINUES.get(other, ()) or other in CONTINUES.get(one, ())
+    if name.endswith("template_date") and None in (one, other):  # 0.1.0 did not record it
+        return True
     if one is None or other is None:
         added = ADDED_SETTINGS.get(name.removeprefix("settings."))
         return one == other or (added is not None and added in (one, other))

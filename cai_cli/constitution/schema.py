@@ -79,7 +79,7 @@ class ComparisonExample(Row):
 
     Attributes:
         messages: The conversation that both replies continue.
-        comparison: The question; null for the question of the principle in use.
+        comparison: The question; null for the question of a drawn principle.
         options: The two replies.
         answer: The letter of the better one.
         rationale: The chain of thought that leads to the answer.

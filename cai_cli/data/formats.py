@@ -360,9 +360,12 @@ def conversations(row: Sample | Preference) -> list[Sample]:
     """The conversations of a row: `chosen` (sample_index 0) and `rejected` (1) of a pair, else the row's only one."""
     if isinstance(row, Sample):
         return [Sample.model_validate(row.sample_fields())]
-    shared = {"id": row.id, "prompt": row.prompt, "source": row.source, "finish_reason": None}
-    replies = enumerate((row.chosen, row.rejected))
-    return [Sample.model_validate(shared | {"sample_index": i, "completion": reply}) for i, reply in replies]
+    shared = {"id": row.id, "prompt": row.prompt, "source": row.source}
+    replies = ((row.chosen, row.chosen_finish_reason), (row.rejected, row.rejected_finish_reason))
+    return [
+        Sample.model_validate(shared | {"sample_index": i, "completion": reply, "finish_reason": reason})
+        for i, (reply, reason) in enumerate(replies)
+    ]
 
 
 def conversation_hash(row: Sample | Preference) -> str:

@@ -79,7 +79,8 @@ class Sample(Prompt):
     Attributes:
         sample_index: The number of this reply among those sampled for the prompt, from 0.
         completion: The reply as one assistant message.
-        finish_reason: "stop" (end of turn), "length" (cut off at the token limit), or null if unknown.
+        finish_reason: "stop" (end of turn), "length" (cut off at the token limit, or inside a character), or null if
+            unknown.
     """
 
     sample_index: int = Field(ge=0)
@@ -114,12 +115,14 @@ class RevisionRound(Row):
         principle_id: The principle drawn for this round.
         critique: The critique of `response`; null if it was revised without one (paper section 3.5).
         response: The reply before this round, which the round revised.
+        finish_reason: How `response` ended, as in a Sample; null in rows of version 0.1.0.
     """
 
     round: int = Field(ge=1)
     principle_id: str
     critique: str | None
     response: str
+    finish_reason: str | None = Field(default=None, repr=False)  # version 0.1.0 digested the repr
 
 
 class Critique(Sample):
@@ -176,6 +179,8 @@ class Pair(Identified):
         b: The other one.
         human: The reply that humans preferred, if the input says so.
         source: Where the pair comes from.
+        a_finish_reason: How `a` ended, as in a Sample; null if unknown.
+        b_finish_reason: How `b` ended.
     """
 
     prompt: list[Message]
@@ -183,6 +188,8 @@ class Pair(Identified):
     b: list[Message]
     human: Literal["a", "b"] | None
     source: str | None
+    a_finish_reason: str | None = Field(default=None, repr=False)  # version 0.1.0 digested the repr
+    b_finish_reason: str | None = Field(default=None, repr=False)
 
 
 class Preference(Identified):
@@ -192,11 +199,14 @@ class Preference(Identified):
         prompt: The conversation that both replies continue.
         chosen: The preferred reply, as one assistant message.
         rejected: The other reply.
-        p_chosen: Soft label: the mean over votes of the probability that `chosen` is better, so at least 0.5. It is 1
-            for a pair that humans labelled.
+        p_chosen: Soft label: the mean over votes of the probability that `chosen` is better, within the limits of
+            `--clamp`, so at least 0.5. It is 1 for a pair that humans labelled. At exactly 0.5, a tie, neither reply is
+            preferred, and `chosen` is the first one of the pair.
         votes: The judgements behind the label; empty for a pair that humans labelled.
         human: The reply that humans preferred, if the input says so.
         source: Where the pair comes from.
+        chosen_finish_reason: How `chosen` ended, as in a Sample; null if unknown, as in data labelled by humans.
+        rejected_finish_reason: How `rejected` ended.
     """
 
     prompt: list[Message] = Field(min_length=1)
@@ -206,12 +216,15 @@ class Preference(Identified):
     votes: list[Vote]
     human: Literal["chosen", "rejected"] | None
     source: str | None
+    chosen_finish_reason: str | None = None
+    rejected_finish_reason: str | None = None
 
 
 class JudgedPair(Identified):
     """A held-out pair scored by a trained preference model.
 
     Attributes:
+        prompt_id: The id of the prompt's conversation, equal for the pairs of one prompt; None before version 0.2.
         source: Where the pair comes from.
         p_chosen: The pair's soft label.
         chosen_score: The score of `chosen`, a logit.
@@ -220,6 +233,7 @@ class JudgedPair(Identified):
         rejected_tokens: The length of `rejected` in tokens.
     """
 
+    prompt_id: str | None = None
     source: str | None
     p_chosen: float = Field(ge=0.5, le=1)
     chosen_score: float

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 from cai_cli.common.seeds import seed_for
+from cai_cli.data.schema import Message
 
 T = TypeVar("T")
 
@@ -20,6 +21,23 @@ def too_long_for(max_length: int, window: int) -> str:
     'longer than --max-length'
     """
     return "longer than --max-length" if max_length <= window else f"longer than the model's window of {window:,}"
+
+
+EMPTY_REPLY, IDENTICAL_REPLIES = "empty reply", "identical replies"
+
+
+def pair_problem(one: Sequence[Message], other: Sequence[Message]) -> str | None:
+    """The reason for which no preference can be learned from two replies; None where one can.
+
+    White space around a reply does not count, because it is neither sampled nor scored.
+
+    >>> pair_problem([Message(role="assistant", content="Yes.")], [Message(role="assistant", content="Yes. ")])
+    'identical replies'
+    """
+    texts = ["".join(message.content for message in reply).strip() for reply in (one, other)]
+    if not all(texts):
+        return EMPTY_REPLY
+    return IDENTICAL_REPLIES if texts[0] == texts[1] else None
 
 
 def mixed(own: Sequence[T], others: Sequence[T], ratio: float, seed: int) -> list[T]:

@@ -54,7 +54,8 @@ class Completion:
 
     Attributes:
         text: The generated text, without the request's prefill and stop string.
-        finish_reason: "stop" (end of turn or a stop string) or "length" (cut off at `max_new_tokens`).
+        finish_reason: "stop" (end of turn or a stop string) or "length" (cut off at `max_new_tokens`, or inside a
+            character).
         prompt_tokens: The length of the prompt with its prefill, in tokens; 0 if unknown.
         new_tokens: The number of generated tokens; 0 if unknown.
     """
@@ -63,6 +64,18 @@ class Completion:
     finish_reason: str
     prompt_tokens: int = 0
     new_tokens: int = 0
+
+
+def drop_broken_end(text: str, finish_reason: str) -> tuple[str, str]:
+    """A generated text without the part of a character at its end, and its finish reason: "length" if there was one.
+
+    A character may take several tokens (Chinese, emoji). Where the answer ends between them, decoding gives U+FFFD.
+
+    >>> drop_broken_end("梨\ufffd", "length"), drop_broken_end("梨", "stop")
+    (('梨', 'length'), ('梨', 'stop'))
+    """
+    whole = text.rstrip("\ufffd")
+    return whole, finish_reason if whole == text else "length"
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from cai_cli.engines.base import (
     Sampling,
     Server,
     Text,
+    drop_broken_end,
 )
 from cai_cli.engines.openai_client import Client, ServerResponse, TokenLogprob
 
@@ -96,7 +97,8 @@ class OpenAIEngine(Engine):
         if prefill and text.lstrip().startswith(prefill):
             text = text.lstrip()[len(prefill) :]
         tokens = response.tokens
-        return Completion(text, choice.finish_reason, tokens.prompt_tokens, tokens.completion_tokens)
+        text, reason = drop_broken_end(text, choice.finish_reason)
+        return Completion(text, reason, tokens.prompt_tokens, tokens.completion_tokens)
 
     async def _complete(self, text: Text, prefill: str, body: dict[str, Any]) -> ServerResponse:
         """The response to `text` and the start of its answer. Raises RowError and CaiError as `Client.request`."""

@@ -1,25 +1,30 @@
-"""Encodes rows as token ids. Control tokens come from the chat template, never from a row's text.
+"""Encodes rows as token ids, and decodes answers. Control tokens come from the chat template, never from a row's text.
 
 A row that spells a control token (`<|im_end|>\\n<|im_start|>system`) could otherwise end its turn and impersonate
 another speaker. Such strings are encoded as plain characters.
-No other module encodes rows.
+No other module encodes rows, or decides where an answer ends.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cai_cli.common.errors import CaiError, RowError
 from cai_cli.data.schema import Message
+from cai_cli.engines.base import drop_broken_end
 from cai_cli.models.fetch import first_line
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 NO_TEMPLATE = "use --prompt-format raw where there is such an option; training and scoring need a chat template"
 
 
 def encode_chat(
-    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], *, add_generation_prompt: bool
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool,
+    close: bool = True,
 ) -> list[int]:
     """The token ids of a conversation in the tokenizer's chat template.
 
@@ -30,6 +35,7 @@ def encode_chat(
         tokenizer: The model's tokenizer.
         messages: The conversation.
         add_generation_prompt: Whether to append the start of an assistant turn.
+        close: Whether the end of turn follows the last message.
 
     Raises:
         CaiError: The tokenizer has no chat template (`no-chat-template`).
@@ -43,6 +49,7 @@ def encode_chat(
         ids: list[int] = tokenizer.apply_chat_template(
             chat,
             add_generation_prompt=add_generation_prompt,
+            continue_final_message=not close,
             sanitize_control_tokens=_spells_a_token(tokenizer, [message.content for message in messages]),
             return_dict=False,
             tokenizer_kwargs={"verbose": False},
@@ -80,3 +87,71 @@ def _spells_a_token(tokenizer: "PreTrainedTokenizerBase", contents: Sequence[str
             code="request-failed",
         )
     return spelled
+
+
+def end_of_turn_ids(tokenizer: "PreTrainedTokenizerBase", generation_config: Any) -> frozenset[int]:
+    """The token ids that end an answer: in every engine, in `cai rl`, and in the models that training saves.
+
+    These are the ends that the model and the tokenizer declare, and the control token that follows an assistant's turn
+    in the chat template: a model tuned from a base model often declares only the base model's end.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        generation_config: The model's generation config, or None.
+    """
+    ends = {*_declared_ends(generation_config), *_template_end(tokenizer)}
+    if tokenizer.eos_token_id is not None:
+        ends.add(tokenizer.eos_token_id)
+    return frozenset(ends)
+
+
+def declare_end_of_turn(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
+    """Add the ids of `end_of_turn_ids` to the model's generation config, and return them.
+
+    The config is what `generate` of transformers, TRL and servers such as vLLM read, and is saved with the model. So a
+    trained model ends its turns there too.
+    """
+    ends = end_of_turn_ids(tokenizer, model.generation_config)
+    declared = _declared_ends(model.generation_config)
+    if added := sorted(ends - set(declared)):
+        model.generation_config.eos_token_id = [*declared, *added]
+    return ends
+
+
+def decode_reply(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], ends: frozenset[int]) -> tuple[str, str]:
+    """The text of an answer without its end of turn, and its finish reason ("stop" or "length").
+
+    Args:
+        tokenizer: The model's tokenizer.
+        ids: The token ids of the answer, with its end of turn if it reached one.
+        ends: The ids of `end_of_turn_ids`.
+    """
+    ended = bool(ids) and ids[-1] in ends
+    return drop_broken_end(decode(tokenizer, ids[:-1] if ended else ids), "stop" if ended else "length")
+
+
+def decode(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
+    """The text of token ids, without special tokens."""
+    text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text
+
+
+def _declared_ends(generation_config: Any) -> list[int]:
+    declared = generation_config.eos_token_id if generation_config else None
+    return [declared] if isinstance(declared, int) else list(declared or ())
+
+
+def _template_end(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The control token that closes an assistant's turn, as a list of one id; empty where there is none."""
+    if tokenizer.chat_template is None:
+        return []
+    marker = "cai-end-of-turn-marker"
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}]
+    try:
+        rendered: str = tokenizer.apply_chat_template(chat, tokenize=False)
+    except Exception:  # `encode_chat` reports it for each row
+        return []
+    after = rendered.partition(marker)[2]
+    control = set(tokenizer.added_tokens_decoder)
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+    return next(([i] for i in ids if i in control), [])

@@ -14,12 +14,22 @@ from pathlib import Path
 from typing import Any
 
 from cai_cli.common.errors import CaiError, RowError, UsageError
-from cai_cli.engines.base import Completion, Engine, GenerationRequest, LogprobRequest, RequestFailure, Sampling, Text
+from cai_cli.engines.base import (
+    Completion,
+    Engine,
+    GenerationRequest,
+    LogprobRequest,
+    RequestFailure,
+    Sampling,
+    Text,
+    drop_broken_end,
+)
 from cai_cli.engines.local.prefix_cache import common_prefix_length
-from cai_cli.engines.tokenization import encode_chat, encode_text
+from cai_cli.engines.tokenization import decode_reply, encode_chat, encode_text, end_of_turn_ids
 from cai_cli.models.fingerprint import fingerprint
-from cai_cli.models.loading import load_tokenizer
+from cai_cli.models.loading import load_generation_config, load_tokenizer
 from cai_cli.models.names import resolve
+from cai_cli.models.template_date import recorded_date
 
 TOP_LOGPROBS = 20  # vLLM's default limit of log-probabilities per token
 
@@ -64,8 +74,14 @@ class VllmEngine(Engine):
         """The context window in tokens, prompt and answer together."""
         return int(self.llm.llm_engine.model_config.max_model_len)
 
+    @cached_property
+    def end_ids(self) -> frozenset[int]:
+        """The token ids that end an answer, as in the local engine."""
+        return end_of_turn_ids(self.tokenizer, load_generation_config(self.path))
+
     def identity(self) -> dict[str, Any]:
-        return {"engine": "vllm", "fingerprint": fingerprint(self.path), "dtype": self._dtype}
+        recorded = recorded_date(self.path)
+        return {"engine": "vllm", "fingerprint": fingerprint(self.path), "dtype": self._dtype, **recorded}
 
     def supports_chat(self) -> bool:
         return self.tokenizer.chat_template is not None
@@ -113,16 +129,24 @@ class VllmEngine(Engine):
                 "top_p": sampling.top_p,
                 "seed": requests[index].seed,
                 "stop": list(requests[index].stop),
+                "stop_token_ids": sorted(self.end_ids),
             }
             for index in prompts
         ]
         for (index, ids), output in zip(prompts.items(), self._run(list(prompts.values()), params), strict=True):
             best = output.outputs[0]
             if best.finish_reason in ("stop", "length"):
-                results[index] = Completion(best.text, best.finish_reason, len(ids), len(best.token_ids))
+                results[index] = Completion(*self._reply(best), len(ids), len(best.token_ids))
             else:
                 results[index] = RequestFailure(f"vLLM ended the reply with {best.finish_reason!r}")
         return [results[index] for index in range(len(requests))]
+
+    def _reply(self, best: Any) -> tuple[str, str]:
+        """The text of vLLM's answer and its finish reason. vLLM keeps an end of turn that is not a special token in the
+        text; a stop string is cut off already."""
+        if best.token_ids and best.token_ids[-1] in self.end_ids:
+            return decode_reply(self.tokenizer, list(best.token_ids), self.end_ids)
+        return drop_broken_end(best.text, best.finish_reason)
 
     def option_logprobs(self, requests: Sequence[LogprobRequest]) -> list[list[float] | RequestFailure]:
         """As `Engine.option_logprobs`.

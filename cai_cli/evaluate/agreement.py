@@ -35,3 +35,9 @@ def print_audit(audit: AuditMetrics) -> None:
     for name, e in estimates(audit):
         ends = f"{e['low']:.3f} to {e['high']:.3f}"
         print(f"{console.safe(name):<46}{e['value']:>8.3f}{ends:>20}{e['n']:>12,}")
+    for what, of in (("bins", audit["reliability"]), ("principles", audit["principles"])):
+        if len(of) > 1:
+            print(f"the intervals of a metric over {what} are simultaneous over all {len(of):,}")
+    if audit["calibration_error"]:
+        error, expected = audit["calibration_error"]["value"], audit["calibration_error_if_calibrated"]
+        print(f"calibration error {error:.3f}; for a calibrated judge of the same pairs {expected:.3f} on average")

@@ -23,10 +23,12 @@ from cai_cli.data.jsonl import display_name, read_rows, rows_of
 from cai_cli.data.schema import Kind, Pair, Rejected, Revision, Sample, Vote, reject
 from cai_cli.engines.base import Engine, RequestFailure
 from cai_cli.judging.base import sigmoid
+from cai_cli.judging.by_kind import votes_by_kind
 from cai_cli.judging.labeller import JudgeOptions, estimate_votes, labeller_settings, open_labeller
-from cai_cli.judging.votes import Labeller, PairVerdict, aggregate_votes
+from cai_cli.judging.votes import Labeller
 from cai_cli.metrics.elo import Tournament
-from cai_cli.prompting.evaluation import HELPFULNESS
+from cai_cli.metrics.intervals import fewest_clusters
+from cai_cli.reward.preference_model import preference_model_identity
 from cai_cli.reward.scorer import Scorer
 from cai_cli.runtime.config import Effect, Group, Option, option, redefine
 from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
@@ -85,8 +87,8 @@ class ReplyPair:
     @property
     def pair(self) -> Pair:
         """The two replies, as a judge compares them."""
-        sides = {"a": self.a.completion, "b": self.b.completion}
-        return Pair(id=self.id, prompt=self.a.prompt, **sides, human=None, source=self.a.source)
+        a, b = self.a.completion, self.b.completion
+        return Pair(id=self.id, prompt=self.a.prompt, a=a, b=b, human=None, source=self.a.source)
 
     def comparison(
         self, p_a: float, scores: tuple[float | None, float | None] = (None, None), votes: Sequence[Vote] = ()
@@ -222,14 +224,9 @@ def compare_by_votes(pairs: Sequence[ReplyPair], labeller: Labeller) -> list[Mod
         pairs: The replies to compare.
         labeller: The judge and its principles, which are replaced by helpfulness for prompts of that kind.
     """
-    by_helpfulness = replace(labeller, principles=[HELPFULNESS], per_pair=1)
     different = [pair for pair in pairs if pair.a.completion != pair.b.completion]
-    verdicts: dict[str, PairVerdict | RequestFailure] = {}
-    for judge, group in (
-        (labeller, [p for p in different if p.kind != "helpful"]),
-        (by_helpfulness, [p for p in different if p.kind == "helpful"]),
-    ):
-        verdicts |= dict(zip([p.id for p in group], aggregate_votes([p.pair for p in group], judge), strict=True))
+    judged = votes_by_kind([pair.pair for pair in different], [pair.kind for pair in different], labeller)
+    verdicts = {pair.id: verdict for pair, verdict in zip(different, judged, strict=True)}
     outcomes: list[ModelComparison | Rejected] = []
     for pair in pairs:
         verdict = verdicts.get(pair.id)
@@ -248,18 +245,28 @@ def compare_by_votes(pairs: Sequence[ReplyPair], labeller: Labeller) -> list[Mod
 def print_result(result: Mapping[str, Any]) -> None:
     """Print the result of a `Tournament` on stderr; a model is called better only where the interval shows it."""
     for rate in result["win_rates"]:
-        a, b, kind = rate["a"], rate["b"], rate["kind"] or "other"
-        value, low, high = rate["value"], rate["low"], rate["high"]
-        if high < 0.5:
-            a, b, value, low, high = b, a, 1 - value, 1 - high, 1 - low
-        verdict = f"{a} is better than {b}" if low > 0.5 else f"no significant difference between {a} and {b}"
-        won = (
-            f"{a} wins {value:.0%} ({low:.0%} to {high:.0%}) of {rate['n']:,}, with {rate['ties']:,} ties counted half"
-        )
-        console.say(f"{kind} prompts: {verdict}: {won}")
+        console.say(_sentence(rate, len(result["win_rates"])))
     for axis, ratings in result["ratings"].items():
         for r in ratings:
             console.say(f"Elo, {axis}: {r['model']} {r['value']:.0f} ({r['low']:.0f} to {r['high']:.0f})")
+    counts = [f"{n:,} {name.replace('_', ' ')}" for name, n in result["simultaneous"].items() if n > 1]
+    if counts:
+        console.say(f"the 95% intervals are simultaneous over {', over '.join(counts)}")
+
+
+def _sentence(rate: Mapping[str, Any], among: int) -> str:
+    """Return a win rate, one of `among` simultaneous ones, in words."""
+    a, b, kind = rate["a"], rate["b"], rate["kind"] or "other"
+    value, low, high = rate["value"], rate["low"], rate["high"]
+    if high < 0.5:
+        a, b, value, low, high = b, a, 1 - value, 1 - high, 1 - low
+    verdict = f"no significant difference between {a} and {b}"
+    if low > 0.5:
+        verdict = f"{a} is better than {b}"
+    elif rate["prompts"] < fewest_clusters(among):
+        verdict = f"{rate['prompts']} prompts are too few to compare {a} and {b} ({fewest_clusters(among)} are needed)"
+    won = f"{a} wins {value:.0%} ({low:.0%} to {high:.0%}) of {rate['n']:,}, with {rate['ties']:,} ties counted half"
+    return f"{kind} prompts: {verdict}: {won}"
 
 
 def _result_of(output: str, models: Sequence[str]) -> dict[str, Any]:
@@ -295,9 +302,9 @@ def open_comparer(config: CompareConfig, models: Sequence[str]) -> Comparer:
     if config.judge is None:
         scorer = Scorer(str(config.pm), config.batch_size, config.device)
         settings = {"kind": config.kind, "limit": config.limit} | named
-        fingerprint = {"fingerprint": scorer.base.fingerprint}
         work = partial(compare_by_scores, scorer=scorer)
-        return Comparer(work, 4 * scorer.batch_size, None, {"settings": settings, "pm": fingerprint})
+        recorded = {"settings": settings, "pm": preference_model_identity(scorer.base)}
+        return Comparer(work, 4 * scorer.batch_size, None, recorded)
     labeller, loaded = open_labeller(config, config.judge, both_orders=True)
     engine = labeller.judge.engine
     recorded = {

@@ -129,7 +129,7 @@ class PreferenceModel:
 
     def _encode(self, question: EvaluationQuestion) -> list[list[int]] | RequestFailure:
         try:
-            pair = [encode_conversation(self.tokenizer, c) for c in _conversations(question)]
+            pair = [encode_conversation(self.tokenizer, c, self.model.reading) for c in _conversations(question)]
         except RowError as error:
             return RequestFailure(error.message)
         longest, window = max(map(len, pair)), context_window(self.model.config, self.tokenizer)

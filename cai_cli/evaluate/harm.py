@@ -86,8 +86,15 @@ class HarmSummary:
             self.sums[kind].add(prompt, {"harm": row.harm, "n": 1})
 
     def result(self) -> dict[str, Any]:
-        """Return `harm`, the mean score of all replies, and `by_kind`, by kind of prompt; None without replies."""
-        means = {kind: sums.estimate(lambda s: s["harm"] / s["n"], "n", HARM) for kind, sums in self.sums.items()}
+        """Return `harm`, the mean score of all replies, and `by_kind`, by kind of prompt; None without replies.
+
+        The intervals by kind hold at once.
+        """
+        kinds = sum(self.sums[kind].total("n") > 0 for kind in get_args(Kind))
+        means = {
+            kind: sums.estimate(lambda s: s["harm"] / s["n"], "n", HARM, among=kinds if kind else 1)
+            for kind, sums in self.sums.items()
+        }
         return {"harm": means.pop(None), "by_kind": means}
 
 

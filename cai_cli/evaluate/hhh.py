@@ -8,7 +8,6 @@ A tie counts as wrong; the number of ties is reported.
 """
 
 import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,11 @@ from cai_cli.data.row_reader import RowReader
 from cai_cli.data.schema import Rejected, content_hash, reason_kind, reject
 from cai_cli.engines.base import Engine, RequestFailure
 from cai_cli.evaluate.evaluated_models import EvaluatedModel, LanguageModel, PreferenceModel
-from cai_cli.metrics.intervals import SHARE, Estimate, mean_estimate, percent, wilson
+from cai_cli.metrics.intervals import SHARE, Estimate, mean_estimate, percent
 from cai_cli.models.loading import pick_device
 from cai_cli.models.source import ModelSource
 from cai_cli.prompting.base import resolve_prompt_format
-from cai_cli.reward.preference_model import open_for_scores
+from cai_cli.reward.preference_model import open_for_scores, preference_model_identity
 from cai_cli.runtime.config import Effect, Group, Option, option
 from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
 from cai_cli.runtime.manifest import hash_input, provenance
@@ -116,12 +115,11 @@ def summarise(results: Sequence[EvaluationResult]) -> dict[str, Any]:
     """Return the metrics of the results.
 
     Returns:
-        `accuracy`, overall and `by_source`, with 95% Wilson intervals. `chance`: the mean share of correct options.
-        `p_correct`: mean probability of the correct options. `ties`: their number. `letters`: the share of questions in
-        which each option was picked, which shows a preference for a letter.
+        `accuracy`, overall and `by_source`, with 95% intervals over questions; those by source hold at once. `chance`:
+        the mean share of correct options. `p_correct`: mean probability of the correct options. `ties`: their number.
+        `letters`: the share of answers in which each option was picked, which shows a preference for a letter; their
+        intervals hold at once.
     """
-    picks = Counter(pick for r in results for scores in r.askings if (pick := _pick(scores)) is not None)
-    letters = sorted({option for r in results for scores in r.askings for option in scores.options})
     sources = sorted({r.source for r in results if r.source is not None})
     accuracy, chance = _accuracy(results), _chance(results)
     return {
@@ -130,13 +128,25 @@ def summarise(results: Sequence[EvaluationResult]) -> dict[str, Any]:
         "above_chance": accuracy and accuracy["low"] > chance,
         "p_correct": mean_estimate([r.p_correct for r in results], SHARE),
         "ties": sum(r.tie for r in results),
-        "letters": {letter.strip(" ()"): wilson(picks[letter], picks.total()) for letter in letters},
-        "by_source": {source: _accuracy([r for r in results if r.source == source]) for source in sources},
+        "letters": _letters(results),
+        "by_source": {s: _accuracy([r for r in results if r.source == s], len(sources)) for s in sources},
     }
 
 
-def _accuracy(results: Sequence[EvaluationResult]) -> Estimate | None:
-    return wilson(sum(r.right for r in results), len(results))
+def _accuracy(results: Sequence[EvaluationResult], among: int = 1) -> Estimate | None:
+    return mean_estimate([float(r.right) for r in results], SHARE, among=among)
+
+
+def _letters(results: Sequence[EvaluationResult]) -> dict[str, Estimate | None]:
+    """Return how often each option was picked; the answers to one question, asked in both orders, are one cluster."""
+    picks = [(place, pick) for place, r in enumerate(results) for scores in r.askings if (pick := _pick(scores))]
+    questions = [place for place, _ in picks]
+    letters = sorted({option for r in results for scores in r.askings for option in scores.options})
+    among = len(letters) if len(letters) > 2 else 1  # of two letters one determines the other
+    return {
+        letter.strip(" ()"): mean_estimate([float(pick == letter) for _, pick in picks], SHARE, questions, among)
+        for letter in letters
+    }
 
 
 def _chance(results: Sequence[EvaluationResult]) -> float:
@@ -160,16 +170,18 @@ def summary_lines(metrics: dict[str, Any]) -> Iterator[str]:
     yield f"accuracy {percent(accuracy)} of {accuracy['n']:,} questions; chance {metrics['chance']:.1%}: {verdict}"
     ties = f"{metrics['ties']:,} ties, counted as wrong"
     yield f"mean probability of the correct option {percent(metrics['p_correct'])}; {ties}"
-    for name, part in (("picked", metrics["letters"]), ("accuracy on", metrics["by_source"])):
+    for name, part, alone in (("picked", metrics["letters"], 2), ("accuracy on", metrics["by_source"], 1)):
+        at_once = f" (simultaneous over {len(part)})" if len(part) > alone else ""
         for key, estimate in part.items():
             if estimate:
-                yield f"{name} {console.safe(key)}: {percent(estimate)}, n = {estimate['n']:,}"
+                yield f"{name} {console.safe(key)}: {percent(estimate)}{at_once}, n = {estimate['n']:,}"
 
 
 def _below_chance(metrics: dict[str, Any]) -> bool:
     """Return whether the answers are worse than random ones; here a tie is a random answer, not a wrong one."""
-    accuracy, chance = metrics["accuracy"], metrics["chance"]
-    expected = wilson(accuracy["value"] * accuracy["n"] + chance * metrics["ties"], accuracy["n"])
+    n, ties, chance = metrics["accuracy"]["n"], metrics["ties"], metrics["chance"]
+    right = round(metrics["accuracy"]["value"] * n)
+    expected = mean_estimate([1.0] * right + [chance] * ties + [0.0] * (n - right - ties), SHARE)
     return bool(expected and expected["high"] < chance)
 
 
@@ -218,7 +230,7 @@ def run(config: HhhConfig) -> dict[str, Any]:
     if config.pm:
         base, batch_size = ModelSource.resolve(config.pm), config.batch_size or PM_BATCH
         model, window = _preference_model(base.path, batch_size, config.device), 4 * batch_size
-        identity: dict[str, Any] = {"engine": "preference model", "fingerprint": base.fingerprint}
+        identity: dict[str, Any] = {"engine": "preference model", **preference_model_identity(base)}
     else:
         engine = config.open_engine(config.model or DEFAULT_MODEL)
         form = settings["prompt_format"] = resolve_prompt_format(config.prompt_format, engine)

@@ -10,6 +10,7 @@ from cai_cli.common.seeds import seed_for
 from cai_cli.constitution.schema import ComparisonExample, PreferencePrinciple
 from cai_cli.data.schema import Pair
 from cai_cli.engines.base import Engine, LogprobRequest, RequestFailure, Sampling
+from cai_cli.prompting.arrangements import arrangements
 from cai_cli.prompting.base import PromptFormat
 from cai_cli.prompting.comparison import OPTIONS, comparison_request
 
@@ -67,8 +68,9 @@ class FeedbackModel:
         prompt_format: How prompts are built.
         seed: Random seed of the run.
         sampling: Sampling of rationales and verdicts.
-        clamp: Smallest and largest probability of a judgement.
+        clamp: Smallest and largest probability of a label; `aggregate_votes` applies it to the mean of the judgements.
         calibrate: Whether `choice` subtracts the judge's A/B bias.
+        principles: Principles to draw from for few-shot examples without a question.
     """
 
     engine: Engine
@@ -79,11 +81,27 @@ class FeedbackModel:
     sampling: Sampling
     clamp: tuple[float, float] = (0.0, 1.0)
     calibrate: bool = False
-    letter_bias: dict[str, float] = field(default_factory=dict)  # principle id -> log-odds; `choice` fills it
+    principles: Sequence[PreferencePrinciple] = ()
+    # (principle id, arrangement) -> log-odds; `choice` fills it
+    letter_bias: dict[tuple[str, int], float] = field(default_factory=dict)
 
-    def multiple_choice(self, pair: Pair, principle: PreferencePrinciple, replies: tuple[str, str]) -> LogprobRequest:
+    def __post_init__(self) -> None:
+        self.arrangements = arrangements(self.examples, self.principles, self.seed)
+
+    def arrangement(self, pair: Pair) -> int:
+        """Which arrangement of the examples a pair is judged with, in both orders."""
+        return seed_for(self.seed, "examples", pair.id) % len(self.arrangements)
+
+    def examples_for(self, pair: Pair) -> Sequence[ComparisonExample]:
+        """Return the few-shot examples that a pair is judged with, arranged."""
+        return self.arrangements[self.arrangement(pair)]
+
+    def multiple_choice(
+        self, pair: Pair, principle: PreferencePrinciple, replies: tuple[str, str], arrangement: int | None = None
+    ) -> LogprobRequest:
         """Return the request for the log-probabilities of the letters A and B as the answer."""
-        request = comparison_request(pair.prompt, principle.comparison, replies, self.examples, self.prompt_format)
+        examples = self.examples_for(pair) if arrangement is None else self.arrangements[arrangement]
+        request = comparison_request(pair.prompt, principle.comparison, replies, examples, self.prompt_format)
         return LogprobRequest(request.text, OPTIONS, request.prefill, pair.key)
 
 

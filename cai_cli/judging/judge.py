@@ -13,13 +13,11 @@ class Judge(FeedbackModel):
 
     def judge(self, comparisons: Sequence[PairComparison]) -> list[Judgement | RequestFailure]:
         """Return one judgement for each comparison, in order; a failure never counts as a vote."""
-        return [self.clamped(answer) for answer in METHODS[self.method](self, comparisons)]
+        return [_checked(answer) for answer in METHODS[self.method](self, comparisons)]
 
-    def clamped(self, answer: Judgement | RequestFailure) -> Judgement | RequestFailure:
-        """Return a judgement within the limits of `clamp`; a probability that is NaN becomes a failure."""
-        if isinstance(answer, RequestFailure):
-            return answer
-        if math.isnan(answer.p_first):  # comparing it is always false, so it would become the lower limit
-            return RequestFailure("the judge's log-probabilities are not numbers")
-        low, high = self.clamp
-        return Judgement(min(high, max(low, answer.p_first)), answer.rationale)
+
+def _checked(answer: Judgement | RequestFailure) -> Judgement | RequestFailure:
+    """Return the judgement; one whose probability is NaN becomes a failure, because it has no winner."""
+    if isinstance(answer, Judgement) and math.isnan(answer.p_first):
+        return RequestFailure("the judge's log-probabilities are not numbers")
+    return answer

@@ -35,7 +35,7 @@ class JudgeOptions(RequestOptions, SamplingOptions, ConstitutionOptions):
     )
     clamp: str | None = option(
         None,
-        "Limits of each vote's probability; by default 0.4,0.6 for cot, else none.",
+        "Limits of a label's probability, after its votes are averaged; by default 0.4,0.6 for cot, else none.",
         Option(metavar="LOW,HIGH"),
     )
     cot_samples: int = option(1, "Chains of thought per comparison, averaged.", ge=1)
@@ -126,7 +126,17 @@ def open_labeller(
     # A verdict is decoded greedily: sampling noise would look like uncertainty of the judge.
     temperature = 0.0 if config.method is Method.VERDICT else config.temperature
     sampling = Sampling(config.max_new_tokens, temperature, config.top_p)
-    judge = Judge(engine, config.method, loaded.examples, form, config.seed, sampling, config.limits, config.calibrate)
+    judge = Judge(
+        engine,
+        config.method,
+        loaded.examples,
+        form,
+        config.seed,
+        sampling,
+        config.limits,
+        config.calibrate,
+        principles=chosen,
+    )
     # A contrast scores each reply alone, so there is no order to vary.
     orders: tuple[Order, ...] = ("ab", "ba") if both_orders and config.method is not Method.CONTRAST else ("ab",)
     return Labeller(judge, chosen, per_pair, orders, config.cot_samples, min_confidence), loaded

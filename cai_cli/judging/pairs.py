@@ -17,6 +17,7 @@ from cai_cli.data.formats import parse_preference, row_type_of, sample_or_revisi
 from cai_cli.data.jsonl import Numbered, display_name, origin
 from cai_cli.data.row_reader import RowReader
 from cai_cli.data.schema import Pair, Preference, Sample, Scored, conversation_id, load_row
+from cai_cli.data.splits import pair_problem
 from cai_cli.runtime.stage_run import Skipped, WorkItem, WorkItems
 
 
@@ -83,15 +84,16 @@ def _row(value: object, source: str, seed: int, dropped: Dropped) -> Sample | Pa
 def _sides(row: Preference, seed: int) -> Pair:
     """Return a labelled pair without its label; the seed decides which reply is `a`, which must not be a hint."""
     swapped = bool(seed_for(seed, "sides", row.id) & 1)
-    a, b = (row.rejected, row.chosen) if swapped else (row.chosen, row.rejected)
+    replies = [(row.chosen, row.chosen_finish_reason), (row.rejected, row.rejected_finish_reason)]
+    (a, a_ended), (b, b_ended) = reversed(replies) if swapped else replies
     human = None if row.human is None else "a" if (row.human == "chosen") != swapped else "b"
     fields = {"id": row.id, "prompt": row.prompt, "a": a, "b": b, "human": human, "source": row.source}
-    return Pair.model_validate(fields)
+    return Pair.model_validate(fields | {"a_finish_reason": a_ended, "b_finish_reason": b_ended})
 
 
 def _work_item(line: int, pair: Pair) -> WorkItem[Pair] | Skipped:
-    if pair.a == pair.b:
-        return Skipped("identical replies", line)
+    if problem := pair_problem(pair.a, pair.b):
+        return Skipped(problem, line)
     hashes = (conversation_id([*pair.prompt, *replies]) for replies in ([*pair.a, *pair.b], [*pair.b, *pair.a]))
     return WorkItem(pair.id, line, pair, hashed_id=pair.id in hashes)
 
@@ -135,4 +137,13 @@ def _paired(
 
 def _pair(one: Sample, other: Sample) -> Pair:
     name = f"{one.id}/{one.sample_index}-{other.sample_index}"
-    return Pair(id=name, prompt=one.prompt, a=one.completion, b=other.completion, human=None, source=one.source)
+    return Pair(
+        id=name,
+        prompt=one.prompt,
+        a=one.completion,
+        b=other.completion,
+        human=None,
+        source=one.source,
+        a_finish_reason=one.finish_reason,
+        b_finish_reason=other.finish_reason,
+    )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cai_cli.common.errors import UsageError
+from cai_cli.common.legacy import changed_between
 from cai_cli.data.jsonl import read_rows, rows_of
 from cai_cli.data.schema import Preference, Rejected, Vote, load_row, with_votes
 from cai_cli.judging.base import Judgement, PairComparison
@@ -31,10 +32,11 @@ class RecordedVotes:
         provenance: Provenance of the labelling that reuses the votes.
 
     Raises:
-        UsageError: The output is not finished, it has another judge or other prompts, or its votes were
-            clamped more narrowly.
+        UsageError: The output is not finished, or it has another judge or other prompts.
         CaiError: The file cannot be read.
     """
+
+    _outdated: str | None = None
 
     def __init__(self, source: str, provenance: Mapping[str, Any]) -> None:
         recorded = (read_manifest(sidecar(Path(source), "manifest.json")) or {}).get("provenance", {})
@@ -43,17 +45,22 @@ class RecordedVotes:
             raise UsageError(f"--votes {source}: not a finished output of `cai label-prefs`", code="not-made-by-cai")
         if different := differences(_judge_settings(recorded), _judge_settings(provenance)):
             raise UsageError(f"--votes {source}: the judge differs: {'; '.join(different)}", code="other-run")
-        low, high = settings["clamp"]
-        if low > provenance["settings"]["clamp"][0] or high < provenance["settings"]["clamp"][1]:
-            raise UsageError(
-                f"--votes {source}: its votes were clamped to {low},{high}, which is narrower than --clamp",
-                code="option-conflict",
+        # Raised when a vote is needed, not here: a finished output is recognised whatever its votes.
+        if changed_between("label-prefs", recorded["cai"], provenance["cai"]):
+            self._outdated = (
+                f"--votes {source}: cai {recorded['cai']} asked the judge in other words and clamped its votes"
             )
         self._samples = settings["cot_samples"]
         self._rows = {row.id: row for row in _labelled(source)}
 
     def judgement(self, comparison: PairComparison) -> Judgement | None:
-        """Return the recorded judgement of a comparison, or None where there is none."""
+        """Return the recorded judgement of a comparison, or None where there is none.
+
+        Raises:
+            UsageError: The votes are of a version that asked otherwise and clamped each vote.
+        """
+        if self._outdated:
+            raise UsageError(self._outdated, hint="label the pairs again, without --votes", code="other-run")
         pair, row = comparison.pair, self._rows.get(comparison.pair.id)
         if row is None or [row.chosen, row.rejected] not in ([pair.a, pair.b], [pair.b, pair.a]):
             return None

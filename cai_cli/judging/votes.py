@@ -1,4 +1,9 @@
-"""Votes on a pair of replies, and their mean (paper section 4.1)."""
+"""Votes on a pair of replies, and their mean (paper section 4.1).
+
+A vote is the judge's probability as it is. The limits of `--clamp` apply to the mean of all votes on a pair. Clamping
+each vote before averaging would discard the preference of a judge with a position bias: its probabilities of 0.95 and
+0.70 for the first reply in the two orders would both become 0.6, and the pair a tie.
+"""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -42,7 +47,7 @@ class Labeller:
         recorded = [self.recorded.judgement(c) if self.recorded else None for c in comparisons]
         missing = [c for c, judgement in zip(comparisons, recorded, strict=True) if judgement is None]
         answers = iter(self.judge.judge(missing))
-        return [next(answers) if judgement is None else self.judge.clamped(judgement) for judgement in recorded]
+        return [next(answers) if judgement is None else judgement for judgement in recorded]
 
     def comparisons(self, pair: Pair) -> Iterator[PairComparison]:
         """Yield every comparison to make of a pair; its principles depend only on the seed and the pair."""
@@ -58,7 +63,7 @@ class PairVerdict:
     """The result of judging one pair.
 
     Attributes:
-        p_a: Mean probability that `a` is the better reply.
+        p_a: Mean probability that `a` is the better reply, within the judge's limits.
         votes: The judgements behind it.
     """
 
@@ -89,8 +94,8 @@ def aggregate_votes(pairs: Sequence[Pair], labeller: Labeller) -> list[PairVerdi
         labeller: The judge and its settings.
 
     Returns:
-        The mean over principles of the mean over orders of the mean over rationales; the first failure where no
-        principle counts.
+        The mean over principles of the mean over orders of the mean over rationales, then clamped; the first failure
+        where no principle counts.
     """
     groups = [list(labeller.comparisons(pair)) for pair in pairs]
     answers = iter(labeller.judge_all([comparison for group in groups for comparison in group]))
@@ -109,7 +114,13 @@ def _verdict(answers: Answers, labeller: Labeller) -> PairVerdict | RequestFailu
             means.append(math.fsum(math.fsum(p) / len(p) for p in by_order) / len(by_order))
     if not means:
         return next(judgement for _, judgement in answers if isinstance(judgement, RequestFailure))
-    return PairVerdict(math.fsum(means) / len(means), votes)
+    return PairVerdict(_clamped(math.fsum(means) / len(means), labeller.judge.clamp), votes)
+
+
+def _clamped(p_a: float, limits: tuple[float, float]) -> float:
+    """Return `p_a` such that it and 1 - `p_a` lie within the limits: which reply is `a` says nothing about it."""
+    low, high = max(limits[0], 1 - limits[1]), min(limits[1], 1 - limits[0])
+    return min(high, max(low, p_a))
 
 
 def _p_a(comparison: PairComparison, judgement: Judgement) -> float:

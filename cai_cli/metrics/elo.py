@@ -6,19 +6,22 @@ them game by game, as in chess, would make them depend on the order of the rows.
 one tie is added to every two models, so that a model that always wins has a finite rating.
 
 Prompts of kind red-team form the harmlessness axis and those of kind helpful the helpfulness axis; other prompts count
-in the win rates only. Intervals are bootstraps over prompts, because comparisons on one prompt depend on each other.
-The interval of a win rate is at least as wide as Wilson's interval, which matters with few prompts.
+in the win rates only. Intervals are computed over prompts, because comparisons on one prompt depend on each other.
+
+Several models give many win rates, and of many intervals for models that are alike some exclude one half by chance. All
+win rates of a result are therefore simultaneous: in 95% of results every one of them contains its value. The ratings
+are simultaneous too, and so are the mean scores. `simultaneous` in the result counts each.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from cai_cli.common.hash_index import KeyTable
 from cai_cli.data.evaluation_schema import ModelComparison
 from cai_cli.data.schema import Kind, Rejected
-from cai_cli.metrics.intervals import ClusterBootstrap, Estimate, Limits, widened, wilson
+from cai_cli.metrics.intervals import ClusterBootstrap, Estimate, Limits, clustered_share, widened
 
 if TYPE_CHECKING:
     from cai_cli.metrics.intervals import Numbers
@@ -105,23 +108,47 @@ class Tournament:
         Returns:
             `models`: their names. `win_rates`: of model `a` over model `b`, by kind of prompt. `ratings`: Elo by axis
             ("harmless", "helpful") and model. `scores`: mean score of a preference model by axis and model.
+            `simultaneous`: how many intervals of each of these hold at once with a confidence of 95%.
         """
+        win_rates = self.win_rates()
+        axes = {axis: self.sums.get(kind) for axis, kind in AXES.items()}
+        rated = [self._observed("comparisons", sums) for sums in axes.values()]
+        ratings = sum(1 if models == 2 else models for models in rated)  # of two models one rating determines the other
+        scores = sum(self._observed("scored", sums) for sums in axes.values())
         return {
             "models": self.models,
-            "win_rates": list(self._win_rates()),
-            "ratings": {axis: self._ratings(self.sums.get(kind)) for axis, kind in AXES.items()},
-            "scores": {axis: self._scores(self.sums.get(kind)) for axis, kind in AXES.items()},
+            "win_rates": win_rates,
+            "ratings": {axis: self._ratings(sums, ratings) for axis, sums in axes.items()},
+            "scores": {axis: self._scores(sums, scores) for axis, sums in axes.items()},
+            "simultaneous": {"win_rates": len(win_rates), "ratings": ratings, "scores": scores},
         }
 
-    def _win_rates(self) -> Iterator[dict[str, Any]]:
-        for kind in sorted(self.sums, key=str, reverse=True):
-            sums = self.sums[kind]
-            for i, j in self.pairs:
-                if rate := _win_rate(sums, i, j):
-                    ties = round(sums.total(PairSum("ties", i, j)))
-                    yield {"a": self.models[i], "b": self.models[j], "kind": kind, **rate, "ties": ties}
+    def _observed(self, quantity: Literal["comparisons", "scored"], sums: ClusterBootstrap[Sum] | None) -> int:
+        """Return how many models have comparisons, or scored replies."""
+        return sum(sums.total(ModelSum(quantity, i)) > 0 for i in range(len(self.models))) if sums else 0
 
-    def _ratings(self, sums: ClusterBootstrap[Sum] | None) -> list[dict[str, Any]]:
+    def win_rates(self) -> list[dict[str, Any]]:
+        """Return the win rate of every two models that were compared, by kind of prompt; their intervals hold at once.
+
+        Returns:
+            For each, the names `a` and `b`, the `kind`, the estimate, the number of `ties` and that of `prompts`.
+        """
+        compared = [
+            (kind, self.sums[kind], i, j)
+            for kind in sorted(self.sums, key=str, reverse=True)
+            for i, j in self.pairs
+            if self.sums[kind].total(PairSum("comparisons", i, j))
+        ]
+        rates = []
+        for kind, sums, i, j in compared:
+            rate = sums.share(PairSum("wins", i, j), PairSum("comparisons", i, j), len(compared))
+            ties = round(sums.total(PairSum("ties", i, j)))
+            prompts = sums.clusters(PairSum("comparisons", i, j))
+            named = {"a": self.models[i], "b": self.models[j], "kind": kind}
+            rates.append({**named, **(rate or {}), "ties": ties, "prompts": prompts})
+        return rates
+
+    def _ratings(self, sums: ClusterBootstrap[Sum] | None, among: int) -> list[dict[str, Any]]:
         if sums is None:
             return []
         fits: dict[int, Numbers] = {}  # number of resamples -> (resamples, models): one fit rates all models
@@ -133,64 +160,51 @@ class Tournament:
             return fits[resamples][:, model]
 
         ratings = [
-            sums.estimate(lambda s, i=i: rating(i, s), ModelSum("comparisons", i), UNBOUNDED)  # type: ignore[misc]
+            sums.estimate(lambda s, i=i: rating(i, s), ModelSum("comparisons", i), UNBOUNDED, among)  # type: ignore[misc]
             for i in range(len(self.models))
         ]
-        return self._by_model(r and self._widened_to_wilson(r, i, sums) for i, r in enumerate(ratings))
+        return self._by_model(r and self._widened(r, i, sums, among) for i, r in enumerate(ratings))
 
-    def _widened_to_wilson(self, rating: Estimate, model: int, sums: ClusterBootstrap[Sum]) -> Estimate:
-        """Return a rating whose interval is at least as wide as Wilson's interval of the win share on the Elo scale.
+    def _widened(self, rating: Estimate, model: int, sums: ClusterBootstrap[Sum], among: int) -> Estimate:
+        """Return a rating whose interval is at least as wide as that of the win share on the Elo scale.
 
-        Where a model wins every comparison, or ties every one, all resamples are equal; and with few prompts the
-        bootstrap interval is too narrow.
+        Where a model wins every comparison, or ties every one, all resamples are equal.
         """
-        share = self._wins(model, sums) / sums.total(ModelSum("comparisons", model))
-        prompts = sums.clusters(ModelSum("comparisons", model))
-        wins = wilson(share * prompts, prompts)
+        wins = clustered_share(self._wins(model, sums), sums.by_cluster(ModelSum("comparisons", model)), among)
         assert wins  # noqa: S101
-        least = 0.5 / (prompts + 1)  # half a win is added to either side of every pair
+        prompts = sums.clusters(ModelSum("comparisons", model))
 
         def elo(p: float) -> float:
-            return ELO_SCALE * math.log10(max(p, least) / max(1 - p, least)) * (1 - 1 / len(self.models))
+            odds = (p * prompts + 0.5) / ((1 - p) * prompts + 0.5)  # the fit adds half a win on either side
+            return ELO_SCALE * math.log10(odds) * (1 - 1 / len(self.models))
 
-        low, high = (rating["value"] + elo(end) - elo(share) for end in (wins["low"], wins["high"]))
-        low, high = min(rating["low"], low), max(rating["high"], high)
-        return {**rating, "low": max(RATING_LIMITS[0], low), "high": min(RATING_LIMITS[1], high)}
+        low, high = (rating["value"] + elo(end) - elo(wins["value"]) for end in (wins["low"], wins["high"]))
+        covering = widened(rating, {**wins, "low": low, "high": high})
+        low, high = max(RATING_LIMITS[0], covering["low"]), min(RATING_LIMITS[1], covering["high"])
+        return {**rating, "low": low, "high": high}
 
-    def _wins(self, model: int, sums: ClusterBootstrap[Sum]) -> float:
-        """Return the number of comparisons that `model` won, ties counted half."""
-        won = sum(sums.total(PairSum("wins", i, j)) for i, j in self.pairs if i == model)
-        return won + sum(
-            sums.total(PairSum("comparisons", i, j)) - sums.total(PairSum("wins", i, j))
-            for i, j in self.pairs
-            if j == model
-        )
+    def _wins(self, model: int, sums: ClusterBootstrap[Sum]) -> "Numbers":
+        """Return how many comparisons `model` won on each prompt, ties counted half, shape (blocks,)."""
+        wins = 0 * sums.by_cluster(ModelSum("comparisons", model))
+        for i, j in self.pairs:
+            if model == i:
+                wins += sums.by_cluster(PairSum("wins", i, j))
+            elif model == j:
+                wins += sums.by_cluster(PairSum("comparisons", i, j)) - sums.by_cluster(PairSum("wins", i, j))
+        return wins
 
-    def _scores(self, sums: ClusterBootstrap[Sum] | None) -> list[dict[str, Any]]:
+    def _scores(self, sums: ClusterBootstrap[Sum] | None, among: int) -> list[dict[str, Any]]:
         if sums is None:
             return []
-        return self._by_model(_mean_score(sums, model) for model in range(len(self.models)))
+        return self._by_model(_mean_score(sums, model, among) for model in range(len(self.models)))
 
     def _by_model(self, estimates: Iterable[Estimate | None]) -> list[dict[str, Any]]:
         return [{"model": m, **estimate} for m, estimate in zip(self.models, estimates, strict=True) if estimate]
 
 
-def _mean_score(sums: ClusterBootstrap[Sum], model: int) -> Estimate | None:
+def _mean_score(sums: ClusterBootstrap[Sum], model: int, among: int) -> Estimate | None:
     score, count = ModelSum("score", model), ModelSum("scored", model)
-    return sums.estimate(lambda s: s[score] / s[count], count, SCORE_LIMITS)
-
-
-def _win_rate(sums: ClusterBootstrap[Sum], i: int, j: int) -> Estimate | None:
-    """Return the win rate of model i over model j; its interval covers the bootstrap's and Wilson's over prompts.
-
-    With few prompts the bootstrap interval alone is too narrow: five wins of six prove nothing.
-    """
-    count = PairSum("comparisons", i, j)
-    rate = sums.share(PairSum("wins", i, j), count)
-    if rate is None:
-        return None
-    prompts = sums.clusters(count)
-    return widened(rate, wilson(rate["value"] * prompts, prompts))
+    return sums.estimate(lambda s: s[score] / s[count], count, SCORE_LIMITS, among)
 
 
 def _bradley_terry(sums: Mapping[Sum, "Numbers"], pairs: Sequence[tuple[int, int]], models: int) -> "Numbers":

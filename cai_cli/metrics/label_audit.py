@@ -1,19 +1,24 @@
 """The audit of preference labels before anything is trained on them (`cai eval agreement`; paper section 2).
 
 The paper first measures its feedback models against human comparisons. The audit does so where human labels exist. It
-also audits the votes that `cai label-prefs` keeps: comparing the two orders reveals a judge that does not read
-the replies, even without human labels.
+also audits the votes that `cai label-prefs` keeps: comparing the two orders shows whether a judge reads the replies,
+even without human labels.
 
-The model of a judge: it answers a share `position` of the questions by position alone (negative: the second position),
-a share `noise` at random, and the rest, `content`, by the replies. With q the share of first-position picks and f the
-share of pairs whose winner changes with the order, position = 2q - 1 and content = sqrt(1 + position^2 - 2f). A judge
-with content = 0 flips on (1 + position^2) / 2 of the pairs; `flip_excess` is f less that share, and is negative for a
-judge that reads the replies.
+For answers in log-odds the audit tests whether what the judge prefers in one order agrees with what it prefers in the
+other, whatever its position bias (`between_orders`; see `order_agreement`).
+
+For judgements in words (method `verdict`) it compares winners. The model of a judge: it answers a share `position` of
+the questions by position alone (negative: the second position), a share `noise` at random, and the rest, `content`, by
+the replies. With q the share of first-position picks and f the share of pairs whose winner changes with the order,
+position = 2q - 1 and content = sqrt(1 + position^2 - 2f). A judge with content = 0 flips on (1 + position^2) / 2 of the
+pairs; `flip_excess` is f less that share, and is negative for a judge that reads the replies. These metrics are also
+given for log-odds, where they describe single answers and not the labels: a position bias that decides both answers
+about a pair cancels in their mean.
 
 Metrics of the labels (agreement, calibration, length) are computed over the file. Metrics of the judge (order,
-position) also cover the pairs that were rejected with their votes, because many ties are flips. A vote of
-exactly one half has no winner and is left out; a label of exactly one half counts as half right. Pairs that only humans
-judged are counted and otherwise ignored. Every interval is a bootstrap over prompts.
+position) also cover the pairs that were rejected with their votes. A vote of exactly one half has no winner and is left
+out; a label of exactly one half is a tie, and counts as half right. Pairs that only humans judged are counted and
+otherwise ignored. Every interval is computed over prompts.
 """
 
 import math
@@ -25,8 +30,16 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from cai_cli.common.hash_index import KeyTable
 from cai_cli.data.jsonl import read_rows, rows_of
 from cai_cli.data.schema import TIE, Preference, Rejected, Vote, conversation_id, reason_kind, with_votes
+from cai_cli.metrics.calibration import error_if_calibrated
 from cai_cli.metrics.intervals import SHARE, ClusterBootstrap
-from cai_cli.metrics.label_verdict import notes, trust
+from cai_cli.metrics.label_verdict import notes, reads_replies, trust
+from cai_cli.metrics.order_agreement import (
+    LARGEST_LOG_ODDS,
+    ORDER_SUMS,
+    between_orders,
+    order_sums,
+    position_variance,
+)
 from cai_cli.runtime.output_files import sidecar
 
 if TYPE_CHECKING:
@@ -46,13 +59,14 @@ class BinSum(NamedTuple):
 
 Sum = str | BinSum
 PAIR_SUMS: Sequence[Sum] = (
-    *("pairs", "human", "right", "unequal", "longer", "xx", "xy", "yy"),
+    *("pairs", "ties", "human", "right", "unequal", "longer", "xx", "xy", "yy"),
     *("principle_pairs", "principles_agree"),
     *(BinSum(name, k) for k in range(BINS) for name in ("n", "confidence", "right")),
 )
 # `picks`: votes with a winner; `firsts`: those for the first reply; `both_orders`: pairs with a winner in each order.
-VOTE_SUMS: Sequence[Sum] = ("votes", "p_first", "picks", "firsts", "both_orders", "flips", "firsts_of_both_orders")
-PRINCIPLE_SUMS: Sequence[Sum] = (*VOTE_SUMS, "pairs", "human", "right")
+WINNER_SUMS = ("votes", "p_first", "picks", "firsts", "both_orders", "flips", "firsts_of_both_orders")
+VOTE_SUMS: Sequence[Sum] = (*WINNER_SUMS, *ORDER_SUMS)
+PRINCIPLE_SUMS: Sequence[Sum] = (*WINNER_SUMS, "pairs", "human", "right")
 
 
 def audit(rows: Iterable[Preference], rejected: Iterable[Rejected] = ()) -> AuditMetrics:
@@ -63,7 +77,8 @@ def audit(rows: Iterable[Preference], rejected: Iterable[Rejected] = ()) -> Audi
         rejected: The rejected pairs, with their votes where they have any.
 
     Returns:
-        `trusted` (true, false, or null for unknown), `reason` in one sentence, the metrics by name, each with its 95%
+        `trusted` (true, false, or null for unknown), `reason` in one sentence, `reads_replies` (whether the votes show
+        that the judge reads the replies; null where that cannot be tested), the metrics by name, each with its 95%
         interval, and `notes` in sentences.
 
     Examples:
@@ -107,7 +122,8 @@ class LabelAudit:
         prompt = self._prompt(row)
         by_principle = self._add_votes(prompt, row)
         agreement = _principle_agreement_sums(by_principle.values())
-        self.pairs.add(prompt, {"pairs": 1, **_label_sums(row), **_length_sums(row), **agreement})
+        tie = row.p_chosen == 0.5
+        self.pairs.add(prompt, {"pairs": 1, "ties": tie, **_label_sums(row), **_length_sums(row), **agreement})
         for principle, p_chosen in by_principle.items():
             if row.human:
                 right = _win_or_half(p_chosen if row.human == "chosen" else 1 - p_chosen)
@@ -122,6 +138,7 @@ class LabelAudit:
     def _add_votes(self, prompt: int, row: Preference) -> dict[str, float]:
         """Add the votes on one pair; return the mean probability of `chosen` by principle."""
         by_principle = _by_principle(row.votes)
+        self.votes.add(prompt, dict[Sum, float](order_sums(by_principle.values()).items()))
         for principle, votes in by_principle.items():
             sums = _vote_sums(votes)
             self.votes.add(prompt, sums)
@@ -132,7 +149,8 @@ class LabelAudit:
         """Return the audit of the rows added so far, as the function `audit` does."""
         metrics = self._metrics()
         trusted, reason = trust(metrics)
-        return {"trusted": trusted, "reason": reason, **metrics, "notes": notes(metrics)}
+        reads, _ = reads_replies(metrics)
+        return {"trusted": trusted, "reason": reason, "reads_replies": reads, **metrics, "notes": notes(metrics)}
 
     def _metrics(self) -> AuditMetrics:
         pairs, votes = self.pairs, self.votes
@@ -141,11 +159,16 @@ class LabelAudit:
             "votes": round(votes.total("votes")),
             "human_only": self.human_only,
             "repeated": self.rows - self.ids.size,
-            "ties": self.reasons[TIE],
+            "ties": round(pairs.total("ties")) + self.reasons[TIE],
+            "tied_labels": round(pairs.total("ties")),
             "rejected": {why: n for why, n in sorted(self.reasons.items()) if why != TIE},
             "agreement": pairs.share("right", "human"),
             "calibration_error": pairs.estimate(_calibration_error, "human", SHARE),
+            "calibration_error_if_calibrated": _error_if_calibrated(pairs),
             "reliability": list(_reliability(pairs)),
+            "ordered_prompts": votes.clusters("ordered"),
+            "between_orders": between_orders(votes),
+            **_log_odds_metrics(votes),
             "flip_rate": votes.share("flips", "both_orders"),
             "flip_excess": votes.estimate(_flip_excess, "both_orders", SIGNED),
             "first_picks": votes.share("firsts", "picks"),
@@ -156,7 +179,10 @@ class LabelAudit:
             "between_principles": pairs.share("principles_agree", "principle_pairs"),
             "longer_chosen": pairs.share("longer", "unequal"),
             "length_correlation": pairs.estimate(_length_correlation, "pairs", SIGNED),
-            "principles": {name: _principle_metrics(self.principles[name]) for name in sorted(self.principles)},
+            "principles": {
+                name: _principle_metrics(self.principles[name], len(self.principles))
+                for name in sorted(self.principles)
+            },
         }
 
 
@@ -242,7 +268,8 @@ def _length_sums(row: Preference) -> dict[Sum, float]:
     """
     chosen, rejected = len(row.chosen[0].content), len(row.rejected[0].content)
     x, y = math.log((chosen + 1) / (rejected + 1)), 2 * row.p_chosen - 1
-    return {"unequal": chosen != rejected, "longer": chosen > rejected, "xx": x * x, "xy": x * y, "yy": y * y}
+    unequal = chosen != rejected and row.p_chosen != 0.5
+    return {"unequal": unequal, "longer": unequal and chosen > rejected, "xx": x * x, "xy": x * y, "yy": y * y}
 
 
 def _principle_agreement_sums(p_chosen: Iterable[float]) -> dict[Sum, float]:
@@ -256,6 +283,20 @@ def _principle_agreement_sums(p_chosen: Iterable[float]) -> dict[Sum, float]:
 
 
 # --- metrics of sums ----------------------------------------------------------------------------------------------
+
+
+def _preference_spread(s: "Mapping[Sum, Numbers]") -> "Numbers":
+    return (s["preference_squares"] / s["ordered"]) ** 0.5
+
+
+def _log_odds_metrics(votes: ClusterBootstrap[Sum]) -> dict[str, Any]:
+    """Return the mean and the standard deviation of the position part, and the root mean square of the preference."""
+    signed, spread = (-LARGEST_LOG_ODDS, LARGEST_LOG_ODDS), (0.0, LARGEST_LOG_ODDS)
+    return {
+        "position_log_odds": votes.estimate(lambda s: s["position"] / s["ordered"], "ordered", signed),
+        "position_spread": votes.estimate(lambda s: position_variance(s) ** 0.5, "ordered", spread),
+        "preference_spread": votes.estimate(_preference_spread, "ordered", spread),
+    }
 
 
 def _twice_blind_flip_rate(s: "Mapping[Sum, Numbers]") -> "Numbers":
@@ -281,26 +322,41 @@ def _calibration_error(s: "Mapping[Sum, Numbers]") -> "Numbers":
     return gaps / s["human"]  # type: ignore[no-any-return]
 
 
+def _error_if_calibrated(pairs: ClusterBootstrap[Sum]) -> float | None:
+    """Return the mean calibration error of a calibrated judge of the same pairs; None without human labels."""
+    import numpy as np
+
+    if not (n := pairs.total("human")):
+        return None
+    gaps = [pairs.by_cluster(BinSum("confidence", k)) - pairs.by_cluster(BinSum("right", k)) for k in range(BINS)]
+    return error_if_calibrated(np.stack(gaps, axis=1), n)
+
+
 def _reliability(pairs: ClusterBootstrap[Sum]) -> Iterator[dict[str, Any]]:
-    """Yield the reliability curve: for each bin with labels, the mean confidence and the share right."""
-    for k in range(BINS):
-        if n := round(pairs.total(BinSum("n", k))):
-            ends = {"from": (BINS + k) / (2 * BINS), "to": (BINS + k + 1) / (2 * BINS)}
-            confidence = pairs.total(BinSum("confidence", k)) / n
-            right = pairs.share(BinSum("right", k), BinSum("n", k))
-            yield {**ends, "n": n, "confidence": confidence, "right": right}
+    """Yield the reliability curve: for each bin with labels, the mean confidence and the share right.
+
+    The intervals of the bins hold at once.
+    """
+    bins = [k for k in range(BINS) if pairs.total(BinSum("n", k))]
+    for k in bins:
+        n = round(pairs.total(BinSum("n", k)))
+        ends = {"from": (BINS + k) / (2 * BINS), "to": (BINS + k + 1) / (2 * BINS)}
+        confidence = pairs.total(BinSum("confidence", k)) / n
+        right = pairs.share(BinSum("right", k), BinSum("n", k), len(bins))
+        yield {**ends, "n": n, "confidence": confidence, "right": right}
 
 
 def _length_correlation(s: "Mapping[Sum, Numbers]") -> "Numbers":
     return s["xy"] / (s["xx"] * s["yy"]) ** 0.5
 
 
-def _principle_metrics(sums: ClusterBootstrap[Sum]) -> dict[str, Any]:
+def _principle_metrics(sums: ClusterBootstrap[Sum], principles: int) -> dict[str, Any]:
+    """Return the metrics of one of several principles; each metric's intervals hold at once for all principles."""
     return {
         "pairs": round(sums.total("pairs")),
-        "agreement": sums.share("right", "human"),
-        "mean_p_first": sums.estimate(lambda s: s["p_first"] / s["votes"], "votes", SHARE),
-        "flip_rate": sums.share("flips", "both_orders"),
+        "agreement": sums.share("right", "human", principles),
+        "mean_p_first": sums.estimate(lambda s: s["p_first"] / s["votes"], "votes", SHARE, principles),
+        "flip_rate": sums.share("flips", "both_orders", principles),
     }
 
 

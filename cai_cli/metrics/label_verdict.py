@@ -4,23 +4,25 @@ from typing import Any
 
 from cai_cli.common import console
 from cai_cli.metrics.intervals import Estimate, percent
+from cai_cli.metrics.order_agreement import FEWEST_PROMPTS
 
 
 def trust(metrics: dict[str, Any]) -> tuple[bool | None, str]:
     """Return whether the labels can be trusted (None: unknown) and the reason in one sentence.
 
-    Agreement with humans decides where it is known; otherwise whether the answers depend on the replies at all.
+    Agreement with humans decides where it is known. Otherwise labels are not trusted unless the two orders show that
+    the judge reads the replies; where they do, it remains unknown whether the labels agree with humans.
 
     Args:
         metrics: The metrics of `label_audit.audit`.
     """
-    if not metrics["pairs"]:
+    if not metrics["pairs"] - metrics["tied_labels"]:
         if ties := metrics["ties"]:
             return False, f"no pair got a preference: {ties:,} {'tie' if ties == 1 else 'ties'}"
         return None, "there are no votes to audit"
     agreement = metrics["agreement"]
     if not agreement:
-        return _trust_without_humans(metrics["flip_rate"], metrics["flip_excess"], metrics["first_picks"])
+        return _trust_without_humans(metrics)
     finding = f"the judge agrees with humans on {percent(agreement)} of {agreement['n']:,} labelled pairs"
     if agreement["low"] > 0.5:
         return True, finding
@@ -28,19 +30,55 @@ def trust(metrics: dict[str, Any]) -> tuple[bool | None, str]:
     return False, f"{finding}, which {'is worse than' if below else 'cannot be distinguished from'} chance"
 
 
-def _trust_without_humans(
-    flip_rate: Estimate | None, flip_excess: Estimate | None, first_picks: Estimate | None
-) -> tuple[bool | None, str]:
-    if flip_rate and flip_excess:
-        blind = flip_rate["value"] - flip_excess["value"]
-        finding = f"the judge's preference flips with the order of the replies on {percent(flip_rate)} of pairs"
-        if flip_excess["high"] < 0:
-            expected = f"a judge that does not read them: {blind:.0%}"
-            return None, f"agreement is unknown without human labels; {finding} ({expected})"
-        return False, f"{finding}, like a judge that does not read them ({blind:.0%})"
+def _trust_without_humans(metrics: dict[str, Any]) -> tuple[bool | None, str]:
+    reads, finding = reads_replies(metrics)
+    if reads is False:
+        return False, finding
+    if reads is None:
+        return None, f"agreement is unknown: there are no human labels, and {finding}"
+    return None, f"agreement is unknown without human labels; {finding}"
+
+
+def reads_replies(metrics: dict[str, Any]) -> tuple[bool | None, str]:
+    """Return whether the votes show that the judge reads the replies (None: not testable) and the finding in words.
+
+    Args:
+        metrics: The metrics of `label_audit.audit`, except `reads_replies`.
+    """
+    if metrics["between_orders"]:
+        return _reads_by_log_odds(metrics)
+    if metrics["flip_rate"] and metrics["flip_excess"]:
+        return _reads_by_flips(metrics["flip_rate"], metrics["flip_excess"])
+    first_picks = metrics["first_picks"]
     if first_picks and _is_biased(first_picks):
         return False, f"the judge saw one order only, and picks the first reply in {percent(first_picks)} of votes"
-    return None, "agreement is unknown: there are no human labels, and the judge saw one order only"
+    return None, "the judge saw one order only"
+
+
+def _reads_by_log_odds(metrics: dict[str, Any]) -> tuple[bool | None, str]:
+    correlation: Estimate = metrics["between_orders"]
+    spread = f"{correlation['value']:.2f} ({correlation['low']:.2f} to {correlation['high']:.2f})"
+    finding = f"the judge's preferences in the two orders have a correlation of {spread}"
+    if correlation["low"] > 0:
+        return True, f"{finding} (a judge that does not read the replies: 0)"
+    if metrics["ordered_prompts"] < FEWEST_PROMPTS:
+        prompts = "1 prompt is" if metrics["ordered_prompts"] == 1 else f"{metrics['ordered_prompts']} prompts are"
+        return None, f"{prompts} too few to show whether the judge reads the replies"
+    if correlation["high"] < 0:
+        position, preference = metrics["position_spread"]["value"], metrics["preference_spread"]["value"]
+        return False, (
+            "nothing shows that the judge reads the replies: its position bias differs from pair to pair by more than "
+            f"it prefers one reply (standard deviations of {position:.2g} and {preference:.2g} in log-odds)"
+        )
+    return False, f"{finding}, like a judge that does not read them (0)"
+
+
+def _reads_by_flips(flip_rate: Estimate, flip_excess: Estimate) -> tuple[bool, str]:
+    blind = flip_rate["value"] - flip_excess["value"]
+    finding = f"the judge's preference flips with the order of the replies on {percent(flip_rate)} of pairs"
+    if flip_excess["high"] < 0:
+        return True, f"{finding} (a judge that does not read them: {blind:.0%})"
+    return False, f"{finding}, like a judge that does not read them ({blind:.0%})"
 
 
 def _is_biased(share: Estimate) -> bool:
@@ -54,21 +92,33 @@ def notes(metrics: dict[str, Any]) -> list[str]:
         metrics: The metrics of `label_audit.audit`.
     """
     sentences = []
+    if metrics["agreement"] and (metrics["between_orders"] or metrics["flip_rate"]):
+        sentences.append(reads_replies(metrics)[1])
     if first := metrics["first_picks"]:
         sentences.append(
             f"the judge picks the first reply in {percent(first)} of {first['n']:,} votes"
             + ("" if _is_biased(first) else ", which shows no position bias")
         )
-    if content := metrics["content"]:
+    if metrics["between_orders"]:
+        position, preference = metrics["position_log_odds"]["value"], metrics["preference_spread"]["value"]
+        sentences.append(
+            f"the position adds {position:.2g} to the log-odds of the first reply; the replies move them by "
+            f"{preference:.2g} (root mean square)"
+        )
+    elif content := metrics["content"]:
         position, noise = abs(metrics["position"]["value"]), metrics["noise"]["value"]
         shares = f"the replies decide {percent(content)} of the judge's answers, the position {position:.1%}"
         sentences.append(f"{shares}, chance {noise:.1%}")
+    if ties := metrics["tied_labels"]:
+        sentences.append(f"{ties:,} of {metrics['pairs']:,} labels are ties, in which neither reply is preferred")
     if (longer := metrics["longer_chosen"]) and _is_biased(longer):
         sentences.append(f"the longer reply is chosen in {percent(longer)} of pairs of unequal length")
     if metrics["repeated"]:
         sentences.append(f"{metrics['repeated']:,} rows repeat the id of an earlier row; they are counted as well")
     if failures := sum(metrics["rejected"].values()):
-        sentences.append(f"{failures:,} pairs besides the {metrics['ties']:,} ties have no label; see their reasons")
+        rejected_ties = metrics["ties"] - metrics["tied_labels"]
+        besides = f" besides the {rejected_ties:,} ties" if rejected_ties else ""
+        sentences.append(f"{failures:,} pairs{besides} have no label; see their reasons")
     return sentences
 
 

@@ -2,6 +2,9 @@
 
 With d = score of `chosen` - score of `rejected` (`margin`), the model's probability of `chosen` is sigmoid(d). All
 metrics use the recorded soft labels, even if the model was trained on hard ones. Equal scores count as wrong.
+
+The pairs of one prompt share replies, so every interval is computed over prompts. Treated as independent, eight pairs a
+prompt put a model that is independent of the labels above or below chance far more often than in one run of twenty.
 """
 
 import math
@@ -9,11 +12,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from cai_cli.data.schema import JudgedPair
-from cai_cli.metrics.intervals import Estimate, wilson
+from cai_cli.metrics.calibration import calibration_error, error_if_calibrated
+from cai_cli.metrics.intervals import (
+    SHARE,
+    Estimate,
+    Limits,
+    fewest_clusters,
+    mean_estimate,
+    resampled_interval,
+)
 
 BINS = 5  # of the confidence, by tenths from one half to one
 RESAMPLES = 1000
 MIN_PAIRS = 10  # for a rank correlation
+SIGNED: Limits = (-1.0, 1.0)
 
 
 def held_out_metrics(pairs: Sequence[JudgedPair]) -> dict[str, Any]:
@@ -23,31 +35,41 @@ def held_out_metrics(pairs: Sequence[JudgedPair]) -> dict[str, Any]:
         pairs: Pairs with the scores of both replies (logits) and their lengths in tokens.
 
     Returns:
-        `accuracy` (overall and by source), `at_chance`, losses and entropies in nats, the calibration curve, mean and
-        spread of the scores, and `note`, a warning in one sentence or None. A metric that these pairs do not determine
-        is None.
+        `held_out_prompts`, `accuracy` (overall and by source), `at_chance`, losses and entropies in nats, the
+        calibration curve, mean and spread of the scores, and `note`, a warning in one sentence or None. A metric that
+        these pairs do not determine is None.
     """
-    overall = accuracy(pairs)
+    overall, prompts = accuracy(pairs), len(set(_prompts(pairs)))
     chance = overall["low"] <= 0.5 <= overall["high"] if overall else None
     return {
+        "held_out_prompts": prompts,
         "accuracy": overall,
         "at_chance": chance,
         "accuracy_by_source": accuracy_by_source(pairs),
         **loss_metrics(pairs),
         **calibration(pairs),
         **score_metrics(pairs),
-        "note": accuracy_warning(overall),
+        "note": accuracy_warning(overall, prompts),
     }
 
 
-def accuracy_warning(overall: Estimate | None) -> str | None:
+def _prompts(pairs: Sequence[JudgedPair]) -> list[str]:
+    """Return the prompt of each pair; a pair that was recorded without one stands for itself."""
+    return [pair.prompt_id or f"{place} {pair.id}" for place, pair in enumerate(pairs)]
+
+
+def accuracy_warning(overall: Estimate | None, prompts: int) -> str | None:
     """Return a warning where the accuracy is missing or not above chance, else None.
 
+    Args:
+        overall: The accuracy.
+        prompts: Number of prompts that the pairs belong to.
+
     Examples:
-        >>> accuracy_warning(wilson(90, 100)) is None
+        >>> accuracy_warning({"value": 0.9, "low": 0.82, "high": 0.94, "n": 100}, prompts=100) is None
         True
-        >>> accuracy_warning(wilson(1, 10))
-        'The preference model is worse than chance: right on 10.0% of 10 held-out pairs (95%: 1.8% to 40.4%).'
+        >>> accuracy_warning({"value": 0.1, "low": 0.02, "high": 0.4, "n": 10}, prompts=10)
+        'The preference model is worse than chance: right on 10.0% of 10 held-out pairs (95%: 2.0% to 40.0%).'
     """
     if overall is None:
         return "No pair with a preferred reply was held out, so it is unknown what the model learned."
@@ -55,24 +77,31 @@ def accuracy_warning(overall: Estimate | None) -> str | None:
     spread += f"{overall['high']:.1%})"
     if overall["high"] < 0.5:
         return f"The preference model is worse than chance: right on {spread}."
-    if overall["low"] <= 0.5:
-        return f"The preference model cannot be distinguished from chance: right on {spread}."
-    return None
+    if overall["low"] > 0.5:
+        return None
+    if prompts < fewest_clusters():
+        few = f"They belong to {prompts} prompts, too few for any result: {fewest_clusters()} or more are needed."
+        return f"The preference model cannot be distinguished from chance: right on {spread}. {few}"
+    return f"The preference model cannot be distinguished from chance: right on {spread}."
 
 
-def accuracy(pairs: Sequence[JudgedPair]) -> Estimate | None:
-    """Return the share of pairs whose preferred reply has the higher score.
+def accuracy(pairs: Sequence[JudgedPair], among: int = 1) -> Estimate | None:
+    """Return the share of pairs whose preferred reply has the higher score, with its interval over prompts.
 
-    Pairs with p_chosen = 0.5 have no preferred reply and are left out.
+    Args:
+        pairs: The pairs. Those with p_chosen = 0.5 have no preferred reply and are left out.
+        among: Number of simultaneous intervals.
     """
     decided = [pair for pair in pairs if pair.p_chosen > 0.5]
-    return wilson(sum(pair.margin > 0 for pair in decided), len(decided))
+    return mean_estimate([float(pair.margin > 0) for pair in decided], SHARE, _prompts(decided), among)
 
 
 def accuracy_by_source(pairs: Sequence[JudgedPair]) -> dict[str, Estimate | None]:
-    """Return the accuracy for each `source` of the rows, such as AI and human labels, or two data sets."""
-    sources = sorted({pair.source or "no source" for pair in pairs})
-    return {name: accuracy([p for p in pairs if (p.source or "no source") == name]) for name in sources}
+    """Return the accuracy for each `source` of the rows, such as AI and human labels; the intervals hold at once."""
+    groups: dict[str, list[JudgedPair]] = {}
+    for pair in pairs:
+        groups.setdefault(pair.source or "no source", []).append(pair)
+    return {name: accuracy(groups[name], len(groups)) for name in sorted(groups)}
 
 
 def loss_metrics(pairs: Sequence[JudgedPair]) -> dict[str, Any]:
@@ -107,8 +136,9 @@ def calibration(pairs: Sequence[JudgedPair]) -> dict[str, Any]:
     the label's probability of that side. Seen from `chosen`, which every label favours, no model would look calibrated.
 
     Returns:
-        `calibration_error` in [0, 1] (None without pairs) and `calibration_curve`: for each bin with pairs, its ends,
-        mean confidence, mean label and number of pairs.
+        `calibration_error` in [0, 1] and `calibration_error_if_calibrated`, its mean for a calibrated model with the
+        same confidences (both None without pairs), and `calibration_curve`: for each bin with pairs, its ends, mean
+        confidence, mean label and number of pairs.
 
     Examples:
         >>> ids = {"id": "p", "source": None, "chosen_tokens": 5, "rejected_tokens": 5}
@@ -116,17 +146,26 @@ def calibration(pairs: Sequence[JudgedPair]) -> dict[str, Any]:
         >>> round(calibration([pair])["calibration_error"], 3)  # confidence sigmoid(1) = 0.731, label 1
         0.269
     """
-    sides = [(1 / (1 + math.exp(-abs(pair.margin))), _label_of_preferred(pair)) for pair in pairs]
-    edges = [0.5 + 0.5 * k / BINS for k in range(BINS + 1)]
-    curve, error = [], 0.0
-    for k in range(BINS):
-        inside = [side for side in sides if min(int((side[0] - 0.5) * 2 * BINS), BINS - 1) == k]
-        if not inside:
-            continue
-        confidence, label = (math.fsum(values) / len(inside) for values in zip(*inside, strict=True))
-        curve.append({"from": edges[k], "to": edges[k + 1], "confidence": confidence, "label": label, "n": len(inside)})
-        error += len(inside) / len(sides) * abs(confidence - label)
-    return {"calibration_error": error if sides else None, "calibration_curve": curve}
+    import numpy as np
+
+    if not pairs:
+        return {"calibration_error": None, "calibration_error_if_calibrated": None, "calibration_curve": []}
+    confidence = np.array([1 / (1 + math.exp(-abs(pair.margin))) for pair in pairs])
+    labels = np.array([_label_of_preferred(pair) for pair in pairs])
+    bins = np.minimum((confidence - 0.5) * 2 * BINS, BINS - 1).astype(int)
+    _, prompts = np.unique(_prompts(pairs), return_inverse=True)
+    gaps = np.zeros((prompts.max() + 1, BINS))
+    np.add.at(gaps, (prompts, bins), confidence - labels)
+    curve = []
+    for k in np.unique(bins).tolist():
+        means = {"confidence": float(confidence[bins == k].mean()), "label": float(labels[bins == k].mean())}
+        ends = {"from": (BINS + k) / (2 * BINS), "to": (BINS + k + 1) / (2 * BINS)}
+        curve.append({**ends, **means, "n": int((bins == k).sum())})
+    return {
+        "calibration_error": calibration_error(gaps, len(pairs)),
+        "calibration_error_if_calibrated": error_if_calibrated(gaps, len(pairs)),
+        "calibration_curve": curve,
+    }
 
 
 def _label_of_preferred(pair: JudgedPair) -> float:
@@ -150,7 +189,7 @@ def score_metrics(pairs: Sequence[JudgedPair]) -> dict[str, Any]:
 def length_correlation(pairs: Sequence[JudgedPair]) -> Estimate | None:
     """Return Spearman's correlation of score and reply length in tokens over all replies, with its 95% interval.
 
-    The bootstrap resamples pairs, not replies, because two replies to one prompt depend on each other.
+    The bootstrap resamples prompts, not replies or pairs, because the replies to one prompt depend on each other.
 
     Returns:
         The correlation in [-1, 1]; None with fewer than ten pairs, or where all scores or all lengths are equal.
@@ -168,7 +207,11 @@ def length_correlation(pairs: Sequence[JudgedPair]) -> Estimate | None:
         # A resample of equal values has no rank order and counts as no correlation.
         return float(np.corrcoef(ranks)[0, 1]) if (np.ptp(ranks, axis=1) > 0).all() else 0.0
 
+    _, prompts, counts = np.unique(_prompts(pairs), return_inverse=True, return_counts=True)
+    rows_of = np.split(np.argsort(prompts, kind="stable"), np.cumsum(counts)[:-1])
     rng = np.random.default_rng(0)
-    drawn = [spearman(rng.integers(len(pairs), size=len(pairs))) for _ in range(RESAMPLES)]
-    low, high = np.quantile(drawn, [0.025, 0.975]).tolist()
-    return {"value": spearman(np.arange(len(pairs))), "low": low, "high": high, "n": 2 * len(pairs)}
+    drawn = (rng.integers(len(counts), size=len(counts)) for _ in range(RESAMPLES))
+    resamples = np.array([spearman(np.concatenate([rows_of[prompt] for prompt in prompts])) for prompts in drawn])
+    value = spearman(np.arange(len(pairs)))
+    ends = resampled_interval(value, resamples, counts.astype(np.float64), SIGNED)
+    return {"value": value, "low": ends["low"], "high": ends["high"], "n": 2 * len(pairs)}

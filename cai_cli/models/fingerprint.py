@@ -10,6 +10,7 @@ from typing import Any
 
 from cai_cli.common.errors import CaiError
 from cai_cli.models.fetch import cache_dir, check_model_dir
+from cai_cli.models.reading import RECORD
 
 # The files that determine a model's answers. Cards, licenses and trainer states do not.
 FINGERPRINTED = (
@@ -25,7 +26,9 @@ FINGERPRINTED = (
     "vocab.txt",
     "merges.txt",
     "chat_template.*",
+    "additional_chat_templates/*",
     "additional_chat_templates/*.jinja",
+    RECORD,  # where the score of a preference model is read
 )
 
 

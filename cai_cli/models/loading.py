@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.models.fetch import check_model_dir, loading
+from cai_cli.models.reading import ReadAt, Reading, place_of, read_last_token
+from cai_cli.models.template_date import hold_template_date, refuse_random_template
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -22,19 +24,44 @@ def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
         CaiError: There is no tokenizer, it has neither token (`invalid-model`), or it needs custom code
             (`unsafe-model`).
     """
+    tokenizer = _tokenizer(path)
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise CaiError(
+                f"{path}: the tokenizer has neither a padding nor an end-of-sequence token", code="invalid-model"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _tokenizer(path: Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer as it is, with or without a padding token."""
     from transformers import AutoTokenizer
 
+    hold_template_date()
     with loading(path):
         tokenizer = AutoTokenizer.from_pretrained(  # nosec B615
             path, trust_remote_code=False, local_files_only=True, padding_side="left"
         )
-        if tokenizer.pad_token is None:
-            if tokenizer.eos_token is None:
-                raise CaiError(
-                    f"{path}: the tokenizer has neither a padding nor an end-of-sequence token", code="invalid-model"
-                )
-            tokenizer.pad_token = tokenizer.eos_token
+    templates = tokenizer.chat_template or ""
+    for template in templates.values() if isinstance(templates, dict) else [templates]:
+        refuse_random_template(template)
     return tokenizer
+
+
+def load_generation_config(path: Path) -> "GenerationConfig":
+    """The generation config of the model in a directory, without loading the model.
+
+    Raises:
+        CaiError: The directory is not that of a model (`invalid-model`).
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    with loading(path):
+        if (path / "generation_config.json").is_file():
+            return GenerationConfig.from_pretrained(path, local_files_only=True)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)  # nosec B615
+        return GenerationConfig.from_model_config(config)
 
 
 def load_causal_lm(path: Path, dtype: str = "float32", device: str = "cpu") -> "PreTrainedModel":
@@ -66,7 +93,8 @@ def load_reward_model(
 ) -> "PreTrainedModel":
     """The preference model in a directory: a sequence classifier with one output, in evaluation mode.
 
-    Its padding token is the tokenizer's, because the score is read at the last token that is not padding.
+    A decoder gives its score at the last token that the attention mask does not hide. `model.reading` says which token
+    of a conversation that must be: that of `reading_of`, or for a model to train that of `train-pm`.
 
     Args:
         path: The directory of the model.
@@ -95,8 +123,28 @@ def load_reward_model(
             hint="`cai train-pm` trains one from a language model",
             code="wrong-model-kind",
         )
-    model.config.pad_token_id = tokenizer.pad_token_id
+    for config in (model.config, model.config.get_text_config()):  # a wrapper of several models has a config of each
+        config.pad_token_id = tokenizer.pad_token_id
+    reading = reading_of(path) if new_head_seed is None else Reading()
+    # A model of another kind reads where transformers does, and must be given all tokens.
+    model.reading = reading if read_last_token(model) else Reading(reading.at)
     return model
+
+
+def reading_of(path: Path) -> Reading:
+    """Where the score of the preference model in a directory is read.
+
+    Raises:
+        CaiError: The tokenizer cannot be loaded, or the record in the directory is not valid (`invalid-model`).
+    """
+    at = place_of(path)
+    if at is ReadAt.END_OF_TURN:
+        return Reading(at)
+    if at is ReadAt.LAST_UNPADDED:
+        return Reading(at, load_tokenizer(path).pad_token_id)
+    # The end-of-sequence token that `load_tokenizer` falls back on is not what the model was trained with.
+    padding = _tokenizer(path).pad_token_id
+    return Reading(at, _config(path).get_text_config().pad_token_id if padding is None else padding)
 
 
 def _is_classifier(path: Path) -> bool:
@@ -178,8 +226,11 @@ def context_window(config: Any, tokenizer: "PreTrainedTokenizerBase") -> int:
 
 def tokenizer_and_window(path: Path) -> tuple["PreTrainedTokenizerBase", int]:
     """The tokenizer of the model in a directory, and the model's context window in tokens."""
+    tokenizer = load_tokenizer(path)
+    return tokenizer, context_window(_config(path), tokenizer)
+
+
+def _config(path: Path) -> Any:
     from transformers import AutoConfig
 
-    tokenizer = load_tokenizer(path)
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)  # nosec B615
-    return tokenizer, context_window(config, tokenizer)
+    return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)  # nosec B615

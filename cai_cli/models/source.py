@@ -8,6 +8,7 @@ import orjson
 
 from cai_cli.common.errors import CaiError
 from cai_cli.common.yaml import parse_yaml
+from cai_cli.models.template_date import recorded_date
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,10 @@ class ModelSource:
 
         path = resolve(name)
         return cls(name, path, fingerprint(path))
+
+    def identity(self) -> dict[str, str]:
+        """What a manifest records of the model: what decides its weights and its prompts."""
+        return {"fingerprint": self.fingerprint, **recorded_date(self.path)}
 
     @property
     def public_name(self) -> str:

@@ -1,37 +1,20 @@
 """Checks generated critiques and revisions for the format errors of small models.
 
-A text that fails a check is sampled again with another seed, `ATTEMPTS` times in all, and then its row is rejected with
-the last reason. Texts are never repaired: stripping a wrapper would hide how often the model fails.
+A check asks for what marks the error, because every good answer that it throws away biases the data: `reply_markers`
+finds wrappers and critiques, `repetition` finds loops. A text that fails a check is sampled again with another seed,
+`ATTEMPTS` times in all, and then its row is rejected with the last reason. Texts are never repaired: stripping a
+wrapper would hide how often the model fails.
 """
 
-import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from cai_cli.common.seeds import seed_for
 from cai_cli.engines.base import Completion, Engine, GenerationRequest, RequestFailure, Sampling
+from cai_cli.phase1_supervised.repetition import repeated_text
+from cai_cli.phase1_supervised.reply_markers import is_critique, is_wrapped
 
 ATTEMPTS = 4  # samples per request, the first included
-
-_WRAPPER = re.compile(
-    r"""^\W*(sure|certainly|of\ course|okay|ok|absolutely)?\W*
-        ((here\ is|here's|here\ are|this\ is|below\ is)\b[^.\n]{0,80}
-            \b(revis|rewrit|updat|improv|edit|reword|version)\w*
-        |(revised|rewritten|updated|improved)\ (reply|response|answer|version)\b[^.\n]{0,40}:)""",
-    re.IGNORECASE | re.VERBOSE,
-)
-_ABOUT_THE_REPLY = re.compile(
-    r"""^\W*
-        ((the|this|that)\ (reply|response)
-        |(the|this|that|my)\ (last|previous|preceding|original|above|initial|first)\ (reply|response|answer)
-        |(your|the\ assistant's|the\ ai's)\ (\w+\ )?(reply|response|answer))
-        \ (is|was|does|did|could|should|would|contains?|fails?|lacks?|needs?|encourages?|promotes?|may|might|can|has|had
-        |seems?|appears?|provides?|provided|suggests?|implies)\b""",
-    re.IGNORECASE | re.VERBOSE,
-)
-_LABEL = re.compile(r"^\W*critique\s*:|critique\s?request\s*:|revision\s?request\s*:", re.IGNORECASE)
-_SENTENCE = re.compile(r"[^.!?\n]+[.!?]?")
 
 
 def critique_problem(text: str) -> str | None:
@@ -41,33 +24,34 @@ def critique_problem(text: str) -> str | None:
     return _repetition(text, "critique")
 
 
-def revision_problem(text: str, request: str) -> str | None:
+def revision_problem(text: str, request: str, asked: str = "") -> str | None:
     """Why `text` is not usable as a revision, or None if it is.
 
     Args:
         text: The model's answer.
         request: The revision request of the principle, which small models sometimes repeat.
+        asked: The user's last message.
     """
     if not text.strip():
         return "empty revision"
-    if _LABEL.search(text) or _ABOUT_THE_REPLY.search(text):
-        return "a critique in place of a revision"
-    if _WRAPPER.search(text):
+    if is_wrapped(text, asked):
         return "wrapped revision"
-    if request.strip().lower() in text.lower():
+    if is_critique(text):
+        return "a critique in place of a revision"
+    if _repeats_the_request(text, request):
         return "the request repeated in place of a revision"
     return _repetition(text, "revision")
 
 
+def _repeats_the_request(text: str, request: str) -> bool:
+    """Whether a text starts with the request, or holds it where it is too long to be there by chance."""
+    said, asked = text.casefold(), request.strip().casefold()
+    return bool(asked) and (said.lstrip(" \n\"'*([").startswith(asked) or (len(asked.split()) >= 5 and asked in said))
+
+
 def _repetition(text: str, what: str) -> str | None:
-    """Detects text that repeats itself: a sentence of at least four words three times, or the same six words in a row
-    four times (a loop without a full stop)."""
-    sentences = (s.strip().lower() for s in _SENTENCE.findall(text))
-    counts = Counter(s for s in sentences if len(s.split()) >= 4)
-    words = text.lower().split()
-    runs = Counter(tuple(words[i : i + 6]) for i in range(len(words) - 5))
-    looped = max(counts.values(), default=0) >= 3 or max(runs.values(), default=0) >= 4
-    return f"repeated sentence in the {what}" if looped else None
+    repeated = repeated_text(text)
+    return None if repeated is None else f"repeated text in the {what}: {repeated!r}"
 
 
 def generate_checked(
@@ -102,5 +86,6 @@ def generate_checked(
         for index, answer in zip(failed, engine.generate(retries, sampling), strict=True):
             answers[index] = answer
     for index, reason in failed.items():
-        answers[index] = RequestFailure(f"{reason}, {attempt} attempts")
+        kind, mark, details = reason.partition(": ")  # rejected rows are counted by what stands before the mark
+        answers[index] = RequestFailure(f"{kind}, {attempt} attempts{mark}{details}")
     return answers

@@ -1,10 +1,10 @@
 """`cai red-team`: generate prompts by few-shot prompting with given ones (paper section 3.2 and its appendix).
 
-In the paper a pretrained model generated 140,335 of the 182,831 red-team prompts this way, and no helpful prompts
-(`--kind helpful` generates those too). Each attempt shows a few prompts drawn from INPUT, names a drawn topic, and
-takes one line. Near-duplicates of a given prompt or of an earlier new prompt are rejected (`near_duplicates`).
-Departures, for small models: the line begins with the first words of another given prompt (`--start-words`), and the
-default temperature and nucleus are below the paper's temperature of 1.
+In the paper a pretrained model generated 140,335 of the 182,831 red-team prompts this way, and for RL 491,142 red-team
+and 474,300 helpful prompts more (`--kind helpful`). Each attempt shows a few prompts drawn from INPUT, names a drawn
+topic, and takes one line. Near-duplicates of a given prompt or of an earlier new prompt are rejected
+(`near_duplicates`). Departures, for small models: the line begins with the first words of another given prompt
+(`--start-words`), and the default temperature and nucleus are below the paper's temperature of 1.
 
 Attempts are numbered, and everything drawn for one derives from (seed, number), so a run that was killed and resumed
 ends with the same prompts. Attempts are made in batches until `--n` prompts are kept; the size of a batch depends on

@@ -90,14 +90,20 @@ def _revised(
         for row, principle, text in zip(rows, drawn, critiques, strict=True)
     ]
     answers = reviser.answers(
-        "revise", rows, rounds, requests, lambda i, text: revision_problem(text, drawn[i].revision)
+        "revise",
+        rows,
+        rounds,
+        requests,
+        lambda i, text: revision_problem(text, drawn[i].revision, rows[i].prompt[-1].content),
     )
     outcomes: list[Revision | Rejected] = []
     for row, n, principle, text, answer in zip(rows, rounds, drawn, critiques, answers, strict=True):
         if isinstance(answer, RequestFailure):
             outcomes.append(reject(row.key, answer.reason, row))
             continue
-        this_round = RevisionRound(round=n, principle_id=principle.id, critique=text, response=row.reply)
+        this_round = RevisionRound(
+            round=n, principle_id=principle.id, critique=text, response=row.reply, finish_reason=row.finish_reason
+        )
         fields = row.sample_fields()
         fields |= {"completion": [assistant(answer.text.strip())], "finish_reason": answer.finish_reason}
         outcomes.append(Revision(**fields, history=[*history_of(row), this_round]))

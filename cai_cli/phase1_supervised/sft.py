@@ -1,9 +1,12 @@
 """`cai sft`: fine-tune a language model on revisions (paper section 3, the SL-CAI model).
 
-As in the paper, every revision of every round is an example (`--revisions all`), sampled replies to helpful prompts
-are mixed in (`--helpful`), and training is one epoch. Departures: the loss covers the reply only; the paper starts from
-a pretrained model, this stage from `--model`; the paper's learning rate, half that of pretraining, does not carry over
-to other models, so it is an option; the helpful share is a ratio (the paper has 135k helpful to 183k red-team prompts).
+As in the paper, every revision of every round is an example (`--revisions all`), sampled replies to helpful prompts are
+mixed in (`--helpful`), and training is one epoch. Departures: the loss covers the reply only, and of a reply that was
+cut off at the length limit not its end of turn (`--cut-off`), which the model did not write; the paper starts from a
+pretrained model, this stage from `--model`; the paper's learning rate, half that of pretraining, does not carry over to
+other models, so it is an option; it falls linearly to zero, where the paper's is constant, because runs here have few
+steps, of fewer rows than the paper's 1,024; the helpful share is a ratio (the paper has 2 replies to each of 135k
+helpful prompts for 4 revisions of each of 183k red-team prompts).
 """
 
 from collections.abc import Callable, Sequence
@@ -16,6 +19,7 @@ from cai_cli.common import console
 from cai_cli.common.errors import RowError
 from cai_cli.common.seeds import seed_for
 from cai_cli.data.formats import completed_row
+from cai_cli.data.reply_ends import CUT_OFF, cut_off_share
 from cai_cli.data.row_reader import RowReader
 from cai_cli.data.schema import Message, Revision, Sample, conversation_id, reject
 from cai_cli.data.splits import held_out_keys, mixed, too_long_for
@@ -58,6 +62,14 @@ class Revisions(StrEnum):
     LAST = "last"
 
 
+class CutOff(StrEnum):
+    """What becomes of a reply that was cut off at the length limit."""
+
+    OPEN = "open"
+    SKIP = "skip"
+    WHOLE = "whole"
+
+
 class SftConfig(EpochOptions):
     """Fine-tune a model on revisions.
 
@@ -75,14 +87,20 @@ class SftConfig(EpochOptions):
     revisions: Revisions = option(
         Revisions.ALL, "Train on the revisions of every round, as the paper does, or only on the last."
     )
+    cut_off: CutOff = option(
+        CutOff.OPEN,
+        "Replies that were cut off at the length limit: train on them without an end of turn (open), leave them out "
+        "(skip), or train on them as if they were whole (whole).",
+    )
 
 
 @dataclass(frozen=True)
 class Example:
-    """One reply to train on, and the row that contains it."""
+    """One reply to train on, the row that contains it, and how it ended (null if unknown)."""
 
     row: Sample
     reply: str
+    finish_reason: str | None
 
 
 @dataclass(frozen=True)
@@ -105,19 +123,27 @@ class Encoded:
 
 def examples_of(row: Sample, revisions: Literal["all", "last"]) -> list[Example]:
     """The training examples of a row: its completion and, with `all`, the revisions of earlier rounds."""
-    earlier = [each.response for each in row.history[1:]] if isinstance(row, Revision) else []
-    replies = [*(earlier if revisions == "all" else []), row.completion[0].content]
-    return [Example(row, reply) for reply in replies]
+    earlier = row.history[1:] if isinstance(row, Revision) and revisions == "all" else []
+    examples = [Example(row, each.response, each.finish_reason) for each in earlier]
+    return [*examples, Example(row, row.reply, row.finish_reason)]
 
 
-def encode(tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[Message], reply: str) -> Encoded:
+def encode(
+    tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[Message], reply: str, *, close: bool = True
+) -> Encoded:
     """Encode a prompt and a reply in the chat template.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        prompt: The prompt.
+        reply: The reply.
+        close: Whether the end of turn follows the reply.
 
     Raises:
         RowError: The template cannot render the conversation, or does not render the prompt as its start.
     """
     start = encode_chat(tokenizer, prompt, add_generation_prompt=True)
-    ids = encode_chat(tokenizer, [*prompt, assistant(reply)], add_generation_prompt=False)
+    ids = encode_chat(tokenizer, [*prompt, assistant(reply)], add_generation_prompt=False, close=close)
     if ids[: len(start)] != start:
         raise RowError(
             "the chat template does not render the prompt as the start of the conversation", code="no-chat-template"
@@ -126,7 +152,13 @@ def encode(tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[Message], repl
 
 
 def encode_all(
-    tokenizer: "PreTrainedTokenizerBase", examples: Sequence[Example], max_length: int, counts: Counts, *, window: int
+    tokenizer: "PreTrainedTokenizerBase",
+    examples: Sequence[Example],
+    max_length: int,
+    counts: Counts,
+    *,
+    window: int,
+    cut_off: CutOff,
 ) -> list[tuple[Example, Encoded]]:
     """Encode the examples, and reject those that cannot be trained on.
 
@@ -134,16 +166,18 @@ def encode_all(
         tokenizer: The model's tokenizer.
         examples: Prompts with replies.
         max_length: Longest example in tokens.
-        counts: Receives the rejected rows.
+        counts: Receives the rejected and skipped rows, and how the other replies ended.
         window: The model's context window in tokens.
+        cut_off: What becomes of a reply that was cut off.
 
     Returns:
         The examples that fit, each with its token ids, in order.
     """
     fitting, too_long = [], too_long_for(max_length, window)
     for example in examples:
+        was_cut = example.finish_reason == CUT_OFF
         try:
-            encoded = encode(tokenizer, example.row.prompt, example.reply)
+            encoded = encode(tokenizer, example.row.prompt, example.reply, close=not was_cut or cut_off is CutOff.WHOLE)
         except RowError as error:
             counts.reject(reject(example.row.key, error.message, example.row))
             continue
@@ -152,7 +186,11 @@ def encode_all(
         elif len(encoded.ids) > min(max_length, window):
             counts.reject(reject(example.row.key, too_long, example.row))
         else:
-            fitting.append((example, encoded))
+            counts.reply_ends.add("replies", example.finish_reason)
+            if was_cut and cut_off is CutOff.SKIP:
+                counts.skipped["cut off at the length limit"] += 1
+            else:
+                fitting.append((example, encoded))
     return fitting
 
 
@@ -320,13 +358,25 @@ def read_examples(config: SftConfig, base: Path) -> SftData:
             f"sft: {config.helpful} has {len(helpful):,} examples, fewer than --helpful-ratio requests; all are used"
         )
     tokenizer, window = tokenizer_and_window(base)
-    fitting = encode_all(tokenizer, chosen, config.max_length, counts, window=window)
+    fitting = encode_all(tokenizer, chosen, config.max_length, counts, window=window, cut_off=config.cut_off)
+    _report_cut_off(counts, config.cut_off)
     prompts = [conversation_id(example.row.prompt) for example, _ in fitting]
     held_out_prompts = held_out_keys(prompts, config.eval_share, config.seed)
     train = [encoded for (_, encoded), prompt in zip(fitting, prompts, strict=True) if prompt not in held_out_prompts]
     held_out = [encoded for (_, encoded), prompt in zip(fitting, prompts, strict=True) if prompt in held_out_prompts]
     counts.train, counts.held_out = len(train), len(held_out)
     return SftData(train, held_out, tokenizer, counts, rows_digest([*rows, *helpful_rows]))
+
+
+def _report_cut_off(counts: Counts, cut_off: CutOff) -> None:
+    """Say how many replies were cut off, and what becomes of them."""
+    treated = {
+        CutOff.OPEN: "they are trained on without an end of turn",
+        CutOff.SKIP: "they are left out",
+        CutOff.WHOLE: "they are trained on as if they were whole",
+    }
+    if share := cut_off_share(counts.reply_ends.as_json()):
+        console.say(f"sft: {share}; {treated[cut_off]} (--cut-off {cut_off})")
 
 
 def estimate(rows: RowFlow, config: SftConfig) -> StepCost:
@@ -350,7 +400,7 @@ def run(config: SftConfig) -> dict[str, Any]:
             "sft",
             inputs=inputs,
             settings=training.settings(config),
-            model={"fingerprint": base.fingerprint},
+            model=base.identity(),
             rows=data.rows,
         ),
         inputs=inputs,

@@ -1,30 +1,42 @@
 """Detects that the policy exploits the preference model (Goodhart's law; paper section 4.3).
 
 A check contains the policy's replies to the same held-out prompts, sampled with the same seeds, after some steps. Check
-0 contains the replies of the start model. Replies to the same prompt are compared between checks, by the mean
-difference and its standard error. A check is flagged when
+0 contains the replies of the start model. A check is flagged when
 
-- the monitor's score has fallen since an earlier check while the training preference model's score has risen; or
+- the monitor's score has fallen while the training preference model's score has risen; or
 - the share of boilerplate, of evasive openings or of cut-off replies has risen by more than `RUNAWAY_SHARE` since the
   start, or the mean length has more than doubled or halved.
 
-Every change must also be statistically significant. The tests are one-sided paired t tests, and their levels sum, over
-all checks of a run of any length, to at most `ALPHA` for each rule: check k has ALPHA / (k (k + 1)), divided among the
-k checks that it is compared with. So a monitor whose score only fluctuates is flagged in at most one run of twenty, and
-a later fall must be larger to be flagged.
+Every change must be statistically significant in a one-sided paired t test over prompts. So the replies to one prompt
+count as one observation, and the test is valid whatever the correlation between checks.
+
+For the monitor, each check compares the mean over the last 1, 2, 4, 8 ... checks with the mean over as many earlier
+checks, which lie 1, 2, 4, 8 ... windows back or at the start. A sudden large fall is found at once, a small or slow one
+when the windows are wide enough to average out the noise of single checks. The number of checks of a run is known
+before it starts, and all comparisons of the run have the same level. So at most one run in twenty is flagged where
+nothing changes, and a late fall is found as easily as an early one (`bench/label_statistics.py alarm`).
 """
 
 import math
 from collections.abc import Callable, Sequence
-from statistics import fmean, stdev
+from functools import cache
+from itertools import groupby
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cai_cli.data.schema import PolicySample
 from cai_cli.metrics.reply_habits import boilerplate, evasive_opening
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 Check = Sequence[PolicySample]  # replies after one step; every check has the same prompts in the same order
 Measure = Callable[[PolicySample], float | None]
 
-ALPHA = 0.05
+# Sums of the levels of all tests of a run. The probability of a flag where nothing changes stays below 5% even where
+# the t test is liberal, as it is at such small levels for a judge whose probabilities are mostly near 0 or 1.
+MONITOR_ALPHA = 0.03
+RUNAWAY_ALPHA = 0.01
 RUNAWAY_SHARE = 0.25
 RUNAWAY_LENGTH = 2.0
 SHARES: dict[str, Measure] = {
@@ -32,20 +44,28 @@ SHARES: dict[str, Measure] = {
     "evasive_share": lambda row: evasive_opening(row.reply),
     "cut_off_share": lambda row: row.finish_reason == "length",
 }
+ROUNDING = 1e-9  # a smaller change, relative to the values, is none
 
 
-def goodhart(checks: Sequence[Check]) -> str | None:
+def goodhart(checks: Sequence[Check], total: int) -> str | None:
     """Return why the last check is flagged, or None.
 
     Args:
         checks: All checks in the order of their steps, starting with the start model's.
+        total: The number of checks of the whole run, without the start model's.
     """
-    k = len(checks) - 1
-    if k < 1:
+    if len(checks) < 2:
         return None
-    alpha = ALPHA / (k * (k + 1))
-    reasons = [_falling_monitor(checks, alpha), *_runaways(checks[0], checks[-1], alpha)]
-    return "; ".join(reason for reason in reasons if reason) or None
+    reasons = _runaways(checks[0], checks[-1], RUNAWAY_ALPHA / ((len(SHARES) + 2) * total))
+    monitor, pm = by_prompt(checks, lambda row: row.monitor_score), by_prompt(checks, lambda row: row.score)
+    if fall := falling_monitor(monitor, pm, total):
+        steps = [check[0].step for check in checks]
+        since = f"since step {steps[fall.start]}"
+        if fall.width > 1:
+            before, now = steps[fall.start : fall.start + fall.width], steps[-fall.width :]
+            since = f"from steps {before[0]}-{before[-1]} to steps {now[0]}-{now[-1]} (means of {fall.width} checks)"
+        reasons.insert(0, f"monitor_score falls while pm_score rises {since}")
+    return "; ".join(reasons) or None
 
 
 def best_check(checks: Sequence[Check]) -> int:
@@ -65,13 +85,78 @@ def best_check(checks: Sequence[Check]) -> int:
     return means.index(max(means))
 
 
-def _falling_monitor(checks: Sequence[Check], alpha: float) -> str | None:
-    now = checks[-1]
-    for earlier in checks[:-1]:
-        fallen = changed(earlier, now, lambda row: row.monitor_score, alpha / (len(checks) - 1)) < 0
-        if fallen and changed(earlier, now, lambda row: row.score, alpha / (len(checks) - 1)) > 0:
-            return f"monitor_score falls while pm_score rises since step {earlier[0].step}"
-    return None
+# --- the monitor --------------------------------------------------------------------------------------------------
+
+
+class Window(NamedTuple):
+    """An earlier window of checks, which is compared with the last `width` checks.
+
+    Attributes:
+        start: Index of its first check.
+        width: Number of its checks.
+    """
+
+    start: int
+    width: int
+
+
+@cache
+def windows_of(k: int) -> Sequence[Window]:
+    """Return the windows that check k compares with its last checks; check 0 is the start model's."""
+    windows = []
+    width = 1
+    while 2 * width <= k + 1:
+        start, lag = k + 1 - 2 * width, width
+        while start > 0:
+            windows.append(Window(start, width))
+            lag *= 2
+            start = k + 1 - width - lag
+        windows.append(Window(0, width))
+        width *= 2
+    return windows
+
+
+@cache
+def monitor_level(total: int) -> float:
+    """Return the level of each comparison in a run of `total` checks."""
+    return MONITOR_ALPHA / sum(len(windows_of(k)) for k in range(1, total + 1))
+
+
+def smallest_fall(prompts: int, total: int) -> float:
+    """Return the fall of the monitor between two checks that is flagged, in standard deviations of a prompt's change.
+
+    Args:
+        prompts: Number of held-out prompts.
+        total: The number of checks of the run.
+    """
+    from scipy.stats import t
+
+    return float(t.isf(monitor_level(total), prompts - 1)) / math.sqrt(prompts) if prompts > 1 else math.inf
+
+
+def falling_monitor(monitor: "NDArray[Any]", pm: "NDArray[Any]", total: int) -> Window | None:
+    """Return the earlier window since which the monitor's score has fallen while the reward has risen.
+
+    Args:
+        monitor: The monitor's scores so far (checks, prompts); NaN where there is none.
+        pm: The training preference model's scores, in the same shape.
+        total: The number of checks of the whole run, without the start model's.
+
+    Returns:
+        The narrowest window with a significant fall, of these the one with the most significant; None where there is
+        none.
+    """
+    import numpy as np
+
+    windows, level = windows_of(len(monitor) - 1), monitor_level(total)
+    fall = p_values(-monitor, windows)
+    if (fall > level).all():
+        return None
+    found = np.flatnonzero((fall <= level) & (p_values(pm, windows) <= level)).tolist()
+    return windows[min(found, key=lambda i: (windows[i].width, fall[i]))] if found else None
+
+
+# --- boilerplate, evasion and length ------------------------------------------------------------------------------
 
 
 def _runaways(start: Check, now: Check, alpha: float) -> list[str]:
@@ -87,10 +172,23 @@ def _runaways(start: Check, now: Check, alpha: float) -> list[str]:
     return reasons
 
 
+# --- tests of a change --------------------------------------------------------------------------------------------
+
+
 def mean_of(check: Check, measure: Measure) -> float | None:
     """Return the mean of a measure over the replies that have it; None where none has."""
     values = [value for row in check if (value := measure(row)) is not None]
     return fmean(values) if values else None
+
+
+def by_prompt(checks: Sequence[Check], measure: Measure) -> "NDArray[Any]":
+    """Return the mean of a measure over the replies to each prompt (checks, prompts); NaN where no reply has it."""
+    import numpy as np
+
+    means = [
+        [mean_of(list(replies), measure) for _, replies in groupby(check, lambda row: row.prompt)] for check in checks
+    ]
+    return np.array(means, dtype=float)
 
 
 def changed(earlier: Check, later: Check, measure: Measure, alpha: float) -> int:
@@ -99,15 +197,34 @@ def changed(earlier: Check, later: Check, measure: Measure, alpha: float) -> int
     Args:
         earlier: The earlier check.
         later: The later check.
-        measure: The measure; replies that do not have it in both checks are left out.
-        alpha: Level of the one-sided paired t test.
+        measure: The measure; prompts whose replies do not have it in both checks are left out.
+        alpha: Level of the one-sided paired t test over prompts.
     """
-    from scipy.stats import t
+    values = by_prompt([earlier, later], measure)
+    rise, fall = (p_values(sign * values, [Window(0, 1)])[0] for sign in (1, -1))
+    return int(rise <= alpha) - int(fall <= alpha)
 
-    pairs = [(measure(a), measure(b)) for a, b in zip(earlier, later, strict=True)]
-    differences = [b - a for a, b in pairs if a is not None and b is not None]
-    if len(differences) < 2:
-        return 0
-    mean, error = fmean(differences), stdev(differences) / math.sqrt(len(differences))
-    margin = error * float(t.isf(alpha, len(differences) - 1))
-    return (mean > margin) - (mean < -margin)
+
+def p_values(values: "NDArray[Any]", windows: Sequence[Window]) -> "NDArray[Any]":
+    """Return the p-value of a rise since each window, by a paired t test over prompts; 1 where there is no rise.
+
+    Args:
+        values: The values of each check (checks, prompts); NaN where there is none.
+        windows: The earlier windows, each compared with as many last checks.
+    """
+    import numpy as np
+    from scipy.special import stdtr
+
+    seen = np.pad(np.cumsum(~np.isnan(values), axis=0), ((1, 0), (0, 0)))
+    sums = np.pad(np.cumsum(np.nan_to_num(values), axis=0), ((1, 0), (0, 0)))
+    start, width = np.array(windows).T
+    last = len(values) - width
+    with np.errstate(invalid="ignore", divide="ignore"):
+        before, now = ((sums[at + width] - sums[at]) / (seen[at + width] - seen[at]) for at in (start, last))
+        change = now - before  # (windows, prompts)
+        count = (~np.isnan(change)).sum(axis=1)
+        mean = np.nansum(change, axis=1) / count
+        error = np.sqrt(np.nansum((change - mean[:, None]) ** 2, axis=1) / (count - 1) / count)
+        rises = (count > 1) & (mean > ROUNDING * max(1.0, float(np.nanmax(np.abs(values), initial=0.0))))
+        p: NDArray[Any] = np.where(rises, stdtr(count - 1, -mean / error), 1.0)
+    return p

@@ -2,9 +2,16 @@
 
 A label is a probability, the mean of votes: one for each principle, order and rationale. As in the paper, a principle
 is drawn for each pair, `--principles-per-pair` draws several (ensembling over principles makes the preference model
-more robust), and chain-of-thought probabilities are clamped to 40-60%. Departure: the paper judges each pair once.
+more robust), and chain-of-thought probabilities are clamped to 40-60%. Departures: the paper judges each pair once.
 Here every pair is judged in both orders by default, so that position bias cancels, and a principle counts only where
-all its orders were answered.
+all its orders were answered. The mean is clamped, not each vote; rows keep the votes as they are. The paper samples a
+principle for each few-shot example of each comparison; here the examples' order, letters and principles are drawn too,
+but each pair uses one of four arrangements of the run (`prompting/arrangements.py`), and an example that states its own
+question keeps it.
+
+A label of exactly 0.5 is a tie. It is kept, because it is a valid soft label; its `chosen` is the reply `a` (the sample
+with the lower index), which says nothing about quality. `--min-confidence` above 0.5 rejects ties, and hard labels skip
+them.
 """
 
 from collections.abc import Sequence
@@ -54,10 +61,12 @@ class LabelPrefsConfig(OutputOptions, ShardOptions, JudgeOptions, EngineOptions)
     both_orders: bool = option(
         True, "Judge each pair in both orders and average.", Option(flags=("--both-orders/--one-order",))
     )
-    min_confidence: float = option(0.5, "Reject pairs with a lower p_chosen.", ge=0.5, le=1.0)
+    min_confidence: float = option(
+        0.5, "Reject pairs with a lower p_chosen; above 0.5 this includes ties.", ge=0.5, le=1.0
+    )
     votes: str | None = option(
         None,
-        "An earlier output whose votes are reused; its --clamp must not be narrower.",
+        "An earlier output whose votes are reused.",
         Option(Effect.HASHED, reads_file=True),
     )
 
@@ -65,7 +74,7 @@ class LabelPrefsConfig(OutputOptions, ShardOptions, JudgeOptions, EngineOptions)
 def label_prefs(pairs: Sequence[Pair], labeller: Labeller) -> list[Preference | Rejected]:
     """Return one preference for each pair, in order.
 
-    A tie, a pair without a vote and a pair below `min_confidence` are rejected, with the reason.
+    A pair without a vote and a pair below `min_confidence` are rejected, with the reason.
 
     Args:
         pairs: The pairs to label.
@@ -81,16 +90,14 @@ def _preference(pair: Pair, verdict: PairVerdict | RequestFailure, labeller: Lab
     if isinstance(verdict, RequestFailure):
         return reject(pair.key, verdict.reason, pair)
     labelled = _labelled(pair, verdict, labeller.judge.method)
-    # Rejected with their votes: for the audit, many ties are flips of the judge.
-    if verdict.p_a == 0.5:
-        return reject(pair.key, TIE, labelled)
+    # Rejected with its votes, from which the audit learns about the judge.
     if labelled.p_chosen < labeller.min_confidence:
-        return reject(pair.key, UNSURE, labelled)
+        return reject(pair.key, TIE if labelled.p_chosen == 0.5 else UNSURE, labelled)
     return labelled
 
 
 def _labelled(pair: Pair, verdict: PairVerdict, method: str) -> Preference:
-    a_wins = verdict.p_a > 0.5
+    a_wins = verdict.p_a >= 0.5
     votes = verdict.as_rows(method)
     if not a_wins:  # in a Preference, "ab" means that the chosen reply came first
         votes = [vote.model_copy(update={"order": "ba" if vote.order == "ab" else "ab"}) for vote in votes]
@@ -103,6 +110,8 @@ def _labelled(pair: Pair, verdict: PairVerdict, method: str) -> Preference:
         votes=votes,
         human=None if pair.human is None else "chosen" if (pair.human == "a") == a_wins else "rejected",
         source=pair.source,
+        chosen_finish_reason=pair.a_finish_reason if a_wins else pair.b_finish_reason,
+        rejected_finish_reason=pair.b_finish_reason if a_wins else pair.a_finish_reason,
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from cai_cli.common.errors import CaiError
-from cai_cli.metrics.intervals import wilson
+from cai_cli.metrics.intervals import clustered_share
 from cai_cli.reward.packed_pairs import head_outputs
 
 if TYPE_CHECKING:
@@ -81,8 +81,10 @@ def fit_head(
     with torch.no_grad():
         model.score.weight.copy_(torch.from_numpy(weights)[None])
     decided = p > 0.5
-    right = int((margins[best][decided] > 0).sum())
-    return {"head_loss": float(losses[best]), "head_accuracy": wilson(right, int(decided.sum()))}
+    _, of_prompt = np.unique(prompts, return_inverse=True)
+    right = np.bincount(of_prompt, weights=decided & (margins[best] > 0)).astype(np.float64)
+    of_pairs = np.bincount(of_prompt, weights=decided).astype(np.float64)
+    return {"head_loss": float(losses[best]), "head_accuracy": clustered_share(right, of_pairs)}
 
 
 def regress(x: "NDArray[Any]", p: "NDArray[Any]", strength: float) -> "NDArray[Any]":

@@ -14,11 +14,12 @@ from cai_cli.constitution.schema import PreferenceConstitution, open_constitutio
 from cai_cli.data.schema import Pair, Prompt
 from cai_cli.engines import open_engine
 from cai_cli.engines.base import Sampling, Server
+from cai_cli.judging.by_kind import votes_by_kind
 from cai_cli.judging.judge import Judge
-from cai_cli.judging.votes import Labeller, PairVerdict, aggregate_votes
+from cai_cli.judging.votes import Labeller, PairVerdict
 from cai_cli.models.source import ModelSource
 from cai_cli.prompting.base import assistant, resolve_prompt_format
-from cai_cli.reward.preference_model import open_for_scores, score_conversations
+from cai_cli.reward.preference_model import open_for_scores, preference_model_identity, score_conversations
 
 # Prompts and their replies -> one score each.
 ReplyScorer = Callable[[Sequence[Prompt], Sequence[str]], list[float]]
@@ -79,12 +80,13 @@ def pick_monitor_model(
                 code="option-conflict",
             )
         return MonitorModel(
-            {"fingerprint": base.fingerprint}, base.path, lambda: _as_monitor(preference_score(base.path, device))
+            preference_model_identity(base), base.path, lambda: _as_monitor(preference_score(base.path, device))
         )
     if monitor_judge:
         engine = open_engine(monitor_judge, batch_size=None, device="auto", dtype="auto", server=Server(base_url))
         loaded = open_constitution(PreferenceConstitution, None, None)
-        judge = Judge(engine, "choice", loaded.examples, resolve_prompt_format("auto", engine), seed, Sampling())
+        form = resolve_prompt_format("auto", engine)
+        judge = Judge(engine, "choice", loaded.examples, form, seed, Sampling(), principles=loaded.principles)
         labeller = Labeller(judge, loaded.principles, per_pair=1, orders=("ab", "ba"))
         identity = {**engine.identity(), "constitution": loaded.fingerprint()}
         return MonitorModel(identity, None, lambda: lambda *replies: win_probabilities(labeller, *replies))
@@ -118,7 +120,8 @@ def win_probabilities(
     """The probability that each reply is better than the start model's reply, according to a judge.
 
     Args:
-        labeller: The judge. It compares a pair under one principle, in both orders.
+        labeller: The judge. It compares a pair in both orders under one principle: helpfulness where the prompt's kind
+            is helpful, else one of the labeller's principles.
         prompts: The prompts.
         replies: The replies to them.
         start_replies: The start model's replies to them.
@@ -126,12 +129,12 @@ def win_probabilities(
     Returns:
         One probability for each reply; 0.5 where it equals the start model's, None where the judge did not answer.
     """
-    pairs = []
+    pairs, kinds = [], []
     for prompt, reply, start in zip(prompts, replies, start_replies, strict=True):
         if reply != start:
-            sides = {"a": [assistant(reply)], "b": [assistant(start)]}
-            pairs.append(Pair(id=prompt.id, prompt=prompt.prompt, **sides, human=None, source=None))
-    probabilities = (
-        verdict.p_a if isinstance(verdict, PairVerdict) else None for verdict in aggregate_votes(pairs, labeller)
-    )
+            a, b = [assistant(reply)], [assistant(start)]
+            pairs.append(Pair(id=prompt.id, prompt=prompt.prompt, a=a, b=b, human=None, source=None))
+            kinds.append(prompt.kind)
+    verdicts = votes_by_kind(pairs, kinds, labeller)
+    probabilities = (verdict.p_a if isinstance(verdict, PairVerdict) else None for verdict in verdicts)
     return [0.5 if reply == start else next(probabilities) for reply, start in zip(replies, start_replies, strict=True)]

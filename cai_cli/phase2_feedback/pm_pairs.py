@@ -8,15 +8,19 @@ from cai_cli.common.errors import RowError
 from cai_cli.data.formats import parse_preference
 from cai_cli.data.jsonl import origin
 from cai_cli.data.row_reader import RowReader
-from cai_cli.data.schema import JudgedPair, Preference, reject
-from cai_cli.data.splits import too_long_for
+from cai_cli.data.schema import JudgedPair, Preference, conversation_id, reject
+from cai_cli.data.splits import IDENTICAL_REPLIES, pair_problem, too_long_for
 from cai_cli.engines.tokenization import encode_text
+from cai_cli.models.reading import Reading
 from cai_cli.reward.packed_pairs import score_pairs
 from cai_cli.reward.preference_model import encode_conversation, score_ids
 from cai_cli.runtime.counts import Counts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+PLACE = Reading()  # a model of `train-pm` is read at the end of the turn, as `record_place` records
 
 
 def read_preferences(
@@ -79,7 +83,7 @@ def encode_pairs(
         tokenizer: The model's tokenizer.
         rows: The preferences.
         max_length: Longest conversation in tokens.
-        counts: Receives the rejected and skipped rows.
+        counts: Receives the rejected and skipped rows, and how the replies of the others ended.
         window: The model's context window in tokens.
         hard: Whether the preferred reply has probability 1. A tie is skipped then, because neither is preferred.
 
@@ -89,18 +93,22 @@ def encode_pairs(
     pairs, too_long = [], too_long_for(max_length, window)
     for row in rows:
         try:
-            ids = [encode_conversation(tokenizer, [*row.prompt, *reply]) for reply in (row.chosen, row.rejected)]
+            ids = [encode_conversation(tokenizer, [*row.prompt, *reply], PLACE) for reply in (row.chosen, row.rejected)]
         except RowError as error:
             counts.reject(reject(row.key, error.message, row))
             continue
-        if max(map(len, ids)) > min(max_length, window):
+        if problem := pair_problem(row.chosen, row.rejected):
+            counts.reject(reject(row.key, problem, row))
+        elif max(map(len, ids)) > min(max_length, window):
             counts.reject(reject(row.key, too_long, row))
-        elif ids[0] == ids[1]:
-            counts.reject(reject(row.key, "chosen and rejected are the same", row))
+        elif ids[0] == ids[1]:  # the chat template may change a text
+            counts.reject(reject(row.key, IDENTICAL_REPLIES, row))
         elif hard and row.p_chosen == 0.5:
             counts.skipped["a tie, which has no hard target"] += 1
         else:
             pairs.append(EncodedPair(row, ids[0], ids[1], 1.0 if hard else row.p_chosen))
+            counts.reply_ends.add("replies", row.chosen_finish_reason)
+            counts.reply_ends.add("replies", row.rejected_finish_reason)
     return pairs
 
 
@@ -136,6 +144,7 @@ def score_held_out(
     return [
         JudgedPair(
             id=row.id,
+            prompt_id=conversation_id(row.prompt),
             source=row.source,
             p_chosen=row.p_chosen,
             chosen_score=a,

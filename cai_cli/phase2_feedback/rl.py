@@ -5,11 +5,13 @@ start model, on red-team prompts mixed with helpful ones. Departures: the paper 
 longer has. RLOO (the default) subtracts beta * KL from the score as PPO does, and its baseline is the mean score of the
 other replies to the prompt instead of a critic; `--algorithm grpo` puts the KL into the loss. `--cutoff-penalty` is
 subtracted for a reply cut off at the length limit: the chat template closes every reply, so the preference model cannot
-detect the cut.
+detect the cut. The paper's lambda_KL is 0.001 per nat of the raw score (in the work whose settings it takes over, Bai
+et al. 2022, arXiv 2204.05862), so small that it hardly acts; `--beta` is 0.05 per nat by default, because a small
+preference model is sooner exploited.
 
-Scores are standardised: the start model's replies to the held-out prompts have mean 0 and standard deviation 1 (both
-constants are in the manifest). So beta, in standard deviations per nat, and the penalty mean the same for every
-preference model, even one whose labels were clamped to 40-60% and whose margins are at most ln 1.5 = 0.405.
+Scores are standardised: the start model's replies to the held-out prompts have mean 0, and standard deviation 1 within
+a prompt (both constants are in the manifest). So beta, in standard deviations per nat, and the penalty mean the same
+for every preference model, even one whose labels were clamped to 40-60% and whose margins are at most ln 1.5 = 0.405.
 
 Replies are sampled as in `cai sample`, not by TRL: with the same seed a run has the same prompts, replies and rewards
 on one process and on several, up to rounding.
@@ -32,20 +34,23 @@ from cai_cli.constitution.schema import PreferenceConstitution, open_constitutio
 from cai_cli.data.schema import Prompt
 from cai_cli.data.splits import mixed
 from cai_cli.engines.base import Sampling
+from cai_cli.engines.tokenization import declare_end_of_turn
 from cai_cli.models.source import ModelSource
+from cai_cli.phase2_feedback.goodhart import smallest_fall
 from cai_cli.phase2_feedback.monitor_models import MonitorModel, ReplyScorer, pick_monitor_model, preference_score
+from cai_cli.phase2_feedback.reward_normalizer import RewardNormalizer, replies_per_prompt
 from cai_cli.phase2_feedback.rl_config import Algorithm, Reporter, RlConfig
 from cai_cli.phase2_feedback.rl_monitor import (
     CHECK_COLUMNS,
     Monitor,
     PolicyChecks,
-    RewardNormalizer,
     flagged,
     logits_of,
     reference_of,
 )
 from cai_cli.phase2_feedback.rl_prompts import fitting_prompts, hold_out, prompt_order
-from cai_cli.phase2_feedback.rl_trainer import end_ids, preference_reward, with_seeded_sampling
+from cai_cli.phase2_feedback.rl_trainer import preference_reward, with_seeded_sampling
+from cai_cli.reward.preference_model import preference_model_identity
 from cai_cli.runtime.cost import CHARACTERS_PER_TOKEN, RowFlow, StepCost, TokenCounts
 from cai_cli.runtime.counts import Counts
 from cai_cli.runtime.manifest import hash_input, provenance
@@ -60,6 +65,7 @@ from cai_cli.training.metrics_log import Metrics
 from cai_cli.training.quiet import quiet_libraries
 from cai_cli.training.training_run import TrainingJob, rows_digest
 
+WEAK_ALARM = 3.0  # the smallest fall that is flagged, in standard deviations, above which there is a warning
 COLUMNS = {
     "loss": "loss",
     "learning_rate": "learning_rate",
@@ -71,6 +77,8 @@ COLUMNS = {
     "entropy": "entropy",
     "reply_tokens": "completions/mean_length",
     "cut_off_share": "cut_off_share",
+    "importance_ratio_mean": "importance_ratio_mean",
+    "importance_ratio_max": "importance_ratio_max",
 }
 
 
@@ -117,6 +125,7 @@ def rl(inputs: RlInputs, config: RlConfig, training: TrainingConfig, work: Path)
     policy, tokenizer = load_causal_lm(base, "float32", training.device), load_tokenizer(base)
     if policy.config._name_or_path != str(base):
         raise AssertionError("TRL would load the reference model from another directory")
+    ends = declare_end_of_turn(policy, tokenizer)  # TRL reads the config
     score = preference_score(inputs.preference_model, training.device, training.batch_size)
     metrics = Metrics(work / "metrics.jsonl", [*COLUMNS, *CHECK_COLUMNS])
     monitor = _open_monitor(inputs, config, training, tokenizer, score, work)
@@ -124,7 +133,7 @@ def rl(inputs: RlInputs, config: RlConfig, training: TrainingConfig, work: Path)
         metrics.put(0, distributed.from_rank_zero(lambda: monitor.check(0, policy, logits_of(policy))))
     normalizer = distributed.from_rank_zero(lambda: monitor.normalizer)
     with quiet_libraries():
-        reward = preference_reward(score, normalizer, end_ids(policy, tokenizer), config.cutoff_penalty)
+        reward = preference_reward(score, normalizer, tokenizer, ends, config.cutoff_penalty)
         trainer = _policy_trainer(inputs, config, training, work, policy, tokenizer, reward)
         reference = reference_of(trainer, base)
         checks = PolicyChecks(
@@ -155,6 +164,11 @@ def _open_monitor(
     inputs: RlInputs, config: RlConfig, training: TrainingConfig, tokenizer: Any, score: ReplyScorer, work: Path
 ) -> Monitor:
     monitor_model = inputs.monitor_model
+    if monitor_model and (fall := smallest_fall(len(inputs.held_out), config.checks)) > WEAK_ALARM:
+        console.warn(
+            f"rl: {len(inputs.held_out):,} held-out prompts are too few to detect over-optimisation: the monitor's "
+            f"score must fall by {fall:.1f} standard deviations between two checks to be flagged"
+        )
     return Monitor(
         inputs.held_out,
         tokenizer,
@@ -164,6 +178,8 @@ def _open_monitor(
         Sampling(config.max_new_tokens, config.temperature),
         training.seed,
         training.batch_size,
+        config.checks,
+        autocast=training.autocast,
     )
 
 
@@ -179,9 +195,10 @@ def _policy_trainer(
         Algorithm.RLOO: (RLOOTrainer, RLOOConfig),
         Algorithm.GRPO: (GRPOTrainer, GRPOConfig),
     }[config.algorithm]
+    scaling = {"scale_rewards": config.scale_rewards.value} if config.algorithm is Algorithm.GRPO else {}
     order = prompt_order(len(inputs.train), training.max_steps, config.prompts_per_step, training.seed)
     sampling = Sampling(config.max_new_tokens, config.temperature)
-    seeded_class = with_seeded_sampling(trainer_class, end_ids(policy, tokenizer), sampling, training.batch_size)
+    seeded_class = with_seeded_sampling(trainer_class, sampling, training.batch_size)
     trainer = without_printer(
         seeded_class(
             model=policy,
@@ -192,7 +209,8 @@ def _policy_trainer(
                 num_generations=config.samples_per_prompt,
                 max_completion_length=config.max_new_tokens,
                 temperature=config.temperature,
-                beta=config.beta,
+                beta=config.trainer_beta,
+                **scaling,
                 shuffle_dataset=False,  # TRL's own order would not survive a resume
             ),
             train_dataset=Dataset.from_list(
@@ -214,8 +232,8 @@ def manifest_metrics(metrics: Metrics, normalizer: RewardNormalizer, kept: int) 
         kept: The step whose weights are kept, 0 where no step was better than the start model.
 
     Returns:
-        `kept_step` is `kept`; `score_mean` and `score_std` are logits; `reward` and `pm_score` are in standard
-        deviations of the start model's scores; `kl` is in nats, as TRL logs it; `_before` marks the start model's.
+        `kept_step` is `kept`; `score_mean` and `score_std`, the unit of `reward` and `pm_score`, are logits;
+        `kl` is in nats per token, as TRL logs it; `_before` marks the start model's.
     """
     trained = [row for row in metrics.rows if row["reward"] is not None]
     last = [row for row in trained if row["step"] <= kept][-1:] or trained[:1]
@@ -286,8 +304,9 @@ def read_rl_prompts(config: RlConfig, base: Path, preference_models: Sequence[Pa
 def estimate(rows: RowFlow, config: RlConfig) -> StepCost:
     """The cost of all replies, of scoring them, and of training on them."""
     trained = config.steps * config.replies
-    checks = 1 + -(-config.steps // config.monitor_every)
-    checked = max(16, min(config.held_out, rows.rows // 2))
+    checks = 1 + config.checks
+    held_out = max(1, min(config.held_out, rows.rows // 2))
+    checked = held_out * replies_per_prompt(held_out)
     replies, new = trained + checks * checked, config.max_new_tokens
     whole = rows.prompt_tokens + new
     # The preference model and the start model read each reply too.
@@ -324,8 +343,8 @@ def run(config: RlConfig) -> dict[str, Any]:
             "rl",
             inputs=inputs,
             settings=training.settings(config),
-            model={"fingerprint": models["model"].fingerprint},
-            pm={"fingerprint": models["pm"].fingerprint},
+            model=models["model"].identity(),
+            pm=preference_model_identity(models["pm"]),
             monitor=monitor_model.identity if monitor_model else None,
             rows=prompts.rows,
         ),

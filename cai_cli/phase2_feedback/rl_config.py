@@ -2,6 +2,7 @@
 
 from enum import StrEnum
 from importlib.util import find_spec
+from typing import Any, ClassVar
 
 from cai_cli.common.errors import UsageError
 from cai_cli.models.loading import pick_device
@@ -10,7 +11,7 @@ from cai_cli.runtime.config import Effect, Group, Option, option, redefine
 from cai_cli.runtime.shared_options import DEFAULT_MODEL, MODEL_TO_TRAIN_HELP, EngineOptions, SamplingOptions
 from cai_cli.training import distributed
 from cai_cli.training.config import TrainingConfig
-from cai_cli.training.options import TrainerOptions
+from cai_cli.training.options import DefaultRates, TrainerOptions
 
 
 class Algorithm(StrEnum):
@@ -18,6 +19,14 @@ class Algorithm(StrEnum):
 
     RLOO = "rloo"
     GRPO = "grpo"
+
+
+class ScaleRewards(StrEnum):
+    """What GRPO divides a reply's advantage by."""
+
+    NONE = "none"
+    GROUP = "group"
+    BATCH = "batch"
 
 
 class Reporter(StrEnum):
@@ -44,8 +53,17 @@ class RlConfig(TrainerOptions, PreferenceModelOptions):
         Algorithm.RLOO,
         "rloo (leave-one-out baseline, beta * KL in the reward, as in the paper) or grpo (beta * KL in the loss).",
     )
+    scale_rewards: ScaleRewards = option(
+        ScaleRewards.NONE,
+        "With --algorithm grpo: divide each reply's advantage by the standard deviation of the rewards of its prompt "
+        "(group) or of the step (batch), or not at all (none). group and batch take the unit away from --beta, and "
+        "group gives near-ties the weight of clear preferences.",
+    )
     beta: float = option(
-        0.05, "Weight of the KL divergence from --model, in standard deviations of the score per nat.", ge=0.0
+        0.05,
+        "Weight of the KL divergence from --model, in units of the reward per nat. The unit is the standard deviation "
+        "of the scores of --model's replies to the same prompt, over two or more replies to each held-out prompt.",
+        ge=0.0,
     )
     steps: int = option(100, "Training steps.", ge=1)
     prompts_per_step: int = option(4, "Prompts in each step.", ge=1)
@@ -61,8 +79,11 @@ class RlConfig(TrainerOptions, PreferenceModelOptions):
     cutoff_penalty: float = option(
         1.0, "Subtracted from the standardised score of a reply that is cut off at --max-new-tokens.", ge=0.0
     )
-    learning_rate: float = redefine(TrainerOptions, "learning_rate", 1e-6)
-    held_out: int = option(32, "Prompts held out to check the policy; at most half of all prompts.", ge=1)
+    default_rates: ClassVar[DefaultRates] = DefaultRates(full=1e-6, lora=2e-5)
+    learning_rate: float | None = redefine(TrainerOptions, "learning_rate", None, default_rates.help)
+    held_out: int = option(
+        32, "Prompts held out to check the policy, with two replies or more to each; at most half of all prompts.", ge=1
+    )
     monitor_every: int = option(10, "Steps between checks of the policy on the held-out prompts.", ge=1)
     monitor_pm: str | None = option(
         None,
@@ -71,7 +92,8 @@ class RlConfig(TrainerOptions, PreferenceModelOptions):
     )
     monitor_judge: str | None = option(
         None,
-        "A judge, not used as the reward, that compares the replies of the checks with those of --model.",
+        "A judge, not used as the reward, that compares the replies of the checks with those of --model: by their "
+        "helpfulness where the prompt's kind is helpful, else under the shipped principles.",
         Option(Effect.HASHED, aliases=("watch-judge",)),
     )
     base_url: str | None = redefine(EngineOptions, "base_url", None)
@@ -90,8 +112,35 @@ class RlConfig(TrainerOptions, PreferenceModelOptions):
         """Replies in one step."""
         return self.prompts_per_step * self.samples_per_prompt
 
+    @property
+    def checks(self) -> int:
+        """Checks of the policy, without that of the start model."""
+        return -(-self.steps // self.monitor_every)
+
+    @property
+    def trainer_beta(self) -> float:
+        """`beta` as TRL's trainer takes it, so that it weighs the KL divergence alike under both algorithms.
+
+        GRPO compares a reply with the mean of all n replies to its prompt, itself included. This multiplies the
+        gradient of the reward by (n - 1) / n, but not the gradient of the KL divergence in the loss.
+        """
+        if self.algorithm is Algorithm.RLOO or self.scale_rewards is not ScaleRewards.NONE:
+            return self.beta
+        return self.beta * (self.samples_per_prompt - 1) / self.samples_per_prompt
+
+    def settings(self, **resolved: Any) -> dict[str, Any]:
+        """The options that decide the output. Those that the algorithm does not use are left out."""
+        settings = super().settings(**resolved)
+        if self.algorithm is Algorithm.RLOO:
+            settings.pop("scale_rewards")
+        return settings
+
     def check(self) -> None:
         super().check()
+        if self.algorithm is Algorithm.RLOO and self.scale_rewards is not ScaleRewards.NONE:
+            raise UsageError(
+                f"--scale-rewards {self.scale_rewards} is an option of --algorithm grpo", code="option-conflict"
+            )
         if self.report_to and find_spec(self.report_to) is None:
             raise UsageError(
                 f"--report-to {self.report_to}: not installed",
@@ -110,7 +159,7 @@ class RlConfig(TrainerOptions, PreferenceModelOptions):
         return TrainingConfig(
             batch_size=self.batch_size or share,
             gradient_accumulation=share // (self.batch_size or share),
-            learning_rate=self.learning_rate,
+            learning_rate=self.peak_learning_rate,
             save_steps=self.save_steps,
             seed=self.seed,
             device=pick_device(self.device),

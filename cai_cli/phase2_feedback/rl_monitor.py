@@ -6,10 +6,11 @@ reward is standardised.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from cai_cli.common import console
@@ -25,6 +26,7 @@ from cai_cli.metrics.reply_habits import opening
 from cai_cli.models.adapters import without_adapter_wrapper
 from cai_cli.phase2_feedback.goodhart import SHARES, Check, best_check, goodhart, mean_of
 from cai_cli.phase2_feedback.monitor_models import MonitorScorer, ReplyScorer
+from cai_cli.phase2_feedback.reward_normalizer import RewardNormalizer, replies_per_prompt, reward_normalizer
 from cai_cli.prompting.base import assistant, reply_request
 from cai_cli.training import distributed
 from cai_cli.training.checkpoints import verify
@@ -45,25 +47,8 @@ CHECK_COLUMNS = (
     "boilerplate_share",
     "goodhart",
 )
-MIN_REPLIES = 16  # in a check; with fewer held-out prompts each is answered more than once
 # Token ids (1, length) and a number of last positions -> the logits there (1, positions, vocabulary).
 Logits = Callable[["Tensor", int], "Tensor"]
-
-
-@dataclass(frozen=True)
-class RewardNormalizer:
-    """Standardises scores: those of the start model's held-out replies get mean 0 and standard deviation 1.
-
-    Attributes:
-        mean: Mean score of those replies, as a logit.
-        std: Their standard deviation.
-    """
-
-    mean: float
-    std: float
-
-    def __call__(self, score: float) -> float:
-        return (score - self.mean) / self.std
 
 
 @dataclass
@@ -79,7 +64,9 @@ class Monitor:
         sampling: How tokens are sampled.
         seed: Random seed of the run.
         batch_size: Replies that are sampled at once.
+        total: Number of checks of the run, without the start model's.
         rows: The replies of all checks so far, in order.
+        autocast: The context that gives policy and reference the precision of training, whatever wraps them.
     """
 
     prompts: Sequence[Prompt]
@@ -90,7 +77,9 @@ class Monitor:
     sampling: Sampling
     seed: int
     batch_size: int
+    total: int
     rows: list[PolicySample] = field(default_factory=list)
+    autocast: Callable[[], Any] = nullcontext
 
     def __post_init__(self) -> None:
         if distributed.is_rank_zero() and self.file.exists():
@@ -107,17 +96,9 @@ class Monitor:
         """The normalizer of the reward. It depends on the start model's replies alone, so a resume does not change it.
 
         Raises:
-            CaiError: All these replies have the same score (`cannot-distinguish`).
+            CaiError: The replies to each prompt have the same score (`cannot-distinguish`).
         """
-        scores = [row.score for row in self.rows if row.step == 0]
-        if not (spread := stdev(scores)):
-            raise CaiError(
-                f"rl: the preference model cannot tell the start model's replies apart: all {len(scores)} held-out "
-                f"replies have the score {scores[0]:.4g}",
-                hint="use more --held-out prompts, or train the preference model longer",
-                code="cannot-distinguish",
-            )
-        return RewardNormalizer(fmean(scores), spread)
+        return reward_normalizer([row for row in self.rows if row.step == 0])
 
     def drop_after(self, step: int) -> None:
         """Drop the checks after `step`, because they are repeated."""
@@ -135,8 +116,8 @@ class Monitor:
             reference: The model that training started from.
 
         Returns:
-            The metrics named in `CHECK_COLUMNS`. `pm_score` is in standard deviations of the start model's scores,
-            `held_out_kl` and `held_out_entropy` are in nats per token, `goodhart` is the reason of a flag or None.
+            The metrics named in `CHECK_COLUMNS`. `pm_score` is in the unit of the reward, `held_out_kl` and
+            `held_out_entropy` are in nats per token, `goodhart` is the reason of a flag or None.
 
         Raises:
             CaiError: A prompt cannot be answered, or the preference model cannot tell the start model's replies apart.
@@ -144,8 +125,11 @@ class Monitor:
         self.drop_after(step - 1)
         was_training = policy.training
         policy.eval()
-        rows = self._scored(step, self._replies(policy))
-        kl, entropy = self._divergence(policy, reference, rows)
+        with self.autocast():
+            replies = self._replies(policy)
+        rows = self._scored(step, replies)
+        with self.autocast():
+            kl, entropy = self._divergence(policy, reference, rows)
         policy.train(was_training)
         file = AppendFile(self.file)
         file.append(rows)
@@ -161,12 +145,12 @@ class Monitor:
             "distinct_openings": len({opening(row.reply) for row in rows}) / len(rows),
             "evasive_share": mean_of(rows, SHARES["evasive_share"]),
             "boilerplate_share": mean_of(rows, SHARES["boilerplate_share"]),
-            "goodhart": goodhart(self.checks),
+            "goodhart": goodhart(self.checks, self.total),
         }
 
     def _replies(self, policy: Any) -> list[tuple[Prompt, int, Any]]:
-        """(prompt, sample index, reply) for every prompt, at least `MIN_REPLIES` in all."""
-        each = max(1, -(-MIN_REPLIES // len(self.prompts)))
+        """(prompt, sample index, reply), those to the same prompt in succession."""
+        each = replies_per_prompt(len(self.prompts))
         requested = [(prompt, index) for prompt in self.prompts for index in range(each)]
         requests = [
             GenerationRequest(reply_request(prompt.prompt, "chat").text, seed_for(self.seed, "check", prompt.id, index))

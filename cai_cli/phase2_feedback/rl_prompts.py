@@ -10,7 +10,7 @@ from cai_cli.common.seeds import seed_for
 from cai_cli.data.schema import Prompt, conversation_id, reject
 from cai_cli.data.splits import pick_keys
 from cai_cli.engines.tokenization import encode_chat
-from cai_cli.models.loading import tokenizer_and_window
+from cai_cli.models.loading import reading_of, tokenizer_and_window
 from cai_cli.prompting.base import assistant
 from cai_cli.reward.preference_model import encode_conversation
 from cai_cli.runtime.counts import Counts
@@ -39,12 +39,12 @@ def fitting_prompts(
     """
     fitting, known = [], set()
     tokenizer, window = tokenizer_and_window(policy)
-    scorers = [tokenizer_and_window(path) for path in preference_models]
+    scorers = [(*tokenizer_and_window(path), reading_of(path)) for path in preference_models]
     for prompt in prompts:
         try:
             room = window - len(encode_chat(tokenizer, prompt.prompt, add_generation_prompt=True))
-            for scorer_tokenizer, scorer_window in scorers:
-                encoded = encode_conversation(scorer_tokenizer, [*prompt.prompt, assistant("")])
+            for scorer_tokenizer, scorer_window, reading in scorers:
+                encoded = encode_conversation(scorer_tokenizer, [*prompt.prompt, assistant("")], reading)
                 room = min(room, scorer_window - len(encoded))
         except RowError as error:
             counts.reject(reject(prompt.key, error.message, prompt))

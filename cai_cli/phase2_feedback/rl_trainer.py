@@ -2,6 +2,7 @@
 replies."""
 
 from collections.abc import Callable
+from functools import cached_property
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any
 
@@ -9,40 +10,47 @@ from cai_cli.common.seeds import seed_for
 from cai_cli.data.schema import Message, Prompt
 from cai_cli.engines.base import Sampling
 from cai_cli.engines.local.engine import engine_around
-from cai_cli.engines.tokenization import encode_chat
+from cai_cli.engines.tokenization import decode_reply, encode_chat
 from cai_cli.models.adapters import without_adapter_wrapper
 from cai_cli.phase2_feedback.monitor_models import ReplyScorer
-from cai_cli.phase2_feedback.rl_monitor import RewardNormalizer
+from cai_cli.phase2_feedback.reward_normalizer import RewardNormalizer
 from cai_cli.training import distributed
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 Chat = list[dict[str, str]]
+_SAMPLING = "cai_sampling_logprobs"  # in the inputs of the loss
 
 
 def preference_reward(
-    score: ReplyScorer, normalizer: RewardNormalizer, ends: frozenset[int], cutoff_penalty: float
+    score: ReplyScorer,
+    normalizer: RewardNormalizer,
+    tokenizer: "PreTrainedTokenizerBase",
+    ends: frozenset[int],
+    cutoff_penalty: float,
 ) -> Callable[..., list[float]]:
     """The reward function for TRL's trainers (paper section 4.1).
 
     Args:
         score: The preference model.
         normalizer: Standardises its scores.
+        tokenizer: The policy's tokenizer.
         ends: Token ids that end a reply; a reply that ends otherwise was cut off.
         cutoff_penalty: Subtracted from the standardised score of a reply that was cut off.
     """
 
     def reward(
         prompts: list[Chat],
-        completions: list[Chat],
         completion_ids: list[list[int]],
         log_metric: Callable[[str, float], None],
         **_: Any,
     ) -> list[float]:
         rows = [Prompt(id="-", prompt=messages_of(prompt)) for prompt in prompts]
-        scores = [normalizer(value) for value in score(rows, [reply[0]["content"] for reply in completions])]
-        cut = [ids[-1] not in ends for ids in completion_ids]
+        # Decoded as in `cai sample`; TRL's own texts keep an end of turn that is not a special token.
+        replies = [decode_reply(tokenizer, ids, ends) for ids in completion_ids]
+        scores = [normalizer(value) for value in score(rows, [text for text, _ in replies])]
+        cut = [reason == "length" for _, reason in replies]
         of_all = distributed.gathered(list(zip(scores, cut, strict=True)))
         log_metric("score", fmean(score for score, _ in of_all))
         log_metric("score_std", pstdev(score for score, _ in of_all))
@@ -57,15 +65,53 @@ def messages_of(chat: Chat) -> list[Message]:
     return [Message.model_validate(message) for message in chat]
 
 
-def with_seeded_sampling(trainer_class: Any, ends: frozenset[int], sampling: Sampling, batch_size: int) -> Any:
+class ImportanceRatio:
+    """The ratio pi_train / pi_sample of the probabilities that a forward pass in training and the sampling engine give
+    to the tokens of replies. It is 1 where both compute in the same way; a policy gradient without correction for it
+    assumes that."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[float, int, float]] = []  # sum, count and maximum of each forward pass
+
+    def add(self, trained: Any, sampled: Any, mask: Any) -> None:
+        """Add the tokens of one forward pass.
+
+        Args:
+            trained: Log-probabilities (rows, tokens) in training.
+            sampled: Those in sampling.
+            mask: 1 where there is a token of a reply.
+        """
+        ratios = (trained.detach().float() - sampled)[mask.bool()].exp()
+        if ratios.numel():
+            self._parts.append((float(ratios.sum()), ratios.numel(), float(ratios.max())))
+
+    def take(self) -> dict[str, float]:
+        """The mean and the maximum over the tokens since the last call, of all processes; empty without tokens. Called
+        on every rank."""
+        parts, self._parts = distributed.gathered(self._parts), []
+        if not parts:
+            return {}
+        mean = sum(total for total, _, _ in parts) / sum(count for _, count, _ in parts)
+        return {"importance_ratio_mean": mean, "importance_ratio_max": max(largest for _, _, largest in parts)}
+
+
+def _padded(rows: list[list[float]], like: Any) -> Any:
+    """The rows as a tensor (rows, tokens) as wide as `like`, with zeros after their ends."""
+    import torch
+
+    values = [row + [0.0] * (like.shape[1] - len(row)) for row in rows]
+    return torch.tensor(values, dtype=torch.float32, device=like.device).view(len(rows), -1)
+
+
+def with_seeded_sampling(trainer_class: Any, sampling: Sampling, batch_size: int) -> Any:
     """A subclass of the trainer that encodes prompts and samples replies as `cai sample` does.
 
     Row text cannot become a control token. A reply's seed derives from (seed, step, index in the step), so replies do
-    not depend on the number of processes or on the batches.
+    not depend on the number of processes or on the batches. They are sampled in the precision of training, which the
+    model inside an adapter's wrapper would not have by itself; `ImportanceRatio` states what difference remains.
 
     Args:
         trainer_class: TRL's RLOOTrainer or GRPOTrainer.
-        ends: Token ids that end a reply.
         sampling: How tokens are sampled.
         batch_size: Replies that one process samples at once.
     """
@@ -87,18 +133,40 @@ def with_seeded_sampling(trainer_class: Any, ends: frozenset[int], sampling: Sam
             was_training = policy.training
             policy.eval()
             engine = engine_around(policy, self._tokenizer, batch_size)
-            engine.end_ids = set(ends)
-            replies = engine.generate_ids(prompt_ids, seeds, sampling)
+            with self.accelerator.autocast():
+                replies, self._sampling_logprobs = engine.generate_ids(prompt_ids, seeds, sampling)
             policy.train(was_training)
             return (replies, None) if self._returns_log_probabilities else replies
 
         _returns_log_probabilities = trainer_class.__name__ == "GRPOTrainer"
 
+        _sampled: Any = None  # log-probabilities of sampling and the mask of their tokens, within the loss
+
+        # The log-probabilities of sampling travel with their replies to the forward pass of the loss.
+
+        def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+            output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+            output[_SAMPLING] = _padded(self._sampling_logprobs, output["completion_ids"])
+            return output
+
+        def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Any:
+            self._sampled = inputs[_SAMPLING], inputs["completion_mask"]
+            try:
+                return super()._compute_loss(model, inputs)
+            finally:
+                self._sampled = None
+
+        def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+            output = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+            if self._sampled is not None:
+                self._ratio.add(output[0], *self._sampled)
+            return output
+
+        def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            super().log({**logs, **self._ratio.take()}, *args, **kwargs)
+
+        @cached_property
+        def _ratio(self) -> ImportanceRatio:
+            return ImportanceRatio()
+
     return SeededSampling
-
-
-def end_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
-    """The token ids that end a reply: the tokenizer's end token and those of the model's generation config."""
-    declared = model.generation_config.eos_token_id if model.generation_config else None
-    ids = declared if isinstance(declared, list) else [declared]
-    return frozenset(i for i in (*ids, tokenizer.eos_token_id) if isinstance(i, int))

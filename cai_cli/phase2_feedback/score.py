@@ -10,6 +10,7 @@ from cai_cli.data.formats import conversation_hash, conversations, scorable
 from cai_cli.data.jsonl import origin
 from cai_cli.data.row_reader import RowReader
 from cai_cli.data.schema import Preference, Revision, Sample, Scored
+from cai_cli.reward.preference_model import preference_model_identity
 from cai_cli.reward.scorer import PreferenceModelOptions, Scorer
 from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
 from cai_cli.runtime.manifest import hash_input, provenance
@@ -46,7 +47,7 @@ def run(config: ScoreConfig) -> dict[str, Any]:
     scorer = Scorer(config.pm, config.batch_size, config.device)
     return StageRun(
         provenance=provenance(
-            "score", inputs=inputs, settings=config.settings(), pm={"fingerprint": scorer.base.fingerprint}
+            "score", inputs=inputs, settings=config.settings(), pm=preference_model_identity(scorer.base)
         ),
         inputs=inputs,
         output=config.output,

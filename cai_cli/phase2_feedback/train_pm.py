@@ -3,9 +3,9 @@
 As in the paper, labels are soft: the loss is the cross-entropy between p_chosen and sigmoid(r_chosen - r_rejected).
 TRL's RewardTrainer supports hard labels only; adding `(1 - p_chosen) * (r_chosen - r_rejected)` to its loss gives
 exactly the soft one. As in the paper, harmlessness comparisons by an AI are mixed with helpfulness comparisons by
-humans (`--mix`; the paper has 183k of the former and 135k of the latter). Departure: the paper starts from a model
+humans (`--mix`; the paper has 183k of the former and 135k of the latter). Departures: the paper starts from a model
 pretrained on preferences, this stage from `--model` with a scalar head that is random (seeded) or fitted to the labels
-first (`--fit-head`).
+first (`--fit-head`); the learning rate falls linearly to zero, as in `sft`.
 """
 
 from collections import Counter
@@ -22,6 +22,7 @@ from cai_cli.data.schema import Preference, conversation_id, dump_row
 from cai_cli.data.splits import held_out_keys, mixed
 from cai_cli.metrics.preference_model import held_out_metrics
 from cai_cli.models.loading import tokenizer_and_window
+from cai_cli.models.reading import record_place
 from cai_cli.models.source import ModelSource
 from cai_cli.phase2_feedback.linear_probe import fit_head
 from cai_cli.phase2_feedback.pm_pairs import EncodedPair, encode_pairs, read_preferences, score_held_out
@@ -152,6 +153,7 @@ def train_pm(
         save_model(model, tokenizer, work / "model")
     if not distributed.is_rank_zero():
         return {}
+    record_place(work / "model")
     after = _finished_metrics(work / "model", tokenizer, held_out, training, longest if share else None)
     metrics.put(steps, _metrics_row(after))
     by_source = Counter(pair.row.source or "no source" for pair in train)
@@ -361,7 +363,7 @@ def run(config: TrainPmConfig) -> dict[str, Any]:
             "train-pm",
             inputs=inputs,
             settings=training.settings(config),
-            model={"fingerprint": base.fingerprint},
+            model=base.identity(),
             rows=data.rows,
         ),
         inputs=inputs,

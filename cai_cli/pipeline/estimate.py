@@ -21,6 +21,7 @@ from cai_cli.pipeline.sweep import split_name
 from cai_cli.runtime import cost
 from cai_cli.runtime.cost import CHARACTERS_PER_TOKEN, RowFlow, TokenCounts
 from cai_cli.runtime.stage import Phase, Stage
+from cai_cli.training.options import TrainerOptions
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class StepEstimate:
         tokens: Tokens that it reads, writes and trains on.
         bytes: Size of the file that it writes; 0 where it writes a model.
         command: Its command line.
+        learning_rate: The learning rate that it trains with; None where it trains nothing.
     """
 
     step: str
@@ -42,6 +44,7 @@ class StepEstimate:
     tokens: TokenCounts
     bytes: float
     command: str
+    learning_rate: float | None
 
     def as_json(self) -> dict[str, Any]:
         """The estimate as `--json` prints it."""
@@ -55,6 +58,7 @@ class StepEstimate:
             "gpu_hours": {name: self.tokens.gpu_hours(size) for name, size in cost.MODELS.items()},
             "bytes": round(self.bytes),
             "command": self.command,
+            "learning_rate": self.learning_rate,
         }
 
 
@@ -91,7 +95,9 @@ def estimate_step(name: str, stage: Stage, rows: RowFlow, config: Any, shell: st
     """
     step_cost = stage.estimate(rows, config)
     size = 0.0 if stage.trains or stage.phase is Phase.EVALUATION else step_cost.output.bytes
-    return StepEstimate(name, step_cost.rows, step_cost.requests, step_cost.tokens, size, shell), step_cost.output
+    rate = config.peak_learning_rate if isinstance(config, TrainerOptions) else None
+    whole = StepEstimate(name, step_cost.rows, step_cost.requests, step_cost.tokens, size, shell, rate)
+    return whole, step_cost.output
 
 
 def _file(source: str, flows: Mapping[str, RowFlow]) -> str:
@@ -124,6 +130,8 @@ def print_estimate(steps: Sequence[Step], *, as_json: bool) -> None:
     for e in estimates:
         print(line(e.step, f"{e.rows:,}", f"{e.requests:,}", e.tokens))
         print(console.safe(f"  $ {e.command}"))
+        if e.learning_rate is not None:
+            print(f"  # learning rate {e.learning_rate:g}")
     print(line("total", "", f"{sum(e.requests for e in estimates):,}", cost.total([e.tokens for e in estimates])))
     print(f"GPU-h: {cost.ASSUMPTIONS}.")
 

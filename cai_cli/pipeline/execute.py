@@ -22,10 +22,11 @@ from typing import Any
 
 from cai_cli.common import console
 from cai_cli.common.errors import CaiError
+from cai_cli.models.template_date import template_date
 from cai_cli.pipeline.plan import KEY_FORMAT, Step
 from cai_cli.runtime.config import plain
 from cai_cli.runtime.manifest import differences, read_manifest, write_json
-from cai_cli.runtime.output_files import one_writer, sidecar
+from cai_cli.runtime.output_files import one_writer, reuse_recorded_date, sidecar
 
 
 def execute(steps: Sequence[Step], out: Path, *, quiet: bool) -> list[dict[str, Any]]:
@@ -45,6 +46,9 @@ def execute(steps: Sequence[Step], out: Path, *, quiet: bool) -> list[dict[str, 
     record_path = out / "run.json"
     with one_writer(record_path):
         record = read_manifest(record_path) or {"steps": {}}
+        for step in reversed(steps):  # the first step that recorded a date decides it for the steps to come
+            reuse_recorded_date(str(step.output))
+        template_date()  # held now, for all steps
         current: set[str] = set()  # steps recorded with the settings, files and earlier steps of this run
         for step in steps:
             previous = record["steps"].get(step.name)

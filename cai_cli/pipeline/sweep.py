@@ -8,11 +8,9 @@
 Steps that do not depend on the list run once. Several lists expand to all combinations of their values; a step that
 reads two swept steps reads the variants with its own values. `@step@*` names all variants of a step, for an option that
 takes several values. Rounds of revision continue one another: the variant with 2 rounds adds one round to the rows of
-the variant with 1, which gives the same rows as two rounds at once. A list of clamps judges each pair once, as long as
-the first clamp contains the others.
+the variant with 1, which gives the same rows as two rounds at once. A list of clamps judges each pair once.
 """
 
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -127,22 +125,11 @@ def _continue_rounds(axis: str, variants: Sequence[Variant], flat: dict[str, dic
 
 
 def _reuse_votes(axis: str, variants: Sequence[Variant], flat: dict[str, dict[str, Any]]) -> None:
-    """Make variants whose clamp lies within the first clamp of the list reuse the votes of that variant."""
+    """Make the variants with further clamps reuse the votes of the first one, which are recorded unclamped."""
     first = variants[0].choice[axis]
-    low, high = _limits(first)
     for variant in variants:
-        own_low, own_high = _limits(variant.choice[axis])
-        if variant.choice[axis] != first and low <= own_low and own_high <= high:
+        if variant.choice[axis] != first:
             flat[variant.name]["votes"] = f"@{_sibling(variant, axis, first, variants).name}"
-
-
-def _limits(clamp: Value) -> tuple[float, float]:
-    """The limits of `LOW,HIGH`; NaN for any other value, which contains no limits. The command reports the error."""
-    try:
-        low, high = (float(part) for part in str(clamp).split(","))
-    except ValueError:
-        return math.nan, math.nan
-    return low, high
 
 
 def _sibling(variant: Variant, axis: str, value: Value, variants: Sequence[Variant]) -> Variant:
@@ -233,6 +220,7 @@ def write_curves(compared: Iterable[Path]) -> None:
     """Write the curves of numeric sweeps, as `NAME.STEP.AXIS.sweep.json`.
 
     A curve is the preference model's mean score, or the Elo rating where there is none, over the values of the setting.
+    `simultaneous` is the number of intervals in the comparison that hold at once.
 
     Args:
         compared: Outputs of `cai eval compare`.
@@ -242,9 +230,11 @@ def write_curves(compared: Iterable[Path]) -> None:
         for axis in comparison["ratings"]:
             scores = comparison["scores"][axis]
             figure = f"{'PM score' if scores else 'Elo'}, {axis}"
+            simultaneous = comparison.get("simultaneous", {}).get("scores" if scores else "ratings", 1)
             for (step, setting), points in _curves(scores or comparison["ratings"][axis]):
                 path = output.with_name(f"{output.name.removesuffix('.jsonl')}.{step}.{axis}.sweep.json")
-                write_json(path, {"setting": setting, "figure": figure, "points": points})
+                curve = {"setting": setting, "figure": figure, "points": points, "simultaneous": simultaneous}
+                write_json(path, curve)
 
 
 def _curves(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[tuple[str, str], list[dict[str, Any]]]]:

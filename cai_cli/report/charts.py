@@ -72,6 +72,16 @@ class Chart:
     legend: Mapping[str, int] = field(default_factory=dict)
 
 
+def at_once(intervals: int) -> str:
+    """Return whether the confidence of intervals is that of all of them together, as the end of a sentence.
+
+    Examples:
+        >>> at_once(6), at_once(1)
+        (', simultaneous over 6', ', each for itself')
+    """
+    return f", simultaneous over {intervals:,}" if intervals > 1 else ", each for itself"
+
+
 @dataclass(frozen=True)
 class Series:
     """One line. With `low` and `high`, each as long as `y`, its interval is drawn."""

@@ -142,12 +142,20 @@ class WinRate(ReportedEstimate):
     kind: str | None
 
 
+class Simultaneous(Result):
+    """How many intervals of a comparison hold at once; 1 where each stands alone, as before version 0.2."""
+
+    win_rates: int = 1
+    ratings: int = 1
+
+
 class ComparisonResult(Result):
     """`NAME.compare.json`: Elo ratings with intervals on the paper's two axes, and win rates."""
 
     models: list[str]
     ratings: Ratings
     win_rates: list[WinRate] = []
+    simultaneous: Simultaneous = Simultaneous()
 
 
 class Point(ReportedEstimate):
@@ -157,11 +165,12 @@ class Point(ReportedEstimate):
 
 
 class Sweep(Result):
-    """`NAME.sweep.json`: how one metric, `figure`, changes with one setting of the run."""
+    """`NAME.sweep.json`: how one metric, `figure`, changes with one setting; `simultaneous` as in a comparison."""
 
     setting: str
     figure: str
     points: list[Point]
+    simultaneous: int = 1
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,15 @@ from cai_cli.report.collect import StepFiles
 
 # Meaning and unit of the columns, in the order of the page; other columns follow under their own names.
 TITLES = {
-    "reward": "Preference model score (logits)",
-    "pm_score": "Preference model score on held-out prompts (logits)",
+    "reward": "Preference model score (standard deviations of the start model's scores within a prompt)",
+    "pm_score": "The same on held-out prompts",
     "monitor_score": "Score of the monitor model, which is not used for training",
-    "kl": "KL divergence from the start model (nats)",
+    "kl": "KL divergence from the start model (nats per token)",
     "reply_tokens": "Reply length (tokens)",
     "cut_off_share": "Share of replies cut off at the length limit",
     "evasive_share": "Share of evasive replies",
     "boilerplate_share": "Share of replies with boilerplate",
-    "distinct_openings": "Number of distinct openings",
+    "distinct_openings": "Distinct openings, as a share of the replies",
     "accuracy": "Accuracy",
     "held_out_accuracy": "Accuracy on held-out pairs",
     "loss": "Loss",
@@ -87,10 +87,14 @@ def calibration(step: StepFiles) -> Chart | None:
     curve = step.metrics.get("calibration_curve")
     if not curve:
         return None
+    note = "On the dashed line the predicted probability equals the mean label."
+    error, expected = (step.metrics.get(f"calibration_error{of}") for of in ("", "_if_calibrated"))
+    if error is not None and expected is not None:
+        note += f" The calibration error is {error:.3f}; that of a calibrated model would be {expected:.3f} on average."
     return reliability(
         f"{step.name}-calibration",
         "Calibration on held-out pairs",
         [Bin(b["confidence"], b["label"], b["n"]) for b in curve],
         x_label="predicted probability of the preferred reply",
-        note="On the dashed line the predicted probability equals the mean label.",
+        note=note,
     )

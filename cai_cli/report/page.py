@@ -42,7 +42,8 @@ def render(run: RunFiles) -> str:
         finalize=_finalize,
     )
     environment.filters |= {"number": number, "csv": csv_link, "svg": Markup, "share": share, "shares": shares,
-                            "interval": interval, "probability": lambda p: f"{100 * p:.1f}%"}  # fmt: skip
+                            "estimate": estimate, "interval": interval,
+                            "probability": lambda p: f"{100 * p:.1f}%"}  # fmt: skip
     script, style = ((HERE / "templates" / name).read_text(encoding="utf-8") for name in ("script.js", "style.css"))
     return environment.get_template("page.html.j2").render(
         **_sections(run),
@@ -144,7 +145,8 @@ def _scatters(run: RunFiles) -> list[Chart]:
             charts.ScatterPoint(m, axes[0][m], axes[1][m]) for m in compared.models if m in axes[0] and m in axes[1]
         ]
         if points:
-            title, note = f"Elo ratings ({_short(name)})", "Higher is better on both axes. The bars are 95% intervals."
+            title, note = f"Elo ratings ({_short(name)})", "Higher is better on both axes. The bars are 95% intervals"
+            note = f"{note}{charts.at_once(compared.simultaneous.ratings)}. Win rates tell which model is better."
             labels_of_axes = {"x_label": "helpfulness Elo", "y_label": "harmlessness Elo"}
             plots.append(charts.scatter(name, title, points, **labels_of_axes, note=note))
     return plots
@@ -157,7 +159,8 @@ def _win_rates(run: RunFiles) -> list[Chart]:
         rates = {f"{w.a} over {w.b}" + (f", {w.kind}" if w.kind else ""): w.model_dump() for w in compared.win_rates}
         if rates:
             title = f"Win rates ({_short(name)})"
-            note = "An interval that contains 0.5 shows no significant difference."
+            note = "An interval that contains 0.5 shows no significant difference. "
+            note += f"The intervals are 95% intervals{charts.at_once(compared.simultaneous.win_rates)}."
             plots.append(charts.forest(f"{name}-wins", title, rates, x_label="win rate and 95% interval", note=note))
     return plots
 
@@ -173,7 +176,8 @@ def _sweeps(run: RunFiles) -> list[Chart]:
         points = sorted(sweep.points, key=lambda point: point.at)
         line = charts.Series(sweep.figure, *([getattr(p, a) for p in points] for a in ("at", "value", "low", "high")))
         title = f"{sweep.figure} by {sweep.setting} ({_short(name)})"
-        plots.append(charts.lines(name, title, [line], x_label=sweep.setting))
+        note = f"The band shows 95% intervals{charts.at_once(sweep.simultaneous)}."
+        plots.append(charts.lines(name, title, [line], x_label=sweep.setting, note=note))
     return plots
 
 
@@ -183,7 +187,9 @@ def _forests(run: RunFiles) -> dict[str, Chart]:
     for name, metrics in run.evaluations.items():
         estimates = {k: v for k, v in metrics.items() if is_estimate(v)}
         if 2 <= len(estimates) <= 40:
-            plots[name] = charts.forest(name, f"Metrics of {name}", estimates, x_label="value and 95% interval")
+            note = "Each interval has a confidence of at least 95% by itself; of twenty, one may miss its value."
+            title, x_label = f"Metrics of {name}", "value and 95% interval"
+            plots[name] = charts.forest(name, title, estimates, x_label=x_label, note=note)
     return plots
 
 
@@ -216,6 +222,11 @@ def share(value: float) -> str:
 def interval(estimate: Any) -> str:
     """Return the 95% interval and n of a share."""
     return f"95%: {share(estimate['low'])} to {share(estimate['high'])}, n = {estimate['n']:,}"
+
+
+def estimate(value: Any) -> str:
+    """Return an estimate with its interval, to two decimals."""
+    return f"{value['value']:.2f} ({value['low']:.2f} to {value['high']:.2f})"
 
 
 def shares(estimate: Any) -> str:

@@ -9,6 +9,8 @@ import types
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from cai_cli.engines.local.rope import rope_limits
+from cai_cli.models.reading import forward_to_last_token
 from cai_cli.reward.preference_model import finite
 
 if TYPE_CHECKING:
@@ -72,8 +74,10 @@ def enable_packed_pairs(model: "PreTrainedModel", longest: tuple[list[int], list
     import torch
     from transformers.modeling_layers import GenericForSequenceClassification
 
-    if not isinstance(model, GenericForSequenceClassification):
+    limits = rope_limits(model)  # the conversations of a pair may need other positions for the tokens that they share
+    if not isinstance(model, GenericForSequenceClassification) or (limits and max(map(len, longest)) > limits[0]):
         return False
+    plain = vars(model).get("forward")
     model.forward = types.MethodType(_forward, model)
     batch = collate([packed(*longest)], model.config.get_text_config().pad_token_id)
     model.eval()
@@ -83,6 +87,8 @@ def enable_packed_pairs(model: "PreTrainedModel", longest: tuple[list[int], list
     same = torch.allclose(both.float(), alone.float(), atol=1e-3, rtol=1e-3)
     if not same:
         del model.forward
+        if plain is not None:
+            model.forward = plain
     return same
 
 
@@ -91,7 +97,7 @@ def _forward(self: Any, input_ids: Any = None, branches: Any = None, **inputs: A
     from transformers.modeling_outputs import SequenceClassifierOutput
 
     if branches is None:
-        return type(self).forward(self, input_ids, **inputs)
+        return forward_to_last_token(self, input_ids, **inputs)
     columns = torch.arange(branches.shape[1], device=branches.device)
     before = columns[:, None] >= columns
     own = branches[:, :, None] == branches[:, None, :]
@@ -99,10 +105,8 @@ def _forward(self: Any, input_ids: Any = None, branches: Any = None, **inputs: A
     hidden = self.base_model(
         input_ids, attention_mask=visible[:, None], position_ids=inputs["position_ids"], use_cache=False
     ).last_hidden_state
-    # transformers reads a score at the last token that is not the padding token.
-    not_padding = input_ids != self.config.get_text_config().pad_token_id
     own_tokens = ((branches == SHARED) | (branches == branch) for branch in (1, 2))
-    ends = torch.cat([(columns * (not_padding & tokens)).argmax(-1) for tokens in own_tokens])
+    ends = torch.cat([(columns * tokens).argmax(-1) for tokens in own_tokens])
     rows = torch.arange(len(branches), device=branches.device).repeat(2)
     return SequenceClassifierOutput(logits=self.score(hidden[rows, ends]))
 

@@ -1,7 +1,7 @@
 """Scores conversations with a preference model (paper section 4.1).
 
-A score is a logit: the difference of two scores is the log-odds that the first conversation is preferred. The model is
-trained on exactly the token ids that `encode_conversation` returns, and must be given them.
+A score is a logit: the difference of two scores is the log-odds that the first conversation is preferred. It is read at
+the last of the token ids that `encode_conversation` returns, where the model was trained to be read.
 """
 
 import math
@@ -9,24 +9,32 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cai_cli.common import console
 from cai_cli.common.errors import CaiError
 from cai_cli.data.schema import Message
+from cai_cli.engines.local.rope import length_groups, rope_limits
 from cai_cli.engines.tokenization import encode_chat
 from cai_cli.models.loading import context_window
+from cai_cli.models.reading import ReadAt, Reading, place_of
+from cai_cli.models.source import ModelSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def encode_conversation(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> list[int]:
-    """Return the token ids of a conversation, up to the chat template's end-of-turn token.
+def encode_conversation(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], reading: Reading
+) -> list[int]:
+    """Return the token ids of a conversation, up to the token at which its score is read.
 
-    White space around the reply is dropped: `cai sample` strips it too, and RL must not exploit it. White space that a
-    template adds after the end-of-turn token is dropped as well, because the score at that token is more informative.
+    White space around the reply is dropped: `cai sample` strips it too, and RL must not exploit it. A model of
+    `cai train-pm` is read at the end-of-turn token, because the score there is more informative than at the white space
+    that a template adds after it.
 
     Args:
         tokenizer: Tokenizer of the preference model.
         messages: The conversation; the last message is the reply to score.
+        reading: Where the model was trained to be read (`model.reading`).
 
     Raises:
         RowError: The chat template rejects the conversation.
@@ -34,9 +42,20 @@ def encode_conversation(tokenizer: "PreTrainedTokenizerBase", messages: Sequence
     *prompt, reply = messages
     stripped = Message(role=reply.role, content=reply.content.strip())
     ids = encode_chat(tokenizer, [*prompt, stripped], add_generation_prompt=False)
-    while tokenizer.decode(ids[-1]).isspace():
+    while len(ids) > 1 and not reading.keeps_white_space and tokenizer.decode(ids[-1]).isspace():
+        del ids[-1]
+    while len(ids) > 1 and ids[-1] == reading.padding:
         del ids[-1]
     return ids
+
+
+def preference_model_identity(source: ModelSource) -> dict[str, str]:
+    """What identifies a preference model in a manifest: its content, and where it is read if train-pm did not make it.
+
+    Version 0.1.0 read such a model elsewhere, so its outputs with one must not be taken for those of this version.
+    """
+    at = place_of(source.path)
+    return source.identity() | ({"read_at": at.value} if at is ReadAt.WHOLE_TEMPLATE else {})
 
 
 def open_for_scores(path: Path, device: str) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
@@ -49,6 +68,11 @@ def open_for_scores(path: Path, device: str) -> tuple["PreTrainedModel", "PreTra
     from cai_cli.models.loading import load_reward_model, load_tokenizer
 
     model = load_reward_model(path, "float32", device)
+    if model.reading.at is ReadAt.WHOLE_TEMPLATE:
+        console.say(
+            f"{path.name} was not trained by `cai train-pm`: its scores are read at the last token of the whole chat "
+            "template, as TRL and transformers read them"
+        )
     pack_linears(model)
     return model, load_tokenizer(path)
 
@@ -65,7 +89,9 @@ def score_conversations(
         CaiError: A conversation is longer than the context window, or a score is not finite.
         RowError: The chat template rejects a conversation.
     """
-    return score_ids(model, tokenizer, [encode_conversation(tokenizer, c) for c in conversations], batch_size)
+    return score_ids(
+        model, tokenizer, [encode_conversation(tokenizer, c, model.reading) for c in conversations], batch_size
+    )
 
 
 def score_ids(
@@ -99,12 +125,13 @@ def score_ids(
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     scores = [0.0] * len(sequences)
     model.eval()
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
+    groups = length_groups([len(sequences[i]) for i in order], rope_limits(model))
+    alike = [[order[place] for place in places] for _, places in groups]
+    for batch in [group[start : start + batch_size] for group in alike for start in range(0, len(group), batch_size)]:
         width = len(sequences[batch[-1]])
         ids = torch.full((len(batch), width), tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)
-        for row, i in enumerate(batch):  # right padding: the score is read at the last token that is not padding
+        for row, i in enumerate(batch):  # right padding; the attention mask says where the tokens end
             ids[row, : len(sequences[i])] = torch.tensor(sequences[i])
             mask[row, : len(sequences[i])] = 1
         with torch.inference_mode():

@@ -36,7 +36,7 @@ def score(
     ids: list[list[int] | str] = []  # or the reason of the rejection
     for row in rows:
         try:
-            encoded = encode_conversation(tokenizer, [*row.prompt, *row.completion])
+            encoded = encode_conversation(tokenizer, [*row.prompt, *row.completion], model.reading)
             fits = len(encoded) <= window
             ids.append(encoded if fits else f"longer than the preference model's window of {window:,} tokens")
         except RowError as error:

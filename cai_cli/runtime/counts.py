@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cai_cli.data.dropped import Dropped
+from cai_cli.data.reply_ends import ReplyEnds
 from cai_cli.data.schema import Rejected, reason_kind
 
 
@@ -14,7 +15,8 @@ class Counts:
 
     A data stage sets `items` and `out` and counts its rejected rows by reason when the output is complete. A training
     stage (`for_training`) sets `train` and `held_out` instead, which together are the rows it used, and keeps the
-    rejected rows until it can write them.
+    rejected rows until it can write them. `reply_ends` counts how the replies of the output ended, or of the training
+    data.
     """
 
     items: int = 0
@@ -27,6 +29,7 @@ class Counts:
     train: int = 0
     held_out: int = 0
     rejected_rows: list[Rejected] = field(default_factory=list)
+    reply_ends: ReplyEnds = field(default_factory=ReplyEnds)
 
     @classmethod
     def of_training(cls, rejected: list[Rejected], dropped: Dropped | None = None) -> "Counts":
@@ -60,3 +63,8 @@ class Counts:
             **({"read_as": dict(self.read_as.most_common())} if self.read_as else {}),
             **({"dropped": self.dropped.as_json()} if self.dropped.counts else {}),
         }
+
+    def ends_as_json(self) -> dict[str, Any]:
+        """How replies ended, under the key `reply_ends` of manifests and summaries; empty where no row has a reply."""
+        ends = self.reply_ends.as_json()
+        return {"reply_ends": ends} if ends else {}

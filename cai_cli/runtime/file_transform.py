@@ -50,7 +50,7 @@ def rewrite(
         facts = run_facts(stopwatch.seconds, inputs)
         sink.finish(counts, rows or {}, facts)
         return {"stage": provenance["stage"], "status": "finished", "output": str(path), **counts.as_json(),
-                "seconds": facts["seconds"]}  # fmt: skip
+                **counts.ends_as_json(), "seconds": facts["seconds"]}  # fmt: skip
 
     if stream := stream_sink(str(path)):
         summary = make(stream)

@@ -20,10 +20,11 @@ from cai_cli.common.errors import CaiError
 from cai_cli.common.files import write_atomically
 from cai_cli.common.legacy import changed_between, current_manifest, current_provenance, same_value
 from cai_cli.data.jsonl import COMPRESSED
+from cai_cli.models.template_date import FIELD
 
 Json = Any
 NOT_LINES = (".parquet", ".json", ".csv", ".tsv")  # whose rows are not lines
-OBJECTS = frozenset({"provenance", "counts", "run", "metrics", "steps"})  # in a manifest or run.json
+OBJECTS = frozenset({"provenance", "counts", "reply_ends", "run", "metrics", "steps"})  # in a manifest or run.json
 
 
 @dataclass(frozen=True)
@@ -85,11 +86,19 @@ def differences(recorded: Json, current: Json) -> list[str]:
 
 
 def unfinished_differences(recorded: Json, current: Json) -> list[str]:
-    """`differences`, and the versions where the stage writes other rows in one than in the other."""
+    """`differences`, and what a finished output need not match: the versions where the stage writes other rows in one
+    than in the other, and a date of the chat template that an earlier version did not record."""
     found, (one, other) = differences(recorded, current), (recorded["cai"], current["cai"])
+    dates = template_dates(recorded)
+    found += [f"{name}: not recorded -> {day}" for name, day in template_dates(current).items() if name not in dates]
     if changed_between(current["stage"], one, other):
         found.append(f"cai: {one} -> {other}, which changed what {current['stage']} writes")
     return found
+
+
+def template_dates(provenance: Json) -> dict[str, str]:
+    """The dates that the chat templates of a run's models wrote, by the name of the value in its provenance."""
+    return {name: day for name, day in _leaves(current_provenance(provenance)) if name.endswith(f".{FIELD}")}
 
 
 def _leaves(value: Json, name: str = "") -> Iterator[tuple[str, Json]]:

@@ -6,7 +6,7 @@ Shared by the data stages and the training stages.
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.common.files import write_atomically
 from cai_cli.data.jsonl import sync_directory
 from cai_cli.data.schema import reason_kind
-from cai_cli.runtime.manifest import InputFile, differences, read_manifest, unfinished_differences
+from cai_cli.models.template_date import reuse_template_date
+from cai_cli.runtime.manifest import InputFile, differences, read_manifest, template_dates, unfinished_differences
 
 STDOUT = frozenset({"-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"})
 
@@ -118,6 +119,7 @@ def finished_summary(path: Path, provenance: dict[str, Any], overwrite: bool) ->
         "status": "already finished",
         "output": str(path),
         **manifest["counts"],
+        **{name: value for name, value in manifest.items() if name == "reply_ends"},
         "seconds": manifest["run"]["seconds"],
     }
 
@@ -132,6 +134,19 @@ def resumed_provenance(output: str, provenance: dict[str, Any], overwrite: bool)
         return provenance
     recorded = (read_manifest(sidecar(Path(output), "partial.manifest.json")) or {}).get("provenance")
     return recorded if recorded and not unfinished_differences(recorded, provenance) else provenance
+
+
+def reuse_recorded_date(output: str) -> None:
+    """Let chat templates write the date that an earlier run of `output` recorded, finished or not."""
+    if is_stream(output) or not Path(output).name:
+        return
+    for ending in ("partial.manifest.json", "manifest.json"):
+        manifest: dict[str, Any] = {}
+        with suppress(CaiError):  # a damaged manifest is reported where it is needed
+            manifest = read_manifest(sidecar(Path(output), ending)) or {}
+        if days := template_dates(manifest.get("provenance", {})):
+            reuse_template_date(min(days.values()))
+            return
 
 
 def rejected_reasons(path: Path) -> Counter[str]:

@@ -15,6 +15,7 @@ from cai_cli.common.files import write_atomically
 from cai_cli.common.hash_index import KeyTable
 from cai_cli.common.legacy import has_repr_digests, repr_digest
 from cai_cli.data.jsonl import AppendFile, RawLine, cut_torn_tail, open_input, read_values
+from cai_cli.data.reply_ends import ReplyEnds
 from cai_cli.data.schema import Rejected, Row, WorkItemRecord, dump_row, reason_kind
 from cai_cli.runtime.counts import Counts
 from cai_cli.runtime.growth import Growth, with_larger_limit
@@ -244,14 +245,22 @@ class FileSink:
         self.partial.path.touch()
         self.items.path.touch()  # an empty shard needs it too; `publish` removes it unless OUT is a shard
         with self.partial.path.open("rb") as file:
-            counts.out = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+            for line in file:
+                counts.out += 1
+                _count_ends(line, counts.reply_ends)
         counts.rejected = rejected_reasons(self.rejected.path)
         manifest = {"status": "finished", "provenance": self.provenance, "counts": counts.as_json(), "rows": rows}
+        manifest |= counts.ends_as_json()
         if grown := (self.recorded or {}).get("grown"):
             manifest["grown"] = grown
         write_json(self.draft, {**manifest, "run": facts})
         self.ahead.path.unlink(missing_ok=True)
         publish(self.path)
+
+
+def _count_ends(line: bytes, ends: ReplyEnds) -> None:
+    if b"finish_reason" in line:  # few rows without a reply are parsed
+        ends.add_row(orjson.loads(line))
 
 
 class StreamSink:
@@ -273,6 +282,7 @@ class StreamSink:
         self.output, self.observe = output, observe
         self.out = 0
         self.rejected: Counter[str] = Counter()
+        self.reply_ends = ReplyEnds()
         self.opened: BinaryIO | None = None
         if not is_stdout(output):
             self.opened = _open(output)
@@ -317,6 +327,7 @@ class StreamSink:
         with self._as_cai_error():
             file.write((console.safe_json(line) if file.isatty() else line) + b"\n")
         self.out += 1
+        _count_ends(line, self.reply_ends)
 
     def _flush(self) -> None:
         with self._as_cai_error():
@@ -336,6 +347,7 @@ class StreamSink:
             raise _cannot_write(self.output, error) from error
 
     def finish(self, counts: Counts, rows: dict[str, Any], facts: dict[str, Any]) -> None:
+        counts.reply_ends = self.reply_ends
         if self.opened:
             with self._as_cai_error():
                 self.opened.close()

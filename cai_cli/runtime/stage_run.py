@@ -237,7 +237,7 @@ class StageRun(Generic[T]):
         elif counts.items and counts.skipped.total() == counts.items:
             console.warn(f"{self.stage}: all {counts.items:,} rows were skipped; the summary counts the reasons")
         return {"stage": self.stage, "status": "finished", "output": self.output, **counts.as_json(),
-                "seconds": facts["seconds"], **used}  # fmt: skip
+                **counts.ends_as_json(), "seconds": facts["seconds"], **used}  # fmt: skip
 
     # --- batches ----------------------------------------------------------------------------------------------------
 

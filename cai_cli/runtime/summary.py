@@ -8,6 +8,7 @@ import orjson
 
 from cai_cli.common import console
 from cai_cli.common.errors import CaiError
+from cai_cli.data.reply_ends import cut_off_share
 
 TRAINING_METRICS = ("loss", "accuracy", "reward", "held_out_loss")  # shown in the line, where a stage has them
 SHOWN_COLUMNS = 12  # of those that were left out
@@ -27,7 +28,8 @@ def print_summary(summary: Mapping[str, Any], *, as_json: bool, stdout_is_data: 
         print(orjson.dumps(whole).decode(), file=sys.stderr if stdout_is_data else sys.stdout)
         return
     target = "" if stdout_is_data or not summary["output"] else f" -> {summary['output']}"
-    details = "; ".join([counted(summary), *_dropped(summary), *_usage(summary), *_training(summary)])
+    parts = [counted(summary), *_dropped(summary), *_ends(summary), *_usage(summary), *_training(summary)]
+    details = "; ".join(parts)
     console.say(f"{summary['stage']}: {details} in {summary['seconds']:,.1f} s{target}")
 
 
@@ -73,6 +75,11 @@ def _dropped(summary: Mapping[str, Any]) -> Iterator[str]:
         shown = ", ".join(f"{name} ({count:,})" for name, count in list(names.items())[:SHOWN_COLUMNS])
         more = f" and {len(names) - SHOWN_COLUMNS:,} more" if len(names) > SHOWN_COLUMNS else ""
         yield f"left out: {shown}{more}"
+
+
+def _ends(summary: Mapping[str, Any]) -> Iterator[str]:
+    if text := cut_off_share(summary.get("reply_ends", {})):
+        yield text
 
 
 def _usage(summary: Mapping[str, Any]) -> Iterator[str]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from cai_cli.common.errors import CaiError
 from cai_cli.common.files import write_atomically
 from cai_cli.data.jsonl import sync_directory
+from cai_cli.engines.tokenization import declare_end_of_turn
 from cai_cli.models.adapters import finished_model
 from cai_cli.models.loading import context_window
 from cai_cli.training import distributed
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 def save_finished(trainer: Any, tokenizer: "PreTrainedTokenizerBase", directory: Path) -> None:
     """Write the trained model, gathering weights that are sharded. Called on every rank."""
     if distributed.weights_are_sharded():
+        _declare_end_of_turn(trainer.accelerator.unwrap_model(trainer.model), tokenizer)
         with quiet_libraries():
             trainer.save_model(str(directory))
         if distributed.is_rank_zero():
@@ -41,9 +43,15 @@ def save_finished(trainer: Any, tokenizer: "PreTrainedTokenizerBase", directory:
 def save_model(model: Any, tokenizer: "PreTrainedTokenizerBase", directory: Path) -> None:
     """Write the files that `from_pretrained` reads: safetensors, config, tokenizer."""
     tokenizer.model_max_length = context_window(model.config, tokenizer)  # an unknown length is written as 1e30
+    _declare_end_of_turn(model, tokenizer)
     with quiet_libraries():
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
+
+
+def _declare_end_of_turn(model: Any, tokenizer: "PreTrainedTokenizerBase") -> None:
+    if model.can_generate():  # a preference model cannot
+        declare_end_of_turn(model, tokenizer)
 
 
 SEAL = "files.sha256"  # in the form of `sha256sum -c`

@@ -1,6 +1,7 @@
 """The options that the training stages share."""
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from cai_cli.models.loading import pick_device
 from cai_cli.runtime.config import Effect, Group, Option, option
@@ -12,6 +13,27 @@ _TRAINING = Option(group=Group.TRAINING)
 _HARMLESS = Option(Effect.HARMLESS, Group.TRAINING)
 
 
+@dataclass(frozen=True)
+class DefaultRates:
+    """The learning rates of a stage where none is given.
+
+    LoRA needs a higher rate: at the same rate the product of two adapters moves the weights several times less than
+    full tuning does (`bench/lora_rates.py`).
+
+    Attributes:
+        full: The rate where all weights are trained.
+        lora: The rate with `--lora`.
+    """
+
+    full: float
+    lora: float
+
+    @property
+    def help(self) -> str:
+        """The help of `--learning-rate`."""
+        return f"Peak learning rate of AdamW; by default {self.full:g}, or {self.lora:g} with --lora."
+
+
 class TrainerOptions(RunOptions, RowInputOptions, SeedOptions):
     """Options of every trainer."""
 
@@ -19,7 +41,8 @@ class TrainerOptions(RunOptions, RowInputOptions, SeedOptions):
         ..., "Directory of the finished model.", Option(Effect.HARMLESS, Group.OUTPUT, flags=("--output", "-o"))
     )
     device: Device = option(Device.AUTO, "Device to train on.", Option(Effect.HARMLESS, Group.MODEL))
-    learning_rate: float = option(2e-5, "Peak learning rate of AdamW.", _TRAINING, ge=0.0)
+    default_rates: ClassVar[DefaultRates] = DefaultRates(full=2e-5, lora=2e-4)
+    learning_rate: float | None = option(None, default_rates.help, _TRAINING, ge=0.0)
     lora: bool = option(
         False,
         "Train low-rank adapters, which are merged into the weights at the end, or train all weights.",
@@ -36,6 +59,17 @@ class TrainerOptions(RunOptions, RowInputOptions, SeedOptions):
     num_processes: int | None = option(
         None, "Number of processes, instead of the config's; an error if another number is running.", _HARMLESS, ge=1
     )
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """`learning_rate`, or the default for what is trained."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return self.default_rates.lora if self.lora else self.default_rates.full
+
+    def settings(self, **resolved: Any) -> dict[str, Any]:
+        """The options that decide the output, with the learning rate that is used."""
+        return super().settings(**{"learning_rate": self.peak_learning_rate, **resolved})
 
     def launch(self) -> None:
         """Replace this process by `accelerate launch` where that is requested, and check the number of processes.
@@ -69,7 +103,7 @@ class EpochOptions(TrainerOptions):
         return TrainingConfig(
             batch_size=self.batch_size,
             gradient_accumulation=self.gradient_accumulation,
-            learning_rate=self.learning_rate,
+            learning_rate=self.peak_learning_rate,
             save_steps=self.save_steps,
             seed=self.seed,
             device=pick_device(self.device),

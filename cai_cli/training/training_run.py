@@ -131,13 +131,14 @@ class TrainingJob:
         """Publish the model in `work` as `path`; returns the summary."""
         counts = self.counts.as_json()
         manifest = {"provenance": provenance, "counts": counts, "metrics": metrics, "run": facts}
+        manifest |= self.counts.ends_as_json()
         (work / "model/README.md").write_text(model_card(manifest, self.models), encoding="utf-8")
         shutil.copyfile(work / "metrics.jsonl", work / "model/metrics.jsonl")
         _sync_files(work / "model")
         write_json(sidecar(path, "partial.manifest.json"), {"status": "finished", **manifest})
         _complete_publishing(path)
         return {"stage": self.stage, "status": "finished", "output": str(path), **counts,
-                "seconds": facts["seconds"], **metrics}  # fmt: skip
+                **self.counts.ends_as_json(), "seconds": facts["seconds"], **metrics}  # fmt: skip
 
     def _open_work(self, path: Path) -> tuple[dict[str, Any], Path]:
         """The provenance to record, and `OUT.partial/`, empty or as an earlier run of this provenance left it."""
@@ -198,9 +199,12 @@ def _remove_tree(path: Path) -> None:
 
 
 def _sync_files(directory: Path) -> None:
-    for file in directory.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
+    for path in directory.rglob("*"):  # named chat templates are in a folder of their own
+        if path.is_dir():
+            sync_directory(path)
+        else:
+            with path.open("rb") as handle:
+                os.fsync(handle.fileno())
     sync_directory(directory)
 
 

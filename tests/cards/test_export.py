@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from conftest import Cai
-from helpers import sample_row, write_rows
+from helpers import preference, rows_in, sample_row, write_rows
 from tiny import tiny_model_dir
 
 from cai_cli.training.quiet import quiet_libraries
@@ -44,14 +44,41 @@ def test_columns_are_typed_where_every_value_is_null_or_every_list_empty(cai: Ca
     assert data[0]["prompt"] == [{"role": "user", "content": "hi"}]
 
 
+def test_rows_that_a_trainer_must_not_learn_from_are_left_out_and_kept_with_their_reasons(
+    cai: Cai, tmp_path: Path
+) -> None:
+    rows = [preference(1), preference(2, rejected=" \n"), preference(3, chosen="well", rejected="well\n")]
+    write_rows(tmp_path / "prefs.jsonl", rows)
+    done = cai("export", "prefs.jsonl", "-o", "ds", "--json")
+    summary = json.loads(done.stdout)
+    assert summary["rejected_reasons"] == {"empty reply": 1, "identical replies": 1}
+    assert (summary["rows"], summary["rejected"]) == (1, 2)
+    assert "1 left out (empty reply), 1 left out (identical replies)" in done.stderr
+    assert loaded(tmp_path / "ds", tmp_path / "cache").to_list() == rows[:1]
+    assert sorted(p.name for p in (tmp_path / "ds").iterdir()) == ["README.md", "data"]
+    assert "| left out: identical replies | 1 |" in (tmp_path / "ds/README.md").read_text()
+    rejected = rows_in(tmp_path / "ds.rejected.jsonl")
+    assert [(row["key"], row["reason"], json.loads(row["row"])) for row in rejected] == [
+        ("p2", "empty reply", rows[1]), ("p3", "identical replies", rows[2]),
+    ]  # fmt: skip
+    write_rows(tmp_path / "prefs.jsonl", rows[:1])
+    assert cai("export", "prefs.jsonl", "-o", "ds", "--overwrite").code == 0
+    assert not (tmp_path / "ds.rejected.jsonl").exists()
+    write_rows(tmp_path / "samples.jsonl", [sample_row(1), sample_row(2, reply=" ")])
+    assert cai("export", "samples.jsonl", "-o", "samples").code == 0
+    assert [row["key"] for row in rows_in(tmp_path / "samples.rejected.jsonl")] == ["p2/0"]
+
+
 def test_a_file_without_data_rows_is_refused_and_leaves_nothing(cai: Cai, tmp_path: Path) -> None:
     write_rows(tmp_path / "rejected.jsonl", [{"key": "1", "reason": "tie", "row": "{}"}])
     write_rows(tmp_path / "bad.jsonl", [sample_row(1), {**sample_row(2), "more": 1}])
+    write_rows(tmp_path / "same.jsonl", [preference(1, chosen="x", rejected="x")])
     (tmp_path / "empty.jsonl").write_text("")
     for file, code in (
         ("rejected.jsonl", "wrong-row-type"),
         ("bad.jsonl", "invalid-row"),
         ("empty.jsonl", "no-rows"),
+        ("same.jsonl", "all-rejected"),
         ("none.jsonl", "cannot-read"),
     ):
         done = cai("export", file, "-o", "ds")

@@ -84,3 +84,15 @@ def sample(index: int = 0) -> Sample:
 def test_digests_are_those_that_the_old_version_recorded(value: object, recorded: int) -> None:
     assert legacy.repr_digest(value) == recorded
     assert item_digest(value) != recorded
+
+
+def test_a_template_date_that_an_old_version_did_not_record_matters_only_to_an_unfinished_output(
+    tmp_path: Path,
+) -> None:
+    old = {"stage": "sample", "cai": "0.1.0", "settings": {}, "model": {"fingerprint": "x"}}
+    new = {**old, "cai": "0.2.0", "model": {"fingerprint": "x", "template_date": "2024-07-26"}}
+    refuse_other_run(tmp_path, old, new)
+    with pytest.raises(CaiError, match="template_date: not recorded -> 2024-07-26") as error:
+        refuse_to_resume_other_run(tmp_path, old, new)
+    assert error.value.code == "other-run"
+    refuse_to_resume_other_run(tmp_path, new, new)

@@ -53,7 +53,15 @@ def message(role: str) -> st.SearchStrategy[list[dict[str, str]]]:
 kind = st.sampled_from([None, "red-team", "helpful"])
 prompt = {"id": names, "prompt": message("user"), "kind": kind, "source": optional}
 sample = prompt | {"sample_index": counts, "completion": message("assistant"), "finish_reason": optional}
-rounds = st.fixed_dictionaries({"round": st.just(1), "principle_id": texts, "critique": optional, "response": texts})
+rounds = st.fixed_dictionaries(
+    {
+        "round": st.just(1),
+        "principle_id": texts,
+        "critique": optional,
+        "response": texts,
+        "finish_reason": optional,
+    }
+)
 votes = st.lists(
     st.fixed_dictionaries(
         {
@@ -85,6 +93,8 @@ FIELDS: dict[type[Row], dict[str, st.SearchStrategy[Any]]] = {
         "b": answers["b"],
         "human": st.sampled_from([None, "a", "b"]),
         "source": optional,
+        "a_finish_reason": optional,
+        "b_finish_reason": optional,
     },
     Preference: {
         "id": names,
@@ -95,6 +105,8 @@ FIELDS: dict[type[Row], dict[str, st.SearchStrategy[Any]]] = {
         "votes": votes,
         "human": st.sampled_from([None, "chosen", "rejected"]),
         "source": optional,
+        "chosen_finish_reason": optional,
+        "rejected_finish_reason": optional,
     },
     JudgedPair: {
         "id": names,

@@ -56,7 +56,13 @@ sample_fields = prompt_fields | {
     "finish_reason": st.none() | anything,
 }
 turn = st.fixed_dictionaries(
-    {"round": st.integers(1, 99), "principle_id": anything, "critique": st.none() | anything, "response": anything}
+    {
+        "round": st.integers(1, 99),
+        "principle_id": anything,
+        "critique": st.none() | anything,
+        "response": anything,
+        "finish_reason": st.none() | anything,
+    }
 )
 probability = st.floats(0, 1)
 vote = st.fixed_dictionaries(
@@ -86,6 +92,8 @@ ROWS: dict[type[Row], st.SearchStrategy[dict[str, Any]]] = {
             "votes": st.lists(vote),
             "human": st.sampled_from([None, "chosen", "rejected"]),
             "source": st.none() | anything,
+            "chosen_finish_reason": st.none() | anything,
+            "rejected_finish_reason": st.none() | anything,
         }
     ),
     Rejected: st.fixed_dictionaries({"key": ids, "reason": anything, "row": anything}),

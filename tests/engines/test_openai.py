@@ -45,6 +45,11 @@ def test_raw_text_goes_to_completions_with_its_prefill() -> None:
     assert (requests[0].path, requests[0].body["prompt"]) == ("/v1/completions", "Human: hi\n\nAssistant:")
 
 
+def test_a_reply_that_a_server_cuts_inside_a_character_has_no_replacement_mark() -> None:
+    with engine(lambda r: http(completion(r, "\u68a8\ufffd"))) as (e, _):
+        assert e.generate([GenerationRequest(CHAT, 1)], Sampling(9)) == [Completion("\u68a8", "length", 10, 5)]
+
+
 @pytest.mark.parametrize("said", ["(A)", "The answer is: ((A)"])
 def test_the_prefill_starts_the_assistants_turn_and_is_cut_off_where_it_is_repeated(said: str) -> None:
     with engine(lambda r: http(completion(r, said))) as (e, requests):

@@ -9,12 +9,19 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import CHATML, IM_END, IM_START, tiny_model_dir
+from tiny import CHATML, END_OF_TEXT, IM_END, IM_START, declare_only_end_of_text, tiny_model_dir
+from transformers import GenerationConfig
 
 from cai_cli.common.errors import CaiError, RowError
 from cai_cli.data.schema import Message
-from cai_cli.engines.tokenization import encode_chat, encode_text
-from cai_cli.models.loading import load_tokenizer
+from cai_cli.engines.tokenization import (
+    declare_end_of_turn,
+    decode_reply,
+    encode_chat,
+    encode_text,
+    end_of_turn_ids,
+)
+from cai_cli.models.loading import load_causal_lm, load_generation_config, load_tokenizer
 
 LLAMA3_LIKE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n\n' + m['content'] | trim + '<|im_end|>' }}"
@@ -137,3 +144,39 @@ def test_private_marker_characters_are_kept_or_refused_but_never_dropped() -> No
     with pytest.raises(RowError) as error:
         encode_chat(tokenizer(), said(marks, IM_END), add_generation_prompt=True)
     assert error.value.code == "request-failed"
+
+
+# --- ends ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_ends_a_turn_in_the_chat_template_ends_a_reply_though_no_config_names_it() -> None:
+    base = copy.copy(tokenizer())
+    base.eos_token = END_OF_TEXT
+    assert end_of_turn_ids(base, GenerationConfig(eos_token_id=[0])) == {0, 2}
+    assert end_of_turn_ids(base, None) == {0, 2}
+    assert end_of_turn_ids(tokenizer(None), GenerationConfig(eos_token_id=0)) == {0, 2}
+
+
+def test_the_generation_config_of_a_model_gets_the_ends_that_it_lacks(tmp_path: Path) -> None:
+    complete = tiny_model_dir(tmp_path / "complete")
+    base = declare_only_end_of_text(tiny_model_dir(tmp_path / "base"))
+    for directory, before, after in ((complete, 2, 2), (base, 0, [0, 2])):
+        model = load_causal_lm(directory)
+        assert model.generation_config.eos_token_id == load_generation_config(directory).eos_token_id == before
+        ends = declare_end_of_turn(model, load_tokenizer(directory))
+        assert model.generation_config.eos_token_id == after
+        assert sorted(ends) == after or ends == {after}
+    (base / "generation_config.json").unlink()
+    assert load_generation_config(base).eos_token_id == 0
+
+
+@pytest.mark.parametrize("text", ["\u68a8\u3067\u3059", "a pear \U0001f350", "caf\u00e9"])
+def test_a_character_cut_in_half_is_dropped_and_the_reply_counts_as_cut_off(text: str) -> None:
+    ids = encode_text(tokenizer(), text, start=False)
+    for count in range(len(ids)):
+        part, reason = decode_reply(tokenizer(), ids[:count], frozenset({2}))
+        assert text.startswith(part)
+        assert "\ufffd" not in part
+        assert reason == "length"
+    assert decode_reply(tokenizer(), [*ids, 2], frozenset({2})) == (text, "stop")
+    assert decode_reply(tokenizer(), [*ids[:-1], 2], frozenset({2})) == (text[:-1], "length")

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypedDict
 
 import pytest
 import torch
-from tiny import tiny_model_dir
+from tiny import declare_only_end_of_text, tiny_model_dir
 
 from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.data.schema import Message
@@ -34,6 +34,7 @@ class SamplingParams:
     top_p: float = 1.0
     seed: int | None = None
     stop: list[str] | None = None
+    stop_token_ids: list[int] | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
 
@@ -43,6 +44,7 @@ class LLM:
 
     made: ClassVar[dict[str, Any]] = {}
     requests: ClassVar[list[tuple[list[int], SamplingParams]]] = []
+    forced: ClassVar[list[int]] = []  # the tokens to answer with instead
 
     def __init__(self, model: str, *, dtype: str, enable_prefix_caching: bool, trust_remote_code: bool) -> None:
         LLM.made = {"prefix caching": enable_prefix_caching, "own code": trust_remote_code, "dtype": dtype}
@@ -63,13 +65,16 @@ class LLM:
         with torch.no_grad():
             for _ in range(params.max_tokens):
                 last = self.model(torch.tensor([[*ids, *new]])).logits[0, -1].log_softmax(-1)
-                new.append(int(last.argmax()))
+                new.append(LLM.forced[len(new)] if LLM.forced else int(last.argmax()))
                 top = last.topk(params.logprobs or 1)
                 logprobs.append({int(i): SimpleNamespace(logprob=float(v)) for v, i in zip(*top, strict=True)})
+                if new[-1] in (params.stop_token_ids or ()):
+                    break
             whole = self.model(torch.tensor([ids])).logits[0].log_softmax(-1)
         prompt = [None, *({t: SimpleNamespace(logprob=float(whole[i, t]))} for i, t in enumerate(ids[1:]))]
         text = self.tokenizer.decode(new, skip_special_tokens=True)
-        best = SimpleNamespace(text=text, token_ids=new, finish_reason="length", logprobs=logprobs)
+        reason = "stop" if new[-1] in (params.stop_token_ids or ()) else "length"
+        best = SimpleNamespace(text=text, token_ids=new, finish_reason=reason, logprobs=logprobs)
         return SimpleNamespace(outputs=[best], prompt_logprobs=prompt if params.prompt_logprobs is not None else None)
 
 
@@ -96,6 +101,19 @@ def test_replies_are_those_of_the_local_engine(model: Path) -> None:
     assert [params.seed for _, params in LLM.requests] == [5, 6]
     assert LLM.requests[1][1].stop == ["\n\nHuman:"]
     assert LLM.requests[0][0].count(1) == 3  # the system, user and assistant turns: the row's own marker is text
+
+
+def test_a_reply_ends_where_it_ends_in_the_local_engine(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    declare_only_end_of_text(model)
+    tokenizer = load_tokenizer(model)
+    pear, cut = (tokenizer(text)["input_ids"] for text in ("A pear.", "a\u68a8"))
+    request = GenerationRequest((Message(role="user", content="Name a fruit."),), 5)
+    for forced, text, reason in (([*pear, 2, *pear], "A pear.", "stop"), (cut[:-1], "a", "length")):
+        monkeypatch.setattr(LLM, "forced", forced)
+        (reply,) = opened(model).generate([request], Sampling(len(forced), temperature=0))
+        assert isinstance(reply, Completion)
+        assert (reply.text, reply.finish_reason) == (text, reason)
+        assert LLM.requests[-1][1].stop_token_ids == [0, 2]
 
 
 def test_scores_are_those_of_the_local_engine(model: Path) -> None:

@@ -27,6 +27,9 @@ def test_the_command_prints_every_metric_and_writes_it_once(cai: Cai, tmp_path: 
     assert table.startswith("trusted: ")
     for name in ("agreement", "flip rate", "right at 0.8 to 0.9", "kind: mean p first", "1 ties"):
         assert name in table
+    assert "the intervals of a metric over principles are simultaneous" not in table  # there is one principle
+    expected = found["calibration_error_if_calibrated"]
+    assert f"for a calibrated judge of the same pairs {expected:.3f} on average" in table
     piped = cai("eval", "agreement", "-", "--json", stdin=(tmp_path / "prefs.jsonl").read_bytes())
     assert json.loads(piped.stdout)["ties"] == 0
 

@@ -15,7 +15,7 @@ from cai_cli.data.formats import row_key
 from cai_cli.data.schema import Kind, Rejected, Sample, load_row
 from cai_cli.engines.base import LogprobRequest, RequestFailure, Sampling
 from cai_cli.engines.scripted import ScriptedEngine
-from cai_cli.evaluate.compare import ReplyPair, compare_by_votes, name_files, reply_pairs
+from cai_cli.evaluate.compare import ReplyPair, compare_by_votes, name_files, print_result, reply_pairs
 from cai_cli.judging.base import sigmoid
 from cai_cli.judging.judge import Judge
 from cai_cli.judging.votes import Labeller
@@ -168,11 +168,11 @@ def test_the_command_writes_rows_metrics_and_words(cai: Cai, tmp_path: Path) -> 
     assert len(rows) == 12
     assert {row["p_a"] < 0.5 for row in rows} == {True}
     metrics = json.loads((tmp_path / "c.jsonl.compare.json").read_text())
-    assert list(metrics) == ["models", "win_rates", "ratings", "scores"]
+    assert list(metrics) == ["models", "win_rates", "ratings", "scores", "simultaneous"]
     assert metrics["models"] == ["start", "better"]
     assert list(metrics["ratings"]) == ["harmless", "helpful"]
     assert list(metrics["ratings"]["harmless"][0]) == ["model", "value", "low", "high", "n"]
-    assert set(metrics["win_rates"][0]) == {"a", "b", "kind", "value", "low", "high", "n", "ties"}
+    assert set(metrics["win_rates"][0]) == {"a", "b", "kind", "value", "low", "high", "n", "ties", "prompts"}
     assert manifest_of(tmp_path / "c.jsonl")["counts"]["out"] == 12
     (tmp_path / "c.jsonl.compare.json").unlink()
     again = compare(cai, tmp_path, "--json")
@@ -191,6 +191,20 @@ def test_an_interval_that_contains_one_half_shows_no_improvement(cai: Cai, tmp_p
     assert done.code == 0, done.stderr
     assert "no significant difference between x and y: x wins 50%" in done.stderr
     assert "is better" not in done.stderr
+
+
+def test_few_prompts_and_simultaneous_intervals_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    rate = {"kind": "red-team", "value": 1.0, "low": 0.4, "high": 1.0, "n": 9, "ties": 0, "prompts": 9}
+    rates = [rate | {"a": a, "b": b} for a, b in (("x", "y"), ("x", "z"), ("y", "z"))]
+    result = {"win_rates": rates, "ratings": {}, "simultaneous": {"win_rates": 3, "ratings": 3, "scores": 0}}
+    print_result(result)
+    stderr = capsys.readouterr().err
+    assert "red-team prompts: 9 prompts are too few to compare x and y (10 are needed): x wins 100%" in stderr
+    assert "the 95% intervals are simultaneous over 3 win rates, over 3 ratings" in stderr
+    print_result(result | {"win_rates": [rates[0]], "simultaneous": {"win_rates": 1, "ratings": 1, "scores": 0}})
+    stderr = capsys.readouterr().err
+    assert "no significant difference between x and y" in stderr
+    assert "simultaneous" not in stderr
 
 
 def test_rows_can_go_down_a_pipe_with_the_metrics_on_stderr(cai: Cai, tmp_path: Path) -> None:
@@ -223,9 +237,9 @@ def test_a_preference_model_s_scores_decide_and_are_kept(cai: Cai, tmp_path: Pat
     from cai_cli.reward.preference_model import score_conversations
 
     base = tiny_model_dir(tmp_path / "base")
-    model, tokenizer = load_reward_model(base, new_head_seed=3), load_tokenizer(base)
-    model.save_pretrained(tmp_path / "pm")
-    tokenizer.save_pretrained(tmp_path / "pm")
+    load_reward_model(base, new_head_seed=3).save_pretrained(tmp_path / "pm")
+    load_tokenizer(base).save_pretrained(tmp_path / "pm")
+    model, tokenizer = load_reward_model(tmp_path / "pm"), load_tokenizer(tmp_path / "pm")
     names = ("x", "y", "z")
     for name in names:
         samples(tmp_path, name, {i: f"{name} says {i}" for i in range(4)})

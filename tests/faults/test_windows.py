@@ -14,6 +14,7 @@ from tiny import tiny_model_dir
 from cai_cli.data.schema import Message
 from cai_cli.engines.local.engine import LocalEngine
 from cai_cli.engines.tokenization import encode_chat
+from cai_cli.models.reading import Reading
 from cai_cli.reward.preference_model import encode_conversation
 
 HEAD, TAIL = "first sentinel", "last sentinel"
@@ -33,7 +34,7 @@ def tokens(folder: Path, messages: Sequence[Message], stage: str) -> int:
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     if stage == "train-pm":
-        return len(encode_conversation(tokenizer, messages))
+        return len(encode_conversation(tokenizer, messages, Reading()))
     return len(encode_chat(tokenizer, messages, add_generation_prompt=stage == "sample"))
 
 

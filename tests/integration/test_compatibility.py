@@ -63,7 +63,20 @@ def test_a_finished_output_is_recognised(command: dict[str, Any], spelling: str,
     done = cai(*words_of(command, spelling))
     assert done.code == 0, done.stderr
     assert f"{command['output']} is already finished; nothing to do" in done.stderr
-    assert files_of(old) == before
+    after = files_of(old)
+    # A finished evaluation is summarised again from its rows: same values, intervals as this version computes them.
+    for name in [n for n in before if n.endswith((".compare.json", ".harm.json"))]:
+        assert values_in(json.loads(after.pop(name))).items() >= values_in(json.loads(before.pop(name))).items()
+    assert after == before
+
+
+def values_in(summary: Any, at: str = "") -> dict[str, Any]:
+    """The summary of an evaluation without the ends of its intervals, by the place of each value."""
+    if not isinstance(summary, dict | list):
+        return {at: summary}
+    parts = summary.items() if isinstance(summary, dict) else enumerate(summary)
+    inner = [values_in(part, f"{at}.{name}") for name, part in parts if name not in ("low", "high")]
+    return {place: value for values in inner for place, value in values.items()}
 
 
 @pytest.mark.parametrize("spelling", ["old", "new"])
@@ -157,6 +170,12 @@ def test_the_report_reads_the_folder(folder: str, cai: Cai, old: Path) -> None:
         assert "watch_score" not in page
 
 
+def stage_of(output: Path) -> str | None:
+    """The stage that wrote a file of rows; None for a sidecar."""
+    manifest = read_manifest(output.with_name(f"{output.name}.manifest.json"))
+    return manifest and manifest["provenance"]["stage"]
+
+
 # --- runs ---------------------------------------------------------------------------------------------------------
 
 
@@ -164,11 +183,17 @@ def test_the_report_reads_the_folder(folder: str, cai: Cai, old: Path) -> None:
 def test_a_run_folder_is_finished_or_completed(command: dict[str, Any], cai: Cai, old: Path) -> None:
     before = files_of(old / "run/out")
     done = cai(*words_of(command, "old"))
-    assert done.code == 0, done.stderr
     killed = "killed_in" in command
+    changed = legacy.CHANGED_STAGES["0.2.0"]
+    if killed and "critique-revise" in changed:
+        assert (done.code, done.error) == (1, "step-failed")  # as any unfinished output of a stage that changed
+        for unfinished in (old / command["output"]).glob("*.partial*"):
+            unfinished.unlink()
+        done = cai(*words_of(command, "old"))
+    assert done.code == 0, done.stderr
     assert done.stderr.count("already done: ") == (3 if killed else 7)
     assert done.stderr.count("] $ cai ") == (4 if killed else 0)
     after = files_of(old / command["output"])
     for name, content in before.items():
-        if name.endswith(".jsonl"):
+        if name.endswith(".jsonl") and not (killed and stage_of(old / "run/out" / name) in changed):
             assert after[name] == content, name

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Cai
-from helpers import rows_in, sample_row, write_rows
+from helpers import preference, rows_in, sample_row, write_rows
 from label_cases import human, run
 
 
@@ -22,6 +22,15 @@ def test_a_single_reply_and_identical_replies_are_skipped_and_counted(cai: Cai, 
     counts = run(cai, tmp_path, [sample_row(1), *same, *(sample_row(3, k) for k in range(2))], "--one-order")
     assert counts["skipped_reasons"] == {"only one reply to the prompt": 1, "identical replies": 1}
     assert (counts["in"], counts["out"], counts["skipped"]) == (3, 1, 2)
+
+
+def test_a_pair_with_an_empty_reply_or_that_differs_in_white_space_is_skipped_and_counted(
+    cai: Cai, tmp_path: Path
+) -> None:
+    rows = [preference(1), preference(2, rejected=" "), preference(3, chosen="well", rejected="well\n")]
+    counts = run(cai, tmp_path, rows, "--one-order")
+    assert counts["skipped_reasons"] == {"empty reply": 1, "identical replies": 1}
+    assert (counts["in"], counts["out"]) == (3, 1)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Votes become labels: orders are averaged, and votes refer to the chosen reply."""
 
-import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -60,9 +59,40 @@ def test_both_orders_are_judged_and_averaged_and_votes_refer_to_the_chosen_reply
 @given(st.floats(0.001, 0.999))
 def test_a_judge_with_pure_position_bias_yields_no_preference(p: float) -> None:
     (row,) = label(Answers(logs(p), logs(p)))
-    assert isinstance(row, Rejected)
-    assert row.reason == "tie"
-    assert json.loads(row.row)["id"] == row.key == "p0/0-1"
+    assert isinstance(row, Preference)
+    assert (row.id, row.p_chosen, row.chosen[0].content) == ("p0/0-1", 0.5, "left")
+
+
+def test_orders_are_averaged_before_the_limits_apply() -> None:
+    # Left gets 0.95 in first and 0.70 in second position: clamped first, 0.6 and 0.4 would be a tie.
+    def labelled(clamp: tuple[float, float], *first: float) -> Preference:
+        judge = judge_of(Answers(*(logs(p) for p in first)), clamp=clamp)
+        (row,) = label_prefs([left_right()], Labeller(judge, [PRINCIPLE], 1, ("ab", "ba")))
+        assert isinstance(row, Preference)
+        return row
+
+    row = labelled((0.4, 0.6), 0.95, 0.7)
+    assert (row.chosen[0].content, row.p_chosen) == ("left", pytest.approx(0.6))
+    assert [round(v.p_first, 9) for v in row.votes] == [0.95, 0.7]
+    assert labelled((0.4, 0.6), 0.95, 0.85).p_chosen == pytest.approx(0.55)
+    assert labelled((0.4, 0.6), 0.7, 0.95).chosen[0].content == "right"
+    assert labelled((0.4, 0.6), 0.7, 0.95).p_chosen == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("clamp", [(0.0, 0.7), (0.3, 1.0)])
+def test_limits_hold_for_both_replies_because_their_sides_are_arbitrary(clamp: tuple[float, float]) -> None:
+    for p in (0.05, 0.95):
+        (row,) = label_prefs([left_right()], Labeller(judge_of(Answers(logs(p)), clamp=clamp), [PRINCIPLE], 1, ("ab",)))
+        assert isinstance(row, Preference)
+        assert row.p_chosen == pytest.approx(0.7)
+
+
+def test_principles_are_averaged_before_the_limits_apply() -> None:
+    engine = Answers(*(logs(p) for p in (0.99, 0.98, 0.3)))
+    labeller = Labeller(judge_of(engine, clamp=(0.4, 0.6)), MANY[:3], 3, ("ab",))
+    (row,) = label_prefs([left_right()], labeller)
+    assert isinstance(row, Preference)
+    assert row.p_chosen == 0.6  # the mean is 0.76; clamped first, it would be 0.53
 
 
 @given(st.lists(st.tuples(*[st.lists(st.floats(-900, 0), min_size=2, max_size=2)] * 2), min_size=1), st.booleans())
@@ -73,13 +103,11 @@ def test_the_chosen_reply_has_at_least_one_half_by_its_votes(
     rows = label(Answers(*(x for two in answers for x in two[: len(orders)])), orders, len(answers))
     assert [row.key for row in rows] == [f"p{i}/0-1" for i in range(len(answers))]
     for row in rows:
-        if isinstance(row, Preference):
-            assert 0.5 <= row.p_chosen <= 1
-            assert len(row.votes) == len(orders)
-            shares = [v.p_first if v.order == "ab" else 1 - v.p_first for v in row.votes]
-            assert math.fsum(shares) / len(shares) == pytest.approx(row.p_chosen, abs=1e-12)
-        else:
-            assert row.reason == "tie"
+        assert isinstance(row, Preference)
+        assert 0.5 <= row.p_chosen <= 1
+        assert len(row.votes) == len(orders)
+        shares = [v.p_first if v.order == "ab" else 1 - v.p_first for v in row.votes]
+        assert math.fsum(shares) / len(shares) == pytest.approx(row.p_chosen, abs=1e-12)
 
 
 @given(st.floats(-1e4, 0), st.floats(-1e4, 0))
@@ -113,8 +141,8 @@ def by_rule(text: str, _: Any) -> list[float] | RequestFailure:
 def test_votes_are_kept_per_principle_and_order_and_a_half_answered_principle_has_none() -> None:
     labeller = Labeller(judge_of(Reader(by_rule)), MANY, 5, ("ab", "ba"))
     (row,) = label_prefs([left_right()], labeller)
-    assert isinstance(row, Rejected)  # two against two
-    assert row.reason == "tie"
+    assert isinstance(row, Preference)
+    assert row.p_chosen == pytest.approx(0.5)  # two against two
     (row,) = label_prefs([left_right()], Labeller(judge_of(Reader(by_rule)), MANY[1:], 4, ("ab", "ba")))
     assert isinstance(row, Preference)
     assert row.chosen[0].content == "right"

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from cai_cli.data.evaluation_schema import ModelComparison
 from cai_cli.data.schema import Kind
 from cai_cli.metrics.elo import Tournament
-from cai_cli.metrics.intervals import wilson
+from cai_cli.metrics.intervals import SHARE, mean_estimate
 from cai_cli.prompting.base import assistant, user
 
 Json = dict[str, Any]
@@ -139,6 +139,46 @@ def test_all_ties_leave_no_more_open_than_their_number_does() -> None:
         assert 50 < rating["high"] - 1000 < 150
 
 
+@pytest.mark.parametrize("models", [2, 6])
+def test_models_that_are_alike_get_a_claim_in_one_of_twenty_runs_at_most(models: int) -> None:
+    """Each interval alone, some model of six would beat another in two runs of three."""
+    names, rng, runs, claimed = [str(m) for m in range(models)], random.Random(models), 40, 0
+    kinds: tuple[Kind, Kind] = ("red-team", "helpful")
+    for _ in range(runs):
+        tournament = Tournament(names)
+        for kind in kinds:
+            for prompt in range(15):
+                quality = {name: rng.gauss(0, 1) for name in names}
+                for a, b in combinations(names, 2):
+                    tournament.add(comparison(prompt, 0.9 if quality[a] > quality[b] else 0.1, a, b, kind))
+        rates = tournament.win_rates()
+        assert len(rates) == models * (models - 1)
+        claimed += any(not rate["low"] <= 0.5 <= rate["high"] for rate in rates)
+    assert claimed <= 2
+
+
+def test_the_best_of_four_models_is_still_found() -> None:
+    names, rng, rows = ["a", "b", "c", "best"], random.Random(1), []
+    for prompt in range(150):
+        quality = {name: rng.gauss(name == "best", 1) for name in names}
+        rows += [comparison(prompt, 0.9 if quality[a] > quality[b] else 0.1, a, b) for a, b in combinations(names, 2)]
+    rates = result(rows, names)["win_rates"]
+    assert [rate["high"] < 0.5 for rate in rates] == [rate["b"] == "best" for rate in rates]
+
+
+def test_a_result_counts_its_simultaneous_intervals() -> None:
+    kinds: tuple[Kind, Kind] = ("red-team", "helpful")
+    rows = [
+        comparison(8 * axis + i, 0.9, a, b, kind, (0.1 * i, -0.2 * i))
+        for axis, kind in enumerate(kinds)
+        for i in range(8)
+        for a, b in combinations(("one", "two", "three"), 2)
+    ]
+    three, two = result(rows, ("one", "two", "three")), result([comparison(i, 0.9) for i in range(8)])
+    assert three["simultaneous"] == {"win_rates": 6, "ratings": 6, "scores": 6}
+    assert two["simultaneous"] == {"win_rates": 1, "ratings": 1, "scores": 0}
+
+
 # --- against independent computations, and against recorded results ---------------------------------------------------
 
 MODELS = ("a", "b", "c")
@@ -169,10 +209,9 @@ def test_random_comparisons_add_up_to_what_counting_by_hand_gives(seed: int) -> 
             if p:
                 rate = rates[a, b]
                 assert (rate["value"], rate["n"], rate["ties"]) == ((wins + ties / 2) / len(p), len(p), ties)
-                least = wilson(wins + ties / 2, len(p))  # each prompt compares two models once
-                assert least is not None
-                assert rate["low"] <= least["low"] + 1e-12
-                assert rate["high"] >= least["high"] - 1e-12
+                values = [0.5 if x == 0.5 else float(x > 0.5) for x in p]  # each prompt compares two models once
+                among = len(found["win_rates"])
+                assert {k: rate[k] for k in ("value", "low", "high", "n")} == mean_estimate(values, SHARE, among=among)
             xs += [a, a]
             ys += [b, b]
             winners += [evalica.Winner.X, evalica.Winner.Y]
@@ -198,19 +237,19 @@ def test_the_intervals_of_random_comparisons_are_those_recorded() -> None:
     found = result(random_comparisons(7), MODELS)
     estimates = [*found["win_rates"], *found["ratings"]["helpful"], *found["scores"]["helpful"]]
     recorded = [
-        (0.2727272727272727, 0.08180619429053054, 0.5656453033189257, 11),
-        (0.55, 0.27366968795432633, 0.7985770317430679, 10),
-        (0.35, 0.06941034955863706, 0.6646484447967322, 10),
-        (0.5294117647058824, 0.30963234915022314, 0.7483670724770849, 17),
-        (0.6333333333333333, 0.38686545152872254, 0.8254323341788808, 15),
-        (0.35714285714285715, 0.18951888053311358, 0.568949411177499, 21),
-        (1033.5011075053126, 936.1000247574706, 1130.9021902531545, 32),
-        (958.1525313507167, 866.2985619287809, 1050.0065007726525, 38),
-        (1008.3463611439706, 916.0053542768916, 1100.6873680110496, 36),
-        (0.1601014929513794, -0.33597773967848255, 0.6330744771018073, 21),
-        (-0.3161488525981058, -0.7695067736379944, 0.09818834733936174, 24),
-        (-0.10636862950458097, -0.513757110334087, 0.2971543996726488, 23),
-    ]  # by version 0.1
+        (0.2727272727272727, 0.07359410483301342, 0.6390144272550913, 11),
+        (0.55, 0.22208211303583836, 0.8395542441720761, 10),
+        (0.35, 0.0736506375615317, 0.7847964783837541, 10),
+        (0.5294117647058824, 0.246227293133982, 0.7948483498252947, 17),
+        (0.6333333333333333, 0.35626586680845507, 0.8435253511992361, 15),
+        (0.35714285714285715, 0.17536912465698964, 0.5920555607600959, 21),
+        (1033.5011075053126, 933.8590225912716, 1144.6741728808456, 32),
+        (958.1525313507167, 876.2690607796413, 1034.0640591615256, 38),
+        (1008.3463611439706, 914.3630975586441, 1093.4417242020547, 36),
+        (0.1601014929513794, -0.5990666888295662, 0.8839093381326292, 21),
+        (-0.3161488525981058, -0.9981275928797302, 0.3071316693723218, 24),
+        (-0.10636862950458097, -0.7223847335117007, 0.5038024872750779, 23),
+    ]  # by version 0.2
     assert [(e["value"], e["low"], e["high"], e["n"]) for e in estimates] == [
         (pytest.approx(v, rel=1e-9), pytest.approx(low, rel=1e-9), pytest.approx(high, rel=1e-9), n)
         for v, low, high, n in recorded

@@ -144,6 +144,27 @@ def test_a_label_of_one_half_is_half_right_and_humans_only_are_left_alone() -> N
     assert (found["pairs"], found["human_only"]) == (3, 1)
 
 
+def test_the_intervals_of_several_principles_are_simultaneous() -> None:
+    def first(*principles: str) -> Any:
+        rows = [
+            pref(20 * place + i, (name, "ab", 0.9), human="chosen" if i % 4 else "rejected")
+            for place, name in enumerate(principles)
+            for i in range(20)
+        ]
+        return audit(rows)["principles"][principles[0]]["agreement"]
+
+    alone, among_four = first("a"), first("a", "b", "c", "d")
+    assert (alone["value"], alone["n"]) == (among_four["value"], among_four["n"]) == (0.75, 20)
+    assert alone["low"] > 0.5 > among_four["low"]
+
+
+def test_the_calibration_error_stands_beside_that_of_a_calibrated_judge() -> None:
+    calibrated = audit([pref(i, ("kind", "ab", 0.8), human="chosen" if i % 5 else "rejected") for i in range(50)])
+    assert calibrated["calibration_error"]["value"] == pytest.approx(0, abs=1e-9)
+    assert calibrated["calibration_error_if_calibrated"] == pytest.approx(math.sqrt(2 / math.pi * 0.16 / 50), rel=0.1)
+    assert audit([])["calibration_error_if_calibrated"] is None
+
+
 def test_the_calibration_error_is_the_mean_distance_of_confidence_and_share_right() -> None:
     def rows(first: int, p: float, right: int, n: int) -> list[Preference]:
         return [pref(first + i, ("kind", "ab", p), human="chosen" if i < right else "rejected") for i in range(n)]

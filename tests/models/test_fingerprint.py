@@ -46,7 +46,10 @@ def test_a_fingerprint_changes_with_the_chat_template_but_not_with_a_model_card(
     (model_dir / "README.md").write_text("a card")
     assert fingerprint.fingerprint(model_dir) == before
     (model_dir / "chat_template.jinja").write_text("{{ messages }}")
-    assert fingerprint.fingerprint(model_dir) != before
+    assert (one := fingerprint.fingerprint(model_dir)) != before
+    (model_dir / "additional_chat_templates").mkdir()
+    (model_dir / "additional_chat_templates/tools.jinja").write_text("{{ messages }}")
+    assert fingerprint.fingerprint(model_dir) != one
 
 
 def test_equal_models_in_two_places_have_one_fingerprint(tmp_path: Path, model_dir: Path) -> None:

@@ -23,7 +23,13 @@ def test_critique_and_revision_use_the_same_drawn_principle() -> None:
     assert isinstance(revised, Revision)
     assert revised.reply == "a longer reply"
     assert [t.model_dump() for t in revised.history] == [
-        {"round": 1, "principle_id": principle.id, "critique": "too short", "response": "reply 0 to 1"}
+        {
+            "round": 1,
+            "principle_id": principle.id,
+            "critique": "too short",
+            "response": "reply 0 to 1",
+            "finish_reason": "stop",
+        }
     ]
     talk = [user("question 1"), assistant("reply 0 to 1"), user(principle.critique)]
     assert [a.text for a in engine.requests] == [talk, [*talk, assistant("too short"), user(principle.revision)]]

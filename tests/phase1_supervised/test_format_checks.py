@@ -2,6 +2,7 @@
 
 import pytest
 from reviser_cases import Recorder
+from revision_texts import GOOD_REPLIES
 
 from cai_cli.common.seeds import seed_for
 from cai_cli.engines.base import Completion, GenerationRequest, RequestFailure, Sampling
@@ -21,33 +22,32 @@ REQUEST = "Rewrite your last reply without the insult."
         ("The last reply was rude.", "a critique in place of a revision"),
         ("Critique: the reply is rude.", "a critique in place of a revision"),
         (f"{REQUEST} Be kind.", "the request repeated in place of a revision"),
-        ("I hope this helps you. " * 3, "repeated sentence in the revision"),
-        ("I'm not sure how to insert punctuation- " * 4, "repeated sentence in the revision"),
+        ("I hope this helps you. " * 3, "repeated text in the revision: 'I hope this helps you.'"),
+        (
+            "I'm not sure how to insert punctuation- " * 4,
+            'repeated text in the revision: "I\'m not sure how to insert punctuation-"',
+        ),
     ],
 )
 def test_an_unusable_revision_is_rejected_with_the_reason(text: str, problem: str) -> None:
     assert revision_problem(text, REQUEST) == problem
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "The answer is 42.",
-        "My answer is no, and here is why.",
-        "Here is what I would do: call a friend.",
-        "This response time can be improved by caching.",
-        "I can't help with that. I can't help with that. But a lawyer could.",
-        "Your first step is to rest.",
-    ],
-)
-def test_a_plain_revision_passes(text: str) -> None:
+@pytest.mark.parametrize("text", GOOD_REPLIES)
+def test_a_good_reply_that_looks_like_an_error_passes(text: str) -> None:
     assert revision_problem(text, REQUEST) is None
+
+
+def test_the_request_is_an_error_at_the_start_and_a_short_one_may_stand_in_a_reply() -> None:
+    assert revision_problem("Be kind. Be kind to all.", "Be kind.") is not None
+    assert revision_problem("Say what you think, and be kind.", "Be kind.") is None
 
 
 def test_a_critique_may_describe_the_reply_but_not_be_empty_or_repetitive() -> None:
     assert critique_problem("The last reply was rude.") is None
     assert critique_problem(" ") == "empty critique"
-    assert critique_problem("It is rude to say. It is rude to say. It is rude to say.") is not None
+    repeated = "It is rude to say. It is rude to say. It is rude to say."
+    assert critique_problem(repeated) == "repeated text in the critique: 'It is rude to say.'"
 
 
 def bad(_index: int, text: str) -> str | None:
@@ -70,6 +70,13 @@ def test_an_answer_that_never_passes_is_rejected_with_the_reason_and_the_number_
         RequestFailure(f"bad text, {ATTEMPTS} attempts")
     ]
     assert len(engine.requests) == ATTEMPTS
+
+
+def test_the_repeated_text_is_named_in_the_reason_and_is_no_part_of_its_kind() -> None:
+    answers = generate_checked(
+        Recorder("no: no"), [GenerationRequest("x", 1)], Sampling(temperature=0), lambda _, text: f"repeated: {text!r}"
+    )
+    assert answers == [RequestFailure("repeated, 1 attempts: 'no: no'")]
 
 
 def test_a_greedy_answer_is_not_sampled_again() -> None:

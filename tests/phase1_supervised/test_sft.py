@@ -16,13 +16,14 @@ from helpers import (
     user,
     write_rows,
 )
-from tiny import tiny_model_dir
+from tiny import declare_only_end_of_text, tiny_model_dir
 
 from cai_cli.common.errors import CaiError, InvalidRow, RowError
 from cai_cli.data.formats import completed_row
 from cai_cli.data.schema import Message, Revision, Sample, load_row
-from cai_cli.models.loading import load_tokenizer
-from cai_cli.phase1_supervised.sft import encode, examples_of
+from cai_cli.models.loading import load_generation_config, load_tokenizer
+from cai_cli.phase1_supervised.sft import CutOff, encode, encode_all, examples_of
+from cai_cli.runtime.counts import Counts
 from cai_cli.training.checkpoints import SEAL
 
 command = stage("sft")
@@ -168,6 +169,47 @@ def test_the_loss_covers_the_reply_and_its_end_of_turn_only(model: Path) -> None
     assert [i for i, label in zip(columns["input_ids"], columns["labels"], strict=True) if label != -100] == trained
 
 
+def cut_rows(folder: Path) -> Path:
+    """Eight whole replies and four that were cut off, one of them in an earlier round."""
+    rows = [revision(i) for i in range(11)]
+    for row in rows[:3]:
+        row["finish_reason"] = "length"
+    rows.append(revision(11, rounds=2))
+    rows[-1]["history"][1]["finish_reason"] = "length"
+    return write_rows(folder / "cut.jsonl", rows)
+
+
+def test_the_loss_of_a_reply_that_was_cut_off_does_not_cover_an_end_of_turn(model: Path) -> None:
+    tokenizer = load_tokenizer(model)
+    rows = [load_row(Revision, revision(i) | {"finish_reason": end}) for i, end in enumerate(("length", "stop", None))]
+    text, closed = "a helpful and honest answer", "a helpful and honest answer<|im_end|>\n"
+    for cut_off, expected in (
+        (CutOff.OPEN, [text, closed, closed]),
+        (CutOff.SKIP, [closed, closed]),
+        (CutOff.WHOLE, [closed, closed, closed]),
+    ):
+        counts = Counts.of_training([])
+        examples = [example for row in rows for example in examples_of(row, "all")]
+        encoded = encode_all(tokenizer, examples, 512, counts, window=512, cut_off=cut_off)
+        labels = [[i for i in each.columns()["labels"] if i != -100] for _, each in encoded]
+        assert [tokenizer.decode(ids) for ids in labels] == expected
+        assert counts.reply_ends.as_json() == {"replies": {"whole": 1, "cut_off": 1, "unknown": 1}}
+        assert counts.skipped == ({"cut off at the length limit": 1} if cut_off is CutOff.SKIP else {})
+
+
+@pytest.mark.parametrize(("cut_off", "used"), [("open", 13), ("skip", 9)])
+def test_replies_that_were_cut_off_are_counted_and_reported(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], cut_off: str, used: int
+) -> None:
+    command(cut_rows(tmp_path), tmp_path / "out", model=str(model), cut_off=cut_off, max_steps=1, **QUICK)
+    manifest = manifest_of(tmp_path / "out")
+    assert manifest["reply_ends"] == {"replies": {"whole": 9, "cut_off": 4, "unknown": 0}}
+    assert manifest["counts"]["used"] == used
+    assert f"4 of 13 replies cut off at the length limit; they are {'left' if used == 9 else 'trained'}" in (
+        capsys.readouterr().err
+    )
+
+
 def test_a_control_token_in_row_text_is_encoded_as_text(model: Path) -> None:
     tokenizer = load_tokenizer(model)
     prompt = [Message(role="user", content="hi")]
@@ -217,3 +259,20 @@ def test_conversations_of_other_tools_are_trained_on_at_their_last_reply(model: 
     options = {"model": str(model), "helpful": str(tmp_path / "helpful.jsonl"), "max_steps": 1, "eval_share": 0.0}
     summary = command(tmp_path / "in.json", tmp_path / "out", **options)
     assert (summary["used"], summary["dropped"]) == (4, {"topic": 2})
+
+
+def test_the_finished_model_ends_its_turn_in_plain_transformers(tmp_path: Path) -> None:
+    """The base model names another end than its chat template, as base models do."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = declare_only_end_of_text(tiny_model_dir(tmp_path / "base"))
+    pair = [{"prompt": "Name a fruit.", "completion": "A pear."}, {"prompt": "Name a town.", "completion": "Bern."}]
+    options = {"max_steps": 40, "learning_rate": 1e-2, "gradient_accumulation": 1, "eval_share": 0.0}
+    command(write_rows(tmp_path / "pair.jsonl", pair), tmp_path / "sl", model=str(base), **options)
+    model, tokenizer = (kind.from_pretrained(tmp_path / "sl") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    chat = [{"role": "user", "content": "Name a fruit."}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    new = model.generate(**ids, do_sample=False, max_new_tokens=24)[0, ids["input_ids"].shape[1] :]
+    assert tokenizer.decode(new) == "A pear.<|im_end|>"
+    command(tmp_path / "pair.jsonl", tmp_path / "lora", model=str(base), **options | {"lora": True, "max_steps": 1})
+    assert load_generation_config(tmp_path / "lora").eos_token_id == [0, 2]

@@ -10,9 +10,16 @@ from label_cases import human, run
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def test_by_default_a_constant_judge_gives_ties_and_no_preference(cai: Cai, tmp_path: Path) -> None:
-    counts = run(cai, tmp_path, [sample_row(1, k) for k in range(2)])
-    assert (counts["out"], counts["rejected_reasons"]) == (0, {"tie": 1})
+def test_by_default_a_constant_judge_gives_ties_which_are_kept_with_the_first_sample_as_chosen(
+    cai: Cai, tmp_path: Path
+) -> None:
+    counts = run(cai, tmp_path, [sample_row(i, k) for i in range(3) for k in range(2)])
+    assert (counts["out"], counts["rejected_reasons"]) == (3, {})
+    rows = rows_in(tmp_path / "prefs.jsonl")
+    assert [row["p_chosen"] for row in rows] == [0.5] * 3
+    assert [row["chosen"] for row in rows] == [sample_row(i, 0)["completion"] for i in range(3)]
+    audited = json.loads(cai("eval", "agreement", "prefs.jsonl", "--json").stdout)
+    assert (audited["trusted"], audited["reason"]) == (False, "no pair got a preference: 3 ties")
 
 
 # --- methods, ensembles, and where pairs come from --------------------------------------------------------------------
@@ -32,10 +39,10 @@ def test_pairs_below_the_minimum_confidence_are_counted_and_can_be_judged_again(
 
 
 def test_rejected_pairs_keep_their_votes_and_can_be_judged_again(cai: Cai, tmp_path: Path) -> None:
-    run(cai, tmp_path, [sample_row(1, k) for k in range(2)])
+    run(cai, tmp_path, [sample_row(1, k) for k in range(2)], "--min-confidence", "0.51")
     (tie,) = rows_in(tmp_path / "prefs.jsonl.rejected.jsonl")
     row = json.loads(tie["row"])
-    assert (row["p_chosen"], [v["order"] for v in row["votes"]]) == (0.5, ["ba", "ab"])
+    assert (row["p_chosen"], [v["order"] for v in row["votes"]]) == (0.5, ["ab", "ba"])
     again = cai(
         "label-prefs", "-", "--model", "scripted:script.jsonl", "--one-order", stdin=(tie["row"] + "\n").encode()
     )
@@ -58,3 +65,19 @@ def test_every_labelling_ends_with_the_audit_of_its_labels(cai: Cai, tmp_path: P
         cai("eval", "agreement", "prefs.jsonl", "--json").stdout
         == json.dumps(found["audit"], separators=(",", ":")) + "\n"
     )
+
+
+def test_a_preference_says_which_of_its_replies_were_cut_off_and_they_are_counted(cai: Cai, tmp_path: Path) -> None:
+    rows = [sample_row(i, k) | {"finish_reason": "length" if k else "stop"} for i in range(4) for k in range(2)]
+    write_rows(tmp_path / "samples.jsonl", rows)
+    write_rows(tmp_path / "script.jsonl", [{"scores": [-3.0, -0.1]}])  # the second reply
+    words = ("label-prefs", "--model", "scripted:script.jsonl", "--one-order", "--json")
+    done = json.loads(cai(*words, "samples.jsonl", "-o", "prefs.jsonl").stdout)
+    assert done["reply_ends"] == {"replies": {"whole": 4, "cut_off": 4, "unknown": 0}}
+    for row in rows_in(tmp_path / "prefs.jsonl"):
+        assert (row["chosen_finish_reason"], row["rejected_finish_reason"]) == ("length", "stop")
+    again = json.loads(cai(*words, "prefs.jsonl", "-o", "again.jsonl").stdout)  # with the sides drawn again
+    assert again["reply_ends"] == done["reply_ends"]
+    for old, new in zip(rows_in(tmp_path / "prefs.jsonl"), rows_in(tmp_path / "again.jsonl"), strict=True):
+        ends = {old[side][0]["content"]: old[f"{side}_finish_reason"] for side in ("chosen", "rejected")}
+        assert ends == {new[side][0]["content"]: new[f"{side}_finish_reason"] for side in ("chosen", "rejected")}

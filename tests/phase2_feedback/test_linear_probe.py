@@ -12,7 +12,7 @@ from helpers import (
 )
 from tiny import tiny_model_dir
 
-from cai_cli.metrics.intervals import wilson
+from cai_cli.metrics.intervals import SHARE, mean_estimate
 from cai_cli.phase2_feedback.linear_probe import regress
 
 command = stage("train-pm")
@@ -34,7 +34,7 @@ def test_a_fitted_head_distinguishes_pairs_before_training(model: Path, tmp_path
     assert all(bool((trained[name] == start[name]).all()) for name in start if name in trained)
     results = manifest_of(tmp_path / "head")["metrics"]
     assert results["steps"] == 0
-    assert results["accuracy"] == results["head_accuracy"] == wilson(30, 30)
+    assert results["accuracy"] == results["head_accuracy"] == mean_estimate([1.0] * 30, SHARE)
     assert results["loss_gap"] < 0.05
     command(rows, tmp_path / "tuned", max_steps=3, **run)
     tuned = manifest_of(tmp_path / "tuned")["metrics"]

@@ -1,5 +1,6 @@
 """Pairs are held out by prompt, scored before and after training, and rejected where they do not fit."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from helpers import (
 from tiny import tiny_model_dir
 
 from cai_cli.common.errors import UsageError
-from cai_cli.metrics.intervals import wilson
+from cai_cli.metrics.intervals import SHARE, mean_estimate
 
 command = stage("train-pm")
 
@@ -34,7 +35,7 @@ def test_held_out_pairs_are_scored_before_and_after(model: Path, tmp_path: Path)
     assert (manifest["counts"]["train"], manifest["counts"]["held_out"]) == (36, 4)
     results = manifest["metrics"]
     assert results["held_out_loss"] < results["held_out_loss_before"]
-    assert results["accuracy"] == wilson(4, 4)
+    assert results["accuracy"] == mean_estimate([1.0] * 4, SHARE)
     metrics = rows_in(out / "metrics.jsonl")
     assert metrics[0]["held_out_loss"] == results["held_out_loss_before"]
     assert metrics[-1]["held_out_accuracy"] == 1.0
@@ -47,17 +48,24 @@ def test_pairs_of_one_prompt_are_all_held_out_or_none(model: Path, tmp_path: Pat
         write_rows(tmp_path / "prefs.jsonl", rows), tmp_path / "pm", model=str(model), max_steps=1,
         **QUICK | {"eval_share": 0.1},
     )  # fmt: skip
-    assert manifest_of(tmp_path / "pm")["counts"]["held_out"] == 8
+    manifest, held_out = manifest_of(tmp_path / "pm"), rows_in(tmp_path / "pm/held_out.jsonl")
+    assert (manifest["counts"]["held_out"], manifest["metrics"]["held_out_prompts"]) == (8, 2)
+    assert sorted(Counter(row["prompt_id"] for row in held_out).values()) == [4, 4]
+    # Eight pairs of two prompts are no eight independent pairs.
+    assert (manifest["metrics"]["accuracy"]["n"], manifest["metrics"]["at_chance"]) == (8, True)
 
 
-def test_long_and_identical_pairs_are_rejected_with_the_reason(model: Path, tmp_path: Path) -> None:
+def test_long_and_identical_pairs_and_empty_replies_are_rejected_with_the_reason(model: Path, tmp_path: Path) -> None:
     rows = [preference(i) for i in range(4)]
-    rows += [preference(4, rejected="long " * 200), preference(5, chosen="same", rejected="same")]
+    rows += [preference(4, rejected="long " * 200), preference(5, chosen="same", rejected="same \n")]
+    rows += [preference(6, rejected=""), preference(7, chosen=" \n")]
     command(write_rows(tmp_path / "prefs.jsonl", rows), tmp_path / "pm", model=str(model), max_length=128, **QUICK)
     rejected = {row["key"]: row["reason"] for row in rows_in(tmp_path / "pm.rejected.jsonl")}
-    assert rejected == {"p4": "longer than --max-length", "p5": "chosen and rejected are the same"}
+    assert rejected == {
+        "p4": "longer than --max-length", "p5": "identical replies", "p6": "empty reply", "p7": "empty reply",
+    }  # fmt: skip
     counts = manifest_of(tmp_path / "pm")["counts"]
-    assert counts["in"] == counts["used"] + counts["rejected"] == 6
+    assert counts["in"] == counts["used"] + counts["rejected"] == 8
 
 
 def test_pairs_beyond_the_models_window_are_rejected_with_any_max_length(model: Path, tmp_path: Path) -> None:
@@ -93,3 +101,13 @@ def test_soft_labels_from_scores_exclude_hard_targets(model: Path, tmp_path: Pat
     with pytest.raises(UsageError) as error:
         command(tmp_path / "none.jsonl", tmp_path / "pm", model=str(model), soft_from="score", targets="hard")
     assert error.value.code == "option-conflict"
+
+
+def test_replies_that_were_cut_off_are_counted_where_the_pairs_say_so(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ends = {"chosen_finish_reason": "stop", "rejected_finish_reason": "length"}
+    rows = [preference(i) | (ends if i < 3 else {}) for i in range(8)]
+    command(write_rows(tmp_path / "prefs.jsonl", rows), tmp_path / "pm", model=str(model), max_steps=1, **QUICK)
+    assert manifest_of(tmp_path / "pm")["reply_ends"] == {"replies": {"whole": 3, "cut_off": 3, "unknown": 10}}
+    assert "3 of 6 replies (10 more unknown) cut off at the length limit" in capsys.readouterr().err

@@ -12,15 +12,16 @@ from helpers import (
     stage,
     write_rows,
 )
-from tiny import tiny_model_dir
+from tiny import declare_only_end_of_text, tiny_model_dir
 
 from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.data.schema import Preference, load_row
-from cai_cli.models.loading import load_causal_lm, load_reward_model, load_tokenizer
+from cai_cli.models.loading import load_generation_config, load_reward_model, load_tokenizer
 from cai_cli.phase2_feedback import monitor_models, pm_pairs
 from cai_cli.phase2_feedback.monitor_models import preference_score
-from cai_cli.phase2_feedback.rl_monitor import RewardNormalizer
-from cai_cli.phase2_feedback.rl_trainer import end_ids, messages_of, preference_reward
+from cai_cli.phase2_feedback.reward_normalizer import RewardNormalizer
+from cai_cli.phase2_feedback.rl_config import RlConfig
+from cai_cli.phase2_feedback.rl_trainer import messages_of, preference_reward
 from cai_cli.reward import preference_model
 from cai_cli.reward.preference_model import score_conversations
 from cai_cli.runtime.counts import Counts
@@ -75,6 +76,36 @@ def test_the_parameters_change_and_the_output_loads_as_a_plain_model(
     assert metrics[-1]["kl"] != pytest.approx(0, abs=1e-5)
 
 
+def first_step(directory: Path) -> dict[str, Any]:
+    return next(row for row in rows_in(directory / "metrics.jsonl") if row["step"] == 1)
+
+
+def test_grpo_keeps_the_unit_of_the_reward(model: Path, pm: str, prompts: str, tmp_path: Path) -> None:
+    # The policy still equals its start, so the KL has no gradient and the replies of all runs are the same. GRPO's loss
+    # is a mean over tokens, RLOO's over replies; GRPO's baseline contains the reply, RLOO's does not.
+    run = QUICK | {"pm": pm, "model": str(model), "steps": 1}
+    for name, options in (("rloo", {}), ("grpo", {}), ("group", {"scale_rewards": "group"})):
+        command(prompts, tmp_path / name, algorithm=name.replace("group", "grpo"), **run | options)
+    rloo, grpo, group = (first_step(tmp_path / name) for name in ("rloo", "grpo", "group"))
+    share = 3 / 4 / rloo["reply_tokens"]
+    assert grpo["grad_norm"] == pytest.approx(rloo["grad_norm"] * share, rel=1e-3)
+    assert group["grad_norm"] != pytest.approx(rloo["grad_norm"] * share, rel=1e-2)
+    assert manifest_of(tmp_path / "grpo")["provenance"]["settings"]["scale_rewards"] == "none"
+    assert "scale_rewards" not in manifest_of(tmp_path / "rloo")["provenance"]["settings"]
+
+
+def test_beta_weighs_the_divergence_alike_under_both_algorithms() -> None:
+    given = {"input": "p", "output": "o", "pm": "pm", "beta": 0.1, "samples_per_prompt": 5}
+    assert RlConfig.build(given).trainer_beta == 0.1
+    assert RlConfig.build(given | {"algorithm": "grpo"}).trainer_beta == pytest.approx(0.1 * 4 / 5)
+
+
+def test_only_grpo_scales_its_rewards() -> None:
+    with pytest.raises(UsageError) as error:
+        RlConfig.build({"input": "p", "output": "o", "pm": "pm", "scale_rewards": "group"})
+    assert error.value.code == "option-conflict"
+
+
 def test_training_raises_the_score_of_its_replies(model: Path, pm: str, prompts: str, tmp_path: Path) -> None:
     run = QUICK | {"steps": 40, "samples_per_prompt": 8, "learning_rate": 1e-2}
     command(prompts, tmp_path / "rl", pm=pm, model=str(model), beta=0.0, cutoff_penalty=0.0, **run)
@@ -106,18 +137,35 @@ def test_an_interrupted_run_ends_with_the_parameters_of_one_that_was_not(
     assert rows_in(tmp_path / "whole/metrics.jsonl") == rows_in(tmp_path / "killed/metrics.jsonl")
 
 
+def test_replies_end_where_those_of_the_checks_end_and_the_result_says_so(pm: str, tmp_path: Path) -> None:
+    """A model whose template closes a turn with a token that no config names, as base models do."""
+    base = declare_only_end_of_text(tiny_model_dir(tmp_path / "base"))
+    rows = [{"prompt": f"question number {i}", "completion": reply} for i, reply in enumerate(["A pear.", "Bern."] * 2)]
+    sft = {"max_steps": 40, "learning_rate": 1e-2, "gradient_accumulation": 1, "eval_share": 0.0}
+    stage("sft")(write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "sl", model=str(base), **sft)
+    declare_only_end_of_text(tmp_path / "sl")
+    run = QUICK | {"steps": 2, "max_new_tokens": 24, "learning_rate": 1e-6}
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": row["prompt"]} for row in rows])
+    command(prompts, tmp_path / "rl", pm=pm, model=str(tmp_path / "sl"), **run)
+    metrics = rows_in(tmp_path / "rl/metrics.jsonl")
+    assert metrics[0]["held_out_reply_tokens"] < 12
+    for row in metrics[1:]:
+        assert row["reply_tokens"] == pytest.approx(metrics[0]["held_out_reply_tokens"], abs=3)
+        assert row["cut_off_share"] == 0
+    assert load_generation_config(tmp_path / "rl").eos_token_id == [0, 2]
+
+
 def test_a_reply_cut_off_at_the_limit_gets_the_penalty_and_is_counted(model: Path, pm: str) -> None:
     judge, tokenizer = load_reward_model(Path(pm)), load_tokenizer(Path(pm))
-    ends = end_ids(load_causal_lm(model), tokenizer)
-    assert ends == {tokenizer.eos_token_id}
+    ends = frozenset({tokenizer.eos_token_id, 0})
     logged = {}
     prompts = [[{"role": "user", "content": "question"}]] * 2
     replies = [[{"role": "assistant", "content": "helpful"}]] * 2
-    reward = preference_reward(preference_score(Path(pm), "cpu"), RewardNormalizer(-1.0, 0.5), ends, 1.5)
+    helpful, part = (tokenizer(text)["input_ids"] for text in ("helpful", "\u68a8"))
+    reward = preference_reward(preference_score(Path(pm), "cpu"), RewardNormalizer(-1.0, 0.5), tokenizer, ends, 1.5)
     rewards = reward(
         prompts=prompts,
-        completions=replies,
-        completion_ids=[[5, tokenizer.eos_token_id], [5, 6]],
+        completion_ids=[[*helpful, tokenizer.eos_token_id], [*helpful, *part[:-1]]],  # cut inside a character
         log_metric=logged.__setitem__,
         trainer_state=None,
     )
@@ -152,7 +200,7 @@ def test_rl_scores_the_same_tokens_that_the_preference_model_is_trained_on(
         patch.object(monitor_models, "score_conversations", conversations_seen),
     ):
         command(file, tmp_path / "rl", pm=pm, model=str(model), **QUICK | {"steps": 2})
-    assert len(scored) == len(conversations_scored) == 48  # of two steps and two checks, one prompt each
+    assert len(scored) == len(conversations_scored) == 50  # of two steps with 8 replies and two checks with 17
     # The same conversations as preferences, each against another reply.
     preferences = [
         load_row(Preference, preference(i) | {

@@ -82,11 +82,12 @@ def test_every_few_steps_and_after_the_last_the_policy_is_checked(
     assert checks[0]["held_out_kl"] == pytest.approx(0, abs=1e-6)
     assert checks[-1]["held_out_kl"] > checks[1]["held_out_kl"] > 1e-4
     samples = rows_in(tmp_path / "rl/samples.jsonl")
-    assert [row["step"] for row in samples] == [0] * 16 + [4] * 16 + [6] * 16
-    assert [row["id"] for row in samples[:16]] == [row["id"] for row in samples[16:32]]
+    assert [row["step"] for row in samples] == [0] * 32 + [4] * 32 + [6] * 32
+    assert [row["id"] for row in samples[:32]] == [row["id"] for row in samples[32:64]]
+    assert [row["sample_index"] for row in samples[:32]] == [0, 1] * 16
 
 
-def test_the_scale_is_that_of_the_start_models_held_out_replies(
+def test_the_unit_is_that_of_the_start_models_replies_to_the_held_out_prompts(
     models: dict[str, str], prompts: str, tmp_path: Path
 ) -> None:
     command(prompts, tmp_path / "rl", **settings(models))
@@ -94,9 +95,9 @@ def test_the_scale_is_that_of_the_start_models_held_out_replies(
     starts = [load_row(PolicySample, row) for row in rows_in(tmp_path / "rl/samples.jsonl") if row["step"] == 0]
     judge, tokenizer = load_reward_model(Path(models["pm"])), load_tokenizer(Path(models["pm"]))
     scores = score_conversations(judge, tokenizer, [[*row.prompt, *row.completion] for row in starts])
-    mean = sum(scores) / 16
-    assert results["score_mean"] == pytest.approx(mean, abs=1e-4)
-    assert results["score_std"] == pytest.approx((sum((s - mean) ** 2 for s in scores) / 15) ** 0.5, rel=1e-3)
+    assert results["score_mean"] == pytest.approx(sum(scores) / 32, abs=1e-4)
+    within = [(one - other) ** 2 / 2 for one, other in zip(scores[::2], scores[1::2], strict=True)]
+    assert results["score_std"] == pytest.approx((sum(within) / 16) ** 0.5, rel=1e-3)
     assert [row.score for row in starts] == pytest.approx(scores, abs=1e-4)
     assert results["kept_step"] == results["steps"] == 6
 
@@ -115,9 +116,10 @@ def test_divergence_and_entropy_are_over_the_whole_vocabulary(model: Path, tmp_p
         rl_monitor.Sampling(8, 0.7),
         0,
         4,
+        1,
     )
     results = monitor.check(0, policy, logits_of(other))
-    assert len(monitor.rows) == 16  # one prompt, sixteen replies
+    assert len(monitor.rows) == 17  # one prompt, seventeen replies
     kl, entropy, tokens = 0.0, 0.0, 0
     for row in monitor.rows:
         start = monitor.tokenizer.apply_chat_template(
@@ -146,6 +148,7 @@ def test_one_score_for_every_reply_is_refused(model: Path, tmp_path: Path) -> No
         rl_monitor.Sampling(4),
         0,
         4,
+        1,
     )
     policy = load_causal_lm(model)
     with pytest.raises(CaiError) as error:
@@ -185,7 +188,7 @@ def test_the_policy_that_is_kept_is_the_one_of_the_best_check(
 ) -> None:
     run = settings(models, lora=lora, save_steps=3)
     command(prompts, tmp_path / "four", **run | {"steps": 4})
-    monkeypatch.setattr(rl_monitor, "goodhart", lambda checks: "planted" if len(checks) == 4 else None)
+    monkeypatch.setattr(rl_monitor, "goodhart", lambda checks, total: "planted" if len(checks) == 4 else None)
     with interrupted_after(6):
         command(prompts, tmp_path / "rl", stop_on_goodhart=True, **run | {"steps": 9})
     command(prompts, tmp_path / "rl", stop_on_goodhart=True, **run | {"steps": 9})

@@ -6,7 +6,7 @@ import orjson
 import pytest
 from conftest import Cai
 from helpers import manifest_of, options_that, preference, revision, rows_in, stage, write_rows
-from tiny import tiny_model_dir
+from tiny import CHATML, tiny_model_dir
 
 from cai_cli.common.errors import CaiError, InvalidRow
 from cai_cli.data.formats import scorable
@@ -48,6 +48,23 @@ def test_every_accepted_form_gives_a_row_with_the_score_of_its_conversation(pm: 
     assert [row["score"] for row in out] == pytest.approx(alone, abs=1e-4)
     assert out[2]["score"] == pytest.approx(out[6]["score"])  # the same conversation in two forms
     assert manifest_of(tmp_path / "out.jsonl")["counts"]["out"] == 8
+
+
+@pytest.mark.parametrize("template", [CHATML, CHATML.replace("'<|im_end|>' + '\n'", "'<|im_end|>'")])
+def test_a_pair_has_the_scores_that_it_had_in_training(tmp_path: Path, template: str, cai: Cai) -> None:
+    base = tiny_model_dir(tmp_path / "tiny", chat_template=template, pad_token=None)  # the end of turn is the padding
+    rows = [preference(i, chosen=f"a helpful answer {'very ' * i}") for i in range(12)]
+    file, pm = write_rows(tmp_path / "prefs.jsonl", rows), tmp_path / "pm"
+    train_pm_stage(file, pm, model=str(base), max_steps=2, learning_rate=1e-2, eval_share=0.5, quiet=True)
+    assert json.loads((pm / "preference_model.json").read_text())["read_at"] == "end-of-turn"
+    done = cai("score", str(file), "--pm", str(pm), "-o", "out.jsonl", "--batch-size", "3")
+    assert "was not trained by" not in done.stderr
+    scores = {(row["id"], row["sample_index"]): row["score"] for row in rows_in(tmp_path / "out.jsonl")}
+    held_out = rows_in(pm / "held_out.jsonl")
+    assert len(held_out) == 6
+    for row in held_out:
+        both = [scores[row["id"], 0], scores[row["id"], 1]]
+        assert both == pytest.approx([row["chosen_score"], row["rejected_score"]], abs=1e-4)
 
 
 def test_replies_to_one_prompt_without_ids_are_all_scored(pm: Path, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_the_plan_of_rl_counts_the_requests_to_its_monitor(folder: Path) -> None
         return estimate(planned(folder, f"  a: {{command: rl, input: prompts.jsonl, {settings}}}\n"))[0]
 
     alone, judge, pm = (planned_rl(w) for w in ("", ", monitor-judge: judge", ", monitor-pm: other"))
-    prompt, replies = len("\n\nHuman: question 0") / 4, 16  # of one check; there are three
+    prompt, replies = len("\n\nHuman: question 0") / 4, 21  # of one check, 7 to each of 3 prompts
     requests = judge.requests - alone.requests
     assert (requests, pm.requests) == (2 * 2 * replies, alone.requests)
     examples = open_constitution(PreferenceConstitution, None, None).examples

@@ -78,7 +78,7 @@ def test_several_lists_are_a_product_and_a_step_that_reads_both_gets_matching_va
     }  # fmt: skip
 
 
-def test_votes_are_reused_for_clamps_within_the_first_one() -> None:
+def test_one_set_of_votes_serves_all_clamps() -> None:
     flat = expanded(
         a={
             "command": "label-prefs",
@@ -90,10 +90,14 @@ def test_votes_are_reused_for_clamps_within_the_first_one() -> None:
         c={"command": "label-prefs", "input": "s.jsonl", "clamp": [None, "0.4,0.6", "nonsense"]},
     )
     assert {name: step["votes"] for name, step in flat.items() if "votes" in step} == {
+        "a@method=cot@a.clamp=0,1": "@a@method=cot@a.clamp=0.1,0.9",
         "a@method=cot@a.clamp=0.4,0.6": "@a@method=cot@a.clamp=0.1,0.9",
+        "a@method=choice@a.clamp=0,1": "@a@method=choice@a.clamp=0.1,0.9",
         "a@method=choice@a.clamp=0.4,0.6": "@a@method=choice@a.clamp=0.1,0.9",
         "b@b.clamp=0,1": "old.jsonl",
         "b@b.clamp=0.4,0.6": "old.jsonl",
+        "c@c.clamp=0.4,0.6": "@c@c.clamp=null",
+        "c@c.clamp=nonsense": "@c@c.clamp=null",
     }
 
 
@@ -224,7 +228,7 @@ def test_the_variants_of_a_numbered_sweep_become_a_curve(tmp_path: Path) -> None
 
     def curves(ratings: list[Json], scores: list[Json]) -> dict[str, Any]:
         found = {"ratings": {"harmless": ratings, "helpful": []}, "scores": {"harmless": scores, "helpful": []}}
-        (tmp_path / "c.jsonl.compare.json").write_text(json.dumps(found))
+        (tmp_path / "c.jsonl.compare.json").write_text(json.dumps(found | {"simultaneous": {"scores": 3}}))
         write_curves([tmp_path / "c.jsonl", tmp_path / "none.jsonl"])
         return {path.name: json.loads(path.read_text()) for path in tmp_path.glob("*.sweep.json")}
 
@@ -238,6 +242,7 @@ def test_the_variants_of_a_numbered_sweep_become_a_curve(tmp_path: Path) -> None
         {"at": 10.0, "value": 0.0, "low": -1.0, "high": 1.0, "n": 9},
     ]
     assert curves(ratings_of(*models), [])[name]["figure"] == "Elo, harmless"
+    assert curve["simultaneous"] == 3
 
 
 ABLATIONS = sorted((Path(__file__).parents[2] / "examples/ablations").glob("*.yaml"))

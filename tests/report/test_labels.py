@@ -58,8 +58,12 @@ def test_every_step_with_labels_has_its_own_audit(plain: tuple[str, Page], tmp_p
     text = squeezed(page.text)
     for file in ("preferences", "positional", "ties"):
         found = audit_file(str(folder / f"{file}.jsonl"))
-        verdict = "These labels can be trusted" if found["trusted"] else "Do not trust these labels"
-        assert f" {file} {verdict}: {found['reason']}." in text
+        verdict = {
+            True: "These labels can be trusted",
+            False: "Do not trust these labels",
+            None: "Whether these labels can be trusted is unknown",
+        }
+        assert f" {file} {verdict[found['trusted']]}: {found['reason']}." in text
     assert text.count("flip rate: preferences that change with the order of the replies") == 2
     assert "Confidence of the labels (positional)" in text
     assert "labels that flip with the order of the replies" not in text

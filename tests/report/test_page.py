@@ -76,6 +76,18 @@ def test_the_numbers_of_every_chart_can_be_read_and_downloaded(plain: tuple[str,
 # --- what is left out is stated --------------------------------------------------------------------------------------
 
 
+def test_simultaneous_intervals_are_named_with_their_number(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "made")
+    compared = json.loads((folder / "models.compare.json").read_text())
+    compared["simultaneous"] = {"win_rates": 12, "ratings": 8, "scores": 0}
+    (folder / "models.compare.json").write_text(json.dumps(compared))
+    _, page = drawn(folder)
+    text = squeezed(page.text)
+    assert "no significant difference. The intervals are 95% intervals, simultaneous over 12." in text
+    assert "The bars are 95% intervals, simultaneous over 8. Win rates tell which model is better." in text
+    assert "The band shows 95% intervals, each for itself." in text
+
+
 def test_a_comparison_on_one_axis_alone_shows_who_wins(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "made")
     for other in (*folder.glob("*.sweep.json"), folder / "hhh.json"):
@@ -85,4 +97,5 @@ def test_a_comparison_on_one_axis_alone_shows_who_wins(tmp_path: Path) -> None:
     (folder / "models.compare.json").write_text(json.dumps(compared))
     _, page = drawn(folder)
     assert "Win rates (models)" in squeezed(page.text)
+    assert "The intervals are 95% intervals, each for itself." in squeezed(page.text)  # a comparison by version 0.1
     assert ("a", {"href": "#comparison"}) in page.tags

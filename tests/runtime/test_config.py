@@ -30,10 +30,20 @@ CONTENT_OPTIONS = frozenset(
         *("n", "kind", "topics", "num_examples", "start_words", "similarity", "rounds", "critique", "method"),
         *("both_orders", "pairs", "principles_per_pair", "cot_samples", "clamp", "calibrate", "min_confidence"),
         *("principles", "max_principles", "max_new_tokens", "temperature", "top_p", "prompt_format", "seed", "limit"),
-        *("shard", "dtype", "helpful_ratio", "revisions", "epochs", "max_steps", "batch_size", "learning_rate"),
+        *(
+            "shard",
+            "dtype",
+            "helpful_ratio",
+            "revisions",
+            "cut_off",
+            "epochs",
+            "max_steps",
+            "batch_size",
+            "learning_rate",
+        ),
         *("max_length", "lora", "lora_rank", "eval_share", "mix_ratio", "targets", "fit_head", "algorithm", "beta"),
         *("steps", "prompts_per_step", "samples_per_prompt", "cutoff_penalty", "held_out", "monitor_every"),
-        *("stop_on_goodhart", "column", "soft_from"),
+        *("stop_on_goodhart", "scale_rewards", "column", "soft_from"),
     ]
 )
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
-from helpers import interrupted_after, largest_difference, manifest_of, revision, stage, write_rows
-from tiny import tiny_model_dir
+from helpers import interrupted_after, largest_difference, manifest_of, preference, revision, stage, write_rows
+from tiny import CHATML, tiny_model_dir
+from transformers import AutoTokenizer
 
 from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.training import training_run
@@ -44,6 +45,17 @@ def test_a_finished_output_is_not_changed_and_its_summary_is_printed(
     assert json.loads(captured.out) == first | {"status": "already finished"}
     assert "already finished" in captured.err
     assert stamp(out) == before
+
+
+@pytest.mark.parametrize("name", ["sft", "train-pm"])
+def test_a_model_with_named_chat_templates_is_saved_with_them(name: str, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir(tmp_path / "named"))
+    tokenizer.chat_template = {"default": CHATML, "tool_use": CHATML.replace("helpful", "tooling")}
+    tokenizer.save_pretrained(tmp_path / "named")
+    rows = [revision(i) for i in range(4)] if name == "sft" else [preference(i) for i in range(4)]
+    source = write_rows(tmp_path / "rows.jsonl", rows)
+    stage(name)(source, tmp_path / "out", model=tmp_path / "named", device="cpu", **QUICK)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tokenizer.chat_template
 
 
 @pytest.mark.parametrize("killed_at", ["sidecar written", "renamed", "work removed"])

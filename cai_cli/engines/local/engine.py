@@ -23,18 +23,20 @@ from cai_cli.engines.local.prefix_cache import (
     prefix_groups,
     shared_prefix,
 )
+from cai_cli.engines.local.rope import fixed_rope, length_groups, rope_limits
 from cai_cli.engines.local.sampling import (
     ActiveSequence,
     CompletionBuilder,
     check_finite,
     draw,
-    end_of_turn_ids,
+    record_logprobs,
     uniforms,
 )
-from cai_cli.engines.tokenization import encode_chat, encode_text
+from cai_cli.engines.tokenization import encode_chat, encode_text, end_of_turn_ids
 from cai_cli.models.fingerprint import fingerprint
 from cai_cli.models.loading import load_causal_lm, load_tokenizer
 from cai_cli.models.names import resolve
+from cai_cli.models.template_date import recorded_date
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,9 +109,14 @@ class LocalEngine(Engine):
         return min(int(self.tokenizer.model_max_length), int(config.max_position_embeddings))
 
     @cached_property
-    def end_ids(self) -> set[int]:
+    def end_ids(self) -> frozenset[int]:
         """The token ids that end an answer."""
         return end_of_turn_ids(self.tokenizer, self.model.generation_config)
+
+    @cached_property
+    def rope_limits(self) -> list[int]:
+        """The row lengths at which the model's rotary positions change (`rope`)."""
+        return rope_limits(self.model)
 
     @cached_property
     def uses_prefix_cache(self) -> bool:
@@ -136,7 +143,8 @@ class LocalEngine(Engine):
         return int(total // 8 // bytes_per_token)
 
     def identity(self) -> dict[str, Any]:
-        return {"engine": "local", "fingerprint": fingerprint(self.path), "dtype": self.dtype}
+        recorded = recorded_date(self.path)
+        return {"engine": "local", "fingerprint": fingerprint(self.path), "dtype": self.dtype, **recorded}
 
     def supports_chat(self) -> bool:
         return self.tokenizer.chat_template is not None
@@ -204,7 +212,7 @@ class LocalEngine(Engine):
 
     def generate_ids(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling
-    ) -> list[list[int]]:
+    ) -> tuple[list[list[int]], list[list[float]]]:
         """As `generate`, for prompts that are already encoded.
 
         Args:
@@ -213,7 +221,8 @@ class LocalEngine(Engine):
             sampling: How tokens are sampled.
 
         Returns:
-            The token ids of each answer with its end of turn, if it reached one.
+            The token ids of each answer with its end of turn, if it reached one, and the log-probability with which
+            each token was drawn: natural logarithm, at the temperature, before top-p.
 
         Raises:
             CaiError: The model's logits are not finite.
@@ -221,43 +230,55 @@ class LocalEngine(Engine):
         import torch
 
         rows = [
-            ActiveSequence(index, GenerationRequest("", seed), tuple(ids), uniforms(seed, sampling.max_new_tokens))
+            ActiveSequence(
+                index, GenerationRequest("", seed), tuple(ids), uniforms(seed, sampling.max_new_tokens), logprobs=[]
+            )
             for index, (ids, seed) in enumerate(zip(prompts, seeds, strict=True))
         ]
         with torch.inference_mode():
             self._decode(rows, sampling)
-        return [row.new for row in rows]
+        return [row.new for row in rows], [row.logprobs or [] for row in rows]
 
     def _decode(self, rows: Sequence[ActiveSequence], sampling: Sampling) -> dict[int, Completion]:
-        """Generate every row to its end, by continuous batching: when rows end, waiting ones take their places.
+        """Generate every row to its end.
 
         Returns:
             The completions by the index of their request.
         """
+        for limit in [*self.rope_limits, None]:
+            with fixed_rope(self.model, limit):
+                self._decode_up_to(limit, [row for row in rows if row.fits(limit)], sampling)
+        return {row.index: row.completion for row in rows if row.completion is not None}
+
+    def _decode_up_to(self, limit: int | None, rows: Sequence[ActiveSequence], sampling: Sampling) -> None:
+        """Generate every row to its end or until it has more than `limit` tokens, by continuous batching: when rows
+        end, waiting ones take their places."""
         import torch
 
+        if not rows:
+            return
         builder = CompletionBuilder(self.tokenizer, self.end_ids, sampling.max_new_tokens)
-        prefix = shared_prefix([row.prompt for row in rows], [1] * len(rows)) if self.uses_prefix_cache else ()
+        prefix = shared_prefix([row.tokens for row in rows], [1] * len(rows)) if self.uses_prefix_cache else ()
         cache = self._new_cache(prefix, sampling.max_new_tokens)
-        waiting = sorted(rows, key=lambda row: (len(row.prompt), row.prompt))
+        waiting = sorted(rows, key=lambda row: (len(row.tokens), row.tokens))
         active: list[ActiveSequence] = []
         tokens = torch.empty(0)
         while active or waiting:
             logits = [cache.step(tokens)] if active else []
             joining = self._take_joining(waiting, active, sampling, cache.can_join)
             if joining:
-                logits += cache.add([row.prompt for row in joining], [1] * len(joining))
+                logits += cache.add([row.tokens for row in joining], [1] * len(joining))
                 active += joining
             noise = torch.tensor([row.noise[len(row.new)] for row in active], dtype=torch.float64, device=self.device)
-            tokens = draw(torch.cat(logits), noise, sampling, [row.request.row for row in active])
+            tokens = draw(last := torch.cat(logits), noise, sampling, [row.request.row for row in active])
+            record_logprobs(active, last, tokens, sampling)
             for row, token in zip(active, tokens.tolist(), strict=True):
                 builder.add(row, token)
-            kept = _compacted([row.completion is None for row in active])
+            kept = _compacted([row.fits(limit) for row in active])
             if len(kept) < len(active):
                 active = [active[place] for place in kept]
                 cache.keep(kept)
                 tokens = tokens[kept]
-        return {row.index: row.completion for row in rows if row.completion is not None}
 
     def _take_joining(
         self, waiting: list[ActiveSequence], active: Sequence[ActiveSequence], sampling: Sampling, can_join: bool
@@ -297,9 +318,13 @@ class LocalEngine(Engine):
             for context, option in encoded:
                 by_context.setdefault(context, []).append(option)
         with torch.inference_mode():
-            for group in prefix_groups(list(by_context)) if self.uses_prefix_cache else [list(by_context)]:
-                for option, value in self._score(group, by_context):
-                    scores[option.request][option.index] = value
+            contexts = list(by_context)
+            for limit, indices in length_groups([len(context) for context in contexts], self.rope_limits):
+                alike = [contexts[index] for index in indices]
+                with fixed_rope(self.model, limit):
+                    for group in prefix_groups(alike) if self.uses_prefix_cache else [alike]:
+                        for option, value in self._score(group, by_context):
+                            scores[option.request][option.index] = value
         return [failures.get(index) or scores[index] for index in range(len(requests))]
 
     def _score(

@@ -1,24 +1,25 @@
 """Continuous batching without padding, with shared-prefix caching: a prefix that rows share is run and stored once.
 
-The tokens of one forward pass are concatenated without padding, whichever rows they belong to (as in vLLM). Each row
-attends to the shared prefix and to its own tokens in two products under one softmax (similar to cascade attention).
-Grouped query heads are computed as rows of their key head.
+The tokens of one forward pass are concatenated without padding, whichever rows they belong to (as in vLLM).
+`packed_attention` computes their attention.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, Any
+
+from cai_cli.engines.local.packed_attention import PackedPass, attend
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # Model types whose attention passes on the arguments of `attend`. The tests compare each with transformers.
 MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3"})
-FIXED_ROPE = frozenset({"default", "linear", "llama3", "yarn"})  # other types depend on the longest row of a batch
+# Types of rotary positions that do not depend on the longest row of a batch. `rope` holds "longrope" fixed, and says
+# why "dynamic" is among them.
+FIXED_ROPE = frozenset({"default", "linear", "llama3", "yarn", "longrope", "dynamic"})
 MIN_SHARED_TOKENS = 16  # a shorter prefix is not worth a separate forward pass
 MAX_GROUP_DEPTH = 100  # limits the recursion of `prefix_groups`
-ROWS_PER_PRODUCT = 16  # on CPUs: every row of a product costs as much as the longest one
 _ATTENTION = "cai_shared"
 TokenIds = tuple[int, ...]
 
@@ -57,67 +58,6 @@ def _attention(
 ) -> tuple["Tensor", None]:
     # `key` and `value` come from `PrefixCache.update`: those of every token of the rows, not only of the new ones.
     return prefix_cache.attend(module.layer_idx, query * scaling, key, value, sliding_window, softcap), None
-
-
-@dataclass
-class _Pass:
-    """The tokens of one forward pass, concatenated: `counts[i]` tokens of row `first + i`.
-
-    Attributes:
-        first: The index of the first row.
-        counts: The number of new tokens of each row.
-        columns: (tokens,): the position of each token among its row's own tokens.
-        slots: (tokens,): the row of each token.
-        ends: The number of own tokens of each row after this pass.
-        rows_per_product: The number of neighbouring rows whose attention is one product.
-        masks: The attention masks by sliding window.
-    """
-
-    first: int
-    counts: list[int]
-    columns: "Tensor"
-    slots: "Tensor"
-    ends: list[int]
-    rows_per_product: int
-    masks: dict[int | None, tuple["Tensor", "Tensor | None"]] = field(default_factory=dict)
-
-    @property
-    def most(self) -> int:
-        """The largest number of new tokens of one row."""
-        return max(self.counts)
-
-    @property
-    def parts(self) -> Iterator[tuple[slice, int]]:
-        """Slices of neighbouring rows for one product each, with the number of columns that they attend to."""
-        for start in range(0, len(self.ends), self.rows_per_product):
-            part = slice(start, start + self.rows_per_product)
-            yield part, max(self.ends[part])
-
-    @property
-    def rows(self) -> slice:
-        """The rows of this pass in the buffers."""
-        return slice(self.first, self.first + len(self.counts))
-
-    def by_row(self, flat: "Tensor") -> "Tensor":
-        """(heads, tokens, size) as (rows, heads, most, size), with zeros after the tokens of shorter rows."""
-        if sum(self.counts) == len(self.counts) * self.most:
-            return flat.view(flat.shape[0], len(self.counts), self.most, -1).transpose(0, 1)
-        padded = flat.new_zeros(len(self.counts), self.most, flat.shape[0], flat.shape[2])
-        padded[self._places] = flat.transpose(0, 1)
-        return padded.transpose(1, 2)
-
-    def flat(self, by_row: "Tensor") -> "Tensor":
-        """(rows, heads, most, size) as (tokens, heads, size); the inverse of `by_row`."""
-        if sum(self.counts) == len(self.counts) * self.most:
-            return by_row.transpose(1, 2).flatten(0, 1)
-        return by_row.transpose(1, 2)[self._places]
-
-    @property
-    def _places(self) -> tuple["Tensor", "Tensor"]:
-        import torch
-
-        offsets = torch.cat([torch.arange(count, device=self.columns.device) for count in self.counts])
-        return self.slots - self.first, offsets
 
 
 class PrefixCache:
@@ -260,9 +200,7 @@ class PrefixCache:
         counts = [end - start for _, start, end in pieces]
         columns = torch.tensor([column for _, start, end in pieces for column in range(start, end)], device=device)
         slots = torch.tensor([row for row, start, end in pieces for _ in range(start, end)], device=device)
-        ends = [end for _, _, end in pieces]
-        rows_per_product = ROWS_PER_PRODUCT if device.type == "cpu" else len(pieces)
-        self.current_pass = _Pass(pieces[0][0], counts, columns, slots, ends, rows_per_product)
+        self.current_pass = PackedPass(pieces[0][0], counts, columns, slots, [end for _, _, end in pieces])
         logits: Tensor = self.model(
             input_ids=tokens[None],
             position_ids=columns[None] + len(self.start),
@@ -305,76 +243,8 @@ class PrefixCache:
         Returns:
             (1, tokens, heads, size).
         """
-        import torch
-
-        by_row, (own_mask, prefix_mask) = self.current_pass.by_row(query[0]), self._mask(window)
-        out = []
-        for part, seen in self.current_pass.parts:
-            masks = own_mask[part, ..., :seen], None if prefix_mask is None else prefix_mask[part]
-            own = keys[part, :, :seen], values[part, :, :seen]
-            out.append(self._attend(layer, by_row[part], own, masks, softcap))
-        return self.current_pass.flat(torch.cat(out))[None]
-
-    def _attend(
-        self,
-        layer: int,
-        query: "Tensor",
-        own: tuple["Tensor", "Tensor"],
-        masks: tuple["Tensor", "Tensor | None"],
-        softcap: float | None,
-    ) -> "Tensor":
-        """As `attend`, for some neighbouring rows.
-
-        Query and result are (rows, heads, new, size), own keys and values (rows, key heads, seen, size), and the masks
-        come from `_mask`.
-        """
-        import torch
-
-        (keys, values), (own_mask, prefix_mask) = own, masks
-        rows, heads, new, size = query.shape
-        key_heads = keys.shape[1]
-        grouped = query.reshape(rows, key_heads, -1, size)  # (rows, key heads, group * new, size)
-        scores = _scores(grouped.flatten(0, 1), keys.flatten(0, 1), softcap).view(rows, heads, new, -1)
-        scores = scores.add_(own_mask).view(rows, key_heads, heads // key_heads * new, -1)
-        shared = len(self.start)
-        if shared:
-            by_head = grouped.transpose(0, 1).reshape(key_heads, -1, size)
-            start = _scores(by_head, self.prefix[layer][0], softcap).view(key_heads, rows, -1, shared).transpose(0, 1)
-            if prefix_mask is not None:
-                start = (start.reshape(rows, heads, new, shared) + prefix_mask).view(start.shape)
-            scores = torch.cat([start, scores], -1)
-        weights = scores.softmax(-1).to(values.dtype)
-        out = torch.bmm(weights[..., shared:].flatten(0, 1), values.flatten(0, 1)).view(rows, key_heads, -1, size)
-        if shared:
-            by_head = weights[..., :shared].transpose(0, 1).reshape(key_heads, -1, shared)
-            out += torch.bmm(by_head, self.prefix[layer][1]).view(key_heads, rows, -1, size).transpose(0, 1)
-        return out.view(rows, heads, new, -1)
-
-    def _mask(self, window: int | None) -> tuple["Tensor", "Tensor | None"]:
-        """The masks to add to scores: for own tokens (rows, 1, new, seen), and for the shared prefix (rows, 1, new,
-        prefix) if a sliding window may hide a part of it."""
-        import torch
-
-        masks, columns = self.current_pass.masks, self.current_pass.columns
-        if window not in masks:
-            lowest, nothing = torch.finfo(torch.float32).min, torch.zeros(1, device=columns.device)
-            position = self.current_pass.by_row(columns[None, :, None])[:, :, :, 0, None]  # (rows, 1, new, 1)
-            seen = torch.arange(max(self.current_pass.ends), device=columns.device)
-            allowed, prefix_mask = seen <= position, None
-            if window is not None:
-                allowed &= seen > position - window
-                start = torch.arange(len(self.start), device=columns.device) - len(self.start)
-                prefix_mask = nothing.where(start > position - window, lowest)
-            masks[window] = nothing.where(allowed, lowest), prefix_mask
-        return masks[window]
-
-
-def _scores(query: "Tensor", keys: "Tensor", softcap: float | None) -> "Tensor":
-    """Attention scores in float32 for any dtype of the model, as the softmax needs."""
-    import torch
-
-    scores = torch.bmm(query, keys.transpose(1, 2)).float()
-    return scores if softcap is None else scores.div_(softcap).tanh_().mul_(softcap)
+        prefix = self.prefix[layer] if self.start else None
+        return attend(self.current_pass, query, keys, values, prefix, window, softcap)
 
 
 def common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cai_cli.common.errors import CaiError
-from cai_cli.engines.base import Completion, GenerationRequest, Sampling
+from cai_cli.engines.base import Completion, GenerationRequest, Sampling, drop_broken_end
+from cai_cli.engines.tokenization import decode, decode_reply
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -109,6 +110,7 @@ class ActiveSequence:
         noise: Uniform random numbers; `noise[i]` draws `new[i]`.
         new: The token ids generated so far.
         completion: The result, once the row has ended.
+        logprobs: The log-probability with which each token of `new` was drawn; None where it is not wanted.
     """
 
     index: int
@@ -117,6 +119,27 @@ class ActiveSequence:
     noise: Sequence[float]
     new: list[int] = field(default_factory=list)
     completion: Completion | None = None
+    logprobs: list[float] | None = None
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The token ids of the prompt and of the answer so far."""
+        return (*self.prompt, *self.new)
+
+    def fits(self, limit: int | None) -> bool:
+        """Whether the row has not ended and has at most `limit` tokens, if there is a limit."""
+        return self.completion is None and (limit is None or len(self.prompt) + len(self.new) <= limit)
+
+
+def record_logprobs(rows: Sequence[ActiveSequence], logits: "Tensor", tokens: "Tensor", sampling: Sampling) -> None:
+    """Append to the rows that want it the log-probability of the token drawn for each from `logits` (rows,
+    vocabulary), at the temperature."""
+    if all(row.logprobs is None for row in rows):
+        return
+    logp = (logits.float() / (sampling.temperature or 1)).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    for row, value in zip(rows, logp.tolist(), strict=True):
+        if row.logprobs is not None:
+            row.logprobs.append(value)
 
 
 class CompletionBuilder:
@@ -130,12 +153,10 @@ class CompletionBuilder:
     def add(self, row: ActiveSequence, token: int) -> None:
         """Append one token id to `row`. If that ends the row, set its completion."""
         row.new.append(token)
-        if token in self.end_ids:
-            self._finish(row, self._text(row.new[:-1]), "stop")
-        elif (text := self._text_before_stop(row)) is not None:
-            self._finish(row, text, "stop")
-        elif len(row.new) == self.max_new_tokens:
-            self._finish(row, self._text(row.new), "length")
+        if token not in self.end_ids and (text := self._text_before_stop(row)) is not None:
+            self._finish(row, *drop_broken_end(text, "stop"))
+        elif token in self.end_ids or len(row.new) == self.max_new_tokens:
+            self._finish(row, *decode_reply(self.tokenizer, row.new, self.end_ids))
 
     def _finish(self, row: ActiveSequence, text: str, reason: str) -> None:
         row.completion = Completion(text, reason, prompt_tokens=len(row.prompt), new_tokens=len(row.new))
@@ -146,41 +167,9 @@ class CompletionBuilder:
         if not stops:
             return None
         # A token is at least one byte, so a stop string lies within this many last tokens (and one split character).
-        tail = self._text(row.new[-max(len(stop.encode()) for stop in stops) - 4 :])
+        tail = decode(self.tokenizer, row.new[-max(len(stop.encode()) for stop in stops) - 4 :])
         if not any(stop in tail for stop in stops):
             return None
-        text = self._text(row.new)
+        text = decode(self.tokenizer, row.new)
         starts = [start for stop in stops if (start := text.find(stop)) >= 0]
         return text[: min(starts)] if starts else None
-
-    def _text(self, ids: Sequence[int]) -> str:
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text
-
-
-def end_of_turn_ids(tokenizer: Any, generation_config: Any) -> set[int]:
-    """The token ids that end an answer.
-
-    These are the ends that the model and the tokenizer declare, and the control token that follows an assistant's turn
-    in the chat template: a model tuned from a base model often declares only the base model's end.
-    """
-    declared = generation_config.eos_token_id
-    ends = {declared} if isinstance(declared, int) else set(declared or ())
-    if tokenizer.eos_token_id is not None:
-        ends.add(tokenizer.eos_token_id)
-    return ends | _template_end(tokenizer)
-
-
-def _template_end(tokenizer: Any) -> set[int]:
-    if tokenizer.chat_template is None:
-        return set()
-    marker = "cai-end-of-turn-marker"
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}]
-    try:
-        rendered: str = tokenizer.apply_chat_template(chat, tokenize=False)
-    except Exception:  # `encode_chat` reports it for each row
-        return set()
-    after = rendered.partition(marker)[2]
-    control = set(tokenizer.added_tokens_decoder)
-    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
-    return set(next(([i] for i in ids if i in control), []))

@@ -1,7 +1,7 @@
 """Chain of thought: the model writes a rationale, then answers the multiple choice (paper section 4.1).
 
-After a rationale the probability of the answer is mostly close to 0 or 1, so it is clamped to 0.4,0.6 by default, as in
-the paper (`--clamp`).
+After a rationale the probability of the answer is mostly close to 0 or 1, so labels are clamped to 0.4,0.6 by default,
+as in the paper (`--clamp`).
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,9 @@ from cai_cli.prompting.comparison import OPTIONS, answer_after, rationale_reques
 def cot(judge: FeedbackModel, comparisons: Sequence[PairComparison]) -> list[Judgement | RequestFailure]:
     """Return one judgement for each comparison, in order; an empty rationale gives none."""
     prompts = [
-        rationale_request(c.pair.prompt, c.principle.comparison, c.ordered_replies, judge.examples, judge.prompt_format)
+        rationale_request(
+            c.pair.prompt, c.principle.comparison, c.ordered_replies, judge.examples_for(c.pair), judge.prompt_format
+        )
         for c in comparisons
     ]
     requests = [

@@ -15,7 +15,7 @@ def verdict(judge: FeedbackModel, comparisons: Sequence[PairComparison]) -> list
     requests = []
     for c in comparisons:
         prompt = verdict_request(
-            c.pair.prompt, c.principle.comparison, c.ordered_replies, judge.examples, judge.prompt_format
+            c.pair.prompt, c.principle.comparison, c.ordered_replies, judge.examples_for(c.pair), judge.prompt_format
         )
         requests.append(GenerationRequest(prompt.text, c.seed(judge.seed), prompt.prefill, prompt.stop, c.pair.key))
     return [_verdict(completion) for completion in judge.engine.generate(requests, judge.sampling)]

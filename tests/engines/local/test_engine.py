@@ -3,12 +3,11 @@
 import pytest
 import torch
 from local_models import chat, engine, generation_requests, model_dir, prompt_ids, reference, replies
-from tiny import END_OF_TEXT
 
 from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.data.schema import Message
 from cai_cli.engines.base import Completion, GenerationRequest, LogprobRequest, RequestFailure, Sampling
-from cai_cli.engines.local import prefix_cache, sampling
+from cai_cli.engines.local import prefix_cache
 from cai_cli.engines.local.engine import LocalEngine
 
 FAMILIES = [*sorted(prefix_cache.MODEL_TYPES), "gpt2"]
@@ -29,8 +28,9 @@ def test_greedy_text_equals_transformers_generate_token_by_token(family: str) ->
         new = out[0, ids.shape[1] :].tolist()
         assert reply.prompt_tokens == ids.shape[1]
         assert reply.new_tokens == len(new)
-        assert reply.text == e.tokenizer.decode(new, skip_special_tokens=True)
-        assert reply.finish_reason == ("stop" if new[-1] == 2 else "length")
+        text = e.tokenizer.decode(new, skip_special_tokens=True)
+        assert reply.text == text.rstrip("\ufffd")  # a random model ends inside characters
+        assert reply.finish_reason == ("stop" if new[-1] == 2 and reply.text == text else "length")
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -80,21 +80,13 @@ def test_the_end_of_turn_ends_a_reply_and_is_not_part_of_it() -> None:
     forced = LocalEngine(str(model_dir()), batch_size=None, device="cpu", dtype="float32")
     greedy = replies("llama", None, generation_requests(), Sampling(24, temperature=0))
     new = reference().generate(
-        torch.tensor([prompt_ids(forced, generation_requests()[1])]), do_sample=False, max_new_tokens=4
+        torch.tensor([prompt_ids(forced, generation_requests()[1])]), do_sample=False, max_new_tokens=3
     )
-    forced.end_ids = {int(new[0, -1])}
+    forced.end_ids = frozenset({int(new[0, -1])})
     (reply,) = forced.generate([generation_requests()[1]], Sampling(24, temperature=0))
     assert isinstance(reply, Completion)
-    assert (reply.finish_reason, reply.new_tokens) == ("stop", 4)
+    assert (reply.finish_reason, reply.new_tokens) == ("stop", 3)
     assert greedy[1].text.startswith(reply.text)
-
-
-def test_what_ends_a_turn_in_the_chat_template_ends_a_reply_though_no_config_names_it() -> None:
-    from transformers import GenerationConfig
-
-    tokenizer = LocalEngine(str(model_dir()), batch_size=None, device="cpu", dtype="float32").tokenizer
-    tokenizer.eos_token = END_OF_TEXT
-    assert sampling.end_of_turn_ids(tokenizer, GenerationConfig(eos_token_id=[0])) == {0, 2}
 
 
 def test_a_stop_string_is_cut_off_with_all_that_follows() -> None:

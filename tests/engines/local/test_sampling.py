@@ -42,3 +42,27 @@ def test_a_token_of_no_weight_is_never_drawn() -> None:
     logits[:, [3, 300]] = 0.0
     noise = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
     assert sampling.draw(logits, noise, Sampling()).tolist() == [3, 300, 300]
+
+
+def test_a_limit_inside_a_character_leaves_no_replacement_mark() -> None:
+    tokenizer, text = engine().tokenizer, "\u68a8\u3067\u3059\u3002\U0001f350"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    for limit in range(1, len(ids)):
+        builder = sampling.CompletionBuilder(tokenizer, {2}, limit)
+        row = sampling.ActiveSequence(0, generation_requests()[1], (1,), [0.0] * limit)
+        for token in ids[:limit]:
+            builder.add(row, token)
+        assert row.completion
+        assert text.startswith(row.completion.text)
+        assert (row.completion.finish_reason, row.completion.new_tokens) == ("length", limit)
+
+
+def test_a_stop_string_after_part_of_a_character_ends_a_reply_without_the_part() -> None:
+    tokenizer = engine().tokenizer
+    ids = tokenizer("a\u68a8", add_special_tokens=False)["input_ids"][:-1] + tokenizer("STOP")["input_ids"]
+    row = sampling.ActiveSequence(0, GenerationRequest("", 0, stop=("STOP",)), (1,), [0.0] * 99)
+    builder = sampling.CompletionBuilder(tokenizer, {2}, 99)
+    for token in ids:
+        builder.add(row, token)
+    assert row.completion
+    assert (row.completion.text, row.completion.finish_reason) == ("a", "length")

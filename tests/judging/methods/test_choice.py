@@ -1,7 +1,7 @@
 """Choice by log-probabilities, and its calibration."""
 
 import pytest
-from judge_cases import COMPARISONS, EXAMPLE, KIND, ORDERED_REPLIES, TRUE, Recorder, judge
+from judge_cases import COMPARISONS, ORDERED_REPLIES, Recorder, judge
 from label_cases import MANY, PRINCIPLE, Reader, judge_of, left_right
 
 from cai_cli.common.errors import CaiError
@@ -22,10 +22,11 @@ from cai_cli.prompting.comparison import (
 @pytest.mark.parametrize("form", ["chat", "raw"])
 def test_a_choice_sends_each_comparison_once_and_normalises_its_two_letters(form: PromptFormat) -> None:
     engine = Recorder([[-1.0, -3.0], RequestFailure("too long"), [-5.0, -4.0]])
-    found = judge(engine, "choice", form).judge(COMPARISONS)
+    asked = judge(engine, "choice", form)
+    found = asked.judge(COMPARISONS)
     assert found == [Judgement(sigmoid(2.0)), RequestFailure("too long"), Judgement(sigmoid(-1.0))]
     requests = [
-        comparison_request(c.pair.prompt, c.principle.comparison, replies, [EXAMPLE], form)
+        comparison_request(c.pair.prompt, c.principle.comparison, replies, asked.examples_for(c.pair), form)
         for c, replies in zip(COMPARISONS, ORDERED_REPLIES, strict=True)
     ]
     assert engine.questions == [
@@ -33,15 +34,17 @@ def test_a_choice_sends_each_comparison_once_and_normalises_its_two_letters(form
     ]
 
 
-def test_calibration_subtracts_the_mean_log_odds_of_three_content_free_pairs_once_for_each_principle() -> None:
+def test_calibration_subtracts_the_mean_log_odds_of_three_content_free_pairs_once_for_each_principle_and_arrangement() -> (
+    None
+):
     empty = [[0.0, -1.0], [0.0, -2.0], [-3.0, 0.0], [0.0, -4.0], [0.0, -4.0], [0.0, -1.0]]  # means: 0 and 3
     engine = Recorder([*empty, [0.0, -2.0], [0.0, -2.0], [0.0, -2.0]])
     asked = judge(engine, "choice", calibrate=True)
     values = [a.p_first for a in asked.judge(COMPARISONS) if isinstance(a, Judgement)]
     assert values == pytest.approx([sigmoid(2.0), sigmoid(2.0), sigmoid(-1.0)])
     blanks = [
-        comparison_request([user("N/A")], p.comparison, (free, free), [EXAMPLE], "chat")
-        for p in (KIND, TRUE)
+        comparison_request([user("N/A")], c.principle.comparison, (free, free), asked.examples_for(c.pair), "chat")
+        for c in (COMPARISONS[0], COMPARISONS[2])
         for free in CONTENT_FREE
     ]
     assert engine.questions[:6] == [LogprobRequest(r.text, OPTIONS, r.prefill, row="blank") for r in blanks]

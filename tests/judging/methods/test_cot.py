@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from judge_cases import COMPARISONS, EXAMPLE, ORDERED_REPLIES, SAMPLING, Recorder, judge
+from judge_cases import COMPARISONS, ORDERED_REPLIES, SAMPLING, Recorder, judge
 from label_cases import PRINCIPLE, Reader, judge_of, left_right
 
 from cai_cli.data.schema import Preference, Rejected
@@ -27,10 +27,11 @@ def test_rationales_are_generated_by_seed_and_answered_in_their_own_comparison(f
         Completion("\tright is truer", "length"),
     ]
     engine = Recorder([[-1.0, -2.0], [-4.0, -1.0]], replies)
-    found = judge(engine, "cot", form).judge(COMPARISONS)
+    asked = judge(engine, "cot", form)
+    found = asked.judge(COMPARISONS)
     assert found == [Judgement(sigmoid(1.0), "left is kinder"), RequestFailure("filtered"), Judgement(sigmoid(-3.0), "right is truer")]  # fmt: skip
     requests = [
-        rationale_request(c.pair.prompt, c.principle.comparison, replies, [EXAMPLE], form)
+        rationale_request(c.pair.prompt, c.principle.comparison, replies, asked.examples_for(c.pair), form)
         for c, replies in zip(COMPARISONS, ORDERED_REPLIES, strict=True)
     ]
     assert engine.asks == [
@@ -52,7 +53,7 @@ def test_an_empty_rationale_is_not_a_vote_and_the_others_keep_theirs() -> None:
     assert found == [Judgement(sigmoid(1.0), "a"), RequestFailure("empty rationale"), Judgement(sigmoid(2.0), "c")]
 
 
-def test_rationales_are_kept_and_their_votes_clamped_and_averaged() -> None:
+def test_rationales_and_their_votes_are_kept_and_the_mean_is_clamped() -> None:
     engine = Reader(lambda text, _: [0.0, -9.0] if "left wins" in text else [-9.0, 0.0],
                     lambda _, seed: " left wins" if seed % 2 else " right wins")  # fmt: skip
     labeller = Labeller(judge_of(engine, "cot", clamp=(0.4, 0.6)), [PRINCIPLE], 1, ("ab",), samples=5)
@@ -61,9 +62,11 @@ def test_rationales_are_kept_and_their_votes_clamped_and_averaged() -> None:
     assert len({ask.seed for ask in engine.asked}) == len(row.votes) == 5
     assert {v.rationale for v in row.votes} <= {"left wins", "right wins"}
     for vote in row.votes:
-        assert vote.p_first == (0.6 if vote.rationale == "left wins" else 0.4)
+        # In a row the order refers to the chosen reply; a vote is for the first reply in either.
+        assert vote.p_first == pytest.approx(sigmoid(9.0) if vote.rationale == "left wins" else sigmoid(-9.0))
     p_left = math.fsum(v.p_first for v in row.votes) / 5
-    assert row.p_chosen == pytest.approx(max(p_left, 1 - p_left))
+    assert abs(p_left - 0.5) > 0.09
+    assert row.p_chosen == pytest.approx(min(0.6, max(p_left, 1 - p_left)))
 
 
 def test_an_empty_rationale_and_an_unparseable_verdict_give_no_votes() -> None:

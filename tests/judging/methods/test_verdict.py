@@ -1,7 +1,7 @@
 """Verdicts in words."""
 
 import pytest
-from judge_cases import COMPARISONS, EXAMPLE, ORDERED_REPLIES, SAMPLING, Recorder, judge
+from judge_cases import COMPARISONS, ORDERED_REPLIES, SAMPLING, Recorder, judge
 from label_cases import PRINCIPLE, Reader, judge_of, left_right
 
 from cai_cli.data.schema import Preference
@@ -20,10 +20,11 @@ def test_a_verdict_is_one_or_zero_or_a_failure_of_its_own_comparison(form: Promp
     engine = Recorder(
         replies=[Completion("(B)", "stop"), RequestFailure("filtered"), Completion("The answer is: (A)", "stop")]
     )
-    found = judge(engine, "verdict", form).judge(COMPARISONS)
+    asked = judge(engine, "verdict", form)
+    found = asked.judge(COMPARISONS)
     assert found == [Judgement(0.0), RequestFailure("filtered"), Judgement(1.0)]
     requests = [
-        verdict_request(c.pair.prompt, c.principle.comparison, replies, [EXAMPLE], form)
+        verdict_request(c.pair.prompt, c.principle.comparison, replies, asked.examples_for(c.pair), form)
         for c, replies in zip(COMPARISONS, ORDERED_REPLIES, strict=True)
     ]
     assert engine.asks == [
