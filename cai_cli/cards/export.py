@@ -15,10 +15,18 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal, Union, get_args, get_origin
 
 from cai_cli.cards.dataset_card import DatasetStats, dataset_card
-from cai_cli.common.errors import CaiError, UsageError
-from cai_cli.data.formats import parse_preference, parse_prompt, row_type_of
-from cai_cli.data.jsonl import AppendFile, display_name, origin, read_rows, read_values, rows_of
-from cai_cli.data.schema import Critique, Preference, Prompt, Rejected, Revision, Row, Sample, reject
+from cai_cli.common.errors import CaiError, InvalidRow, RowError, UnusableRow, UsageError
+from cai_cli.data.formats import completed_row, parse_preference, parse_prompt, readable_type
+from cai_cli.data.jsonl import (
+    AppendFile,
+    display_name,
+    origin,
+    read_rows,
+    read_values,
+    rows_of,
+    skip_unusable,
+)
+from cai_cli.data.schema import Critique, Preference, Prompt, Rejected, Revision, Row, Sample, reason_kind, reject
 from cai_cli.data.splits import EMPTY_REPLY, pair_problem
 from cai_cli.runtime.manifest import hash_input, read_manifest
 from cai_cli.runtime.output_files import one_writer, sidecar
@@ -30,10 +38,9 @@ def row_parser(source: str) -> tuple[type[Row], Callable[[object], Row]]:
     Raises:
         CaiError: The file has no rows, or holds rejected rows.
     """
-    first: Any = next((value for _, value in read_values(source)), None)
-    if first is None:
-        raise CaiError(f"{display_name(source)} holds no rows", code="no-rows")
-    row_type = row_type_of(first) or Prompt
+    row_type = next(_row_types(source), None)
+    if row_type is None:
+        raise CaiError(f"{display_name(source)} holds no rows that can be used", code="no-rows")
     if row_type is Rejected:
         hint = "export the output file that they belong to"
         raise CaiError(f"{source} holds rejected rows, which are not data", hint, code="wrong-row-type")
@@ -42,8 +49,19 @@ def row_parser(source: str) -> tuple[type[Row], Callable[[object], Row]]:
     if row_type in (Critique, Revision):
         return row_type, rows_of(row_type)
     if issubclass(row_type, Sample):
-        return Sample, rows_of(Sample)
+        return Sample, lambda value: completed_row(value, source=origin(source))
     return Prompt, lambda value: parse_prompt(value, source=origin(source))
+
+
+def _row_types(source: str) -> Iterator[type[Row]]:
+    """The types of the rows that can be used."""
+    for line, value in read_values(source):
+        try:
+            yield readable_type(value)
+        except UnusableRow:
+            continue
+        except RowError as error:
+            raise InvalidRow(display_name(source), line, error.message, error.hint, code=error.code) from None
 
 
 def features(row_type: type[Row]) -> Any:
@@ -92,8 +110,13 @@ def export(source: str, work: Path) -> dict[str, Any]:
     (work / "data").mkdir(parents=True)
     stats, rejected = DatasetStats(), AppendFile(work / REJECTED)
 
+    def left_out(error: InvalidRow, raw: bytes) -> None:
+        skip_unusable(error, raw)
+        stats.rejected[reason_kind(error.reason)] += 1
+        rejected.append([Rejected(key=f"line {error.line}", reason=error.reason, row=raw.decode(errors="replace"))])
+
     def rows() -> Iterator[dict[str, Any]]:
-        for _, row in read_rows(source, parse):
+        for _, row in read_rows(source, parse, left_out):
             if problem := training_problem(row):
                 stats.rejected[problem] += 1
                 rejected.append([reject(row.key, problem, row)])
@@ -112,8 +135,8 @@ def export(source: str, work: Path) -> dict[str, Any]:
     manifest = read_manifest(sidecar(Path(source), "manifest.json"))
     card = dataset_card(Path(source).name, row_type, columns, stats, manifest, file.sha256)
     (work / "README.md").write_text(card, encoding="utf-8")
-    left_out = {"rejected": stats.rejected.total(), "rejected_reasons": dict(sorted(stats.rejected.items()))}
-    return {"rows": stats.rows, "type": row_type.__name__, "columns": columns, **left_out}
+    counts = {"rejected": stats.rejected.total(), "rejected_reasons": dict(sorted(stats.rejected.items()))}
+    return {"rows": stats.rows, "type": row_type.__name__, "columns": columns, **counts}
 
 
 def _write_parquet(rows: Callable[[], Iterator[dict[str, Any]]], columns: Any, work: Path) -> list[str]:

@@ -23,6 +23,7 @@ from cai_cli.cli.expand import GroupedCommand, command_class, command_from, stag
 from cai_cli.common import console
 from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.pipeline import registry
+from cai_cli.runtime import convert
 from cai_cli.runtime.stage import Phase
 from cai_cli.training import distributed
 
@@ -103,6 +104,7 @@ _EVAL_HELP = "Evaluate labels and models: agreement, hhh, compare, harm."
 _OTHERS: dict[Heading, dict[str, Callable[..., None] | typer.Typer]] = {
     Heading.PIPELINE: {"run": run.command, "report": report.command},
     Heading.FILES: {
+        "convert": command_from(convert.ConvertConfig, convert.run, writes_rows=True),
         "show": show.command,
         "stats": files.stats_command,
         "merge": files.merge_command,

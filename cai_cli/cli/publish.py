@@ -21,7 +21,7 @@ def export_command(
 ) -> None:
     """Write rows as a dataset with a card, ready for TRL.
 
-    FILE: Prompt, Sample, Critique, Revision or Preference rows, or pairs labelled by humans.
+    FILE: Prompt, Sample, Critique, Revision or Preference rows, or rows in any format that `cai convert` reads.
     """
     summary = export_file(input, output, overwrite=overwrite)
     if json:

@@ -64,3 +64,11 @@ class RowError(CaiError):
 
     def __init__(self, message: str, hint: str | None = None, *, code: str = "invalid-row") -> None:
         super().__init__(message, hint, code=code)
+
+
+class UnusableRow(RowError):
+    """A valid row that no command can use, such as one with a tool call. A reader that can reject rows goes on after it
+    without `--skip-invalid`."""
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message, hint, code="unusable-row")

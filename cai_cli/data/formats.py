@@ -8,7 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from cai_cli.common.errors import RowError
+from cai_cli.data.dropped import Dropped
 from cai_cli.data.evaluation_schema import EvaluationQuestion, EvaluationResult, HarmScore, ModelComparison
+from cai_cli.data.foreign import scores
+from cai_cli.data.foreign.shapes import IDS, Conversation, ReplyPair, recognize, shape_of
+from cai_cli.data.foreign.turns import read_turns
 from cai_cli.data.schema import (
     Critique,
     JudgedPair,
@@ -28,7 +32,6 @@ from cai_cli.data.schema import (
     json_type,
     load_row,
 )
-from cai_cli.data.transcripts import joined_turns, parse_transcript
 
 TEXTS = ("prompt", "completion", "critique", "chosen", "rejected")
 # Fields that mark a row type. The first type of which all marking fields are present is the type of the row.
@@ -38,7 +41,7 @@ _MARKS: Sequence[tuple[type[Row], frozenset[str]]] = (
     (ModelComparison, frozenset({"model_a", "model_b"})),
     (EvaluationQuestion, frozenset({"corrects", "incorrects"})),
     (EvaluationResult, frozenset({"askings"})),
-    (JudgedPair, frozenset({"chosen_score", "rejected_score"})),
+    (JudgedPair, frozenset({"chosen_score", "rejected_score", "chosen_tokens"})),
     (Critique, frozenset({"critique"})),
     (HarmScore, frozenset({"harm", "levels"})),
     (PolicySample, frozenset({"score", "monitor_score"})),
@@ -54,10 +57,8 @@ _MARKS: Sequence[tuple[type[Row], frozenset[str]]] = (
     (Prompt, frozenset({"messages"})),
 )
 # Rows made from a sample that are accepted where a prompt is.
+_PROMPT_FIELDS = frozenset({"id", "prompt", "kind", "source"})
 _MADE_FROM_SAMPLES: Sequence[type[Sample]] = (Critique, Revision, Scored, PolicySample)
-
-# Fields that a prompt row may have beside its prompt. Any other field is an error, so that nothing is ignored silently.
-_PROMPT_FIELDS = frozenset({"id", "kind", "source"})
 
 
 # --- row types ----------------------------------------------------------------------------------------------------
@@ -115,17 +116,18 @@ def row_key(value: Mapping[str, Any]) -> str:
 # --- prompts ------------------------------------------------------------------------------------------------------
 
 
-def parse_prompt(value: object, *, source: str, kind: Kind | None = None) -> Prompt:
+def parse_prompt(value: object, *, source: str, kind: Kind | None = None, dropped: Dropped | None = None) -> Prompt:
     """A prompt from any accepted format.
 
     Args:
-        value: Plain text (str); `{"prompt": text or [messages]}`; `{"messages": [...]}`; an HH-RLHF pair
-            `{"chosen", "rejected"}` (every turn before the last assistant turn); or a row that a later stage wrote.
+        value: Plain text (str); a row of any format of `foreign.shapes`, of which the last turn of the assistant is no
+            part of the prompt; or a row that a later stage wrote.
         source: The `source` of a row that has none.
         kind: The `kind` of a row that has none.
+        dropped: Counts the columns that are left out.
 
     Raises:
-        RowError: The value has none of these formats, or an unknown field.
+        RowError: The value has none of these formats.
 
     >>> prompt = parse_prompt({"id": "p1", "prompt": "What is a prime?"}, source="prompts.jsonl")
     >>> prompt.id, prompt.prompt[0].content, prompt.source
@@ -133,114 +135,71 @@ def parse_prompt(value: object, *, source: str, kind: Kind | None = None) -> Pro
     """
     if isinstance(value, str):
         return _make_prompt([Message(role="user", content=value)], {}, source, kind)
-    if not isinstance(value, dict):
-        raise RowError(
-            f"a prompt row must be a JSON object or plain text, this is {json_type(value)}", code="invalid-row"
-        )
-    if "prompt" in value and ("completion" in value or "votes" in value):
-        return _prompt_of_later_row(value, source, kind)
-    if "chosen" in value and "rejected" in value:
-        messages, used = _human_pair_prompt(value), {"chosen", "rejected", "prompt"}
-    elif "prompt" in value:
-        messages, used = _messages(value["prompt"], "prompt"), {"prompt"}
-    elif "messages" in value:
-        messages, used = _messages(value["messages"], "messages"), {"messages"}
-    else:
-        raise RowError(
-            "no prompt in this row",
-            hint='a row has "prompt" (text or messages), "messages", or HH-RLHF "chosen" and "rejected"',
-            code="invalid-row",
-        )
-    unknown = sorted(set(value) - used - _PROMPT_FIELDS)
-    if unknown:
-        raise RowError(
-            f"unknown field {unknown[0]!r} in a prompt row",
-            hint=f"fields allowed beside the prompt: {sorted(_PROMPT_FIELDS)}",
-            code="invalid-row",
-        )
-    return _make_prompt(messages, value, source, kind)
+    if isinstance(value, dict) and "prompt" in value and value.keys() <= _PROMPT_FIELDS:  # most rows: not detected
+        turns = read_turns(value["prompt"], "prompt", dropped or Dropped())
+        return _make_prompt(Conversation(turns, value, has_reply=False).prompt(), value, source, kind)
+    if isinstance(value, dict) and (row_type := _own_type(value)):
+        if row_type is Preference or issubclass(row_type, Sample):
+            return _make_prompt(_loaded(row_type, value).prompt, value, source, kind)
+        raise RowError(f"a {row_type.__name__} row, which is not a prompt", code="invalid-row")
+    found = recognize(value, dropped or Dropped())
+    return _make_prompt(found.prompt(), found.fields, source, kind)
 
 
-def _prompt_of_later_row(value: dict[str, Any], source: str, kind: Kind | None) -> Prompt:
-    """The prompt of a row that a later stage wrote. The row must be valid."""
+def _loaded(row_type: type[Row], value: Mapping[str, Any]) -> Sample | Preference:
+    """A row of a later stage. It must be valid."""
+    if row_type is Preference:
+        return load_row(Preference, value)
+    return load_row(next((known for known in _MADE_FROM_SAMPLES if known is row_type), Sample), value)
+
+
+def _own_type(value: Mapping[str, Any]) -> type[Row] | None:
+    """The type of a row that only `cai` writes; None for prompts, and for rows that other tools write too."""
     row_type = row_type_of(value)
-    row = load_row(Preference, value) if row_type is Preference else load_row(_sample_type(row_type), value)
-    return _make_prompt(row.prompt, value, source, kind)
+    if row_type is None or row_type is Prompt or row_type is Rejected:
+        return None
+    if issubclass(row_type, Sample):
+        return row_type if "sample_index" in value else None
+    return None if row_type is Preference and "votes" not in value else row_type
 
 
-def _sample_type(row_type: type[Row] | None) -> type[Sample]:
-    return next((known for known in _MADE_FROM_SAMPLES if known is row_type), Sample)
-
-
-def _human_pair_prompt(value: dict[str, Any]) -> list[Message]:
-    if "prompt" in value:  # TRL's preference format with an explicit prompt
-        return _messages(value["prompt"], "prompt")
-    return _conversation(value, "chosen")[:-1]
-
-
-def _conversation(value: dict[str, Any], field: str) -> list[Message]:
-    """`chosen` or `rejected` of an HH-RLHF row up to its last assistant turn, which is the reply."""
-    if isinstance(value[field], list):
-        messages = _messages(value[field], field)
-    elif isinstance(value[field], str):
-        messages = joined_turns(parse_transcript(value[field]))
-    else:
-        raise RowError(
-            f"field {field!r} must be a transcript or messages, this is {json_type(value[field])}", code="invalid-row"
-        )
-    while messages and messages[-1].role != "assistant":
-        messages.pop()
-    if len(messages) < 2:
-        raise RowError(f"field {field!r} holds no human turn followed by an assistant turn", code="invalid-row")
-    return messages
-
-
-def _messages(value: object, field: str) -> list[Message]:
-    if isinstance(value, str):
-        if value.startswith("\n\nHuman:"):
-            turns = joined_turns(parse_transcript(value))
-            return turns[:-1] if turns[-1].role == "assistant" and not turns[-1].content else turns
-        return [Message(role="user", content=value)]
-    if not isinstance(value, list) or not value:
-        raise RowError(
-            f"field {field!r} must be text or a non-empty list of messages, this is {json_type(value)}",
-            code="invalid-row",
-        )
-    return [load_row(Message, m) for m in value]
-
-
-def _make_prompt(messages: list[Message], value: dict[str, Any], source: str, kind: Kind | None) -> Prompt:
+def _make_prompt(messages: list[Message], fields: Mapping[str, Any], source: str, kind: Kind | None) -> Prompt:
     if not any(m.content.strip() for m in messages if m.role == "user"):
         raise RowError("the prompt is empty", code="invalid-row")
-    given_id = value.get("id")
+    given_id = fields.get("id")
     if isinstance(given_id, int) and not isinstance(given_id, bool):
         given_id = str(given_id)
-    fields = {
+    row = {
         "id": conversation_id(messages) if given_id is None else given_id,
         "prompt": [m.model_dump() for m in messages],
-        "kind": kind if value.get("kind") is None else value["kind"],
-        "source": source if value.get("source") is None else value["source"],
+        "kind": kind if fields.get("kind") is None else fields["kind"],
+        "source": source if fields.get("source") is None else fields["source"],
     }
-    return load_row(Prompt, fields)
+    return load_row(Prompt, row)
 
 
 # --- pairs --------------------------------------------------------------------------------------------------------
 
 
-def parse_preference(value: object, *, source: str) -> Preference:
-    """A Preference: a row that `cai` wrote, or a pair that humans labelled.
+def parse_preference(
+    value: object, *, source: str, soft_from: str | None = None, dropped: Dropped | None = None
+) -> Preference:
+    """A Preference: a row that `cai` wrote, or a pair that humans or a judge labelled.
 
     Args:
-        value: A Preference row; an HH-RLHF pair, whose `chosen` and `rejected` are whole conversations (transcripts or
-            messages); or TRL's preference format with an explicit `prompt`.
+        value: A Preference row; or a pair in a format of `foreign.shapes`: two whole conversations, such as those of
+            HH-RLHF, or two replies beside their prompt.
         source: The `source` of a row that has none.
+        soft_from: The name of the two columns of scores from which the label is computed (`foreign.scores`).
+        dropped: Counts the columns that are left out.
 
     Returns:
-        A row with `p_chosen` 1, no votes and `human` "chosen" for a pair that humans labelled. A pair without an id
-        gets a hash of the prompt and both replies.
+        A row with `p_chosen` 1, no votes and `human` "chosen" for a pair without scores. A pair without an id gets a
+        hash of the prompt and both replies.
 
     Raises:
-        RowError: The value has none of these formats, or its two replies answer different prompts.
+        RowError: The value has none of these formats.
+        UnusableRow: Its two replies answer different prompts.
 
     >>> pair = parse_preference({"prompt": "Hello", "chosen": "Hi!", "rejected": "Go away."}, source="pairs")
     >>> pair.chosen[0].content, pair.p_chosen, pair.human
@@ -248,38 +207,43 @@ def parse_preference(value: object, *, source: str) -> Preference:
     """
     if not isinstance(value, dict) or "votes" in value or "chosen" not in value or "rejected" not in value:
         return load_row(Preference, value)
-    prompt = parse_prompt(value, source=source)
-    replies: dict[str, list[dict[str, str]]] = {}
-    for field in ("chosen", "rejected"):
-        whole = "prompt" not in value
-        if whole and _conversation(value, field)[:-1] != prompt.prompt:
-            raise RowError("`chosen` and `rejected` answer different prompts", code="invalid-row")
-        reply = _conversation(value, field)[-1:] if whole else _reply(value[field], field)
-        replies[field] = [m.model_dump() for m in reply]
+    columns = scores.columns_of(value, soft_from) if soft_from else {}
+    found = recognize(value, dropped or Dropped(), frozenset({*columns.values(), "p_chosen"}))
+    if not isinstance(found, ReplyPair):
+        raise AssertionError("a row with `chosen` and `rejected` is a pair")
+    chosen, rejected = found.replies()
+    prompt = _make_prompt(found.prompt(), found.fields, source, None)
     # The id covers the replies too: humans may have compared several pairs of replies to one prompt.
-    whole_pair = [*prompt.prompt, *(Message.model_validate(m[0]) for m in replies.values())]
+    given_id = found.fields["id"]
+    whole = conversation_id([*prompt.prompt, chosen, rejected]) if given_id is None else prompt.id
+    p_chosen = scores.p_chosen(value, columns) if columns else value.get("p_chosen", 1.0)
+    replies, human = ((chosen, rejected), "chosen")
+    if isinstance(p_chosen, float) and p_chosen < 0.5:  # the scores prefer the other reply
+        replies, human, p_chosen = (rejected, chosen), "rejected", 1 - p_chosen
     fields = {
-        "id": conversation_id(whole_pair) if value.get("id") is None else prompt.id,
+        "id": whole,
         "prompt": [m.model_dump() for m in prompt.prompt],
-        "p_chosen": 1.0,
+        "chosen": [replies[0].model_dump()],
+        "rejected": [replies[1].model_dump()],
+        "p_chosen": p_chosen,
         "votes": [],
-        "human": "chosen",
+        "human": human,
         "source": prompt.source,
     }
-    return load_row(Preference, fields | replies)
-
-
-def _reply(value: object, field: str) -> list[Message]:
-    if isinstance(value, str):
-        return [Message(role="assistant", content=value)]
-    return _messages(value, field)
+    return load_row(Preference, fields)
 
 
 # --- completions --------------------------------------------------------------------------------------------------
 
 
-def completed_row(value: object) -> Sample:
-    """A prompt with a completion: a Sample, a Revision, or a foreign `{"prompt", "completion"}`.
+def completed_row(value: object, *, source: str = "given", dropped: Dropped | None = None) -> Sample:
+    """A prompt with a completion: a Sample, a Revision, or a conversation in a format of `foreign.shapes`, whose last
+    turn of the assistant is the completion.
+
+    Args:
+        value: The row.
+        source: The `source` of a row that has none.
+        dropped: Counts the columns that are left out.
 
     Raises:
         RowError: The row has no completion, is a Critique (`wrong-row-type`), or is not valid.
@@ -293,17 +257,16 @@ def completed_row(value: object) -> Sample:
         )
     if isinstance(value, dict) and "sample_index" in value:
         return load_row(Revision if row_type is Revision else Sample, value)
-    if not isinstance(value, dict) or "completion" not in value:
+    if not isinstance(value, dict | list):
         raise RowError("no completion in this row", 'a row has "prompt" and "completion"', code="invalid-row")
-    prompt = parse_prompt({k: v for k, v in value.items() if k != "completion"}, source="given")
-    completion = value["completion"]
-    if isinstance(completion, str):
-        completion = [{"role": "assistant", "content": completion}]
-    if not isinstance(completion, list):
-        raise RowError(
-            f"field 'completion' must be text or messages, this is {json_type(completion)}", code="invalid-row"
-        )
-    fields = {"sample_index": 0, "completion": completion, "finish_reason": None}
+    found = recognize(value, dropped or Dropped(), frozenset({"finish_reason"}))
+    if isinstance(found, ReplyPair):
+        turns, reply = found.prompt(), found.replies()[0]
+    else:
+        turns, reply = found.completed()
+    prompt = _make_prompt(turns, found.fields, source, None)
+    reason = value.get("finish_reason") if isinstance(value, dict) else None
+    fields = {"sample_index": 0, "completion": [reply.model_dump()], "finish_reason": reason}
     return load_row(Sample, prompt.model_dump() | fields)
 
 
@@ -320,16 +283,20 @@ def sample_or_revision(value: object) -> Sample:
             "`cai revise` takes critiques",
             code="wrong-row-type",
         )
+    if isinstance(value, dict) and "sample_index" not in value and (shape := shape_of(value)):
+        hint = "`cai convert FILE -o OUT` makes Sample rows of conversations"
+        raise RowError(f"not a Sample row, but one of another format: {shape.name}", hint, code="invalid-row")
     return load_row(Revision if row_type is Revision else Sample, value)
 
 
-def scorable(value: object, source: str) -> Sample | Preference:
+def scorable(value: object, source: str, dropped: Dropped | None = None) -> Sample | Preference:
     """A row that a preference model can score: one conversation, or a pair of two.
 
     Args:
-        value: `{"messages"}` that end with the assistant's reply; a pair in any format of `parse_preference`; or a row
-            in any format of `completed_row`, scored before or not.
+        value: A pair in any format of `parse_preference`; or a row in any format of `completed_row`, scored before or
+            not.
         source: The `source` of a row that has none.
+        dropped: Counts the columns that are left out.
 
     Returns:
         The row. A row without an id gets the hash of its whole conversation.
@@ -338,17 +305,55 @@ def scorable(value: object, source: str) -> Sample | Preference:
         RowError: The value has none of these formats.
     """
     if not isinstance(value, dict):
-        return completed_row(value)
+        return completed_row(value, source=source, dropped=dropped)
     if "chosen" in value and "rejected" in value:
-        return parse_preference(value, source=source)
-    fields = {"source": source, **{k: v for k, v in value.items() if k not in ("messages", "score")}}
-    if "messages" in value:
-        messages = value["messages"]
-        if not isinstance(messages, list) or len(messages) < 2:
-            raise RowError("`messages` must be a list that ends with the assistant's reply", code="invalid-row")
-        fields |= {"prompt": messages[:-1], "completion": messages[-1:]}
-    row = completed_row(fields)
-    return row if value.get("id") is not None else row.model_copy(update={"id": conversation_hash(row)})
+        return parse_preference(value, source=source, dropped=dropped)
+    if "sample_index" in value:
+        value = {k: v for k, v in value.items() if k != "score"}
+    row = completed_row(value, source=source, dropped=dropped)
+    if (
+        "messages" in value
+        and value["messages"]
+        and read_turns(value["messages"], "messages", Dropped())[-1].role != "assistant"
+    ):
+        raise RowError("`messages` must end with the assistant's reply", code="invalid-row")
+    given = any(value.get(name) is not None for name in IDS)
+    return row if given else row.model_copy(update={"id": conversation_hash(row)})
+
+
+def readable_type(value: object) -> type[Row]:
+    """The row type that a JSON value of any format is read as: its own for a row of `cai`, else Preference for a pair,
+    Sample for a conversation with a reply, and Prompt.
+
+    Raises:
+        RowError: The value has no format that is read.
+
+    >>> readable_type({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]})
+    <class 'cai_cli.data.schema.Sample'>
+    """
+    if isinstance(value, str):
+        return Prompt
+    if isinstance(value, dict) and (own := _own_type(value) or (Rejected if row_type_of(value) is Rejected else None)):
+        return own
+    found = recognize(value, Dropped())
+    if isinstance(found, ReplyPair):
+        return Preference
+    return Sample if found.has_reply and any(turn.role == "assistant" for turn in found.turns) else Prompt
+
+
+def format_name(value: object) -> str:
+    """The name of the format of a row that is read.
+
+    >>> format_name({"conversations": []}), format_name("Hello"), format_name({"id": "a", "votes": []})
+    ('ShareGPT', 'plain text', 'cai')
+    """
+    if isinstance(value, str):
+        return "plain text"
+    if not isinstance(value, dict):
+        return "messages"
+    own = "sample_index" in value or "votes" in value
+    shape = None if own else shape_of(value)
+    return shape.name if shape else "cai"
 
 
 def conversations(row: Sample | Preference) -> list[Sample]:

@@ -133,6 +133,7 @@ def run(config: HarmConfig) -> dict[str, Any]:
         items=items,
         work=lambda rows: harm(rows, engine, form),
         batch_size=engine.batch_size,
+        grows=True,
         total=expected_items(inputs["samples"], config.limit),
         engine=engine,
     ).complete(stream_sink(config.output, harm_summary.observe))

@@ -12,6 +12,7 @@ from typing import Any
 from cai_cli.common.errors import InvalidRow
 from cai_cli.common.hash_index import KeyTable
 from cai_cli.common.seeds import seed_for
+from cai_cli.data.dropped import Dropped
 from cai_cli.data.formats import parse_preference, row_type_of, sample_or_revision
 from cai_cli.data.jsonl import Numbered, display_name, origin
 from cai_cli.data.row_reader import RowReader
@@ -34,7 +35,7 @@ def pair_items(reader: RowReader, source: str, pairing: str, seed: int, limit: i
         InvalidRow: A row is not valid, the samples of a prompt are not consecutive, or a sample is repeated.
     """
     rows: Iterator[Numbered[Any]]
-    rows, prompts = reader.rows(source, lambda v: _row(v, origin(source), seed), limit), KeyTable()
+    rows, prompts = reader.rows(source, lambda v: _row(v, origin(source), seed, reader.dropped), limit), KeyTable()
     for prompt_id, group in groupby(rows, key=lambda numbered: _prompt_of(numbered[1])):
         if prompt_id is None:
             for line, pair in group:
@@ -68,7 +69,7 @@ def _prompt_of(row: Sample | Pair) -> str | None:
     return row.id if isinstance(row, Sample) else None
 
 
-def _row(value: object, source: str, seed: int) -> Sample | Pair:
+def _row(value: object, source: str, seed: int, dropped: Dropped) -> Sample | Pair:
     """Return a sample, or a pair: from a file of rejected pairs, from a Preference row, or from a human label."""
     row_type = row_type_of(value)
     if row_type is Pair:
@@ -76,7 +77,7 @@ def _row(value: object, source: str, seed: int) -> Sample | Pair:
     if row_type is Scored:
         return load_row(Scored, value)
     if row_type is Preference:
-        return _sides(parse_preference(value, source=source), seed)
+        return _sides(parse_preference(value, source=source, dropped=dropped), seed)
     return sample_or_revision(value)
 
 

@@ -24,7 +24,7 @@ from cai_cli.common import console
 from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.common.near_duplicates import NearDuplicates
 from cai_cli.common.seeds import seed_for
-from cai_cli.data.jsonl import Numbered, display_name, read_prompts, read_rows, rows_of
+from cai_cli.data.jsonl import Numbered, display_name, read_prompts, read_rows, rows_of, skip_unusable
 from cai_cli.data.schema import Kind, Prompt, Rejected, content_hash, reject
 from cai_cli.engines.base import Completion, Engine, GenerationRequest, RequestFailure, Sampling
 from cai_cli.metrics.reply_habits import evasive_opening
@@ -285,8 +285,8 @@ def run(config: RedTeamConfig) -> dict[str, Any]:
     inputs = {"prompts": hash_input(config.input)}
     if config.exclude:
         inputs["exclude"] = hash_input(config.exclude)
-    given = openings(islice(read_prompts(config.input), config.limit))
-    excluded = openings(read_prompts(config.exclude)) if config.exclude else {}
+    given = openings(islice(read_prompts(config.input, on_invalid=skip_unusable), config.limit))
+    excluded = openings(read_prompts(config.exclude, on_invalid=skip_unusable)) if config.exclude else {}
     if len(given) < 2:
         raise CaiError(f"{display_name(config.input)} has fewer than two prompts", code="no-rows")
     topics, form = pick_topics(config.topics, config.kind), resolve_prompt_format(config.prompt_format, engine)

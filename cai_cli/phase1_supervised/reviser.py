@@ -131,6 +131,7 @@ def run_revision_stage(
         items=items,
         work=lambda rows: work(rows, reviser),
         batch_size=engine.batch_size,
+        grows=True,
         engine=engine,
         total=expected_items(inputs["samples"], config.limit),
     ).run(as_json=config.as_json)

@@ -25,8 +25,8 @@ SampleRequest = tuple[Prompt, int]  # a prompt and the index of the reply to sam
 class SampleConfig(OutputOptions, ShardOptions, EngineOptions, SamplingOptions):
     """Sample replies to prompts.
 
-    INPUT: Prompt rows, {"prompt": ...}, {"messages": ...}, HH-RLHF rows, plain text (one prompt a line), parquet or
-    hf://datasets/OWNER/NAME. Writes Sample rows.
+    INPUT: Prompt rows, conversations and pairs in any format that `cai convert` reads, of which the last turn of the
+    assistant is left out, or plain text (one prompt a line). Writes Sample rows.
     """
 
     n: int = option(1, "Replies to each prompt.", Option(flags=("--n", "-n")), ge=1)
@@ -101,6 +101,7 @@ def run(config: SampleConfig) -> dict[str, Any]:
         items=lambda: prompt_items(reader.prompts(config.input, config.kind, config.limit), config.n),
         work=lambda requested: sample(requested, engine, sampling=config.sampling(), form=form, seed=config.seed),
         batch_size=engine.batch_size,
+        grows=True,
         engine=engine,
         total=expected_items(inputs["prompts"], config.limit, config.n),
     ).run(as_json=config.as_json)

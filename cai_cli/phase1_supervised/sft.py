@@ -9,7 +9,7 @@ steps, of fewer rows than the paper's 1,024; the helpful share is a ratio (the p
 helpful prompts for 4 revisions of each of 183k red-team prompts).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -20,6 +20,7 @@ from cai_cli.common.errors import RowError
 from cai_cli.common.seeds import seed_for
 from cai_cli.data.formats import completed_row
 from cai_cli.data.reply_ends import CUT_OFF, cut_off_share
+from cai_cli.data.row_reader import RowReader
 from cai_cli.data.schema import Message, Revision, Sample, conversation_id, reject
 from cai_cli.data.splits import held_out_keys, mixed, too_long_for
 from cai_cli.engines.tokenization import encode_chat
@@ -72,7 +73,8 @@ class CutOff(StrEnum):
 class SftConfig(EpochOptions):
     """Fine-tune a model on revisions.
 
-    INPUT: Revision rows, or any rows with a prompt and a completion. Writes a model directory.
+    INPUT: Revision rows, or conversations in any format that `cai convert` reads; the last turn of the assistant is
+    trained on. Writes a model directory.
     """
 
     model: str = option(DEFAULT_MODEL, MODEL_TO_TRAIN_HELP, Option(Effect.HASHED, Group.MODEL, flags=("--model", "-m")))
@@ -335,13 +337,20 @@ def read_examples(config: SftConfig, base: Path) -> SftData:
     Raises:
         CaiError: A file cannot be read, or a line is invalid.
     """
-    reader, helpful_reader = config.row_reader(), config.row_reader()
-    rows = [row for _, row in reader.rows(config.input, completed_row, config.limit)]
-    helpful_rows = [row for _, row in helpful_reader.rows(config.helpful, completed_row)] if config.helpful else []
+    reader, helpful_reader = config.row_reader(), config.row_reader(of_input=False)
+
+    def completed(of: RowReader) -> Callable[[object], Sample]:
+        return lambda value: completed_row(value, dropped=of.dropped)
+
+    rows = [row for _, row in reader.rows(config.input, completed(reader), config.limit)]
+    helpful_file = helpful_reader.rows(config.helpful, completed(helpful_reader)) if config.helpful else ()
+    helpful_rows = [row for _, row in helpful_file]
     revisions = [example for row in rows for example in examples_of(row, config.revisions.value)]
     helpful = [example for row in helpful_rows for example in examples_of(row, "last")]
     chosen = mixed(revisions, helpful, config.helpful_ratio, seed_for(config.seed, "sft", "helpful"))
-    counts = Counts.of_training([*reader.take_invalid(), *helpful_reader.take_invalid()])
+    counts = Counts.of_training(
+        [*reader.take_invalid(), *helpful_reader.take_invalid()], reader.dropped + helpful_reader.dropped
+    )
     if unused := len(revisions) + len(helpful) - len(chosen):
         counts.skipped["beyond --helpful-ratio"] = unused
     if config.helpful and len(helpful) < round(config.helpful_ratio * len(revisions)):

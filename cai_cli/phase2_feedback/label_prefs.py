@@ -153,6 +153,7 @@ def run(config: LabelPrefsConfig) -> dict[str, Any]:
         items=lambda: pair_items(reader, config.input, config.pairs, config.seed, config.limit),
         work=lambda pairs: label_prefs(pairs, labeller),
         batch_size=engine.batch_size,
+        grows=config.pairs is Pairing.ALL,
         engine=engine,
     ).complete(stream_sink(config.output, audit.add))
     summary = {**summary, "audit": audit.audit() if is_stream(config.output) else audit_file(config.output)}

@@ -23,10 +23,23 @@ if TYPE_CHECKING:
 PLACE = Reading()  # a model of `train-pm` is read at the end of the turn, as `record_place` records
 
 
-def read_preferences(reader: RowReader, source: str, limit: int | None = None) -> list[Preference]:
-    """Read Preference rows and pairs labelled by humans. A labelled pair without a source gets the file's name."""
+def read_preferences(
+    reader: RowReader, source: str, limit: int | None = None, soft_from: str | None = None
+) -> list[Preference]:
+    """Read Preference rows and labelled pairs. A labelled pair without a source gets the file's name.
+
+    Args:
+        reader: Reads the rows.
+        source: The file.
+        limit: Largest number of rows to read, or None.
+        soft_from: The name of the scores that give the labels of rows without votes, or None.
+    """
     name = origin(source)
-    return [row for _, row in reader.rows(source, lambda value: parse_preference(value, source=name), limit)]
+
+    def parse(value: object) -> Preference:
+        return parse_preference(value, source=name, soft_from=soft_from, dropped=reader.dropped)
+
+    return [row for _, row in reader.rows(source, parse, limit)]
 
 
 @dataclass(frozen=True)

@@ -282,10 +282,12 @@ def read_rl_prompts(config: RlConfig, base: Path, preference_models: Sequence[Pa
     Raises:
         CaiError: A file cannot be read, or too few prompts fit.
     """
-    reader, helpful_reader = config.row_reader(), config.row_reader()
+    reader, helpful_reader = config.row_reader(), config.row_reader(of_input=False)
     prompts = [prompt for _, prompt in reader.prompts(config.input, limit=config.limit)]
     helpful = [prompt for _, prompt in helpful_reader.prompts(config.helpful, "helpful")] if config.helpful else []
-    counts = Counts.of_training([*reader.take_invalid(), *helpful_reader.take_invalid()])
+    counts = Counts.of_training(
+        [*reader.take_invalid(), *helpful_reader.take_invalid()], reader.dropped + helpful_reader.dropped
+    )
     chosen = mixed(prompts, helpful, config.helpful_ratio, seed_for(config.seed, "rl", "helpful"))
     if unused := len(prompts) + len(helpful) - len(chosen):
         counts.skipped["beyond --helpful-ratio"] = unused

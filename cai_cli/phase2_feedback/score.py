@@ -22,15 +22,15 @@ from cai_cli.runtime.stage_run import StageRun, WorkItem, WorkItems, expected_it
 class ScoreConfig(OutputOptions, ShardOptions, DeviceOptions, PreferenceModelOptions):
     """Score conversations with a preference model.
 
-    INPUT: Sample, Revision or Preference rows, {"messages": [...]}, {"prompt", "completion"}, or pairs labelled by
-    humans. Writes Scored rows, one for each conversation; for a pair, sample_index 0 is `chosen` and 1 is `rejected`.
+    INPUT: Sample, Revision or Preference rows, or conversations and pairs in any format that `cai convert` reads.
+    Writes Scored rows, one for each conversation; for a pair, sample_index 0 is `chosen` and 1 is `rejected`.
     """
 
 
 def work_items(reader: RowReader, source: str, limit: int | None) -> WorkItems[Sample]:
     """The conversations of a file, each as a work item with the key (id, sample_index)."""
     name = origin(source)
-    for line, row in reader.rows(source, lambda value: scorable(value, name), limit):
+    for line, row in reader.rows(source, lambda value: scorable(value, name, reader.dropped), limit):
         for conversation in conversations(row):
             yield WorkItem(conversation.key, line, conversation, hashed_id=row.id == conversation_hash(row))
 
@@ -56,6 +56,7 @@ def run(config: ScoreConfig) -> dict[str, Any]:
         items=lambda: work_items(reader, config.input, config.limit),
         work=scorer.score,
         batch_size=4 * scorer.batch_size,
+        grows=True,
         total=expected_items(inputs["conversations"], config.limit),
     ).run(as_json=config.as_json)
 

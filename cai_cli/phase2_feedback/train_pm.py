@@ -68,8 +68,8 @@ class Targets(StrEnum):
 class TrainPmConfig(EpochOptions):
     """Train a preference model on comparisons.
 
-    INPUT: Preference rows, from `cai label-prefs`, or pairs labelled by humans (HH-RLHF `chosen` and `rejected`).
-    Writes a model directory, with the scores of the held-out pairs in `held_out.jsonl`.
+    INPUT: Preference rows, from `cai label-prefs`, or labelled pairs in any format that `cai convert` reads. Writes
+    a model directory, with the scores of the held-out pairs in `held_out.jsonl`.
     """
 
     model: str = option(DEFAULT_MODEL, MODEL_TO_TRAIN_HELP, Option(Effect.HASHED, Group.MODEL, flags=("--model", "-m")))
@@ -83,6 +83,12 @@ class TrainPmConfig(EpochOptions):
     targets: Targets = option(
         Targets.SOFT,
         "Train on the probabilities of the labels (soft), as the paper does, or on 1 for the preferred reply (hard).",
+    )
+    soft_from: str | None = option(
+        None,
+        "Labels from the scores of a published set: `score` reads score_chosen and score_rejected (p_chosen is the "
+        "logistic function of their difference); by default p_chosen is 1.",
+        Option(metavar="NAME"),
     )
     fit_head: bool = option(
         False,
@@ -98,6 +104,8 @@ class TrainPmConfig(EpochOptions):
             raise UsageError(
                 "--epochs 0 trains nothing", hint="--fit-head trains the head alone", code="option-conflict"
             )
+        if self.soft_from and self.targets is Targets.HARD:
+            raise UsageError("--soft-from excludes --targets hard", hint="give one of them", code="option-conflict")
 
 
 def train_pm(
@@ -312,11 +320,13 @@ def read_pairs(config: TrainPmConfig, base: Path) -> PreferenceData:
     Raises:
         CaiError: A file cannot be read, or a line is invalid.
     """
-    reader, mix_reader = config.row_reader(), config.row_reader()
-    main = read_preferences(reader, config.input, config.limit)
-    mix = read_preferences(mix_reader, config.mix) if config.mix else []
+    reader, mix_reader = config.row_reader(), config.row_reader(of_input=False)
+    main = read_preferences(reader, config.input, config.limit, config.soft_from)
+    mix = read_preferences(mix_reader, config.mix, None, config.soft_from) if config.mix else []
     rows = mixed(main, mix, config.mix_ratio, seed_for(config.seed, "train-pm", "mix"))
-    counts = Counts.of_training([*reader.take_invalid(), *mix_reader.take_invalid()])
+    counts = Counts.of_training(
+        [*reader.take_invalid(), *mix_reader.take_invalid()], reader.dropped + mix_reader.dropped
+    )
     if unused := len(main) + len(mix) - len(rows):
         counts.skipped["beyond --mix-ratio"] = unused
     if config.mix and len(mix) < round(config.mix_ratio * len(main)):

@@ -13,7 +13,8 @@ from typing import Any
 import orjson
 
 from cai_cli.common import console
-from cai_cli.data.jsonl import raise_invalid, read_prompts
+from cai_cli.data.jsonl import read_prompts, skip_unusable
+from cai_cli.data.sources import Columns
 from cai_cli.data.transcripts import render_transcript
 from cai_cli.pipeline.plan import Step
 from cai_cli.pipeline.sweep import split_name
@@ -70,7 +71,8 @@ def estimate(steps: Sequence[Step]) -> list[StepEstimate]:
         sources = config.input if isinstance(config.input, list) else [config.input]
         files = [_file(source, flows) for source in sources]
         skip_invalid = bool(step.settings.get("skip-invalid"))
-        read = [flows.get(file) or _flow_of_file(file, skip_invalid) for file in files]
+        columns = config.columns() if hasattr(config, "columns") else None
+        read = [flows.get(file) or _flow_of_file(file, skip_invalid, columns) for file in files]
         rows = min(read, key=lambda one: one.rows)  # several are joined by prompt
         if config.limit:
             rows = replace(rows, rows=min(rows.rows, config.limit))
@@ -103,8 +105,9 @@ def _file(source: str, flows: Mapping[str, RowFlow]) -> str:
     return source if source in flows or Path(source).exists() else split_name(source)[1]
 
 
-def _flow_of_file(source: str, skip_invalid: bool) -> RowFlow:
-    prompts = read_prompts(source, on_invalid=(lambda _error, _raw: None) if skip_invalid else raise_invalid)
+def _flow_of_file(source: str, skip_invalid: bool, columns: Columns | None) -> RowFlow:
+    on_invalid = (lambda _error, _raw: None) if skip_invalid else skip_unusable
+    prompts = read_prompts(source, on_invalid=on_invalid, columns=columns)
     lengths = [len(render_transcript(p.prompt)) / CHARACTERS_PER_TOKEN for _, p in prompts]
     return RowFlow(len(lengths), 1, sum(lengths) / max(1, len(lengths)), 0.0)
 

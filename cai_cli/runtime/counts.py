@@ -4,13 +4,14 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from cai_cli.data.dropped import Dropped
 from cai_cli.data.reply_ends import ReplyEnds
 from cai_cli.data.schema import Rejected, reason_kind
 
 
 @dataclass
 class Counts:
-    """The conservation of rows: in = out + rejected + skipped.
+    """The conservation of rows: in = out + rejected + skipped; and what was left out of them (`dropped`).
 
     A data stage sets `items` and `out` and counts its rejected rows by reason when the output is complete. A training
     stage (`for_training`) sets `train` and `held_out` instead, which together are the rows it used, and keeps the
@@ -22,6 +23,8 @@ class Counts:
     out: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
+    dropped: Dropped = field(default_factory=Dropped)
+    read_as: Counter[str] = field(default_factory=Counter)
     for_training: bool = False
     train: int = 0
     held_out: int = 0
@@ -29,9 +32,10 @@ class Counts:
     reply_ends: ReplyEnds = field(default_factory=ReplyEnds)
 
     @classmethod
-    def of_training(cls, rejected: list[Rejected]) -> "Counts":
-        """The counts of a training stage whose input reader has rejected these rows so far."""
-        counts = cls(for_training=True)
+    def of_training(cls, rejected: list[Rejected], dropped: Dropped | None = None) -> "Counts":
+        """The counts of a training stage whose input reader has rejected these rows so far, and left these columns
+        out."""
+        counts = cls(for_training=True, dropped=dropped or Dropped())
         for row in rejected:
             counts.reject(row)
         return counts
@@ -56,6 +60,8 @@ class Counts:
             "skipped": self.skipped.total(),
             "rejected_reasons": dict(sorted(self.rejected.items())),
             "skipped_reasons": dict(sorted(self.skipped.items())),
+            **({"read_as": dict(self.read_as.most_common())} if self.read_as else {}),
+            **({"dropped": self.dropped.as_json()} if self.dropped.counts else {}),
         }
 
     def ends_as_json(self) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from cai_cli.data.jsonl import COMPRESSED
 from cai_cli.models.template_date import FIELD
 
 Json = Any
+NOT_LINES = (".parquet", ".json", ".csv", ".tsv")  # whose rows are not lines
 OBJECTS = frozenset({"provenance", "counts", "reply_ends", "run", "metrics", "steps"})  # in a manifest or run.json
 
 
@@ -64,7 +65,7 @@ def hash_input(source: str) -> InputFile:
     except OSError as error:
         raise CaiError(f"cannot read {source}: {error.strerror}", code="cannot-read") from error
     lines += last != b"\n"  # the last line may lack its newline
-    plain = Path(source).suffix not in COMPRESSED and not source.endswith(".parquet")
+    plain = Path(source).suffix not in {*COMPRESSED, *NOT_LINES}
     return InputFile(source, digest.hexdigest(), lines if plain else None)
 
 

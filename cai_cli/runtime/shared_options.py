@@ -7,6 +7,7 @@ from typing import Any
 from cai_cli.common.errors import UsageError
 from cai_cli.common.yaml import parse_yaml
 from cai_cli.data.row_reader import RowReader
+from cai_cli.data.sources import Columns
 from cai_cli.engines import open_engine
 from cai_cli.engines.base import Engine, Sampling, Server
 from cai_cli.runtime.config import Effect, Group, Option, StageConfig, option
@@ -48,7 +49,7 @@ class InputOptions(StageConfig):
 
     input: str = option(
         ...,
-        "JSONL file, or - for stdin.",
+        "File of rows (JSONL, JSON, CSV, TSV, parquet), hf://datasets/OWNER/NAME?config=C&split=S, or - for stdin.",
         Option(Effect.HASHED, Group.INPUT, metavar="INPUT", reads_file=True, argument=True),
     )
     limit: int | None = option(None, "Read only the first N rows of the input.", Option(group=Group.INPUT), ge=1)
@@ -69,9 +70,23 @@ class RowInputOptions(InputOptions):
         ge=0,
     )
 
-    def row_reader(self) -> RowReader:
-        """A reader of the input's rows. Raises UsageError."""
-        return RowReader(skip_invalid=self.skip_invalid, max_invalid=self.max_invalid)
+    column: str | None = option(
+        None,
+        "Column that holds the prompt, or PART=NAME,PART=NAME for prompt, completion, messages, chosen, rejected, id.",
+        Option(group=Group.INPUT, metavar="NAME"),
+    )
+
+    def columns(self) -> Columns | None:
+        """Which columns hold what. Raises UsageError."""
+        return Columns.parse(self.column) if self.column else None
+
+    def row_reader(self, *, of_input: bool = True) -> RowReader:
+        """A reader of the input's rows, or of those of another file, to which `--column` does not apply.
+
+        Raises UsageError.
+        """
+        columns = self.columns() if of_input else None
+        return RowReader(skip_invalid=self.skip_invalid, max_invalid=self.max_invalid, columns=columns)
 
 
 class ShardOptions(RowInputOptions):
@@ -83,8 +98,9 @@ class ShardOptions(RowInputOptions):
         Option(group=Group.INPUT, metavar="I/N"),
     )
 
-    def row_reader(self) -> RowReader:
-        return RowReader(self.shard, skip_invalid=self.skip_invalid, max_invalid=self.max_invalid)
+    def row_reader(self, *, of_input: bool = True) -> RowReader:
+        columns = self.columns() if of_input else None
+        return RowReader(self.shard, skip_invalid=self.skip_invalid, max_invalid=self.max_invalid, columns=columns)
 
 
 class RunOptions(StageConfig):

@@ -11,13 +11,15 @@ import orjson
 
 from cai_cli.common import console
 from cai_cli.common.errors import CaiError
+from cai_cli.common.files import write_atomically
 from cai_cli.common.hash_index import KeyTable
 from cai_cli.common.legacy import has_repr_digests, repr_digest
-from cai_cli.data.jsonl import AppendFile, RawLine, cut_torn_tail, read_values
+from cai_cli.data.jsonl import AppendFile, RawLine, cut_torn_tail, open_input, read_values
 from cai_cli.data.reply_ends import ReplyEnds
 from cai_cli.data.schema import Rejected, Row, WorkItemRecord, dump_row, reason_kind
 from cai_cli.runtime.counts import Counts
-from cai_cli.runtime.manifest import read_manifest, write_json
+from cai_cli.runtime.growth import Growth, with_larger_limit
+from cai_cli.runtime.manifest import read_manifest, unfinished_differences, write_json
 from cai_cli.runtime.output_files import (
     is_stdout,
     is_stream,
@@ -95,7 +97,15 @@ class FileSink:
     reads it for each shard. A resumed run reads it to detect changes of an input that cannot be hashed beforehand.
     """
 
-    def __init__(self, path: Path, provenance: dict[str, Any], overwrite: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        provenance: dict[str, Any],
+        overwrite: bool,
+        growth: Growth | None = None,
+        *,
+        grows: bool = False,
+    ) -> None:
         """Open the output.
 
         Args:
@@ -103,6 +113,8 @@ class FileSink:
             provenance: What decides the content of this run. A run that resumes keeps the recorded one, which may be
                 of an earlier version.
             overwrite: Whether to start from scratch where an unfinished output exists.
+            growth: The finished output that this run extends; None where there is none.
+            grows: Whether a run with a larger limit resumes an unfinished output.
 
         Raises:
             CaiError: `other-run` or `not-made-by-cai`, when the unfinished output cannot be resumed.
@@ -117,9 +129,12 @@ class FileSink:
         self.digests = KeyTable()
         self.provenance = provenance
         self.recorded = None if overwrite else read_manifest(self.draft)
+        if self.recorded and self._can_start_over(provenance):
+            self.recorded = None
         if self.recorded:
-            refuse_to_resume_other_run(self.partial.path, self.recorded["provenance"], provenance)
-            self.provenance = self.recorded["provenance"]
+            self._resume(provenance, grows=grows)
+        elif growth and not overwrite:
+            self._grow(growth)
         elif not overwrite and self.partial.path.exists():
             raise CaiError(
                 f"{self.partial.path} exists, but its manifest is missing",
@@ -129,6 +144,39 @@ class FileSink:
         else:
             self.start_over()
         self.digest = repr_digest if has_repr_digests(self.provenance["cai"]) else item_digest
+
+    def _can_start_over(self, provenance: dict[str, Any]) -> bool:
+        """Whether the draft is of another run that wrote nothing."""
+        written = (self.partial, self.rejected, self.ahead)
+        empty = not any(file.path.exists() and file.path.stat().st_size for file in written)
+        recorded = self.recorded or {}
+        return empty and "grown" not in recorded and bool(unfinished_differences(recorded["provenance"], provenance))
+
+    def _resume(self, provenance: dict[str, Any], *, grows: bool) -> None:
+        """Go on with the unfinished output, which keeps its provenance; with `grows`, its limit may have grown."""
+        recorded = self.recorded or {}
+        kept = recorded["provenance"]
+        self.provenance = (grows and with_larger_limit(kept, provenance)) or kept
+        refuse_to_resume_other_run(self.partial.path, self.provenance, provenance)
+        if self.provenance != kept:
+            write_json(self.draft, {**recorded, "provenance": self.provenance})
+        if "grown" in recorded and not self.partial.path.exists():
+            self._copy()
+
+    def _grow(self, growth: Growth) -> None:
+        """Start from a copy of the finished output, which stays in place until the larger one is complete."""
+        self.recorded, self.provenance = growth.draft(), growth.provenance
+        write_json(self.draft, self.recorded)
+        self._copy()
+
+    def _copy(self) -> None:
+        with open_input(str(self.path)) as finished:
+            write_atomically(self.partial.path, iter(lambda: finished.read(1 << 20), b""))
+
+    def abandon(self) -> None:
+        """Leave the finished output as it was, because the rows that it was made from have changed."""
+        for path in (self.partial.path, self.draft):
+            path.unlink(missing_ok=True)
 
     def start_over(self) -> None:
         """Remove the unfinished output of earlier runs and write the manifest of this run. A finished output is renamed
@@ -144,8 +192,9 @@ class FileSink:
             for key in file.finished_keys():
                 done.add(key, 0)
         self.kept = {row.key: row for row in self.ahead.rows() if row.key not in done}
-        if done.size or self.kept:
-            console.say(f"resuming {self.partial.path}: {done.size + len(self.kept):,} rows are finished")
+        if finished := done.size + len(self.kept):
+            what = f"{self.path} grows" if "grown" in (self.recorded or {}) else f"resuming {self.partial.path}"
+            console.say(f"{what}: {finished:,} rows are finished")
         if self.items.path.exists():
             cut_torn_tail(self.items.path)
             for _, value in read_values(str(self.items.path)):
@@ -164,7 +213,9 @@ class FileSink:
         self.ahead.append(kept.values())
         self.ahead.close()
         if usage:
-            write_json(self.draft, {"status": "running", "provenance": self.provenance, "usage": usage})
+            draft = {"status": "running", "provenance": self.provenance, "usage": usage}
+            grown = (self.recorded or {}).get("grown")
+            write_json(self.draft, draft | ({"grown": grown} if grown else {}))
 
     def record_items(self, items: Sequence[WorkItem[Any]]) -> None:
         new = []
@@ -200,6 +251,8 @@ class FileSink:
         counts.rejected = rejected_reasons(self.rejected.path)
         manifest = {"status": "finished", "provenance": self.provenance, "counts": counts.as_json(), "rows": rows}
         manifest |= counts.ends_as_json()
+        if grown := (self.recorded or {}).get("grown"):
+            manifest["grown"] = grown
         write_json(self.draft, {**manifest, "run": facts})
         self.ahead.path.unlink(missing_ok=True)
         publish(self.path)

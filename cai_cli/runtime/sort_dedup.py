@@ -17,7 +17,8 @@ import orjson
 
 from cai_cli.common.hash_index import KeyTable
 from cai_cli.data.formats import parse_prompt, row_object, texts_of
-from cai_cli.data.jsonl import read_rows
+from cai_cli.data.jsonl import OnInvalid, raise_invalid, read_rows
+from cai_cli.data.row_reader import RowReader
 from cai_cli.data.schema import conversation_id
 from cai_cli.runtime.counts import Counts
 from cai_cli.runtime.file_transform import rewrite
@@ -102,8 +103,10 @@ def _with_prompt(value: object) -> dict[str, Any]:
     return row_object(value)
 
 
-def _counted(source: str, parse: Callable[[object], dict[str, Any]], counts: Counts) -> Iterator[dict[str, Any]]:
-    for _, row in read_rows(source, parse):
+def _counted(
+    source: str, parse: Callable[[object], dict[str, Any]], counts: Counts, on_invalid: OnInvalid = raise_invalid
+) -> Iterator[dict[str, Any]]:
+    for _, row in read_rows(source, parse, on_invalid):
         counts.items += 1
         yield row
 
@@ -145,9 +148,13 @@ def sort_file(input: str, output: Path, by: SortBy, *, overwrite: bool, as_json:
 def dedup_file(input: str, output: Path, *, overwrite: bool, as_json: bool) -> None:
     """Write the first row of each prompt to `output`, and print the summary. Raises CaiError."""
     inputs = {"rows": hash_input(input)}
+    reader = RowReader(skip_invalid=None)
 
     def fill(sink: Sink, counts: Counts) -> None:
-        _write(sink, distinct_lines(_counted(input, _with_prompt, counts), counts))
+        _write(sink, distinct_lines(_counted(input, _with_prompt, counts, reader.on_invalid), counts))
+        rejected = reader.take_invalid()
+        sink.write(rejected)
+        counts.items += len(rejected)
 
     made_by = provenance("dedup", inputs=inputs, settings={})
     rewrite(output, made_by, inputs, fill, overwrite=overwrite, as_json=as_json)

@@ -17,10 +17,11 @@ from cai_cli.common import console
 from cai_cli.common.errors import CaiError, InvalidRow, UsageError
 from cai_cli.common.hash_index import KeyTable
 from cai_cli.data.jsonl import display_name
-from cai_cli.data.row_reader import RowReader
+from cai_cli.data.row_reader import ChangedRows, RowReader
 from cai_cli.data.schema import Rejected
 from cai_cli.engines.base import Engine
 from cai_cli.runtime.counts import Counts
+from cai_cli.runtime.growth import expected_rows, growth_of
 from cai_cli.runtime.manifest import InputFile, read_manifest, run_facts
 from cai_cli.runtime.ordered_map import in_order
 from cai_cli.runtime.output_files import (
@@ -74,6 +75,9 @@ class _Resumed:
     written: KeyTable
     out_of_order: Mapping[str, Outcome]
 
+    def __contains__(self, key: str) -> bool:
+        return key in self.written or key in self.out_of_order
+
     @property
     def count(self) -> int:
         return self.written.size + len(self.out_of_order)
@@ -95,6 +99,8 @@ class StageRun(Generic[T]):
         total: The number of items for the progress bar (`expected_items`), None where unknown.
         reader: Reads the input; it holds the invalid lines and the shard.
         engine: The model that `work` calls, which has the usage and the number of concurrent batches.
+        grows: Whether a finished output can be extended (`growth`): each row of the input gives its items alone or
+            with rows before it, in the order of the output.
         one_by_one: Whether a batch starts only after the previous one is written, because its items depend on that.
     """
 
@@ -108,6 +114,7 @@ class StageRun(Generic[T]):
     total: int | None = None
     reader: RowReader = field(default_factory=RowReader)
     engine: Engine | None = None
+    grows: bool = False
     one_by_one: bool = False
 
     @property
@@ -144,11 +151,25 @@ class StageRun(Generic[T]):
         refuse_input_as_output(path, self.inputs)
         with one_writer(path):
             publish(path)
-            done = finished_summary(path, self.provenance, self.overwrite)
+            growth = None
+            if self.grows and not self.overwrite:
+                growth = growth_of(path, self.provenance, next(iter(self.inputs)))
+            done = None if growth else finished_summary(path, self.provenance, self.overwrite)
             if done is None:
-                return self._run_items(FileSink(path, self.provenance, self.overwrite))
+                return self._extend(FileSink(path, self.provenance, self.overwrite, growth, grows=self.grows))
             self._refuse_other_stream(path)
             return done
+
+    def _extend(self, sink: FileSink) -> dict[str, Any]:
+        """Complete an output that may grow. Raises CaiError `other-run` when the rows that it was made from changed; a
+        finished output stays then as it was."""
+        if rows := expected_rows(sink.recorded):
+            self.reader.expect(rows)
+        try:
+            return self._run_items(sink)
+        except ChangedRows:
+            sink.abandon()
+            raise
 
     def _refuse_other_stream(self, path: Path) -> None:
         """Read an input that is a pipe to its end: a finished output is valid only for the same rows."""
@@ -182,7 +203,7 @@ class StageRun(Generic[T]):
         shards = self.reader.shard.count if self.reader.shard else 1
         out_of_order, matched = list[_Batch](), 0
         groups = in_order(
-            self._batches(sink, counts),
+            self._batches(sink, counts, resumed),
             lambda batch: self._process_batch(batch, resumed),
             self.engine.workers if self.engine and not self.one_by_one else 1,
             out_of_order,
@@ -209,6 +230,7 @@ class StageRun(Generic[T]):
         usage = self.engine.usage if self.engine else None
         used = {"usage": usage.as_json()} if usage else {}
         facts = run_facts(stopwatch.seconds, self.inputs) | used
+        counts.dropped = self.reader.dropped
         sink.finish(counts, self.reader.digest_so_far(), facts)
         if counts.items == self.reader.count == 0:  # a shard of a few rows may be empty
             console.warn(f"{self.stage}: the input holds no rows")
@@ -219,17 +241,19 @@ class StageRun(Generic[T]):
 
     # --- batches ----------------------------------------------------------------------------------------------------
 
-    def _batches(self, sink: Sink, counts: Counts) -> Iterator[list[WorkItem[T | Rejected]]]:
+    def _batches(self, sink: Sink, counts: Counts, resumed: _Resumed) -> Iterator[list[WorkItem[T | Rejected]]]:
         """Cut the items by position in the input, so that the batches of a resumed run are those of the first."""
         recorded = self.reader.shard is not None or any(file.sha256 is None for file in self.inputs.values())
         items = self._checked(self.items(), KeyTable(), counts)
         while batch := list(islice(items, self.batch_size)):
+            if not self.reader.met_expected and any(item.key not in resumed for item in batch):
+                raise self.reader.changed_rows()
             if recorded:
                 sink.record_items(batch)
             yield batch
 
     def _process_batch(self, batch: Sequence[WorkItem[T | Rejected]], resumed: _Resumed) -> _Batch:
-        missing = [i for i in batch if i.key not in resumed.written and i.key not in resumed.out_of_order]
+        missing = [i for i in batch if i.key not in resumed]
         new = iter(self._outcomes(missing))
         outcomes = [
             resumed.out_of_order[i.key] if i.key in resumed.out_of_order else next(new)

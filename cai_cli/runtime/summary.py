@@ -11,6 +11,7 @@ from cai_cli.common.errors import CaiError
 from cai_cli.data.reply_ends import cut_off_share
 
 TRAINING_METRICS = ("loss", "accuracy", "reward", "held_out_loss")  # shown in the line, where a stage has them
+SHOWN_COLUMNS = 12  # of those that were left out
 
 
 def print_summary(summary: Mapping[str, Any], *, as_json: bool, stdout_is_data: bool = False) -> None:
@@ -27,7 +28,8 @@ def print_summary(summary: Mapping[str, Any], *, as_json: bool, stdout_is_data: 
         print(orjson.dumps(whole).decode(), file=sys.stderr if stdout_is_data else sys.stdout)
         return
     target = "" if stdout_is_data or not summary["output"] else f" -> {summary['output']}"
-    details = "; ".join([counted(summary), *_ends(summary), *_usage(summary), *_training(summary)])
+    parts = [counted(summary), *_dropped(summary), *_ends(summary), *_usage(summary), *_training(summary)]
+    details = "; ".join(parts)
     console.say(f"{summary['stage']}: {details} in {summary['seconds']:,.1f} s{target}")
 
 
@@ -63,6 +65,16 @@ def counted(counts: Mapping[str, Any]) -> str:
         reasons = ", ".join(f"{count:,} {why}" for why, count in counts.get(f"{name}_reasons", {}).items())
         parts.append(f"{counts[name]:,} {name}" + (f" ({reasons})" if reasons else ""))
     return " + ".join(parts)
+
+
+def _dropped(summary: Mapping[str, Any]) -> Iterator[str]:
+    """`read as: ShareGPT (120)` and `left out: score_chosen (120), messages (120)`, the most frequent columns."""
+    if names := summary.get("read_as"):
+        yield "read as: " + ", ".join(f"{name} ({count:,})" for name, count in names.items())
+    if names := summary.get("dropped"):
+        shown = ", ".join(f"{name} ({count:,})" for name, count in list(names.items())[:SHOWN_COLUMNS])
+        more = f" and {len(names) - SHOWN_COLUMNS:,} more" if len(names) > SHOWN_COLUMNS else ""
+        yield f"left out: {shown}{more}"
 
 
 def _ends(summary: Mapping[str, Any]) -> Iterator[str]:

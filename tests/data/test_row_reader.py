@@ -1,5 +1,6 @@
 """A stage's input: shards, limits, invalid lines, and the digest of what was read."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ from helpers import sample_row, write_rows
 
 from cai_cli.common.errors import CaiError, InvalidRow, UsageError
 from cai_cli.data.jsonl import rows_of
-from cai_cli.data.row_reader import RowReader
+from cai_cli.data.row_reader import ChangedRows, RowReader
 from cai_cli.data.schema import Sample
 
 PARSE = rows_of(Sample)
@@ -75,3 +76,41 @@ def test_a_limit_counts_valid_rows_and_the_digest_changes_with_one_row(file: str
     list(plain.rows(str(changed), PARSE))
     assert plain.digest_so_far()["count"] == 4
     assert plain.digest_so_far()["sha256"] != four["sha256"]
+
+
+TOOL = {"messages": [{"role": "user", "content": "q"}, {"role": "tool", "content": "x"}]}
+
+
+def test_an_unusable_row_is_rejected_with_its_reason_and_needs_no_option(tmp_path: Path) -> None:
+    write_rows(tmp_path / "in.jsonl", [{"prompt": "one"}, TOOL, {"prompt": "two", "lang": "en"}])
+    for skip in (False, True, None):
+        reader = RowReader(skip_invalid=skip, max_invalid=0 if skip else None)
+        rows = [row for _, row in reader.prompts(str(tmp_path / "in.jsonl"))]
+        assert [row.prompt[0].content for row in rows] == ["one", "two"]
+        (rejected,) = reader.take_invalid()
+        assert (rejected.key, rejected.reason.partition(",")[0]) == ("line 2", "a tool call or its result")
+        assert json.loads(rejected.row) == TOOL
+        assert reader.dropped.as_json() == {"lang": 1}
+
+
+def test_the_rows_that_are_expected_come_first_or_reading_stops(file: str) -> None:
+    def reader(count: int | None) -> RowReader:
+        made = RowReader(skip_invalid=True)
+        list(made.rows(file, PARSE, count))
+        digest = made.digest_so_far()
+        again = RowReader(skip_invalid=True)
+        again.expect(digest)
+        return again
+
+    for count in (1, 3, 6, 10, None):
+        read = reader(count)
+        assert len(list(read.rows(file, PARSE))) == 10
+        assert read.met_expected
+    whole = reader(None)
+    Path(file).write_text(Path(file).read_text().replace("p7", "q7"))
+    with pytest.raises(ChangedRows) as error:
+        list(whole.rows(file, PARSE))
+    assert error.value.code == "other-run"
+    short = reader(9)
+    with pytest.raises(ChangedRows):
+        list(short.rows(file, PARSE, 8))

@@ -182,7 +182,10 @@ HH = "\n\nHuman: one\n\nAssistant: two\n\nHuman: three\n\nAssistant: "
         {"messages": [{"role": "user", "content": "hello"}]},
         {"prompt": "\n\nHuman: hello\n\nAssistant:"},
         {"chosen": "\n\nHuman: hello\n\nAssistant: hi", "rejected": "\n\nHuman: hello\n\nAssistant: go away"},
-        {"chosen": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}], "rejected": []},
+        {
+            "chosen": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}],
+            "rejected": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "no"}],
+        },
     ],
 )
 def test_every_form_of_one_prompt_is_one_row_with_one_id(value: object) -> None:
@@ -262,12 +265,10 @@ def test_fields_of_a_row_take_precedence_over_the_command_line() -> None:
         ([], "a list"),
         ({}, "no prompt in this row"),
         ({"text": "q"}, "no prompt in this row"),
-        ({"prompt": "q", "lang": "en"}, "unknown field 'lang'"),
         ({"prompt": "  "}, "the prompt is empty"),
         ({"prompt": ""}, "the prompt is empty"),
         ({"prompt": 3}, "a number"),
-        ({"prompt": [{"role": "bot", "content": "q"}]}, "field 'role'"),
-        ({"prompt": [{"role": "user", "content": "q", "name": "x"}]}, "unknown field 'name'"),
+        ({"prompt": [{"role": "robot", "content": "q"}]}, "field 'role'"),
         ({"prompt": "q", "id": True}, "field 'id'"),
         ({"prompt": "q", "id": ""}, "field 'id'"),
         ({"prompt": "q", "kind": "evil"}, "field 'kind'"),
@@ -275,10 +276,7 @@ def test_fields_of_a_row_take_precedence_over_the_command_line() -> None:
         ({"chosen": "no turns", "rejected": "none"}, "not a transcript"),
         ({"chosen": "\n\nHuman: only me", "rejected": ""}, "no human turn followed by an assistant turn"),
         ({"chosen": 1, "rejected": 2}, "a number"),
-        (
-            {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
-            "end with a user turn",
-        ),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "the prompt is empty"),
     ],
 )
 def test_an_invalid_prompt_is_refused_with_the_reason(value: object, reason: str) -> None:
@@ -314,7 +312,7 @@ def test_a_human_pair_with_two_prompts_is_refused() -> None:
     pair = {"chosen": "\n\nHuman: a\n\nAssistant: x", "rejected": "\n\nHuman: b\n\nAssistant: x"}
     with pytest.raises(RowError) as error:
         parse_preference(pair, source="hh")
-    assert error.value.code == "invalid-row"
+    assert error.value.code == "unusable-row"
 
 
 # --- what an error says, and what an id is ------------------------------------------------------------------------------

@@ -30,7 +30,6 @@ BAD = {
     "a wrong type": (b'{"prompt": 3}', "must be text"),
     "an id of a wrong type": (b'{"id": 1.5, "prompt": "q"}', "field 'id'"),
     "a missing field": (b'{"id": "x"}', "no prompt in this row"),
-    "an unknown field": (b'{"prompt": "q", "promt": "r"}', "unknown field 'promt'"),
     "no object": (b"[1, 2]", "must be a JSON object"),
     "cut off": (b'{"prompt": "q', "not JSON: unexpected end of data"),
     "two in one line": (GOOD + GOOD, "not JSON"),
@@ -41,6 +40,7 @@ BAD = {
     "an empty prompt": (b'{"prompt": " "}', "the prompt is empty"),
 }
 FINE = {
+    "a column that is not read": (b'{"prompt": "q", "promt": "r"}', "q"),
     "U+2028 in content": ('{"prompt": "a\u2028b"}'.encode(), "a\u2028b"),
     "NEL, form feed escaped and a NUL escaped": (b'{"prompt": "a\xc2\x85b\\f\\u0000"}', "a\x85b\f\x00"),
     "an escaped surrogate pair": (b'{"prompt": "\\ud83d\\ude00"}', "\U0001f600"),

@@ -31,6 +31,8 @@ STAGES = {
 OUTPUT = {**dict.fromkeys(STAGES, "out.jsonl"), "compressed": "out.jsonl.zst"}
 STAGES["compressed"] = STAGES["sample"]
 STAGES["overwritten"], OUTPUT["overwritten"] = (*STAGES["sample"], "--seed", "1", "--overwrite"), "out.jsonl"
+STAGES["grown"], OUTPUT["grown"] = STAGES["sample"], "out.jsonl"  # of an output with a smaller limit
+STAGES["grown and compressed"], OUTPUT["grown and compressed"] = STAGES["sample"], "out.jsonl.zst"
 
 
 def words(stage: str) -> tuple[str, ...]:
@@ -79,6 +81,8 @@ def before(stage: str, forks: Forks, folder: Path) -> None:
     clear(folder)
     if stage == "overwritten":
         assert forks.run(*STAGES["sample"], "-o", "out.jsonl", cwd=folder).code == 0
+    if stage.startswith("grown"):
+        assert forks.run(*words(stage), "--limit", "2", cwd=folder).code == 0
 
 
 def assert_whole_or_absent(stage: str, folder: Path, calm: Json, old: Json) -> None:

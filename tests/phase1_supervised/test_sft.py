@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -222,7 +223,7 @@ def test_rows_with_prompt_and_completion_are_read_unchanged() -> None:
     assert isinstance(row, Sample)
     assert row.reply == "hello"
     assert completed_row({"prompt": user("hi"), "completion": [{"role": "assistant", "content": "yo"}]}).reply == "yo"
-    for bad in ({"prompt": "hi"}, {"prompt": "hi", "completion": 3}, {"prompt": "hi", "completion": "x", "y": 1}, 7):
+    for bad in ({"prompt": "hi"}, {"prompt": "hi", "completion": 3}, 7):
         with pytest.raises(RowError):
             completed_row(bad)
 
@@ -248,6 +249,16 @@ def test_revision_rows_feed_trls_sft_trainer_unchanged(model: Path, tmp_path: Pa
     )  # fmt: skip
     trainer = SFTTrainer(str(model), config, train_dataset=data)
     assert trainer.train().training_loss > 0
+
+
+def test_conversations_of_other_tools_are_trained_on_at_their_last_reply(model: Path, tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}, {"from": "human", "value": "bye"}]
+    helpful = [{"instruction": f"q{i}", "input": "", "output": "a", "topic": "x"} for i in range(2)]
+    write_rows(tmp_path / "helpful.jsonl", helpful)
+    (tmp_path / "in.json").write_text(json.dumps([{"conversations": turns, "id": f"c{i}"} for i in range(2)], indent=1))
+    options = {"model": str(model), "helpful": str(tmp_path / "helpful.jsonl"), "max_steps": 1, "eval_share": 0.0}
+    summary = command(tmp_path / "in.json", tmp_path / "out", **options)
+    assert (summary["used"], summary["dropped"]) == (4, {"topic": 2})
 
 
 def test_the_finished_model_ends_its_turn_in_plain_transformers(tmp_path: Path) -> None:

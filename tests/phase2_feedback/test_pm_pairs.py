@@ -13,6 +13,7 @@ from helpers import (
 )
 from tiny import tiny_model_dir
 
+from cai_cli.common.errors import UsageError
 from cai_cli.metrics.intervals import SHARE, mean_estimate
 
 command = stage("train-pm")
@@ -72,6 +73,34 @@ def test_pairs_beyond_the_models_window_are_rejected_with_any_max_length(model: 
     command(write_rows(tmp_path / "prefs.jsonl", rows), tmp_path / "pm", model=str(model), max_length=5000, **QUICK)
     (rejected,) = rows_in(tmp_path / "pm.rejected.jsonl")
     assert rejected["reason"] == "longer than the model's window of 512"
+
+
+def test_published_pairs_are_read_with_soft_labels_and_what_parts_early_is_rejected(
+    model: Path, tmp_path: Path
+) -> None:
+    def conversation(*texts: str) -> list[dict[str, str]]:
+        return [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(texts)]
+
+    rows = [
+        {"prompt": f"q{i}", "prompt_id": "x", "chosen": conversation(f"q{i}", "good"), "score_chosen": 2.0,
+         "rejected": conversation(f"q{i}", "bad"), "score_rejected": 1.0}
+        for i in range(4)
+    ]  # fmt: skip
+    rows.append({"chosen": conversation("q", "a", "r", "s"), "rejected": conversation("q", "b", "r", "t"),
+                 "score_chosen": 1.0, "score_rejected": 0.0})  # fmt: skip
+    out = tmp_path / "pm"
+    file = write_rows(tmp_path / "pairs.jsonl", rows)
+    command(file, out, model=str(model), soft_from="score", max_steps=1, **QUICK | {"eval_share": 0.5})
+    counts = manifest_of(out)["counts"]
+    assert counts["rejected_reasons"] == {"chosen and rejected part before the last turn": 1}
+    assert counts["dropped"] == {"prompt_id": 4}
+    assert {round(row["p_chosen"], 4) for row in rows_in(out / "held_out.jsonl")} == {0.7311}
+
+
+def test_soft_labels_from_scores_exclude_hard_targets(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as error:
+        command(tmp_path / "none.jsonl", tmp_path / "pm", model=str(model), soft_from="score", targets="hard")
+    assert error.value.code == "option-conflict"
 
 
 def test_replies_that_were_cut_off_are_counted_where_the_pairs_say_so(
