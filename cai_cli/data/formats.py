@@ -57,6 +57,7 @@ _MARKS: Sequence[tuple[type[Row], frozenset[str]]] = (
     (Prompt, frozenset({"messages"})),
 )
 # Rows made from a sample that are accepted where a prompt is.
+_ENDS = ("chosen_finish_reason", "rejected_finish_reason")
 _PROMPT_FIELDS = frozenset({"id", "prompt", "kind", "source"})
 _MADE_FROM_SAMPLES: Sequence[type[Sample]] = (Critique, Revision, Scored, PolicySample)
 
@@ -208,7 +209,7 @@ def parse_preference(
     if not isinstance(value, dict) or "votes" in value or "chosen" not in value or "rejected" not in value:
         return load_row(Preference, value)
     columns = scores.columns_of(value, soft_from) if soft_from else {}
-    found = recognize(value, dropped or Dropped(), frozenset({*columns.values(), "p_chosen"}))
+    found = recognize(value, dropped or Dropped(), frozenset({*columns.values(), "p_chosen", *_ENDS}))
     if not isinstance(found, ReplyPair):
         raise AssertionError("a row with `chosen` and `rejected` is a pair")
     chosen, rejected = found.replies()
@@ -217,20 +218,13 @@ def parse_preference(
     given_id = found.fields["id"]
     whole = conversation_id([*prompt.prompt, chosen, rejected]) if given_id is None else prompt.id
     p_chosen = scores.p_chosen(value, columns) if columns else value.get("p_chosen", 1.0)
-    replies, human = ((chosen, rejected), "chosen")
+    sides, human = [(chosen, value.get(_ENDS[0])), (rejected, value.get(_ENDS[1]))], "chosen"
     if isinstance(p_chosen, float) and p_chosen < 0.5:  # the scores prefer the other reply
-        replies, human, p_chosen = (rejected, chosen), "rejected", 1 - p_chosen
-    fields = {
-        "id": whole,
-        "prompt": [m.model_dump() for m in prompt.prompt],
-        "chosen": [replies[0].model_dump()],
-        "rejected": [replies[1].model_dump()],
-        "p_chosen": p_chosen,
-        "votes": [],
-        "human": human,
-        "source": prompt.source,
-    }
-    return load_row(Preference, fields)
+        sides, human, p_chosen = sides[::-1], "rejected", 1 - p_chosen
+    fields = {"id": whole, "prompt": [m.model_dump() for m in prompt.prompt], "p_chosen": p_chosen, "votes": []}
+    for side, (reply, end) in zip(("chosen", "rejected"), sides, strict=True):
+        fields |= {side: [reply.model_dump()], f"{side}_finish_reason": end}
+    return load_row(Preference, fields | {"human": human, "source": prompt.source})
 
 
 # --- completions --------------------------------------------------------------------------------------------------

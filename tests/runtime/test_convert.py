@@ -113,7 +113,7 @@ def test_a_converted_file_goes_through_the_commands_that_read_it(cai: Cai, tmp_p
     write_rows(tmp_path / "tool.jsonl", [tool, {"messages": [U, G]}])
     assert "1 Sample rows, 1 left out (a tool call" in cai("export", "tool.jsonl", "-o", "used").stderr
     parted = {"chosen": [U, G, U, G], "rejected": [U, {**G, "content": "No."}, U, G]}
-    for rows, code in (([tool], "no-rows"), ([parted], "no-rows"), ([{"a": 1}], "invalid-row")):
+    for rows, code in (([tool], "no-rows"), ([parted], "all-rejected"), ([{"a": 1}], "invalid-row")):
         write_rows(tmp_path / "bad.jsonl", rows)
         assert cai("export", "bad.jsonl", "-o", "none").error == code
     assert cai("dedup", "sg.jsonl", "-o", "distinct.jsonl").code == 0

@@ -193,6 +193,9 @@ def test_scores_become_soft_labels_and_may_prefer_the_rejected_reply() -> None:
     other = PAIRS["texts"] | {"chosen-rating": 1.0, "rejected-rating": 3.0}
     swapped = parse_preference(other, source="s", soft_from="rating")
     assert (swapped.chosen[0].content, swapped.human) == ("A stone.", "rejected")
+    ends = {"chosen_finish_reason": "stop", "rejected_finish_reason": "length"}
+    swapped = parse_preference(other | ends, source="s", soft_from="rating")
+    assert (swapped.chosen_finish_reason, swapped.rejected_finish_reason) == ("length", "stop")
     assert swapped.p_chosen == pytest.approx(0.88080, abs=1e-5)
     assert parse_preference(PAIRS["texts"] | {"margin": 0.0}, source="s", soft_from="margin").p_chosen == 0.5
     for bad in ({}, {"score_chosen": "x", "score_rejected": 1}, {"score_chosen": True, "score_rejected": 1}):
