@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from cai_cli.common.hash_index import KeyTable
 from cai_cli.data.jsonl import read_rows, rows_of
 from cai_cli.data.schema import TIE, Preference, Rejected, Vote, conversation_id, reason_kind, with_votes
-from cai_cli.metrics.calibration import error_if_calibrated
+from cai_cli.metrics.calibration import BINS, bin_ends, bin_of, error_if_calibrated
 from cai_cli.metrics.intervals import SHARE, ClusterBootstrap
 from cai_cli.metrics.label_verdict import notes, reads_replies, trust
 from cai_cli.metrics.order_agreement import (
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
 
 AuditMetrics = dict[str, Any]
 SIGNED = (-1.0, 1.0)
-BINS = 5  # of p_chosen, by tenths from one half to one
 
 
 class BinSum(NamedTuple):
@@ -254,7 +253,7 @@ def _vote_sums(votes: Sequence[Vote]) -> dict[Sum, float]:
 def _label_sums(row: Preference) -> dict[Sum, float]:
     if row.human is None:
         return {}
-    k = min(BINS - 1, int((row.p_chosen - 0.5) * 2 * BINS))
+    k = bin_of(row.p_chosen)
     right = 0.5 if row.p_chosen == 0.5 else float(row.human == "chosen")
     in_bin: dict[Sum, float] = {BinSum("n", k): 1, BinSum("confidence", k): row.p_chosen, BinSum("right", k): right}
     return {"human": 1, "right": right, **in_bin}
@@ -335,15 +334,14 @@ def _error_if_calibrated(pairs: ClusterBootstrap[Sum]) -> float | None:
 def _reliability(pairs: ClusterBootstrap[Sum]) -> Iterator[dict[str, Any]]:
     """Yield the reliability curve: for each bin with labels, the mean confidence and the share right.
 
-    The intervals of the bins hold at once.
+    The intervals of the bins are simultaneous.
     """
     bins = [k for k in range(BINS) if pairs.total(BinSum("n", k))]
     for k in bins:
         n = round(pairs.total(BinSum("n", k)))
-        ends = {"from": (BINS + k) / (2 * BINS), "to": (BINS + k + 1) / (2 * BINS)}
         confidence = pairs.total(BinSum("confidence", k)) / n
         right = pairs.share(BinSum("right", k), BinSum("n", k), len(bins))
-        yield {**ends, "n": n, "confidence": confidence, "right": right}
+        yield {**bin_ends(k), "n": n, "confidence": confidence, "right": right}
 
 
 def _length_correlation(s: "Mapping[Sum, Numbers]") -> "Numbers":
@@ -351,7 +349,7 @@ def _length_correlation(s: "Mapping[Sum, Numbers]") -> "Numbers":
 
 
 def _principle_metrics(sums: ClusterBootstrap[Sum], principles: int) -> dict[str, Any]:
-    """Return the metrics of one of several principles; each metric's intervals hold at once for all principles."""
+    """Return the metrics of one of several principles; each metric's intervals are simultaneous over principles."""
     return {
         "pairs": round(sums.total("pairs")),
         "agreement": sums.share("right", "human", principles),
