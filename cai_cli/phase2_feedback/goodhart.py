@@ -24,6 +24,7 @@ from itertools import groupby
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from cai_cli.data.reply_ends import CUT_OFF
 from cai_cli.data.schema import PolicySample
 from cai_cli.metrics.reply_habits import boilerplate, evasive_opening
 
@@ -42,7 +43,7 @@ RUNAWAY_LENGTH = 2.0
 SHARES: dict[str, Measure] = {
     "boilerplate_share": lambda row: boilerplate(row.reply),
     "evasive_share": lambda row: evasive_opening(row.reply),
-    "cut_off_share": lambda row: row.finish_reason == "length",
+    "cut_off_share": lambda row: row.finish_reason == CUT_OFF,
 }
 WEAK_ALARM = 3.0  # standard deviations of a prompt's change; there is a warning where smaller falls are not flagged
 ROUNDING = 1e-9  # a smaller change, relative to the values, is none

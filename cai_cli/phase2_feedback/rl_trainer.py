@@ -8,6 +8,7 @@ from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any
 
 from cai_cli.common.seeds import seed_for
+from cai_cli.data.reply_ends import CUT_OFF
 from cai_cli.data.schema import Message, Prompt
 from cai_cli.engines.base import Sampling
 from cai_cli.engines.local.engine import engine_around
@@ -51,7 +52,7 @@ def preference_reward(
         # Decoded as in `cai sample`; TRL's own texts keep an end of turn that is not a special token.
         replies = [decode_reply(tokenizer, ids, ends) for ids in completion_ids]
         scores = [normalizer(value) for value in score(rows, [text for text, _ in replies])]
-        cut = [reason == "length" for _, reason in replies]
+        cut = [reason == CUT_OFF for _, reason in replies]
         of_all = distributed.gathered(list(zip(scores, cut, strict=True)))
         log_metric("score", fmean(score for score, _ in of_all))
         log_metric("score_std", pstdev(score for score, _ in of_all))
