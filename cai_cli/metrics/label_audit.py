@@ -31,12 +31,13 @@ from cai_cli.common.hash_index import KeyTable
 from cai_cli.data.jsonl import read_rows, rows_of
 from cai_cli.data.schema import TIE, Preference, Rejected, Vote, conversation_id, reason_kind, with_votes
 from cai_cli.metrics.calibration import BINS, bin_ends, bin_of, error_if_calibrated
-from cai_cli.metrics.intervals import SHARE, ClusterBootstrap
+from cai_cli.metrics.intervals import SHARE, ClusterBootstrap, Estimate, widened
 from cai_cli.metrics.label_verdict import notes, reads_replies, trust
 from cai_cli.metrics.order_agreement import (
     LARGEST_LOG_ODDS,
     ORDER_SUMS,
     between_orders,
+    fisher_interval,
     order_sums,
     position_variance,
 )
@@ -169,7 +170,7 @@ class LabelAudit:
             "between_orders": between_orders(votes),
             **_log_odds_metrics(votes),
             "flip_rate": votes.share("flips", "both_orders"),
-            "flip_excess": votes.estimate(_flip_excess, "both_orders", SIGNED),
+            "flip_excess": _flip_excess_estimate(votes),
             "first_picks": votes.share("firsts", "picks"),
             "mean_p_first": votes.estimate(lambda s: s["p_first"] / s["votes"], "votes", SHARE),
             "position": votes.estimate(lambda s: 2 * s["firsts"] / s["picks"] - 1, "picks", SIGNED),
@@ -305,6 +306,23 @@ def _twice_blind_flip_rate(s: "Mapping[Sum, Numbers]") -> "Numbers":
 
 def _flip_excess(s: "Mapping[Sum, Numbers]") -> "Numbers":
     return s["flips"] / s["both_orders"] - _twice_blind_flip_rate(s) / 2
+
+
+def _flip_excess_estimate(votes: ClusterBootstrap[Sum]) -> Estimate | None:
+    """Return the flip excess with its 95% interval over prompts.
+
+    The excess is -(1 - position^2) / 2 times the intraclass correlation of the winners in the two orders, and its
+    interval covers Fisher's interval of that.
+    """
+    excess = votes.estimate(_flip_excess, "both_orders", SIGNED)
+    if excess is None:
+        return None
+    position = votes.total("firsts_of_both_orders") / votes.total("both_orders") - 1
+    scale = (1 - position * position) / 2
+    if scale <= 0:  # every pick is of the same position
+        return excess
+    ends = fisher_interval({**excess, "value": -excess["value"] / scale})
+    return widened(excess, {**excess, "low": -scale * ends["high"], "high": -scale * ends["low"]})
 
 
 def _content(s: "Mapping[Sum, Numbers]") -> "Numbers":
