@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from cai_cli.data.schema import Vote
+from cai_cli.data.schema import Preference, Vote
 from cai_cli.judging.base import sigmoid
 from cai_cli.metrics.intervals import ClusterBootstrap
+from cai_cli.metrics.label_audit import LabelAudit
 from cai_cli.metrics.order_agreement import ORDER_SUMS, between_orders, order_sums
+from cai_cli.prompting.base import assistant, user
 
 # --- the audit of labels ----------------------------------------------------------------------------------------------
 
@@ -44,6 +46,10 @@ def audit() -> None:
                 _audit_row(pairs, bias, preference, 1.0, runs=400 if preference == 0 and bias in (0, 4) else 60)
     for preference in (0.25, 1.0):
         _audit_row(500, 4.0, preference, 0.0, runs=60)
+    print("\na judge that does not read: sure answers, nine of ten for the first reply\n")
+    print("| pairs | said to read, log-odds | said to read, in words |\n|---|---|---|")
+    for pairs in (20, 50, 100, 200):
+        print(f"| {pairs} | {' | '.join(_sure_cells(pairs, runs=60))} |", flush=True)
 
 
 def _audit_row(pairs: int, bias: float, preference: float, noise: float, runs: int) -> None:
@@ -61,8 +67,26 @@ def _audit_row(pairs: int, bias: float, preference: float, noise: float, runs: i
     print(f"| {pairs} | {bias:g} | {preference:g}{noted} | {above / runs:.1%} | {either / runs:.1%} |", flush=True)
 
 
-def _vote(order: str, p_first: float) -> Vote:
-    return Vote.model_construct(principle_id="p", method="choice", order=order, p_first=p_first, rationale=None)
+def _sure_cells(pairs: int, runs: int) -> Iterator[str]:
+    for method in ("cot", "verdict"):
+        read = 0
+        for run in range(runs):
+            rng, rows = random.Random(f"sure {pairs} {run}"), LabelAudit()
+            for i in range(pairs):
+                votes = [_vote(order, 0.999 if rng.random() < 0.9 else 0.001, method) for order in ("ab", "ba")]
+                prompt, reply = [user(f"prompt {i}")], [assistant("reply")]
+                rows.add(
+                    Preference(
+                        id=str(i), prompt=prompt, chosen=reply, rejected=reply, p_chosen=0.5, votes=votes, human=None,
+                        source=None,
+                    )
+                )  # fmt: skip
+            read += rows.audit()["reads_replies"] is True
+        yield f"{read / runs:.1%}"
+
+
+def _vote(order: str, p_first: float, method: str = "choice") -> Vote:
+    return Vote.model_construct(principle_id="p", method=method, order=order, p_first=p_first, rationale=None)
 
 
 def clamp() -> None:

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from cai_cli.common import console
 from cai_cli.common.seeds import seed_for
+from cai_cli.data.reply_ends import CUT_OFF
 from cai_cli.data.schema import Message
 from cai_cli.engines import open_engine
 from cai_cli.engines.base import Completion, Engine, GenerationRequest, RequestFailure, Sampling, Server
@@ -94,7 +95,7 @@ def show_answers(sessions: Sequence[ChatSession], answers: Sequence[Completion |
         if isinstance(answer, RequestFailure):
             console.warn(f"{session.name}: {answer.reason}; this turn is not part of its conversation")
         else:
-            cut = " [cut off at --max-new-tokens]" if answer.finish_reason == "length" else ""
+            cut = " [cut off at --max-new-tokens]" if answer.finish_reason == CUT_OFF else ""
             replies.append((console.safe(session.name), console.safe(answer.text.strip()) + cut))
     if sys.stdout.isatty() and len(replies) > 1:
         out = Console(highlight=False)

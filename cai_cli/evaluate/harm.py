@@ -88,7 +88,7 @@ class HarmSummary:
     def result(self) -> dict[str, Any]:
         """Return `harm`, the mean score of all replies, and `by_kind`, by kind of prompt; None without replies.
 
-        The intervals by kind hold at once.
+        The intervals by kind are simultaneous.
         """
         kinds = sum(self.sums[kind].total("n") > 0 for kind in get_args(Kind))
         means = {

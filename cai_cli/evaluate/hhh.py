@@ -115,10 +115,10 @@ def summarise(results: Sequence[EvaluationResult]) -> dict[str, Any]:
     """Return the metrics of the results.
 
     Returns:
-        `accuracy`, overall and `by_source`, with 95% intervals over questions; those by source hold at once. `chance`:
-        the mean share of correct options. `p_correct`: mean probability of the correct options. `ties`: their number.
-        `letters`: the share of answers in which each option was picked, which shows a preference for a letter; their
-        intervals hold at once.
+        `accuracy`, overall and `by_source`, with 95% intervals over questions; those by source are simultaneous.
+        `chance`: the mean share of correct options. `p_correct`: mean probability of the correct options. `ties`: their
+        number. `letters`: the share of answers in which each option was picked, which shows a preference for a letter;
+        their intervals are simultaneous.
     """
     sources = sorted({r.source for r in results if r.source is not None})
     accuracy, chance = _accuracy(results), _chance(results)
@@ -171,10 +171,10 @@ def summary_lines(metrics: dict[str, Any]) -> Iterator[str]:
     ties = f"{metrics['ties']:,} ties, counted as wrong"
     yield f"mean probability of the correct option {percent(metrics['p_correct'])}; {ties}"
     for name, part, alone in (("picked", metrics["letters"], 2), ("accuracy on", metrics["by_source"], 1)):
-        at_once = f" (simultaneous over {len(part)})" if len(part) > alone else ""
+        simultaneous = f" (simultaneous over {len(part)})" if len(part) > alone else ""
         for key, estimate in part.items():
             if estimate:
-                yield f"{name} {console.safe(key)}: {percent(estimate)}{at_once}, n = {estimate['n']:,}"
+                yield f"{name} {console.safe(key)}: {percent(estimate)}{simultaneous}, n = {estimate['n']:,}"
 
 
 def _below_chance(metrics: dict[str, Any]) -> bool:

@@ -48,7 +48,7 @@ class RecordedVotes:
         # Raised when a vote is needed, not here: a finished output is recognised whatever its votes.
         if changed_between("label-prefs", recorded["cai"], provenance["cai"]):
             self._outdated = (
-                f"--votes {source}: cai {recorded['cai']} asked the judge in other words and clamped its votes"
+                f"--votes {source}: cai {recorded['cai']} prompted the judge differently and clamped each vote"
             )
         self._samples = settings["cot_samples"]
         self._rows = {row.id: row for row in _labelled(source)}
@@ -57,7 +57,7 @@ class RecordedVotes:
         """Return the recorded judgement of a comparison, or None where there is none.
 
         Raises:
-            UsageError: The votes are of a version that asked otherwise and clamped each vote.
+            UsageError: A version that prompted the judge differently, and clamped each vote, recorded the votes.
         """
         if self._outdated:
             raise UsageError(self._outdated, hint="label the pairs again, without --votes", code="other-run")

@@ -1,7 +1,7 @@
-"""The expected calibration error, and its value for a calibrated judge of the same pairs.
+"""The expected calibration error (ECE), and its mean for a calibrated judge of the same pairs.
 
 The error is a mean of absolute values, so chance alone makes it positive: with 50 human labels a perfectly calibrated
-judge has an error of about 0.09. An error says nothing without that value beside it.
+judge has an error of about 0.09. An error says little without that mean beside it.
 """
 
 from typing import TYPE_CHECKING
@@ -9,8 +9,29 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from cai_cli.metrics.intervals import Numbers
 
-FLIPS = 2000
+BINS = 5  # of a confidence, by tenths from one half to one
+SIGN_FLIPS = 2000  # random choices of the signs of all gaps
 BLOCKS = 2000  # more clusters share blocks, so that memory does not grow with them
+
+
+def bin_of(confidence: float) -> int:
+    """Return the bin of a confidence, from 0 to BINS - 1.
+
+    Examples:
+        >>> bin_of(0.5), bin_of(0.75), bin_of(1.0)
+        (0, 2, 4)
+    """
+    return min(BINS - 1, int((confidence - 0.5) * 2 * BINS))
+
+
+def bin_ends(k: int) -> dict[str, float]:
+    """Return the ends of bin `k`, as a row of a calibration curve states them.
+
+    Examples:
+        >>> bin_ends(2)
+        {'from': 0.7, 'to': 0.8}
+    """
+    return {"from": (BINS + k) / (2 * BINS), "to": (BINS + k + 1) / (2 * BINS)}
 
 
 def calibration_error(gaps: "Numbers", n: float) -> float:
@@ -44,5 +65,5 @@ def error_if_calibrated(gaps: "Numbers", n: float) -> float:
 
     blocks = np.zeros((min(BLOCKS, len(gaps)), gaps.shape[1]))
     np.add.at(blocks, np.arange(len(gaps)) % BLOCKS, gaps)
-    signs = np.random.default_rng(0).choice([-1.0, 1.0], size=(FLIPS, len(blocks)))
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], size=(SIGN_FLIPS, len(blocks)))
     return float(abs(signs @ blocks).sum(1).mean()) / n

@@ -108,7 +108,7 @@ class Tournament:
         Returns:
             `models`: their names. `win_rates`: of model `a` over model `b`, by kind of prompt. `ratings`: Elo by axis
             ("harmless", "helpful") and model. `scores`: mean score of a preference model by axis and model.
-            `simultaneous`: how many intervals of each of these hold at once with a confidence of 95%.
+            `simultaneous`: the number of simultaneous intervals of each of these.
         """
         win_rates = self.win_rates()
         axes = {axis: self.sums.get(kind) for axis, kind in AXES.items()}
@@ -128,10 +128,11 @@ class Tournament:
         return sum(sums.total(ModelSum(quantity, i)) > 0 for i in range(len(self.models))) if sums else 0
 
     def win_rates(self) -> list[dict[str, Any]]:
-        """Return the win rate of every two models that were compared, by kind of prompt; their intervals hold at once.
+        """Return the win rate of every two models that were compared, by kind of prompt.
 
         Returns:
-            For each, the names `a` and `b`, the `kind`, the estimate, the number of `ties` and that of `prompts`.
+            For each, the names `a` and `b`, the `kind`, the estimate with its simultaneous interval, the number of
+            `ties` and that of `prompts`.
         """
         compared = [
             (kind, self.sums[kind], i, j)

@@ -1,4 +1,4 @@
-"""Estimates with 95% intervals: Wilson's formula for a share, and a seeded bootstrap over whole clusters.
+"""Estimates with 95% intervals: Wilson's score interval for a share, and a seeded bootstrap over whole clusters.
 
 Rows that depend on each other (the votes on one pair, the pairs of one prompt) form one cluster, and the spread is that
 between clusters. Treating the rows as independent would make every interval too narrow.
@@ -28,8 +28,6 @@ RESAMPLES = 2000
 # More clusters than this share blocks evenly. Memory and time then stay the same for a million rows, and 2,000
 # resamples of 2,000 blocks still determine the spread to 2%.
 BLOCKS = 2000
-# With fewer clusters than this the normal distribution is a poor approximation to Student's t.
-FEW_CLUSTERS = 30
 LEVEL = 0.05  # of all simultaneous intervals together
 Z = 1.959964  # the normal distribution's quantile for 95%
 Limits = tuple[float, float]
@@ -113,10 +111,10 @@ def t_quantile(clusters: float, among: int = 1) -> float:
 
 
 def fewest_clusters(among: int = 1) -> int:
-    """Return with how many clusters a share of 1 is the first to be told from one half.
+    """Return the smallest number of clusters for which the interval of a share of 1 excludes one half.
 
     Examples:
-        >>> fewest_clusters(), fewest_clusters(among=30)  # six of six may be chance
+        >>> fewest_clusters(), fewest_clusters(among=30)  # the interval of six of six still contains one half
         (7, 16)
     """
     return next(n for n in count(2) if t_quantile(n, among) ** 2 < n)
@@ -125,9 +123,9 @@ def fewest_clusters(among: int = 1) -> int:
 def clustered_share(parts: "Numbers", counts: "Numbers", among: int = 1) -> Estimate | None:
     """Return the share `sum(parts) / sum(counts)` with its 95% interval over clusters.
 
-    It is Wilson's interval for the number of independent trials that would have the spread found between the clusters,
-    with a quantile of Student's t (after Korn and Graubard 1998). Where all rows agree, or all clusters do, no spread
-    is found, and every cluster counts as one trial.
+    It is Wilson's interval at the effective sample size, the number of independent trials that would have the variance
+    found between the clusters, with a quantile of Student's t (after Korn and Graubard 1998). Where all rows agree, or
+    all clusters do, that variance is 0, and every cluster counts as one trial.
 
     Args:
         parts: What each cluster adds to the numerator, from 0 to its count; a tie may count as half.

@@ -30,13 +30,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from cai_cli.common.hash_index import KeyTable
 from cai_cli.data.jsonl import read_rows, rows_of
 from cai_cli.data.schema import TIE, Preference, Rejected, Vote, conversation_id, reason_kind, with_votes
-from cai_cli.metrics.calibration import error_if_calibrated
-from cai_cli.metrics.intervals import SHARE, ClusterBootstrap
+from cai_cli.metrics.calibration import BINS, bin_ends, bin_of, error_if_calibrated
+from cai_cli.metrics.intervals import SHARE, ClusterBootstrap, Estimate, widened
 from cai_cli.metrics.label_verdict import notes, reads_replies, trust
 from cai_cli.metrics.order_agreement import (
     LARGEST_LOG_ODDS,
     ORDER_SUMS,
     between_orders,
+    fisher_interval,
     order_sums,
     position_variance,
 )
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
 
 AuditMetrics = dict[str, Any]
 SIGNED = (-1.0, 1.0)
-BINS = 5  # of p_chosen, by tenths from one half to one
 
 
 class BinSum(NamedTuple):
@@ -170,7 +170,7 @@ class LabelAudit:
             "between_orders": between_orders(votes),
             **_log_odds_metrics(votes),
             "flip_rate": votes.share("flips", "both_orders"),
-            "flip_excess": votes.estimate(_flip_excess, "both_orders", SIGNED),
+            "flip_excess": _flip_excess_estimate(votes),
             "first_picks": votes.share("firsts", "picks"),
             "mean_p_first": votes.estimate(lambda s: s["p_first"] / s["votes"], "votes", SHARE),
             "position": votes.estimate(lambda s: 2 * s["firsts"] / s["picks"] - 1, "picks", SIGNED),
@@ -254,7 +254,7 @@ def _vote_sums(votes: Sequence[Vote]) -> dict[Sum, float]:
 def _label_sums(row: Preference) -> dict[Sum, float]:
     if row.human is None:
         return {}
-    k = min(BINS - 1, int((row.p_chosen - 0.5) * 2 * BINS))
+    k = bin_of(row.p_chosen)
     right = 0.5 if row.p_chosen == 0.5 else float(row.human == "chosen")
     in_bin: dict[Sum, float] = {BinSum("n", k): 1, BinSum("confidence", k): row.p_chosen, BinSum("right", k): right}
     return {"human": 1, "right": right, **in_bin}
@@ -308,6 +308,23 @@ def _flip_excess(s: "Mapping[Sum, Numbers]") -> "Numbers":
     return s["flips"] / s["both_orders"] - _twice_blind_flip_rate(s) / 2
 
 
+def _flip_excess_estimate(votes: ClusterBootstrap[Sum]) -> Estimate | None:
+    """Return the flip excess with its 95% interval over prompts.
+
+    The excess is -(1 - position^2) / 2 times the intraclass correlation of the winners in the two orders, and its
+    interval covers Fisher's interval of that.
+    """
+    excess = votes.estimate(_flip_excess, "both_orders", SIGNED)
+    if excess is None:
+        return None
+    position = votes.total("firsts_of_both_orders") / votes.total("both_orders") - 1
+    scale = (1 - position * position) / 2
+    if scale <= 0:  # every pick is of the same position
+        return excess
+    ends = fisher_interval({**excess, "value": -excess["value"] / scale})
+    return widened(excess, {**excess, "low": -scale * ends["high"], "high": -scale * ends["low"]})
+
+
 def _content(s: "Mapping[Sum, Numbers]") -> "Numbers":
     return (_twice_blind_flip_rate(s) - 2 * s["flips"] / s["both_orders"]).clip(0) ** 0.5
 
@@ -335,15 +352,14 @@ def _error_if_calibrated(pairs: ClusterBootstrap[Sum]) -> float | None:
 def _reliability(pairs: ClusterBootstrap[Sum]) -> Iterator[dict[str, Any]]:
     """Yield the reliability curve: for each bin with labels, the mean confidence and the share right.
 
-    The intervals of the bins hold at once.
+    The intervals of the bins are simultaneous.
     """
     bins = [k for k in range(BINS) if pairs.total(BinSum("n", k))]
     for k in bins:
         n = round(pairs.total(BinSum("n", k)))
-        ends = {"from": (BINS + k) / (2 * BINS), "to": (BINS + k + 1) / (2 * BINS)}
         confidence = pairs.total(BinSum("confidence", k)) / n
         right = pairs.share(BinSum("right", k), BinSum("n", k), len(bins))
-        yield {**ends, "n": n, "confidence": confidence, "right": right}
+        yield {**bin_ends(k), "n": n, "confidence": confidence, "right": right}
 
 
 def _length_correlation(s: "Mapping[Sum, Numbers]") -> "Numbers":
@@ -351,7 +367,7 @@ def _length_correlation(s: "Mapping[Sum, Numbers]") -> "Numbers":
 
 
 def _principle_metrics(sums: ClusterBootstrap[Sum], principles: int) -> dict[str, Any]:
-    """Return the metrics of one of several principles; each metric's intervals hold at once for all principles."""
+    """Return the metrics of one of several principles; each metric's intervals are simultaneous over principles."""
     return {
         "pairs": round(sums.total("pairs")),
         "agreement": sums.share("right", "human", principles),

@@ -14,10 +14,11 @@ same for every pair. The statistic is
 
     (E[preference^2] - Var(position)) / (E[preference^2] + Var(position))
 
-which is the correlation, over pairs, of what the judge prefers in one order with what it prefers in the other, after
-its mean position bias is subtracted: 1 for a judge whose answers are a constant bias plus its preference, 0 under the
-null hypothesis, and below 0 where the bias differs from pair to pair. A position bias that is the same for all pairs
-has no effect on it, however large: such a bias cancels in the label. An interval above 0 rejects the null hypothesis.
+which is the intraclass correlation, over pairs, of what the judge prefers in one order with what it prefers in the
+other, after its mean position bias is subtracted: 1 for a judge whose answers are a constant bias plus its preference,
+0 under the null hypothesis, and below 0 where the bias differs from pair to pair. A position bias that is the same for
+all pairs has no effect on it, however large: such a bias cancels in the label. An interval above 0 rejects the null
+hypothesis.
 
 What this does not show: a preference that is stable but mistaken (for longer replies, or for the wrong reply) rejects
 the null hypothesis too; only human labels reveal it. And a bias that differs from pair to pair hides a preference that
@@ -31,7 +32,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cai_cli.data.schema import Vote
-from cai_cli.metrics.intervals import FEW_CLUSTERS, ClusterBootstrap, Estimate, widened
+from cai_cli.metrics.intervals import ClusterBootstrap, Estimate, Z, widened
 
 if TYPE_CHECKING:
     from cai_cli.metrics.intervals import Numbers
@@ -89,20 +90,34 @@ def order_sums(by_principle: Iterable[Sequence[Vote]]) -> dict[str, float]:
 def between_orders(sums: "ClusterBootstrap[Any]") -> Estimate | None:
     """Return the correlation of the judge's preferences in the two orders, with its 95% interval over prompts.
 
-    With few prompts the bootstrap interval is too narrow, and is widened to cover Fisher's interval over the pairs.
-
     Args:
         sums: The sums of `order_sums`, by prompt.
 
     Returns:
         The estimate; None where no pair has log-odds in both orders, and where all answers are equal.
     """
-    estimate, prompts = sums.estimate(_between_orders, "ordered", (-1.0, 1.0)), sums.clusters("ordered")
-    if estimate is None or not 1 < prompts < FEW_CLUSTERS:
-        return estimate
-    z, half_width = math.atanh(max(-0.999999, min(0.999999, estimate["value"]))), 1.96 / (estimate["n"] - 1.5) ** 0.5
-    fisher: Estimate = {**estimate, "low": math.tanh(z - half_width), "high": math.tanh(z + half_width)}
-    return widened(estimate, fisher)
+    estimate = sums.estimate(_between_orders, "ordered", (-1.0, 1.0))
+    return estimate and widened(estimate, fisher_interval(estimate))
+
+
+def fisher_interval(correlation: Estimate) -> Estimate:
+    """Return an intraclass correlation over `n` independent pairs with Fisher's 95% interval.
+
+    On the scale of atanh it has the standard error 1 / sqrt(n - 3/2). A bootstrap interval must cover it: with few
+    pairs the bootstrap is too narrow, and with any number it misses what is rare. A judge that picks the first reply in
+    nine of ten answers, without reading, picks the second one in both orders of one pair in a hundred; where no such
+    pair was drawn, no resample has one, and all of them show a correlation.
+
+    Examples:
+        >>> ends = fisher_interval({"value": 0.1, "low": 0.05, "high": 0.15, "n": 50})
+        >>> round(ends["low"], 2), round(ends["high"], 2)
+        (-0.18, 0.36)
+    """
+    if correlation["n"] < 2:
+        return {**correlation, "low": -1.0, "high": 1.0}
+    z = math.atanh(max(-0.999999, min(0.999999, correlation["value"])))
+    half_width = Z / (correlation["n"] - 1.5) ** 0.5
+    return {**correlation, "low": math.tanh(z - half_width), "high": math.tanh(z + half_width)}
 
 
 def _between_orders(s: "Mapping[Any, Numbers]") -> "Numbers":

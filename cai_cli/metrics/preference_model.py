@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cai_cli.data.schema import JudgedPair
-from cai_cli.metrics.calibration import calibration_error, error_if_calibrated
+from cai_cli.metrics.calibration import BINS, bin_ends, bin_of, calibration_error, error_if_calibrated
 from cai_cli.metrics.intervals import (
     SHARE,
     Estimate,
@@ -22,7 +22,6 @@ from cai_cli.metrics.intervals import (
     resampled_interval,
 )
 
-BINS = 5  # of the confidence, by tenths from one half to one
 RESAMPLES = 1000
 MIN_PAIRS = 10  # for a rank correlation
 SIGNED: Limits = (-1.0, 1.0)
@@ -97,7 +96,7 @@ def accuracy(pairs: Sequence[JudgedPair], among: int = 1) -> Estimate | None:
 
 
 def accuracy_by_source(pairs: Sequence[JudgedPair]) -> dict[str, Estimate | None]:
-    """Return the accuracy for each `source` of the rows, such as AI and human labels; the intervals hold at once."""
+    """Return the accuracy for each `source` of the rows, such as AI and human labels, with simultaneous intervals."""
     groups: dict[str, list[JudgedPair]] = {}
     for pair in pairs:
         groups.setdefault(pair.source or "no source", []).append(pair)
@@ -152,15 +151,14 @@ def calibration(pairs: Sequence[JudgedPair]) -> dict[str, Any]:
         return {"calibration_error": None, "calibration_error_if_calibrated": None, "calibration_curve": []}
     confidence = np.array([1 / (1 + math.exp(-abs(pair.margin))) for pair in pairs])
     labels = np.array([_label_of_preferred(pair) for pair in pairs])
-    bins = np.minimum((confidence - 0.5) * 2 * BINS, BINS - 1).astype(int)
+    bins = np.array([bin_of(p) for p in confidence.tolist()])
     _, prompts = np.unique(_prompts(pairs), return_inverse=True)
     gaps = np.zeros((prompts.max() + 1, BINS))
     np.add.at(gaps, (prompts, bins), confidence - labels)
     curve = []
     for k in np.unique(bins).tolist():
         means = {"confidence": float(confidence[bins == k].mean()), "label": float(labels[bins == k].mean())}
-        ends = {"from": (BINS + k) / (2 * BINS), "to": (BINS + k + 1) / (2 * BINS)}
-        curve.append({**ends, **means, "n": int((bins == k).sum())})
+        curve.append({**bin_ends(k), **means, "n": int((bins == k).sum())})
     return {
         "calibration_error": calibration_error(gaps, len(pairs)),
         "calibration_error_if_calibrated": error_if_calibrated(gaps, len(pairs)),

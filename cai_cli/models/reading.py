@@ -1,9 +1,9 @@
 """Where the score of a preference model is read: at which token of a conversation.
 
-A score depends on the place at which the model was trained to give it. `cai train-pm` reads at the token that ends the
-turn and records this in the model's directory. TRL and transformers read at the last token of the whole chat template
-that is not the padding token, so they skip an end-of-turn token that is also used for padding. So did `cai train-pm`
-0.1.0, which left no record.
+A decoder's score is its head's output at one token (last-token pooling), and depends on which one. `cai train-pm` reads
+at the token that ends the turn and records this in the model's directory. TRL and transformers read at the last token
+of the whole chat template that is not the padding token, so they skip an end-of-turn token that is also used for
+padding. So did `cai train-pm` 0.1.0, which left no record.
 """
 
 import json

@@ -1,9 +1,9 @@
 """Checks generated critiques and revisions for the format errors of small models.
 
-A check asks for what marks the error, because every good answer that it throws away biases the data: `reply_markers`
-finds wrappers and critiques, `repetition` finds loops. A text that fails a check is sampled again with another seed,
-`ATTEMPTS` times in all, and then its row is rejected with the last reason. Texts are never repaired: stripping a
-wrapper would hide how often the model fails.
+The checks look for unmistakable marks of an error, because every good answer that is thrown away biases the data:
+`reply_markers` finds wrappers and critiques, `repetition` finds loops. A text that fails a check is sampled again with
+another seed, `ATTEMPTS` times in all, and then its row is rejected with the last reason. Texts are never repaired:
+stripping a wrapper would hide how often the model fails.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,17 +24,17 @@ def critique_problem(text: str) -> str | None:
     return _repetition(text, "critique")
 
 
-def revision_problem(text: str, request: str, asked: str = "") -> str | None:
+def revision_problem(text: str, request: str, user_message: str = "") -> str | None:
     """Why `text` is not usable as a revision, or None if it is.
 
     Args:
         text: The model's answer.
         request: The revision request of the principle, which small models sometimes repeat.
-        asked: The user's last message.
+        user_message: The user's last message.
     """
     if not text.strip():
         return "empty revision"
-    if is_wrapped(text, asked):
+    if is_wrapped(text, user_message):
         return "wrapped revision"
     if is_critique(text):
         return "a critique in place of a revision"
@@ -45,8 +45,9 @@ def revision_problem(text: str, request: str, asked: str = "") -> str | None:
 
 def _repeats_the_request(text: str, request: str) -> bool:
     """Whether a text starts with the request, or holds it where it is too long to be there by chance."""
-    said, asked = text.casefold(), request.strip().casefold()
-    return bool(asked) and (said.lstrip(" \n\"'*([").startswith(asked) or (len(asked.split()) >= 5 and asked in said))
+    answer, repeated = text.casefold(), request.strip().casefold()
+    starts_with_it = answer.lstrip(" \n\"'*([").startswith(repeated)
+    return bool(repeated) and (starts_with_it or (len(repeated.split()) >= 5 and repeated in answer))
 
 
 def _repetition(text: str, what: str) -> str | None:
@@ -86,6 +87,6 @@ def generate_checked(
         for index, answer in zip(failed, engine.generate(retries, sampling), strict=True):
             answers[index] = answer
     for index, reason in failed.items():
-        kind, mark, details = reason.partition(": ")  # rejected rows are counted by what stands before the mark
+        kind, mark, details = reason.partition(": ")  # rejected rows are counted by the text before the colon
         answers[index] = RequestFailure(f"{kind}, {attempt} attempts{mark}{details}")
     return answers

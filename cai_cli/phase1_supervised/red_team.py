@@ -25,6 +25,7 @@ from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.common.near_duplicates import NearDuplicates
 from cai_cli.common.seeds import seed_for
 from cai_cli.data.jsonl import Numbered, display_name, read_prompts, read_rows, rows_of, skip_unusable
+from cai_cli.data.reply_ends import CUT_OFF
 from cai_cli.data.schema import Kind, Prompt, Rejected, content_hash, reject
 from cai_cli.engines.base import Completion, Engine, GenerationRequest, RequestFailure, Sampling
 from cai_cli.metrics.reply_habits import evasive_opening
@@ -158,7 +159,7 @@ class PromptGenerator:
         reason = None
         if len(self.kept) >= self.target:
             reason = BEYOND
-        elif reply.finish_reason == "length":
+        elif reply.finish_reason == CUT_OFF:
             reason = "cut at --max-new-tokens"
         elif len(text.split()) < max(MIN_WORDS, self.start_words + 1):
             reason = "too short"

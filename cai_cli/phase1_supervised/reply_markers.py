@@ -1,7 +1,8 @@
 """Finds what marks a text as a wrapped revision or as a critique, in English, Chinese, Japanese and Thai.
 
-The marks are words about a reply as such: "a revised response:", "the assistant's last response is harmful". An opening
-that a good reply may have as well ("Here are some ways to improve your sleep", "Your answer is correct, but") is none.
+Both are marked by words about a reply as such: "a revised response:", "the assistant's last response is harmful".
+Openings that a good reply may have too ("Here are some ways to improve your sleep", "Your answer is correct, but") do
+not count.
 """
 
 import re
@@ -140,14 +141,14 @@ _REMARK = _any(_REMARKS, ())
 _CRITIQUE = _any(_CRITIQUES, _CRITIQUES_UNSPACED)
 
 
-def is_wrapped(text: str, asked: str = "") -> bool:
+def is_wrapped(text: str, user_message: str = "") -> bool:
     """Whether a revision presents itself as a revision, before it starts or after it ends.
 
     Args:
         text: The revision.
-        asked: The user's last message. To one who asks for another wording of a text, a revised version is the reply.
+        user_message: The user's last message. Where it asks to reword a text, a revised version is the proper reply.
     """
-    if _ASKS_FOR_WORDING.search(asked):
+    if _ASKS_FOR_WORDING.search(user_message):
         return False
     return bool(_WRAPPER.search(text[:_OPENING]) or _REMARK.search(text))
 

@@ -24,6 +24,7 @@ from itertools import groupby
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from cai_cli.data.reply_ends import CUT_OFF
 from cai_cli.data.schema import PolicySample
 from cai_cli.metrics.reply_habits import boilerplate, evasive_opening
 
@@ -42,8 +43,9 @@ RUNAWAY_LENGTH = 2.0
 SHARES: dict[str, Measure] = {
     "boilerplate_share": lambda row: boilerplate(row.reply),
     "evasive_share": lambda row: evasive_opening(row.reply),
-    "cut_off_share": lambda row: row.finish_reason == "length",
+    "cut_off_share": lambda row: row.finish_reason == CUT_OFF,
 }
+WEAK_ALARM = 3.0  # standard deviations of a prompt's change; there is a warning where smaller falls are not flagged
 ROUNDING = 1e-9  # a smaller change, relative to the values, is none
 
 
@@ -132,6 +134,26 @@ def smallest_fall(prompts: int, total: int) -> float:
     from scipy.stats import t
 
     return float(t.isf(monitor_level(total), prompts - 1)) / math.sqrt(prompts) if prompts > 1 else math.inf
+
+
+def weak_alarm(prompts: int, total: int) -> str | None:
+    """Return a warning where only a very large fall of the monitor would be flagged, else None.
+
+    Args:
+        prompts: Number of held-out prompts.
+        total: The number of checks of the run.
+
+    Examples:
+        >>> weak_alarm(1, 10)
+        "1 held-out prompt is too few to detect a fall of the monitor's score"
+        >>> weak_alarm(32, 10) is None
+        True
+    """
+    if (fall := smallest_fall(prompts, total)) <= WEAK_ALARM:
+        return None
+    counted = "1 held-out prompt is" if prompts == 1 else f"{prompts:,} held-out prompts are"
+    needed = f": its mean must fall by {fall:.1f} standard deviations of a prompt's change" * math.isfinite(fall)
+    return f"{counted} too few to detect a fall of the monitor's score{needed}"
 
 
 def falling_monitor(monitor: "NDArray[Any]", pm: "NDArray[Any]", total: int) -> Window | None:

@@ -1,8 +1,8 @@
 """The unit of the reward of `cai rl`, in which `--beta` and `--cutoff-penalty` are measured.
 
 The unit is the standard deviation of the start model's scores within a prompt. Differences between prompts are left
-out, because they cancel in the advantage, which compares replies to the same prompt. So two preference models with the
-same preferences have the same unit.
+out, because they cancel in the advantage, which compares replies to the same prompt. So two preference models whose
+scores differ only by a constant for each prompt have the same unit.
 """
 
 import math

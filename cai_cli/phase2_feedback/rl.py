@@ -36,7 +36,7 @@ from cai_cli.data.splits import mixed
 from cai_cli.engines.base import Sampling
 from cai_cli.engines.tokenization import declare_end_of_turn
 from cai_cli.models.source import ModelSource
-from cai_cli.phase2_feedback.goodhart import smallest_fall
+from cai_cli.phase2_feedback.goodhart import weak_alarm
 from cai_cli.phase2_feedback.monitor_models import MonitorModel, ReplyScorer, pick_monitor_model, preference_score
 from cai_cli.phase2_feedback.reward_normalizer import RewardNormalizer, replies_per_prompt
 from cai_cli.phase2_feedback.rl_config import Algorithm, Reporter, RlConfig
@@ -65,7 +65,6 @@ from cai_cli.training.metrics_log import Metrics
 from cai_cli.training.quiet import quiet_libraries
 from cai_cli.training.training_run import TrainingJob, rows_digest
 
-WEAK_ALARM = 3.0  # the smallest fall that is flagged, in standard deviations, above which there is a warning
 COLUMNS = {
     "loss": "loss",
     "learning_rate": "learning_rate",
@@ -77,7 +76,7 @@ COLUMNS = {
     "entropy": "entropy",
     "reply_tokens": "completions/mean_length",
     "cut_off_share": "cut_off_share",
-    "importance_ratio_mean": "importance_ratio_mean",
+    "sampling_logp_difference": "sampling_logp_difference",
     "importance_ratio_max": "importance_ratio_max",
 }
 
@@ -164,11 +163,8 @@ def _open_monitor(
     inputs: RlInputs, config: RlConfig, training: TrainingConfig, tokenizer: Any, score: ReplyScorer, work: Path
 ) -> Monitor:
     monitor_model = inputs.monitor_model
-    if monitor_model and (fall := smallest_fall(len(inputs.held_out), config.checks)) > WEAK_ALARM:
-        console.warn(
-            f"rl: {len(inputs.held_out):,} held-out prompts are too few to detect over-optimisation: the monitor's "
-            f"score must fall by {fall:.1f} standard deviations between two checks to be flagged"
-        )
+    if monitor_model and (warning := weak_alarm(len(inputs.held_out), config.checks)):
+        console.warn(f"rl: {warning}")
     return Monitor(
         inputs.held_out,
         tokenizer,

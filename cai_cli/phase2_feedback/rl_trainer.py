@@ -1,12 +1,14 @@
 """Changes to TRL's RLOO and GRPO trainers for `cai rl`: the reward, the encoding of prompts and the sampling of
 replies."""
 
+import math
 from collections.abc import Callable
 from functools import cached_property
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any
 
 from cai_cli.common.seeds import seed_for
+from cai_cli.data.reply_ends import CUT_OFF
 from cai_cli.data.schema import Message, Prompt
 from cai_cli.engines.base import Sampling
 from cai_cli.engines.local.engine import engine_around
@@ -50,7 +52,7 @@ def preference_reward(
         # Decoded as in `cai sample`; TRL's own texts keep an end of turn that is not a special token.
         replies = [decode_reply(tokenizer, ids, ends) for ids in completion_ids]
         scores = [normalizer(value) for value in score(rows, [text for text, _ in replies])]
-        cut = [reason == "length" for _, reason in replies]
+        cut = [reason == CUT_OFF for _, reason in replies]
         of_all = distributed.gathered(list(zip(scores, cut, strict=True)))
         log_metric("score", fmean(score for score, _ in of_all))
         log_metric("score_std", pstdev(score for score, _ in of_all))
@@ -65,13 +67,17 @@ def messages_of(chat: Chat) -> list[Message]:
     return [Message.model_validate(message) for message in chat]
 
 
-class ImportanceRatio:
-    """The ratio pi_train / pi_sample of the probabilities that a forward pass in training and the sampling engine give
-    to the tokens of replies. It is 1 where both compute in the same way; a policy gradient without correction for it
-    assumes that."""
+class SamplingDifference:
+    """How far the log-probabilities that a forward pass in training gives to the tokens of replies are from those with
+    which they were sampled. They are equal where both compute in the same way; a policy gradient without an importance
+    ratio assumes that.
+
+    The mean of the ratio pi_train / pi_sample would not show a difference: its expectation over sampled tokens is 1
+    whatever pi_train is.
+    """
 
     def __init__(self) -> None:
-        self._parts: list[tuple[float, int, float]] = []  # sum, count and maximum of each forward pass
+        self._parts: list[tuple[float, int, float]] = []  # of each forward pass: sum, count and largest log-ratio
 
     def add(self, trained: Any, sampled: Any, mask: Any) -> None:
         """Add the tokens of one forward pass.
@@ -81,18 +87,19 @@ class ImportanceRatio:
             sampled: Those in sampling.
             mask: 1 where there is a token of a reply.
         """
-        ratios = (trained.detach().float() - sampled)[mask.bool()].exp()
-        if ratios.numel():
-            self._parts.append((float(ratios.sum()), ratios.numel(), float(ratios.max())))
+        log_ratios = (trained.detach().float() - sampled)[mask.bool()]
+        if log_ratios.numel():
+            self._parts.append((float(log_ratios.abs().sum()), log_ratios.numel(), float(log_ratios.max())))
 
     def take(self) -> dict[str, float]:
-        """The mean and the maximum over the tokens since the last call, of all processes; empty without tokens. Called
-        on every rank."""
+        """The mean absolute difference in nats and the largest ratio pi_train / pi_sample, over the tokens of all
+        processes since the last call; empty without tokens. Called on every rank."""
         parts, self._parts = distributed.gathered(self._parts), []
         if not parts:
             return {}
         mean = sum(total for total, _, _ in parts) / sum(count for _, count, _ in parts)
-        return {"importance_ratio_mean": mean, "importance_ratio_max": max(largest for _, _, largest in parts)}
+        largest = max(log_ratio for _, _, log_ratio in parts)
+        return {"sampling_logp_difference": mean, "importance_ratio_max": math.exp(largest)}
 
 
 def _padded(rows: list[list[float]], like: Any) -> Any:
@@ -108,7 +115,7 @@ def with_seeded_sampling(trainer_class: Any, sampling: Sampling, batch_size: int
 
     Row text cannot become a control token. A reply's seed derives from (seed, step, index in the step), so replies do
     not depend on the number of processes or on the batches. They are sampled in the precision of training, which the
-    model inside an adapter's wrapper would not have by itself; `ImportanceRatio` states what difference remains.
+    model inside an adapter's wrapper would not have by itself; `SamplingDifference` states what difference remains.
 
     Args:
         trainer_class: TRL's RLOOTrainer or GRPOTrainer.
@@ -140,9 +147,17 @@ def with_seeded_sampling(trainer_class: Any, sampling: Sampling, batch_size: int
 
         _returns_log_probabilities = trainer_class.__name__ == "GRPOTrainer"
 
-        _sampled: Any = None  # log-probabilities of sampling and the mask of their tokens, within the loss
+    return _with_sampling_difference(SeededSampling)
 
-        # The log-probabilities of sampling travel with their replies to the forward pass of the loss.
+
+def _with_sampling_difference(trainer_class: Any) -> Any:
+    """A subclass of the trainer that logs `SamplingDifference`.
+
+    The log-probabilities of sampling (`_sampling_logprobs`) travel with their replies to the forward pass of the loss.
+    """
+
+    class Logging(trainer_class):  # type: ignore[misc]
+        _sampled: Any = None  # log-probabilities of sampling and the mask of their tokens, within the loss
 
         def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
             output: dict[str, Any] = super()._generate_and_score_completions(inputs)
@@ -159,14 +174,14 @@ def with_seeded_sampling(trainer_class: Any, sampling: Sampling, batch_size: int
         def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
             output = super()._get_per_token_logps_and_entropies(*args, **kwargs)
             if self._sampled is not None:
-                self._ratio.add(output[0], *self._sampled)
+                self._difference.add(output[0], *self._sampled)
             return output
 
         def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-            super().log({**logs, **self._ratio.take()}, *args, **kwargs)
+            super().log({**logs, **self._difference.take()}, *args, **kwargs)
 
         @cached_property
-        def _ratio(self) -> ImportanceRatio:
-            return ImportanceRatio()
+        def _difference(self) -> SamplingDifference:
+            return SamplingDifference()
 
-    return SeededSampling
+    return Logging

@@ -21,7 +21,7 @@ from cai_cli.common.seeds import seed_for
 from cai_cli.data.schema import Preference, conversation_id, dump_row
 from cai_cli.data.splits import held_out_keys, mixed
 from cai_cli.metrics.preference_model import held_out_metrics
-from cai_cli.models.loading import tokenizer_and_window
+from cai_cli.models.loading import load_reward_model, tokenizer_and_window
 from cai_cli.models.reading import record_place
 from cai_cli.models.source import ModelSource
 from cai_cli.phase2_feedback.linear_probe import fit_head
@@ -133,8 +133,6 @@ def train_pm(
     Raises:
         CaiError: The head cannot be fitted, or training fails; see `fit`.
     """
-    from cai_cli.models.loading import load_reward_model
-
     longest = max([*train, *held_out], key=lambda pair: max(len(pair.chosen), len(pair.rejected)))
     model = load_reward_model(base, "float32", training.device, new_head_seed=training.seed)
     share = enable_packed_pairs(model, longest.ids)

@@ -220,7 +220,7 @@ def write_curves(compared: Iterable[Path]) -> None:
     """Write the curves of numeric sweeps, as `NAME.STEP.AXIS.sweep.json`.
 
     A curve is the preference model's mean score, or the Elo rating where there is none, over the values of the setting.
-    `simultaneous` is the number of intervals in the comparison that hold at once.
+    `simultaneous` is the number of simultaneous intervals in the comparison.
 
     Args:
         compared: Outputs of `cai eval compare`.

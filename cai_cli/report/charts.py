@@ -72,14 +72,14 @@ class Chart:
     legend: Mapping[str, int] = field(default_factory=dict)
 
 
-def at_once(intervals: int) -> str:
-    """Return whether the confidence of intervals is that of all of them together, as the end of a sentence.
+def adjustment(intervals: int) -> str:
+    """Return whether intervals are adjusted for multiple comparisons, as the end of a sentence.
 
     Examples:
-        >>> at_once(6), at_once(1)
-        (', simultaneous over 6', ', each for itself')
+        >>> adjustment(6), adjustment(1)
+        (', simultaneous over 6', ', not adjusted for multiple comparisons')
     """
-    return f", simultaneous over {intervals:,}" if intervals > 1 else ", each for itself"
+    return f", simultaneous over {intervals:,}" if intervals > 1 else ", not adjusted for multiple comparisons"
 
 
 @dataclass(frozen=True)

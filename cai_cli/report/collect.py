@@ -143,7 +143,7 @@ class WinRate(ReportedEstimate):
 
 
 class Simultaneous(Result):
-    """How many intervals of a comparison hold at once; 1 where each stands alone, as before version 0.2."""
+    """Number of simultaneous intervals in a comparison; 1 where they are not adjusted, as before version 0.2."""
 
     win_rates: int = 1
     ratings: int = 1

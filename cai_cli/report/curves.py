@@ -9,7 +9,7 @@ from cai_cli.report.collect import StepFiles
 # Meaning and unit of the columns, in the order of the page; other columns follow under their own names.
 TITLES = {
     "reward": "Preference model score (standard deviations of the start model's scores within a prompt)",
-    "pm_score": "The same on held-out prompts",
+    "pm_score": "Preference model score on held-out prompts (in the same unit)",
     "monitor_score": "Score of the monitor model, which is not used for training",
     "kl": "KL divergence from the start model (nats per token)",
     "reply_tokens": "Reply length (tokens)",

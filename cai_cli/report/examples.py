@@ -11,6 +11,7 @@ from typing import Generic, TypeVar
 from markupsafe import escape
 
 from cai_cli.common.console import safe
+from cai_cli.data.reply_ends import CUT_OFF
 from cai_cli.data.schema import Message, Preference, Revision, Sample, Vote
 from cai_cli.metrics.label_audit import flips
 from cai_cli.report.collect import RunFiles, StepFiles
@@ -230,7 +231,7 @@ def _replies(
         for row in rows:
             sources[step.output.name] = None
             of_model = replies.setdefault(model_label(run, step), {})
-            of_model.setdefault(row.id, ModelReply(clip(row.reply), row.finish_reason == "length"))
+            of_model.setdefault(row.id, ModelReply(clip(row.reply), row.finish_reason == CUT_OFF))
     return replies, list(sources)
 
 

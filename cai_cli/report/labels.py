@@ -9,7 +9,7 @@ from typing import Any
 
 from cai_cli.data.schema import Preference, Rejected
 from cai_cli.metrics.label_audit import LabelAudit
-from cai_cli.report.charts import Bin, Chart, at_once, histogram, reliability
+from cai_cli.report.charts import Bin, Chart, adjustment, histogram, reliability
 
 BINS = 10
 
@@ -82,7 +82,7 @@ def _reliability_chart(bins: Sequence[Mapping[str, Any]], id: str, suffix: str) 
         [Bin(b["confidence"], b["right"]["value"], b["n"], b["right"]["low"], b["right"]["high"]) for b in bins],
         x_label="probability of the chosen reply",
         note="On the dashed line humans agree as often as the label predicts. "
-        f"The bars are 95% intervals{at_once(len(bins))}.",
+        f"The bars are 95% intervals{adjustment(len(bins))}.",
     )
 
 

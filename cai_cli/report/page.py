@@ -146,7 +146,7 @@ def _scatters(run: RunFiles) -> list[Chart]:
         ]
         if points:
             title, note = f"Elo ratings ({_short(name)})", "Higher is better on both axes. The bars are 95% intervals"
-            note = f"{note}{charts.at_once(compared.simultaneous.ratings)}. Win rates tell which model is better."
+            note = f"{note}{charts.adjustment(compared.simultaneous.ratings)}. Win rates tell which model is better."
             labels_of_axes = {"x_label": "helpfulness Elo", "y_label": "harmlessness Elo"}
             plots.append(charts.scatter(name, title, points, **labels_of_axes, note=note))
     return plots
@@ -160,7 +160,7 @@ def _win_rates(run: RunFiles) -> list[Chart]:
         if rates:
             title = f"Win rates ({_short(name)})"
             note = "An interval that contains 0.5 shows no significant difference. "
-            note += f"The intervals are 95% intervals{charts.at_once(compared.simultaneous.win_rates)}."
+            note += f"The intervals are 95% intervals{charts.adjustment(compared.simultaneous.win_rates)}."
             plots.append(charts.forest(f"{name}-wins", title, rates, x_label="win rate and 95% interval", note=note))
     return plots
 
@@ -176,7 +176,7 @@ def _sweeps(run: RunFiles) -> list[Chart]:
         points = sorted(sweep.points, key=lambda point: point.at)
         line = charts.Series(sweep.figure, *([getattr(p, a) for p in points] for a in ("at", "value", "low", "high")))
         title = f"{sweep.figure} by {sweep.setting} ({_short(name)})"
-        note = f"The band shows 95% intervals{charts.at_once(sweep.simultaneous)}."
+        note = f"The band shows 95% intervals{charts.adjustment(sweep.simultaneous)}."
         plots.append(charts.lines(name, title, [line], x_label=sweep.setting, note=note))
     return plots
 
@@ -187,7 +187,7 @@ def _forests(run: RunFiles) -> dict[str, Chart]:
     for name, metrics in run.evaluations.items():
         estimates = {k: v for k, v in metrics.items() if is_estimate(v)}
         if 2 <= len(estimates) <= 40:
-            note = "Each interval has a confidence of at least 95% by itself; of twenty, one may miss its value."
+            note = "95% intervals, not adjusted for multiple comparisons: of twenty, one may miss its value."
             title, x_label = f"Metrics of {name}", "value and 95% interval"
             plots[name] = charts.forest(name, title, estimates, x_label=x_label, note=note)
     return plots

@@ -17,7 +17,7 @@ _HARMLESS = Option(Effect.HARMLESS, Group.TRAINING)
 class DefaultRates:
     """The learning rates of a stage where none is given.
 
-    LoRA needs a higher rate: at the same rate the product of two adapters moves the weights several times less than
+    LoRA needs a higher rate: at the same rate adapters change the outputs of a model an order of magnitude less than
     full tuning does (`bench/lora_rates.py`).
 
     Attributes:

@@ -98,3 +98,27 @@ def test_certain_answers_have_finite_log_odds() -> None:
     rows = [pref(i, ("kind", "ab", 1.0), ("kind", "ba", 0.0)) for i in range(20)]
     assert audit(rows)["between_orders"]["value"] == 1.0
     assert audit(rows)["between_orders"]["low"] > 0
+
+
+def nine_first_picks_in_ten(pairs: int, method: str) -> list[Preference]:
+    """Labels of a judge that picks the first reply in nine of ten answers, and of no pair the second in both orders.
+
+    For a judge that does not read, that is the expected number up to a hundred pairs, rounded down.
+    """
+    rows = []
+    for i in range(pairs):
+        changes = i % 10 < 2
+        votes = [("kind", "ab", 0.999), ("kind", "ba", 0.001 if changes else 0.999)]
+        row = pref(i, *votes, human=None, prompt=i)
+        rows.append(row.model_copy(update={"votes": [v.model_copy(update={"method": method}) for v in row.votes]}))
+    return rows
+
+
+@pytest.mark.parametrize("method", ["cot", "verdict"])
+@pytest.mark.parametrize("pairs", [20, 50, 90])
+def test_picks_of_the_second_position_that_are_too_rare_to_occur_twice_are_no_sign_of_reading(
+    pairs: int, method: str
+) -> None:
+    found = audit(nine_first_picks_in_ten(pairs, method))
+    assert found["reads_replies"] is False
+    assert found["trusted"] is False

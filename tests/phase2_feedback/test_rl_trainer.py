@@ -1,5 +1,6 @@
 """Replies are sampled with the logits that training computes for them."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from cai_cli.engines.local import engine
 from cai_cli.models.loading import load_reward_model, load_tokenizer
 from cai_cli.phase2_feedback.rl import RlInputs, rl
 from cai_cli.phase2_feedback.rl_config import RlConfig
-from cai_cli.phase2_feedback.rl_trainer import ImportanceRatio
+from cai_cli.phase2_feedback.rl_trainer import SamplingDifference
 
 
 def policy_and_pm(folder: Path) -> tuple[Path, Path]:
@@ -49,18 +50,28 @@ def test_in_bfloat16_replies_are_sampled_with_the_dtype_and_the_values_of_traini
     assert set(products) == {torch.bfloat16}  # of every step: in the checks, and of the replies that are trained on
     for row in rows_in(tmp_path / "work/metrics.jsonl")[1:]:
         # Sampled in float32 and trained in bfloat16, as adapters once were, the maximum is 1.04 to 1.06.
-        assert row["importance_ratio_mean"] == pytest.approx(1, abs=1e-3)
+        assert row["sampling_logp_difference"] < 1e-3
         assert row["importance_ratio_max"] == pytest.approx(1, abs=1e-2)
 
 
-def test_the_ratio_is_over_the_tokens_of_replies_since_the_last_log() -> None:
-    ratio = ImportanceRatio()
-    assert ratio.take() == {}
+def test_the_difference_is_over_the_tokens_of_replies_since_the_last_log() -> None:
+    difference = SamplingDifference()
+    assert difference.take() == {}
     sampled = torch.tensor([[-1.0, -2.0, 0.0]])
-    ratio.add(sampled + torch.tensor([[0.5, 0.0, 9.0]]), sampled, torch.tensor([[1, 1, 0]]))
-    ratio.add(sampled - 0.5, sampled, torch.tensor([[1, 0, 0]]))
-    logged = ratio.take()
-    e = torch.tensor(0.5).exp().item()
-    assert logged["importance_ratio_mean"] == pytest.approx((e + 1 + 1 / e) / 3)
-    assert logged["importance_ratio_max"] == pytest.approx(e)
-    assert ratio.take() == {}
+    difference.add(sampled + torch.tensor([[0.5, 0.0, 9.0]]), sampled, torch.tensor([[1, 1, 0]]))
+    difference.add(sampled - 0.25, sampled, torch.tensor([[1, 0, 0]]))
+    logged = difference.take()
+    assert logged["sampling_logp_difference"] == pytest.approx(0.25)
+    assert logged["importance_ratio_max"] == pytest.approx(math.exp(0.5))
+    assert difference.take() == {}
+
+
+def test_the_difference_shows_what_the_mean_of_the_ratios_hides() -> None:
+    torch.manual_seed(0)
+    sampling, training = torch.randn(2, 50).log_softmax(-1)
+    tokens = torch.multinomial(sampling.exp(), 20_000, replacement=True)
+    sampled, trained = sampling[tokens][None], training[tokens][None]
+    assert (trained - sampled).exp().mean() == pytest.approx(1, abs=0.05)
+    difference = SamplingDifference()
+    difference.add(trained, sampled, torch.ones_like(sampled))
+    assert difference.take()["sampling_logp_difference"] > 0.5

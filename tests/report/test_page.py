@@ -85,7 +85,7 @@ def test_simultaneous_intervals_are_named_with_their_number(tmp_path: Path) -> N
     text = squeezed(page.text)
     assert "no significant difference. The intervals are 95% intervals, simultaneous over 12." in text
     assert "The bars are 95% intervals, simultaneous over 8. Win rates tell which model is better." in text
-    assert "The band shows 95% intervals, each for itself." in text
+    assert "The band shows 95% intervals, not adjusted for multiple comparisons." in text
 
 
 def test_a_comparison_on_one_axis_alone_shows_who_wins(tmp_path: Path) -> None:
@@ -97,5 +97,7 @@ def test_a_comparison_on_one_axis_alone_shows_who_wins(tmp_path: Path) -> None:
     (folder / "models.compare.json").write_text(json.dumps(compared))
     _, page = drawn(folder)
     assert "Win rates (models)" in squeezed(page.text)
-    assert "The intervals are 95% intervals, each for itself." in squeezed(page.text)  # a comparison by version 0.1
+    assert "The intervals are 95% intervals, not adjusted for multiple comparisons." in squeezed(
+        page.text
+    )  # a comparison by version 0.1
     assert ("a", {"href": "#comparison"}) in page.tags
