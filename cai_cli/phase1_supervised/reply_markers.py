@@ -52,10 +52,10 @@ _WRAPPERS = (
     rf"""{_START}(?:let\ me|I\ will|I'll|I\ can|I\ would|I'd)\s+(?:\w+\s+)?(?:revise|re-?write|rephrase|reword)\s+
          (?:the|my|this|that)\s+(?:\S+\s+){{0,2}}{_REPLY}\b""",
 )
-# A remark after the revision.
+# A remark after the revision. It is looked for in the whole text, so what stands before it is bounded.
 _REMARKS = (
-    rf"""\n\W*(?:note\W+|explanation\W+)?(?:in\s)?(?:this|the|my)\s+{_REVISED}\s+(?:\w+\s+)?{_REPLY}\b""",
-    rf"""\n\W*(?:note\W+|explanation\W+)?(?:I\ have|I've|I)\s+(?:\w+\s+)?(?:{_REVISED}|re-?wrote)
+    rf"""\n[^\w\n]{{0,12}}(?:(?:note|explanation)\W{{1,12}})?(?:in\s)?(?:this|the|my)\s+{_REVISED}\s+(?:\w+\s+)?{_REPLY}\b""",
+    rf"""\n[^\w\n]{{0,12}}(?:(?:note|explanation)\W{{1,12}})?(?:I\ have|I've|I)\s+(?:\w+\s+)?(?:{_REVISED}|re-?wrote)
          \s+(?:the|my)\s+(?:\S+\s+){{0,2}}{_REPLY}\b""",
 )
 _CRITIQUES = (
