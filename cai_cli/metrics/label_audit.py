@@ -175,7 +175,7 @@ class LabelAudit:
             "mean_p_first": votes.estimate(lambda s: s["p_first"] / s["votes"], "votes", SHARE),
             "position": votes.estimate(lambda s: 2 * s["firsts"] / s["picks"] - 1, "picks", SIGNED),
             "noise": votes.estimate(_noise, "both_orders", SHARE),
-            "content": votes.estimate(_content, "both_orders", SHARE),
+            "content": _content_estimate(votes),
             "between_principles": pairs.share("principles_agree", "principle_pairs"),
             "longer_chosen": pairs.share("longer", "unequal"),
             "length_correlation": pairs.estimate(_length_correlation, "pairs", SIGNED),
@@ -323,6 +323,15 @@ def _flip_excess_estimate(votes: ClusterBootstrap[Sum]) -> Estimate | None:
         return excess
     ends = fisher_interval({**excess, "value": -excess["value"] / scale})
     return widened(excess, {**excess, "low": -scale * ends["high"], "high": -scale * ends["low"]})
+
+
+def _content_estimate(votes: ClusterBootstrap[Sum]) -> Estimate | None:
+    """Return the share that the replies decide, sqrt(-2 * flip excess), whose interval covers that of the excess."""
+    content, excess = votes.estimate(_content, "both_orders", SHARE), _flip_excess_estimate(votes)
+    if content is None or excess is None:
+        return content
+    low, high = (min(1.0, max(0.0, -2 * end) ** 0.5) for end in (excess["high"], excess["low"]))
+    return widened(content, {**content, "low": low, "high": high})
 
 
 def _content(s: "Mapping[Sum, Numbers]") -> "Numbers":

@@ -122,3 +122,4 @@ def test_picks_of_the_second_position_that_are_too_rare_to_occur_twice_are_no_si
     found = audit(nine_first_picks_in_ten(pairs, method))
     assert found["reads_replies"] is False
     assert found["trusted"] is False
+    assert found["content"]["low"] == 0
