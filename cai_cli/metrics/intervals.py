@@ -289,6 +289,7 @@ class ClusterBootstrap(Generic[Column]):
             value = float(statistic(self._by_column(table.sum(0, keepdims=True)))[0])
             if self.clusters(count) == 0 or not math.isfinite(value):
                 return None
+            value = max(limits[0], min(limits[1], value))  # rounding must not move it past a limit
             if self._resampled is None:
                 self._resampled = _block_counts(self.blocks) @ table
             resamples = statistic(self._by_column(self._resampled))

@@ -292,9 +292,11 @@ def _preference_spread(s: "Mapping[Sum, Numbers]") -> "Numbers":
 def _log_odds_metrics(votes: ClusterBootstrap[Sum]) -> dict[str, Any]:
     """Return the mean and the standard deviation of the position part, and the root mean square of the preference."""
     signed, spread = (-LARGEST_LOG_ODDS, LARGEST_LOG_ODDS), (0.0, LARGEST_LOG_ODDS)
+    # The variance is unbiased: that of two opposite extremes is twice their square.
+    position_spread = (0.0, 2**0.5 * LARGEST_LOG_ODDS)
     return {
         "position_log_odds": votes.estimate(lambda s: s["position"] / s["ordered"], "ordered", signed),
-        "position_spread": votes.estimate(lambda s: position_variance(s) ** 0.5, "ordered", spread),
+        "position_spread": votes.estimate(lambda s: position_variance(s) ** 0.5, "ordered", position_spread),
         "preference_spread": votes.estimate(_preference_spread, "ordered", spread),
     }
 

@@ -105,7 +105,7 @@ def notes(metrics: dict[str, Any]) -> list[str]:
             f"the position adds {position:.2g} to the log-odds of the first reply; the replies move them by "
             f"{preference:.2g} (root mean square)"
         )
-    elif content := metrics["content"]:
+    elif (content := metrics["content"]) and metrics["position"]:
         position, noise = abs(metrics["position"]["value"]), metrics["noise"]["value"]
         shares = f"the replies decide {percent(content)} of the judge's answers, the position {position:.1%}"
         sentences.append(f"{shares}, chance {noise:.1%}")

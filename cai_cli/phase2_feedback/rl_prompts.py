@@ -76,7 +76,8 @@ def hold_out(prompts: Sequence[Prompt], count: int, seed: int) -> tuple[list[Pro
         raise CaiError("rl: one prompt is too few, because some are held out to check the policy", code="too-few-rows")
     if count > len(prompts) // 2:
         count = len(prompts) // 2
-        console.say(f"rl: {count:,} prompts are held out, half of all prompts, which is fewer than --held-out")
+        held_out = "1 prompt is" if count == 1 else f"{count:,} prompts are"
+        console.say(f"rl: {held_out} held out, half of all prompts, which is fewer than --held-out")
     keys = [conversation_id(prompt.prompt) for prompt in prompts]
     held = pick_keys(keys, count, seed)
     train = [prompt for prompt, key in zip(prompts, keys, strict=True) if key not in held]

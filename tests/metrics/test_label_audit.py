@@ -221,3 +221,20 @@ def test_pairs_of_one_prompt_are_drawn_together() -> None:
     assert apart["value"] == together["value"] == 0.5
     ratio = (together["high"] - together["low"]) / (apart["high"] - apart["low"])
     assert 2.5 < ratio < 4  # the square root of ten
+
+
+def test_an_answer_that_is_certain_stays_within_the_ends_of_its_intervals() -> None:
+    """Probabilities of exactly 0 and 1, whose log-odds are the largest there are."""
+    for answers in ([1.0] * 60, [0.0] * 60, [1.0, 0.0]):
+        found = audit([pref(i, ("p", "ab", p), ("p", "ba", p)) for i, p in enumerate(answers)])
+        for name in ("position_log_odds", "position_spread", "preference_spread"):
+            assert found[name]["low"] <= found[name]["value"] <= found[name]["high"], (name, answers)
+
+
+def test_contrast_votes_in_both_orders_are_audited_though_they_have_no_position() -> None:
+    """As in a file made of two others."""
+    row = pref(0, ("p", "ab", 1.0), ("p", "ba", 1.0))
+    votes = [vote.model_copy(update={"method": "contrast"}) for vote in row.votes]
+    found = audit([row.model_copy(update={"votes": votes})])
+    assert found["position"] is None
+    assert found["content"] is not None
