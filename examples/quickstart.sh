@@ -13,5 +13,5 @@ cai sft runs/quickstart/revisions.jsonl -o runs/quickstart/sl-cai --helpful runs
 cai sample examples/red_team.jsonl -o runs/quickstart/pairs.jsonl --model runs/quickstart/sl-cai --n 2 --limit 32 --max-new-tokens 64 --temperature 0.7 --seed 0
 cai label-prefs runs/quickstart/pairs.jsonl -o runs/quickstart/preferences.jsonl --model smollm2-135m --seed 0
 cai train-pm runs/quickstart/preferences.jsonl -o runs/quickstart/pm --model runs/quickstart/sl-cai --seed 0
-cai rl examples/red_team.jsonl -o runs/quickstart/rl-cai --model runs/quickstart/sl-cai --pm runs/quickstart/pm --steps 6 --prompts-per-step 2 --max-new-tokens 48 --seed 0
+cai rl examples/red_team.jsonl -o runs/quickstart/rl-cai --limit 48 --model runs/quickstart/sl-cai --pm runs/quickstart/pm --steps 6 --prompts-per-step 2 --max-new-tokens 48 --seed 0
 cai sample examples/red_team.jsonl -o runs/quickstart/after.jsonl --model runs/quickstart/rl-cai --limit 24 --max-new-tokens 64 --temperature 0.7 --seed 0

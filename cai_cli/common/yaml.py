@@ -20,7 +20,8 @@ def load_yaml(source: str | Path) -> Any:
         with open(source, encoding="utf-8") as file:
             text = file.read(MAX_YAML + 1)
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or not a valid file name
-        raise CaiError(f"cannot read {source}: {error}", code="cannot-read") from error
+        why = (isinstance(error, OSError) and error.strerror) or error
+        raise CaiError(f"cannot read {source}: {why}", code="cannot-read") from error
     if len(text) > MAX_YAML:
         raise CaiError(
             f"{source}: longer than {MAX_YAML:,} characters",

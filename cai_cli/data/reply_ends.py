@@ -17,7 +17,7 @@ class ReplyEnds:
         self._counts: dict[str, Counter[str]] = {}
 
     def add(self, what: str, finish_reason: str | None) -> None:
-        """Count one text of the kind `what`, "replies" or "revisions"."""
+        """Count one text of the kind `what`, such as "revisions"."""
         end = "unknown" if finish_reason is None else "cut_off" if finish_reason == CUT_OFF else "whole"
         self._counts.setdefault(what, Counter())[end] += 1
 
@@ -28,7 +28,7 @@ class ReplyEnds:
             self.add("replies", row["rejected_finish_reason"])
         elif "finish_reason" in row:
             reasons = [*(each.get("finish_reason") for each in row.get("history") or ()), row["finish_reason"]]
-            self.add("replies", reasons[0])
+            self.add("criticised replies" if "critique" in row else "replies", reasons[0])
             for reason in reasons[1:]:
                 self.add("revisions", reason)
 

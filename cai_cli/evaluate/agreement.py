@@ -7,6 +7,9 @@ from cai_cli.common import console
 from cai_cli.metrics.intervals import Estimate
 from cai_cli.metrics.label_audit import AuditMetrics
 
+# With log-odds these describe single answers, and not the labels, which average both orders.
+OF_SINGLE_ANSWERS = frozenset({"flip_excess", "position", "content", "noise"})
+
 
 def estimates(audit: AuditMetrics) -> Iterator[tuple[str, Estimate]]:
     """Yield (name, estimate) for every metric with an interval; those of bins and principles come last."""
@@ -17,6 +20,8 @@ def estimates(audit: AuditMetrics) -> Iterator[tuple[str, Estimate]]:
         for name, metric in metrics.items()
     )
     for name, metric in chain(audit.items(), bins, by_principle):
+        if audit["between_orders"] and name in OF_SINGLE_ANSWERS:
+            continue
         if isinstance(metric, dict) and "low" in metric:
             yield name.replace("_", " "), metric  # type: ignore[misc]
 

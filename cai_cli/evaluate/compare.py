@@ -264,7 +264,8 @@ def _sentence(rate: Mapping[str, Any], among: int) -> str:
     if low > 0.5:
         verdict = f"{a} is better than {b}"
     elif rate["prompts"] < fewest_clusters(among):
-        verdict = f"{rate['prompts']} prompts are too few to compare {a} and {b} ({fewest_clusters(among)} are needed)"
+        prompts = "1 prompt is" if rate["prompts"] == 1 else f"{rate['prompts']} prompts are"
+        verdict = f"{prompts} too few to compare {a} and {b} ({fewest_clusters(among)} are needed)"
     won = f"{a} wins {value:.0%} ({low:.0%} to {high:.0%}) of {rate['n']:,}, with {rate['ties']:,} ties counted half"
     return f"{kind} prompts: {verdict}: {won}"
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from cai_cli.common import console
-from cai_cli.metrics.intervals import Estimate, percent
+from cai_cli.metrics.intervals import Estimate, fewest_clusters, percent
 from cai_cli.metrics.order_agreement import FEWEST_PROMPTS
 
 
@@ -23,11 +23,18 @@ def trust(metrics: dict[str, Any]) -> tuple[bool | None, str]:
     agreement = metrics["agreement"]
     if not agreement:
         return _trust_without_humans(metrics)
+    return _trust_by_humans(agreement, metrics["labelled_prompts"])
+
+
+def _trust_by_humans(agreement: Estimate, prompts: int) -> tuple[bool | None, str]:
     finding = f"the judge agrees with humans on {percent(agreement)} of {agreement['n']:,} labelled pairs"
     if agreement["low"] > 0.5:
         return True, finding
-    below = agreement["high"] < 0.5
-    return False, f"{finding}, which {'is worse than' if below else 'cannot be distinguished from'} chance"
+    if agreement["high"] < 0.5:
+        return False, f"{finding}, which is worse than chance"
+    if prompts < (needed := fewest_clusters(1)):
+        return None, f"{finding}; {needed} or more prompts with human labels are needed for a result"
+    return False, f"{finding}, which cannot be distinguished from chance"
 
 
 def _trust_without_humans(metrics: dict[str, Any]) -> tuple[bool | None, str]:
@@ -45,6 +52,9 @@ def reads_replies(metrics: dict[str, Any]) -> tuple[bool | None, str]:
     Args:
         metrics: The metrics of `label_audit.audit`, except `reads_replies`.
     """
+    if 0 < (prompts := metrics["both_orders_prompts"]) < FEWEST_PROMPTS:
+        few = "1 prompt is" if prompts == 1 else f"{prompts} prompts are"
+        return None, f"{few} too few to show whether the judge reads the replies"
     if metrics["between_orders"]:
         return _reads_by_log_odds(metrics)
     if metrics["flip_rate"] and metrics["flip_excess"]:
@@ -61,14 +71,12 @@ def _reads_by_log_odds(metrics: dict[str, Any]) -> tuple[bool | None, str]:
     finding = f"the judge's preferences in the two orders have a correlation of {spread}"
     if correlation["low"] > 0:
         return True, f"{finding} (a judge that does not read the replies: 0)"
-    if metrics["ordered_prompts"] < FEWEST_PROMPTS:
-        prompts = "1 prompt is" if metrics["ordered_prompts"] == 1 else f"{metrics['ordered_prompts']} prompts are"
-        return None, f"{prompts} too few to show whether the judge reads the replies"
     if correlation["high"] < 0:
         position, preference = metrics["position_spread"]["value"], metrics["preference_spread"]["value"]
         return False, (
             "nothing shows that the judge reads the replies: its position bias differs from pair to pair by more than "
-            f"it prefers one reply (standard deviations of {position:.2g} and {preference:.2g} in log-odds)"
+            f"it prefers one reply (in log-odds, a standard deviation of {position:.2g} and a root mean square of "
+            f"{preference:.2g})"
         )
     return False, f"{finding}, like a judge that does not read them (0)"
 
@@ -97,13 +105,13 @@ def notes(metrics: dict[str, Any]) -> list[str]:
     if first := metrics["first_picks"]:
         sentences.append(
             f"the judge picks the first reply in {percent(first)} of {first['n']:,} votes"
-            + ("" if _is_biased(first) else ", which shows no position bias")
+            + ("" if _is_biased(first) else " (a judge without position bias: 50%)")
         )
     if metrics["between_orders"]:
         position, preference = metrics["position_log_odds"]["value"], metrics["preference_spread"]["value"]
         sentences.append(
-            f"the position adds {position:.2g} to the log-odds of the first reply; the replies move them by "
-            f"{preference:.2g} (root mean square)"
+            f"the position adds {position:.2g} to the log-odds of the first reply; the preferences between replies, "
+            f"noise included, have a root mean square of {preference:.2g}"
         )
     elif (content := metrics["content"]) and metrics["position"]:
         position, noise = abs(metrics["position"]["value"]), metrics["noise"]["value"]

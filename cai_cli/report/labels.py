@@ -61,8 +61,8 @@ class LabelCharts:
             {names[order]: counts for order, counts in sorted(self.p_first.items())},
             [i / BINS for i in range(BINS + 1)],
             x_label="probability",
-            note="If the judge reads the replies, the two orders lie on opposite sides; with a position bias, both lie "
-            "on the same side.",
+            note="A judge that reads the replies sets the two orders apart; a position bias moves both of them to the "
+            "same side.",
         )
 
     def _p_chosen_chart(self, id: str, suffix: str) -> Chart:

@@ -85,8 +85,13 @@ def _row_metrics(run: RunFiles) -> Iterator[KeyMetric]:
 
 
 def _label_metrics(audit: Mapping[str, Any] | None) -> Iterator[KeyMetric]:
-    if audit and audit["flip_rate"]:
-        yield KeyMetric("labels that flip with the order of the replies", audit["flip_rate"])
+    if audit and (correlation := audit.get("between_orders")):
+        ends = f"{correlation['low']:.2f} to {correlation['high']:.2f}; a judge that does not read the replies has 0"
+        yield KeyMetric(
+            "correlation of the judge's preferences in the two orders", round(correlation["value"], 2), ends
+        )
+    elif audit and audit["flip_rate"]:
+        yield KeyMetric("judgements that flip with the order of the replies", audit["flip_rate"])
 
 
 def _model_metrics(run: RunFiles) -> Iterator[KeyMetric]:
@@ -95,11 +100,11 @@ def _model_metrics(run: RunFiles) -> Iterator[KeyMetric]:
             yield KeyMetric(f"held-out accuracy of {step.name}", step.metrics["accuracy"])
     for step in run.steps_of("rl"):
         metrics = step.metrics
-        if metrics.get("reward_before") is not None and metrics.get("reward") is not None:
-            change = f"{metrics['reward_before']:.3g} in the first training step"
+        if metrics.get("pm_score_before") is not None and metrics.get("pm_score") is not None:
+            change = f"{metrics['pm_score_before']:.3g} before training, on held-out prompts"
             if metrics.get("kept_step", metrics["steps"]) != metrics["steps"]:
                 change += f"; measured at step {metrics['kept_step']:,}, the step that was kept"
-            yield KeyMetric(f"preference model score of {step.name}", metrics["reward"], change)
+            yield KeyMetric(f"preference model score of {step.name}", metrics["pm_score"], change)
 
 
 def constitutions(run: RunFiles) -> list[tuple[StepFiles, PrincipleDraws]]:

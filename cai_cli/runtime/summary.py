@@ -10,7 +10,13 @@ from cai_cli.common import console
 from cai_cli.common.errors import CaiError
 from cai_cli.data.reply_ends import cut_off_share
 
-TRAINING_METRICS = ("loss", "accuracy", "reward", "held_out_loss")  # shown in the line, where a stage has them
+TRAINING_METRICS = {  # shown in the line, where a stage has them
+    "loss": "training loss",
+    "held_out_loss": "held-out loss",
+    "accuracy": "held-out accuracy",
+    "reward": "training reward",
+    "pm_score": "held-out score",
+}
 SHOWN_COLUMNS = 12  # of those that were left out
 
 
@@ -92,8 +98,8 @@ def _training(summary: Mapping[str, Any]) -> Iterator[str]:
     if "steps" not in summary:
         return
     changes = [
-        f"{name.replace('_', '-')} {_before(summary.get(f'{name}_before'))}{_value(summary[name])}"
-        for name in TRAINING_METRICS
+        f"{words} {_before(summary.get(f'{name}_before'))}{_value(summary[name])}"
+        for name, words in TRAINING_METRICS.items()
         if summary.get(name) is not None
     ]
     if changes:

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import pytest
 from conftest import Cai
 from helpers import manifest_of, rows_in, sample_row, write_rows
 from tiny import tiny_model_dir
-from vllm_env import ENVIRONMENT, PYTHON
+from vllm_env import PYTHON
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 
@@ -31,7 +31,7 @@ ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert PYTHON.exists(), "make vllm-env builds the environment"
     folder = tmp_path_factory.mktemp("vllm")
-    tiny_model_dir(folder / "tiny", head_dim=64)
+    tiny_model_dir(folder / "tiny", head_dim=64, max_position_embeddings=2048)
     (folder / "prompts.txt").write_text("Name a fruit.\nName a town.\nName a river in the north.\n")
     (folder / "datasets.py").write_text("raise SystemExit('a file of the folder was run')\n")
     write_rows(folder / "samples.jsonl", [sample_row(i, j) for i in range(4) for j in range(2)])
@@ -56,7 +56,7 @@ def test_replies_are_those_of_the_local_engine(folder: Path, cai: Cai, monkeypat
 
 def test_labels_are_those_of_the_local_engine(folder: Path, cai: Cai, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    words = ("label-prefs", "samples.jsonl", "--dtype", "bfloat16")
+    words = ("label-prefs", "samples.jsonl", "--dtype", "bfloat16", "--few-shot", "none")
     done = with_vllm(folder, *words, "-o", "vllm-labels.jsonl")
     assert done.returncode == 0, done.stderr
     assert cai(*words, "-m", "tiny", "-o", "local-labels.jsonl").code == 0
@@ -92,18 +92,9 @@ def test_a_window_larger_than_the_models_is_vllms_failure_in_one_line(folder: Pa
 
 @contextmanager
 def server(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    words = [
-        ENVIRONMENT / "bin/vllm",
-        "serve",
-        "tiny",
-        "--port",
-        port,
-        "--host",
-        "127.0.0.1",
-        "--served-model-name",
-        "tiny",
-    ]
-    words += ["--enforce-eager", "--max-num-seqs", 16, "--dtype", "float32"]
+    # Its command `vllm serve` looks for the metadata of a package of that name, which the CPU build has not.
+    words = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", "tiny", "--served-model-name", "tiny"]
+    words += ["--host", "127.0.0.1", "--port", port, "--enforce-eager", "--max-num-seqs", 16, "--dtype", "float32"]
     log = (folder / "server.log").open("ab")
     process = subprocess.Popen(
         [str(w) for w in words], cwd=folder, env=os.environ | ENV, stdout=log, stderr=log, start_new_session=True
@@ -119,7 +110,8 @@ def server(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
             raise AssertionError("the server did not start")
         yield process
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it has ended by itself
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         log.close()
 

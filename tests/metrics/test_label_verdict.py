@@ -34,8 +34,8 @@ def test_labels_are_trusted_where_agreement_is_above_chance_and_not_where_it_may
 
 
 def test_three_pairs_that_agree_do_not_make_a_judge() -> None:
-    assert verdict(steady(i, "chosen") for i in range(3))[0] is False
-    assert verdict(steady(i, "chosen", prompt=0) for i in range(50))[0] is False  # nor do fifty of one prompt
+    assert verdict(steady(i, "chosen") for i in range(3))[0] is None
+    assert verdict(steady(i, "chosen", prompt=0) for i in range(50))[0] is None  # nor do fifty of one prompt
     assert verdict(steady(i, "chosen") for i in range(10))[0] is True
 
 

@@ -38,7 +38,7 @@ UNITS = {
 def test_a_hostile_text_is_checked_in_linear_time(unit: str) -> None:
     text = (unit * (LENGTH // len(unit) + 1))[:LENGTH]
     critique_problem(f"See. {text}")
-    revision_problem(f"See. {text}", "Rewrite your last reply without the insult.", asked=text)
+    revision_problem(f"See. {text}", "Rewrite your last reply without the insult.", user_message=text)
 
 
 @pytest.mark.parametrize("alphabet", ["+-", "ab ", "中文", "01 ", "\n .!`|"])

@@ -155,7 +155,7 @@ def test_a_model_worse_than_chance_and_one_without_held_out_pairs_give_a_warning
     command(write_rows(tmp_path / "turned.jsonl", rows), tmp_path / "worse", **run | {"eval_share": 0.5})
     messages = capsys.readouterr().err
     assert "warning: train-pm: The preference model is worse than chance" in messages
-    assert "; accuracy 0, " in messages  # without training there is no metric before it
+    assert ", held-out accuracy 0; " in messages  # without training there is no metric before it
 
 
 @pytest.mark.parametrize("trainer_name", ["RewardTrainer", "DPOTrainer"])

@@ -66,10 +66,10 @@ def test_every_step_with_labels_has_its_own_audit(plain: tuple[str, Page], tmp_p
         assert f" {file} {verdict[found['trusted']]}: {found['reason']}." in text
     assert text.count("flip rate: preferences that change with the order of the replies") == 2
     assert "Confidence of the labels (positional)" in text
-    assert "labels that flip with the order of the replies" not in text
+    assert "judgements that flip with the order of the replies" not in text
     assert "pairs labelled" not in text
 
     alone = squeezed(plain[1].text)
-    assert "labels that flip with the order of the replies" in alone
+    assert "correlation of the judge's preferences in the two orders" in alone
     assert "Confidence of the labels (" not in alone
     assert "chart-labels-first" in [a.get("id") for _, a in plain[1].tags]
