@@ -28,7 +28,7 @@ class ReplyEnds:
             self.add("replies", row["rejected_finish_reason"])
         elif "finish_reason" in row:
             reasons = [*(each.get("finish_reason") for each in row.get("history") or ()), row["finish_reason"]]
-            self.add("criticised replies" if "critique" in row else "replies", reasons[0])
+            self.add("replies" if row.get("critique") is None else "criticised replies", reasons[0])
             for reason in reasons[1:]:
                 self.add("revisions", reason)
 

@@ -103,8 +103,11 @@ def test_a_run_that_would_make_other_rows_is_refused_with_the_difference(
         monkeypatch.setattr("cai_cli.runtime.manifest.__version__", version)
     refused = cai(*STAGES[stage], *options)
     assert (refused.code, refused.error) == (1, "other-run")
-    assert named in refused.stderr
-    assert refused.stderr.count(" -> ") == 1
+    if what == "input" and finished:  # it might have gained rows, so it is compared row by row
+        assert "rows of the input are not those that the output was made from" in refused.stderr
+    else:
+        assert named in refused.stderr
+        assert refused.stderr.count(" -> ") == 1
     assert files_of(folder) == before
 
 

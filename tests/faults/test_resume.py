@@ -164,11 +164,13 @@ def test_a_changed_input_is_refused_and_a_finished_output_left_alone(tmp_path: P
     assert again.returncode == 0
     assert json.loads(again.stdout)["status"] == "already finished"
     assert (tmp_path / "out.jsonl").stat().st_mtime_ns == first.st_mtime_ns
-    with (tmp_path / "prompts.jsonl").open("a") as file:
-        file.write('{"prompt": "one more"}\n')
+    prompts = (tmp_path / "prompts.jsonl").read_text()
+    (tmp_path / "prompts.jsonl").write_text(prompts.replace("question", "query", 1))
+    assert (tmp_path / "prompts.jsonl").read_text() != prompts
     refused = cai(*command("sample"), cwd=tmp_path)
     assert refused.returncode == 1
-    assert "input.prompts" in refused.stderr
+    assert "rows of the input are not those that the output was made from" in refused.stderr
+    assert (tmp_path / "out.jsonl").stat().st_mtime_ns == first.st_mtime_ns
 
 
 def test_a_second_writer_is_refused_at_once_and_a_killed_holder_frees_the_lock(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_a_template_sees_the_held_date_at_midnight_and_not_the_clock(
 def test_the_date_is_recorded_only_for_templates_that_write_it(dated: Path, undated: Path) -> None:
     def identities(path: Path) -> list[dict[str, Any]]:
         options: Any = {"batch_size": None, "device": "auto", "dtype": "auto"}
-        engines = LocalEngine(str(path), **options), VllmEngine(str(path), **options)
+        engines = LocalEngine(str(path), **options), VllmEngine(str(path), **options, engine_args={})
         return [*(engine.identity() for engine in engines), ModelSource.resolve(str(path)).identity()]
 
     assert all(identity["template_date"] == "2024-07-26" for identity in identities(dated))
