@@ -59,7 +59,7 @@ def load_generation_config(path: Path) -> "GenerationConfig":
 
     with loading(path):
         if (path / "generation_config.json").is_file():
-            return GenerationConfig.from_pretrained(path, local_files_only=True)
+            return GenerationConfig.from_pretrained(path, local_files_only=True)  # nosec B615
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)  # nosec B615
         return GenerationConfig.from_model_config(config)
 
