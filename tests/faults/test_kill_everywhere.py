@@ -41,7 +41,7 @@ def words(stage: str) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def forks() -> Iterator[Forks]:
-    made = Forks("zstandard", "pyarrow")
+    made = Forks("zstandard", "pyarrow", "scipy.special")
     yield made
     made.close()
 

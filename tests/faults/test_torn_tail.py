@@ -16,7 +16,7 @@ STAGES = {
     "critique": ("critique", "samples.jsonl", *SCRIPT),
     "revise": ("revise", "critiques.jsonl", *SCRIPT),
     "critique-revise": ("critique-revise", "samples.jsonl", *SCRIPT, "--rounds", "1"),
-    "label-prefs": ("label-prefs", "samples.jsonl", *SCRIPT, "--one-order"),
+    "label-prefs": ("label-prefs", "samples.jsonl", *SCRIPT, "--one-order", "--min-confidence", "0.55"),
     "a shard": ("sample", "prompts.jsonl", *SCRIPT, "--shard", "1/1"),
 }
 TORN = {
