@@ -1,6 +1,7 @@
 """The documentation is true: its commands run, its links and names exist, and its generated pages are current."""
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -190,10 +191,23 @@ def test_commands_that_need_a_gpu_or_a_server_have_valid_options() -> None:
                 CLI[name].make_context(name, shlex.split(line, comments=True)[len(name.split()) :])
 
 
+def write_files_of_other_tools(folder: Path) -> None:
+    """The inputs of the examples of `cai convert`."""
+    turns = [{"from": "human", "value": "Name a fruit."}, {"from": "gpt", "value": "A pear."}]
+    (folder / "sharegpt.json").write_text(json.dumps([{"conversations": turns}]))
+    asked = {"messages": [{"role": "user", "content": "Name a fruit."}]}
+    (folder / "batch_input.jsonl").write_text(json.dumps({"custom_id": "p1", "body": asked}) + "\n")
+    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "A pear."}}
+    answer = {"status_code": 200, "body": {"choices": [choice]}}
+    row = {"id": "b1", "custom_id": "p1", "error": None, "response": answer}
+    (folder / "batch_output.jsonl").write_text(json.dumps(row) + "\n")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_all_other_commands_run_on_the_real_model(tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
+    write_files_of_other_tools(tmp_path)
     heavy = [command for command in commands() if not re.match(r"make |pip ", command) and not LIGHT.match(command)]
     assert all(command.startswith("cai ") for command in heavy)
     for command in heavy:

@@ -142,7 +142,7 @@ def test_an_error_is_reported_once_for_any_number_of_processes(folder: Path, tmp
     (tmp_path / "mine").mkdir()  # noticed by rank 0 alone
     cases = {
         tuple(words("sft", tmp_path / "mine", 1)): "has no manifest, so it was not made by cai",
-        ("sft", "bad.jsonl", "-o", str(tmp_path / "a"), "--model", "tiny"): "bad.jsonl:1: no completion",
+        ("sft", "bad.jsonl", "-o", str(tmp_path / "a"), "--model", "tiny"): "bad.jsonl:1: no prompt in this row",
         ("sample", "prompts.txt", "--model", "tiny"): "cai sample runs in one process, not in 2",
         ("sft", "-", "-o", str(tmp_path / "b"), "--model", "tiny"): "stdin reaches one process only",
         tuple(
