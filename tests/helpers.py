@@ -1,6 +1,7 @@
 """Rows, models and interruptions for the tests of several modules."""
 
 import json
+import tracemalloc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +55,16 @@ def death_after(calls: int) -> Iterator[None]:
 def write_rows(path: Path, rows: Iterable[Json]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def peak_memory(work: Callable[[], None]) -> int:
+    """The bytes that Python objects take at most while `work` runs."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 def rows_in(path: Path) -> list[Json]:

@@ -117,6 +117,15 @@ def replies(
     return [answer for answer in answers if isinstance(answer, Completion)]
 
 
+def greedy_tokens(family: str, ids: list[int], new: int) -> list[int]:
+    """The new tokens of transformers' own `generate` for the row alone."""
+    row = torch.tensor([ids])
+    out = reference(family).generate(
+        row, attention_mask=torch.ones_like(row), do_sample=False, max_new_tokens=new, pad_token_id=0
+    )
+    return list(out[0, len(ids) :].tolist())
+
+
 def prompt_ids(e: LocalEngine, request: GenerationRequest) -> list[int]:
     if isinstance(request.text, str):
         return list(e.tokenizer(request.text + request.prefill)["input_ids"])

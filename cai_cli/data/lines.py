@@ -140,9 +140,12 @@ def read_line(stream: BinaryIO, name: str, size: int) -> bytes:
     try:
         return stream.readline(size)
     except OSError as error:
-        raise CaiError(
-            f"cannot read {name}: {error.strerror or error}", hint="is the file complete?", code="cannot-read"
-        ) from error
+        raise cannot_read(name, error) from error
+
+
+def cannot_read(name: str, error: OSError) -> CaiError:
+    """The error for an input that fails while it is read."""
+    return CaiError(f"cannot read {name}: {error.strerror or error}", hint="is the file complete?", code="cannot-read")
 
 
 def refuse_compressed(start: bytes, name: str) -> None:

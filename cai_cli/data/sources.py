@@ -187,6 +187,4 @@ def _read_block(stream: BinaryIO, name: str) -> bytes:
     try:
         return stream.read(BLOCK)
     except OSError as error:
-        raise CaiError(
-            f"cannot read {name}: {error.strerror or error}", hint="is the file complete?", code="cannot-read"
-        ) from error
+        raise lines.cannot_read(name, error) from error

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import zstandard
-from helpers import write_rows
+from helpers import peak_memory, write_rows
 
 from cai_cli.common.errors import CaiError, InvalidRow
 from cai_cli.common.hash_index import KeyTable
@@ -168,18 +168,14 @@ def test_cutting_a_torn_tail_keeps_every_whole_line(size: int, tmp_path: Path) -
 
 
 def test_reading_many_rows_keeps_none_of_them(tmp_path: Path) -> None:
-    import tracemalloc
-
     path = tmp_path / "in.jsonl"
     path.write_bytes(b"".join(b'{"prompt": "%06d%s"}\n' % (i, b"x" * 1000) for i in range(5_000)))
     next(read_prompts(str(path)))  # imports and caches are not what is measured
-    tracemalloc.start()
-    try:
+
+    def read_all() -> None:
         assert sum(1 for _ in read_prompts(str(path))) == 5_000
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert peak < 500_000 < os.path.getsize(path)
+
+    assert peak_memory(read_all) < 500_000 < os.path.getsize(path)
 
 
 @pytest.mark.parametrize("number", ["1" * 5_000, "0." + "1" * 5_000, "1e400", "-" + "9" * 5_000])
@@ -261,16 +257,12 @@ def test_an_ending_that_promises_compression_must_hold_it(ending: str, folder: P
 
 
 def test_a_compressed_file_is_never_held_whole(tmp_path: Path) -> None:
-    import tracemalloc
-
     path = tmp_path / "in.jsonl.zst"
     line = json.dumps({"prompt": "q" * 1000}).encode() + b"\n"
     path.write_bytes(zstandard.compress(line * 20_000))
     next(read_values(str(path)))  # imports are not what is measured
-    tracemalloc.start()
-    try:
+
+    def read_all() -> None:
         assert sum(1 for _ in read_values(str(path))) == 20_000
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert peak < 500_000
+
+    assert peak_memory(read_all) < 500_000

@@ -3,17 +3,17 @@
 import csv
 import io
 import json
-import tracemalloc
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import peak_memory
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cai_cli.common.errors import CaiError, InvalidRow, RowError, UsageError
-from cai_cli.data import json_stream, lines
+from cai_cli.data import lines
 from cai_cli.data.json_stream import JsonSplitter
 from cai_cli.data.jsonl import read_prompts, read_values
 from cai_cli.data.sources import Columns, ending_of
@@ -182,14 +182,11 @@ def test_an_array_is_never_held_whole(tmp_path: Path, monkeypatch: pytest.Monkey
     path = tmp_path / "in.json"
     path.write_text(json.dumps([{"prompt": "x" * 1000}] * 5_000))
     next(read_values(str(path)))  # imports are not what is measured
-    tracemalloc.start()
-    try:
+
+    def read_all() -> None:
         assert sum(1 for _ in read_values(str(path))) == 5_000
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert peak < 500_000
-    assert json_stream.JsonSplitter
+
+    assert peak_memory(read_all) < 500_000
 
 
 # --- tables -------------------------------------------------------------------------------------------------------

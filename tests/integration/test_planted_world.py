@@ -1,7 +1,7 @@
 """A world whose truth is known, and the whole pipeline in it: every step must recover what was planted.
 
 The world: a policy that answers every question with "Yes" or "No", each half of the time. "Yes" is the better reply. The
-judge knows it, but it also likes whatever stands first, and it is noisy: its log-odds for the first reply are
+judge knows it, but it has a position bias towards the first, and it is noisy: its log-odds for the first reply are
 
     PLACE + CONTENT * (+1 if the first reply is "Yes", -1 if it is "No") + NOISE * a standard normal draw.
 

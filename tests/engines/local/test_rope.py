@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from local_models import ROPE_LIMIT, engine, prompt_ids, reference
+from local_models import ROPE_LIMIT, engine, greedy_tokens, prompt_ids, reference
 
 from cai_cli.engines.base import Completion, GenerationRequest, LogprobRequest, Sampling
 from cai_cli.engines.local import rope
@@ -25,13 +25,11 @@ def test_rows_on_both_sides_of_a_longrope_limit_equal_generate_in_any_batch(batc
     assert min(lengths) + 24 < ROPE_LIMIT < max(lengths)
     assert any(length < ROPE_LIMIT < length + 24 for length in lengths)
     for request, reply in zip(ACROSS, e.generate(ACROSS, sampling), strict=True):
-        ids = torch.tensor([prompt_ids(e, request)])
-        new = reference("longrope").generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24, pad_token_id=0
-        )[0, ids.shape[1] :]
+        ids = prompt_ids(e, request)
+        new = greedy_tokens("longrope", ids, 24)
         assert isinstance(reply, Completion)
         assert reply.text == e.tokenizer.decode(new, skip_special_tokens=True).rstrip("\ufffd")  # cut in a character
-        assert reply.prompt_tokens == ids.shape[1]
+        assert reply.prompt_tokens == len(ids)
 
 
 @pytest.mark.parametrize("prefix_cache", [True, False])
@@ -59,10 +57,8 @@ def test_rows_up_to_the_window_of_a_dynamic_rope_equal_generate_in_one_batch() -
     wanted = requests((20, 60, 120, 200, 240, 250))
     assert max(len(prompt_ids(e, request)) for request in wanted) + 24 > 0.9 * e.window
     for request, reply in zip(wanted, e.generate(wanted, sampling), strict=True):
-        ids = torch.tensor([prompt_ids(e, request)])
-        new = reference("dynamic").generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24, pad_token_id=0
-        )[0, ids.shape[1] :]
+        ids = prompt_ids(e, request)
+        new = greedy_tokens("dynamic", ids, 24)
         assert isinstance(reply, Completion)
         assert reply.text == e.tokenizer.decode(new, skip_special_tokens=True).rstrip("\ufffd")  # cut in a character
 
