@@ -121,7 +121,7 @@ def rl(inputs: RlInputs, config: RlConfig, training: TrainingConfig, work: Path)
 
     _refuse_sharded_weights()
     base = inputs.base
-    policy, tokenizer = load_causal_lm(base, "float32", training.device), load_tokenizer(base)
+    policy, tokenizer = load_causal_lm(base, **training.loading), load_tokenizer(base)
     if policy.config._name_or_path != str(base):
         raise AssertionError("TRL would load the reference model from another directory")
     ends = declare_end_of_turn(policy, tokenizer)  # TRL reads the config
@@ -134,7 +134,7 @@ def rl(inputs: RlInputs, config: RlConfig, training: TrainingConfig, work: Path)
     with quiet_libraries():
         reward = preference_reward(score, normalizer, tokenizer, ends, config.cutoff_penalty)
         trainer = _policy_trainer(inputs, config, training, work, policy, tokenizer, reward)
-        reference = reference_of(trainer, base)
+        reference = reference_of(trainer, base, training.frozen_dtype)
         checks = PolicyChecks(
             monitor, trainer, metrics, reference, every=config.monitor_every, stop=config.stop_on_goodhart
         )
@@ -144,7 +144,7 @@ def rl(inputs: RlInputs, config: RlConfig, training: TrainingConfig, work: Path)
     if kept:
         save_finished(trainer, tokenizer, work / "model")
     elif distributed.is_rank_zero():
-        save_model(load_causal_lm(base, "float32", training.device), tokenizer, work / "model")
+        save_model(load_causal_lm(base), tokenizer, work / "model")
     if distributed.is_rank_zero():
         shutil.copyfile(work / "samples.jsonl", work / "model/samples.jsonl")
     return {**manifest_metrics(metrics, normalizer, kept), "throughput": throughput}
@@ -191,7 +191,9 @@ def _policy_trainer(
         Algorithm.RLOO: (RLOOTrainer, RLOOConfig),
         Algorithm.GRPO: (GRPOTrainer, GRPOConfig),
     }[config.algorithm]
-    scaling = {"scale_rewards": config.scale_rewards.value} if config.algorithm is Algorithm.GRPO else {}
+    options: dict[str, Any] = {"model_init_kwargs": training.reference_options}
+    if config.algorithm is Algorithm.GRPO:
+        options["scale_rewards"] = config.scale_rewards.value
     order = prompt_order(len(inputs.train), training.max_steps, config.prompts_per_step, training.seed)
     sampling = Sampling(config.max_new_tokens, config.temperature)
     seeded_class = with_seeded_sampling(trainer_class, sampling, training.batch_size)
@@ -206,7 +208,7 @@ def _policy_trainer(
                 max_completion_length=config.max_new_tokens,
                 temperature=config.temperature,
                 beta=config.trainer_beta,
-                **scaling,
+                **options,
                 shuffle_dataset=False,  # TRL's own order would not survive a resume
             ),
             train_dataset=Dataset.from_list(
