@@ -18,8 +18,8 @@ def adapted(model: Any, classifier: bool = False) -> Any:
     """The model with adapters that change it by less than the rounding of bfloat16."""
     from peft import get_peft_model
 
-    wrapped = get_peft_model(model, CONFIG.peft_config(classifier=classifier))
     torch.manual_seed(0)
+    wrapped = get_peft_model(model, CONFIG.peft_config(classifier=classifier))
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=1e-3)
@@ -44,7 +44,7 @@ def test_adapters_on_bfloat16_weights_are_merged_into_the_original_ones(tmp_path
     # Merged in bfloat16, the weights keep little of the adapters.
     worse = adapted(load_causal_lm(base, "bfloat16")).merge_and_unload().float()
     with torch.inference_mode():
-        assert (worse(input_ids=ids).logits - expected).abs().max() > 1e-2
+        assert (worse(input_ids=ids).logits - expected).abs().max() > (expected - plain).abs().max() / 2
 
 
 def test_the_trained_head_of_a_preference_model_is_kept(tmp_path: Path) -> None:
