@@ -34,9 +34,10 @@ def tiny_model_dir(
     chat_template: str | None = CHATML,
     pad_token: str | None = END_OF_TEXT,
     head_dim: int = 8,
+    hidden_size: int = 32,
     seed: int = 0,
 ) -> Path:
-    """Save a seeded two-layer Llama (hidden 32, 4 heads of size `head_dim`, 2 of keys and values) and its tokenizer.
+    """Save a seeded two-layer Llama (hidden size 32, 4 heads of size `head_dim`, 2 of keys and values) and its tokenizer.
 
     The same arguments give the same weights, and torch's global generator is left as it was. The weights are
     drawn ten times wider than usual (0.2), so that the logits differ enough for a wrong mask or position to
@@ -68,8 +69,8 @@ def tiny_model_dir(
     tokenizer.chat_template = chat_template
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

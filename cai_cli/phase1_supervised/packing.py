@@ -73,6 +73,8 @@ def with_padded_evaluation(trainer_class: Any) -> Any:
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     class WithPaddedEvaluation(trainer_class):  # type: ignore[misc]
+        data_collator: Any
+
         def get_eval_dataloader(self, *arguments: Any, **options: Any) -> Any:
             packing = self.data_collator
             self.data_collator = DataCollatorForLanguageModeling(pad_token_id=packing.pad_token_id)

@@ -23,6 +23,7 @@ Every `--monitor-every` steps the policy answers the held-out prompts: `rl_monit
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,7 @@ def rl(inputs: RlInputs, config: RlConfig, training: TrainingConfig, work: Path)
     if not metrics.at(0):
         metrics.put(0, distributed.from_rank_zero(lambda: monitor.check(0, policy, logits_of(policy))))
     normalizer = distributed.from_rank_zero(lambda: monitor.normalizer)
-    with quiet_libraries():
+    with quiet_libraries(), closing(inputs.preference_model):
         reward = preference_reward(score, normalizer, tokenizer, ends, config.cutoff_penalty)
         trainer = _policy_trainer(inputs, config, training, work, policy, tokenizer, reward)
         reference = reference_of(trainer, base, training.frozen_dtype)

@@ -4,6 +4,7 @@ A score is a logit: the difference of two scores is the log-odds that the first 
 different preference models are not comparable. Conversations are encoded as in `train-pm` and `rl`.
 """
 
+from contextlib import closing
 from typing import Any
 
 from cai_cli.data.formats import conversation_hash, conversations, scorable
@@ -44,20 +45,21 @@ def run(config: ScoreConfig) -> dict[str, Any]:
     reader = config.row_reader()
     inputs = {"conversations": hash_input(config.input)}
     scorer = config.open_scorer(config.batch_size, config.device.value)
-    return StageRun(
-        provenance=provenance(
-            "score", inputs=inputs, settings=config.settings(pm_dtype=scorer.dtype), pm=scorer.identity()
-        ),
-        inputs=inputs,
-        output=config.output,
-        overwrite=config.overwrite,
-        reader=reader,
-        items=lambda: work_items(reader, config.input, config.limit),
-        work=scorer.score,
-        batch_size=4 * scorer.batch_size,
-        grows=True,
-        total=expected_items(inputs["conversations"], config.limit),
-    ).run(as_json=config.as_json)
+    with closing(scorer):
+        return StageRun(
+            provenance=provenance(
+                "score", inputs=inputs, settings=config.settings(pm_dtype=scorer.dtype), pm=scorer.identity()
+            ),
+            inputs=inputs,
+            output=config.output,
+            overwrite=config.overwrite,
+            reader=reader,
+            items=lambda: work_items(reader, config.input, config.limit),
+            work=scorer.score,
+            batch_size=4 * scorer.batch_size,
+            grows=True,
+            total=expected_items(inputs["conversations"], config.limit),
+        ).run(as_json=config.as_json)
 
 
 STAGE = Stage("score", Phase.FEEDBACK, ScoreConfig, run, estimate, reads=(Sample, Revision, Preference), writes=Scored)

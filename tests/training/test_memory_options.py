@@ -204,3 +204,17 @@ def test_the_attention_that_is_chosen_is_used(models: dict[str, str]) -> None:
     for choice in ("eager", "sdpa"):
         model = load_causal_lm(Path(models["model"]), **replace(CONFIG, attention=choice).loading)
         assert model.config._attn_implementation == choice
+
+
+def test_adapters_on_4_bit_weights_are_merged_into_the_original_ones(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")  # the extra `quantize`
+    model = str(tiny_model_dir(tmp_path / "tiny", hidden_size=128))  # of which blocks of 64 weights can be quantised
+    rows = train("sft", tmp_path, {"model": model}, lora=True, quantize="4bit", lora_rank=4)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    before, after = weights(Path(model)), weights(tmp_path / "out")
+    for layer, start in before.items():
+        changed = after[layer] - start
+        # Adapters change a matrix by one of their rank; a rounding to 4 bits would change every direction.
+        if changed.abs().max() > 0:
+            assert torch.linalg.matrix_rank(changed, rtol=1e-3) <= 4
+    assert sum(bool((after[layer] - start).abs().max() > 0) for layer, start in before.items()) == 14
