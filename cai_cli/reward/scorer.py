@@ -11,7 +11,7 @@ from cai_cli.data.schema import Message, Rejected, Sample, Scored, reject
 from cai_cli.models.loading import context_window, pick_device, reading_of, tokenizer_and_window
 from cai_cli.models.source import ModelSource
 from cai_cli.reward.preference_model import encode_conversation, open_for_scores, preference_model_identity, score_ids
-from cai_cli.reward.server import ScoreClient
+from cai_cli.reward.score_client import ScoreClient
 from cai_cli.runtime.config import Effect, Group, Option, StageConfig, option
 from cai_cli.runtime.shared_options import DType
 
