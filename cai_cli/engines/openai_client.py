@@ -1,10 +1,10 @@
 """Sends requests to an OpenAI-compatible server, and decides which failures concern one row and which end the run.
 
 The openai client retries (connection errors, timeouts, 408, 409, 429, 5xx) and honours Retry-After up to two minutes.
-One deadline covers the whole request with its waits, so that a slow server cannot exceed it. The remaining failures are
-of two kinds: a request that the server rejects (400, 413, 422) fails its row, and a wrong key or address ends the run.
-Any other failure fails only its row if the server has answered other requests since this one began, else it ends the
-run.
+With several servers a request that would be retried goes to the next one instead (`server_pool`). One deadline covers
+the whole request with its waits, so that a slow server cannot exceed it. The remaining failures are of two kinds: a
+request that the server rejects (400, 413, 422) fails its row, and a wrong key or address ends the run. Any other
+failure fails only its row if the server has answered other requests since this one began, else it ends the run.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -21,6 +21,7 @@ from pydantic import BaseModel, FiniteFloat, ValidationError
 from cai_cli.common import console
 from cai_cli.common.errors import CaiError, RowError, UsageError
 from cai_cli.engines.base import Server, Usage
+from cai_cli.engines.server_pool import FIRST_REST, ServerPool, Turn
 
 if TYPE_CHECKING:
     from openai import APIStatusError, AsyncOpenAI
@@ -114,7 +115,7 @@ class ServerResponse(BaseModel):
 
 
 class Client:
-    """Sends requests to one model on one server, at most `concurrency` at once, from any number of threads."""
+    """Sends requests to one model on one or more servers, at most `concurrency` at once, from any number of threads."""
 
     def __init__(self, model: str, server: Server) -> None:
         """Check the address and the key; no request is sent.
@@ -124,7 +125,10 @@ class Client:
                 record.
         """
         self.model, self.server = model, server
-        self.base_url = checked_url(server.base_url or os.environ.get("OPENAI_BASE_URL"))
+        given = server.base_url or os.environ.get("OPENAI_BASE_URL")
+        urls = [given] if given is None or isinstance(given, str) else given
+        self.pool = ServerPool(list(dict.fromkeys(map(checked_url, urls))))
+        self.base_url = ",".join(one.url for one in self.pool.servers)
         self.key = os.environ.get(KEY_VARIABLE, "")
         if not (self.key.isascii() and self.key.isprintable()):
             raise UsageError(f"{KEY_VARIABLE} contains characters that a key cannot have", code="invalid-option")
@@ -176,7 +180,7 @@ class Client:
                 if failure.transient and self._answered > answered_before:
                     reason = f"no answer, though others have one: {failure.message}"
                     raise RowError(reason, code="request-failed") from failure
-                message = f"{self.base_url}: {failure.message}"
+                message = f"{failure.url or self.base_url}: {failure.message}"
                 self._fatal = self._fatal or CaiError(message, failure.hint, code=failure.code)
                 raise self._fatal from failure
             self._count(response)
@@ -184,21 +188,67 @@ class Client:
 
     async def _attempt(self, path: str, body: dict[str, Any]) -> ServerResponse:
         """The response to one request with its retries. Raises _Failure and RowError."""
-        import openai
-
-        route: Any = self._openai.chat.completions if path == "chat/completions" else self._openai.completions
         try:
             async with asyncio.timeout(self.timeout):
-                raw = await route.with_raw_response.create(**body)
-        except openai.APIStatusError as error:
-            raise self._status_error(error) from None
-        except openai.APIConnectionError as error:
-            reason = f"no answer in {RETRIES + 1} attempts ({_cause(error)})"
-            raise _Failure(reason, code="server-unreachable", transient=True) from None
+                if len(self.pool.servers) == 1:
+                    return await self._ask(self.pool.servers[0].url, path, body)
+                return await self._ask_in_turn(path, body)
         except TimeoutError:
             reason = f"no complete answer in {self.timeout:g} s (--timeout)"
             raise _Failure(reason, code="server-unreachable", transient=True) from None
-        return self._read(raw.content)
+
+    async def _ask_in_turn(self, path: str, body: dict[str, Any]) -> ServerResponse:
+        """The response of the first of several servers that gives one. Raises as `_attempt`."""
+        clock, attempts = asyncio.get_running_loop().time, (RETRIES + 1) * len(self.pool.servers)
+        while True:
+            while (turn := self.pool.next(clock())) is None:
+                await asyncio.sleep(FIRST_REST)
+            attempts -= 1
+            try:
+                response = await self._ask(turn.server.url, path, body)
+            except _Failure as failure:
+                if not failure.elsewhere:
+                    raise
+                self._leave(turn, clock(), failure)
+                if not attempts or self.pool.fewest_failures > RETRIES:
+                    raise
+            except RowError:
+                self.pool.answered(turn)
+                raise
+            else:
+                self.pool.answered(turn)
+                return response
+
+    def _leave(self, turn: Turn, now: float, failure: "_Failure") -> None:
+        """Let a server rest; a message says when it stops answering."""
+        if turn.server.failures == turn.failures == 0:
+            console.say(f"{turn.server.url}: {failure.message}; its requests go to the other servers")
+        self.pool.failed(turn, now)
+
+    async def _ask(self, url: str, path: str, body: dict[str, Any]) -> ServerResponse:
+        """The response of one server. Raises _Failure and RowError."""
+        import openai
+
+        client = self._clients[url]
+        route: Any = client.chat.completions if path == "chat/completions" else client.completions
+        try:
+            raw = await route.with_raw_response.create(**body)
+            return self._read(raw.content)
+        except openai.APIStatusError as error:
+            failure = self._status_error(error)
+        except openai.APIConnectionError as error:
+            attempts = f" in {RETRIES + 1} attempts" if client.max_retries else ""
+            failure = _Failure(
+                f"no answer{attempts} ({_cause(error)})",
+                code="server-unreachable",
+                transient=True,
+                elsewhere=True,
+            )
+        except _Failure as wrong:
+            failure = wrong
+        if isinstance(failure, _Failure):
+            failure.url = url
+        raise failure from None
 
     def _read(self, content: bytes) -> ServerResponse:
         try:
@@ -226,7 +276,8 @@ class Client:
             return RowError(f"refused by the server, HTTP {status}: {text}", code="request-failed")
         hint = HINTS.get(status, RESUME_HINT)
         transient = status in (408, 409) or status >= 500
-        return _Failure(f"HTTP {status}: {text}", hint, code="server-refused", transient=transient)
+        elsewhere = transient or status == 429
+        return _Failure(f"HTTP {status}: {text}", hint, code="server-refused", transient=transient, elsewhere=elsewhere)
 
     def _short(self, text: str) -> str:
         """One line of a server's text, cut off before the key if the server repeats it, even in part."""
@@ -277,7 +328,12 @@ class Client:
     async def _serve(self, ready: "Future[asyncio.AbstractEventLoop]") -> None:
         self._end = asyncio.Event()
         try:
-            async with _openai_client(self.base_url, self.key, self.timeout) as self._openai:
+            retries = RETRIES if len(self.pool.servers) == 1 else 0
+            async with AsyncExitStack() as stack:
+                self._clients = {
+                    one.url: await stack.enter_async_context(_openai_client(one.url, self.key, self.timeout, retries))
+                    for one in self.pool.servers
+                }
                 ready.set_result(asyncio.get_running_loop())
                 await self._end.wait()
                 waiting = asyncio.all_tasks() - {asyncio.current_task()}
@@ -300,13 +356,24 @@ class Client:
 
 
 class _Failure(Exception):
-    """A request without an answer. `transient`: other requests may still be answered."""
+    """A request without an answer.
+
+    `transient`: other requests may still be answered; `elsewhere`: another server may answer this one; `url`: the
+    server, once known.
+    """
 
     def __init__(
-        self, message: str, hint: str | None = None, *, code: str = "wrong-answer", transient: bool = False
+        self,
+        message: str,
+        hint: str | None = None,
+        *,
+        code: str = "wrong-answer",
+        transient: bool = False,
+        elsewhere: bool = False,
     ) -> None:
         super().__init__(message)
-        self.message, self.code, self.transient = message, code, transient
+        self.message, self.code, self.transient, self.elsewhere = message, code, transient, elsewhere
+        self.url: str | None = None
         self.hint = hint or "finished rows are kept; when the server is back, run the same command again to resume"
 
 
@@ -314,13 +381,13 @@ async def _gathered(answer: Callable[[A], Coroutine[Any, Any, T]], items: Sequen
     return await asyncio.gather(*map(answer, items), return_exceptions=True)
 
 
-def _openai_client(base_url: str, key: str, timeout: float) -> "AsyncOpenAI":
+def _openai_client(base_url: str, key: str, timeout: float, retries: int) -> "AsyncOpenAI":
     from openai import AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
 
     return AsyncOpenAI(
         base_url=base_url,
         api_key=key or "none",
-        max_retries=RETRIES,
+        max_retries=retries,
         # A silent connection times out at half of the deadline, which leaves time for another attempt.
         timeout=Timeout(timeout / 2, connect=min(timeout / 2, 10.0)),
         http_client=DefaultAsyncHttpxClient(follow_redirects=False),

@@ -43,14 +43,20 @@ class MonitorModel:
 
 
 def pick_monitor_model(
-    monitor_pm: str | None, monitor_judge: str | None, base_url: str | None, pm: ModelSource, *, device: str, seed: int
+    monitor_pm: str | None,
+    monitor_judge: str | None,
+    base_url: Sequence[str] | None,
+    pm: ModelSource,
+    *,
+    device: str,
+    seed: int,
 ) -> MonitorModel | None:
     """The monitor model that the options name.
 
     Args:
         monitor_pm: Name of a preference model.
         monitor_judge: Name of a judge, an instruct model.
-        base_url: Address of the judge's server.
+        base_url: Addresses of the judge's servers.
         pm: The preference model of the reward.
         device: Where a preference model runs.
         seed: Random seed of the judge's votes.
