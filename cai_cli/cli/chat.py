@@ -123,7 +123,7 @@ class ChatConfig(SamplingOptions):
         Option(Effect.HASHED, Group.MODEL, metavar="MODEL2", argument=True),
     )
     temperature: float = redefine(SamplingOptions, "temperature", 0.7)
-    base_url: str | None = redefine(EngineOptions, "base_url", None)
+    base_url: list[str] | None = redefine(EngineOptions, "base_url", None)
     device: Device = redefine(EngineOptions, "device", Device.AUTO)
     dtype: DType = redefine(EngineOptions, "dtype", DType.AUTO)
     quiet: bool = redefine(RunOptions, "quiet", False)

@@ -107,7 +107,7 @@ class Server:
     """The options of an OpenAI-compatible server. None means the default.
 
     Attributes:
-        base_url: The address of its API, such as `http://localhost:8000/v1`.
+        base_url: The address of its API, such as `http://localhost:8000/v1`, or those of several servers of one model.
         concurrency: The most requests in flight at once.
         timeout: Seconds for one request with its retries.
         budget_tokens: The number of prompt and generated tokens after which the run stops.
@@ -115,7 +115,7 @@ class Server:
         price_out: The price of a million generated tokens.
     """
 
-    base_url: str | None = None
+    base_url: str | Sequence[str] | None = None
     concurrency: int | None = None
     timeout: float | None = None
     budget_tokens: int | None = None
@@ -128,7 +128,7 @@ class Usage:
     """What one output has used on a server, over all runs that contributed to it.
 
     Attributes:
-        base_url: The address of the server.
+        base_url: The address of the server; of several, joined by commas.
         price_in: The price of a million prompt tokens, if given.
         price_out: The price of a million generated tokens, if given.
         requests: The number of answered requests.

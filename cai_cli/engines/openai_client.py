@@ -1,10 +1,10 @@
 """Sends requests to an OpenAI-compatible server, and decides which failures concern one row and which end the run.
 
 The openai client retries (connection errors, timeouts, 408, 409, 429, 5xx) and honours Retry-After up to two minutes.
-One deadline covers the whole request with its waits, so that a slow server cannot exceed it. The remaining failures are
-of two kinds: a request that the server rejects (400, 413, 422) fails its row, and a wrong key or address ends the run.
-Any other failure fails only its row if the server has answered other requests since this one began, else it ends the
-run.
+With several servers a request that would be retried goes to the next one instead (`server_pool`). One deadline covers
+the whole request with its waits, so that a slow server cannot exceed it. The remaining failures are of two kinds: a
+request that the server rejects (400, 413, 422) fails its row, and a wrong key or address ends the run. Any other
+failure fails only its row if the server has answered other requests since this one began, else it ends the run.
 """
 
 import asyncio
@@ -12,9 +12,8 @@ import os
 import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from contextlib import AsyncExitStack, suppress
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, FiniteFloat, ValidationError
@@ -22,13 +21,13 @@ from pydantic import BaseModel, FiniteFloat, ValidationError
 from cai_cli.common import console
 from cai_cli.common.errors import CaiError, RowError, UsageError
 from cai_cli.engines.base import Server, Usage
+from cai_cli.engines.server_pool import FIRST_REST, ServerPool, Turn
 
 if TYPE_CHECKING:
     from openai import APIStatusError, AsyncOpenAI
 
 A = TypeVar("A")
 T = TypeVar("T")
-R = TypeVar("R")  # the body of a response
 RETRIES = 6  # after the first attempt, about 20 s in all: long enough for a server to restart
 KEY_VARIABLE = "OPENAI_API_KEY"
 ROW_STATUSES = (400, 413, 422)  # HTTP statuses that concern one request only
@@ -115,10 +114,10 @@ class ServerResponse(BaseModel):
 # --- requests -----------------------------------------------------------------------------------------------------
 
 
-class Client(Generic[R]):
-    """Sends requests to one model on one server, at most `concurrency` at once, from any number of threads.
+class Client:
+    """Sends requests to one model on one or more servers, at most `concurrency` at once, from any number of threads.
 
-    `CompletionClient` requests completions. Another kind of request is a subclass with `_send`, `_parsed` and `_count`.
+    A client of another protocol is a subclass with its own `_send`, `_read` and `_count`.
     """
 
     key_variable: ClassVar[str] = KEY_VARIABLE
@@ -134,7 +133,11 @@ class Client(Generic[R]):
                 record.
         """
         self.model, self.server = model, server
-        self.base_url = checked_url(server.base_url, self.address_option, self.key_variable)
+        given = server.base_url or os.environ.get("OPENAI_BASE_URL")
+        urls = [given] if given is None or isinstance(given, str) else given
+        checked = [checked_url(url, self.address_option, self.key_variable) for url in urls]
+        self.pool = ServerPool(list(dict.fromkeys(checked)))
+        self.base_url = ",".join(one.url for one in self.pool.servers)
         self.key = os.environ.get(self.key_variable, "")
         if not (self.key.isascii() and self.key.isprintable()):
             raise UsageError(f"{self.key_variable} contains characters that a key cannot have", code="invalid-option")
@@ -164,11 +167,11 @@ class Client(Generic[R]):
                 raise result
         return [result for result in results if not isinstance(result, BaseException)]
 
-    async def request(self, path: str, body: dict[str, Any]) -> R:
+    async def request(self, path: str, body: dict[str, Any]) -> ServerResponse:
         """The response to one request.
 
         Args:
-            path: What follows the address, such as "chat/completions".
+            path: "chat/completions" or "completions".
             body: The request without the model's name.
 
         Raises:
@@ -182,54 +185,118 @@ class Client(Generic[R]):
             answered_before = self._answered
             try:
                 response = await self._attempt(path, {"model": self.model, **body})
-            except Failure as failure:
+            except _Failure as failure:
                 if failure.transient and self._answered > answered_before:
                     reason = f"no answer, though others have one: {failure.message}"
                     raise RowError(reason, code="request-failed") from failure
-                message = f"{self.base_url}: {failure.message}"
+                message = f"{failure.url or self.base_url}: {failure.message}"
                 self._fatal = self._fatal or CaiError(message, failure.hint, code=failure.code)
                 raise self._fatal from failure
             self._count(response)
             return response
 
-    async def _send(self, path: str, body: dict[str, Any]) -> Any:
-        """Send one request, with its retries, through `self._openai`; returns the raw response."""
-        raise NotImplementedError
-
-    def _parsed(self, content: bytes) -> R:
-        """The response in the body of an answer. Raises Failure and RowError."""
-        raise NotImplementedError
-
-    def _count(self, response: R) -> None:
-        """Count one answer in `self._answered`, and what it used."""
-        raise NotImplementedError
-
-    async def _attempt(self, path: str, body: dict[str, Any]) -> R:
-        """The response to one request with its retries. Raises Failure and RowError."""
-        import openai
-
+    async def _attempt(self, path: str, body: dict[str, Any]) -> ServerResponse:
+        """The response to one request with its retries. Raises _Failure and RowError."""
         try:
             async with asyncio.timeout(self.timeout):
-                raw = await self._send(path, body)
-        except openai.APIStatusError as error:
-            raise self._status_error(error) from None
-        except openai.APIConnectionError as error:
-            reason = f"no answer in {RETRIES + 1} attempts ({_cause(error)})"
-            raise Failure(reason, code="server-unreachable", transient=True) from None
+                if len(self.pool.servers) == 1:
+                    return await self._ask(self.pool.servers[0].url, path, body)
+                return await self._ask_in_turn(path, body)
         except TimeoutError:
             reason = f"no complete answer in {self.timeout:g} s{self.timeout_option}"
-            raise Failure(reason, code="server-unreachable", transient=True) from None
-        return self._parsed(raw.content)
+            raise _Failure(reason, code="server-unreachable", transient=True) from None
+
+    async def _ask_in_turn(self, path: str, body: dict[str, Any]) -> ServerResponse:
+        """The response of the first of several servers that gives one. Raises as `_attempt`."""
+        clock, attempts = asyncio.get_running_loop().time, (RETRIES + 1) * len(self.pool.servers)
+        while True:
+            while (turn := self.pool.next(clock())) is None:
+                await asyncio.sleep(FIRST_REST)
+            attempts -= 1
+            try:
+                response = await self._ask(turn.server.url, path, body)
+            except _Failure as failure:
+                if not failure.elsewhere:
+                    raise
+                self._leave(turn, clock(), failure)
+                if not attempts or self.pool.fewest_failures > RETRIES:
+                    raise
+            except RowError:
+                self.pool.answered(turn)
+                raise
+            else:
+                self.pool.answered(turn)
+                return response
+
+    def _leave(self, turn: Turn, now: float, failure: "_Failure") -> None:
+        """Let a server rest; a message says when it stops answering."""
+        if turn.server.failures == turn.failures == 0:
+            console.say(f"{turn.server.url}: {failure.message}; its requests go to the other servers")
+        self.pool.failed(turn, now)
+
+    async def _ask(self, url: str, path: str, body: dict[str, Any]) -> ServerResponse:
+        """The response of one server. Raises _Failure and RowError."""
+        import openai
+
+        client = self._clients[url]
+        try:
+            raw = await self._send(client, path, body)
+            return self._read(raw.content)
+        except openai.APIStatusError as error:
+            failure = self._status_error(error)
+        except openai.APIConnectionError as error:
+            attempts = f" in {RETRIES + 1} attempts" if client.max_retries else ""
+            failure = _Failure(
+                f"no answer{attempts} ({_cause(error)})",
+                code="server-unreachable",
+                transient=True,
+                elsewhere=True,
+            )
+        except _Failure as wrong:
+            failure = wrong
+        if isinstance(failure, _Failure):
+            failure.url = url
+        raise failure from None
+
+    async def _send(self, client: "AsyncOpenAI", path: str, body: dict[str, Any]) -> Any:
+        """The raw response to one request, which the openai client retries."""
+        route: Any = client.chat.completions if path == "chat/completions" else client.completions
+        return await route.with_raw_response.create(**body)
+
+    def _read(self, content: bytes) -> ServerResponse:
+        """The response in the body of an answer. Raises _Failure and RowError."""
+        try:
+            response = ServerResponse.model_validate_json(content)
+        except ValidationError:
+            hint = "does --base-url end as the server expects (usually /v1)?"
+            raise self._malformed(content, "is not a completion", hint, transient=True) from None
+        if len(self.key) >= console.SHORTEST_SECRET and self.key in response.model_dump_json():
+            raise RowError(f"the reply contains the key in {KEY_VARIABLE}", code="wrong-answer")
+        if not _same_model(self.model, response.model):
+            raise _Failure(
+                f"requested the model {self.model!r}, answered as {self._short(str(response.model))!r}",
+                "name the model in --model openai:NAME as the server does (GET /models)",
+            )
+        if not response.choices:
+            raise _Failure("the reply contains no choices", transient=True)
+        return response
+
+    def _malformed(self, content: bytes, problem: str, hint: str, *, transient: bool) -> "_Failure":
+        """The failure of an answer whose body has another form."""
+        return _Failure(
+            f"the reply {problem}: {self._short(content.decode('utf-8', 'replace'))!r}", hint, transient=transient
+        )
 
     def _status_error(self, error: "APIStatusError") -> Exception:
-        """The RowError or Failure for a response with an error status."""
+        """The RowError or _Failure for a response with an error status."""
         message = error.body.get("message") if isinstance(error.body, dict) else error.body
         status, text = error.status_code, self._short(str(message or "no reason given"))
         if status in ROW_STATUSES:
             return RowError(f"refused by the server, HTTP {status}: {text}", code="request-failed")
         hint = self.hints.get(status, RESUME_HINT)
         transient = status in (408, 409) or status >= 500
-        return Failure(f"HTTP {status}: {text}", hint, code="server-refused", transient=transient)
+        elsewhere = transient or status == 429
+        return _Failure(f"HTTP {status}: {text}", hint, code="server-refused", transient=transient, elsewhere=elsewhere)
 
     def _short(self, text: str) -> str:
         """One line of a server's text, cut off before the key if the server repeats it, even in part."""
@@ -251,6 +318,18 @@ class Client(Generic[R]):
             )
             raise self._fatal
 
+    def _count(self, response: ServerResponse) -> None:
+        self._answered += 1
+        if response.usage is None and self.server.budget_tokens is not None:
+            self._fatal = CaiError(
+                "the server does not return the number of tokens used",
+                hint="run without --budget-tokens",
+                code="wrong-answer",
+            )
+        tokens = response.tokens
+        if self.usage.add(response.model or self.model, tokens.prompt_tokens, tokens.completion_tokens):
+            console.warn(f"the server answers as more than one model: {', '.join(self.usage.models)}")
+
     # --- the thread that all requests run in ------------------------------------------------------------------
 
     def _loop(self) -> asyncio.AbstractEventLoop:
@@ -268,7 +347,12 @@ class Client(Generic[R]):
     async def _serve(self, ready: "Future[asyncio.AbstractEventLoop]") -> None:
         self._end = asyncio.Event()
         try:
-            async with _openai_client(self.base_url, self.key, self.timeout) as self._openai:
+            retries = RETRIES if len(self.pool.servers) == 1 else 0
+            async with AsyncExitStack() as stack:
+                self._clients = {
+                    one.url: await stack.enter_async_context(_openai_client(one.url, self.key, self.timeout, retries))
+                    for one in self.pool.servers
+                }
                 ready.set_result(asyncio.get_running_loop())
                 await self._end.wait()
                 waiting = asyncio.all_tasks() - {asyncio.current_task()}
@@ -290,56 +374,25 @@ class Client(Generic[R]):
                 thread.join()
 
 
-class CompletionClient(Client[ServerResponse]):
-    """Requests completions ("completions") and chat completions ("chat/completions")."""
+class _Failure(Exception):
+    """A request without an answer.
 
-    def __init__(self, model: str, server: Server) -> None:
-        """As `Client`; the address may come from OPENAI_BASE_URL."""
-        super().__init__(model, replace(server, base_url=server.base_url or os.environ.get("OPENAI_BASE_URL")))
-
-    async def _send(self, path: str, body: dict[str, Any]) -> Any:
-        route: Any = self._openai.chat.completions if path == "chat/completions" else self._openai.completions
-        return await route.with_raw_response.create(**body)
-
-    def _parsed(self, content: bytes) -> ServerResponse:
-        try:
-            response = ServerResponse.model_validate_json(content)
-        except ValidationError:
-            start = self._short(content.decode("utf-8", "replace"))
-            hint = "does --base-url end as the server expects (usually /v1)?"
-            raise Failure(f"the reply is not a completion: {start!r}", hint, transient=True) from None
-        if len(self.key) >= console.SHORTEST_SECRET and self.key in response.model_dump_json():
-            raise RowError(f"the reply contains the key in {KEY_VARIABLE}", code="wrong-answer")
-        if not _same_model(self.model, response.model):
-            raise Failure(
-                f"requested the model {self.model!r}, answered as {self._short(str(response.model))!r}",
-                "name the model in --model openai:NAME as the server does (GET /models)",
-            )
-        if not response.choices:
-            raise Failure("the reply contains no choices", transient=True)
-        return response
-
-    def _count(self, response: ServerResponse) -> None:
-        self._answered += 1
-        if response.usage is None and self.server.budget_tokens is not None:
-            self._fatal = CaiError(
-                "the server does not return the number of tokens used",
-                hint="run without --budget-tokens",
-                code="wrong-answer",
-            )
-        tokens = response.tokens
-        if self.usage.add(response.model or self.model, tokens.prompt_tokens, tokens.completion_tokens):
-            console.warn(f"the server answers as more than one model: {', '.join(self.usage.models)}")
-
-
-class Failure(Exception):
-    """A request without an answer. `transient`: other requests may still be answered."""
+    `transient`: other requests may still be answered; `elsewhere`: another server may answer this one; `url`: the
+    server, once known.
+    """
 
     def __init__(
-        self, message: str, hint: str | None = None, *, code: str = "wrong-answer", transient: bool = False
+        self,
+        message: str,
+        hint: str | None = None,
+        *,
+        code: str = "wrong-answer",
+        transient: bool = False,
+        elsewhere: bool = False,
     ) -> None:
         super().__init__(message)
-        self.message, self.code, self.transient = message, code, transient
+        self.message, self.code, self.transient, self.elsewhere = message, code, transient, elsewhere
+        self.url: str | None = None
         self.hint = hint or "finished rows are kept; when the server is back, run the same command again to resume"
 
 
@@ -347,13 +400,13 @@ async def _gathered(answer: Callable[[A], Coroutine[Any, Any, T]], items: Sequen
     return await asyncio.gather(*map(answer, items), return_exceptions=True)
 
 
-def _openai_client(base_url: str, key: str, timeout: float) -> "AsyncOpenAI":
+def _openai_client(base_url: str, key: str, timeout: float, retries: int) -> "AsyncOpenAI":
     from openai import AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
 
     return AsyncOpenAI(
         base_url=base_url,
         api_key=key or "none",
-        max_retries=RETRIES,
+        max_retries=retries,
         # A silent connection times out at half of the deadline, which leaves time for another attempt.
         timeout=Timeout(timeout / 2, connect=min(timeout / 2, 10.0)),
         http_client=DefaultAsyncHttpxClient(follow_redirects=False),

@@ -45,7 +45,7 @@ class MonitorModel:
 def pick_monitor_model(
     monitor_pm: str | None,
     monitor_judge: str | None,
-    base_url: str | None,
+    base_url: Sequence[str] | None,
     pm: ModelSource | None,
     *,
     device: str,
@@ -57,7 +57,7 @@ def pick_monitor_model(
     Args:
         monitor_pm: Name of a preference model.
         monitor_judge: Name of a judge, an instruct model.
-        base_url: Address of the judge's server.
+        base_url: Addresses of the judge's servers.
         pm: The preference model of the reward; None where only a server has it.
         device: Where a preference model runs.
         dtype: The precision of a preference model, by its name in torch, or "auto".

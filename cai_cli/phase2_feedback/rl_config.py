@@ -101,7 +101,7 @@ class RlConfig(TrainerOptions, PreferenceModelOptions):
         "helpfulness where the prompt's kind is helpful, else under the shipped principles.",
         Option(Effect.HASHED, aliases=("watch-judge",)),
     )
-    base_url: str | None = redefine(EngineOptions, "base_url", None)
+    base_url: list[str] | None = redefine(EngineOptions, "base_url", None)
     stop_on_goodhart: bool = option(
         False,
         "Stop training at a flagged check, and keep the best policy before it.",

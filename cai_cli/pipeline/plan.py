@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, get_args, get_origin
 
 import orjson
 
@@ -70,7 +70,8 @@ class Step:
                 on, _, off = (declared.flags[0] if declared.flags else f"--{name}").partition("/")
                 words += [on] if value else [off] if off else []
             else:
-                words += [f"--{name}", str(value)]
+                for one in value if isinstance(value, list) else [value]:
+                    words += [f"--{name}", str(one)]
         return words
 
     @property
@@ -129,7 +130,7 @@ def _plan_step(name: str, given: Mapping[str, Any], steps: Mapping[str, Step], p
         if shared in stage.config.option_names():
             settings.setdefault(shared, getattr(place.run, shared))
     for address in ("base-url", "pm-url"):
-        _check_url(settings.get(address), address)
+        _check_urls(settings.get(address), f"--{address}")
     needs: list[Step] = []
     files: dict[str, str | None] = {}
     for option, value in settings.items():
@@ -175,12 +176,12 @@ def _with_current_names(given: Mapping[str, Any], stage: Stage, where: str) -> d
     return settings
 
 
-def _check_url(url: object, option: str) -> None:
+def _check_urls(urls: Any, option: str) -> None:
     """Raises UsageError where an address contains a key or password, which run.json must not record."""
     from cai_cli.engines.openai_client import checked_url
 
-    if isinstance(url, str):
-        checked_url(url, f"--{option}")
+    for url in [urls] if isinstance(urls, str) else urls or ():
+        checked_url(url, option)
 
 
 def _reads_file(config: type[StageConfig], name: str) -> bool:
@@ -211,5 +212,13 @@ def _resolve(
 def takes_many(command: object) -> frozenset[str]:
     """The options of a command that take several values, so that a list for them is not a sweep."""
     stage = registry.STAGES.get(str(command))
-    options = stage.config.options() if stage else {}
-    return frozenset(name for name, (field, _) in options.items() if get_origin(field.annotation) is list)
+    if stage is None:
+        return frozenset()
+    options = stage.config.options()
+    lists = {name for name, (field, _) in options.items() if list in _origins(field.annotation)}
+    return frozenset(option for option, name in stage.config.option_names().items() if name in lists)
+
+
+def _origins(annotation: Any) -> set[Any]:
+    """The types that an annotation names, without their parameters: {list, NoneType} for `list[str] | None`."""
+    return {get_origin(one) or one for one in (annotation, *get_args(annotation))}

@@ -6,13 +6,16 @@ conversations, any other failure ends the run, and a missing score is never repl
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, FiniteFloat, ValidationError
 
 from cai_cli.common.errors import CaiError, RowError
 from cai_cli.engines.base import Server
-from cai_cli.engines.openai_client import Client, Failure
+from cai_cli.engines.openai_client import Client, ServerResponse
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
 
 KEY_VARIABLE = "PM_API_KEY"
 
@@ -27,9 +30,12 @@ class ClassProbabilities(BaseModel):
     probs: list[FiniteFloat]
 
 
-class ScoreResponse(BaseModel):
+class ScoreResponse(ServerResponse):
     """The body of an answer: `scores`, or `data` as vLLM sends it."""
 
+    model: Any = None  # servers may call the model as they like
+    choices: Any = None
+    usage: Any = None
     scores: list[FiniteFloat] | None = None
     data: list[ClassProbabilities] | None = None
 
@@ -43,7 +49,7 @@ class ScoreResponse(BaseModel):
         return [by_index[i][0] for i in range(count)] if all(len(p) == 1 for p in by_index.values()) else None
 
 
-class ScoreClient(Client[ScoreResponse]):
+class ScoreClient(Client):
     """Sends requests for scores to one address, from any number of threads."""
 
     key_variable = KEY_VARIABLE
@@ -86,7 +92,7 @@ class ScoreClient(Client[ScoreResponse]):
             if len(items) == 1:
                 return [error]
             return [(await self._scores([item]))[0] for item in items]
-        values = response.values(len(items))
+        values = response.values(len(items)) if isinstance(response, ScoreResponse) else None
         if values is None:
             raise CaiError(
                 f"{self.base_url}: the answer does not have one score for each of the {len(items):,} conversations",
@@ -95,18 +101,17 @@ class ScoreClient(Client[ScoreResponse]):
             )
         return list(values)
 
-    async def _send(self, path: str, body: dict[str, Any]) -> Any:
-        client: Any = self._openai
+    async def _send(self, client: "AsyncOpenAI", path: str, body: dict[str, Any]) -> Any:
+        post: Any = client.post
         raw = {"headers": {"X-Stainless-Raw-Response": "true"}}  # what `with_raw_response` of the openai client sends
-        return await client.post(self.base_url, cast_to=object, body=body, options=raw)
+        return await post(self.base_url, cast_to=object, body=body, options=raw)
 
-    def _parsed(self, content: bytes) -> ScoreResponse:
+    def _read(self, content: bytes) -> ScoreResponse:
         try:
             return ScoreResponse.model_validate_json(content)
         except ValidationError:
-            start = self._short(content.decode("utf-8", "replace"))
             hint = "docs/preference_models.md describes the protocol"
-            raise Failure(f"the answer holds no scores: {start!r}", hint) from None
+            raise self._malformed(content, "holds no scores", hint, transient=False) from None
 
-    def _count(self, response: ScoreResponse) -> None:
+    def _count(self, response: ServerResponse) -> None:
         self._answered += 1

@@ -150,10 +150,11 @@ class RequestOptions(DeviceOptions):
     dtype: DType = option(
         DType.AUTO, "Precision of the weights; auto is float32 on a CPU, bfloat16 on a GPU.", Option(group=Group.MODEL)
     )
-    base_url: str | None = option(
+    base_url: list[str] | None = option(
         None,
-        "Address of the OpenAI-compatible server, as http://HOST:PORT/v1; the key is read from OPENAI_API_KEY.",
-        _SERVER,
+        "Address of the OpenAI-compatible server, as http://HOST:PORT/v1; repeat it for several servers of the same "
+        "model. The key is read from OPENAI_API_KEY.",
+        Option(Effect.HARMLESS, Group.SERVER, metavar="URL"),
     )
     concurrency: int | None = option(None, "Requests in flight at once; by default 16.", _SERVER, ge=1, le=1000)
     timeout: float | None = option(None, "Seconds for one request, retries included; by default 600.", _SERVER, ge=0.1)

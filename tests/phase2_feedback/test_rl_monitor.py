@@ -219,11 +219,11 @@ def test_a_judge_behind_a_server_can_be_the_monitor(models: dict[str, str], prom
         command(prompts, tmp_path / "rl", **run)
     assert error.value.code == "missing-option"
     with Loopback(judge) as server:
-        command(prompts, tmp_path / "rl", base_url=server.url, **run)
+        command(prompts, tmp_path / "rl", base_url=[server.url], **run)
         assert server.requests
     assert [row["monitor_score"] for row in checks_in(tmp_path / "rl")] == pytest.approx([0.5] * 4)
     with pytest.raises(UsageError) as error:
-        command(prompts, tmp_path / "other", base_url=server.url, **settings(models))
+        command(prompts, tmp_path / "other", base_url=[server.url], **settings(models))
     assert error.value.code == "option-conflict"
 
 

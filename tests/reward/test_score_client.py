@@ -16,8 +16,8 @@ from cai_cli.common.errors import CaiError, RowError, UsageError
 from cai_cli.engines import openai_client
 from cai_cli.models.loading import load_reward_model, load_tokenizer
 from cai_cli.reward.preference_model import score_ids
-from cai_cli.reward.scorer import Scorer
 from cai_cli.reward.score_client import ScoreClient
+from cai_cli.reward.scorer import Scorer
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 score = stage("score")
