@@ -120,5 +120,4 @@ def head_output(model: Any, hidden: Any) -> Any:
         model: The preference model.
         hidden: Hidden states of shape (rows, hidden size).
     """
-    weight = next(model.score.parameters(), None)  # None where `onednn.pack_linears` holds it, in float32
-    return model.score(hidden.float() if weight is None else hidden.to(weight.dtype))
+    return model.score(hidden.to(model.score.weight.dtype))

@@ -96,8 +96,7 @@ class SftConfig(EpochOptions):
     packing: bool = option(
         False,
         "Fill each row of a batch with as many examples as --max-length takes, and pad nothing. Examples do not attend "
-        "to each other, which needs --attention flash_attention_2 or 3 on a GPU, or a model whose layers all use full "
-        "attention.",
+        "to each other; a model whose layers cannot keep them apart is refused.",
         Option(group=Group.TRAINING, flags=("--packing",)),
     )
 

@@ -94,6 +94,9 @@ def soft_reward_trainer(*, share_prompts: bool) -> Any:
         def __init__(self, *, processing_class: Any, **arguments: Any) -> None:
             collator = collator_class(pad_token_id=processing_class.pad_token_id)
             super().__init__(processing_class=processing_class, data_collator=collator, **arguments)
+            for name, parameter in self.model.named_parameters():
+                if "modules_to_save" in name:  # the head, which TRL rounds with the adapters of a 4-bit model
+                    parameter.data = parameter.data.float()
 
         def _set_signature_columns_if_needed(self) -> None:
             self._signature_columns = ["chosen_ids", "rejected_ids", "p_chosen"]

@@ -94,7 +94,7 @@ class TrainerOptions(RunOptions, RowInputOptions, SeedOptions):
     lora_rank: int = option(16, "Rank of the adapters, with --lora.", _TRAINING, ge=1)
     weights: Weights = option(
         Weights.AUTO,
-        "Precision in which the weights are held; adapters are always float32. auto: float32 on a CPU; on a GPU "
+        "Precision in which the weights are held; adapters are float32. auto: float32 on a CPU; on a GPU "
         "bfloat16 for weights that are not trained (under --lora, and of a reference model), else float32.",
         _TRAINING,
     )
@@ -106,7 +106,8 @@ class TrainerOptions(RunOptions, RowInputOptions, SeedOptions):
     )
     quantize: Quantize | None = option(
         None,
-        "With --lora: hold the frozen weights in 4 bits (QLoRA). The adapters are merged into the original weights.",
+        "With --lora: hold the frozen weights in 4 bits and the adapters in bfloat16 (QLoRA). The adapters are merged "
+        "into the original weights.",
         _TRAINING,
     )
     attention: Attention = option(
