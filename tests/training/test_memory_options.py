@@ -14,6 +14,7 @@ from tiny import tiny_model_dir
 
 from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.models.loading import load_causal_lm, load_reward_model, load_tokenizer
+from cai_cli.phase2_feedback.rl_config import RlConfig
 from cai_cli.training import options
 from cai_cli.training.config import TrainingConfig
 
@@ -218,3 +219,16 @@ def test_adapters_on_4_bit_weights_are_merged_into_the_original_ones(tmp_path: P
         if changed.abs().max() > 0:
             assert torch.linalg.matrix_rank(changed, rtol=1e-3) <= 4
     assert sum(bool((after[layer] - start).abs().max() > 0) for layer, start in before.items()) == 14
+
+
+@pytest.mark.parametrize(
+    ("given", "code"),
+    [
+        ({"pm_device": "gpu"}, "invalid-option"),
+        ({"pm_device": "cuda:1", "pm_url": "http://localhost:1/classify"}, "option-conflict"),
+    ],
+)
+def test_the_preference_model_stands_on_a_device_or_behind_an_address(given: dict[str, Any], code: str) -> None:
+    with pytest.raises(UsageError) as error:
+        RlConfig.build({"input": "in.jsonl", "output": "out", "pm": "pm", **given})
+    assert error.value.code == code
