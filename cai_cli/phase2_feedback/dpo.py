@@ -12,36 +12,35 @@ As in `sft`, the end of turn of a reply that was cut off at the length limit car
 The reference is the start model; with `--lora` that is the policy without its adapters.
 """
 
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cai_cli.common import console
-from cai_cli.data.reply_ends import CUT_OFF
-from cai_cli.data.schema import JudgedPair, Message, Preference, conversation_id, dump_row
+from cai_cli.data.schema import JudgedPair, Preference, Prompt, dump_row
 from cai_cli.metrics.preference_model import held_out_metrics
 from cai_cli.models.source import ModelSource
+from cai_cli.phase2_feedback.dpo_checks import PAIR_COLUMNS, PairChecks, check_prompts, open_monitor
 from cai_cli.phase2_feedback.dpo_config import DpoConfig
+from cai_cli.phase2_feedback.dpo_pairs import PromptedPair, encode_replies, held_out_rewards
 from cai_cli.phase2_feedback.dpo_trainer import soft_dpo_trainer
-from cai_cli.phase2_feedback.pm_pairs import EncodedPair
+from cai_cli.phase2_feedback.monitor_models import MonitorModel, judged_tokens, pick_monitor_model
 from cai_cli.phase2_feedback.preference_data import PreferenceData, read_pairs
+from cai_cli.phase2_feedback.rl_monitor import IMPLICIT_COLUMNS, PolicyChecks, flagged, logits_of, reference_of
 from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
 from cai_cli.runtime.manifest import provenance
 from cai_cli.runtime.stage import Phase, Stage
 from cai_cli.training import distributed
-from cai_cli.training.checkpoints import save_finished
-from cai_cli.training.completions import encode
+from cai_cli.training.checkpoints import save_finished, save_model
 from cai_cli.training.config import TrainingConfig
 from cai_cli.training.loop import fit, without_printer
 from cai_cli.training.metrics_log import Metrics
 from cai_cli.training.quiet import quiet_libraries
 from cai_cli.training.training_run import TrainingJob
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 COLUMNS = {
     "epoch": "epoch",
@@ -55,85 +54,125 @@ COLUMNS = {
     "nll": "nll",
     "entropy": "entropy",
 }
-HELD_OUT = ("held_out_loss", "held_out_accuracy", "held_out_margin")
+# Metrics of the checks that the manifest has too, before training and of the model that is kept.
+REPORTED = ("monitor_score", "held_out_kl", "held_out_reply_tokens", "held_out_cut_off_share")
 
 
 @dataclass(frozen=True)
-class PromptedPair(EncodedPair):
-    """A preference, encoded as a prompt with two replies.
+class DpoInputs:
+    """The models and data of a run.
 
     Attributes:
-        prompt_length: Number of leading ids of both conversations that belong to the prompt and carry no loss.
+        base: Directory of the start model, which is the reference model too.
+        data: The pairs and the tokenizer.
+        prompts: The held-out prompts that the policy answers at each check.
+        monitor_model: The monitor model, or None.
     """
 
-    prompt_length: int
-
-    def columns(self) -> dict[str, Any]:
-        n = self.prompt_length
-        ids = {"prompt_ids": self.chosen[:n], "chosen_ids": self.chosen[n:], "rejected_ids": self.rejected[n:]}
-        return ids | {"p_chosen": self.target}
+    base: Path
+    data: PreferenceData[PromptedPair]
+    prompts: Sequence[Prompt]
+    monitor_model: MonitorModel | None
 
 
-def encode_replies(tokenizer: "PreTrainedTokenizerBase", row: Preference) -> PromptedPair:
-    """Encode a prompt and two replies, without the end of turn of a reply that was cut off. Raises RowError."""
-
-    def encoded(reply: Sequence[Message], finish_reason: str | None) -> tuple[list[int], int]:
-        both = encode(tokenizer, row.prompt, reply[0].content.strip(), close=finish_reason != CUT_OFF)
-        return both.ids, both.prompt_length
-
-    chosen, length = encoded(row.chosen, row.chosen_finish_reason)
-    rejected, _ = encoded(row.rejected, row.rejected_finish_reason)
-    return PromptedPair(row, chosen, rejected, row.p_chosen, length)
-
-
-def dpo(
-    base: Path, data: PreferenceData[PromptedPair], config: DpoConfig, training: TrainingConfig, work: Path
-) -> dict[str, Any]:
+def dpo(inputs: DpoInputs, config: DpoConfig, training: TrainingConfig, work: Path) -> dict[str, Any]:
     """Train a policy on pairs by DPO.
 
     Args:
-        base: Directory of the start model, which is the reference model too.
-        data: The pairs and the tokenizer.
+        inputs: Models and data.
         config: The options of the stage.
         training: The options of the trainer.
-        work: A directory; the trained model goes to `work/model`, with the implicit rewards of the held-out pairs.
+        work: A directory; the trained model goes to `work/model`, with the implicit rewards of the held-out pairs and
+            the replies of the checks.
 
     Returns:
-        The metrics for the manifest (losses and margins in nats) on rank 0; an empty dict on other ranks.
+        The metrics for the manifest on rank 0; an empty dict on other ranks.
 
     Raises:
         CaiError: Training fails; see `fit`.
     """
-    metrics = Metrics(work / "metrics.jsonl", [*COLUMNS, *HELD_OUT])
+    from cai_cli.models.loading import load_causal_lm
+
+    base, data = inputs.base, inputs.data
+    model = load_causal_lm(base, "float32", training.device)
+    metrics = Metrics(work / "metrics.jsonl", [*COLUMNS, *PAIR_COLUMNS, *IMPLICIT_COLUMNS])
+    samples = work / "samples.jsonl"
+    monitor = open_monitor(
+        inputs.prompts, inputs.monitor_model, data.tokenizer, config, training, rows=len(data.train), file=samples
+    )
+    if monitor and metrics.at(0) is None:
+        metrics.put(0, distributed.from_rank_zero(lambda: monitor.check(0, model, logits_of(model))))
     with quiet_libraries():
-        trainer = _trainer(base, data, config, training, work)
+        trainer = _trainer(model, inputs, config, training, work)
+        on_pairs = PairChecks(trainer, data.held_out, metrics, config.monitor_every)
+        trainer.add_callback(on_pairs.callback())
+        kept = None
+        if monitor:
+            every, stop = config.monitor_every, config.stop_on_goodhart
+            on_replies = PolicyChecks(monitor, trainer, metrics, reference_of(trainer, base), every=every, stop=stop)
+            trainer.add_callback(on_replies.callback())
         throughput = fit(trainer, metrics, COLUMNS, name="dpo")
-        judged = held_out_rewards(trainer, data)
-        save_finished(trainer, data.tokenizer, work / "model")
-    after = held_out_metrics(judged)
-    metrics.put(int(trainer.state.global_step), _metrics_row(judged, after))
+        kept = on_replies.kept if monitor else None
+        judged = on_pairs.judged
+        if kept is not None:  # the weights are those of an earlier step, or at 0 are to be those of the start model
+            judged = held_out_rewards(trainer, data.held_out) if kept else []
+        _save(trainer, inputs, training, work / "model", start=kept == 0)
     if not distributed.is_rank_zero():
         return {}
     (work / "model/held_out.jsonl").write_bytes(b"".join(dump_row(pair) + b"\n" for pair in judged))
-    losses = [row["loss"] for row in metrics.rows if row["loss"] is not None]
+    if monitor:
+        shutil.copyfile(samples, work / "model/samples.jsonl")
+    steps = int(trainer.state.global_step)
+    return {**manifest_metrics(metrics, judged, steps if kept is None else kept), "throughput": throughput}
+
+
+def _save(trainer: Any, inputs: DpoInputs, training: TrainingConfig, directory: Path, *, start: bool) -> None:
+    """Write the policy, or the start model where no step was better."""
+    from cai_cli.models.loading import load_causal_lm
+
+    if not start:
+        save_finished(trainer, inputs.data.tokenizer, directory)
+    elif distributed.is_rank_zero():
+        save_model(load_causal_lm(inputs.base, "float32", training.device), inputs.data.tokenizer, directory)
+
+
+def manifest_metrics(metrics: Metrics, judged: Sequence[JudgedPair], kept: int) -> dict[str, Any]:
+    """The metrics for the manifest, about the model that is kept.
+
+    Args:
+        metrics: The metrics of all steps and checks.
+        judged: The held-out pairs with the implicit rewards of the model that is kept; empty for the start model.
+        kept: The step whose weights are kept, 0 where no step was better than the start model.
+
+    Returns:
+        Losses are in nats, `held_out_kl` in nats per token; `_before` marks the start model's.
+    """
+    trained = [row for row in metrics.rows if row["loss"] is not None]
+    last = [row for row in trained if row["step"] <= kept][-1:] or trained[:1]
+    checks = [row for row in metrics.rows if row["implicit_reward"] is not None]
+    kept_check = next((row for row in checks if row["step"] == kept), None)
+    flag = flagged(metrics)
+    start_kept = {} if kept else {"note": "No checked step was better than the start model, which is kept."}
     return {
-        "steps": int(trainer.state.global_step),
-        "loss_before": losses[0],
-        "loss": losses[-1],
-        "throughput": throughput,
-        **after,
+        "steps": metrics.rows[-1]["step"],
+        "kept_step": kept,
+        "loss_before": trained[0]["loss"],
+        **{name: last[0][name] for name in ("loss", "nll")},
+        "held_out_margin": fmean(pair.margin for pair in judged) if judged else None,
+        **held_out_metrics(judged, "The policy's implicit reward"),
+        **{f"{name}_before": checks[0][name] if checks else None for name in REPORTED},
+        **{name: kept_check[name] if kept_check else None for name in REPORTED},
+        "goodhart": flag["goodhart"] if flag else None,
+        "goodhart_step": flag["step"] if flag else None,
+        **start_kept,
     }
 
 
-def _trainer(
-    base: Path, data: PreferenceData[PromptedPair], config: DpoConfig, training: TrainingConfig, work: Path
-) -> Any:
+def _trainer(model: Any, inputs: DpoInputs, config: DpoConfig, training: TrainingConfig, work: Path) -> Any:
     from trl import DPOConfig
 
-    from cai_cli.models.loading import load_causal_lm
-
-    model = load_causal_lm(base, "float32", training.device)
-    if model.config._name_or_path != str(base):
+    data = inputs.data
+    if model.config._name_or_path != str(inputs.base):
         raise AssertionError("TRL would load the reference model from another directory")
     return without_printer(
         soft_dpo_trainer(config.nll)(
@@ -173,59 +212,52 @@ def _on_disk(pairs: Sequence[PromptedPair], directory: Path) -> Any:
     return load_from_disk(str(directory))
 
 
-def held_out_rewards(trainer: Any, data: PreferenceData[PromptedPair]) -> list[JudgedPair]:
-    """Return the held-out pairs with the policy's implicit rewards as their scores. Called on every rank."""
-    if not data.held_out:
-        return []
-    rewards = trainer.predict(trainer.eval_dataset).predictions.tolist()
-    return [
-        JudgedPair(
-            id=pair.row.id,
-            prompt_id=conversation_id(pair.row.prompt),
-            source=pair.row.source,
-            p_chosen=pair.row.p_chosen,
-            chosen_score=chosen,
-            rejected_score=rejected,
-            chosen_tokens=len(pair.chosen) - pair.prompt_length,
-            rejected_tokens=len(pair.rejected) - pair.prompt_length,
-        )
-        for pair, (chosen, rejected) in zip(data.held_out, rewards, strict=True)
-    ]
-
-
-def _metrics_row(judged: Sequence[JudgedPair], held_out: dict[str, Any]) -> dict[str, float | None]:
-    """The held-out metrics as a row of metrics.jsonl."""
-    accuracy = held_out["accuracy"]
-    return {
-        "held_out_loss": held_out["held_out_loss"],
-        "held_out_accuracy": accuracy and accuracy["value"],
-        "held_out_margin": fmean(pair.margin for pair in judged) if judged else None,
-    }
-
-
 def estimate(rows: RowFlow, config: DpoConfig) -> StepCost:
-    """The cost of training on both replies of every pair, `--epochs` times, and of reading them once before."""
-    tokens = 2 * rows.rows * (rows.prompt_tokens + rows.reply_tokens)
-    return StepCost(rows.rows, 0, TokenCounts(tokens, 0, tokens * config.epochs), rows)
+    """The cost of reading both replies of every pair once, training on them `--epochs` times, and the checks."""
+    whole, new = 2 * (rows.prompt_tokens + rows.reply_tokens), config.max_new_tokens
+    held_out = config.eval_share * rows.rows
+    batch = config.batch_size * config.gradient_accumulation
+    steps = config.max_steps or math.ceil(config.epochs * (rows.rows - held_out) / batch)
+    checks = -(-steps // config.monitor_every)
+    # The reference reads every pair, the policy those held out at each check; both read a reply for the KL divergence.
+    checked = int(min(config.monitor_prompts, held_out))
+    replies = (1 + checks) * checked
+    read = whole * (rows.rows + checks * held_out) + replies * (3 * rows.prompt_tokens + 2 * new)
+    if config.monitor_pm:
+        read += replies * (rows.prompt_tokens + new)
+    requests = 2 * checks * checked if config.monitor_judge else 0
+    read += requests * judged_tokens(rows.prompt_tokens, new)
+    tokens = TokenCounts(read, replies * new, whole * steps * batch)
+    return StepCost(rows.rows, replies + requests, tokens, rows)
 
 
 def run(config: DpoConfig) -> dict[str, Any]:
     """Train on a file of pairs. Returns the summary. Raises UsageError, CaiError."""
     config.launch()
     base = ModelSource.resolve(config.model)
-    inputs = config.hash_inputs()
-    data = read_pairs("dpo", config, base.path, encode_replies, hard=config.hard)
     training = config.training_config()
+    monitor_model = pick_monitor_model(
+        config.monitor_pm, config.monitor_judge, config.base_url, None, device=training.device, seed=config.seed
+    )
+    hashed = config.hash_inputs()
+    data = read_pairs("dpo", config, base.path, encode_replies, hard=config.hard)
+    prompts = check_prompts(data.held_out, config, base.path, monitor_model)
+    inputs = DpoInputs(base.path, data, prompts, monitor_model)
     summary = TrainingJob(
         provenance=provenance(
-            "dpo", inputs=inputs, settings=training.settings(config), model=base.identity(), rows=data.rows
+            "dpo",
+            inputs=hashed,
+            settings=training.settings(config),
+            model=base.identity(),
+            monitor=monitor_model.identity if monitor_model else None,
+            rows=data.rows,
         ),
-        inputs=inputs,
+        inputs=hashed,
         models={"model": base},
         output=Path(config.output),
         overwrite=config.overwrite,
         counts=data.counts,
-        train=lambda work: dpo(base.path, data, config, training, work),
+        train=lambda work: dpo(inputs, config, training, work),
         facts=training.facts(
             "all pairs in a new random order every epoch, in batches of similar length", len(data.train)
         ),

@@ -5,7 +5,9 @@ from typing import Any, ClassVar
 
 from cai_cli.common.errors import UsageError
 from cai_cli.phase2_feedback.preference_data import PairOptions
+from cai_cli.phase2_feedback.rl_config import RlConfig
 from cai_cli.runtime.config import Option, option, redefine
+from cai_cli.runtime.shared_options import EngineOptions, SamplingOptions
 from cai_cli.training.options import DefaultRates, TrainerOptions
 
 LABEL_SMOOTHING = 0.1
@@ -53,8 +55,30 @@ class DpoConfig(PairOptions):
         "falling.",
         ge=0.0,
     )
+    monitor_prompts: int = option(32, "Held-out prompts that the policy answers at each check; 0 for none.", ge=0)
+    monitor_every: int = redefine(
+        RlConfig, "monitor_every", 50, "Steps between checks of the policy on the held-out pairs and prompts."
+    )
+    max_new_tokens: int = redefine(SamplingOptions, "max_new_tokens", 128, "Longest reply of a check, in tokens.")
+    temperature: float = redefine(RlConfig, "temperature", 1.0)
+    monitor_pm: str | None = redefine(
+        RlConfig, "monitor_pm", None, "A preference model that scores the replies of the checks."
+    )
+    monitor_judge: str | None = redefine(
+        RlConfig,
+        "monitor_judge",
+        None,
+        "A judge that compares the replies of the checks with those of --model, under the shipped principles.",
+    )
+    base_url: str | None = redefine(EngineOptions, "base_url", None)
+    stop_on_goodhart: bool = redefine(RlConfig, "stop_on_goodhart", False)
     default_rates: ClassVar[DefaultRates] = DefaultRates(full=1e-6, lora=2e-5)
     learning_rate: float | None = redefine(TrainerOptions, "learning_rate", None, default_rates.help)
+
+    @property
+    def needs_checks(self) -> bool:
+        """Whether an option needs replies to held-out prompts."""
+        return bool(self.monitor_pm or self.monitor_judge or self.stop_on_goodhart)
 
     @property
     def smoothing(self) -> float:
@@ -73,5 +97,11 @@ class DpoConfig(PairOptions):
             raise UsageError("--epochs 0 trains nothing", code="option-conflict")
         if self.soft_from and self.hard:
             raise UsageError("--soft-from excludes --hard", hint="give one of them", code="option-conflict")
+        if self.needs_checks and not (self.monitor_prompts and self.eval_share):
+            raise UsageError(
+                "a monitor needs the policy's replies to held-out prompts",
+                hint="--monitor-prompts and --eval-share above 0",
+                code="option-conflict",
+            )
         if self.label_smoothing is not None and self.loss is not Loss.ROBUST:
             raise UsageError("--label-smoothing is an option of --loss robust", code="option-conflict")

@@ -20,6 +20,7 @@ from cai_cli.judging.votes import Labeller, PairVerdict
 from cai_cli.models.source import ModelSource
 from cai_cli.prompting.base import assistant, resolve_prompt_format
 from cai_cli.reward.preference_model import open_for_scores, preference_model_identity, score_conversations
+from cai_cli.runtime.cost import CHARACTERS_PER_TOKEN
 
 # Prompts and their replies -> one score each.
 ReplyScorer = Callable[[Sequence[Prompt], Sequence[str]], list[float]]
@@ -43,7 +44,13 @@ class MonitorModel:
 
 
 def pick_monitor_model(
-    monitor_pm: str | None, monitor_judge: str | None, base_url: str | None, pm: ModelSource, *, device: str, seed: int
+    monitor_pm: str | None,
+    monitor_judge: str | None,
+    base_url: str | None,
+    pm: ModelSource | None,
+    *,
+    device: str,
+    seed: int,
 ) -> MonitorModel | None:
     """The monitor model that the options name.
 
@@ -51,7 +58,7 @@ def pick_monitor_model(
         monitor_pm: Name of a preference model.
         monitor_judge: Name of a judge, an instruct model.
         base_url: Address of the judge's server.
-        pm: The preference model of the reward.
+        pm: The preference model of the reward; None in training without one.
         device: Where a preference model runs.
         seed: Random seed of the judge's votes.
 
@@ -74,7 +81,7 @@ def pick_monitor_model(
         )
     if monitor_pm:
         base = ModelSource.resolve(monitor_pm)
-        if base.fingerprint == pm.fingerprint:
+        if pm and base.fingerprint == pm.fingerprint:
             raise UsageError(
                 "--monitor-pm and --pm are the same model: a monitor must not be used as the reward",
                 code="option-conflict",
@@ -91,6 +98,13 @@ def pick_monitor_model(
         identity = {**engine.identity(), "constitution": loaded.fingerprint()}
         return MonitorModel(identity, None, lambda: lambda *replies: win_probabilities(labeller, *replies))
     return None
+
+
+def judged_tokens(prompt_tokens: float, reply_tokens: float) -> float:
+    """The tokens that a judge reads to compare two replies once."""
+    examples = open_constitution(PreferenceConstitution, None, None).examples
+    few_shot = sum(len(example.model_dump_json()) for example in examples) / CHARACTERS_PER_TOKEN
+    return few_shot + prompt_tokens + 2 * reply_tokens
 
 
 def preference_score(path: Path, device: str, batch_size: int = 16) -> ReplyScorer:

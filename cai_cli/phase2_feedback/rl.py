@@ -30,14 +30,19 @@ from typing import Any
 from cai_cli.common import console
 from cai_cli.common.errors import UsageError
 from cai_cli.common.seeds import seed_for
-from cai_cli.constitution.schema import PreferenceConstitution, open_constitution
 from cai_cli.data.schema import Prompt
 from cai_cli.data.splits import mixed
 from cai_cli.engines.base import Sampling
 from cai_cli.engines.tokenization import declare_end_of_turn
 from cai_cli.models.source import ModelSource
 from cai_cli.phase2_feedback.goodhart import weak_alarm
-from cai_cli.phase2_feedback.monitor_models import MonitorModel, ReplyScorer, pick_monitor_model, preference_score
+from cai_cli.phase2_feedback.monitor_models import (
+    MonitorModel,
+    ReplyScorer,
+    judged_tokens,
+    pick_monitor_model,
+    preference_score,
+)
 from cai_cli.phase2_feedback.reward_normalizer import RewardNormalizer, replies_per_prompt
 from cai_cli.phase2_feedback.rl_config import Algorithm, Reporter, RlConfig
 from cai_cli.phase2_feedback.rl_monitor import (
@@ -51,7 +56,7 @@ from cai_cli.phase2_feedback.rl_monitor import (
 from cai_cli.phase2_feedback.rl_prompts import fitting_prompts, hold_out, prompt_order
 from cai_cli.phase2_feedback.rl_trainer import preference_reward, with_seeded_sampling
 from cai_cli.reward.preference_model import preference_model_identity
-from cai_cli.runtime.cost import CHARACTERS_PER_TOKEN, RowFlow, StepCost, TokenCounts
+from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
 from cai_cli.runtime.counts import Counts
 from cai_cli.runtime.manifest import hash_input, provenance
 from cai_cli.runtime.output_files import sidecar
@@ -311,9 +316,7 @@ def estimate(rows: RowFlow, config: RlConfig) -> StepCost:
         read += checks * checked * whole
     if config.monitor_judge:  # both orders; the first check needs no judge, because its replies are the start model's
         requests = 2 * (checks - 1) * checked
-        examples = open_constitution(PreferenceConstitution, None, None).examples
-        few_shot = sum(len(example.model_dump_json()) for example in examples) / CHARACTERS_PER_TOKEN
-        read += requests * (few_shot + rows.prompt_tokens + 2 * new)
+        read += requests * judged_tokens(rows.prompt_tokens, new)
     return StepCost(rows.rows, replies + requests, TokenCounts(read, replies * new, trained * whole), rows)
 
 

@@ -4,6 +4,7 @@ The randomness of a step (sampled replies, dropout) derives from (seed, step) al
 seed. So a run that was killed and resumed ends with the same parameters as one that was not.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 from cai_cli.common.errors import UsageError
 from cai_cli.runtime.config import StageConfig
 from cai_cli.training import distributed
-
 
 # Name of an optimiser -> its name in transformers.
 OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw-8bit": "adamw_bnb_8bit", "paged-adamw-8bit": "paged_adamw_8bit"}
@@ -135,6 +135,11 @@ class TrainingConfig:
     def effective_batch(self) -> int:
         """Rows in one step of all processes together."""
         return self.batch_size * self.gradient_accumulation * distributed.world_size()
+
+    def steps(self, rows: int) -> int:
+        """The number of steps that the trainer takes on this number of rows."""
+        batches = -(-rows // (self.batch_size * distributed.world_size()))
+        return self.max_steps or math.ceil(self.epochs * -(-batches // self.gradient_accumulation))
 
     def settings(self, config: StageConfig) -> dict[str, Any]:
         """The options that decide the trained model, as a manifest records them.
