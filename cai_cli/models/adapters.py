@@ -2,13 +2,36 @@
 
 from typing import Any
 
+from cai_cli.models.loading import load_float32_copy
+
 
 def finished_model(trainer: Any) -> Any:
-    """The trained model of a trainer, with any LoRA adapters merged into its weights."""
+    """The trained model of a trainer, with any LoRA adapters merged into its weights in float32."""
     from accelerate.utils import is_peft_model
 
     model = trainer.accelerator.unwrap_model(trainer.model)
-    return model.merge_and_unload() if is_peft_model(model) else model
+    return merged(model) if is_peft_model(model) else model
+
+
+def merged(adapted: Any) -> Any:
+    """A model with its LoRA adapters merged into its weights, in float32.
+
+    Where the weights under the adapters are in another precision, the original ones are loaded again on the CPU:
+    most changes of a short training are smaller than the rounding of bfloat16, and 4-bit weights are not the model's.
+
+    Args:
+        adapted: A model of PEFT around one of `loading`; it cannot be used afterwards.
+    """
+    import torch
+    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+    base = adapted.get_base_model()
+    if base.dtype == torch.float32 and not getattr(base, "is_quantized", False):
+        return adapted.merge_and_unload()
+    weights = {name: value.float().cpu() for name, value in get_peft_model_state_dict(adapted).items()}
+    again = get_peft_model(load_float32_copy(base), adapted.peft_config[adapted.active_adapter])
+    set_peft_model_state_dict(again, weights)
+    return again.merge_and_unload()
 
 
 def without_adapter_wrapper(policy: Any) -> Any:

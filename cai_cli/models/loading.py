@@ -1,5 +1,6 @@
 """Loads models and tokenizers from directories, without running code that comes with them."""
 
+import copy
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,13 +65,22 @@ def load_generation_config(path: Path) -> "GenerationConfig":
         return GenerationConfig.from_model_config(config)
 
 
-def load_causal_lm(path: Path, dtype: str = "float32", device: str = "cpu") -> "PreTrainedModel":
+def load_causal_lm(
+    path: Path,
+    dtype: str = "float32",
+    device: str = "cpu",
+    *,
+    attention: str | None = None,
+    quantize: str | None = None,
+) -> "PreTrainedModel":
     """The language model in a directory, in evaluation mode.
 
     Args:
         path: The directory of the model.
         dtype: The data type of its weights, one of `DTYPES`.
         device: The device as torch names it.
+        attention: The implementation of attention, by its name in transformers; None for its default.
+        quantize: "4bit" to hold the linear layers in 4 bits and compute in `dtype`, else None.
 
     Raises:
         CaiError: The directory is not that of a complete language model (`invalid-model`, `wrong-model-kind`), the
@@ -82,14 +92,20 @@ def load_causal_lm(path: Path, dtype: str = "float32", device: str = "cpu") -> "
     check_model_dir(path)
     if _is_classifier(path):
         raise CaiError(f"{path}: a preference model, not a language model", code="wrong-model-kind")
-    model, missing = _load(AutoModelForCausalLM, path, dtype, device)
+    model, missing = _load(AutoModelForCausalLM, path, dtype, device, **_memory_options(attention, quantize, dtype))
     if missing:
         raise CaiError(f"{path}: weights are missing: {', '.join(sorted(missing)[:3])}", code="invalid-model")
     return model
 
 
 def load_reward_model(
-    path: Path, dtype: str = "float32", device: str = "cpu", new_head_seed: int | None = None
+    path: Path,
+    dtype: str = "float32",
+    device: str = "cpu",
+    new_head_seed: int | None = None,
+    *,
+    attention: str | None = None,
+    quantize: str | None = None,
 ) -> "PreTrainedModel":
     """The preference model in a directory: a sequence classifier with one output, in evaluation mode.
 
@@ -98,8 +114,10 @@ def load_reward_model(
 
     Args:
         path: The directory of the model.
-        dtype: The data type of its weights, one of `DTYPES`.
+        dtype: The data type of its weights, one of `DTYPES`. A decoder's head is float32 in any case: a score in
+            bfloat16 would have three digits.
         device: The device as torch names it.
+        attention: As in `load_causal_lm`, like `quantize`.
         new_head_seed: If given, `path` may be a language model to start training from, and this seed initialises its
             scalar head. If None, a missing head is an error, because a random head would give random rewards.
 
@@ -115,7 +133,8 @@ def load_reward_model(
     with torch.random.fork_rng(devices=[], enabled=new_head_seed is not None):
         if new_head_seed is not None:
             torch.manual_seed(new_head_seed)
-        model, missing = _load(AutoModelForSequenceClassification, path, dtype, device, num_labels=1)
+        options = _memory_options(attention, quantize, dtype)
+        model, missing = _load(AutoModelForSequenceClassification, path, dtype, device, num_labels=1, **options)
     head = {name for name in missing if name.split(".")[0] in ("score", "classifier")}
     if missing - head or (head and new_head_seed is None):
         raise CaiError(
@@ -127,8 +146,53 @@ def load_reward_model(
         config.pad_token_id = tokenizer.pad_token_id
     reading = reading_of(path) if new_head_seed is None else Reading()
     # A model of another kind reads where transformers does, and must be given all tokens.
-    model.reading = reading if read_last_token(model) else Reading(reading.at)
+    reads_last = read_last_token(model)
+    model.reading = reading if reads_last else Reading(reading.at)
+    if reads_last:
+        model.score.float()
     return model
+
+
+def load_float32_copy(model: "PreTrainedModel") -> "PreTrainedModel":
+    """The model that was loaded as `model`, loaded again: whole, on the CPU, in float32.
+
+    Args:
+        model: A model of `load_causal_lm` or `load_reward_model`, in any precision.
+    """
+    import torch
+
+    config = copy.deepcopy(model.config)
+    vars(config).pop("quantization_config", None)
+    path = Path(config._name_or_path)
+    with loading(path):
+        again: PreTrainedModel = type(model).from_pretrained(
+            path,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+    return again
+
+
+def _memory_options(attention: str | None, quantize: str | None, dtype: str) -> dict[str, Any]:
+    """The arguments of `from_pretrained` for `attention` and `quantize`."""
+    import torch
+
+    options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
+    if quantize:
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, dtype),
+            bnb_4bit_quant_storage=getattr(torch, dtype),  # as the other weights, or FSDP could not shard them
+            llm_int8_skip_modules=["lm_head", "score", "classifier"],
+        )
+    return options
 
 
 def reading_of(path: Path) -> Reading:
@@ -163,6 +227,7 @@ def _load(auto: Any, path: Path, dtype: str, device: str, **options: object) -> 
         raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}", code="invalid-option")
     if device == "cpu":
         _keep_freed_memory()
+    quantized = "quantization_config" in options  # such a model is quantised as it loads, and cannot be moved
     with loading(path):
         model, info = auto.from_pretrained(
             path,
@@ -171,10 +236,11 @@ def _load(auto: Any, path: Path, dtype: str, device: str, **options: object) -> 
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
+            **({"device_map": {"": device}} if quantized else {}),
             **options,
         )
     try:
-        return model.to(device), set(info["missing_keys"])
+        return model if quantized else model.to(device), set(info["missing_keys"])
     except (RuntimeError, AssertionError) as error:  # no such device, or not enough memory on it
         raise CaiError(
             f"{path}: cannot be put on device {device!r}: {str(error).splitlines()[0]}",

@@ -94,7 +94,7 @@ def dpo(inputs: DpoInputs, config: DpoConfig, training: TrainingConfig, work: Pa
     from cai_cli.models.loading import load_causal_lm
 
     base, data = inputs.base, inputs.data
-    model = load_causal_lm(base, "float32", training.device)
+    model = load_causal_lm(base, **training.loading)
     metrics = Metrics(work / "metrics.jsonl", [*COLUMNS, *PAIR_COLUMNS, *IMPLICIT_COLUMNS])
     samples = work / "samples.jsonl"
     monitor = open_monitor(
@@ -106,10 +106,10 @@ def dpo(inputs: DpoInputs, config: DpoConfig, training: TrainingConfig, work: Pa
         trainer = _trainer(model, inputs, config, training, work)
         on_pairs = PairChecks(trainer, data.held_out, metrics, config.monitor_every)
         trainer.add_callback(on_pairs.callback())
-        kept = None
         if monitor:
+            reference = reference_of(trainer, base, training.frozen_dtype)
             every, stop = config.monitor_every, config.stop_on_goodhart
-            on_replies = PolicyChecks(monitor, trainer, metrics, reference_of(trainer, base), every=every, stop=stop)
+            on_replies = PolicyChecks(monitor, trainer, metrics, reference, every=every, stop=stop)
             trainer.add_callback(on_replies.callback())
         throughput = fit(trainer, metrics, COLUMNS, name="dpo")
         kept = on_replies.kept if monitor else None

@@ -243,7 +243,7 @@ def logits_of(model: Any) -> Logits:
     return logits
 
 
-def reference_of(trainer: Any, base: Path) -> Logits:
+def reference_of(trainer: Any, base: Path, dtype: str) -> Logits:
     """The model that training started from.
 
     It is the policy without its adapters, or TRL's reference model, which is loaded here where beta is 0 and TRL has
@@ -252,6 +252,7 @@ def reference_of(trainer: Any, base: Path) -> Logits:
     Args:
         trainer: The trainer of the policy.
         base: Directory of the model that training started from.
+        dtype: The precision in which it is loaded here, by its name in torch.
     """
     from accelerate.utils import is_peft_model
 
@@ -259,7 +260,7 @@ def reference_of(trainer: Any, base: Path) -> Logits:
 
     policy = trainer.accelerator.unwrap_model(trainer.model)
     if not is_peft_model(policy):
-        return logits_of(trainer.ref_model or load_causal_lm(base, "float32", trainer.args.device.type))
+        return logits_of(trainer.ref_model or load_causal_lm(base, dtype, trainer.args.device.type))
 
     def without_adapters(ids: "Tensor", keep: int) -> "Tensor":
         with policy.disable_adapter():

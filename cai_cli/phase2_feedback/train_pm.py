@@ -116,7 +116,7 @@ def train_pm(
         CaiError: The head cannot be fitted, or training fails; see `fit`.
     """
     longest = max([*train, *held_out], key=lambda pair: max(len(pair.chosen), len(pair.rejected)))
-    model = load_reward_model(base, "float32", training.device, new_head_seed=training.seed)
+    model = load_reward_model(base, **training.loading, new_head_seed=training.seed)
     share = enable_packed_pairs(model, longest.ids)
     metrics = Metrics(work / "metrics.jsonl", [*COLUMNS, *HELD_OUT])
     # A resumed run fits the head and evaluates the start model again, because it loads the untrained model too.
