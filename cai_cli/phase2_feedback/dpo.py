@@ -107,7 +107,9 @@ def dpo(inputs: DpoInputs, config: DpoConfig, training: TrainingConfig, work: Pa
         on_pairs = PairChecks(trainer, data.held_out, metrics, config.monitor_every)
         trainer.add_callback(on_pairs.callback())
         if monitor:
-            reference = reference_of(trainer, base, training.frozen_dtype)
+            reference = logits_of(model)
+            if distributed.is_rank_zero():  # which makes the checks
+                reference = reference_of(trainer, base, training.frozen_dtype)
             every, stop = config.monitor_every, config.stop_on_goodhart
             on_replies = PolicyChecks(monitor, trainer, metrics, reference, every=every, stop=stop)
             trainer.add_callback(on_replies.callback())
