@@ -156,17 +156,19 @@ class RlConfig(TrainerOptions, PreferenceModelOptions):
             CaiError: There is no such device.
         """
         share = _share(self.replies, self.batch_size)
+        device = pick_device(self.device)
         return TrainingConfig(
             batch_size=self.batch_size or share,
             gradient_accumulation=share // (self.batch_size or share),
             learning_rate=self.peak_learning_rate,
             save_steps=self.save_steps,
             seed=self.seed,
-            device=pick_device(self.device),
+            device=device,
             lora_rank=self.lora_rank if self.lora else None,
             max_steps=self.steps,
             schedule="constant",
             report_to=self.report_to,
+            **self.memory_options(device),
         )
 
 
