@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 from cai_cli.common import console
-from cai_cli.common.errors import UsageError
 from cai_cli.common.seeds import seed_for
 from cai_cli.constitution.schema import PreferenceConstitution, open_constitution
 from cai_cli.data.schema import Prompt
@@ -45,7 +44,6 @@ from cai_cli.phase2_feedback.rl_monitor import (
     Monitor,
     PolicyChecks,
     flagged,
-    logits_of,
     reference_of,
 )
 from cai_cli.phase2_feedback.rl_prompts import fitting_prompts, hold_out, prompt_order
@@ -56,7 +54,7 @@ from cai_cli.runtime.counts import Counts
 from cai_cli.runtime.manifest import hash_input, provenance
 from cai_cli.runtime.output_files import sidecar
 from cai_cli.runtime.stage import Phase, Stage
-from cai_cli.training import distributed
+from cai_cli.training import distributed, sharding
 from cai_cli.training.checkpoints import save_finished, save_model
 from cai_cli.training.config import TrainingConfig
 from cai_cli.training.cpu_logprobs import use_unfused_head
@@ -114,25 +112,23 @@ def rl(inputs: RlInputs, config: RlConfig, training: TrainingConfig, work: Path)
         The metrics of the manifest.
 
     Raises:
-        UsageError: The weights are sharded.
         CaiError: The preference model cannot tell the start model's replies apart, or training fails; see `fit`.
     """
     from cai_cli.models.loading import load_causal_lm, load_tokenizer
 
-    _refuse_sharded_weights()
     base = inputs.base
-    policy, tokenizer = load_causal_lm(base, "float32", training.device), load_tokenizer(base)
+    with sharding.loading(training.arguments(work)) as sharded:
+        policy, tokenizer = load_causal_lm(base, "float32", training.device, sharded=sharded), load_tokenizer(base)
     if policy.config._name_or_path != str(base):
         raise AssertionError("TRL would load the reference model from another directory")
     ends = declare_end_of_turn(policy, tokenizer)  # TRL reads the config
     score = preference_score(inputs.preference_model, training.device, training.batch_size)
     metrics = Metrics(work / "metrics.jsonl", [*COLUMNS, *CHECK_COLUMNS])
     monitor = _open_monitor(inputs, config, training, tokenizer, score, work)
-    if not metrics.at(0):
-        metrics.put(0, distributed.from_rank_zero(lambda: monitor.check(0, policy, logits_of(policy))))
-    normalizer = distributed.from_rank_zero(lambda: monitor.normalizer)
     with quiet_libraries():
-        reward = preference_reward(score, normalizer, tokenizer, ends, config.cutoff_penalty)
+        reward = preference_reward(
+            score, lambda value: checks.normalizer(value), tokenizer, ends, config.cutoff_penalty
+        )
         trainer = _policy_trainer(inputs, config, training, work, policy, tokenizer, reward)
         reference = reference_of(trainer, base)
         checks = PolicyChecks(
@@ -144,19 +140,10 @@ def rl(inputs: RlInputs, config: RlConfig, training: TrainingConfig, work: Path)
     if kept:
         save_finished(trainer, tokenizer, work / "model")
     elif distributed.is_rank_zero():
-        save_model(load_causal_lm(base, "float32", training.device), tokenizer, work / "model")
+        save_model(load_causal_lm(base, "float32"), tokenizer, work / "model")
     if distributed.is_rank_zero():
         shutil.copyfile(work / "samples.jsonl", work / "model/samples.jsonl")
-    return {**manifest_metrics(metrics, normalizer, kept), "throughput": throughput}
-
-
-def _refuse_sharded_weights() -> None:
-    if distributed.weights_are_sharded():
-        raise UsageError(
-            "rl needs the whole policy in every process, to sample replies and to check it",
-            hint="--accelerate-config multi_gpu, zero1 or zero2; --lora takes less memory",
-            code="sharded-weights",
-        )
+    return {**manifest_metrics(metrics, checks.normalizer, kept), "throughput": throughput}
 
 
 def _open_monitor(

@@ -11,7 +11,6 @@ from typing import Any
 from cai_cli.runtime.config import StageConfig
 from cai_cli.training import distributed
 
-
 # Name of an optimiser -> its name in transformers.
 OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw-8bit": "adamw_bnb_8bit", "paged-adamw-8bit": "paged_adamw_8bit"}
 
