@@ -37,7 +37,9 @@ def save_finished(trainer: Any, tokenizer: "PreTrainedTokenizerBase", directory:
     if distributed.is_rank_zero():
         model = trainer.accelerator.unwrap_model(trainer.model)
         if is_adapted(model):
-            save_model(merged_model(model.active_peft_config, weights, model.dtype), tokenizer, directory)
+            with quiet_libraries():
+                model = merged_model(model.active_peft_config, weights, model.dtype)
+            save_model(model, tokenizer, directory)
         else:
             save_model(model, tokenizer, directory, weights)
 

@@ -94,18 +94,26 @@ def _gathered(model: Any, trainer: Any) -> Iterator[None]:
         with unwrap_model_for_generation(model, trainer.accelerator):
             yield
         return
-    from torch.distributed.fsdp import FSDPModule
+    import torch
 
-    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     model.set_reshard_after_forward(False)
-    for unit in units:
-        unit.unshard()
     try:
+        with torch.no_grad():  # torch requires that a pass through the outermost module comes first
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=trainer.accelerator.device))
+        for unit in _units(model):
+            unit.unshard()
         yield
     finally:
-        for unit in units:
+        for unit in _units(model):
             unit.reshard()
         model.set_reshard_after_forward(trainer.accelerator.state.fsdp_plugin.reshard_after_forward)
+
+
+def _units(model: Any) -> list[Any]:
+    """The parts of a model whose weights FSDP gathers together."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def gathered_weights(trainer: Any) -> dict[str, "Tensor"]:
@@ -117,12 +125,15 @@ def gathered_weights(trainer: Any) -> dict[str, "Tensor"]:
     if not is_peft_model(model):
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
         return {name: weights[name] for name in set(weights or ()) - set(model.all_tied_weights_keys)}
-    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     if is_zero3():
         from deepspeed.zero import GatheredParameters
 
+        trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         with GatheredParameters(list(trained.values())):
             return {name: weight.detach().cpu().clone() for name, weight in trained.items()}
+    for unit in _units(model):  # one that was gathered for a forward pass may still be
+        unit.reshard()
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     return {name: weight.detach().full_tensor().cpu() for name, weight in trained.items()}
 
 
