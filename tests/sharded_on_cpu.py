@@ -11,6 +11,10 @@ os.environ.update(ACCELERATE_TORCH_DEVICE="cpu", DS_ACCELERATOR="cpu")
 from accelerate import DistributedType, PartialState
 
 PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+    import deepspeed.comm.torch
+
+    deepspeed.comm.torch.build_shm_op = lambda: None  # its processes spin while they wait: no use without a core each
 
 if __name__ == "__main__":
     from cai_cli.cli.app import main
