@@ -55,6 +55,9 @@ ADDED_SETTINGS: dict[str, Any] = {
     "scale_rewards": "group",
     "weights": "float32",
     "optimizer": "adamw",
+    "packing": False,
+    "pm_dtype": "float32",
+    "reference_weights": "float32",
 }
 MANIFEST = {"figures": "metrics"}
 PROVENANCE = {"watcher": "monitor"}

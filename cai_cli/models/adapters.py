@@ -1,17 +1,37 @@
 """Models with LoRA adapters."""
 
-from pathlib import Path
 from typing import Any
 
-from cai_cli.models.loading import load_causal_lm, load_reward_model
+from cai_cli.models.loading import load_float32_copy
 
 
 def finished_model(trainer: Any) -> Any:
-    """The trained model of a trainer, with any LoRA adapters merged into its weights."""
+    """The trained model of a trainer, with any LoRA adapters merged into its weights in float32."""
     from accelerate.utils import is_peft_model
 
     model = trainer.accelerator.unwrap_model(trainer.model)
-    return model.merge_and_unload() if is_peft_model(model) else model
+    return merged(model) if is_peft_model(model) else model
+
+
+def merged(adapted: Any) -> Any:
+    """A model with its LoRA adapters merged into its weights, in float32.
+
+    Where the weights under the adapters are in another precision, the original ones are loaded again on the CPU:
+    most changes of a short training are smaller than the rounding of bfloat16, and 4-bit weights are not the model's.
+
+    Args:
+        adapted: A model of PEFT around one of `loading`; it cannot be used afterwards.
+    """
+    import torch
+    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+    base = adapted.get_base_model()
+    if base.dtype == torch.float32 and not getattr(base, "is_quantized", False):
+        return adapted.merge_and_unload()
+    weights = {name: value.float().cpu() for name, value in get_peft_model_state_dict(adapted).items()}
+    again = get_peft_model(load_float32_copy(base), adapted.peft_config[adapted.active_adapter])
+    set_peft_model_state_dict(again, weights)
+    return again.merge_and_unload()
 
 
 def without_adapter_wrapper(policy: Any) -> Any:
@@ -28,21 +48,16 @@ def is_adapted(model: Any) -> bool:
     return bool(is_peft_model(model))
 
 
-def merged_model(config: Any, weights: dict[str, Any], dtype: Any) -> Any:
-    """The model that adapters were trained on, loaded again on the CPU, with the adapters merged into its weights.
+def merged_copy(adapted: Any, weights: dict[str, Any]) -> Any:
+    """The model under adapters, loaded again on the CPU in float32, with the adapters merged into its weights.
 
     Args:
-        config: The LoRA config of the adapters, which names the directory of that model.
-        weights: The trained weights by their names in the model with adapters.
-        dtype: The torch data type of the model's weights.
+        adapted: A model of PEFT around one of `loading`, of which this process may hold a part only.
+        weights: The weights that are trained, by their names in `adapted`.
     """
-    from peft import TaskType, get_peft_model
+    from peft import get_peft_model
 
-    path, precision = Path(config.base_model_name_or_path), str(dtype).removeprefix("torch.")
-    classifier = config.task_type == TaskType.SEQ_CLS
-    base = load_reward_model(path, precision, new_head_seed=0) if classifier else load_causal_lm(path, precision)
-    model = get_peft_model(base, config)
-    unknown = model.load_state_dict(weights, strict=False).unexpected_keys
-    if unknown:
+    again = get_peft_model(load_float32_copy(adapted.get_base_model()), adapted.active_peft_config)
+    if unknown := again.load_state_dict(weights, strict=False).unexpected_keys:
         raise AssertionError(f"weights that the model does not have: {unknown[:3]}")
-    return model.merge_and_unload()
+    return again.merge_and_unload()

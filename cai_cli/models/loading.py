@@ -1,5 +1,6 @@
 """Loads models and tokenizers from directories, without running code that comes with them."""
 
+import copy
 import json
 from contextlib import nullcontext
 from pathlib import Path
@@ -67,7 +68,13 @@ def load_generation_config(path: Path) -> "GenerationConfig":
 
 
 def load_causal_lm(
-    path: Path, dtype: str = "float32", device: str = "cpu", *, sharded: bool = False
+    path: Path,
+    dtype: str = "float32",
+    device: str = "cpu",
+    *,
+    attention: str | None = None,
+    quantize: str | None = None,
+    sharded: bool = False,
 ) -> "PreTrainedModel":
     """The language model in a directory, in evaluation mode.
 
@@ -75,6 +82,8 @@ def load_causal_lm(
         path: The directory of the model.
         dtype: The data type of its weights, one of `DTYPES`.
         device: The device as torch names it.
+        attention: The implementation of attention, by its name in transformers; None for its default.
+        quantize: "4bit" to hold the linear layers in 4 bits and compute in `dtype`, else None.
         sharded: Whether a trainer is to divide the weights among the processes: they stay on the CPU, and only the
             first process of each machine reads them, or each reads its share with ZeRO-3.
 
@@ -88,7 +97,8 @@ def load_causal_lm(
     check_model_dir(path)
     if _is_classifier(path):
         raise CaiError(f"{path}: a preference model, not a language model", code="wrong-model-kind")
-    model, missing = _load(AutoModelForCausalLM, path, dtype, device, sharded)
+    options = _memory_options(attention, quantize, dtype)
+    model, missing = _load(AutoModelForCausalLM, path, dtype, device, sharded, **options)
     if missing:
         raise CaiError(f"{path}: weights are missing: {', '.join(sorted(missing)[:3])}", code="invalid-model")
     return model
@@ -100,6 +110,8 @@ def load_reward_model(
     device: str = "cpu",
     new_head_seed: int | None = None,
     *,
+    attention: str | None = None,
+    quantize: str | None = None,
     sharded: bool = False,
 ) -> "PreTrainedModel":
     """The preference model in a directory: a sequence classifier with one output, in evaluation mode.
@@ -109,8 +121,10 @@ def load_reward_model(
 
     Args:
         path: The directory of the model.
-        dtype: The data type of its weights, one of `DTYPES`.
+        dtype: The data type of its weights, one of `DTYPES`. A decoder's head is float32 in any case: a score in
+            bfloat16 would have three digits.
         device: The device as torch names it.
+        attention: As in `load_causal_lm`, like `quantize`.
         new_head_seed: If given, `path` may be a language model to start training from, and this seed initialises its
             scalar head. If None, a missing head is an error, because a random head would give random rewards.
         sharded: As for `load_causal_lm`.
@@ -127,7 +141,8 @@ def load_reward_model(
     with torch.random.fork_rng(devices=[], enabled=new_head_seed is not None):
         if new_head_seed is not None:
             torch.manual_seed(new_head_seed)
-        model, missing = _load(AutoModelForSequenceClassification, path, dtype, device, sharded, num_labels=1)
+        options = _memory_options(attention, quantize, dtype) | {"num_labels": 1}
+        model, missing = _load(AutoModelForSequenceClassification, path, dtype, device, sharded, **options)
     head = {name for name in missing if name.split(".")[0] in ("score", "classifier")}
     if missing - head or (head and new_head_seed is None):
         raise CaiError(
@@ -139,8 +154,53 @@ def load_reward_model(
         config.pad_token_id = tokenizer.pad_token_id
     reading = reading_of(path) if new_head_seed is None else Reading()
     # A model of another kind reads where transformers does, and must be given all tokens.
-    model.reading = reading if read_last_token(model) else Reading(reading.at)
+    reads_last = read_last_token(model)
+    model.reading = reading if reads_last else Reading(reading.at)
+    if reads_last:
+        model.score.float()
     return model
+
+
+def load_float32_copy(model: "PreTrainedModel") -> "PreTrainedModel":
+    """The model that was loaded as `model`, loaded again: whole, on the CPU, in float32.
+
+    Args:
+        model: A model of `load_causal_lm` or `load_reward_model`, in any precision.
+    """
+    import torch
+
+    config = copy.deepcopy(model.config)
+    vars(config).pop("quantization_config", None)
+    path = Path(config._name_or_path)
+    with loading(path), undivided():
+        again: PreTrainedModel = type(model).from_pretrained(
+            path,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+    return again
+
+
+def _memory_options(attention: str | None, quantize: str | None, dtype: str) -> dict[str, Any]:
+    """The arguments of `from_pretrained` for `attention` and `quantize`."""
+    import torch
+
+    options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
+    if quantize:
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, dtype),
+            bnb_4bit_quant_storage=getattr(torch, dtype),  # as the other weights, or FSDP could not shard them
+            llm_int8_skip_modules=["lm_head", "score", "classifier"],
+        )
+    return options
 
 
 def reading_of(path: Path) -> Reading:
@@ -168,7 +228,7 @@ def _is_classifier(path: Path) -> bool:
 
 
 def _load(
-    auto: Any, path: Path, dtype: str, device: str, sharded: bool, **options: object
+    auto: Any, path: Path, dtype: str, device: str, sharded: bool, **options: Any
 ) -> tuple["PreTrainedModel", set[str]]:
     """The model, and the names of the parameters that are missing in `path` (they are random)."""
     import torch
@@ -178,8 +238,9 @@ def _load(
     if device == "cpu":
         _keep_freed_memory()
     precision = getattr(torch, dtype)
+    quantized = "quantization_config" in options  # such a model is quantised as it loads, and cannot be moved
     with loading(path):
-        if sharded and unread_here():
+        if sharded and not quantized and unread_here():
             return without_weights(auto, path, precision, **options), set()
         with nullcontext() if sharded else undivided():
             model, info = auto.from_pretrained(
@@ -189,10 +250,11 @@ def _load(
                 trust_remote_code=False,
                 local_files_only=True,
                 output_loading_info=True,
+                **({"device_map": {"": device}} if quantized else {}),
                 **options,
             )
     try:
-        return model if sharded else model.to(device), set(info["missing_keys"])
+        return model if quantized or sharded else model.to(device), set(info["missing_keys"])
     except (RuntimeError, AssertionError) as error:  # no such device, or not enough memory on it
         raise CaiError(
             f"{path}: cannot be put on device {device!r}: {str(error).splitlines()[0]}",

@@ -108,4 +108,17 @@ def forward_to_last_token(self: Any, input_ids: Any, attention_mask: Any = None,
     last = torch.full((len(input_ids),), input_ids.shape[1] - 1, device=hidden.device)
     if attention_mask is not None:
         last = (attention_mask * torch.arange(input_ids.shape[1], device=hidden.device)).argmax(-1)
-    return SequenceClassifierOutput(logits=self.score(hidden[torch.arange(len(last), device=hidden.device), last]))
+    return SequenceClassifierOutput(
+        logits=head_output(self, hidden[torch.arange(len(last), device=hidden.device), last])
+    )
+
+
+def head_output(model: Any, hidden: Any) -> Any:
+    """The scores of hidden states; the head of a preference model may have a higher precision than its other weights.
+
+    Args:
+        model: The preference model.
+        hidden: Hidden states of shape (rows, hidden size).
+    """
+    weight = next(model.score.parameters(), None)  # None where `onednn.pack_linears` holds it, in float32
+    return model.score(hidden.float() if weight is None else hidden.to(weight.dtype))

@@ -25,6 +25,7 @@ from cai_cli.data.schema import Revision, Sample, conversation_id, reject
 from cai_cli.data.splits import held_out_keys, mixed, too_long_for
 from cai_cli.models.loading import tokenizer_and_window
 from cai_cli.models.source import ModelSource
+from cai_cli.phase1_supervised.packing import check_packing, pack, with_padded_evaluation
 from cai_cli.runtime.config import Effect, Group, Option, option
 from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
 from cai_cli.runtime.counts import Counts
@@ -91,6 +92,13 @@ class SftConfig(EpochOptions):
         CutOff.OPEN,
         "Replies that were cut off at the length limit: train on them without an end of turn (open), leave them out "
         "(skip), or train on them as if they were whole (whole).",
+    )
+    packing: bool = option(
+        False,
+        "Fill each row of a batch with as many examples as --max-length takes, and pad nothing. Examples do not attend "
+        "to each other, which needs --attention flash_attention_2 or 3 on a GPU, or a model whose layers all use full "
+        "attention.",
+        Option(group=Group.TRAINING, flags=("--packing",)),
     )
 
 
@@ -160,6 +168,8 @@ def sft(
     held_out: Sequence[Encoded],
     training: TrainingConfig,
     work: Path,
+    *,
+    packed_length: int | None = None,
 ) -> dict[str, Any]:
     """Fine-tune a causal language model on replies (paper section 3, the SL-CAI model).
 
@@ -170,22 +180,27 @@ def sft(
         held_out: The examples to evaluate on; may be empty.
         training: The options of the trainer.
         work: A directory; the trained model is written to `work/model`, the metrics to `work/metrics.jsonl`.
+        packed_length: The most tokens in a row of packed examples; None to train on one example a row, with padding.
 
     Returns:
         The metrics for the manifest. Losses are means per token in nats; `_before` marks those of the start model.
 
     Raises:
+        UsageError: The model cannot be trained on packed examples.
         CaiError: Training fails; see `fit`.
     """
     from cai_cli.models.loading import load_causal_lm
 
-    with sharding.loading(training.arguments(work)) as sharded:
-        model = load_causal_lm(base, "float32", training.device, sharded=sharded)
+    with sharding.announced(training.arguments(work)):
+        model = load_causal_lm(base, **training.loading)
     metrics = Metrics(work / "metrics.jsonl", [*COLUMNS, "held_out_loss"])
     with quiet_libraries():
-        trainer = _trainer(model, tokenizer, train, held_out, training, work)
+        trainer = _trainer(model, tokenizer, train, held_out, training, work, packed_length=packed_length)
         trainer.add_callback(_start_evaluation(trainer, metrics))
         throughput = fit(trainer, metrics, COLUMNS, name="sft")
+        if packed_length:
+            packed = len(trainer.train_dataset)
+            throughput |= {"packed_rows": packed, "repeated_rows": training.repeated_rows(packed)}
         steps = int(trainer.state.global_step)
         after = _held_out_loss(trainer)
         metrics.put(steps, {"held_out_loss": after})
@@ -208,17 +223,23 @@ def _trainer(
     held_out: Sequence[Encoded],
     training: TrainingConfig,
     work: Path,
+    *,
+    packed_length: int | None,
 ) -> Any:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     already_encoded = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    rows, trainer_class = [e.columns() for e in train], _with_row_sums(SFTTrainer)
+    if packed_length:
+        check_packing(model, rows, training)
+        trainer_class = with_padded_evaluation(trainer_class)
     trainer = without_printer(
-        _with_row_sums(SFTTrainer)(
+        trainer_class(
             model=model,
             processing_class=tokenizer,
-            args=SFTConfig(**training.arguments(work), **already_encoded),
-            train_dataset=Dataset.from_list([e.columns() for e in train]),
+            args=SFTConfig(**training.arguments(work), packing=packed_length is not None, **already_encoded),
+            train_dataset=pack(rows, packed_length) if packed_length else Dataset.from_list(rows),
             eval_dataset=Dataset.from_list([e.columns() for e in held_out]) if held_out else None,
             peft_config=training.peft_config(),
             compute_metrics=lambda rows: {"token_loss": float(rows.predictions.sum() / rows.label_ids.sum())},
@@ -368,7 +389,15 @@ def run(config: SftConfig) -> dict[str, Any]:
         output=Path(config.output),
         overwrite=config.overwrite,
         counts=data.counts,
-        train=lambda work: sft(base.path, data.tokenizer, data.train, data.held_out, training, work),
+        train=lambda work: sft(
+            base.path,
+            data.tokenizer,
+            data.train,
+            data.held_out,
+            training,
+            work,
+            packed_length=config.max_length if config.packing else None,
+        ),
         facts=training.facts("all examples in a new random order every epoch", len(data.train)),
     ).run(as_json=config.as_json)
 

@@ -48,7 +48,7 @@ from cai_cli.phase2_feedback.rl_monitor import (
 )
 from cai_cli.phase2_feedback.rl_prompts import fitting_prompts, hold_out, prompt_order
 from cai_cli.phase2_feedback.rl_trainer import preference_reward, with_seeded_sampling
-from cai_cli.reward.preference_model import preference_model_identity
+from cai_cli.reward.scorer import Scorer
 from cai_cli.runtime.cost import CHARACTERS_PER_TOKEN, RowFlow, StepCost, TokenCounts
 from cai_cli.runtime.counts import Counts
 from cai_cli.runtime.manifest import hash_input, provenance
@@ -85,14 +85,14 @@ class RlInputs:
 
     Attributes:
         base: Directory of the start model, which is the reference model too.
-        preference_model: Directory of the preference model of the reward.
+        preference_model: The preference model of the reward.
         train: The prompts to train on.
         held_out: The prompts to check the policy on.
         monitor_model: The monitor model, or None.
     """
 
     base: Path
-    preference_model: Path
+    preference_model: Scorer
     train: Sequence[Prompt]
     held_out: Sequence[Prompt]
     monitor_model: MonitorModel | None
@@ -117,20 +117,19 @@ def rl(inputs: RlInputs, config: RlConfig, training: TrainingConfig, work: Path)
     from cai_cli.models.loading import load_causal_lm, load_tokenizer
 
     base = inputs.base
-    with sharding.loading(training.arguments(work)) as sharded:
-        policy, tokenizer = load_causal_lm(base, "float32", training.device, sharded=sharded), load_tokenizer(base)
+    with sharding.announced(training.arguments(work)):
+        policy, tokenizer = load_causal_lm(base, **training.loading), load_tokenizer(base)
     if policy.config._name_or_path != str(base):
         raise AssertionError("TRL would load the reference model from another directory")
     ends = declare_end_of_turn(policy, tokenizer)  # TRL reads the config
-    score = preference_score(inputs.preference_model, training.device, training.batch_size)
+    score = preference_score(inputs.preference_model)
     metrics = Metrics(work / "metrics.jsonl", [*COLUMNS, *CHECK_COLUMNS])
     monitor = _open_monitor(inputs, config, training, tokenizer, score, work)
     with quiet_libraries():
-        reward = preference_reward(
-            score, lambda value: checks.normalizer(value), tokenizer, ends, config.cutoff_penalty
-        )
+        normalize = lambda value: checks.normalizer(value)  # noqa: E731, PLW0108 - known when training begins
+        reward = preference_reward(score, normalize, tokenizer, ends, config.cutoff_penalty)
         trainer = _policy_trainer(inputs, config, training, work, policy, tokenizer, reward)
-        reference = reference_of(trainer, base)
+        reference = reference_of(trainer, base, training.frozen_dtype)
         checks = PolicyChecks(
             monitor, trainer, metrics, reference, every=config.monitor_every, stop=config.stop_on_goodhart
         )
@@ -140,7 +139,7 @@ def rl(inputs: RlInputs, config: RlConfig, training: TrainingConfig, work: Path)
     if kept:
         save_finished(trainer, tokenizer, work / "model")
     elif distributed.is_rank_zero():
-        save_model(load_causal_lm(base, "float32"), tokenizer, work / "model")
+        save_model(load_causal_lm(base), tokenizer, work / "model")
     if distributed.is_rank_zero():
         shutil.copyfile(work / "samples.jsonl", work / "model/samples.jsonl")
     return {**manifest_metrics(metrics, checks.normalizer, kept), "throughput": throughput}
@@ -178,7 +177,9 @@ def _policy_trainer(
         Algorithm.RLOO: (RLOOTrainer, RLOOConfig),
         Algorithm.GRPO: (GRPOTrainer, GRPOConfig),
     }[config.algorithm]
-    scaling = {"scale_rewards": config.scale_rewards.value} if config.algorithm is Algorithm.GRPO else {}
+    options: dict[str, Any] = {"model_init_kwargs": training.reference_options}
+    if config.algorithm is Algorithm.GRPO:
+        options["scale_rewards"] = config.scale_rewards.value
     order = prompt_order(len(inputs.train), training.max_steps, config.prompts_per_step, training.seed)
     sampling = Sampling(config.max_new_tokens, config.temperature)
     seeded_class = with_seeded_sampling(trainer_class, sampling, training.batch_size)
@@ -193,7 +194,7 @@ def _policy_trainer(
                 max_completion_length=config.max_new_tokens,
                 temperature=config.temperature,
                 beta=config.trainer_beta,
-                **scaling,
+                **options,
                 shuffle_dataset=False,  # TRL's own order would not survive a resume
             ),
             train_dataset=Dataset.from_list(
@@ -308,15 +309,22 @@ def run(config: RlConfig) -> dict[str, Any]:
     """Train on a file of prompts. Returns the summary. Raises UsageError, CaiError."""
     config.launch()
     training = config.training_config()
-    models = {"model": ModelSource.resolve(config.model), "pm": ModelSource.resolve(config.pm)}
-    base, pm = models["model"].path, models["pm"].path
+    pm = config.reward_scorer(training)
+    models = {"model": ModelSource.resolve(config.model)} | ({"pm": pm.source} if pm.source else {})
+    base = models["model"].path
     monitor_model = pick_monitor_model(
-        config.monitor_pm, config.monitor_judge, config.base_url, models["pm"], device=training.device, seed=config.seed
+        config.monitor_pm,
+        config.monitor_judge,
+        config.base_url,
+        pm.source,
+        device=pm.device,
+        dtype=config.pm_dtype.value,
+        seed=config.seed,
     )
     inputs = {"prompts": hash_input(config.input)}
     if config.helpful:
         inputs["helpful"] = hash_input(config.helpful)
-    preference_models = [pm, *([monitor_model.path] if monitor_model and monitor_model.path else [])]
+    preference_models = [path for path in (pm.path, monitor_model and monitor_model.path) if path]
     prompts = read_rl_prompts(config, base, preference_models)
     if config.report_to is Reporter.TENSORBOARD:  # not in OUT.partial, which is removed
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(sidecar(Path(config.output), "tensorboard")))
@@ -325,9 +333,9 @@ def run(config: RlConfig) -> dict[str, Any]:
         provenance=provenance(
             "rl",
             inputs=inputs,
-            settings=training.settings(config),
+            settings=training.settings(config, pm_dtype=pm.dtype, reference_weights=training.frozen_dtype),
             model=models["model"].identity(),
-            pm=preference_model_identity(models["pm"]),
+            pm=pm.identity(),
             monitor=monitor_model.identity if monitor_model else None,
             rows=prompts.rows,
         ),

@@ -223,7 +223,7 @@ def logits_of(model: Any) -> Logits:
     return logits
 
 
-def reference_of(trainer: Any, base: Path) -> Logits:
+def reference_of(trainer: Any, base: Path, dtype: str) -> Logits:
     """The model that training started from.
 
     It is the policy without its adapters, or TRL's reference model, which is loaded here where beta is 0 and TRL has
@@ -232,6 +232,7 @@ def reference_of(trainer: Any, base: Path) -> Logits:
     Args:
         trainer: The trainer of the policy.
         base: Directory of the model that training started from.
+        dtype: The precision in which it is loaded here, by its name in torch.
     """
     from accelerate.utils import is_peft_model
 
@@ -241,10 +242,8 @@ def reference_of(trainer: Any, base: Path) -> Logits:
     if not is_peft_model(policy):
         if trainer.ref_model is not None:
             return logits_of(trainer.accelerator.unwrap_model(trainer.ref_model))
-        # Checks are made on rank 0.
-        return logits_of(
-            load_causal_lm(base, "float32", trainer.args.device.type) if distributed.is_rank_zero() else None
-        )
+        checks_here = distributed.is_rank_zero()
+        return logits_of(load_causal_lm(base, dtype, trainer.args.device.type) if checks_here else None)
 
     def without_adapters(ids: "Tensor", keep: int) -> "Tensor":
         with policy.disable_adapter():

@@ -123,8 +123,9 @@ def train_pm(
         CaiError: The head cannot be fitted, or training fails; see `fit`.
     """
     longest = max([*train, *held_out], key=lambda pair: max(len(pair.chosen), len(pair.rejected)))
-    with sharding.loading(training.arguments(work)) as sharded:
-        model = load_reward_model(base, "float32", training.device, new_head_seed=training.seed, sharded=sharded)
+    with sharding.announced(training.arguments(work)):
+        model = load_reward_model(base, **training.loading, new_head_seed=training.seed)
+    sharded = distributed.weights_are_sharded()
     share = (accept_packed_pairs if sharded else enable_packed_pairs)(model, longest.ids)
     evaluation = ShardedEvaluation(tokenizer, held_out, training, work, longest if share else None) if sharded else None
     metrics = Metrics(work / "metrics.jsonl", [*COLUMNS, *HELD_OUT])

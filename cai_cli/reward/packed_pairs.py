@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from cai_cli.engines.local.rope import rope_limits
-from cai_cli.models.reading import forward_to_last_token
+from cai_cli.models.reading import forward_to_last_token, head_output
 from cai_cli.reward.preference_model import finite
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def _forward(self: Any, input_ids: Any = None, branches: Any = None, **inputs: A
     own_tokens = ((branches == SHARED) | (branches == branch) for branch in (1, 2))
     ends = torch.cat([(columns * tokens).argmax(-1) for tokens in own_tokens])
     rows = torch.arange(len(branches), device=branches.device).repeat(2)
-    return SequenceClassifierOutput(logits=self.score(hidden[rows, ends]))
+    return SequenceClassifierOutput(logits=head_output(self, hidden[rows, ends]))
 
 
 def head_outputs(

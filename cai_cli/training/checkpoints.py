@@ -17,7 +17,7 @@ from cai_cli.common.errors import CaiError
 from cai_cli.common.files import write_atomically
 from cai_cli.data.jsonl import sync_directory
 from cai_cli.engines.tokenization import declare_end_of_turn
-from cai_cli.models.adapters import finished_model, is_adapted, merged_model
+from cai_cli.models.adapters import finished_model, is_adapted, merged_copy
 from cai_cli.models.loading import context_window
 from cai_cli.training import distributed
 from cai_cli.training.quiet import quiet_libraries
@@ -38,7 +38,7 @@ def save_finished(trainer: Any, tokenizer: "PreTrainedTokenizerBase", directory:
         model = trainer.accelerator.unwrap_model(trainer.model)
         if is_adapted(model):
             with quiet_libraries():
-                model = merged_model(model.active_peft_config, weights, model.dtype)
+                model = merged_copy(model, weights)
             save_model(model, tokenizer, directory)
         else:
             save_model(model, tokenizer, directory, weights)

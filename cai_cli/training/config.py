@@ -80,6 +80,22 @@ class TrainingConfig:
         return self.frozen_dtype
 
     @property
+    def loading(self) -> dict[str, Any]:
+        """Keyword arguments of `load_causal_lm` and `load_reward_model` for the model to train."""
+        return {
+            "dtype": self.trained_dtype,
+            "device": self.device,
+            "attention": self.attention,
+            "quantize": self.quantize,
+            "sharded": distributed.weights_are_sharded(),
+        }
+
+    @property
+    def reference_options(self) -> dict[str, str] | None:
+        """TRL's `model_init_kwargs`, for the reference model; None where it is loaded as the policy is."""
+        return {"dtype": self.frozen_dtype} if self.frozen_dtype != self.trained_dtype else None
+
+    @property
     def checkpoints_activations(self) -> bool:
         """`gradient_checkpointing`, where "auto" is on with CUDA."""
         return self.gradient_checkpointing == "on" or (self.gradient_checkpointing == "auto" and self.device == "cuda")
@@ -134,13 +150,17 @@ class TrainingConfig:
         """Rows in one step of all processes together."""
         return self.batch_size * self.gradient_accumulation * distributed.world_size()
 
-    def settings(self, config: StageConfig) -> dict[str, Any]:
+    def settings(self, config: StageConfig, **resolved: Any) -> dict[str, Any]:
         """The options that decide the trained model, as a manifest records them.
+
+        Args:
+            config: The options of the stage.
+            resolved: Values that replace an option's, or are recorded beside the options.
 
         The number of processes that share an effective batch is not among them, so a run may resume with another one.
         """
         settings = config.settings(
-            effective_batch=self.effective_batch, precision=self.precision, weights=self.trained_dtype
+            effective_batch=self.effective_batch, precision=self.precision, weights=self.trained_dtype, **resolved
         )
         settings.pop("dtype", None)  # recorded as the precision it resolved to
         return settings
@@ -156,16 +176,19 @@ class TrainingConfig:
             The sizes, the seed and the order. `repeated_rows` is the number of rows of an epoch that are used twice,
             because all processes do the same number of whole batches.
         """
-        together = self.batch_size * distributed.world_size()
         return {
             "processes": distributed.world_size(),
             "batch_size": self.batch_size,
             "gradient_accumulation": self.gradient_accumulation,
             "effective_batch": self.effective_batch,
-            "repeated_rows": -rows % together if distributed.world_size() > 1 else 0,
+            "repeated_rows": self.repeated_rows(rows),
             "data_order": order,
             "seed": self.seed,
         }
+
+    def repeated_rows(self, rows: int) -> int:
+        """The number of rows of an epoch of `rows` that are used twice."""
+        return -rows % (self.batch_size * distributed.world_size()) if distributed.world_size() > 1 else 0
 
     def peft_config(self, *, classifier: bool = False) -> Any:
         """The LoRA config, or None where all weights are trained.

@@ -6,17 +6,15 @@ computes alone is therefore computed by all processes together, or from weights 
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from cai_cli.common.errors import UsageError
 from cai_cli.training import distributed
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-T = TypeVar("T")
 
 
 def refuse_unsupported() -> None:
@@ -44,27 +42,19 @@ def refuse_unsupported() -> None:
 
 
 @contextmanager
-def loading(arguments: dict[str, Any]) -> Iterator[bool]:
-    """The context in which a trainer's model is loaded.
+def announced(arguments: dict[str, Any]) -> Iterator[None]:
+    """The context in which the model to train is loaded: with ZeRO-3, transformers divides weights as it reads them.
 
     Args:
         arguments: Keyword arguments for the trainer's config.
-
-    Yields:
-        Whether the weights are to be sharded, for `load_causal_lm` and `load_reward_model`.
     """
-    announced = None
+    announcement = None
     if is_zero3():
         from transformers import TrainingArguments
 
-        announced = TrainingArguments(**arguments)  # transformers divides weights as it reads them while this exists
-    yield distributed.weights_are_sharded()
-    del announced
-
-
-def with_all_weights(make: Callable[[], T]) -> T:
-    """Return the result of `make` on every rank. It is called on rank 0, or on all ranks where weights are sharded."""
-    return make() if distributed.weights_are_sharded() else distributed.from_rank_zero(make)
+        announcement = TrainingArguments(**arguments)  # transformers divides weights while this exists
+    yield
+    del announcement
 
 
 @contextmanager

@@ -18,13 +18,14 @@ from tiny import declare_only_end_of_text, tiny_model_dir
 from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.data.schema import Preference, load_row
 from cai_cli.models.loading import load_generation_config, load_reward_model, load_tokenizer
-from cai_cli.phase2_feedback import monitor_models, pm_pairs
+from cai_cli.phase2_feedback import pm_pairs
 from cai_cli.phase2_feedback.monitor_models import preference_score
 from cai_cli.phase2_feedback.reward_normalizer import RewardNormalizer
 from cai_cli.phase2_feedback.rl_config import RlConfig
 from cai_cli.phase2_feedback.rl_trainer import messages_of, preference_reward
-from cai_cli.reward import preference_model
+from cai_cli.reward import scorer
 from cai_cli.reward.preference_model import score_conversations
+from cai_cli.reward.scorer import Scorer
 from cai_cli.runtime.counts import Counts
 
 command = stage("rl")
@@ -163,7 +164,9 @@ def test_a_reply_cut_off_at_the_limit_gets_the_penalty_and_is_counted(model: Pat
     prompts = [[{"role": "user", "content": "question"}]] * 2
     replies = [[{"role": "assistant", "content": "helpful"}]] * 2
     helpful, part = (tokenizer(text)["input_ids"] for text in ("helpful", "\u68a8"))
-    reward = preference_reward(preference_score(Path(pm), "cpu"), RewardNormalizer(-1.0, 0.5), tokenizer, ends, 1.5)
+    reward = preference_reward(
+        preference_score(Scorer(pm, None, "cpu")), RewardNormalizer(-1.0, 0.5), tokenizer, ends, 1.5
+    )
     rewards = reward(
         prompts=prompts,
         completion_ids=[[*helpful, tokenizer.eos_token_id], [*helpful, *part[:-1]]],  # cut inside a character
@@ -185,20 +188,20 @@ def test_rl_scores_the_same_tokens_that_the_preference_model_is_trained_on(
         {"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}, {"role": "assistant", "content": "a"},
     ])]  # fmt: skip
     scored, conversations_scored = [], []
-    score, reward = preference_model.score_ids, monitor_models.score_conversations
+    score, encode = scorer.score_ids, scorer.encode_conversation
 
     def seen(*arguments: Any) -> list[float]:
         scored.extend(arguments[2])
         return score(*arguments)
 
-    def conversations_seen(judge: Any, tokenizer: Any, conversations: Any, batch_size: int) -> list[float]:
-        conversations_scored.extend(conversations)
-        return reward(judge, tokenizer, conversations, batch_size)
+    def conversations_seen(tokenizer: Any, conversation: Any, reading: Any) -> list[int]:
+        conversations_scored.append(conversation)
+        return encode(tokenizer, conversation, reading)
 
     file = write_rows(tmp_path / "p.jsonl", rows)
     with (
-        patch.object(preference_model, "score_ids", seen),
-        patch.object(monitor_models, "score_conversations", conversations_seen),
+        patch.object(scorer, "score_ids", seen),
+        patch.object(scorer, "encode_conversation", conversations_seen),
     ):
         command(file, tmp_path / "rl", pm=pm, model=str(model), **QUICK | {"steps": 2})
     assert len(scored) == len(conversations_scored) == 50  # of two steps with 8 replies and two checks with 17

@@ -150,4 +150,4 @@ def test_scores_come_through_a_pipe(pm: Path, cai: Cai) -> None:
 
 
 def test_only_the_part_of_the_input_decides_the_output() -> None:
-    assert options_that("score", Effect.DECIDES) == {"column", "limit", "shard"}
+    assert options_that("score", Effect.DECIDES) == {"column", "limit", "pm_dtype", "shard"}
