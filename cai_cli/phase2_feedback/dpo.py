@@ -31,7 +31,7 @@ from cai_cli.phase2_feedback.preference_data import PreferenceData, read_pairs
 from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
 from cai_cli.runtime.manifest import provenance
 from cai_cli.runtime.stage import Phase, Stage
-from cai_cli.training import distributed
+from cai_cli.training import distributed, sharding
 from cai_cli.training.checkpoints import save_finished
 from cai_cli.training.completions import encode
 from cai_cli.training.config import TrainingConfig
@@ -132,7 +132,8 @@ def _trainer(
 
     from cai_cli.models.loading import load_causal_lm
 
-    model = load_causal_lm(base, "float32", training.device)
+    with sharding.announced(training.arguments(work)):
+        model = load_causal_lm(base, **training.loading)
     if model.config._name_or_path != str(base):
         raise AssertionError("TRL would load the reference model from another directory")
     return without_printer(
@@ -145,7 +146,8 @@ def _trainer(
                 loss_type=[config.loss.value],
                 beta=config.beta,
                 label_smoothing=config.smoothing,
-                precompute_ref_log_probs=True,
+                precompute_ref_log_probs=not (training.lora_rank and distributed.weights_are_sharded()),
+                model_init_kwargs=training.reference_options,
             ),
             train_dataset=_on_disk(data.train, work / "train"),
             eval_dataset=_on_disk(data.held_out, work / "held_out") if data.held_out else None,

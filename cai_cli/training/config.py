@@ -91,8 +91,10 @@ class TrainingConfig:
         }
 
     @property
-    def reference_options(self) -> dict[str, str] | None:
+    def reference_options(self) -> dict[str, str | None] | None:
         """TRL's `model_init_kwargs`, for the reference model; None where it is loaded as the policy is."""
+        if distributed.weights_are_sharded():  # by itself TRL would spread it over all GPUs, from every process
+            return {"dtype": self.frozen_dtype, "device_map": None}
         return {"dtype": self.frozen_dtype} if self.frozen_dtype != self.trained_dtype else None
 
     @property
