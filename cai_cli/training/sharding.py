@@ -116,10 +116,10 @@ def gathered_weights(trainer: Any) -> dict[str, "Tensor"]:
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
         return {name: weights[name] for name in set(weights or ()) - set(model.all_tied_weights_keys)}
     if is_zero3():
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
         trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-        with GatheredParameters(list(trained.values())):
+        with deepspeed.zero.GatheredParameters(list(trained.values())):
             return {name: weight.detach().cpu().clone() for name, weight in trained.items()}
     for unit in _units(model):  # one that was gathered for a forward pass may still be
         unit.reshard()
