@@ -32,6 +32,7 @@ from cai_cli.runtime.counts import Counts
 from cai_cli.runtime.manifest import hash_input, provenance
 from cai_cli.runtime.shared_options import DEFAULT_MODEL, MODEL_TO_TRAIN_HELP
 from cai_cli.runtime.stage import Phase, Stage
+from cai_cli.training import sharding
 from cai_cli.training.checkpoints import save_finished
 from cai_cli.training.completions import Encoded, encode
 from cai_cli.training.config import TrainingConfig
@@ -190,7 +191,8 @@ def sft(
     """
     from cai_cli.models.loading import load_causal_lm
 
-    model = load_causal_lm(base, **training.loading)
+    with sharding.announced(training.arguments(work)):
+        model = load_causal_lm(base, **training.loading)
     metrics = Metrics(work / "metrics.jsonl", [*COLUMNS, "held_out_loss"])
     with quiet_libraries():
         trainer = _trainer(model, tokenizer, train, held_out, training, work, packed_length=packed_length)

@@ -30,11 +30,11 @@ from cai_cli.phase2_feedback.dpo_pairs import PromptedPair, encode_replies, held
 from cai_cli.phase2_feedback.dpo_trainer import soft_dpo_trainer
 from cai_cli.phase2_feedback.monitor_models import MonitorModel, judged_tokens, pick_monitor_model
 from cai_cli.phase2_feedback.preference_data import PreferenceData, read_pairs
-from cai_cli.phase2_feedback.rl_monitor import IMPLICIT_COLUMNS, PolicyChecks, flagged, logits_of, reference_of
+from cai_cli.phase2_feedback.rl_monitor import IMPLICIT_COLUMNS, Monitor, PolicyChecks, flagged, logits_of, reference_of
 from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
 from cai_cli.runtime.manifest import provenance
 from cai_cli.runtime.stage import Phase, Stage
-from cai_cli.training import distributed
+from cai_cli.training import distributed, sharding
 from cai_cli.training.checkpoints import save_finished, save_model
 from cai_cli.training.config import TrainingConfig
 from cai_cli.training.loop import fit, without_printer
@@ -94,7 +94,8 @@ def dpo(inputs: DpoInputs, config: DpoConfig, training: TrainingConfig, work: Pa
     from cai_cli.models.loading import load_causal_lm
 
     base, data = inputs.base, inputs.data
-    model = load_causal_lm(base, **training.loading)
+    with sharding.announced(training.arguments(work)):
+        model = load_causal_lm(base, **training.loading)
     metrics = Metrics(work / "metrics.jsonl", [*COLUMNS, *PAIR_COLUMNS, *IMPLICIT_COLUMNS])
     samples = work / "samples.jsonl"
     monitor = open_monitor(
@@ -106,15 +107,9 @@ def dpo(inputs: DpoInputs, config: DpoConfig, training: TrainingConfig, work: Pa
         trainer = _trainer(model, inputs, config, training, work)
         on_pairs = PairChecks(trainer, data.held_out, metrics, config.monitor_every)
         trainer.add_callback(on_pairs.callback())
-        if monitor:
-            reference = logits_of(model)
-            if distributed.is_rank_zero():  # which makes the checks
-                reference = reference_of(trainer, base, training.frozen_dtype)
-            every, stop = config.monitor_every, config.stop_on_goodhart
-            on_replies = PolicyChecks(monitor, trainer, metrics, reference, every=every, stop=stop)
-            trainer.add_callback(on_replies.callback())
+        on_replies = _policy_checks(monitor, trainer, metrics, base, config, training) if monitor else None
         throughput = fit(trainer, metrics, COLUMNS, name="dpo")
-        kept = on_replies.kept if monitor else None
+        kept = on_replies.kept if on_replies else None
         judged = on_pairs.judged
         if kept is not None:  # the weights are those of an earlier step, or at 0 are to be those of the start model
             judged = held_out_rewards(trainer, data.held_out) if kept else []
@@ -126,6 +121,19 @@ def dpo(inputs: DpoInputs, config: DpoConfig, training: TrainingConfig, work: Pa
         shutil.copyfile(samples, work / "model/samples.jsonl")
     steps = int(trainer.state.global_step)
     return {**manifest_metrics(metrics, judged, steps if kept is None else kept), "throughput": throughput}
+
+
+def _policy_checks(
+    monitor: Monitor, trainer: Any, metrics: Metrics, base: Path, config: DpoConfig, training: TrainingConfig
+) -> PolicyChecks:
+    """The checks of the policy's replies, added to the trainer."""
+    reference = logits_of(trainer.model)
+    if distributed.is_rank_zero():  # which makes the checks
+        reference = reference_of(trainer, base, training.frozen_dtype)
+    every, stop = config.monitor_every, config.stop_on_goodhart
+    checks = PolicyChecks(monitor, trainer, metrics, reference, every=every, stop=stop)
+    trainer.add_callback(checks.callback())
+    return checks
 
 
 def _save(trainer: Any, inputs: DpoInputs, training: TrainingConfig, directory: Path, *, start: bool) -> None:
@@ -186,7 +194,8 @@ def _trainer(model: Any, inputs: DpoInputs, config: DpoConfig, training: Trainin
                 loss_type=[config.loss.value],
                 beta=config.beta,
                 label_smoothing=config.smoothing,
-                precompute_ref_log_probs=True,
+                precompute_ref_log_probs=not (training.lora_rank and distributed.weights_are_sharded()),
+                model_init_kwargs=training.reference_options,
             ),
             train_dataset=_on_disk(data.train, work / "train"),
             eval_dataset=_on_disk(data.held_out, work / "held_out") if data.held_out else None,

@@ -6,7 +6,8 @@ each of the losses here, that of the exchanged pair differs from it by a term th
 (`exchange`), so adding (1 - p) times this term is exact.
 
 The reference log-probabilities are computed before the first step, by TRL (`precompute_ref_log_probs`): once for each
-pair, whatever the number of epochs, and no reference model is in memory while the policy is trained.
+pair, whatever the number of epochs, and no reference model is in memory while the policy is trained. With adapters on
+sharded weights they are computed in every step instead, because the weights are whole in no process before the first.
 """
 
 from typing import Any
@@ -52,8 +53,7 @@ def soft_dpo_trainer(nll: float) -> Any:
     """Return a DPOTrainer class for soft labels.
 
     Its rows have `prompt_ids`, `chosen_ids`, `rejected_ids` and `p_chosen`, the probability that `chosen` is better.
-    Its config must have `precompute_ref_log_probs`. Its predictions are the implicit rewards of both replies, shape
-    (pairs, 2), and its label ids are `p_chosen`.
+    Its predictions are the implicit rewards of both replies, shape (pairs, 2), and its label ids are `p_chosen`.
 
     Args:
         nll: Weight of the negative log-likelihood of the replies, a mean over tokens, weighted by p and 1 - p too.
@@ -65,10 +65,14 @@ def soft_dpo_trainer(nll: float) -> Any:
 
     class SoftDPOTrainer(DPOTrainer):  # type: ignore[misc]
         _implicit_rewards: Any = None  # of the last batch, shape (2, pairs)
+        precompute_ref_logps: bool
 
         def __init__(self, *, processing_class: Any, **arguments: Any) -> None:
             collator = collator_class(pad_token_id=processing_class.pad_token_id)
             super().__init__(processing_class=processing_class, data_collator=collator, **arguments)
+            if not self.precompute_ref_logps:
+                use_unfused_head(self, mean_logits=True)
+                self.precompute_ref_logps = True  # `_compute_loss` gives them to TRL's
 
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:  # rows are encoded already
             return dataset
@@ -92,6 +96,8 @@ def soft_dpo_trainer(nll: float) -> Any:
         def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
             inputs = dict(inputs)
             p_chosen = inputs.pop("p_chosen")
+            if "ref_chosen_logps" not in inputs:
+                inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = self.compute_ref_log_probs(model, inputs)
             seen: list[Any] = []
 
             def policy(**arguments: Any) -> Any:

@@ -60,13 +60,15 @@ def length_sampler() -> Any:
 
 
 def _collator(*, share_prompts: bool) -> Any:
-    """Return the class of a collator that keeps `p_chosen` and, with `share_prompts`, packs the pairs."""
+    """Return the class of a collator that keeps `p_chosen` and, as long as `packs_pairs` is set, packs the pairs."""
     import torch
     from trl.trainer.reward_trainer import DataCollatorForPreference
 
     class Collator(DataCollatorForPreference):  # type: ignore[misc]
+        packs_pairs = share_prompts
+
         def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-            if share_prompts:
+            if self.packs_pairs:
                 pairs = [packed(example["chosen_ids"], example["rejected_ids"]) for example in examples]
                 batch = collate(pairs, self.pad_token_id)
             else:

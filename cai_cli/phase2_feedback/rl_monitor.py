@@ -33,6 +33,7 @@ from cai_cli.prompting.base import assistant, reply_request
 from cai_cli.training import distributed
 from cai_cli.training.checkpoints import verify
 from cai_cli.training.metrics_log import Metrics
+from cai_cli.training.sharding import whole_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -260,7 +261,10 @@ def reference_of(trainer: Any, base: Path, dtype: str) -> Logits:
 
     policy = trainer.accelerator.unwrap_model(trainer.model)
     if not is_peft_model(policy):
-        return logits_of(trainer.ref_model or load_causal_lm(base, dtype, trainer.args.device.type))
+        if trainer.ref_model is not None:
+            return logits_of(trainer.accelerator.unwrap_model(trainer.ref_model))
+        checks_here = distributed.is_rank_zero()
+        return logits_of(load_causal_lm(base, dtype, trainer.args.device.type) if checks_here else None)
 
     def without_adapters(ids: "Tensor", keep: int) -> "Tensor":
         with policy.disable_adapter():
@@ -289,6 +293,7 @@ class PolicyChecks:
     reference: Logits
     every: int
     stop: bool
+    _normalizer: RewardNormalizer | None = None
     kept: int | None = None
 
     def callback(self) -> Any:
@@ -308,15 +313,24 @@ class PolicyChecks:
         return Callback()
 
     def begin(self, state: Any) -> None:
-        """Drop the checks that a resumed run repeats, or log the check of the start model."""
+        """Drop the checks that a resumed run repeats, or check the start model and log the metrics."""
         self.monitor.drop_after(state.global_step)
+        if not self.metrics.at(0):
+            self.metrics.put(0, self._check(0)[0])
+        self._normalizer = distributed.from_rank_zero(lambda: self.monitor.normalizer)
         if state.global_step == 0 and distributed.is_rank_zero():
             self._log({name: self.metrics.rows[0][name] for name in self.monitor.columns})
+
+    @property
+    def normalizer(self) -> RewardNormalizer:
+        """The normalizer of the reward, on every rank. It is known when training has begun."""
+        assert self._normalizer  # noqa: S101
+        return self._normalizer
 
     def check(self, args: Any, state: Any, control: Any) -> None:
         """Check the policy after this step, log the metrics, and warn at the first flagged check."""
         step, flagged_before = state.global_step, flagged(self.metrics)
-        metrics, best = distributed.from_rank_zero(lambda: self._check(step))
+        metrics, best = self._check(step)
         self.metrics.put(step, metrics)
         if distributed.is_rank_zero():
             self._log(metrics)
@@ -329,7 +343,11 @@ class PolicyChecks:
 
     def _check(self, step: int) -> tuple[dict[str, float | str | None], int]:
         """The metrics of a check, and the step whose weights are the best so far."""
-        metrics = self.monitor.check(step, self.trainer.accelerator.unwrap_model(self.trainer.model), self.reference)
+        with whole_weights(self.trainer, reference=True) as policy:
+            return distributed.from_rank_zero(lambda: self._check_with(policy, step))
+
+    def _check_with(self, policy: Any, step: int) -> tuple[dict[str, float | str | None], int]:
+        metrics = self.monitor.check(step, policy, self.reference)
         checks = self.monitor.checks
         return metrics, checks[best_check(checks[:-1] if metrics["goodhart"] else checks)][0].step
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from cai_cli.common import console
 from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.data.schema import Preference, conversation_id, dump_row
-from cai_cli.metrics.preference_model import held_out_metrics
+from cai_cli.metrics.preference_model import JudgedPair, held_out_metrics
 from cai_cli.models.loading import load_reward_model
 from cai_cli.models.reading import record_place
 from cai_cli.models.source import ModelSource
@@ -25,13 +25,14 @@ from cai_cli.phase2_feedback.linear_probe import fit_head
 from cai_cli.phase2_feedback.pm_pairs import EncodedPair, encode_pair, score_held_out
 from cai_cli.phase2_feedback.pm_trainer import soft_reward_trainer
 from cai_cli.phase2_feedback.preference_data import PairOptions, read_pairs
-from cai_cli.reward.packed_pairs import enable_packed_pairs
+from cai_cli.phase2_feedback.sharded_evaluation import ShardedEvaluation
+from cai_cli.reward.packed_pairs import accept_packed_pairs, enable_packed_pairs
 from cai_cli.runtime.config import Option, option, redefine
 from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
 from cai_cli.runtime.manifest import provenance
 from cai_cli.runtime.shared_options import DType, EngineOptions
 from cai_cli.runtime.stage import Phase, Stage
-from cai_cli.training import distributed
+from cai_cli.training import distributed, sharding
 from cai_cli.training.checkpoints import save_finished, save_model
 from cai_cli.training.config import TrainingConfig
 from cai_cli.training.loop import fit, without_printer
@@ -88,6 +89,12 @@ class TrainPmConfig(PairOptions):
             )
         if self.soft_from and self.targets is Targets.HARD:
             raise UsageError("--soft-from excludes --targets hard", hint="give one of them", code="option-conflict")
+        if self.fit_head and distributed.weights_are_sharded():
+            raise UsageError(
+                "--fit-head needs unsharded weights",
+                hint="--fit-head --epochs 0 in one process, whose output is then --model",
+                code="sharded-weights",
+            )
 
 
 def train_pm(
@@ -116,13 +123,19 @@ def train_pm(
         CaiError: The head cannot be fitted, or training fails; see `fit`.
     """
     longest = max([*train, *held_out], key=lambda pair: max(len(pair.chosen), len(pair.rejected)))
-    model = load_reward_model(base, **training.loading, new_head_seed=training.seed)
-    share = enable_packed_pairs(model, longest.ids)
+    with sharding.announced(training.arguments(work)):
+        model = load_reward_model(base, **training.loading, new_head_seed=training.seed)
+    sharded = distributed.weights_are_sharded()
+    share = (accept_packed_pairs if sharded else enable_packed_pairs)(model, longest.ids)
+    evaluation = ShardedEvaluation(tokenizer, held_out, training, work, longest if share else None) if sharded else None
     metrics = Metrics(work / "metrics.jsonl", [*COLUMNS, *HELD_OUT])
     # A resumed run fits the head and evaluates the start model again, because it loads the untrained model too.
     head = start_head(model, train, training, share_prompts=share) if fitted_head else {}
     before, steps, throughput = held_out_metrics([]), 0, dict[str, Any]()
-    if training.trains:
+    if evaluation:
+        steps, throughput = fine_tune(model, tokenizer, train, training, work, metrics, evaluation, share_prompts=share)
+        before = evaluation.before
+    elif training.trains:
         before = distributed.from_rank_zero(
             lambda: _start_metrics(model, tokenizer, held_out, training, share_prompts=share)
         )
@@ -134,7 +147,12 @@ def train_pm(
     if not distributed.is_rank_zero():
         return {}
     record_place(work / "model")
-    after = _finished_metrics(work / "model", tokenizer, held_out, training, longest if share else None)
+    if evaluation:
+        scored = evaluation.after
+    else:
+        scored = _finished_scores(work / "model", tokenizer, held_out, training, longest if share else None)
+    (work / "model/held_out.jsonl").write_bytes(b"".join(dump_row(pair) + b"\n" for pair in scored))
+    after = held_out_metrics(scored)
     metrics.put(steps, _metrics_row(after))
     by_source = Counter(pair.row.source or "no source" for pair in train)
     run = {"steps": steps, **head, **_losses(metrics), "pairs_by_source": dict(by_source), "throughput": throughput}
@@ -162,14 +180,14 @@ def _start_metrics(
         )
 
 
-def _finished_metrics(
+def _finished_scores(
     directory: Path,
     tokenizer: "PreTrainedTokenizerBase",
     held_out: Sequence[EncodedPair],
     training: TrainingConfig,
     longest: EncodedPair | None,
-) -> dict[str, Any]:
-    """The held-out metrics of the trained model; writes the scores to `held_out.jsonl` in its directory.
+) -> list[JudgedPair]:
+    """The held-out pairs with the scores of the trained model.
 
     The model is loaded again in float32, as users will load it, because training may have run in bfloat16. `longest` is
     the longest pair where pairs are packed.
@@ -178,9 +196,7 @@ def _finished_metrics(
 
     model = load_reward_model(directory, "float32", training.device)
     share = longest is not None and enable_packed_pairs(model, longest.ids)
-    scored = score_held_out(model, tokenizer, held_out, training.batch_size, share_prompts=share)
-    (directory / "held_out.jsonl").write_bytes(b"".join(dump_row(pair) + b"\n" for pair in scored))
-    return held_out_metrics(scored)
+    return score_held_out(model, tokenizer, held_out, training.batch_size, share_prompts=share)
 
 
 def start_head(
@@ -230,6 +246,7 @@ def fine_tune(
     training: TrainingConfig,
     work: Path,
     metrics: Metrics,
+    evaluation: ShardedEvaluation | None = None,
     *,
     share_prompts: bool,
 ) -> tuple[int, dict[str, Any]]:
@@ -242,6 +259,7 @@ def fine_tune(
         training: The options of the trainer.
         work: The directory of the run.
         metrics: Receives a row per step.
+        evaluation: Evaluates the model in training, where its weights are sharded.
         share_prompts: Whether the model takes packed pairs.
 
     Returns:
@@ -260,7 +278,11 @@ def fine_tune(
                 peft_config=training.peft_config(classifier=True),
             )
         )
+        if evaluation:
+            trainer.add_callback(evaluation.callback(trainer, lambda before: metrics.put(0, _metrics_row(before))))
         throughput = fit(trainer, metrics, COLUMNS, name="train-pm")
+        if evaluation:
+            evaluation.finish(trainer)
     save_finished(trainer, tokenizer, work / "model")
     return int(trainer.state.global_step), throughput
 

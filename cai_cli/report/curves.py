@@ -52,8 +52,7 @@ def curves(step: StepFiles, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Cha
     """Return (charts of the model, charts of the optimiser), one for each column or group of columns."""
     series = {name: points for name in _columns(rows) if (points := list(_points(rows, name)))}
     flagged = [float(at) for at, _ in flags(rows)]
-    places = {name: place for place, name in enumerate(TITLES)}
-    order = sorted(series, key=lambda name: places.get(TOGETHER.get(name, name), places.get(name, len(places))))
+    order = sorted(series, key=_place)
     charts = []
     for name in order:
         if TOGETHER.get(name) in series:
@@ -67,9 +66,16 @@ def curves(step: StepFiles, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Cha
     return of_model, [chart for name, chart in charts if name in OPTIMISER]
 
 
+def _place(name: str) -> int:
+    """The place of a column's chart on the page."""
+    places = list(TITLES)
+    known = [title for title in (TOGETHER.get(name, name), name) if title in TITLES]
+    return places.index(known[0]) if known else len(places)
+
+
 def _title(name: str) -> str:
     """The title of a column's chart; one that is measured on held-out data only has that of its counterpart."""
-    return TITLES.get(name) or TITLES.get(TOGETHER.get(name, name), name)
+    return TITLES.get(name) or TITLES.get(TOGETHER.get(name, name)) or name
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
