@@ -101,8 +101,6 @@ def dpo(inputs: DpoInputs, config: DpoConfig, training: TrainingConfig, work: Pa
     monitor = open_monitor(
         inputs.prompts, inputs.monitor_model, data.tokenizer, config, training, rows=len(data.train), file=samples
     )
-    if monitor and metrics.at(0) is None:
-        metrics.put(0, distributed.from_rank_zero(lambda: monitor.check(0, model, logits_of(model))))
     with quiet_libraries():
         trainer = _trainer(model, inputs, config, training, work)
         on_pairs = PairChecks(trainer, data.held_out, metrics, config.monitor_every)
@@ -126,7 +124,7 @@ def dpo(inputs: DpoInputs, config: DpoConfig, training: TrainingConfig, work: Pa
 def _policy_checks(
     monitor: Monitor, trainer: Any, metrics: Metrics, base: Path, config: DpoConfig, training: TrainingConfig
 ) -> PolicyChecks:
-    """The checks of the policy's replies, added to the trainer."""
+    """The checks of the policy's replies, which are added to the trainer."""
     reference = logits_of(trainer.model)
     if distributed.is_rank_zero():  # which makes the checks
         reference = reference_of(trainer, base, training.frozen_dtype)

@@ -317,7 +317,8 @@ class PolicyChecks:
         self.monitor.drop_after(state.global_step)
         if not self.metrics.at(0):
             self.metrics.put(0, self._check(0)[0])
-        self._normalizer = distributed.from_rank_zero(lambda: self.monitor.normalizer)
+        if self.monitor.score:
+            self._normalizer = distributed.from_rank_zero(lambda: self.monitor.normalizer)
         if state.global_step == 0 and distributed.is_rank_zero():
             self._log({name: self.metrics.rows[0][name] for name in self.monitor.columns})
 
