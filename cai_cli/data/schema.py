@@ -221,7 +221,7 @@ class Preference(Identified):
 
 
 class JudgedPair(Identified):
-    """A held-out pair scored by a trained preference model.
+    """A held-out pair scored by a trained preference model, or by the implicit reward of a policy of `cai dpo`.
 
     Attributes:
         prompt_id: The id of the prompt's conversation, equal for the pairs of one prompt; None before version 0.2.
@@ -258,7 +258,9 @@ class Scored(Sample):
 
 
 class PolicySample(Scored):
-    """A scored reply of the policy in `cai rl` to a held-out prompt.
+    """A scored reply of the policy in `cai rl` or `cai dpo` to a held-out prompt.
+
+    Its score is that of the preference model, in `dpo` the implicit reward.
 
     Attributes:
         step: The number of training steps before the reply was sampled; 0 is the policy before training.

@@ -27,11 +27,12 @@ MIN_PAIRS = 10  # for a rank correlation
 SIGNED: Limits = (-1.0, 1.0)
 
 
-def held_out_metrics(pairs: Sequence[JudgedPair]) -> dict[str, Any]:
+def held_out_metrics(pairs: Sequence[JudgedPair], subject: str = "The preference model") -> dict[str, Any]:
     """Return every metric of the held-out pairs by name.
 
     Args:
         pairs: Pairs with the scores of both replies (logits) and their lengths in tokens.
+        subject: What gave the scores, as the subject of a sentence.
 
     Returns:
         `held_out_prompts`, `accuracy` (overall and by source), `at_chance`, losses and entropies in nats, the
@@ -48,7 +49,7 @@ def held_out_metrics(pairs: Sequence[JudgedPair]) -> dict[str, Any]:
         **loss_metrics(pairs),
         **calibration(pairs),
         **score_metrics(pairs),
-        "note": accuracy_warning(overall, prompts),
+        "note": accuracy_warning(overall, prompts, subject),
     }
 
 
@@ -57,12 +58,13 @@ def _prompts(pairs: Sequence[JudgedPair]) -> list[str]:
     return [pair.prompt_id or f"{place} {pair.id}" for place, pair in enumerate(pairs)]
 
 
-def accuracy_warning(overall: Estimate | None, prompts: int) -> str | None:
+def accuracy_warning(overall: Estimate | None, prompts: int, subject: str = "The preference model") -> str | None:
     """Return a warning where the accuracy is missing or not above chance, else None.
 
     Args:
         overall: The accuracy.
         prompts: Number of prompts that the pairs belong to.
+        subject: What gave the scores, as the subject of a sentence.
 
     Examples:
         >>> accuracy_warning({"value": 0.9, "low": 0.82, "high": 0.94, "n": 100}, prompts=100) is None
@@ -75,13 +77,13 @@ def accuracy_warning(overall: Estimate | None, prompts: int) -> str | None:
     spread = f"{overall['value']:.1%} of {overall['n']:,} held-out pairs (95%: {overall['low']:.1%} to "
     spread += f"{overall['high']:.1%})"
     if overall["high"] < 0.5:
-        return f"The preference model is worse than chance: right on {spread}."
+        return f"{subject} is worse than chance: right on {spread}."
     if overall["low"] > 0.5:
         return None
     if prompts < fewest_clusters():
         few = f"They belong to {prompts} prompts, too few for any result: {fewest_clusters()} or more are needed."
-        return f"The preference model cannot be distinguished from chance: right on {spread}. {few}"
-    return f"The preference model cannot be distinguished from chance: right on {spread}."
+        return f"{subject} cannot be distinguished from chance: right on {spread}. {few}"
+    return f"{subject} cannot be distinguished from chance: right on {spread}."
 
 
 def accuracy(pairs: Sequence[JudgedPair], among: int = 1) -> Estimate | None:

@@ -39,3 +39,25 @@ def without_adapter_wrapper(policy: Any) -> Any:
     from accelerate.utils import is_peft_model
 
     return policy.get_base_model() if is_peft_model(policy) else policy
+
+
+def is_adapted(model: Any) -> bool:
+    """Whether a model has LoRA adapters."""
+    from accelerate.utils import is_peft_model
+
+    return bool(is_peft_model(model))
+
+
+def merged_copy(adapted: Any, weights: dict[str, Any]) -> Any:
+    """The model under adapters, loaded again on the CPU in float32, with the adapters merged into its weights.
+
+    Args:
+        adapted: A model of PEFT around one of `loading`, of which this process may hold a part only.
+        weights: The weights that are trained, by their names in `adapted`.
+    """
+    from peft import get_peft_model
+
+    again = get_peft_model(load_float32_copy(adapted.get_base_model()), adapted.active_peft_config)
+    if unknown := again.load_state_dict(weights, strict=False).unexpected_keys:
+        raise AssertionError(f"weights that the model does not have: {unknown[:3]}")
+    return again.merge_and_unload()

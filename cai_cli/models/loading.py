@@ -2,12 +2,14 @@
 
 import copy
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.models.fetch import check_model_dir, loading
 from cai_cli.models.reading import ReadAt, Reading, place_of, read_last_token
+from cai_cli.models.shards import undivided, unread_here, without_weights
 from cai_cli.models.template_date import hold_template_date, refuse_random_template
 
 if TYPE_CHECKING:
@@ -72,6 +74,7 @@ def load_causal_lm(
     *,
     attention: str | None = None,
     quantize: str | None = None,
+    sharded: bool = False,
 ) -> "PreTrainedModel":
     """The language model in a directory, in evaluation mode.
 
@@ -81,6 +84,8 @@ def load_causal_lm(
         device: The device as torch names it.
         attention: The implementation of attention, by its name in transformers; None for its default.
         quantize: "4bit" to hold the linear layers in 4 bits and compute in `dtype`, else None.
+        sharded: Whether a trainer is to divide the weights among the processes: they stay on the CPU, and only the
+            first process of each machine reads them, or each reads its share with ZeRO-3.
 
     Raises:
         CaiError: The directory is not that of a complete language model (`invalid-model`, `wrong-model-kind`), the
@@ -92,7 +97,8 @@ def load_causal_lm(
     check_model_dir(path)
     if _is_classifier(path):
         raise CaiError(f"{path}: a preference model, not a language model", code="wrong-model-kind")
-    model, missing = _load(AutoModelForCausalLM, path, dtype, device, **_memory_options(attention, quantize, dtype))
+    options = _memory_options(attention, quantize, dtype)
+    model, missing = _load(AutoModelForCausalLM, path, dtype, device, sharded, **options)
     if missing:
         raise CaiError(f"{path}: weights are missing: {', '.join(sorted(missing)[:3])}", code="invalid-model")
     return model
@@ -106,6 +112,7 @@ def load_reward_model(
     *,
     attention: str | None = None,
     quantize: str | None = None,
+    sharded: bool = False,
 ) -> "PreTrainedModel":
     """The preference model in a directory: a sequence classifier with one output, in evaluation mode.
 
@@ -120,6 +127,7 @@ def load_reward_model(
         attention: As in `load_causal_lm`, like `quantize`.
         new_head_seed: If given, `path` may be a language model to start training from, and this seed initialises its
             scalar head. If None, a missing head is an error, because a random head would give random rewards.
+        sharded: As for `load_causal_lm`.
 
     Raises:
         CaiError: As `load_causal_lm`.
@@ -133,8 +141,8 @@ def load_reward_model(
     with torch.random.fork_rng(devices=[], enabled=new_head_seed is not None):
         if new_head_seed is not None:
             torch.manual_seed(new_head_seed)
-        options = _memory_options(attention, quantize, dtype)
-        model, missing = _load(AutoModelForSequenceClassification, path, dtype, device, num_labels=1, **options)
+        options = _memory_options(attention, quantize, dtype) | {"num_labels": 1}
+        model, missing = _load(AutoModelForSequenceClassification, path, dtype, device, sharded, **options)
     head = {name for name in missing if name.split(".")[0] in ("score", "classifier")}
     if missing - head or (head and new_head_seed is None):
         raise CaiError(
@@ -164,7 +172,7 @@ def load_float32_copy(model: "PreTrainedModel") -> "PreTrainedModel":
     config = copy.deepcopy(model.config)
     vars(config).pop("quantization_config", None)
     path = Path(config._name_or_path)
-    with loading(path):
+    with loading(path), undivided():
         again: PreTrainedModel = type(model).from_pretrained(
             path,
             config=config,
@@ -219,7 +227,9 @@ def _is_classifier(path: Path) -> bool:
         raise CaiError(f"{path / 'config.json'}: not a model's config: {error}", code="invalid-model") from error
 
 
-def _load(auto: Any, path: Path, dtype: str, device: str, **options: object) -> tuple["PreTrainedModel", set[str]]:
+def _load(
+    auto: Any, path: Path, dtype: str, device: str, sharded: bool, **options: Any
+) -> tuple["PreTrainedModel", set[str]]:
     """The model, and the names of the parameters that are missing in `path` (they are random)."""
     import torch
 
@@ -227,20 +237,24 @@ def _load(auto: Any, path: Path, dtype: str, device: str, **options: object) -> 
         raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}", code="invalid-option")
     if device == "cpu":
         _keep_freed_memory()
+    precision = getattr(torch, dtype)
     quantized = "quantization_config" in options  # such a model is quantised as it loads, and cannot be moved
     with loading(path):
-        model, info = auto.from_pretrained(
-            path,
-            dtype=getattr(torch, dtype),
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-            **({"device_map": {"": device}} if quantized else {}),
-            **options,
-        )
+        if sharded and not quantized and unread_here():
+            return without_weights(auto, path, precision, **options), set()
+        with nullcontext() if sharded else undivided():
+            model, info = auto.from_pretrained(
+                path,
+                dtype=precision,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+                **({"device_map": {"": device}} if quantized else {}),
+                **options,
+            )
     try:
-        return model if quantized else model.to(device), set(info["missing_keys"])
+        return model if quantized or sharded else model.to(device), set(info["missing_keys"])
     except (RuntimeError, AssertionError) as error:  # no such device, or not enough memory on it
         raise CaiError(
             f"{path}: cannot be put on device {device!r}: {str(error).splitlines()[0]}",

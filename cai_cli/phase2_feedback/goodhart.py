@@ -49,12 +49,13 @@ WEAK_ALARM = 3.0  # standard deviations of a prompt's change; there is a warning
 ROUNDING = 1e-9  # a smaller change, relative to the values, is none
 
 
-def goodhart(checks: Sequence[Check], total: int) -> str | None:
+def goodhart(checks: Sequence[Check], total: int, *, reward: str = "pm_score") -> str | None:
     """Return why the last check is flagged, or None.
 
     Args:
         checks: All checks in the order of their steps, starting with the start model's.
         total: The number of checks of the whole run, without the start model's.
+        reward: The name of the score that training raises, for the reason.
     """
     if len(checks) < 2:
         return None
@@ -66,7 +67,7 @@ def goodhart(checks: Sequence[Check], total: int) -> str | None:
         if fall.width > 1:
             before, now = steps[fall.start : fall.start + fall.width], steps[-fall.width :]
             since = f"from steps {before[0]}-{before[-1]} to steps {now[0]}-{now[-1]} (means of {fall.width} checks)"
-        reasons.insert(0, f"monitor_score falls while pm_score rises {since}")
+        reasons.insert(0, f"monitor_score falls while {reward} rises {since}")
     return "; ".join(reasons) or None
 
 

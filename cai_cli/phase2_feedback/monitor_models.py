@@ -20,6 +20,7 @@ from cai_cli.judging.votes import Labeller, PairVerdict
 from cai_cli.models.source import ModelSource
 from cai_cli.prompting.base import assistant, resolve_prompt_format
 from cai_cli.reward.scorer import Scorer, required_score
+from cai_cli.runtime.cost import CHARACTERS_PER_TOKEN
 
 # Prompts and their replies -> one score each.
 ReplyScorer = Callable[[Sequence[Prompt], Sequence[str]], list[float]]
@@ -58,7 +59,7 @@ def pick_monitor_model(
         monitor_pm: Name of a preference model.
         monitor_judge: Name of a judge, an instruct model.
         base_url: Addresses of the judge's servers.
-        pm: The preference model of the reward; None where only a server has it.
+        pm: The preference model of the reward; None where there is none here: in `dpo`, or where only a server has it.
         device: Where a preference model runs.
         dtype: The precision of a preference model, by its name in torch, or "auto".
         seed: Random seed of the judge's votes.
@@ -97,6 +98,13 @@ def pick_monitor_model(
         identity = {**engine.identity(), "constitution": loaded.fingerprint()}
         return MonitorModel(identity, None, lambda: lambda *replies: win_probabilities(labeller, *replies))
     return None
+
+
+def judged_tokens(prompt_tokens: float, reply_tokens: float) -> float:
+    """The tokens that a judge reads to compare two replies once."""
+    examples = open_constitution(PreferenceConstitution, None, None).examples
+    few_shot = sum(len(example.model_dump_json()) for example in examples) / CHARACTERS_PER_TOKEN
+    return few_shot + prompt_tokens + 2 * reply_tokens
 
 
 def preference_score(scorer: Scorer) -> ReplyScorer:

@@ -29,16 +29,20 @@ from pathlib import Path
 from typing import Any
 
 from cai_cli.common import console
-from cai_cli.common.errors import UsageError
 from cai_cli.common.seeds import seed_for
-from cai_cli.constitution.schema import PreferenceConstitution, open_constitution
 from cai_cli.data.schema import Prompt
 from cai_cli.data.splits import mixed
 from cai_cli.engines.base import Sampling
 from cai_cli.engines.tokenization import declare_end_of_turn
 from cai_cli.models.source import ModelSource
 from cai_cli.phase2_feedback.goodhart import weak_alarm
-from cai_cli.phase2_feedback.monitor_models import MonitorModel, ReplyScorer, pick_monitor_model, preference_score
+from cai_cli.phase2_feedback.monitor_models import (
+    MonitorModel,
+    ReplyScorer,
+    judged_tokens,
+    pick_monitor_model,
+    preference_score,
+)
 from cai_cli.phase2_feedback.reward_normalizer import RewardNormalizer, replies_per_prompt
 from cai_cli.phase2_feedback.rl_config import Algorithm, Reporter, RlConfig
 from cai_cli.phase2_feedback.rl_monitor import (
@@ -46,18 +50,17 @@ from cai_cli.phase2_feedback.rl_monitor import (
     Monitor,
     PolicyChecks,
     flagged,
-    logits_of,
     reference_of,
 )
 from cai_cli.phase2_feedback.rl_prompts import fitting_prompts, hold_out, prompt_order
 from cai_cli.phase2_feedback.rl_trainer import preference_reward, with_seeded_sampling
 from cai_cli.reward.scorer import Scorer
-from cai_cli.runtime.cost import CHARACTERS_PER_TOKEN, RowFlow, StepCost, TokenCounts
+from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
 from cai_cli.runtime.counts import Counts
 from cai_cli.runtime.manifest import hash_input, provenance
 from cai_cli.runtime.output_files import sidecar
 from cai_cli.runtime.stage import Phase, Stage
-from cai_cli.training import distributed
+from cai_cli.training import distributed, sharding
 from cai_cli.training.checkpoints import save_finished, save_model
 from cai_cli.training.config import TrainingConfig
 from cai_cli.training.cpu_logprobs import use_unfused_head
@@ -115,25 +118,22 @@ def rl(inputs: RlInputs, config: RlConfig, training: TrainingConfig, work: Path)
         The metrics of the manifest.
 
     Raises:
-        UsageError: The weights are sharded.
         CaiError: The preference model cannot tell the start model's replies apart, or training fails; see `fit`.
     """
     from cai_cli.models.loading import load_causal_lm, load_tokenizer
 
-    _refuse_sharded_weights()
     base = inputs.base
-    policy, tokenizer = load_causal_lm(base, **training.loading), load_tokenizer(base)
+    with sharding.announced(training.arguments(work)):
+        policy, tokenizer = load_causal_lm(base, **training.loading), load_tokenizer(base)
     if policy.config._name_or_path != str(base):
         raise AssertionError("TRL would load the reference model from another directory")
     ends = declare_end_of_turn(policy, tokenizer)  # TRL reads the config
     score = preference_score(inputs.preference_model)
     metrics = Metrics(work / "metrics.jsonl", [*COLUMNS, *CHECK_COLUMNS])
     monitor = _open_monitor(inputs, config, training, tokenizer, score, work)
-    if not metrics.at(0):
-        metrics.put(0, distributed.from_rank_zero(lambda: monitor.check(0, policy, logits_of(policy))))
-    normalizer = distributed.from_rank_zero(lambda: monitor.normalizer)
     with quiet_libraries(), closing(inputs.preference_model):
-        reward = preference_reward(score, normalizer, tokenizer, ends, config.cutoff_penalty)
+        normalize = lambda value: checks.normalizer(value)  # noqa: E731, PLW0108 - known when training begins
+        reward = preference_reward(score, normalize, tokenizer, ends, config.cutoff_penalty)
         trainer = _policy_trainer(inputs, config, training, work, policy, tokenizer, reward)
         reference = reference_of(trainer, base, training.frozen_dtype)
         checks = PolicyChecks(
@@ -148,16 +148,7 @@ def rl(inputs: RlInputs, config: RlConfig, training: TrainingConfig, work: Path)
         save_model(load_causal_lm(base), tokenizer, work / "model")
     if distributed.is_rank_zero():
         shutil.copyfile(work / "samples.jsonl", work / "model/samples.jsonl")
-    return {**manifest_metrics(metrics, normalizer, kept), "throughput": throughput}
-
-
-def _refuse_sharded_weights() -> None:
-    if distributed.weights_are_sharded():
-        raise UsageError(
-            "rl needs the whole policy in every process, to sample replies and to check it",
-            hint="--accelerate-config multi_gpu, zero1 or zero2; --lora takes less memory",
-            code="sharded-weights",
-        )
+    return {**manifest_metrics(metrics, checks.normalizer, kept), "throughput": throughput}
 
 
 def _open_monitor(
@@ -314,9 +305,7 @@ def estimate(rows: RowFlow, config: RlConfig) -> StepCost:
         read += checks * checked * whole
     if config.monitor_judge:  # both orders; the first check needs no judge, because its replies are the start model's
         requests = 2 * (checks - 1) * checked
-        examples = open_constitution(PreferenceConstitution, None, None).examples
-        few_shot = sum(len(example.model_dump_json()) for example in examples) / CHARACTERS_PER_TOKEN
-        read += requests * (few_shot + rows.prompt_tokens + 2 * new)
+        read += requests * judged_tokens(rows.prompt_tokens, new)
     return StepCost(rows.rows, replies + requests, TokenCounts(read, replies * new, trained * whole), rows)
 
 

@@ -1,8 +1,10 @@
-"""Checks of the policy during `cai rl`: its replies to held-out prompts, every few steps (paper section 4.3).
+"""Checks of the policy during `cai rl` and `cai dpo`: its replies to held-out prompts, every few steps (paper section
+4.3).
 
 The seed of a reply derives from the run's seed and the prompt, not from the step, so only the policy changes between
-two checks. Replies and scores are stored in `samples.jsonl`. The check before the first step also determines how the
-reward is standardised.
+two checks. Replies and scores are stored in `samples.jsonl`. In `rl` the check before the first step also determines
+how the reward is standardised. `dpo` has no preference model; there the score of a reply is its implicit reward, beta
+times the logarithm of its probability under the policy over that under the start model.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,12 +33,12 @@ from cai_cli.prompting.base import assistant, reply_request
 from cai_cli.training import distributed
 from cai_cli.training.checkpoints import verify
 from cai_cli.training.metrics_log import Metrics
+from cai_cli.training.sharding import whole_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-CHECK_COLUMNS = (
-    "pm_score",
+REPLY_COLUMNS = (
     "monitor_score",
     "held_out_kl",
     "held_out_entropy",
@@ -47,6 +49,8 @@ CHECK_COLUMNS = (
     "boilerplate_share",
     "goodhart",
 )
+CHECK_COLUMNS = ("pm_score", *REPLY_COLUMNS)
+IMPLICIT_COLUMNS = ("implicit_reward", *REPLY_COLUMNS)
 # Token ids (1, length) and a number of last positions -> the logits there (1, positions, vocabulary).
 Logits = Callable[["Tensor", int], "Tensor"]
 
@@ -58,7 +62,7 @@ class Monitor:
     Attributes:
         prompts: The held-out prompts.
         tokenizer: The policy's tokenizer.
-        score: The preference model of the reward.
+        score: The preference model of the reward, or None where the reward is the implicit one of DPO.
         monitor_scorer: The monitor model, or None.
         file: Where the replies of all checks are written.
         sampling: How tokens are sampled.
@@ -67,11 +71,13 @@ class Monitor:
         total: Number of checks of the run, without the start model's.
         rows: The replies of all checks so far, in order.
         autocast: The context that gives policy and reference the precision of training, whatever wraps them.
+        beta: The beta of the implicit reward.
+        stage: The stage, for messages.
     """
 
     prompts: Sequence[Prompt]
     tokenizer: Any
-    score: ReplyScorer
+    score: ReplyScorer | None
     monitor_scorer: MonitorScorer | None
     file: Path
     sampling: Sampling
@@ -80,6 +86,8 @@ class Monitor:
     total: int
     rows: list[PolicySample] = field(default_factory=list)
     autocast: Callable[[], Any] = nullcontext
+    beta: float = 1.0
+    stage: str = "rl"
 
     def __post_init__(self) -> None:
         if distributed.is_rank_zero() and self.file.exists():
@@ -90,6 +98,11 @@ class Monitor:
     def checks(self) -> list[Check]:
         """The replies of each check, in the order of steps."""
         return [list(rows) for _, rows in groupby(self.rows, key=lambda row: row.step)]
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """The names of the metrics of a check, that of the reward first."""
+        return CHECK_COLUMNS if self.score else IMPLICIT_COLUMNS
 
     @property
     def normalizer(self) -> RewardNormalizer:
@@ -116,8 +129,8 @@ class Monitor:
             reference: The model that training started from.
 
         Returns:
-            The metrics named in `CHECK_COLUMNS`. `pm_score` is in the unit of the reward, `held_out_kl` and
-            `held_out_entropy` are in nats per token, `goodhart` is the reason of a flag or None.
+            The metrics named in `columns`. `pm_score` is in the unit of the reward, `implicit_reward` in nats,
+            `held_out_kl` and `held_out_entropy` are in nats per token, `goodhart` is the reason of a flag or None.
 
         Raises:
             CaiError: A prompt cannot be answered, or the preference model cannot tell the start model's replies apart.
@@ -127,16 +140,16 @@ class Monitor:
         policy.eval()
         with self.autocast():
             replies = self._replies(policy)
-        rows = self._scored(step, replies)
-        with self.autocast():
-            kl, entropy = self._divergence(policy, reference, rows)
+            kl, entropy, log_ratios = self._divergence(policy, reference, replies)
         policy.train(was_training)
+        rows = self._scored(step, replies, log_ratios)
         file = AppendFile(self.file)
         file.append(rows)
         file.close()
         self.rows += rows
+        reward = fmean(row.score for row in rows)
         return {
-            "pm_score": self.normalizer(fmean(row.score for row in rows)),
+            self.columns[0]: self.normalizer(reward) if self.score else reward,
             "monitor_score": mean_of(rows, lambda row: row.monitor_score),
             "held_out_kl": kl,
             "held_out_entropy": entropy,
@@ -145,12 +158,12 @@ class Monitor:
             "distinct_openings": len({opening(row.reply) for row in rows}) / len(rows),
             "evasive_share": mean_of(rows, SHARES["evasive_share"]),
             "boilerplate_share": mean_of(rows, SHARES["boilerplate_share"]),
-            "goodhart": goodhart(self.checks, self.total),
+            "goodhart": goodhart(self.checks, self.total, reward=self.columns[0]),
         }
 
     def _replies(self, policy: Any) -> list[tuple[Prompt, int, Any]]:
         """(prompt, sample index, reply), those to the same prompt in succession."""
-        each = replies_per_prompt(len(self.prompts))
+        each = replies_per_prompt(len(self.prompts)) if self.score else 1  # the normalizer needs more
         requested = [(prompt, index) for prompt in self.prompts for index in range(each)]
         requests = [
             GenerationRequest(reply_request(prompt.prompt, "chat").text, seed_for(self.seed, "check", prompt.id, index))
@@ -160,17 +173,22 @@ class Monitor:
             requests, self.sampling
         )
         if failure := next((reply for reply in replies if isinstance(reply, RequestFailure)), None):
-            raise CaiError(f"rl: no reply to a held-out prompt: {failure.reason}", code="request-failed")
+            raise CaiError(f"{self.stage}: no reply to a held-out prompt: {failure.reason}", code="request-failed")
         return [(prompt, index, reply) for (prompt, index), reply in zip(requested, replies, strict=True)]
 
-    def _scored(self, step: int, replies: Sequence[tuple[Prompt, int, Any]]) -> list[PolicySample]:
+    def _scored(
+        self, step: int, replies: Sequence[tuple[Prompt, int, Any]], log_ratios: Sequence[float]
+    ) -> list[PolicySample]:
         prompts, texts = [prompt for prompt, _, _ in replies], [reply.text for _, _, reply in replies]
         start_replies = [row.reply for row in self.rows if row.step == 0] or texts
         monitor_scores = (
             self.monitor_scorer(prompts, texts, start_replies) if self.monitor_scorer else [None] * len(texts)
         )
         if self.monitor_scorer and (missing := monitor_scores.count(None)):
-            console.warn(f"rl: step {step:,}: the monitor gave no score to {missing:,} of {len(texts):,} replies")
+            console.warn(
+                f"{self.stage}: step {step:,}: the monitor gave no score to {missing:,} of {len(texts):,} replies"
+            )
+        scores = self.score(prompts, texts) if self.score else [self.beta * ratio for ratio in log_ratios]
         return [
             PolicySample(
                 **dict(prompt),
@@ -182,24 +200,25 @@ class Monitor:
                 score=score,
                 monitor_score=monitor_score,
             )
-            for (prompt, index, reply), score, monitor_score in zip(
-                replies, self.score(prompts, texts), monitor_scores, strict=True
-            )
+            for (prompt, index, reply), score, monitor_score in zip(replies, scores, monitor_scores, strict=True)
         ]
 
-    def _divergence(self, policy: Any, reference: Logits, rows: Sequence[PolicySample]) -> tuple[float, float]:
-        """KL divergence from the reference, and entropy, in nats per token.
+    def _divergence(
+        self, policy: Any, reference: Logits, replies: Sequence[tuple[Prompt, int, Any]]
+    ) -> tuple[float, float, list[float]]:
+        """KL divergence from the reference, and entropy, in nats per token; and the log-ratio of each reply in nats.
 
-        Both are means over the positions where a token was sampled, each over the whole vocabulary. The reply is
-        encoded from its text, as for the preference model.
+        The first two are means over the positions where a token was sampled, each over the whole vocabulary. The reply
+        is encoded from its text, as for the preference model; its end of turn is not part of the log-ratio.
         """
         import torch
 
         kl = entropy = tokens = 0.0
-        for row in rows:
-            prompt = encode_chat(self.tokenizer, row.prompt, add_generation_prompt=True)
-            reply = encode_text(self.tokenizer, row.reply, start=False)
-            sampled = len(reply) + (row.finish_reason == "stop")
+        log_ratios = []
+        for asked, _, answer in replies:
+            prompt = encode_chat(self.tokenizer, asked.prompt, add_generation_prompt=True)
+            reply = encode_text(self.tokenizer, answer.text, start=False)
+            sampled = len(reply) + (answer.finish_reason == "stop")
             ids = torch.tensor([prompt + reply], device=policy.device)
             with torch.inference_mode():
                 p, q = (
@@ -208,8 +227,11 @@ class Monitor:
                 )
                 kl += float((p.exp() * (p - q)).sum())
                 entropy -= float((p.exp() * p).sum())
+                # A reply of no tokens has an empty slice, whose sum is 0.
+                chosen = ids[0, len(prompt) :, None]
+                log_ratios.append(float((p - q)[: len(reply)].gather(1, chosen).sum()))
             tokens += sampled
-        return kl / max(tokens, 1), entropy / max(tokens, 1)
+        return kl / max(tokens, 1), entropy / max(tokens, 1), log_ratios
 
 
 def logits_of(model: Any) -> Logits:
@@ -239,7 +261,10 @@ def reference_of(trainer: Any, base: Path, dtype: str) -> Logits:
 
     policy = trainer.accelerator.unwrap_model(trainer.model)
     if not is_peft_model(policy):
-        return logits_of(trainer.ref_model or load_causal_lm(base, dtype, trainer.args.device.type))
+        if trainer.ref_model is not None:
+            return logits_of(trainer.accelerator.unwrap_model(trainer.ref_model))
+        checks_here = distributed.is_rank_zero()
+        return logits_of(load_causal_lm(base, dtype, trainer.args.device.type) if checks_here else None)
 
     def without_adapters(ids: "Tensor", keep: int) -> "Tensor":
         with policy.disable_adapter():
@@ -268,6 +293,7 @@ class PolicyChecks:
     reference: Logits
     every: int
     stop: bool
+    _normalizer: RewardNormalizer | None = None
     kept: int | None = None
 
     def callback(self) -> Any:
@@ -287,26 +313,42 @@ class PolicyChecks:
         return Callback()
 
     def begin(self, state: Any) -> None:
-        """Drop the checks that a resumed run repeats, or log the check of the start model."""
+        """Drop the checks that a resumed run repeats, or check the start model and log the metrics."""
         self.monitor.drop_after(state.global_step)
+        if not self.metrics.at(0):
+            self.metrics.put(0, self._check(0)[0])
+        if self.monitor.score:
+            self._normalizer = distributed.from_rank_zero(lambda: self.monitor.normalizer)
         if state.global_step == 0 and distributed.is_rank_zero():
-            self._log({name: self.metrics.rows[0][name] for name in CHECK_COLUMNS})
+            self._log({name: self.metrics.rows[0][name] for name in self.monitor.columns})
+
+    @property
+    def normalizer(self) -> RewardNormalizer:
+        """The normalizer of the reward, on every rank. It is known when training has begun."""
+        assert self._normalizer  # noqa: S101
+        return self._normalizer
 
     def check(self, args: Any, state: Any, control: Any) -> None:
         """Check the policy after this step, log the metrics, and warn at the first flagged check."""
         step, flagged_before = state.global_step, flagged(self.metrics)
-        metrics, best = distributed.from_rank_zero(lambda: self._check(step))
+        metrics, best = self._check(step)
         self.metrics.put(step, metrics)
         if distributed.is_rank_zero():
             self._log(metrics)
         if metrics["goodhart"] and not flagged_before:
-            console.warn(f"rl: step {step:,}: {metrics['goodhart']}" + (" (stopping)" if self.stop else ""))
+            console.warn(
+                f"{self.monitor.stage}: step {step:,}: {metrics['goodhart']}" + (" (stopping)" if self.stop else "")
+            )
         if self.stop:
             self._keep_best(best, args, state, control, flag=bool(metrics["goodhart"]))
 
     def _check(self, step: int) -> tuple[dict[str, float | str | None], int]:
         """The metrics of a check, and the step whose weights are the best so far."""
-        metrics = self.monitor.check(step, self.trainer.accelerator.unwrap_model(self.trainer.model), self.reference)
+        with whole_weights(self.trainer, reference=True) as policy:
+            return distributed.from_rank_zero(lambda: self._check_with(policy, step))
+
+    def _check_with(self, policy: Any, step: int) -> tuple[dict[str, float | str | None], int]:
+        metrics = self.monitor.check(step, policy, self.reference)
         checks = self.monitor.checks
         return metrics, checks[best_check(checks[:-1] if metrics["goodhart"] else checks)][0].step
 

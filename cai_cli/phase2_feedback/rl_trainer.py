@@ -15,8 +15,8 @@ from cai_cli.engines.local.engine import engine_around
 from cai_cli.engines.tokenization import decode_reply, encode_chat
 from cai_cli.models.adapters import without_adapter_wrapper
 from cai_cli.phase2_feedback.monitor_models import ReplyScorer
-from cai_cli.phase2_feedback.reward_normalizer import RewardNormalizer
 from cai_cli.training import distributed
+from cai_cli.training.sharding import whole_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,7 +27,7 @@ _SAMPLING = "cai_sampling_logprobs"  # in the inputs of the loss
 
 def preference_reward(
     score: ReplyScorer,
-    normalizer: RewardNormalizer,
+    normalizer: Callable[[float], float],
     tokenizer: "PreTrainedTokenizerBase",
     ends: frozenset[int],
     cutoff_penalty: float,
@@ -36,7 +36,7 @@ def preference_reward(
 
     Args:
         score: The preference model.
-        normalizer: Standardises its scores.
+        normalizer: Standardises its scores, such as `RewardNormalizer`.
         tokenizer: The policy's tokenizer.
         ends: Token ids that end a reply; a reply that ends otherwise was cut off.
         cutoff_penalty: Subtracted from the standardised score of a reply that was cut off.
@@ -136,13 +136,13 @@ def with_seeded_sampling(trainer_class: Any, sampling: Sampling, batch_size: int
                 seed_for(self.args.seed, "rl", self.state.global_step, first + index)
                 for index in range(len(prompt_ids))
             ]
-            policy = without_adapter_wrapper(self.accelerator.unwrap_model(self.model))
-            was_training = policy.training
-            policy.eval()
-            engine = engine_around(policy, self._tokenizer, batch_size)
-            with self.accelerator.autocast():
+            with whole_weights(self) as model, self.accelerator.autocast():
+                policy = without_adapter_wrapper(model)
+                was_training = policy.training
+                policy.eval()
+                engine = engine_around(policy, self._tokenizer, batch_size)
                 replies, self._sampling_logprobs = engine.generate_ids(prompt_ids, seeds, sampling)
-            policy.train(was_training)
+                policy.train(was_training)
             return (replies, None) if self._returns_log_probabilities else replies
 
         _returns_log_probabilities = trainer_class.__name__ == "GRPOTrainer"

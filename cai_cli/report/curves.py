@@ -11,6 +11,7 @@ TITLES = {
     "reward": "Preference model score (standard deviations of the start model's scores within a prompt)",
     "pm_score": "Preference model score on held-out prompts (in the same unit)",
     "monitor_score": "Score of the monitor model, which is not used for training",
+    "implicit_reward": "Implicit reward of the replies to held-out prompts",
     "kl": "KL divergence from the start model (nats per token)",
     "reply_tokens": "Reply length (tokens)",
     "cut_off_share": "Share of replies cut off at the length limit",
@@ -22,6 +23,8 @@ TITLES = {
     "loss": "Loss",
     "held_out_loss": "Loss on held-out rows",
     "margin": "Margin: score of chosen less score of rejected",
+    "chosen_reward": "Implicit reward",
+    "nll": "Negative log-likelihood of the preferred reply (nats per token)",
     "mean_score": "Mean score",
     "token_accuracy": "Share of tokens predicted correctly",
     "entropy": "Entropy (nats per token)",
@@ -31,13 +34,16 @@ TITLES = {
     "epoch": "Epoch",
 }
 # Columns that share the chart of another column with the same unit.
-HELD_OUT = ("loss", "accuracy", "kl", "entropy", "reply_tokens", "cut_off_share")
-TOGETHER = {f"held_out_{name}": name for name in HELD_OUT} | {"shaped_reward": "reward"}
+HELD_OUT = ("loss", "accuracy", "margin", "kl", "entropy", "reply_tokens", "cut_off_share")
+TOGETHER = {f"held_out_{name}": name for name in HELD_OUT}
+TOGETHER |= {"shaped_reward": "reward", "rejected_reward": "chosen_reward"}
 NAMES = {
     **dict.fromkeys(HELD_OUT, "in training"),
     **{f"held_out_{name}": "held out" for name in HELD_OUT},
     "reward": "score",
     "shaped_reward": "score less penalties",
+    "chosen_reward": "chosen replies",
+    "rejected_reward": "rejected replies",
 }
 OPTIMISER = ("learning_rate", "grad_norm", "epoch")
 
@@ -46,7 +52,7 @@ def curves(step: StepFiles, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Cha
     """Return (charts of the model, charts of the optimiser), one for each column or group of columns."""
     series = {name: points for name in _columns(rows) if (points := list(_points(rows, name)))}
     flagged = [float(at) for at, _ in flags(rows)]
-    order = [*(name for name in TITLES if name in series), *(name for name in series if name not in TITLES)]
+    order = sorted(series, key=_place)
     charts = []
     for name in order:
         if TOGETHER.get(name) in series:
@@ -55,9 +61,21 @@ def curves(step: StepFiles, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Cha
         names = NAMES if len(group) > 1 else {}
         plotted = [Series(names.get(n, n), [x for x, _ in series[n]], [y for _, y in series[n]]) for n in group]
         share = name.endswith(("_share", "accuracy"))
-        charts.append((name, lines(f"{step.name}-{name}", TITLES.get(name, name), plotted, flags=flagged, share=share)))
+        charts.append((name, lines(f"{step.name}-{name}", _title(name), plotted, flags=flagged, share=share)))
     of_model = [chart for name, chart in charts if name not in OPTIMISER]
     return of_model, [chart for name, chart in charts if name in OPTIMISER]
+
+
+def _place(name: str) -> int:
+    """The place of a column's chart on the page."""
+    places = list(TITLES)
+    known = [title for title in (TOGETHER.get(name, name), name) if title in TITLES]
+    return places.index(known[0]) if known else len(places)
+
+
+def _title(name: str) -> str:
+    """The title of a column's chart; one that is measured on held-out data only has that of its counterpart."""
+    return TITLES.get(name) or TITLES.get(TOGETHER.get(name, name)) or name
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -16,7 +16,7 @@ COMPLETE_RUN = {
     ("sft",): "a fine-tuned model (`cai sft`)",
     ("label-prefs",): "AI preference labels (`cai label-prefs`)",
     ("train-pm",): "a preference model (`cai train-pm`)",
-    ("rl",): "RL (`cai rl`)",
+    ("rl", "dpo"): "RL (`cai rl`) or DPO (`cai dpo`)",
 }
 
 
@@ -95,7 +95,7 @@ def _label_metrics(audit: Mapping[str, Any] | None) -> Iterator[KeyMetric]:
 
 
 def _model_metrics(run: RunFiles) -> Iterator[KeyMetric]:
-    for step in run.steps_of("train-pm"):
+    for step in run.steps_of("train-pm", "dpo"):
         if is_estimate(step.metrics.get("accuracy")):
             yield KeyMetric(f"held-out accuracy of {step.name}", step.metrics["accuracy"])
     for step in run.steps_of("rl"):

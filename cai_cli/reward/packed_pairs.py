@@ -65,31 +65,53 @@ def enable_packed_pairs(model: "PreTrainedModel", longest: tuple[list[int], list
 
     Args:
         model: The classifier.
-        longest: Token ids of the longest pair. It is scored packed and alone, which shows whether packing changes the
-            scores, as it does with sliding-window attention or layers without attention.
+        longest: Token ids of the longest pair.
 
     Returns:
-        Whether packing works; if not, the model is unchanged.
+        Whether packing works (`packing_works`); if not, the model is unchanged.
     """
-    import torch
+    plain = vars(model).get("forward")
+    if not accept_packed_pairs(model, longest):
+        return False
+    works = packing_works(model, longest)
+    if not works:
+        del model.forward
+        if plain is not None:
+            model.forward = plain
+    return works
+
+
+def accept_packed_pairs(model: "PreTrainedModel", longest: tuple[list[int], list[int]]) -> bool:
+    """Make a sequence classifier accept packed pairs, where its class can; returns whether it does.
+
+    Whether their scores are right is for `packing_works` to tell.
+    """
     from transformers.modeling_layers import GenericForSequenceClassification
 
     limits = rope_limits(model)  # the conversations of a pair may need other positions for the tokens that they share
     if not isinstance(model, GenericForSequenceClassification) or (limits and max(map(len, longest)) > limits[0]):
         return False
-    plain = vars(model).get("forward")
     model.forward = types.MethodType(_forward, model)
+    return True
+
+
+def packing_works(model: "PreTrainedModel", longest: tuple[list[int], list[int]]) -> bool:
+    """Whether a classifier that accepts packed pairs gives the scores that it gives conversations alone.
+
+    With sliding-window attention or layers without attention it does not.
+
+    Args:
+        model: The classifier; it is left in evaluation mode.
+        longest: Token ids of the longest pair, which is scored packed and alone.
+    """
+    import torch
+
     batch = collate([packed(*longest)], model.config.get_text_config().pad_token_id)
     model.eval()
-    with torch.inference_mode():
+    with torch.no_grad():
         both = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).logits
         alone = torch.cat([model(input_ids=torch.tensor([ids], device=model.device)).logits for ids in longest])
-    same = torch.allclose(both.float(), alone.float(), atol=1e-3, rtol=1e-3)
-    if not same:
-        del model.forward
-        if plain is not None:
-            model.forward = plain
-    return same
+    return torch.allclose(both.float(), alone.float(), atol=1e-3, rtol=1e-3)
 
 
 def _forward(self: Any, input_ids: Any = None, branches: Any = None, **inputs: Any) -> Any:
@@ -133,7 +155,7 @@ def head_outputs(
         batch = collate(
             [packed(*pairs[i]) for i in order[start : start + batch_size]], model.config.get_text_config().pad_token_id
         )
-        with torch.inference_mode():
+        with torch.no_grad():  # FSDP could not train with tensors of inference mode
             logits = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).logits
         one, other = logits.float().cpu().chunk(2)
         first.append(one)

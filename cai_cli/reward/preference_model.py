@@ -136,7 +136,7 @@ def score_ids(
         for row, i in enumerate(batch):  # right padding; the attention mask says where the tokens end
             ids[row, : len(sequences[i])] = torch.tensor(sequences[i])
             mask[row, : len(sequences[i])] = 1
-        with torch.inference_mode():
+        with torch.no_grad():  # FSDP could not train with tensors of inference mode
             logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits[:, 0]
         for i, score in zip(batch, logits.float().tolist(), strict=True):
             scores[i] = finite(score, names[i] if names else None)

@@ -1,14 +1,14 @@
-"""The settings of a trainer, shared by sft, train-pm and rl.
+"""The settings of a trainer, shared by sft, train-pm, rl and dpo.
 
 The randomness of a step (sampled replies, dropout) derives from (seed, step) alone, and the order of the data from the
 seed. So a run that was killed and resumed ends with the same parameters as one that was not.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cai_cli.common.errors import UsageError
 from cai_cli.runtime.config import StageConfig
 from cai_cli.training import distributed
 
@@ -88,11 +88,14 @@ class TrainingConfig:
             "device": self.device,
             "attention": self.attention,
             "quantize": self.quantize,
+            "sharded": distributed.weights_are_sharded(),
         }
 
     @property
-    def reference_options(self) -> dict[str, str] | None:
+    def reference_options(self) -> dict[str, str | None] | None:
         """TRL's `model_init_kwargs`, for the reference model; None where it is loaded as the policy is."""
+        if distributed.weights_are_sharded():  # by itself TRL would spread it over all GPUs, from every process
+            return {"dtype": self.frozen_dtype, "device_map": None}
         return {"dtype": self.frozen_dtype} if self.frozen_dtype != self.trained_dtype else None
 
     @property
@@ -150,6 +153,11 @@ class TrainingConfig:
         """Rows in one step of all processes together."""
         return self.batch_size * self.gradient_accumulation * distributed.world_size()
 
+    def steps(self, rows: int) -> int:
+        """The number of steps that the trainer takes on this number of rows."""
+        batches = -(-rows // (self.batch_size * distributed.world_size()))
+        return self.max_steps or math.ceil(self.epochs * -(-batches // self.gradient_accumulation))
+
     def settings(self, config: StageConfig, **resolved: Any) -> dict[str, Any]:
         """The options that decide the trained model, as a manifest records them.
 
@@ -195,18 +203,9 @@ class TrainingConfig:
 
         Args:
             classifier: Whether the model has a scalar head.
-
-        Raises:
-            UsageError: The weights are sharded (`sharded-weights`).
         """
         if self.lora_rank is None:
             return None
-        if distributed.weights_are_sharded():
-            raise UsageError(
-                "--lora needs unsharded weights, to merge the adapters into them",
-                hint="--full, or --accelerate-config multi_gpu, zero1 or zero2",
-                code="sharded-weights",
-            )
         from peft import LoraConfig, TaskType
 
         return LoraConfig(

@@ -18,13 +18,14 @@ from cai_cli.training.checkpoints import SEAL
 CALLS = ("write", "writev", "openat", "mkdir", "rename", "fsync", "unlink")
 RECIPE = ("--max-steps", "5", "--save-steps", "2", "--batch-size", "4", "--gradient-accumulation", "1",
           "--eval-share", "0", "--device", "cpu", "--model", "model", "-o", "out")  # fmt: skip
-RUNS = {"sft": ("sft", "revisions.jsonl", *RECIPE), "train-pm": ("train-pm", "preferences.jsonl", *RECIPE)}
+RUNS = {"sft": ("sft", "revisions.jsonl", *RECIPE), "train-pm": ("train-pm", "preferences.jsonl", *RECIPE),
+        "dpo": ("dpo", "preferences.jsonl", *RECIPE)}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def forks() -> Iterator[Forks]:
     made = Forks(
-        "cai_cli.models.loading", "datasets", "trl.trainer.sft_trainer", "trl.trainer.reward_trainer",
+        "cai_cli.models.loading", "datasets", "trl.trainer.sft_trainer", "trl.trainer.reward_trainer", "trl.trainer.dpo_trainer",
         "transformers.models.llama.modeling_llama",
     )  # fmt: skip
     yield made
@@ -64,9 +65,9 @@ def kills_of(log: Path, every: int) -> tuple[list[str], list[str]]:
 @needs_strace
 @pytest.mark.faults
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("stage", "every"), [("sft", 7), ("train-pm", 20)])
+@pytest.mark.parametrize(("stage", "every", "at_end"), [("sft", 7, 1), ("train-pm", 20, 1), ("dpo", 40, 3)])
 def test_a_kill_during_a_checkpoint_or_at_the_end_leads_to_the_same_parameters(
-    stage: str, every: int, forks: Forks, folder: Path, ran: Ran
+    stage: str, every: int, at_end: int, forks: Forks, folder: Path, ran: Ran
 ) -> None:
     out = folder / "out"
     assert forks.run(*RUNS[stage], cwd=folder).code == 0
@@ -74,6 +75,7 @@ def test_a_kill_during_a_checkpoint_or_at_the_end_leads_to_the_same_parameters(
         (folder / name).rename(folder / name.replace("out", "calm"))
     forks.run_injected(*RUNS[stage], cwd=folder, inject=",".join(CALLS), log=folder / "log")
     saving, publishing = kills_of(folder / "log", every)
+    publishing = publishing[::at_end]
     for inject in [*saving, *publishing]:
         clear(folder, "out*")
         killed = forks.run_injected(*RUNS[stage], cwd=folder, inject=inject)

@@ -24,7 +24,7 @@ from cai_cli.common.errors import CaiError
 from cai_cli.models.source import ModelSource
 from cai_cli.training.checkpoints import SEAL, newest_checkpoint, seal
 
-MODELS = ("sft", "train-pm", "rl", "score", "sample")
+MODELS = ("sft", "train-pm", "rl", "dpo", "score", "sample")
 TRAINING = ("--epochs", "3", "--save-steps", "2", "--batch-size", "4", "--eval-share", "0")
 # What Trainer.train reads of a checkpoint, and what it writes there and never reads.
 PICKLED = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin")
@@ -83,6 +83,7 @@ def words(stage: str) -> tuple[str, ...]:
         "sft": ("sft", "revisions.jsonl", "-o", "out", "--model", "untrusted", "--max-steps", "1"),
         "train-pm": ("train-pm", "preferences.jsonl", "-o", "out", "--model", "untrusted", "--max-steps", "1"),
         "rl": ("rl", "prompts.jsonl", "-o", "out", "--model", "untrusted", "--pm", "untrusted", "--steps", "1"),
+        "dpo": ("dpo", "preferences.jsonl", "-o", "out", "--model", "untrusted", "--max-steps", "1"),
         "chat": ("chat", "untrusted"),
         "stats": ("stats", "prompts.jsonl", "--tokenizer", "untrusted"),
     }[stage]

@@ -116,13 +116,14 @@ def test_with_such_ids_resumed_and_merged_runs_equal_a_single_run(room: Path, ca
     assert cai("sample", "prompts.jsonl", *SCRIPT, "-o", "whole.jsonl").code == 0
 
 
-@pytest.mark.parametrize("stage", ["sft", "train-pm", "rl"])
+@pytest.mark.parametrize("stage", ["sft", "train-pm", "rl", "dpo"])
 def test_training_on_rows_with_such_ids_creates_the_model_and_nothing_else(stage: str, room: Path, cai: Cai) -> None:
     tiny_model_dir(room / "tiny")
     ids = [name for name in ALL_IDS if len(name) < 1000]
     write_bytes(room / "sft.jsonl", [revision(k) | {"id": name} for k, name in enumerate(ids)])
     write_bytes(room / "train-pm.jsonl", [preference(k) | {"id": name} for k, name in enumerate(ids)])
     write_rows(room / "rl.jsonl", prompts(ids))
+    (room / "dpo.jsonl").write_bytes((room / "train-pm.jsonl").read_bytes())
     more = ("--max-steps", "1")
     if stage == "rl":
         done = cai("train-pm", "train-pm.jsonl", "-o", "pm", "--model", "tiny", "--max-steps", "1", "--eval-share", "0")
@@ -139,9 +140,14 @@ def test_training_on_rows_with_such_ids_creates_the_model_and_nothing_else(stage
             "--max-new-tokens",
             "4",
         )
+    if stage == "dpo":
+        more += ("--max-new-tokens", "4")
     done = cai(stage, f"{stage}.jsonl", "-o", "model", "--model", "tiny", *more)
     assert done.code == 0, done.stderr
-    assert outputs(room, "tiny", "pm", "model", "sft.jsonl", "train-pm.jsonl", "rl.jsonl", "script.jsonl") == set()
+    assert (
+        outputs(room, "tiny", "pm", "model", "sft.jsonl", "train-pm.jsonl", "dpo.jsonl", "rl.jsonl", "script.jsonl")
+        == set()
+    )
 
 
 # --- hostile names in files --------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def test_an_unfinished_run_is_reported_with_what_is_there(tmp_path: Path) -> Non
     assert "Training has not finished; the last recorded step is 9." in text
     assert "rl-cai rl · 13 s · no output" in text
     assert "All 30 comparisons" in text
-    assert "Not in this run: AI preference labels (cai label-prefs), a preference model (cai train-pm), RL (cai rl), models compared" in text  # fmt: skip
+    assert "Not in this run: AI preference labels (cai label-prefs), a preference model (cai train-pm), RL (cai rl) or DPO (cai dpo), models compared" in text  # fmt: skip
     assert "could not be read" not in text
 
 

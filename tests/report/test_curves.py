@@ -22,6 +22,14 @@ def test_held_out_columns_share_a_chart_and_the_optimiser_has_its_own() -> None:
     assert set(of_model[1].legend) == {"in training", "held out"}
 
 
+def test_columns_of_held_out_data_alone_have_the_title_and_the_place_of_their_counterparts() -> None:
+    columns = ("held_out_kl", "rejected_reward", "chosen_reward", "held_out_margin", "margin", "implicit_reward")
+    charts, _ = curves(step(), [{"step": at, **dict.fromkeys(columns, 0.5)} for at in (1, 2)])
+    assert [chart.id for chart in charts] == ["pm-implicit_reward", "pm-held_out_kl", "pm-margin", "pm-chosen_reward"]
+    assert charts[1].title == "KL divergence from the start model (nats per token)"
+    assert set(charts[3].legend) == {"chosen replies", "rejected replies"}
+
+
 def test_true_columns_and_goodhart_columns_with_a_reason_are_flags() -> None:
     rows = [{"step": 1, "goodhart": None, "ok": False}, {"step": 2, "goodhart": "length"}, {"step": 3, "broken": True}]
     assert flags(rows) == [(2, "goodhart: length"), (3, "broken")]

@@ -21,7 +21,7 @@ train_pm_stage = stage("train-pm")
 SECONDS = 240
 # Every metric of a step that does not depend on how replies and tokens are averaged over micro-batches.
 SAME = ("loss", "grad_norm", "learning_rate", "accuracy", "margin", "reward", "reward_std", "kl", "cut_off_share",
-        "held_out_loss", "held_out_accuracy", "pm_score", "held_out_kl", "reply_tokens")  # fmt: skip
+        "held_out_loss", "held_out_accuracy", "held_out_margin", "pm_score", "implicit_reward", "held_out_kl", "reply_tokens")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +43,10 @@ def words(stage: str, output: Path, accumulation: int, *more: str) -> list[str]:
     if stage == "rl":
         replies = ["--prompts-per-step", "2", "--samples-per-prompt", "4", "--max-new-tokens", "8"]
         return ["rl", "prompts.txt", *shared, "--pm", "pm", "--steps", "5", "--monitor-every", "2", *replies, *more]
-    source = {"sft": "rev.jsonl", "train-pm": "prefs.jsonl"}[stage]
+    source = {"sft": "rev.jsonl"}.get(stage, "prefs.jsonl")
     rows = ["--batch-size", "4", "--gradient-accumulation", str(accumulation), "--eval-share", "0.112", "--epochs", "2"]
-    return [stage, source, *shared, *rows, *(["--fit-head"] if stage == "train-pm" else []), *more]
+    of_stage = {"train-pm": ["--fit-head"], "dpo": ["--max-new-tokens", "8", "--monitor-every", "4"]}
+    return [stage, source, *shared, *rows, *of_stage.get(stage, []), *more]
 
 
 def environment() -> dict[str, str]:
@@ -73,7 +74,7 @@ def assert_same_curves(one: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["sft", "train-pm", "rl"])
+@pytest.mark.parametrize("stage", ["sft", "train-pm", "rl", "dpo"])
 def test_two_processes_take_the_steps_of_one_at_the_same_effective_batch(
     stage: str, folder: Path, tmp_path: Path
 ) -> None:
@@ -88,7 +89,7 @@ def test_two_processes_take_the_steps_of_one_at_the_same_effective_batch(
         dealt = manifest_of(tmp_path / name)["run"]["training"]
         assert (dealt["processes"], dealt["effective_batch"], dealt["repeated_rows"]) == (processes, 8, 0)
         assert dealt["tokens_per_second"] > 0
-    if stage == "rl":
+    if stage in ("rl", "dpo"):
         replies = [[row["completion"] for row in rows_in(tmp_path / name / "samples.jsonl")] for name in ("one", "two")]
         assert replies[0] == replies[1]
 

@@ -12,7 +12,7 @@ from cai_cli.common.errors import CaiError
 from cai_cli.pipeline.registry import STAGES
 from cai_cli.training.options import TrainerOptions
 
-RATES = {"sft": (2e-5, 2e-4), "train-pm": (2e-5, 2e-4), "rl": (1e-6, 2e-5)}  # full, LoRA
+RATES = {"sft": (2e-5, 2e-4), "train-pm": (2e-5, 2e-4), "rl": (1e-6, 2e-5), "dpo": (1e-6, 2e-5)}  # full, LoRA
 NEEDED = {"input": "in.jsonl", "output": "out", "pm": "pm"}
 
 
