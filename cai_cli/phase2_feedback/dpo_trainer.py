@@ -65,6 +65,7 @@ def soft_dpo_trainer(nll: float) -> Any:
     collator_class, sampler_class = _collator(), length_sampler()
 
     class SoftDPOTrainer(DPOTrainer):  # type: ignore[misc]
+        precompute_ref_logps: bool  # TRL's
         _implicit_rewards: Any = None  # of the last batch, shape (2, pairs)
 
         def __init__(self, *, processing_class: Any, **arguments: Any) -> None:
