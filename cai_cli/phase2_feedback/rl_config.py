@@ -6,9 +6,17 @@ from typing import Any, ClassVar
 
 from cai_cli.common.errors import UsageError
 from cai_cli.models.loading import pick_device
+from cai_cli.phase2_feedback import rl_rollouts
+from cai_cli.phase2_feedback.rl_rollouts import Rollouts
 from cai_cli.reward.scorer import PreferenceModelOptions
 from cai_cli.runtime.config import Effect, Group, Option, option, redefine
-from cai_cli.runtime.shared_options import DEFAULT_MODEL, MODEL_TO_TRAIN_HELP, EngineOptions, SamplingOptions
+from cai_cli.runtime.shared_options import (
+    DEFAULT_MODEL,
+    MODEL_TO_TRAIN_HELP,
+    EngineOptions,
+    SamplingOptions,
+    named_values,
+)
 from cai_cli.training import distributed
 from cai_cli.training.config import TrainingConfig
 from cai_cli.training.options import DefaultRates, TrainerOptions
@@ -73,6 +81,29 @@ class RlConfig(TrainerOptions, PreferenceModelOptions):
         "Replies in one forward pass of one process; by default its whole share of a step.",
         Option(Effect.HARMLESS, Group.TRAINING),
         ge=1,
+    )
+    rollouts: Rollouts = option(
+        Rollouts.AUTO,
+        "What samples the replies to train on: local (the engine of `cai sample`), vllm (on the GPUs of the policy) or "
+        "vllm-server. auto is vllm on CUDA where it is installed and knows the model, else local.",
+        Option(group=Group.SAMPLING),
+    )
+    rollout_batch_size: int | None = option(
+        None,
+        "Replies that local rollouts and checks sample at once in one process; by default fitted to the device.",
+        Option(Effect.HARMLESS, Group.SAMPLING),
+        ge=1,
+    )
+    rollout_url: str | None = option(
+        None,
+        "Address of the `vllm serve` that samples the replies, as http://HOST:PORT.",
+        Option(Effect.HARMLESS, Group.SAMPLING),
+    )
+    engine_arg: list[str] | None = redefine(
+        EngineOptions,
+        "engine_arg",
+        None,
+        "Setting of vLLM's rollouts, such as gpu_memory_utilization=0.4; can be repeated.",
     )
     max_new_tokens: int = redefine(SamplingOptions, "max_new_tokens", 128)
     temperature: float = option(1.0, "Sampling temperature.", Option(group=Group.SAMPLING), ge=0.01)
@@ -141,6 +172,9 @@ class RlConfig(TrainerOptions, PreferenceModelOptions):
             raise UsageError(
                 f"--scale-rewards {self.scale_rewards} is an option of --algorithm grpo", code="option-conflict"
             )
+        rl_rollouts.check_options(
+            self.rollouts, self.rollout_batch_size, self.rollout_url, named_values(self.engine_arg)
+        )
         if self.report_to and find_spec(self.report_to) is None:
             raise UsageError(
                 f"--report-to {self.report_to}: not installed",
