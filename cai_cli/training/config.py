@@ -1,4 +1,4 @@
-"""The settings of a trainer, shared by sft, train-pm and rl.
+"""The settings of a trainer, shared by sft, train-pm, rl and dpo.
 
 The randomness of a step (sampled replies, dropout) derives from (seed, step) alone, and the order of the data from the
 seed. So a run that was killed and resumed ends with the same parameters as one that was not.

@@ -169,7 +169,7 @@ def _refuse_other_commands(words: Sequence[str], trainers: frozenset[str]) -> No
     if command not in trainers:
         raise UsageError(
             f"cai {command} runs in one process, not in {world_size()}",
-            hint="data stages take --shard I/N (see `cai merge`); sft, train-pm and rl train in several processes",
+            hint="data stages take --shard I/N (see `cai merge`); sft, train-pm, rl and dpo train in several processes",
             code="process-count",
         )
     if "-" in words:

@@ -1,3 +1,4 @@
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -210,7 +211,8 @@ def test_rl_scores_the_same_tokens_that_the_preference_model_is_trained_on(
         for i, chat in enumerate(conversations_scored)
     ]  # fmt: skip
     counts = Counts.of_training([])
-    pairs = pm_pairs.encode_pairs(load_tokenizer(Path(pm)), preferences, 512, counts, window=512, hard=False)
+    encode = partial(pm_pairs.encode_pair, load_tokenizer(Path(pm)))
+    pairs = pm_pairs.encode_pairs(encode, preferences, 512, counts, window=512, hard=False)
     assert not counts.rejected
     assert [pair.chosen for pair in pairs] == scored
     assert [pair.columns()["chosen_ids"] for pair in pairs] == scored
