@@ -31,6 +31,7 @@ from cai_cli.runtime.counts import Counts
 from cai_cli.runtime.manifest import hash_input, provenance
 from cai_cli.runtime.shared_options import DEFAULT_MODEL, MODEL_TO_TRAIN_HELP
 from cai_cli.runtime.stage import Phase, Stage
+from cai_cli.training import sharding
 from cai_cli.training.checkpoints import save_finished
 from cai_cli.training.completions import Encoded, encode
 from cai_cli.training.config import TrainingConfig
@@ -178,7 +179,8 @@ def sft(
     """
     from cai_cli.models.loading import load_causal_lm
 
-    model = load_causal_lm(base, "float32", training.device)
+    with sharding.loading(training.arguments(work)) as sharded:
+        model = load_causal_lm(base, "float32", training.device, sharded=sharded)
     metrics = Metrics(work / "metrics.jsonl", [*COLUMNS, "held_out_loss"])
     with quiet_libraries():
         trainer = _trainer(model, tokenizer, train, held_out, training, work)

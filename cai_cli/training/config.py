@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cai_cli.common.errors import UsageError
 from cai_cli.runtime.config import StageConfig
 from cai_cli.training import distributed
 
@@ -174,18 +173,9 @@ class TrainingConfig:
 
         Args:
             classifier: Whether the model has a scalar head.
-
-        Raises:
-            UsageError: The weights are sharded (`sharded-weights`).
         """
         if self.lora_rank is None:
             return None
-        if distributed.weights_are_sharded():
-            raise UsageError(
-                "--lora needs unsharded weights, to merge the adapters into them",
-                hint="--full, or --accelerate-config multi_gpu, zero1 or zero2",
-                code="sharded-weights",
-            )
         from peft import LoraConfig, TaskType
 
         return LoraConfig(
