@@ -56,6 +56,9 @@ ADDED_SETTINGS: dict[str, Any] = {
     "weights": "float32",
     "optimizer": "adamw",
     "rollouts": "local",
+    "packing": False,
+    "pm_dtype": "float32",
+    "reference_weights": "float32",
 }
 MANIFEST = {"figures": "metrics"}
 PROVENANCE = {"watcher": "monitor"}

@@ -92,6 +92,13 @@ class SftConfig(EpochOptions):
         "Replies that were cut off at the length limit: train on them without an end of turn (open), leave them out "
         "(skip), or train on them as if they were whole (whole).",
     )
+    packing: bool = option(
+        False,
+        "Fill each row of a batch with as many examples as --max-length takes, and pad nothing. Examples do not attend "
+        "to each other, which needs --attention flash_attention_2 or 3 on a GPU, or a model whose layers all use full "
+        "attention.",
+        Option(group=Group.TRAINING, flags=("--packing",)),
+    )
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ from cai_cli.phase2_feedback.rl_monitor import (
 from cai_cli.phase2_feedback.rl_prompts import fitting_prompts, hold_out, longest_prompt, prompt_order
 from cai_cli.phase2_feedback.rl_rollouts import Rollouts, pick_rollouts, rollout_facts, trl_arguments
 from cai_cli.phase2_feedback.rl_trainer import preference_reward, with_seeded_sampling, with_vllm_sampling
-from cai_cli.reward.preference_model import preference_model_identity
+from cai_cli.reward.scorer import Scorer
 from cai_cli.runtime.cost import CHARACTERS_PER_TOKEN, RowFlow, StepCost, TokenCounts
 from cai_cli.runtime.counts import Counts
 from cai_cli.runtime.manifest import hash_input, provenance
@@ -94,7 +94,7 @@ class RlInputs:
 
     Attributes:
         base: Directory of the start model, which is the reference model too.
-        preference_model: Directory of the preference model of the reward.
+        preference_model: The preference model of the reward.
         train: The prompts to train on.
         held_out: The prompts to check the policy on.
         monitor_model: The monitor model, or None.
@@ -102,7 +102,7 @@ class RlInputs:
     """
 
     base: Path
-    preference_model: Path
+    preference_model: Scorer
     train: Sequence[Prompt]
     held_out: Sequence[Prompt]
     monitor_model: MonitorModel | None
@@ -134,7 +134,7 @@ def rl(inputs: RlInputs, config: RlConfig, training: TrainingConfig, work: Path)
     if policy.config._name_or_path != str(base):
         raise AssertionError("TRL would load the reference model from another directory")
     ends = declare_end_of_turn(policy, tokenizer)  # TRL reads the config
-    score = preference_score(inputs.preference_model, training.device, training.batch_size)
+    score = preference_score(inputs.preference_model)
     metrics = Metrics(work / "metrics.jsonl", [*COLUMNS, *CHECK_COLUMNS])
     monitor = _open_monitor(inputs, config, training, tokenizer, score, work)
     if not metrics.at(0):
@@ -346,15 +346,22 @@ def run(config: RlConfig) -> dict[str, Any]:
     """Train on a file of prompts. Returns the summary. Raises UsageError, CaiError."""
     config.launch()
     training = config.training_config()
-    models = {"model": ModelSource.resolve(config.model), "pm": ModelSource.resolve(config.pm)}
-    base, pm = models["model"].path, models["pm"].path
+    pm = config.reward_scorer(training)
+    models = {"model": ModelSource.resolve(config.model)} | ({"pm": pm.source} if pm.source else {})
+    base = models["model"].path
     monitor_model = pick_monitor_model(
-        config.monitor_pm, config.monitor_judge, config.base_url, models["pm"], device=training.device, seed=config.seed
+        config.monitor_pm,
+        config.monitor_judge,
+        config.base_url,
+        pm.source,
+        device=pm.device,
+        dtype=config.pm_dtype.value,
+        seed=config.seed,
     )
     inputs = {"prompts": hash_input(config.input)}
     if config.helpful:
         inputs["helpful"] = hash_input(config.helpful)
-    preference_models = [pm, *([monitor_model.path] if monitor_model and monitor_model.path else [])]
+    preference_models = [path for path in (pm.path, monitor_model and monitor_model.path) if path]
     prompts = read_rl_prompts(config, base, preference_models)
     if config.report_to is Reporter.TENSORBOARD:  # not in OUT.partial, which is removed
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(sidecar(Path(config.output), "tensorboard")))
@@ -364,9 +371,11 @@ def run(config: RlConfig) -> dict[str, Any]:
         provenance=provenance(
             "rl",
             inputs=inputs,
-            settings=training.settings(config) | {"rollouts": rollouts.value},
+            settings=training.settings(
+                config, pm_dtype=pm.dtype, reference_weights=training.frozen_dtype, rollouts=rollouts.value
+            ),
             model=models["model"].identity(),
-            pm=preference_model_identity(models["pm"]),
+            pm=pm.identity(),
             monitor=monitor_model.identity if monitor_model else None,
             rows=prompts.rows,
         ),

@@ -8,7 +8,7 @@ from cai_cli.common.errors import UsageError
 from cai_cli.models.loading import pick_device
 from cai_cli.phase2_feedback import rl_rollouts
 from cai_cli.phase2_feedback.rl_rollouts import Rollouts
-from cai_cli.reward.scorer import PreferenceModelOptions
+from cai_cli.reward.scorer import PreferenceModelOptions, Scorer, check_device
 from cai_cli.runtime.config import Effect, Group, Option, option, redefine
 from cai_cli.runtime.shared_options import (
     DEFAULT_MODEL,
@@ -51,6 +51,11 @@ class RlConfig(TrainerOptions, PreferenceModelOptions):
     """
 
     model: str = option(DEFAULT_MODEL, MODEL_TO_TRAIN_HELP, Option(Effect.HASHED, Group.MODEL, flags=("--model", "-m")))
+    pm_device: str = option(
+        "auto",
+        "Device of the preference model: cpu, cuda or cuda:N; auto is the device of training.",
+        Option(Effect.HARMLESS, Group.MODEL, metavar="DEVICE"),
+    )
     helpful: str | None = option(
         None,
         "File of helpful prompts to mix in, in any format that INPUT takes.",
@@ -168,6 +173,9 @@ class RlConfig(TrainerOptions, PreferenceModelOptions):
 
     def check(self) -> None:
         super().check()
+        check_device(self.pm_device)
+        if self.pm_url and self.pm_device != "auto":
+            raise UsageError("--pm-url excludes --pm-device: the model runs on the server", code="option-conflict")
         if self.algorithm is Algorithm.RLOO and self.scale_rewards is not ScaleRewards.NONE:
             raise UsageError(
                 f"--scale-rewards {self.scale_rewards} is an option of --algorithm grpo", code="option-conflict"
@@ -181,6 +189,10 @@ class RlConfig(TrainerOptions, PreferenceModelOptions):
                 hint=f"pip install {self.report_to}",
                 code="missing-dependency",
             )
+
+    def reward_scorer(self, training: TrainingConfig) -> Scorer:
+        """The preference model of the reward. Raises UsageError, CaiError."""
+        return self.open_scorer(training.batch_size, training.device if self.pm_device == "auto" else self.pm_device)
 
     def training_config(self) -> TrainingConfig:
         """These options as a trainer takes them.

@@ -11,7 +11,6 @@ from typing import Any
 from cai_cli.runtime.config import StageConfig
 from cai_cli.training import distributed
 
-
 # Name of an optimiser -> its name in transformers.
 OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw-8bit": "adamw_bnb_8bit", "paged-adamw-8bit": "paged_adamw_8bit"}
 
@@ -135,13 +134,17 @@ class TrainingConfig:
         """Rows in one step of all processes together."""
         return self.batch_size * self.gradient_accumulation * distributed.world_size()
 
-    def settings(self, config: StageConfig) -> dict[str, Any]:
+    def settings(self, config: StageConfig, **resolved: Any) -> dict[str, Any]:
         """The options that decide the trained model, as a manifest records them.
+
+        Args:
+            config: The options of the stage.
+            resolved: Values that replace an option's, or are recorded beside the options.
 
         The number of processes that share an effective batch is not among them, so a run may resume with another one.
         """
         settings = config.settings(
-            effective_batch=self.effective_batch, precision=self.precision, weights=self.trained_dtype
+            effective_batch=self.effective_batch, precision=self.precision, weights=self.trained_dtype, **resolved
         )
         settings.pop("dtype", None)  # recorded as the precision it resolved to
         return settings

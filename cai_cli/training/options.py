@@ -95,7 +95,7 @@ class TrainerOptions(RunOptions, RowInputOptions, SeedOptions):
     weights: Weights = option(
         Weights.AUTO,
         "Precision in which the weights are held; adapters are always float32. auto: float32 on a CPU; on a GPU "
-        "bfloat16 for weights that are not trained (under --lora, and of a reference model), float32 for those that are.",
+        "bfloat16 for weights that are not trained (under --lora, and of a reference model), else float32.",
         _TRAINING,
     )
     gradient_checkpointing: Checkpointing = option(
