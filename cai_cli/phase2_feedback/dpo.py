@@ -36,6 +36,7 @@ from cai_cli.training.checkpoints import save_finished
 from cai_cli.training.completions import encode
 from cai_cli.training.config import TrainingConfig
 from cai_cli.training.loop import fit, without_printer
+from cai_cli.training.memory_check import check_memory
 from cai_cli.training.metrics_log import Metrics
 from cai_cli.training.quiet import quiet_libraries
 from cai_cli.training.training_run import TrainingJob
@@ -229,6 +230,7 @@ def run(config: DpoConfig) -> dict[str, Any]:
         facts=training.facts(
             "all pairs in a new random order every epoch, in batches of similar length", len(data.train)
         ),
+        check=lambda: check_memory("dpo", base.path, training, config.workload(data.longest)),
     ).run(as_json=config.as_json)
     if summary["note"]:
         console.warn(f"dpo: {summary['note']}")

@@ -63,10 +63,13 @@ from cai_cli.runtime.output_files import sidecar
 from cai_cli.runtime.shared_options import named_values
 from cai_cli.runtime.stage import Phase, Stage
 from cai_cli.training import distributed
+from cai_cli.training.activations import shape_of_dir
 from cai_cli.training.checkpoints import save_finished, save_model
 from cai_cli.training.config import TrainingConfig
 from cai_cli.training.cpu_logprobs import use_unfused_head
 from cai_cli.training.loop import fit, without_printer
+from cai_cli.training.memory import Workload
+from cai_cli.training.memory_check import check_memory
 from cai_cli.training.metrics_log import Metrics
 from cai_cli.training.quiet import quiet_libraries
 from cai_cli.training.training_run import TrainingJob, rows_digest
@@ -342,6 +345,15 @@ def estimate(rows: RowFlow, config: RlConfig) -> StepCost:
     return StepCost(rows.rows, replies + requests, TokenCounts(read, replies * new, trained * whole), rows)
 
 
+def _workload(config: RlConfig, base: Path, prompts: RlPrompts) -> Workload:
+    """What training does with the policy, as far as memory depends on it."""
+    from cai_cli.models.loading import load_tokenizer
+
+    length = longest_prompt([*prompts.train, *prompts.held_out], load_tokenizer(base)) + config.max_new_tokens
+    scorers = [shape_of_dir(ModelSource.resolve(name).path).scorer for name in config.scorers]
+    return config.workload(length, sum(scorers))
+
+
 def run(config: RlConfig) -> dict[str, Any]:
     """Train on a file of prompts. Returns the summary. Raises UsageError, CaiError."""
     config.launch()
@@ -389,6 +401,7 @@ def run(config: RlConfig) -> dict[str, Any]:
             "pass after pass over all prompts, each in a new random order", config.steps * config.replies
         )
         | rollout_facts(rollouts),
+        check=lambda: check_memory("rl", base, training, _workload(config, base, prompts)),
     ).run(as_json=config.as_json)
 
 

@@ -19,7 +19,10 @@ from cai_cli.runtime.shared_options import (
 )
 from cai_cli.training import distributed
 from cai_cli.training.config import TrainingConfig
+from cai_cli.training.memory import Workload
 from cai_cli.training.options import DefaultRates, TrainerOptions
+
+VLLM_SHARE = 0.3  # of the GPU's memory, TRL's default
 
 
 class Algorithm(StrEnum):
@@ -193,6 +196,32 @@ class RlConfig(TrainerOptions, PreferenceModelOptions):
     def reward_scorer(self, training: TrainingConfig) -> Scorer:
         """The preference model of the reward. Raises UsageError, CaiError."""
         return self.open_scorer(training.batch_size, training.device if self.pm_device == "auto" else self.pm_device)
+
+    @property
+    def scorers(self) -> list[str]:
+        """The names of the preference models that stand on the device of training."""
+        if self.pm_url or self.pm_device not in ("auto", "cuda"):
+            return []
+        return [self.pm, *([self.monitor_pm] if self.monitor_pm else [])]
+
+    def workload(self, length: int, scorer_parameters: int = 0) -> Workload:
+        """What training does with its model, as far as memory depends on it.
+
+        Args:
+            length: Most tokens of a prompt and its reply.
+            scorer_parameters: Parameters of `scorers` together.
+        """
+        share = self.replies // distributed.world_size()
+        by_vllm = self.rollouts is Rollouts.VLLM or (self.rollouts is Rollouts.AUTO and find_spec("vllm") is not None)
+        return Workload(
+            length,
+            scored=self.max_new_tokens,
+            replies=min(share, self.rollout_batch_size or share),
+            reference=self.beta > 0,
+            scorer_parameters=scorer_parameters,
+            scorer_dtype=self.pm_dtype.value,
+            engine_share=named_values(self.engine_arg).get("gpu_memory_utilization", VLLM_SHARE) if by_vllm else 0.0,
+        )
 
     def training_config(self) -> TrainingConfig:
         """These options as a trainer takes them.

@@ -6,6 +6,7 @@ lives. Layers are alike, so two passes, with one layer and with two, give the me
 """
 
 import json
+import sys
 import weakref
 from dataclasses import dataclass, replace
 from functools import cache
@@ -30,6 +31,7 @@ class ModelShape:
         hidden: Size of the hidden states.
         vocabulary: Number of tokens.
         kv_values: Numbers in the KV cache for each token.
+        window: The context window in tokens.
     """
 
     config: str
@@ -42,11 +44,12 @@ class ModelShape:
     hidden: int
     vocabulary: int
     kv_values: int
+    window: int
 
     @property
-    def backbone(self) -> int:
-        """Parameters without the head."""
-        return self.parameters - self.head
+    def scorer(self) -> int:
+        """Parameters with a scalar head instead of that of a language model."""
+        return self.parameters - self.head + self.hidden
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,7 @@ def shape_of(config: Any) -> ModelShape:
         hidden=config.hidden_size,
         vocabulary=config.vocab_size,
         kv_values=2 * config.num_hidden_layers * heads * head_size,
+        window=getattr(config, "max_position_embeddings", None) or sys.maxsize,
     )
 
 
@@ -229,11 +233,11 @@ def _live_storages(model: Any) -> Any:
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 
-    class LiveStorages(TorchDispatchMode):  # type: ignore[misc]
+    class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         now = peak = 0
 
         def __init__(self) -> None:
-            super().__init__()
+            super().__init__()  # type: ignore[no-untyped-call]
             mine = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
             self.known = weakref.WeakSet(tensor.untyped_storage() for tensor in mine)
 

@@ -27,7 +27,8 @@ class Workload:
         scored: Tokens of a sequence whose log-probabilities are computed; 0 for a model with a scalar head.
         replies: Replies that a process generates at once; 0 where none are.
         reference: Whether a frozen copy of the start model is loaded, unless adapters are trained.
-        preference_models: The preference models on the same device.
+        scorer_parameters: Parameters of the preference models on the same device.
+        scorer_dtype: Their precision, "auto" or torch's name.
         engine_share: Share of the GPU's memory that vLLM takes in the process of the trainer while it generates.
     """
 
@@ -36,7 +37,8 @@ class Workload:
     scored: int = 0
     replies: int = 0
     reference: bool = False
-    preference_models: tuple[ModelShape, ...] = ()
+    scorer_parameters: int = 0
+    scorer_dtype: str = "auto"
     engine_share: float = 0.0
 
 
@@ -132,24 +134,25 @@ def plan(
     head = _head(shape, training, rows * work.scored)
     passes = max(kept.kept + head, kept.peak)
     if training.gradient_accumulation == 1:  # no gradients during the forward pass, no activations at the end
-        passes = max(passes - static.gradients, max(one_layer.kept + head, one_layer.peak))
+        passes = max(passes - static.gradients, one_layer.kept + head, one_layer.peak)
     return replace(static, activations=passes, rollouts=_rollouts(shape, training, work, device_bytes))
 
 
 def held(shape: ModelShape, training: TrainingConfig, work: Workload, sharding: Sharding) -> MemoryPlan:
     """As `plan`, without activations and rollouts, which take longer to compute."""
     size = BYTES[training.trained_dtype]
-    total = shape.parameters if work.scored else shape.backbone + shape.hidden
+    total = shape.parameters if work.scored else shape.scorer
     adapters = shape.adapter_width * training.lora_rank if training.lora_rank is not None else 0
     trained = adapters or total
     trained_size = (2 if training.quantize else 4) if adapters else size  # TRL trains QLoRA's adapters in bfloat16
-    weights = total * size + adapters * trained_size
+    weights = float(total * size + adapters * trained_size)
     if training.quantize:
         weights -= shape.linear * (size - FOUR_BIT)
     state = {"adamw": trained_size, "adamw-8bit": EIGHT_BIT}.get(training.optimizer, 0)  # 0: paged to the CPU
     gradients = trained * trained_size
     frozen = BYTES[training.frozen_dtype]
-    scorers = sum(model.backbone + model.hidden for model in work.preference_models)
+    scorer_dtype = {"cpu": "float32", "cuda": "bfloat16"}[training.device]
+    scorer_size = BYTES[scorer_dtype if work.scorer_dtype == "auto" else work.scorer_dtype]
     plan_of_all = MemoryPlan(
         weights=weights * sharding.share(3),
         gradients=gradients * sharding.share(2),
@@ -157,7 +160,7 @@ def held(shape: ModelShape, training: TrainingConfig, work: Workload, sharding: 
         activations=0.0,
         rollouts=0.0,
         reference=shape.parameters * frozen * sharding.share(3) if work.reference and not adapters else 0.0,
-        preference_models=scorers * frozen,
+        preference_models=float(work.scorer_parameters * scorer_size),
         communication=_communication(shape, training, work, gradients, sharding),
     )
     return replace(plan_of_all, weights=0.0, optimizer=0.0) if sharding.offloads else plan_of_all
