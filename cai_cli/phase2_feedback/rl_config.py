@@ -212,6 +212,7 @@ class RlConfig(TrainerOptions, PreferenceModelOptions):
             scorer_parameters: Parameters of `scorers` together.
         """
         share = self.replies // distributed.world_size()
+        engine = named_values(self.engine_arg)
         by_vllm = self.rollouts is Rollouts.VLLM or (self.rollouts is Rollouts.AUTO and find_spec("vllm") is not None)
         return Workload(
             length,
@@ -220,7 +221,8 @@ class RlConfig(TrainerOptions, PreferenceModelOptions):
             reference=self.beta > 0,
             scorer_parameters=scorer_parameters,
             scorer_dtype=self.pm_dtype.value,
-            engine_share=named_values(self.engine_arg).get("gpu_memory_utilization", VLLM_SHARE) if by_vllm else 0.0,
+            engine_share=engine.get("gpu_memory_utilization", VLLM_SHARE) if by_vllm else 0.0,
+            engine_gpus=engine.get("tensor_parallel_size", 1),
         )
 
     def training_config(self) -> TrainingConfig:

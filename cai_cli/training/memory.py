@@ -30,6 +30,7 @@ class Workload:
         scorer_parameters: Parameters of the preference models on the same device.
         scorer_dtype: Their precision, "auto" or torch's name.
         engine_share: Share of the GPU's memory that vLLM takes in the process of the trainer while it generates.
+        engine_gpus: GPUs among which vLLM divides the weights.
     """
 
     length: int
@@ -40,6 +41,7 @@ class Workload:
     scorer_parameters: int = 0
     scorer_dtype: str = "auto"
     engine_share: float = 0.0
+    engine_gpus: int = 1
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class MemoryPlan:
         gradients: Of the trained weights; where every pass is a step, activations make room for them.
         optimizer: State of AdamW.
         activations: Beside gradients, at the most during forward and backward pass.
-        rollouts: KV cache of the replies, or vLLM's share.
+        rollouts: KV cache of the replies, and sharded weights that are gathered to sample them; or vLLM's share.
         reference: The frozen copy of the start model.
         preference_models: Of the reward and of the monitor.
         communication: Layers gathered from other processes, or buckets of gradients.
@@ -127,15 +129,15 @@ def plan(
     """
     static = held(shape, training, work, sharding)
     rows = training.batch_size * work.sequences
-    kept = activations(shape, _pass(training, rows, work.length))
-    one_layer = activations(replace(shape, layers=1), _pass(training, rows, work.length))
+    one_pass = _pass(training, rows, work.length, sharding)
+    kept, one_layer = activations(shape, one_pass), activations(replace(shape, layers=1), one_pass)
     if not kept or not one_layer or not training.trains:
         return replace(static, traced=not training.trains)
     head = _head(shape, training, rows * work.scored)
     passes = max(kept.kept + head, kept.peak)
     if training.gradient_accumulation == 1:  # no gradients during the forward pass, no activations at the end
         passes = max(passes - static.gradients, one_layer.kept + head, one_layer.peak)
-    return replace(static, activations=passes, rollouts=_rollouts(shape, training, work, device_bytes))
+    return replace(static, activations=passes, rollouts=_rollouts(shape, training, work, sharding, device_bytes))
 
 
 def held(shape: ModelShape, training: TrainingConfig, work: Workload, sharding: Sharding) -> MemoryPlan:
@@ -166,11 +168,12 @@ def held(shape: ModelShape, training: TrainingConfig, work: Workload, sharding: 
     return replace(plan_of_all, weights=0.0, optimizer=0.0) if sharding.offloads else plan_of_all
 
 
-def _pass(training: TrainingConfig, rows: int, length: int) -> Pass:
+def _pass(training: TrainingConfig, rows: int, length: int, sharding: Sharding) -> Pass:
     return Pass(
         rows=rows,
         length=length,
-        weights=training.trained_dtype,
+        # Sharded weights are gathered in the precision of the computation; others autocast copies.
+        weights=training.precision if sharding.stage == 3 else training.trained_dtype,
         precision=training.precision,
         lora_rank=training.lora_rank,
         checkpointing=training.checkpoints_activations,
@@ -192,25 +195,31 @@ def _head(shape: ModelShape, training: TrainingConfig, tokens: int) -> float:
     return float(hidden + tile + weight + gradient)
 
 
-def _rollouts(shape: ModelShape, training: TrainingConfig, work: Workload, device_bytes: float) -> float:
-    if work.engine_share:
-        return work.engine_share * device_bytes
-    cache = work.replies * work.length * shape.kv_values * BYTES[training.precision]
-    return cache + work.replies * shape.vocabulary * 4 * 3.0  # logits, probabilities and their sum
+def _rollouts(
+    shape: ModelShape, training: TrainingConfig, work: Workload, sharding: Sharding, device_bytes: float
+) -> float:
+    if not work.replies:
+        return 0.0
+    size = BYTES[training.precision]
+    # Also with vLLM the local engine samples the replies of the checks, and both models score them.
+    whole = 2 if work.reference and training.lora_rank is None else 1
+    gathered = whole * shape.parameters * size if sharding.stage == 3 else 0
+    cache = work.replies * work.length * shape.kv_values * size
+    logits = work.replies * shape.vocabulary * 4 * 3.0  # with probabilities and their sums
+    engine = max(work.engine_share * device_bytes, 2 * shape.parameters / work.engine_gpus) if work.engine_share else 0
+    return max(engine, gathered + cache + logits)
 
 
 def _communication(
     shape: ModelShape, training: TrainingConfig, work: Workload, gradients: float, sharding: Sharding
 ) -> float:
-    """Bytes for what processes exchange: DDP's buckets hold every gradient again; with sharded weights, two layers are
-    gathered at once, the embedding and the head stay gathered, and TRL gathers the head once more."""
+    """Bytes for what processes exchange: DDP's buckets hold every gradient again; with sharded weights, two layers and
+    the head are gathered at once (the head stays so until its backward pass), and a layer's gradients."""
     if sharding.processes == 1:
         return 0.0
     if sharding.stage < 3:
         return gradients if sharding.stage == 0 else 0.0
     size = BYTES[training.precision]
     layer = shape.layer * (FOUR_BIT if training.quantize else size)
-    outside = (shape.parameters - shape.layers * shape.layer) * size
     layer_gradient = 0 if training.lora_rank is not None else shape.layer * size
-    head = shape.vocabulary * shape.hidden * BYTES[training.trained_dtype] if work.scored else 0
-    return 2 * layer + max(0, outside) + layer_gradient + head
+    return 2 * layer + layer_gradient + (shape.vocabulary * shape.hidden * size if work.scored else 0)

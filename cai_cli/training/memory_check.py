@@ -208,7 +208,7 @@ def _with_other_memory(setting: Setting) -> Iterator[Setting]:
             setting, work=replace(setting.work, scorer_parameters=0), options=(*setting.options, "--pm-url URL")
         )
     if setting.training.lora_rank is None:
-        if not setting.device.on_cpu:
+        if not setting.device.on_cpu and setting.sharding.stage < 3:  # bitsandbytes does not divide its state
             yield _changed(setting, "--optimizer adamw-8bit", optimizer="adamw-8bit")
         setting = _changed(setting, "--lora", lora_rank=16)
         yield setting

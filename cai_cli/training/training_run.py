@@ -63,7 +63,7 @@ class TrainingJob:
     counts: Counts
     train: Train
     facts: Mapping[str, Any]
-    check: Callable[[], None]
+    check: Callable[[], None] = lambda: None
 
     @property
     def stage(self) -> str:

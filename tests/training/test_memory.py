@@ -25,9 +25,7 @@ SETTINGS = {
     "checkpointed bfloat16": replace(CHECKPOINTED, dtype="bfloat16"),
     "lora": LORA,
     "lora on bfloat16": replace(LORA, dtype="bfloat16", weights="bfloat16"),
-    "lora on bfloat16, checkpointed": replace(
-        LORA, dtype="bfloat16", weights="bfloat16", gradient_checkpointing="on"
-    ),
+    "lora on bfloat16, checkpointed": replace(LORA, dtype="bfloat16", weights="bfloat16", gradient_checkpointing="on"),
 }
 
 
@@ -101,5 +99,5 @@ def test_activations_are_within_15_percent_of_what_the_allocator_holds(name: str
     config, training = family(name), SETTINGS[setting]
     estimate = plan(shape_of(config), training, Workload(LENGTH, scored=LENGTH), Sharding()).activations
     real = measured(model_of(config, training), training)
-    print(name, setting, estimate/1e6, real/1e6, estimate/real)
+    print(name, setting, estimate / 1e6, real / 1e6, estimate / real)
     assert estimate == pytest.approx(real, rel=0.15)
