@@ -11,7 +11,7 @@ from cai_cli.runtime.cost import RowFlow
 from cai_cli.runtime.shared_options import Device as DeviceChoice
 from cai_cli.training.activations import ModelShape, shape_of_dir
 from cai_cli.training.memory import Workload
-from cai_cli.training.memory_check import H100, Setting, sharding_of, this_device
+from cai_cli.training.memory_check import H100, Device, Setting, sharding_of, this_device
 from cai_cli.training.options import TrainerOptions
 
 
@@ -28,23 +28,36 @@ def memory_of(config: TrainerOptions, rows: RowFlow, shapes: Mapping[str, ModelS
     Returns:
         None where a model is not on this machine.
     """
+    import torch
+
+    elsewhere = config.device is DeviceChoice.CUDA and not torch.cuda.is_available()
     try:
-        shape = _shape(config.model, shapes)  # type: ignore[attr-defined]
-        work = _workload(config, rows, shape, shapes)
-        sharding = sharding_of(config.accelerate_config, config.num_processes)
-        on_gpu = config.device is DeviceChoice.CUDA
-        training = config.model_copy(update={"device": DeviceChoice.AUTO}).training_config()  # type: ignore[attr-defined]
+        setting = setting_of(config, rows, shapes, H100 if elsewhere else None)
+        if setting.device.on_cpu and setting.impossible:
+            setting = setting_of(config, rows, shapes, H100)
     except CaiError:
         return None
-    if work.replies:  # the replies of a step are divided among the processes
+    return setting
+
+
+def setting_of(config: Any, rows: RowFlow, shapes: Mapping[str, ModelShape], gpu: Device | None) -> Setting:
+    """As `memory_of`, on GPUs like `gpu` in place of the devices of this machine.
+
+    Raises:
+        CaiError: A model is not on this machine, or there is no such device.
+    """
+    shape = _shape(config.model, shapes)
+    work = _workload(config, rows, shape, shapes)
+    sharding = sharding_of(config.accelerate_config, config.num_processes)
+    here = config.model_copy(update={"device": DeviceChoice.CPU}) if gpu else config
+    training = here.training_config(**({"dtype": config.dtype.value} if hasattr(config, "dtype") else {}))
+    if gpu:
+        training = replace(training, device="cuda")
+    if work.replies:  # those of a step are divided among the processes
         work = replace(work, replies=-(-work.replies // sharding.processes))
-        if config.batch_size is None:  # type: ignore[attr-defined]
+        if config.batch_size is None:
             training = replace(training, batch_size=-(-training.batch_size // sharding.processes))
-    if training.device == "cuda" or not on_gpu:
-        here = Setting(shape, training, work, sharding, this_device(training.device))
-        if training.device == "cuda" or not here.impossible:
-            return here
-    return Setting(shape, replace(training, device="cuda"), work, sharding, H100)
+    return Setting(shape, training, work, sharding, gpu or this_device(training.device))
 
 
 def _shape(name: str, shapes: Mapping[str, ModelShape]) -> ModelShape:

@@ -199,10 +199,9 @@ def _on_same_devices(setting: Setting) -> Iterator[Setting]:
 
 
 def _with_other_memory(setting: Setting) -> Iterator[Setting]:
-    yield setting
     if not setting.training.checkpoints_activations:
         setting = _changed(setting, "--gradient-checkpointing on", gradient_checkpointing="on")
-        yield setting
+    yield setting
     if setting.work.scorer_parameters:
         yield replace(
             setting, work=replace(setting.work, scorer_parameters=0), options=(*setting.options, "--pm-url URL")
