@@ -19,7 +19,8 @@ def command(
     file: Annotated[Path, typer.Argument(help="YAML run file.", show_default=False)],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; by default runs/NAME.")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the rows, tokens and command of each step, and run nothing.")
+        bool,
+        typer.Option("--dry-run", help="Print the rows, tokens, memory and command of each step, and run nothing."),
     ] = False,
     json: options.Json = False,
     quiet: options.Quiet = False,

@@ -55,6 +55,7 @@ ADDED_SETTINGS: dict[str, Any] = {
     "scale_rewards": "group",
     "weights": "float32",
     "optimizer": "adamw",
+    "rollouts": "local",
     "packing": False,
     "pm_dtype": "float32",
     "reference_weights": "float32",

@@ -38,6 +38,7 @@ from cai_cli.training.completions import Encoded, encode
 from cai_cli.training.config import TrainingConfig
 from cai_cli.training.cpu_logprobs import use_unfused_head
 from cai_cli.training.loop import fit, without_printer
+from cai_cli.training.memory_check import check_memory
 from cai_cli.training.metrics_log import Metrics
 from cai_cli.training.options import EpochOptions
 from cai_cli.training.quiet import quiet_libraries
@@ -306,6 +307,10 @@ class SftData:
     counts: Counts
     rows: dict[str, Any]
 
+    def longest(self, config: SftConfig) -> int:
+        """Tokens of the longest row of a batch."""
+        return config.max_length if config.packing else max(len(one.ids) for one in (*self.train, *self.held_out))
+
 
 def read_examples(config: SftConfig, base: Path) -> SftData:
     """Read, mix, encode and split the examples.
@@ -398,6 +403,7 @@ def run(config: SftConfig) -> dict[str, Any]:
             packed_length=config.max_length if config.packing else None,
         ),
         facts=training.facts("all examples in a new random order every epoch", len(data.train)),
+        check=lambda: check_memory("sft", base.path, training, config.workload(data.longest(config))),
     ).run(as_json=config.as_json)
 
 

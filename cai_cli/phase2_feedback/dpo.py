@@ -38,6 +38,7 @@ from cai_cli.training import distributed, sharding
 from cai_cli.training.checkpoints import save_finished, save_model
 from cai_cli.training.config import TrainingConfig
 from cai_cli.training.loop import fit, without_printer
+from cai_cli.training.memory_check import check_memory
 from cai_cli.training.metrics_log import Metrics
 from cai_cli.training.quiet import quiet_libraries
 from cai_cli.training.training_run import TrainingJob
@@ -270,6 +271,7 @@ def run(config: DpoConfig) -> dict[str, Any]:
         facts=training.facts(
             "all pairs in a new random order every epoch, in batches of similar length", len(data.train)
         ),
+        check=lambda: check_memory("dpo", base.path, training, config.workload(data.longest)),
     ).run(as_json=config.as_json)
     if summary["note"]:
         console.warn(f"dpo: {summary['note']}")

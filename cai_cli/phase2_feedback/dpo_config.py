@@ -8,6 +8,8 @@ from cai_cli.phase2_feedback.preference_data import PairOptions
 from cai_cli.phase2_feedback.rl_config import RlConfig
 from cai_cli.runtime.config import Option, option, redefine
 from cai_cli.runtime.shared_options import EngineOptions, SamplingOptions
+from cai_cli.training import distributed
+from cai_cli.training.memory import Workload
 from cai_cli.training.options import DefaultRates, TrainerOptions
 
 LABEL_SMOOTHING = 0.1
@@ -86,6 +88,10 @@ class DpoConfig(PairOptions):
         if self.loss is not Loss.ROBUST:
             return 0.0
         return LABEL_SMOOTHING if self.label_smoothing is None else self.label_smoothing
+
+    def workload(self, length: int) -> Workload:
+        # The reference's log-probabilities are computed first, and its weights freed; TRL keeps them under FSDP.
+        return Workload(length, sequences=2, scored=length, reference=distributed.weights_are_sharded())
 
     def settings(self, **resolved: Any) -> dict[str, Any]:
         """The options that decide the output, with the label smoothing that is used."""

@@ -64,7 +64,6 @@ def soft_dpo_trainer(nll: float) -> Any:
     collator_class, sampler_class = _collator(), length_sampler()
 
     class SoftDPOTrainer(DPOTrainer):  # type: ignore[misc]
-        precompute_ref_logps: bool  # TRL's
         _implicit_rewards: Any = None  # of the last batch, shape (2, pairs)
         precompute_ref_logps: bool
 

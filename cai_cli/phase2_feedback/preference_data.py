@@ -65,6 +65,11 @@ class PreferenceData(Generic[P]):
     counts: Counts
     rows: dict[str, Any]
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest conversation."""
+        return max(max(len(pair.chosen), len(pair.rejected)) for pair in (*self.train, *self.held_out))
+
 
 def read_pairs(
     stage: str,

@@ -14,7 +14,8 @@ a prompt (both constants are in the manifest). So beta, in standard deviations p
 for every preference model, even one whose labels were clamped to 40-60% and whose margins are at most ln 1.5 = 0.405.
 
 Replies are sampled as in `cai sample`, not by TRL: with the same seed a run has the same prompts, replies and rewards
-on one process and on several, up to rounding.
+on one process and on several, up to rounding. On CUDA vLLM may sample them instead (`rl_rollouts`), without that
+promise.
 
 Every `--monitor-every` steps the policy answers the held-out prompts: `rl_monitor` documents what is measured,
 `goodhart` when a check is flagged.
@@ -23,7 +24,7 @@ Every `--monitor-every` steps the policy answers the held-out prompts: `rl_monit
 import os
 import shutil
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,9 @@ from cai_cli.common.seeds import seed_for
 from cai_cli.data.schema import Prompt
 from cai_cli.data.splits import mixed
 from cai_cli.engines.base import Sampling
-from cai_cli.engines.tokenization import declare_end_of_turn
+from cai_cli.engines.choice import this_machine
+from cai_cli.engines.tokenization import declare_end_of_turn, end_of_turn_ids
+from cai_cli.engines.vllm import failures_of_vllm
 from cai_cli.models.source import ModelSource
 from cai_cli.phase2_feedback.goodhart import weak_alarm
 from cai_cli.phase2_feedback.monitor_models import (
@@ -52,19 +55,24 @@ from cai_cli.phase2_feedback.rl_monitor import (
     flagged,
     reference_of,
 )
-from cai_cli.phase2_feedback.rl_prompts import fitting_prompts, hold_out, prompt_order
-from cai_cli.phase2_feedback.rl_trainer import preference_reward, with_seeded_sampling
+from cai_cli.phase2_feedback.rl_prompts import fitting_prompts, hold_out, longest_prompt, prompt_order
+from cai_cli.phase2_feedback.rl_rollouts import Rollouts, pick_rollouts, rollout_facts, trl_arguments
+from cai_cli.phase2_feedback.rl_trainer import preference_reward, with_seeded_sampling, with_vllm_sampling
 from cai_cli.reward.scorer import Scorer
 from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
 from cai_cli.runtime.counts import Counts
 from cai_cli.runtime.manifest import hash_input, provenance
 from cai_cli.runtime.output_files import sidecar
+from cai_cli.runtime.shared_options import named_values
 from cai_cli.runtime.stage import Phase, Stage
 from cai_cli.training import distributed, sharding
+from cai_cli.training.activations import shape_of_dir
 from cai_cli.training.checkpoints import save_finished, save_model
 from cai_cli.training.config import TrainingConfig
 from cai_cli.training.cpu_logprobs import use_unfused_head
 from cai_cli.training.loop import fit, without_printer
+from cai_cli.training.memory import Workload
+from cai_cli.training.memory_check import check_memory
 from cai_cli.training.metrics_log import Metrics
 from cai_cli.training.quiet import quiet_libraries
 from cai_cli.training.training_run import TrainingJob, rows_digest
@@ -82,6 +90,7 @@ COLUMNS = {
     "cut_off_share": "cut_off_share",
     "sampling_logp_difference": "sampling_logp_difference",
     "importance_ratio_max": "importance_ratio_max",
+    "importance_weight": "sampling/importance_sampling_ratio/mean",
 }
 
 
@@ -95,6 +104,7 @@ class RlInputs:
         train: The prompts to train on.
         held_out: The prompts to check the policy on.
         monitor_model: The monitor model, or None.
+        rollouts: What samples the replies to train on, without `auto`.
     """
 
     base: Path
@@ -102,6 +112,7 @@ class RlInputs:
     train: Sequence[Prompt]
     held_out: Sequence[Prompt]
     monitor_model: MonitorModel | None
+    rollouts: Rollouts = Rollouts.LOCAL
 
 
 def rl(inputs: RlInputs, config: RlConfig, training: TrainingConfig, work: Path) -> dict[str, Any]:
@@ -169,7 +180,7 @@ def _open_monitor(
         work / "samples.jsonl",
         Sampling(config.max_new_tokens, config.temperature),
         training.seed,
-        training.batch_size,
+        config.rollout_batch_size,
         config.checks,
         autocast=training.autocast,
     )
@@ -178,11 +189,33 @@ def _open_monitor(
 def _policy_trainer(
     inputs: RlInputs, config: RlConfig, training: TrainingConfig, work: Path, policy: Any, tokenizer: Any, reward: Any
 ) -> Any:
-    """TRL's trainer, with replies sampled as in `cai sample` and prompts in the order of `prompt_order`."""
+    """TRL's trainer, with replies sampled as `inputs.rollouts` says and prompts in the order of `prompt_order`."""
     from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
     assert training.max_steps  # noqa: S101
+    order = prompt_order(len(inputs.train), training.max_steps, config.prompts_per_step, training.seed)
+    trainer_class, args = _trainer_class_and_args(inputs, config, training, work, policy, tokenizer)
+    with failures_of_vllm() if inputs.rollouts is not Rollouts.LOCAL else nullcontext(), distributed.same_environment():
+        trainer = trainer_class(
+            model=policy,
+            processing_class=tokenizer,
+            reward_funcs=reward,
+            args=args,
+            train_dataset=Dataset.from_list(
+                [{"prompt": [m.model_dump() for m in inputs.train[i].prompt]} for i in order]
+            ),
+            peft_config=training.peft_config(),
+        )
+    use_unfused_head(trainer, config.temperature)
+    return without_printer(trainer)
+
+
+def _trainer_class_and_args(
+    inputs: RlInputs, config: RlConfig, training: TrainingConfig, work: Path, policy: Any, tokenizer: Any
+) -> tuple[Any, Any]:
+    """The class of the trainer and its TRL config."""
+    from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
     trainer_class, config_class = {
         Algorithm.RLOO: (RLOOTrainer, RLOOConfig),
         Algorithm.GRPO: (GRPOTrainer, GRPOConfig),
@@ -190,31 +223,26 @@ def _policy_trainer(
     options: dict[str, Any] = {"model_init_kwargs": training.reference_options}
     if config.algorithm is Algorithm.GRPO:
         options["scale_rewards"] = config.scale_rewards.value
-    order = prompt_order(len(inputs.train), training.max_steps, config.prompts_per_step, training.seed)
-    sampling = Sampling(config.max_new_tokens, config.temperature)
-    seeded_class = with_seeded_sampling(trainer_class, sampling, training.batch_size)
-    trainer = without_printer(
-        seeded_class(
-            model=policy,
-            processing_class=tokenizer,
-            reward_funcs=reward,
-            args=config_class(
-                **training.arguments(work),
-                num_generations=config.samples_per_prompt,
-                max_completion_length=config.max_new_tokens,
-                temperature=config.temperature,
-                beta=config.trainer_beta,
-                **options,
-                shuffle_dataset=False,  # TRL's own order would not survive a resume
-            ),
-            train_dataset=Dataset.from_list(
-                [{"prompt": [m.model_dump() for m in inputs.train[i].prompt]} for i in order]
-            ),
-            peft_config=training.peft_config(),
-        )
+    args = config_class(
+        **training.arguments(work),
+        num_generations=config.samples_per_prompt,
+        max_completion_length=config.max_new_tokens,
+        temperature=config.temperature,
+        beta=config.trainer_beta,
+        **options,
+        shuffle_dataset=False,  # TRL's own order would not survive a resume
+        **trl_arguments(
+            inputs.rollouts,
+            end_of_turn_ids(tokenizer, policy.generation_config),
+            longest_prompt(inputs.train, tokenizer) + config.max_new_tokens,
+            config.rollout_url,
+            named_values(config.engine_arg),
+        ),
     )
-    use_unfused_head(trainer, config.temperature)
-    return trainer
+    if inputs.rollouts is not Rollouts.LOCAL:
+        return with_vllm_sampling(trainer_class), args
+    sampling = Sampling(config.max_new_tokens, config.temperature)
+    return with_seeded_sampling(trainer_class, sampling, config.rollout_batch_size), args
 
 
 def manifest_metrics(metrics: Metrics, normalizer: RewardNormalizer, kept: int) -> dict[str, Any]:
@@ -313,6 +341,15 @@ def estimate(rows: RowFlow, config: RlConfig) -> StepCost:
     return StepCost(rows.rows, replies + requests, TokenCounts(read, replies * new, trained * whole), rows)
 
 
+def _workload(config: RlConfig, base: Path, prompts: RlPrompts) -> Workload:
+    """What training does with the policy, as far as memory depends on it."""
+    from cai_cli.models.loading import load_tokenizer
+
+    length = longest_prompt([*prompts.train, *prompts.held_out], load_tokenizer(base)) + config.max_new_tokens
+    scorers = [shape_of_dir(ModelSource.resolve(name).path).scorer for name in config.scorers]
+    return config.workload(length, sum(scorers))
+
+
 def run(config: RlConfig) -> dict[str, Any]:
     """Train on a file of prompts. Returns the summary. Raises UsageError, CaiError."""
     config.launch()
@@ -336,12 +373,15 @@ def run(config: RlConfig) -> dict[str, Any]:
     prompts = read_rl_prompts(config, base, preference_models)
     if config.report_to is Reporter.TENSORBOARD:  # not in OUT.partial, which is removed
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(sidecar(Path(config.output), "tensorboard")))
-    rl_inputs = RlInputs(base, pm, prompts.train, prompts.held_out, monitor_model)
+    rollouts = pick_rollouts(config.rollouts, base, this_machine(training.device))
+    rl_inputs = RlInputs(base, pm, prompts.train, prompts.held_out, monitor_model, rollouts)
     return TrainingJob(
         provenance=provenance(
             "rl",
             inputs=inputs,
-            settings=training.settings(config, pm_dtype=pm.dtype, reference_weights=training.frozen_dtype),
+            settings=training.settings(
+                config, pm_dtype=pm.dtype, reference_weights=training.frozen_dtype, rollouts=rollouts.value
+            ),
             model=models["model"].identity(),
             pm=pm.identity(),
             monitor=monitor_model.identity if monitor_model else None,
@@ -355,7 +395,9 @@ def run(config: RlConfig) -> dict[str, Any]:
         train=lambda work: rl(rl_inputs, config, training, work),
         facts=training.facts(
             "pass after pass over all prompts, each in a new random order", config.steps * config.replies
-        ),
+        )
+        | rollout_facts(rollouts),
+        check=lambda: check_memory("rl", base, training, _workload(config, base, prompts)),
     ).run(as_json=config.as_json)
 
 

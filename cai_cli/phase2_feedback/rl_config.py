@@ -6,12 +6,23 @@ from typing import Any, ClassVar
 
 from cai_cli.common.errors import UsageError
 from cai_cli.models.loading import pick_device
+from cai_cli.phase2_feedback import rl_rollouts
+from cai_cli.phase2_feedback.rl_rollouts import Rollouts
 from cai_cli.reward.scorer import PreferenceModelOptions, Scorer, check_device
 from cai_cli.runtime.config import Effect, Group, Option, option, redefine
-from cai_cli.runtime.shared_options import DEFAULT_MODEL, MODEL_TO_TRAIN_HELP, EngineOptions, SamplingOptions
+from cai_cli.runtime.shared_options import (
+    DEFAULT_MODEL,
+    MODEL_TO_TRAIN_HELP,
+    EngineOptions,
+    SamplingOptions,
+    named_values,
+)
 from cai_cli.training import distributed
 from cai_cli.training.config import TrainingConfig
+from cai_cli.training.memory import Workload
 from cai_cli.training.options import DefaultRates, TrainerOptions
+
+VLLM_SHARE = 0.3  # of the GPU's memory, TRL's default
 
 
 class Algorithm(StrEnum):
@@ -78,6 +89,29 @@ class RlConfig(TrainerOptions, PreferenceModelOptions):
         "Replies in one forward pass of one process; by default its whole share of a step.",
         Option(Effect.HARMLESS, Group.TRAINING),
         ge=1,
+    )
+    rollouts: Rollouts = option(
+        Rollouts.AUTO,
+        "What samples the replies to train on: local (the engine of `cai sample`), vllm (on the GPUs of the policy) or "
+        "vllm-server. auto is vllm on CUDA where it is installed and knows the model, else local.",
+        Option(group=Group.SAMPLING),
+    )
+    rollout_batch_size: int | None = option(
+        None,
+        "Replies that local rollouts and checks sample at once in one process; by default fitted to the device.",
+        Option(Effect.HARMLESS, Group.SAMPLING),
+        ge=1,
+    )
+    rollout_url: str | None = option(
+        None,
+        "Address of the `vllm serve` that samples the replies, as http://HOST:PORT.",
+        Option(Effect.HARMLESS, Group.SAMPLING),
+    )
+    engine_arg: list[str] | None = redefine(
+        EngineOptions,
+        "engine_arg",
+        None,
+        "Setting of vLLM's rollouts, such as gpu_memory_utilization=0.4; can be repeated.",
     )
     max_new_tokens: int = redefine(SamplingOptions, "max_new_tokens", 128)
     temperature: float = option(1.0, "Sampling temperature.", Option(group=Group.SAMPLING), ge=0.01)
@@ -149,6 +183,9 @@ class RlConfig(TrainerOptions, PreferenceModelOptions):
             raise UsageError(
                 f"--scale-rewards {self.scale_rewards} is an option of --algorithm grpo", code="option-conflict"
             )
+        rl_rollouts.check_options(
+            self.rollouts, self.rollout_batch_size, self.rollout_url, named_values(self.engine_arg)
+        )
         if self.report_to and find_spec(self.report_to) is None:
             raise UsageError(
                 f"--report-to {self.report_to}: not installed",
@@ -159,6 +196,34 @@ class RlConfig(TrainerOptions, PreferenceModelOptions):
     def reward_scorer(self, training: TrainingConfig) -> Scorer:
         """The preference model of the reward. Raises UsageError, CaiError."""
         return self.open_scorer(training.batch_size, training.device if self.pm_device == "auto" else self.pm_device)
+
+    @property
+    def scorers(self) -> list[str]:
+        """The names of the preference models that stand on the device of training."""
+        if self.pm_url or self.pm_device not in ("auto", "cuda"):
+            return []
+        return [self.pm, *([self.monitor_pm] if self.monitor_pm else [])]
+
+    def workload(self, length: int, scorer_parameters: int = 0) -> Workload:
+        """What training does with its model, as far as memory depends on it.
+
+        Args:
+            length: Most tokens of a prompt and its reply.
+            scorer_parameters: Parameters of `scorers` together.
+        """
+        share = self.replies // distributed.world_size()
+        engine = named_values(self.engine_arg)
+        by_vllm = self.rollouts is Rollouts.VLLM or (self.rollouts is Rollouts.AUTO and find_spec("vllm") is not None)
+        return Workload(
+            length,
+            scored=self.max_new_tokens,
+            replies=min(share, self.rollout_batch_size or share),
+            reference=self.beta > 0,
+            scorer_parameters=scorer_parameters,
+            scorer_dtype=self.pm_dtype.value,
+            engine_share=engine.get("gpu_memory_utilization", VLLM_SHARE) if by_vllm else 0.0,
+            engine_gpus=engine.get("tensor_parallel_size", 1),
+        )
 
     def training_config(self) -> TrainingConfig:
         """These options as a trainer takes them.

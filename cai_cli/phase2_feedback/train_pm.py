@@ -36,6 +36,8 @@ from cai_cli.training import distributed, sharding
 from cai_cli.training.checkpoints import save_finished, save_model
 from cai_cli.training.config import TrainingConfig
 from cai_cli.training.loop import fit, without_printer
+from cai_cli.training.memory import Workload
+from cai_cli.training.memory_check import check_memory
 from cai_cli.training.metrics_log import Metrics
 from cai_cli.training.quiet import quiet_libraries
 from cai_cli.training.training_run import TrainingJob
@@ -80,6 +82,9 @@ class TrainPmConfig(PairOptions):
         "only the head is fitted.",
         Option(flags=("--fit-head/--random-head",)),
     )
+
+    def workload(self, length: int) -> Workload:
+        return Workload(length, sequences=2)
 
     def check(self) -> None:
         super().check()
@@ -325,6 +330,7 @@ def run(config: TrainPmConfig) -> dict[str, Any]:
         facts=training.facts(
             "all pairs in a new random order every epoch, in batches of similar length", len(data.train)
         ),
+        check=lambda: check_memory("train-pm", base.path, training, config.workload(data.longest)),
     ).run(as_json=config.as_json)
     if summary["note"]:
         console.warn(f"train-pm: {summary['note']}")

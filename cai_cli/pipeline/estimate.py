@@ -1,4 +1,4 @@
-"""`cai run --dry-run`: the rows, tokens and GPU-hours of every step, before anything runs.
+"""`cai run --dry-run`: the rows, tokens, GPU-hours and memory of every step, before anything runs.
 
 New tokens are an upper bound, because every reply counts as long as allowed. Prompt tokens are estimated at four
 characters per token. No row is assumed to be rejected. `paper_run` estimates the paper's own run in the same way, from
@@ -16,11 +16,14 @@ from cai_cli.common import console
 from cai_cli.data.jsonl import read_prompts, skip_unusable
 from cai_cli.data.sources import Columns
 from cai_cli.data.transcripts import render_transcript
+from cai_cli.pipeline.memory_estimate import memory_of
 from cai_cli.pipeline.plan import Step
 from cai_cli.pipeline.sweep import split_name
 from cai_cli.runtime import cost
 from cai_cli.runtime.cost import CHARACTERS_PER_TOKEN, RowFlow, TokenCounts
 from cai_cli.runtime.stage import Phase, Stage
+from cai_cli.training.activations import ModelShape
+from cai_cli.training.memory_check import Setting
 from cai_cli.training.options import TrainerOptions
 
 
@@ -36,6 +39,7 @@ class StepEstimate:
         bytes: Size of the file that it writes; 0 where it writes a model.
         command: Its command line.
         learning_rate: The learning rate that it trains with; None where it trains nothing.
+        memory: What training holds on each device; None where it trains nothing or its models are not on this machine.
     """
 
     step: str
@@ -45,6 +49,7 @@ class StepEstimate:
     bytes: float
     command: str
     learning_rate: float | None
+    memory: Setting | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The estimate as `--json` prints it."""
@@ -59,12 +64,14 @@ class StepEstimate:
             "bytes": round(self.bytes),
             "command": self.command,
             "learning_rate": self.learning_rate,
+            "memory": self.memory and self.memory.as_json(),
         }
 
 
 def estimate(steps: Sequence[Step]) -> list[StepEstimate]:
     """One estimate for each step, in order."""
     flows: dict[str, RowFlow] = {}
+    shapes: dict[str, ModelShape] = {}  # of the models that steps train
     estimates = []
     for step in steps:
         config = step.config
@@ -79,6 +86,9 @@ def estimate(steps: Sequence[Step]) -> list[StepEstimate]:
         step_estimate, after = estimate_step(step.name, step.stage, rows, config, step.shell)
         if not step.stage.trains:
             flows[str(step.output)] = after
+        elif setting := memory_of(config, rows, shapes):
+            shapes[str(step.output)] = setting.shape
+            step_estimate = replace(step_estimate, memory=setting)
         estimates.append(step_estimate)
     return estimates
 
@@ -113,10 +123,15 @@ def _flow_of_file(source: str, skip_invalid: bool, columns: Columns | None) -> R
 
 
 def print_estimate(steps: Sequence[Step], *, as_json: bool) -> None:
-    """Print the estimates on stdout: for each step a line of numbers and its command, or one JSON array."""
+    """Print the estimates on stdout: for each step a line of numbers and its command, or one JSON array.
+
+    Raises:
+        CaiError: A step does not fit the memory of its device (`not-enough-memory`).
+    """
     estimates = estimate(steps)
     if as_json:
         print(orjson.dumps([e.as_json() for e in estimates]).decode())
+        _refuse_impossible(estimates)
         return
     name_width = max(14, *(len(e.step) + 1 for e in estimates))
 
@@ -132,8 +147,17 @@ def print_estimate(steps: Sequence[Step], *, as_json: bool) -> None:
         print(console.safe(f"  $ {e.command}"))
         if e.learning_rate is not None:
             print(f"  # learning rate {e.learning_rate:g}")
+        if e.memory is not None:
+            print(f"  # memory {e.memory.arithmetic}")
     print(line("total", "", f"{sum(e.requests for e in estimates):,}", cost.total([e.tokens for e in estimates])))
     print(f"GPU-h: {cost.ASSUMPTIONS}.")
+    _refuse_impossible(estimates)
+
+
+def _refuse_impossible(estimates: Sequence[StepEstimate]) -> None:
+    for e in estimates:
+        if e.memory is not None:
+            e.memory.refuse_impossible(f"step {e.step!r}")
 
 
 def format_hours(hours: float) -> str:

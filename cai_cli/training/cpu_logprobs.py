@@ -52,7 +52,9 @@ def _patch(model: Any, temperature: float, *, mean_logits: bool) -> None:
         logits = plain_forward(self, *args, logits_to_keep=keep + 1, **kwargs).logits[:, :-1].float()
         kept = mask[:, -keep:]
         scaled = logits[kept] / temperature
+        means = scaled.detach().mean(-1) if mean_logits else None
         log_p = torch.log_softmax(scaled, dim=-1)
+        del scaled  # as large as the logits
         target_ids = targets[:, -keep:][kept]
         with torch.no_grad():
             entropy = -(log_p.exp() * log_p).sum(-1)
@@ -64,7 +66,7 @@ def _patch(model: Any, temperature: float, *, mean_logits: bool) -> None:
         return FusedCausalLMOutput(
             log_probs=spread(log_p.gather(-1, target_ids.unsqueeze(-1)).squeeze(-1)),
             entropy=spread(entropy),
-            mean_logits=spread(scaled.detach().mean(-1)) if mean_logits else None,
+            mean_logits=None if means is None else spread(means),
             is_top1=spread(top1),
             label_mask=mask,
         )

@@ -11,6 +11,7 @@ from cai_cli.runtime.config import Effect, Group, Option, option
 from cai_cli.runtime.shared_options import Device, RowInputOptions, RunOptions, SeedOptions
 from cai_cli.training import launcher
 from cai_cli.training.config import TrainingConfig
+from cai_cli.training.memory import Workload
 
 _TRAINING = Option(group=Group.TRAINING)
 _HARMLESS = Option(Effect.HARMLESS, Group.TRAINING)
@@ -201,6 +202,14 @@ class EpochOptions(TrainerOptions):
     gradient_accumulation: int = option(2, "Forward passes of one process in each step.", _HARMLESS, ge=1)
     max_length: int = option(1024, "Longest row in tokens; longer rows are rejected, not truncated.", _TRAINING, ge=2)
     eval_share: float = option(0.05, "Share of the prompts held out for evaluation.", _TRAINING, ge=0.0, le=0.5)
+
+    def workload(self, length: int) -> Workload:
+        """What training does with its model, as far as memory depends on it.
+
+        Args:
+            length: Tokens of the longest row.
+        """
+        return Workload(length, scored=length)
 
     def training_config(self, **more: Any) -> TrainingConfig:
         """These options as a trainer takes them.

@@ -51,6 +51,8 @@ class TrainingJob:
         train: Trains in the directory it is given, leaves the finished model in `model/` there, and returns the metrics
             for the manifest (on rank 0), with `throughput` among them.
         facts: How the rows are divided among processes and batches (`TrainingConfig.facts`).
+        check: Raises CaiError where training cannot start on this machine. Called on every rank, before the output is
+            touched.
     """
 
     provenance: dict[str, Any]
@@ -61,6 +63,7 @@ class TrainingJob:
     counts: Counts
     train: Train
     facts: Mapping[str, Any]
+    check: Callable[[], None] = lambda: None
 
     @property
     def stage(self) -> str:
@@ -100,6 +103,8 @@ class TrainingJob:
 
     def _train(self, path: Path) -> dict[str, Any]:
         stopwatch = console.Stopwatch()
+        if self.counts.train:
+            self.check()
         provenance, work = distributed.from_rank_zero(lambda: self._open_work(path))
         if not self.counts.train:
             raise CaiError(
