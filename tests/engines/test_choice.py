@@ -1,0 +1,69 @@
+"""Which engine runs a model without a prefix, on machines with and without CUDA and vLLM."""
+
+from pathlib import Path
+
+import pytest
+from conftest import Cai
+from helpers import manifest_of
+from tiny import tiny_model_dir
+
+from cai_cli.common import console
+from cai_cli.engines.choice import Machine, reason_against_vllm, with_engine
+from cai_cli.runtime import shared_options
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model_dir(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(autouse=True)
+def loud() -> None:
+    console.set_quiet(False)
+
+
+def machine(*, cuda: bool = True, vllm: bool = True, knows: tuple[str, ...] = ("LlamaForCausalLM",)) -> Machine:
+    return Machine(cuda, vllm, lambda: knows)
+
+
+def test_vllm_runs_a_model_that_it_knows_on_cuda_and_the_choice_is_printed(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert with_engine(str(model), machine()) == f"vllm:{model}"
+    assert "vLLM runs it" in capsys.readouterr().err.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("lacking", "reason"),
+    [
+        (machine(vllm=False), "vLLM is not installed"),
+        (machine(knows=("OtherForCausalLM",)), "vLLM does not know LlamaForCausalLM"),
+    ],
+)
+def test_else_the_local_engine_runs_it_and_the_reason_is_printed(
+    model: Path, lacking: Machine, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert with_engine(str(model), lacking) == f"local:{model}"
+    assert (reason_against_vllm(model, lacking) or "").startswith(reason)
+    assert reason.rsplit(maxsplit=1)[-1] in capsys.readouterr().err
+
+
+def test_without_cuda_or_with_a_prefix_the_name_stays_and_nothing_is_printed(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert with_engine(str(model), machine(cuda=False)) == str(model)
+    assert with_engine(f"local:{model}", machine()) == f"local:{model}"
+    assert with_engine("openai:m", machine()) == "openai:m"
+    assert capsys.readouterr().err == ""
+
+
+def test_a_stage_asks_for_the_choice_and_local_selects_the_local_engine(
+    model: Path, cai: Cai, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("Name a fruit.\n")
+    monkeypatch.setattr(shared_options, "this_machine", lambda device: machine(cuda=device != "cpu"))
+    words = ("sample", "prompts.txt", "-o", "out.jsonl", "--max-new-tokens", "2")
+    assert cai(*words, "-m", str(model)).error == "missing-dependency"  # of vLLM, which was chosen
+    assert cai(*words, "-m", f"local:{model}").code == 0
+    assert manifest_of(tmp_path / "out.jsonl")["provenance"]["model"]["engine"] == "local"
+    assert cai(*words, "-m", str(model), "--device", "cpu").code == 0  # the same run
