@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -161,7 +162,16 @@ def server(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
         log.close()
 
 
-def test_a_run_goes_on_at_a_server_that_was_killed_and_started_again(
+def kill_after(process: subprocess.Popen[bytes], log: Path, requests: int) -> None:
+    """Kill the server once it has answered this many requests."""
+    while log.read_bytes().count(b"POST /v1/chat/completions") < requests:
+        if process.poll() is not None:
+            return
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_run_goes_on_after_its_server_was_killed_in_the_middle_and_started_again(
     folder: Path, cai: Cai, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
@@ -169,21 +179,22 @@ def test_a_run_goes_on_at_a_server_that_was_killed_and_started_again(
         port = free.getsockname()[1]
     (folder / "many.txt").write_text("".join(f"Name fruit number {i}.\n" for i in range(24)))
     words = ["sample", "many.txt", "-o", "served.jsonl", "-m", "openai:tiny", "--base-url", f"http://127.0.0.1:{port}/v1",
-             "--max-new-tokens", "8", "--temperature", "0", "--concurrency", "2", "--json"]  # fmt: skip
-    with server(folder, port):
-        first = cai(*words, "--limit", "8")
-        assert first.code == 0, first.stderr
-        assert json.loads(first.stdout)["out"] == 8
-    down = cai(*words[:-1], "--overwrite", "--timeout", "2", "--json")
-    assert (down.code, down.error) == (1, "server-unreachable")
+             "--max-new-tokens", "8", "--temperature", "0", "--concurrency", "1", "--json"]  # fmt: skip
+    with server(folder, port) as process:
+        killer = threading.Thread(target=kill_after, args=(process, folder / "server.log", 6))
+        killer.start()
+        died = cai(*words)
+        killer.join()
+    assert (died.code, died.error) == (1, "server-unreachable")
+    partial = rows_in(folder / "served.jsonl.partial")
+    assert 0 < len(partial) < 24
     with server(folder, port):
         done: Any = cai(*words)
         assert done.code == 0, done.stderr
     assert json.loads(done.stdout)["out"] == 24
+    rows = rows_in(folder / "served.jsonl")
+    assert rows[: len(partial)] == partial
     local = cai("sample", "many.txt", "-m", "tiny", "-o", "own.jsonl", "--max-new-tokens", "8", "--temperature", "0")
     assert local.code == 0
-    same = [
-        a["completion"] == b["completion"]
-        for a, b in zip(rows_in(folder / "served.jsonl"), rows_in(folder / "own.jsonl"), strict=True)
-    ]
+    same = [a["completion"] == b["completion"] for a, b in zip(rows, rows_in(folder / "own.jsonl"), strict=True)]
     assert sum(same) >= 20  # servers sample from the text of the chat; float32 sums differ in their last bits
