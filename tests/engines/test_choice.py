@@ -1,5 +1,7 @@
 """Which engine runs a model without a prefix, on machines with and without CUDA and vLLM."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,8 +10,8 @@ from helpers import manifest_of
 from tiny import tiny_model_dir
 
 from cai_cli.common import console
+from cai_cli.engines import choice
 from cai_cli.engines.choice import Machine, reason_against_vllm, with_engine
-from cai_cli.runtime import shared_options
 
 
 @pytest.fixture(scope="module")
@@ -22,14 +24,23 @@ def loud() -> None:
     console.set_quiet(False)
 
 
+@pytest.fixture
+def on(monkeypatch: pytest.MonkeyPatch) -> Callable[[Machine], None]:
+    """`on(machine)`: the choice is made on this machine."""
+    return lambda machine: monkeypatch.setattr(
+        choice, "this_machine", lambda device: replace(machine, cuda=machine.cuda and device != "cpu")
+    )
+
+
 def machine(*, cuda: bool = True, vllm: bool = True, knows: tuple[str, ...] = ("LlamaForCausalLM",)) -> Machine:
     return Machine(cuda, vllm, lambda: knows)
 
 
 def test_vllm_runs_a_model_that_it_knows_on_cuda_and_the_choice_is_printed(
-    model: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, on: Callable[[Machine], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert with_engine(str(model), machine()) == f"vllm:{model}"
+    on(machine())
+    assert with_engine(str(model), "auto") == f"vllm:{model}"
     assert "vLLM runs it" in capsys.readouterr().err.replace("\n", " ")
 
 
@@ -41,27 +52,29 @@ def test_vllm_runs_a_model_that_it_knows_on_cuda_and_the_choice_is_printed(
     ],
 )
 def test_else_the_local_engine_runs_it_and_the_reason_is_printed(
-    model: Path, lacking: Machine, reason: str, capsys: pytest.CaptureFixture[str]
+    model: Path, lacking: Machine, reason: str, on: Callable[[Machine], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert with_engine(str(model), lacking) == f"local:{model}"
+    on(lacking)
+    assert with_engine(str(model), "auto") == f"local:{model}"
     assert (reason_against_vllm(model, lacking) or "").startswith(reason)
     assert reason.rsplit(maxsplit=1)[-1] in capsys.readouterr().err
 
 
 def test_without_cuda_or_with_a_prefix_the_name_stays_and_nothing_is_printed(
-    model: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, on: Callable[[Machine], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert with_engine(str(model), machine(cuda=False)) == str(model)
-    assert with_engine(f"local:{model}", machine()) == f"local:{model}"
-    assert with_engine("openai:m", machine()) == "openai:m"
+    on(machine())
+    assert with_engine(f"local:{model}", "auto") == f"local:{model}"
+    assert with_engine("openai:m", "auto") == "openai:m"
+    assert with_engine(str(model), "cpu") == str(model)
     assert capsys.readouterr().err == ""
 
 
 def test_a_stage_asks_for_the_choice_and_local_selects_the_local_engine(
-    model: Path, cai: Cai, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    model: Path, cai: Cai, on: Callable[[Machine], None], tmp_path: Path
 ) -> None:
     (tmp_path / "prompts.txt").write_text("Name a fruit.\n")
-    monkeypatch.setattr(shared_options, "this_machine", lambda device: machine(cuda=device != "cpu"))
+    on(machine())
     words = ("sample", "prompts.txt", "-o", "out.jsonl", "--max-new-tokens", "2")
     assert cai(*words, "-m", str(model)).error == "missing-dependency"  # of vLLM, which was chosen
     assert cai(*words, "-m", f"local:{model}").code == 0
