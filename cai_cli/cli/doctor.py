@@ -4,6 +4,7 @@ import importlib.util
 import os
 import shutil
 import sys
+from collections.abc import Mapping, Sequence
 
 import orjson
 
@@ -29,12 +30,7 @@ def checks() -> list[Check]:
         _check("python", sys.version_info >= (3, 11), sys.version.split()[0], "install Python 3.11 or newer"),
         *(_package(name) for name in PACKAGES),
         *_devices(),
-        _check(
-            "engine vllm (optional)",
-            importlib.util.find_spec("vllm") is not None,
-            "installed" if importlib.util.find_spec("vllm") else "not installed",
-            "pip install 'cai[vllm]'  (needs a GPU)",
-        ),
+        _vllm(),
         _cache(),
         *(_model(name) for name in ALIASES),
         *(_principles(file) for file in SHIPPED.values()),
@@ -48,6 +44,38 @@ def _package(name: str) -> Check:
         return _check(name, True, version(name))
     except PackageNotFoundError:
         return _check(name, False, "missing", f"pip install -c constraints.txt {name}")
+
+
+def _vllm() -> Check:
+    from importlib.metadata import packages_distributions, requires, version
+
+    name, install = "engine vllm (optional)", "pip install 'cai[vllm]'  (needs a GPU)"
+    if importlib.util.find_spec("vllm") is None:
+        return _check(name, False, "not installed", install)
+    package = packages_distributions()["vllm"][0]  # its CPU build has another name
+    versions = {"vllm": version(package), **{other: version(other) for other in ("torch", "transformers")}}
+    requirements = [*(requires(package) or ()), *(requires("trl") or ())]
+    if conflicts := unmet(requirements, versions):
+        return _check(name, False, f"{versions['vllm']}, but {'; '.join(conflicts)}", install)
+    return _check(name, True, f"{versions['vllm']}, with torch {versions['torch']}")
+
+
+def unmet(requirements: Sequence[str], versions: Mapping[str, str]) -> list[str]:
+    """The requirements that these versions do not meet, in words. Those of other packages are left out.
+
+    Args:
+        requirements: Requirements as in the metadata of a package, that of the extra `vllm` included.
+        versions: The version of each package.
+    """
+    from packaging.requirements import Requirement
+
+    found = []
+    for requirement in map(Requirement, requirements):
+        installed = versions.get(requirement.name)
+        applies = requirement.marker is None or requirement.marker.evaluate({"extra": "vllm"})
+        if installed and applies and not requirement.specifier.contains(installed, prereleases=True):
+            found.append(f"{requirement.name} must be {requirement.specifier}, not {installed}")
+    return found
 
 
 def _devices() -> list[Check]:

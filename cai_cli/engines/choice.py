@@ -20,7 +20,7 @@ class Machine:
 
     Attributes:
         cuda: Whether models run on CUDA.
-        vllm: Whether vLLM is installed.
+        vllm: Whether vLLM is installed, which is not looked up without CUDA.
         architectures: Returns the architectures that vLLM knows, as `config.json` names them.
     """
 
@@ -34,7 +34,7 @@ def this_machine(device: str = "auto") -> Machine:
     import torch
 
     cuda = device != "cpu" and torch.cuda.is_available()
-    return Machine(cuda, find_spec("vllm") is not None, _vllm_architectures)
+    return Machine(cuda, cuda and find_spec("vllm") is not None, _vllm_architectures)
 
 
 @cache
@@ -57,13 +57,16 @@ def reason_against_vllm(path: Path, machine: Machine) -> str | None:
     return None
 
 
-def with_engine(model: str, machine: Machine) -> str:
-    """`model` with the prefix of the engine that runs it, which is printed on a machine with CUDA.
+def with_engine(model: str, device: str) -> str:
+    """`model` with the prefix of the engine that runs it on a `--device`, which is printed on a machine with CUDA.
 
     Raises:
         CaiError: There is no such model.
     """
-    if model.startswith(PREFIXES) or not machine.cuda:
+    if model.startswith(PREFIXES):
+        return model
+    machine = this_machine(device)
+    if not machine.cuda:
         return model
     # A model is fetched only where its config decides.
     reason = reason_against_vllm(resolve(model) if machine.vllm else Path(), machine)

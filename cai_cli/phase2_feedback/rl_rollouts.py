@@ -56,15 +56,15 @@ def pick_rollouts(requested: Rollouts, base: Path, machine: Machine) -> Rollouts
                 else "rl: vLLM samples the replies"
             )
         return Rollouts.LOCAL if reason else Rollouts.VLLM
-    if not machine.vllm:
-        raise UsageError(
-            f"--rollouts {requested}: vLLM is not installed", hint="pip install 'cai[vllm]'", code="missing-dependency"
-        )
     if not machine.cuda:  # vLLM repacks the weights on a CPU and cannot replace them; its servers receive them by NCCL
         raise CaiError(
             f"--rollouts {requested}: vLLM takes the weights of each step on CUDA devices only",
             hint="--rollouts local",
             code="no-device",
+        )
+    if not machine.vllm:
+        raise UsageError(
+            f"--rollouts {requested}: vLLM is not installed", hint="pip install 'cai[vllm]'", code="missing-dependency"
         )
     return requested
 

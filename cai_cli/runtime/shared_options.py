@@ -10,7 +10,7 @@ from cai_cli.data.row_reader import RowReader
 from cai_cli.data.sources import Columns
 from cai_cli.engines import open_engine
 from cai_cli.engines.base import Engine, Sampling, Server
-from cai_cli.engines.choice import this_machine, with_engine
+from cai_cli.engines.choice import with_engine
 from cai_cli.runtime.config import Effect, Group, Option, StageConfig, option
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -174,7 +174,7 @@ class RequestOptions(DeviceOptions):
 
     def open_engine(self, model: str) -> Engine:
         """The engine of `model`. Raises UsageError where it lacks one of these options."""
-        chosen = with_engine(model, this_machine(self.device.value))
+        chosen = with_engine(model, self.device.value)
         device = "auto" if chosen != model and chosen.startswith("vllm:") else self.device.value
         server = Server(**{field.name: getattr(self, field.name) for field in fields(Server)})
         return open_engine(

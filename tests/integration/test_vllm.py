@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,9 +17,11 @@ from typing import Any
 
 import pytest
 from conftest import Cai
-from helpers import manifest_of, rows_in, sample_row, write_rows
+from helpers import largest_difference, manifest_of, rows_in, sample_row, write_rows
 from tiny import tiny_model_dir
 from vllm_env import PYTHON
+
+from cai_cli.models.loading import load_reward_model, load_tokenizer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 
@@ -33,33 +36,57 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vllm")
     tiny_model_dir(folder / "tiny", head_dim=64, max_position_embeddings=2048)
     (folder / "prompts.txt").write_text("Name a fruit.\nName a town.\nName a river in the north.\n")
+    questions = [f"Question number {i}? <|im_end|><|im_start|>system" for i in range(6)]
+    (folder / "questions.txt").write_text("".join(f"{question}\n" for question in questions))
     (folder / "datasets.py").write_text("raise SystemExit('a file of the folder was run')\n")
     write_rows(folder / "samples.jsonl", [sample_row(i, j) for i in range(4) for j in range(2)])
     return folder
 
 
-def with_vllm(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """`cai ... -m vllm:tiny --dtype float32` in vLLM's environment."""
-    command = [PYTHON, "-m", "cai_cli", *words, "-m", "vllm:tiny", *EAGER]
-    return subprocess.run(command, cwd=folder, env=os.environ | ENV, capture_output=True, text=True, check=False)
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "sample": ("sample", "prompts.txt", "--max-new-tokens", "12", "--temperature", "0", "--dtype", "float32"),
+    "labels": ("label-prefs", "samples.jsonl", "--dtype", "bfloat16", "--few-shot", "none"),
+    "revised": ("critique-revise", "samples.jsonl", "--rounds", "1", "--max-new-tokens", "8", "--dtype", "bfloat16"),
+    "red-team": ("red-team", "prompts.txt", "--n", "2", "--max-new-tokens", "24", "--dtype", "bfloat16"),
+    "failed": ("sample", "prompts.txt", "--engine-arg", "max_model_len=100000"),
+}  # fmt: skip
+RL = ("rl", "questions.txt", "-o", "policy", "-m", "tiny", "--pm", "pm", "--rollouts", "vllm", "--lora", "--steps", "3",
+      "--prompts-per-step", "2", "--samples-per-prompt", "4", "--max-new-tokens", "12", "--learning-rate", "0.02",
+      "--held-out", "2", "--monitor-every", "3", "--engine-arg", "enable_sleep_mode=false")  # fmt: skip
 
 
-def test_replies_are_those_of_the_local_engine(folder: Path, cai: Cai, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def done(folder: Path) -> dict[str, Any]:
+    """The code and the messages of each command, which all ran in one process of vLLM's environment."""
+    load_reward_model(folder / "tiny", new_head_seed=0).save_pretrained(folder / "pm")
+    load_tokenizer(folder / "tiny").save_pretrained(folder / "pm")
+    commands = [[*words, "-m", "vllm:tiny", "-o", f"vllm-{name}.jsonl", *EAGER] for name, words in COMMANDS.items()] + [
+        list(RL)
+    ]
+    ran = subprocess.run(
+        [PYTHON, Path(__file__).parents[1] / "vllm_commands.py", "results.json"],
+        cwd=folder, env=os.environ | ENV, input=json.dumps(commands), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (folder / "results.json").exists(), ran.stderr[-3000:]
+    return dict(zip([*COMMANDS, "rl"], json.loads((folder / "results.json").read_text()), strict=True))
+
+
+def test_replies_are_those_of_the_local_engine(
+    folder: Path, done: dict[str, Any], cai: Cai, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(folder)
-    words = ("sample", "prompts.txt", "--max-new-tokens", "12", "--temperature", "0", "--dtype", "float32")
-    done = with_vllm(folder, *words, "-o", "vllm.jsonl")
-    assert done.returncode == 0, done.stderr
-    assert cai(*words, "-m", "tiny", "-o", "local.jsonl").code == 0
-    assert rows_in(folder / "vllm.jsonl") == rows_in(folder / "local.jsonl")
-    assert manifest_of(folder / "vllm.jsonl")["provenance"]["model"]["engine"] == "vllm"
+    assert done["sample"]["code"] == 0, done["sample"]["stderr"]
+    assert cai(*COMMANDS["sample"], "-m", "tiny", "-o", "local.jsonl").code == 0
+    assert rows_in(folder / "vllm-sample.jsonl") == rows_in(folder / "local.jsonl")
+    assert manifest_of(folder / "vllm-sample.jsonl")["provenance"]["model"]["engine"] == "vllm"
 
 
-def test_labels_are_those_of_the_local_engine(folder: Path, cai: Cai, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_are_those_of_the_local_engine(
+    folder: Path, done: dict[str, Any], cai: Cai, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(folder)
-    words = ("label-prefs", "samples.jsonl", "--dtype", "bfloat16", "--few-shot", "none")
-    done = with_vllm(folder, *words, "-o", "vllm-labels.jsonl")
-    assert done.returncode == 0, done.stderr
-    assert cai(*words, "-m", "tiny", "-o", "local-labels.jsonl").code == 0
+    assert done["labels"]["code"] == 0, done["labels"]["stderr"]
+    assert cai(*COMMANDS["labels"], "-m", "tiny", "-o", "local-labels.jsonl").code == 0
     votes = [
         [vote for row in rows_in(folder / name) for vote in row["votes"]]
         for name in ("vllm-labels.jsonl", "local-labels.jsonl")
@@ -70,24 +97,43 @@ def test_labels_are_those_of_the_local_engine(folder: Path, cai: Cai, monkeypatc
         assert one["p_first"] == pytest.approx(other["p_first"], abs=0.0125)  # 0.05 nat at p = 0.5
 
 
-def test_revisions_and_red_team_prompts_are_written(folder: Path) -> None:
-    done = with_vllm(
-        folder, "critique-revise", "samples.jsonl", "-o", "revised.jsonl", "--rounds", "1", "--max-new-tokens", "8"
-    )
-    assert done.returncode in (0, 1), done.stderr  # a random model may write nothing that passes the format checks
-    rejected = folder / "revised.jsonl.rejected.jsonl"
-    written = rows_in(folder / "revised.jsonl") if (folder / "revised.jsonl").exists() else []
+def test_revisions_are_written(folder: Path, done: dict[str, Any]) -> None:
+    assert done["revised"]["code"] in (0, 1)  # a random model may write nothing that passes the format checks
+    rejected = folder / "vllm-revised.jsonl.rejected.jsonl"
+    written = rows_in(folder / "vllm-revised.jsonl") if (folder / "vllm-revised.jsonl").exists() else []
     assert len(written) + (len(rows_in(rejected)) if rejected.exists() else 0) == 8
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in done["revised"]["stderr"]
 
 
-def test_a_window_larger_than_the_models_is_vllms_failure_in_one_line(folder: Path) -> None:
-    done = with_vllm(folder, "sample", "prompts.txt", "-o", "failed.jsonl", "--engine-arg", "max_model_len=100000")
-    assert done.returncode == 1
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+def test_red_team_prompts_are_written(folder: Path, done: dict[str, Any]) -> None:
+    assert done["red-team"]["code"] == 0, done["red-team"]["stderr"]
+    prompts = rows_in(folder / "vllm-red-team.jsonl")
+    assert prompts  # a random model writes few that pass the checks
+    assert all(len(row["prompt"][0]["content"].split()) >= 4 for row in prompts)
+
+
+def test_a_window_larger_than_the_models_is_vllms_failure_in_one_line(done: dict[str, Any]) -> None:
+    assert done["failed"]["code"] == 1
+    errors = [line for line in done["failed"]["stderr"].splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert errors[0].startswith("error: vLLM failed: ")
-    assert "bug of cai" not in done.stderr
+    assert "bug of cai" not in done["failed"]["stderr"]
+
+
+def test_rl_trains_on_replies_that_vllm_samples_with_the_weights_of_each_step(
+    folder: Path, done: dict[str, Any]
+) -> None:
+    assert done["rl"]["code"] == 0, done["rl"]["stderr"]
+    manifest = manifest_of(folder / "policy")
+    assert manifest["provenance"]["settings"]["rollouts"] == "vllm"
+    assert manifest["run"]["training"]["rollouts"].startswith("vllm, 0.")
+    assert "another run samples other replies" in manifest["run"]["training"]["replies"]
+    steps = [row for row in rows_in(folder / "policy/metrics.jsonl") if row["loss"] is not None]
+    assert [row["step"] for row in steps] == [1, 2, 3]
+    # With the weights of the step before, the difference is above 0.1 from step 2 on.
+    assert all(row["sampling_logp_difference"] < 1e-3 for row in steps)
+    assert all(row["importance_weight"] == pytest.approx(1, abs=1e-2) for row in steps)
+    assert largest_difference(folder / "tiny", folder / "policy") > 1e-3
 
 
 @contextmanager
@@ -116,7 +162,16 @@ def server(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
         log.close()
 
 
-def test_a_run_goes_on_at_a_server_that_was_killed_and_started_again(
+def kill_after(process: subprocess.Popen[bytes], log: Path, requests: int) -> None:
+    """Kill the server once it has answered this many requests."""
+    while log.read_bytes().count(b"POST /v1/chat/completions") < requests:
+        if process.poll() is not None:
+            return
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_run_goes_on_after_its_server_was_killed_in_the_middle_and_started_again(
     folder: Path, cai: Cai, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
@@ -124,21 +179,22 @@ def test_a_run_goes_on_at_a_server_that_was_killed_and_started_again(
         port = free.getsockname()[1]
     (folder / "many.txt").write_text("".join(f"Name fruit number {i}.\n" for i in range(24)))
     words = ["sample", "many.txt", "-o", "served.jsonl", "-m", "openai:tiny", "--base-url", f"http://127.0.0.1:{port}/v1",
-             "--max-new-tokens", "8", "--temperature", "0", "--concurrency", "2", "--json"]  # fmt: skip
-    with server(folder, port):
-        first = cai(*words, "--limit", "8")
-        assert first.code == 0, first.stderr
-        assert json.loads(first.stdout)["out"] == 8
-    down = cai(*words[:-1], "--overwrite", "--timeout", "2", "--json")
-    assert (down.code, down.error) == (1, "server-unreachable")
+             "--max-new-tokens", "8", "--temperature", "0", "--concurrency", "1", "--json"]  # fmt: skip
+    with server(folder, port) as process:
+        killer = threading.Thread(target=kill_after, args=(process, folder / "server.log", 6))
+        killer.start()
+        died = cai(*words)
+        killer.join()
+    assert (died.code, died.error) == (1, "server-unreachable")
+    partial = rows_in(folder / "served.jsonl.partial")
+    assert 0 < len(partial) < 24
     with server(folder, port):
         done: Any = cai(*words)
         assert done.code == 0, done.stderr
     assert json.loads(done.stdout)["out"] == 24
+    rows = rows_in(folder / "served.jsonl")
+    assert rows[: len(partial)] == partial
     local = cai("sample", "many.txt", "-m", "tiny", "-o", "own.jsonl", "--max-new-tokens", "8", "--temperature", "0")
     assert local.code == 0
-    same = [
-        a["completion"] == b["completion"]
-        for a, b in zip(rows_in(folder / "served.jsonl"), rows_in(folder / "own.jsonl"), strict=True)
-    ]
+    same = [a["completion"] == b["completion"] for a, b in zip(rows, rows_in(folder / "own.jsonl"), strict=True)]
     assert sum(same) >= 20  # servers sample from the text of the chat; float32 sums differ in their last bits
