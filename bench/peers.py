@@ -27,7 +27,7 @@ from typing import Any
 Work = Callable[[list[list[int]], int], int]  # prompts, new tokens -> the number of generated tokens
 
 
-def openvino(home: Path) -> Work:
+def openvino(home: Path, threads: int) -> Work:
     import numpy as np
     import openvino as ov
     import openvino_genai as genai
@@ -35,7 +35,7 @@ def openvino(home: Path) -> Work:
     scheduler = genai.SchedulerConfig()
     scheduler.cache_size = 4  # GB
     scheduler.enable_prefix_caching = True
-    exact = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+    exact = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "INFERENCE_NUM_THREADS": threads}
     pipeline = genai.ContinuousBatchingPipeline(str(home / "model"), scheduler, "CPU", exact)
 
     def run(prompts: list[list[int]], new: int) -> int:
@@ -48,7 +48,7 @@ def openvino(home: Path) -> Work:
     return run
 
 
-def llama(home: Path) -> Work:
+def llama(home: Path, threads: int) -> Work:
     import llama_cpp
 
     model = llama_cpp.Llama(str(home / "model.gguf"), n_ctx=2048, verbose=False)

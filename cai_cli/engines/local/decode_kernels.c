@@ -91,7 +91,7 @@ static long rounded_down(long count) { return count / LANES * LANES; }
 static long rounded_up(long count) { return rounded_down(count + LANES - 1); }
 
 /* out[g][j] = sum of a[g][i] * matrix[i][j] over i < count, for g < groups and j < columns. The rows of each of the
- * three lie as far apart as its stride. `columns` is a multiple of LANES. */
+ * three lie as far apart as its stride. */
 static void product(const float *a, long a_stride, long count, const float *matrix, long stride, float *out,
                     long out_stride, long columns, long groups)
 {
@@ -110,13 +110,20 @@ static void product(const float *a, long a_stride, long count, const float *matr
             }
             to[0] = s0, to[1] = s1, to[2] = s2, to[3] = s3;
         }
-    for (; first < columns; first += LANES)
+    for (; first + LANES <= columns; first += LANES)
         for (long g = 0; g < groups; g++) {
             const float *row = matrix + first;
             vector sum = {0};
             for (long i = 0; i < count; i++, row += stride)
                 sum += a[g * a_stride + i] * *(const vector *)row;
             *(vector *)(out + g * out_stride + first) = sum;
+        }
+    for (; first < columns; first++)
+        for (long g = 0; g < groups; g++) {
+            float sum = 0;
+            for (long i = 0; i < count; i++)
+                sum += a[g * a_stride + i] * matrix[i * stride + first];
+            out[g * out_stride + first] = sum;
         }
 }
 
@@ -135,7 +142,8 @@ struct attention {
     const float *query, *key, *value;   /* (rows, heads, size), (rows, key heads, size); `key` is NULL if stored */
     const float *cosines, *sines;       /* (rows, rotary) */
     const float *query_norm, *key_norm; /* (size), or NULL */
-    float *keys, *values;               /* (rows, key heads, size, columns), (rows, key heads, columns, size) */
+    float *keys, *values;               /* (rows, key heads, size, columns), (rows, key heads, columns, size), with
+                                         * columns that are a multiple of LANES; the prefix too */
     const float *prefix_keys, *prefix_values; /* (key heads, size, prefix columns), (key heads, prefix columns, size) */
     const long *lengths;                /* (rows): the tokens of each row, with the new one, without the prefix */
     float *out, *scratch; /* (rows, heads, size), (threads, group, 2 * size + longest) */
