@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 _SOURCE = Path(__file__).with_suffix(".c")
 # No option allows another order of additions. The library links no OpenMP of its own: it finds the one that torch has
 # loaded, because two pools of threads in one process wait for each other's cores.
-_FLAGS = tuple(
-    "-O3 -march=native -std=gnu11 -ffp-contract=fast -fopenmp -fno-math-errno -fno-trapping-math -fPIC".split()
-)
+_FLAGS = ("-O3", "-march=native", "-std=gnu11", "-ffp-contract=fast", "-fopenmp", "-fno-math-errno", "-fPIC")
 LANES = 16  # as in the source: keys are stored in a multiple of this many columns
 _POINTERS = (
     "query key value cosines sines query_norm key_norm keys values prefix_keys prefix_values lengths out scratch"

@@ -128,4 +128,6 @@ class DecodeStep:
         import torch
 
         weight, eps = address(norm.weight), norm.variance_epsilon
-        library().add_norm(address(hidden), address(delta), weight, eps, address(out), *hidden.shape, torch.get_num_threads())
+        library().add_norm(
+            address(hidden), address(delta), weight, eps, address(out), *hidden.shape, torch.get_num_threads()
+        )

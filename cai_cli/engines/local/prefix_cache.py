@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cai_cli.engines.local.decode_kernels import LANES
 from cai_cli.engines.local.decode_step import decode_step
 from cai_cli.engines.local.packed_attention import PackedPass, attend
+from cai_cli.engines.local.static_step import StaticSteps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,6 +83,8 @@ class PrefixCache:
         self.buffers: list[tuple[Tensor, Tensor]] = []  # those of the rows: (rows, heads, columns, size)
         self.capacity = (0, 0)  # rows, columns
         self.quick_step = decode_step(model)
+        self.static_steps: StaticSteps | None = None
+        self.is_static = model.device.type == "cuda"
         if start:
             alone = PrefixCache(model, (), 0)
             list(alone.add([start], [1]))
@@ -118,6 +121,9 @@ class PrefixCache:
         self.lengths = [length + 1 for length in self.lengths]
         if self.quick_step is not None:
             return self.quick_step(tokens, self.lengths, self.buffers, self.prefix)
+        if self.is_static:
+            self.static_steps = self.static_steps or StaticSteps(self)
+            return self.static_steps(tokens, self.lengths)
         return self._forward(tokens, [(row, length - 1, length) for row, length in enumerate(self.lengths)], 0)
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -138,6 +144,7 @@ class PrefixCache:
             return
         used = max(self.lengths, default=0)
         self.capacity = rows, max(columns, used + self.room)
+        self.static_steps = None  # its graphs hold the addresses of the buffers
         for layer, old in enumerate(self.buffers):
             self.buffers[layer] = self._buffers(*old)
             for new, before in zip(self.buffers[layer], old, strict=True):
