@@ -24,6 +24,7 @@ def pack_linears(model: Any) -> None:
     import torch
 
     onednn: Any = torch.backends.mkldnn
+    mkl: Any = torch.backends.mkl
     ready = onednn.is_available() and platform.machine() in ("x86_64", "AMD64")
     if not ready or model.device.type != "cpu" or model.dtype != torch.float32:
         return
@@ -47,7 +48,7 @@ def pack_linears(model: Any) -> None:
             out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
             return out
 
-    layer_type = TransposedLinear if _is_intel() and torch.backends.mkl.is_available() else PackedLinear
+    layer_type = TransposedLinear if _is_intel() and mkl.is_available() else PackedLinear
     with torch.no_grad():
         for name, layer in list(model.named_modules()):
             if type(layer) is torch.nn.Linear:

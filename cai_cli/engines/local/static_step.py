@@ -69,14 +69,15 @@ class StaticSteps:
         """Record the graph of this shape. A model that cannot be recorded is run without graphs."""
         import torch
 
-        aside: Any = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # libraries allocate at the first call, which must not be recorded
+        cuda: Any = torch.cuda
+        aside = cuda.Stream()
+        aside.wait_stream(cuda.current_stream())
+        with cuda.stream(aside):  # libraries allocate at the first call, which must not be recorded
             self._forward(rows, columns)
-        torch.cuda.current_stream().wait_stream(aside)
-        graph: Any = torch.cuda.CUDAGraph()
+        cuda.current_stream().wait_stream(aside)
+        graph = cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self.pool):
+            with cuda.graph(graph, pool=self.pool):
                 logits = self._forward(rows, columns)
         except RuntimeError as error:
             console.warn(f"the decoding step cannot be recorded as a CUDA graph, which is slower: {error}")
