@@ -1,19 +1,21 @@
-"""Speeds up matrix products on x86 CPUs by storing weights in oneDNN's own layout.
+"""Speeds up float32 matrix products on x86 CPUs by storing weights in the layout that is quickest there.
 
-torch uses MKL for float32 products. On CPUs that are not Intel's, MKL reaches half the speed of oneDNN, and less for
-the few rows of a decoding step. torch's compiler makes the same calls when it freezes a model.
+torch multiplies by the transposed weights of a layer with MKL. On CPUs that are not Intel's, MKL reaches half the speed
+of oneDNN with its own layout, which torch's compiler uses too when it freezes a model. On Intel's, MKL is the quickest
+of all once the weights are stored transposed: a quarter quicker than either for the rows of a decoding step.
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_ROWS = 64  # the layout is optimised for about this many rows; it works for any number
+_ROWS = 64  # oneDNN's layout is optimised for about this many rows; it works for any number
 
 
 def pack_linears(model: Any) -> dict[str, Any]:
-    """Replace the linear layers of a float32 model on an x86 CPU by layers with oneDNN's weight layout.
+    """Replace the linear layers of a float32 model on an x86 CPU by layers with a quicker weight layout.
 
     Other models stay as they are. The changed model can be run, but not trained or saved.
 
@@ -25,9 +27,19 @@ def pack_linears(model: Any) -> dict[str, Any]:
     import torch
 
     onednn: Any = torch.backends.mkldnn
+    mkl: Any = torch.backends.mkl
     ready = onednn.is_available() and platform.machine() in ("x86_64", "AMD64")
     if not ready or model.device.type != "cpu" or model.dtype != torch.float32:
         return {}
+
+    class TransposedLinear(torch.nn.Module):
+        def __init__(self, linear: torch.nn.Linear) -> None:
+            super().__init__()
+            self.weight = linear.weight.detach().t().contiguous()
+            self.bias = None if linear.bias is None else linear.bias.detach()
+
+        def forward(self, x: "Tensor") -> "Tensor":
+            return x @ self.weight if self.bias is None else x @ self.weight + self.bias
 
     class PackedLinear(torch.nn.Module):
         def __init__(self, linear: torch.nn.Linear) -> None:
@@ -39,8 +51,17 @@ def pack_linears(model: Any) -> dict[str, Any]:
             out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
             return out
 
+    layer_type = TransposedLinear if _is_intel() and mkl.is_available() else PackedLinear
     linears = {name: layer for name, layer in model.named_modules() if type(layer) is torch.nn.Linear}
     with torch.no_grad():
         for name, layer in linears.items():
-            model.set_submodule(name, PackedLinear(layer))
+            model.set_submodule(name, layer_type(layer))
     return linears
+
+
+def _is_intel() -> bool:
+    """Whether this is Intel's CPU, where it can be told."""
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False

@@ -58,6 +58,15 @@ class PackedPass:
         """The rows of this pass in the buffers."""
         return slice(self.first, self.first + len(self.counts))
 
+    def positions(self, rows: slice, first: int, count: int) -> "Tensor":
+        """(rows, count): the column of each query from `first` on among its row's own tokens."""
+        import torch
+
+        device = self.columns.device
+        return torch.tensor(self.starts[rows], device=device)[:, None] + torch.arange(
+            first, first + count, device=device
+        )
+
     def by_row(self, flat: "Tensor") -> "Tensor":
         """(heads, tokens, size) as (rows, heads, most, size), with zeros after the tokens of shorter rows."""
         if sum(self.counts) == len(self.counts) * self.most:
@@ -119,10 +128,7 @@ def attend(
             seen = max(min(start + first + count, end) for start, end in zip(starts, ends, strict=True))
             key = (window, part.start)
             if (masks := current.masks.get(key)) is None:
-                positions = torch.tensor(starts, device=query.device)[:, None] + torch.arange(
-                    first, first + count, device=query.device
-                )
-                masks = _masks(positions, seen, shared, window)
+                masks = _masks(current.positions(part, first, count), seen, shared, window)
                 if count == new:
                     current.masks[key] = masks
             own = keys[part, :, :seen], values[part, :, :seen]

@@ -8,7 +8,10 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, Any
 
+from cai_cli.engines.local.decode_kernels import LANES
+from cai_cli.engines.local.decode_step import decode_step
 from cai_cli.engines.local.packed_attention import PackedPass, attend
+from cai_cli.engines.local.static_step import StaticSteps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,6 +82,9 @@ class PrefixCache:
         self.prefix: list[tuple[Tensor, Tensor]] = []  # keys and values of each layer: (heads, tokens, size)
         self.buffers: list[tuple[Tensor, Tensor]] = []  # those of the rows: (rows, heads, columns, size)
         self.capacity = (0, 0)  # rows, columns
+        self.quick_step = decode_step(model)
+        self.static_steps: StaticSteps | None = None
+        self.is_static = model.device.type == "cuda"
         if start:
             alone = PrefixCache(model, (), 0)
             list(alone.add([start], [1]))
@@ -113,6 +119,11 @@ class PrefixCache:
     def step(self, tokens: "Tensor") -> "Tensor":
         """Append one token (rows,) to each row. Returns the logits after it (rows, vocabulary)."""
         self.lengths = [length + 1 for length in self.lengths]
+        if self.quick_step is not None:
+            return self.quick_step(tokens, self.lengths, self.buffers, self.prefix)
+        if self.is_static:
+            self.static_steps = self.static_steps or StaticSteps(self)
+            return self.static_steps(tokens, self.lengths)
         return self._forward(tokens, [(row, length - 1, length) for row, length in enumerate(self.lengths)], 0)
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -133,6 +144,7 @@ class PrefixCache:
             return
         used = max(self.lengths, default=0)
         self.capacity = rows, max(columns, used + self.room)
+        self.static_steps = None  # its graphs hold the addresses of the buffers
         for layer, old in enumerate(self.buffers):
             self.buffers[layer] = self._buffers(*old)
             for new, before in zip(self.buffers[layer], old, strict=True):
@@ -141,11 +153,12 @@ class PrefixCache:
     def _buffers(self, keys: "Tensor", values: "Tensor") -> tuple["Tensor", "Tensor"]:
         """New buffers for keys and values, filled with zeros: unused columns have weight 0, and 0 * NaN would be NaN.
 
-        Keys are stored column by column, which a product with a few queries reads a third faster.
+        Keys are stored column by column, which a product with a few queries reads a third faster, in whole vectors.
         """
-        rows, columns = self.capacity
-        stored_keys = keys.new_zeros(rows, keys.shape[1], keys.shape[3], columns).transpose(2, 3)
-        return stored_keys, values.new_zeros(rows, values.shape[1], columns, values.shape[3])
+        (rows, columns), (_, heads, _, size) = self.capacity, keys.shape
+        vectors = columns + -columns % LANES
+        stored_keys = keys.new_zeros(rows, heads, size, vectors).transpose(2, 3)
+        return stored_keys[:, :, :columns], values.new_zeros(rows, heads, vectors, size)[:, :, :columns]
 
     # --- running the model ------------------------------------------------------------------------------------
 
