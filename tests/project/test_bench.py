@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -50,7 +51,9 @@ def test_the_gpu_check_runs_valid_commands_and_writes_a_row_for_each(tmp_path: P
     code, table = gpu_check(tmp_path, PYTHON=str(python), RECORD=str(record))
     assert code == 0
     assert "every step ran" in table
-    assert "| rl-lora-large | 0 | ok | - | 5 rows, 9.0 s, 1 rejected, 7.0 tokens/s, 1.50 s a step |" in table
+    notes = dict(re.findall(r"^\| (\S+) \| \d+ \| ok \| [^|]+ \| (.*) \|$", table, re.MULTILINE))
+    assert notes["rl-lora-large"] == "5 rows, 9.0 s, 1 rejected, 7.0 tokens/s, 1.50 s a step"
+    assert notes["samples.jsonl"] == "5 rows, 9.0 s, 1 rejected"
     assert "| engine-vllm | - | left out |" in table
     commands = [json.loads(line) for line in record.read_text().splitlines()]
     stages = [words[2:] for words in commands if words[:2] == ["-m", "cai_cli"] and "-o" in words]
