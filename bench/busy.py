@@ -54,13 +54,17 @@ def busy(loops: int) -> Iterator[None]:
             process.wait()
 
 
-def seconds(folder: Path, stage: str, model: str, output: str) -> float:
-    """The wall time of one stage, startup included."""
+def command_line(stage: str, model: str, output: str) -> list[str]:
+    """The words of one stage after `cai`."""
     given, more = STAGES[stage]
     words = [str(ROOT / "examples" / word) if word.endswith(".jsonl") else word for word in given]
-    command = [sys.executable, "-m", "cai_cli", stage, *words, "-o", output, "--overwrite", "--quiet", *more]
-    if stage != "score":
-        command += ["--model", model]
+    command = [stage, *words, "-o", output, "--overwrite", "--quiet", *more]
+    return command if stage == "score" else [*command, "--model", model]
+
+
+def seconds(folder: Path, stage: str, model: str, output: str) -> float:
+    """The wall time of one stage, startup included."""
+    command = [sys.executable, "-m", "cai_cli", *command_line(stage, model, output)]
     started = time.monotonic()
     done = subprocess.run(
         command, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False

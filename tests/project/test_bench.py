@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.main
@@ -13,6 +14,7 @@ import typer.main
 from cai_cli.cli.app import build_app
 
 BENCH = Path(__file__).parents[2] / "bench"
+COMMANDS: dict[str, Any] = typer.main.get_command(build_app()).commands  # type: ignore[attr-defined]
 
 # Stands for Python: records what it is started with, and leaves behind what a stage would.
 RECORDER = f"""#!{sys.executable}
@@ -60,10 +62,18 @@ def test_the_gpu_check_runs_valid_commands_and_writes_a_row_for_each(tmp_path: P
     assert {"sample", "critique-revise", "sft", "label-prefs", "train-pm", "rl", "score"} <= {
         name for name, *_ in stages
     }
-    app = typer.main.get_command(build_app())
     for name, *words in stages:
-        if name in app.commands:  # type: ignore[attr-defined]
-            app.commands[name].make_context(name, words)  # type: ignore[attr-defined]
+        if name in COMMANDS:
+            COMMANDS[name].make_context(name, words)
+
+
+def test_the_busy_benchmark_runs_valid_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    import busy
+
+    for stage in busy.STAGES:
+        name, *words = busy.command_line(stage, "model", "out")
+        COMMANDS[name].make_context(name, words)
 
 
 def test_the_gpu_check_stops_at_the_first_import_that_fails(tmp_path: Path) -> None:
