@@ -62,7 +62,9 @@ def generated(model: Any, tokenizer: Any, prompts: Sequence[list[int]], new: int
     torch.manual_seed(0)
     total, prompts = 0, sorted(prompts, key=len)
     for start in range(0, len(prompts), batch):
-        padded = tokenizer.pad({"input_ids": prompts[start : start + batch]}, padding_side="left", return_tensors="pt")
+        padded = tokenizer.pad(
+            {"input_ids": prompts[start : start + batch]}, padding_side="left", return_tensors="pt"
+        ).to(model.device)
         out = model.generate(**padded, do_sample=True, top_k=0, max_new_tokens=new, eos_token_id=sorted(ends))
         rows = out[:, padded["input_ids"].shape[1] :].tolist()
         total += sum(next((i + 1 for i, token in enumerate(row) if token in ends), len(row)) for row in rows)

@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 from cai_cli import __version__
 from cai_cli.cli import agreement, chat, doctor, files, models, principles, publish, report, run, show
 from cai_cli.cli.expand import GroupedCommand, command_class, command_from, stage_command
-from cai_cli.common import console
+from cai_cli.common import console, threads
 from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.pipeline import registry
 from cai_cli.runtime import convert
@@ -126,6 +126,7 @@ def main() -> NoReturn:
     """Run the command line and exit. SIGTERM unwinds like an interrupt, so that outputs are closed properly."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    threads.configure()
     os.environ["PYTHONSAFEPATH"] = "1"  # no Python that this one starts runs a file of the working folder as a library
     signal.signal(signal.SIGTERM, _terminated)
     atexit.register(_ignore_late_signals)

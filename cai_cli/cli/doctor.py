@@ -4,12 +4,15 @@ import importlib.util
 import os
 import shutil
 import sys
+import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import orjson
 
 from cai_cli import __version__
 from cai_cli.cli import options
+from cai_cli.common import threads
 from cai_cli.common.errors import CaiError
 from cai_cli.constitution.schema import SHIPPED, load, shipped_directory
 from cai_cli.models.aliases import ALIASES, cached_alias
@@ -81,14 +84,24 @@ def unmet(requirements: Sequence[str], versions: Mapping[str, str]) -> list[str]
 def _devices() -> list[Check]:
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-    devices = [_check("cpu", True, f"{cores} cores, torch uses {torch.get_num_threads()} threads")]
+    found = f"{len(threads.cores())} cores, torch uses {torch.get_num_threads()} threads{_load()}"
+    devices = [_check("cpu", True, found)]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         devices.append(_check(f"cuda:{index}", True, f"{properties.name}, {properties.total_memory >> 30} GiB"))
     if len(devices) == 1:
         devices.append(_check("gpu", True, "none; local models run on the CPU"))
     return devices
+
+
+def _load() -> str:
+    """How many cores other processes keep busy, where the system tells."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return ""
+    before = stat.read_text()
+    time.sleep(0.2)
+    return f", other processes keep {threads.busy_cores(before, stat.read_text(), threads.cores()):.1f} cores busy"
 
 
 def _cache() -> Check:

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
+from cai_cli.common import threads
 from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.common.yaml import load_yaml
 from cai_cli.training import distributed, sharding
@@ -58,6 +59,7 @@ def _launch(config: str, num_processes: int | None) -> NoReturn:
     words = ["--config_file", str(path), "--num_processes", str(count), "--mixed_precision", "no", "--module"]
     own = [*without(sys.argv[1:], ("--accelerate-config", "--num-processes")), "--num-processes", str(count)]
     sys.stderr.flush()
+    threads.leave_count_to_launcher()
     command = [sys.executable, "-m", "accelerate.commands.launch", *words, "cai_cli", *own]
     os.execv(sys.executable, command)  # noqa: S606 - no shell  # nosec B606
 
