@@ -102,7 +102,7 @@ def build_app() -> typer.Typer:
 _HELP = "Constitutional AI from the shell: one subcommand per stage, JSONL in, JSONL out."
 _EVAL_HELP = "Evaluate labels and models: agreement, hhh, compare, harm."
 _OTHERS: dict[Heading, dict[str, Callable[..., None] | typer.Typer]] = {
-    Heading.PIPELINE: {"run": run.command, "report": report.command},
+    Heading.PIPELINE: {"run": command_from(run.RunConfig, run.run), "report": report.command},
     Heading.FILES: {
         "convert": command_from(convert.ConvertConfig, convert.run, writes_rows=True),
         "show": show.command,
