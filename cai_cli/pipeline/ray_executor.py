@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from cai_cli.common import console
-from cai_cli.common.errors import CaiError
+from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.pipeline.execute import die_with_parent
 from cai_cli.pipeline.plan import Step
 from cai_cli.runtime.merge import Part, merge_shards
@@ -297,7 +297,12 @@ def is_sharded(step: Step) -> bool:
 
 
 def connect(address: str | None) -> None:
-    """Connect to an existing cluster. Raises CaiError `missing-dependency` or `server-unreachable`."""
+    """Connect to an existing cluster.
+
+    Raises:
+        UsageError: `invalid-option`, for an address that is not HOST:PORT.
+        CaiError: `missing-dependency` or `server-unreachable`.
+    """
     try:
         import ray
     except ModuleNotFoundError:
@@ -306,20 +311,35 @@ def connect(address: str | None) -> None:
             hint="pip install 'cai[ray]', in the version of the cluster",
             code="missing-dependency",
         ) from None
+    if address:
+        _check_reachable(address)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         ray.init(address=address or "auto", log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError) as error:
-        where = f" at {address}" if address else ""
-        reason = " ".join(str(error).split())[:200]
-        raise CaiError(
-            f"no Ray cluster{where}: {reason}",
-            hint="run this on a node of the cluster; `ray start --head` starts one, and prints its address",
-            code="server-unreachable",
-        ) from None
+        raise _no_cluster(address, error) from None
     finally:
         for number, handler in handlers.items():  # Ray replaces them
             signal.signal(number, handler)
+
+
+def _check_reachable(address: str) -> None:
+    """Raises as `connect`, at once; Ray itself tries for minutes."""
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdecimal() and "/" not in host):
+        raise UsageError(f"--address must be HOST:PORT, not {address!r}", code="invalid-option")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(address, error) from None
+
+
+def _no_cluster(address: str | None, error: Exception) -> CaiError:
+    return CaiError(
+        f"no Ray cluster{f' at {address}' if address else ''}: {' '.join(str(error).split())[:200]}",
+        hint="run this on a node of the cluster; `ray start --head` starts one, and prints its address",
+        code="server-unreachable",
+    )
 
 
 @contextmanager

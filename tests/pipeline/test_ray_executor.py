@@ -10,8 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Cai
 from helpers import rows_in, write_rows
 from loopback import Loopback, Request, good
+from pipeline_cases import planned
+
+from cai_cli.common.errors import CaiError
+from cai_cli.pipeline import ray_executor
+from cai_cli.pipeline.ray_executor import RayExecutor, RayOptions
 
 RUN = """\
 name: r
@@ -26,8 +32,9 @@ HEAD = NODE | {"include_dashboard": False, "_system_config": QUICK}
 
 
 @pytest.fixture
-def cluster() -> Iterator[Any]:
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A cluster of two nodes with one CPU each."""
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "120")  # on a busy machine
     cluster_utils = pytest.importorskip("ray.cluster_utils")
     two = cluster_utils.Cluster(initialize_head=True, head_node_args=HEAD)
     try:
@@ -83,3 +90,73 @@ def test_a_run_whose_node_is_killed_has_the_bytes_of_one_process(cluster: Any, t
     assert contents(tmp_path / "on-ray") == contents(tmp_path / "alone")
     assert len(rows_in(tmp_path / "on-ray/samples.jsonl")) == 16
     assert not (tmp_path / "on-ray/shards").exists()
+
+
+def test_an_option_of_ray_needs_the_executor(cai: Cai, folder: Path) -> None:
+    for words in (("--shards", "2"), ("--address", "h:1"), ("--task-cpus", "1"), ("--task-gpus", "0")):
+        assert cai("run", "pipeline.yaml", *words).error == "option-conflict"
+
+
+def test_a_wrong_address_is_an_error_at_once(cai: Cai, folder: Path) -> None:
+    pytest.importorskip("ray")
+    for address, code in (
+        ("127.0.0.1:1", "server-unreachable"),
+        ("h", "invalid-option"),
+        ("ray://h:1", "invalid-option"),
+    ):
+        assert cai("run", "pipeline.yaml", "--executor", "ray", "--address", address).error == code
+
+
+def test_a_missing_ray_is_named(cai: Cai, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert cai("run", "pipeline.yaml", "--executor", "ray").error == "missing-dependency"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "processes", "expected"),
+    [
+        ([{"CPU": 8, "GPU": 8}], 8, (8, 1)),
+        ([{"CPU": 8, "GPU": 8}, {"CPU": 8, "GPU": 8}], 8, (8, 1)),
+        ([{"CPU": 8, "GPU": 8}, {"CPU": 8, "GPU": 8}], 16, (8, 2)),
+        ([{"CPU": 8, "GPU": 2}, {"CPU": 8, "GPU": 4}, {"CPU": 64}], 4, (4, 1)),
+        ([{"CPU": 8, "GPU": 2}, {"CPU": 8, "GPU": 4}], 6, None),
+    ],
+)
+def test_a_group_of_processes_takes_as_few_nodes_as_hold_it(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    nodes: list[dict[str, float]],
+    processes: int,
+    expected: tuple[int, int] | None,
+) -> None:
+    monkeypatch.setattr(ray_executor, "_nodes", lambda: nodes)
+    (step,) = planned(folder, "  tuned: {command: sft, input: prompts.jsonl, model: m}\n")
+    executor = RayExecutor(RayOptions(), folder)
+    if expected:
+        assert executor._machines(step, processes) == expected
+    else:
+        with pytest.raises(CaiError) as error:
+            executor._machines(step, processes)
+        assert error.value.code == "no-device"
+
+
+@pytest.mark.parametrize(("model", "gpus"), [("openai:m", 0), ("scripted:script.jsonl", 0), ("m", 1)])
+def test_a_task_takes_a_gpu_where_its_step_runs_a_model(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, model: str, gpus: int
+) -> None:
+    (step,) = planned(folder, f'  s: {{command: sample, input: prompts.jsonl, model: "{model}"}}\n')
+    for resources, expected in (({"CPU": 4, "GPU": 2}, gpus), ({"CPU": 4}, 0)):
+        monkeypatch.setattr(ray_executor, "_nodes", lambda resources=resources: [resources])
+        executor = RayExecutor(RayOptions(), folder)
+        assert executor._gpus(step) == expected
+        assert executor._places(step) == (2 if expected else 4)
+
+
+def test_a_resumed_run_keeps_the_number_of_shards(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_executor, "_nodes", lambda: [{"CPU": 3}])
+    (step,) = planned(folder, "  s: {command: sample, input: prompts.jsonl, model: scripted:script.jsonl}\n")
+    first = RayExecutor(RayOptions(), folder)._shard_folder(step)
+    assert first[1] == 3
+    monkeypatch.setattr(ray_executor, "_nodes", lambda: [{"CPU": 8}])
+    assert RayExecutor(RayOptions(), folder)._shard_folder(step) == first
+    assert RayExecutor(RayOptions(shards=2), folder)._shard_folder(step)[1] == 2
