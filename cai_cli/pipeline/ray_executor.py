@@ -137,8 +137,14 @@ class RayExecutor:
 
     def run(self, step: Step, overwrite: bool) -> None:
         """Run a step. Raises CaiError `step-failed`, or `no-device` where no node has what it needs."""
-        more = ["--overwrite"] if overwrite else []
         console.say(f"[{step.name}] $ {step.shell}")
+        try:
+            self._run(step, overwrite)
+        except SystemExit:  # from the handler of SIGTERM; on its way through Ray it loses its code
+            raise SystemExit(143) from None
+
+    def _run(self, step: Step, overwrite: bool) -> None:
+        more = ["--overwrite"] if overwrite else []
         if step.stage.trains:
             self._train(step, more)
         elif not is_sharded(step) or (step.output.exists() and not overwrite):  # finished, or a file that grows

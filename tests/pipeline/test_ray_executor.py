@@ -160,3 +160,15 @@ def test_a_resumed_run_keeps_the_number_of_shards(folder: Path, monkeypatch: pyt
     monkeypatch.setattr(ray_executor, "_nodes", lambda: [{"CPU": 8}])
     assert RayExecutor(RayOptions(), folder)._shard_folder(step) == first
     assert RayExecutor(RayOptions(shards=2), folder)._shard_folder(step)[1] == 2
+
+
+def test_sigterm_keeps_its_exit_code(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (step,) = planned(folder, "  s: {command: sample, input: prompts.jsonl, model: scripted:script.jsonl}\n")
+
+    def interrupted(*_: object) -> None:  # what `ray.wait` makes of it
+        raise SystemExit(1)
+
+    monkeypatch.setattr(RayExecutor, "_run_shards", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        RayExecutor(RayOptions(), folder).run(step, overwrite=False)
+    assert stop.value.code == 143
