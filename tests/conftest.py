@@ -3,6 +3,7 @@
 import io
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from cai_cli.cli import app
 from cai_cli.cli.app import main
 from cai_cli.common import console
 from cai_cli.common.errors import CaiError
+from cai_cli.reward.server import RewardModel, RewardServer
 
 Ran = Callable[[str], None]
 
@@ -118,3 +120,25 @@ def small(tmp_path: Path) -> Path:
     path.write_text(SMALL)
     (tmp_path / "compare.yaml").write_text(COMPARE)
     return path
+
+
+class Serve:
+    """`serve(model)` starts a reward server on loopback, which ends with the test, and returns its address."""
+
+    def __init__(self) -> None:
+        self.servers: list[RewardServer] = []
+
+    def __call__(self, model: RewardModel) -> str:
+        server = RewardServer(model, "127.0.0.1", 0)
+        self.servers.append(server)
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}"
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    made = Serve()
+    yield made
+    for server in made.servers:
+        server.shutdown()
+        server.server_close()

@@ -86,6 +86,7 @@ def _feature(annotation: Any) -> Any:
     return Value({str: "string", int: "int64", float: "float64"}[annotation])
 
 
+Writer = Callable[[str, Path], dict[str, Any]]
 REJECTED = "rejected.jsonl"  # in the directory that `export` writes
 
 
@@ -94,6 +95,35 @@ def training_problem(row: Row) -> str | None:
     if isinstance(row, Preference):
         return pair_problem(row.chosen, row.rejected)
     return EMPTY_REPLY if isinstance(row, Sample) and not row.reply.strip() else None
+
+
+def usable_rows(
+    source: str, parse: Callable[[object], Row], stats: DatasetStats, rejected: AppendFile
+) -> Iterator[Row]:
+    """Yield the rows of `source` that a trainer can use; the others go to `rejected`. Both are counted in `stats`.
+
+    Raises:
+        CaiError: The file cannot be read, a row is not valid, or every row was rejected.
+    """
+
+    def left_out(error: InvalidRow, raw: bytes) -> None:
+        skip_unusable(error, raw)
+        stats.rejected[reason_kind(error.reason)] += 1
+        rejected.append([Rejected(key=f"line {error.line}", reason=error.reason, row=raw.decode(errors="replace"))])
+
+    for _, row in read_rows(source, parse, left_out):
+        if problem := training_problem(row):
+            stats.rejected[problem] += 1
+            rejected.append([reject(row.key, problem, row)])
+        else:
+            stats.add(row)
+            yield row
+    if not stats.rows:
+        raise CaiError(
+            f"all {stats.rejected.total():,} rows of {display_name(source)} were rejected "
+            f"({', '.join(stats.rejected)})",
+            code="all-rejected",
+        )
 
 
 def export(source: str, work: Path) -> dict[str, Any]:
@@ -110,25 +140,8 @@ def export(source: str, work: Path) -> dict[str, Any]:
     (work / "data").mkdir(parents=True)
     stats, rejected = DatasetStats(), AppendFile(work / REJECTED)
 
-    def left_out(error: InvalidRow, raw: bytes) -> None:
-        skip_unusable(error, raw)
-        stats.rejected[reason_kind(error.reason)] += 1
-        rejected.append([Rejected(key=f"line {error.line}", reason=error.reason, row=raw.decode(errors="replace"))])
-
     def rows() -> Iterator[dict[str, Any]]:
-        for _, row in read_rows(source, parse, left_out):
-            if problem := training_problem(row):
-                stats.rejected[problem] += 1
-                rejected.append([reject(row.key, problem, row)])
-            else:
-                stats.add(row)
-                yield row.model_dump()
-        if not stats.rows:
-            raise CaiError(
-                f"all {stats.rejected.total():,} rows of {display_name(source)} were rejected "
-                f"({', '.join(stats.rejected)})",
-                code="all-rejected",
-            )
+        yield from (row.model_dump() for row in usable_rows(source, parse, stats, rejected))
 
     with closing(rejected):
         columns = _write_parquet(rows, features(row_type), work)
@@ -158,8 +171,14 @@ def _write_parquet(rows: Callable[[], Iterator[dict[str, Any]]], columns: Any, w
         enable_progress_bar()
 
 
-def export_file(input: str, output: Path, *, overwrite: bool) -> dict[str, Any]:
+def export_file(input: str, output: Path, *, overwrite: bool, write: Writer = export) -> dict[str, Any]:
     """Write the dataset directory `output` of the rows in `input` and return the summary.
+
+    Args:
+        input: The file of rows.
+        output: The directory.
+        overwrite: Whether to replace an exported dataset.
+        write: Writes the dataset of a file into a new directory and returns the summary.
 
     Raises:
         CaiError: The output exists, or the rows cannot be read.
@@ -182,7 +201,7 @@ def export_file(input: str, output: Path, *, overwrite: bool) -> dict[str, Any]:
             )
         shutil.rmtree(work, ignore_errors=True)
         try:
-            summary = export(input, work)
+            summary = write(input, work)
             rejected = sidecar(output, REJECTED)
             rejected.unlink(missing_ok=True)
             if summary["rejected"]:
@@ -196,4 +215,5 @@ def export_file(input: str, output: Path, *, overwrite: bool) -> dict[str, Any]:
 
 def is_dataset(directory: Path) -> bool:
     """Return whether a directory looks like an exported dataset."""
-    return (directory / "README.md").is_file() and any(directory.glob("data/*.parquet"))
+    files = (file for ending in ("parquet", "jsonl") for file in directory.glob(f"data/*.{ending}"))
+    return (directory / "README.md").is_file() and any(files)

@@ -1,12 +1,14 @@
 """`cai export` and `cai push`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import orjson
 import typer
 
-from cai_cli.cards.export import export_file
+from cai_cli.cards.export import export, export_file
+from cai_cli.cards.other_trainers import Trainer, export_for
 from cai_cli.cards.push import push
 from cai_cli.cli import options
 from cai_cli.common import console
@@ -15,15 +17,19 @@ from cai_cli.common import console
 def export_command(
     input: Annotated[str, typer.Argument(metavar="FILE", help="JSONL file of rows.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the dataset.", show_default=False)],
+    trainer: Annotated[
+        Trainer | None, typer.Option("--for", help="Write the form of another trainer; by default that of TRL.")
+    ] = None,
     overwrite: options.Overwrite = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Write rows as a dataset with a card, ready for TRL.
+    """Write rows as a dataset with a card, ready for TRL, OpenRLHF or verl.
 
     FILE: Prompt, Sample, Critique, Revision or Preference rows, or rows in any format that `cai convert` reads.
     """
-    summary = export_file(input, output, overwrite=overwrite)
+    write = export if trainer is None else partial(export_for, trainer=trainer)
+    summary = export_file(input, output, overwrite=overwrite, write=write)
     if json:
         print(orjson.dumps(summary).decode())
     left_out = "".join(f", {count:,} left out ({reason})" for reason, count in summary["rejected_reasons"].items())

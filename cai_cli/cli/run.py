@@ -1,53 +1,99 @@
 """`cai run FILE`: runs a pipeline from one file."""
 
+from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 import orjson
-import typer
 
-from cai_cli.cli import options
 from cai_cli.common import console
-from cai_cli.pipeline.execute import execute
-from cai_cli.pipeline.plan import plan
+from cai_cli.common.errors import UsageError
+from cai_cli.pipeline.execute import execute, run_as_child
+from cai_cli.pipeline.plan import Step, plan
 from cai_cli.pipeline.run_file import load_run
 from cai_cli.pipeline.sweep import write_curves
 from cai_cli.report.command import report_finished_run
+from cai_cli.runtime.config import Effect, Group, Option, StageConfig, option, redefine
+from cai_cli.runtime.shared_options import RunOptions
+
+_RAY = Option(Effect.HARMLESS, Group.RAY)
 
 
-def command(
-    file: Annotated[Path, typer.Argument(help="YAML run file.", show_default=False)],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; by default runs/NAME.")] = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Print the rows, tokens, memory and command of each step, and run nothing."),
-    ] = False,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
+class Executor(StrEnum):
+    """Where the steps of a run are run."""
+
+    LOCAL = "local"
+    RAY = "ray"
+
+
+class RunConfig(StageConfig):
     """Run a pipeline from one file, or resume it.
 
     A step runs again when its settings, its input files or an earlier step changed, and a message names the change. At
     the end the report is written (`cai report`).
     """
-    loaded = load_run(file)
-    folder = out or Path("runs") / loaded.name
-    steps = plan(loaded, file, folder)
+
+    file: Path = option(..., "YAML run file.", Option(argument=True, metavar="FILE"))
+    out: Path | None = option(None, "Run folder; by default runs/NAME.", Option(flags=("--out", "-o")))
+    dry_run: bool = option(
+        False, "Print the rows, tokens, memory and command of each step, and run nothing.", Option(flags=("--dry-run",))
+    )
+    executor: Executor = option(
+        Executor.LOCAL, "Run steps as child processes, or as tasks on a Ray cluster (extra `ray`)."
+    )
+    address: str | None = option(
+        None, "The cluster; by default that of this node.", Option(Effect.HARMLESS, Group.RAY, metavar="HOST:PORT")
+    )
+    shards: int | None = option(None, "Shards of a data step; by default as many as run at once.", _RAY, ge=1)
+    task_cpus: int | None = option(None, "CPUs of a task, or of a training process; by default 1.", _RAY, ge=1)
+    task_gpus: int | None = option(
+        None, "GPUs of a task; by default 1 if the cluster has GPUs and the step runs a model.", _RAY, ge=0
+    )
+    as_json: bool = redefine(RunOptions, "as_json", False, "Print one JSON object.")
+    quiet: bool = redefine(RunOptions, "quiet", False)
+
+    def check(self) -> None:
+        super().check()
+        given = [name for name in ("address", "shards", "task_cpus", "task_gpus") if getattr(self, name) is not None]
+        if given and self.executor is not Executor.RAY:
+            raise UsageError(
+                f"--{given[0].replace('_', '-')} is for Ray", hint="add --executor ray", code="option-conflict"
+            )
+
+
+def run(config: RunConfig) -> None:
+    """Run the pipeline and print its summary. Raises CaiError."""
+    loaded = load_run(config.file)
+    folder = config.out or Path("runs") / loaded.name
+    steps = plan(loaded, config.file, folder)
     if len(steps) > len(loaded.steps):
-        console.say(f"run {loaded.name}: the lists of {file} expand its {len(loaded.steps)} steps to {len(steps)}")
-    if dry_run:
+        console.say(
+            f"run {loaded.name}: the lists of {config.file} expand its {len(loaded.steps)} steps to {len(steps)}"
+        )
+    if config.dry_run:
         from cai_cli.pipeline.estimate import print_estimate
 
-        print_estimate(steps, as_json=json)
+        print_estimate(steps, as_json=config.as_json)
         return
     stopwatch = console.Stopwatch()
-    done = execute(steps, folder, quiet=quiet)
+    done = _execute(config, steps, folder)
     write_curves(step.output for step in steps if step.command == "eval compare")
     report = report_finished_run(folder)
-    if json:
+    if config.as_json:
         summary = {"run": loaded.name, "folder": str(folder), "report": report and str(report), "steps": done}
         print(orjson.dumps(summary).decode())
     for step in done:
         if step.get("labels", {}).get("trusted") is False:
             console.warn(f"do not trust the labels of step {step['step']!r}: {step['labels']['reason']}")
     console.say(f"run {loaded.name}: {len(done)} steps in {stopwatch.seconds:,.0f} s -> {folder}")
+
+
+def _execute(config: RunConfig, steps: list[Step], folder: Path) -> list[dict[str, Any]]:
+    if config.executor is Executor.LOCAL:
+        return execute(steps, folder, partial(run_as_child, quiet=config.quiet))
+    from cai_cli.pipeline.ray_executor import RayExecutor, RayOptions
+
+    ray_options = RayOptions(config.address, config.shards, config.task_cpus or 1, config.task_gpus)
+    with RayExecutor(ray_options, folder) as cluster:
+        return execute(steps, folder, cluster.run)

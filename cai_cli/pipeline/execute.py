@@ -16,7 +16,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,16 @@ from cai_cli.runtime.config import plain
 from cai_cli.runtime.manifest import differences, read_manifest, write_json
 from cai_cli.runtime.output_files import one_writer, reuse_recorded_date, sidecar
 
+RunStep = Callable[[Step, bool], None]  # runs a step, with or without --overwrite; raises CaiError if it fails
 
-def execute(steps: Sequence[Step], out: Path, *, quiet: bool) -> list[dict[str, Any]]:
+
+def execute(steps: Sequence[Step], out: Path, run_step: RunStep) -> list[dict[str, Any]]:
     """Run the steps that are not done, in order, and record each in `OUT/run.json`.
 
     Args:
         steps: The steps of the run.
         out: The run folder.
-        quiet: Whether the steps print only errors and warnings.
+        run_step: Runs a step (`run_as_child`, or an executor's).
 
     Returns:
         One record per step: its name, output, command line, settings, status and seconds.
@@ -58,7 +60,7 @@ def execute(steps: Sequence[Step], out: Path, *, quiet: bool) -> list[dict[str, 
             if previous and step.name in current and previous["status"] == "done" and step.output.exists():
                 console.say(f"[{step.name}] already done: {step.output}")
                 continue
-            _run_and_record(step, previous, steps, record, record_path, quiet=quiet)
+            _run_and_record(step, previous, steps, record, record_path, run_step)
             if previous is None or previous["key"] == step.key:
                 current.add(step.name)
         return [{"step": s.name, "output": str(s.output), **record["steps"][s.name]} for s in steps]
@@ -93,8 +95,7 @@ def _run_and_record(
     steps: Sequence[Step],
     record: dict[str, Any],
     record_path: Path,
-    *,
-    quiet: bool,
+    run_step: RunStep,
 ) -> None:
     changed = previous is not None and previous["key"] != step.key
     if previous and changed:
@@ -110,8 +111,10 @@ def _run_and_record(
     }
     record["steps"][step.name] = {**entry, "status": "running", "seconds": None}
     write_json(record_path, record)
-    seconds = _run(step, overwrite=replaces is not None and replaces == _manifests(step.output), quiet=quiet)
-    record["steps"][step.name] = {**entry, "status": "done", "seconds": round(seconds, 1), **_label_trust(step)}
+    overwrite, stopwatch = replaces is not None and replaces == _manifests(step.output), console.Stopwatch()
+    run_step(step, overwrite)
+    seconds = round(stopwatch.seconds, 1)
+    record["steps"][step.name] = {**entry, "status": "done", "seconds": seconds, **_label_trust(step)}
     write_json(record_path, record)
 
 
@@ -143,12 +146,11 @@ def _ancestors(step: Step) -> list[Step]:
     return [a for need in step.needs for a in (need, *_ancestors(need))]
 
 
-def _run(step: Step, *, overwrite: bool, quiet: bool) -> float:
-    """Run a step as a child process, which ends with this one. Returns seconds. Raises CaiError if it fails."""
+def run_as_child(step: Step, overwrite: bool, *, quiet: bool = False) -> None:
+    """Run a step as a child process, which ends with this one. Raises CaiError if it fails."""
     words = [*step.argv, *(["--overwrite"] if overwrite else []), *(["--quiet"] if quiet else [])]
     console.say(f"[{step.name}] $ {shlex.join(['cai', *words])}")
-    stopwatch = console.Stopwatch()
-    child = subprocess.Popen([sys.executable, "-m", "cai_cli", *words], preexec_fn=_die_with_parent)  # noqa: S603, PLW1509
+    child = subprocess.Popen([sys.executable, "-m", "cai_cli", *words], preexec_fn=die_with_parent)  # noqa: S603, PLW1509
     try:
         code = child.wait()
     except BaseException:
@@ -161,10 +163,9 @@ def _run(step: Step, *, overwrite: bool, quiet: bool) -> float:
             hint="fix the error above, then run the same `cai run` again: it resumes from here",
             code="step-failed",
         )
-    return stopwatch.seconds
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Terminate the child when `cai run` is killed (Linux only; elsewhere the lock still protects the output)."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1

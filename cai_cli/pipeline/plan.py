@@ -58,9 +58,13 @@ class Step:
     @property
     def argv(self) -> list[str]:
         """The command line after `cai`."""
+        return self.command_line(self.output)
+
+    def command_line(self, output: Path) -> list[str]:
+        """The command line after `cai`, with another output."""
         source = self.settings["input"]
         words = [*self.command.split(), *(map(str, source) if isinstance(source, list) else [str(source)])]
-        words += ["-o", str(self.output)]
+        words += ["-o", str(output)]
         fields, options = self.stage.config.option_names(), self.stage.config.options()
         for name, value in self.settings.items():
             if name == "input" or value is None:

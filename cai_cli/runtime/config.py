@@ -37,6 +37,7 @@ class Group(StrEnum):
     SERVER = "Server (openai: models)"
     INPUT = "Input"
     OUTPUT = "Output"
+    RAY = "Ray (--executor ray)"
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,14 @@ def one_writer(path: Path) -> Iterator[None]:
         lock.release()
 
 
+def wait_for_writer(path: Path, seconds: float) -> None:
+    """Wait until nobody writes OUT, or for that long: the process of a lost node may still write for a while."""
+    lock = FileLock(sidecar(path, "lock"))
+    if path.parent.exists():
+        with suppress(Timeout), lock.acquire(timeout=seconds):
+            Path(lock.lock_file).unlink(missing_ok=True)
+
+
 def refuse_input_as_output(path: Path, inputs: Mapping[str, InputFile]) -> None:
     """Raises CaiError `input-is-output` when the output is one of the inputs, by any name or link."""
     for file in inputs.values():

@@ -3,7 +3,8 @@ check the number of processes."""
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -42,12 +43,65 @@ def launch(accelerate_config: str | None, num_processes: int | None) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Machine:
+    """One of the machines of a group of processes.
+
+    Attributes:
+        rank: Its number, from 0.
+        count: The number of machines.
+        address: Address of machine 0.
+        port: A free port of machine 0.
+    """
+
+    rank: int
+    count: int
+    address: str
+    port: int
+
+
+def group_size(accelerate_config: str | None, num_processes: int | None) -> int:
+    """The number of processes that the two options ask for. Raises UsageError."""
+    given = _read(config_path(accelerate_config)) if accelerate_config else {}
+    return num_processes or int(given.get("num_processes", 1))
+
+
+def group_command(words: Sequence[str], config: str | None, processes: int, machine: Machine) -> list[str]:
+    """The command after the Python interpreter that starts the processes of one machine.
+
+    Args:
+        words: The command line after `cai`.
+        config: Its `--accelerate-config`; None starts them by torchrun.
+        processes: Processes on all machines together.
+        machine: The machine.
+    """
+    own = [*without(words, ("--accelerate-config", "--num-processes")), "--num-processes", str(processes)]
+    where: dict[str, str | int]
+    if config:
+        where = {"num_machines": machine.count, "machine_rank": machine.rank}
+        where |= {"main_process_ip": machine.address, "main_process_port": machine.port}
+        start = [*_accelerate(config_path(config), processes), *_flags(where), "--module"]
+    else:
+        where = {"nnodes": machine.count, "node_rank": machine.rank, "nproc_per_node": processes // machine.count}
+        where |= {"master_addr": machine.address, "master_port": machine.port}
+        start = ["-m", "torch.distributed.run", *_flags(where), "-m"]
+    return [*start, "cai_cli", *own]
+
+
+def _flags(options: Mapping[str, str | int]) -> list[str]:
+    return [f"--{name}={value}" for name, value in options.items()]
+
+
+def _accelerate(path: Path, processes: int) -> list[str]:
+    # --dtype sets the precision; that of a config would differ from the manifest.
+    words = ["--config_file", str(path), "--num_processes", str(processes), "--mixed_precision", "no"]
+    return ["-m", "accelerate.commands.launch", *words]
+
+
 def _launch(config: str, num_processes: int | None) -> NoReturn:
     """Replace this process by `accelerate launch` of the same command line."""
     path = config_path(config)
-    given: Any = load_yaml(path)
-    if not isinstance(given, dict):
-        raise UsageError(f"{path}: not a config of accelerate", code="invalid-option")
+    given = _read(path)
     if given.get("distributed_type") == "DEEPSPEED" and find_spec("deepspeed") is None:
         raise CaiError(
             f"--accelerate-config {config} needs DeepSpeed, which is not installed",
@@ -55,13 +109,18 @@ def _launch(config: str, num_processes: int | None) -> NoReturn:
             code="missing-dependency",
         )
     count = num_processes or int(given.get("num_processes", 1))
-    # --dtype sets the precision; that of a config would differ from the manifest.
-    words = ["--config_file", str(path), "--num_processes", str(count), "--mixed_precision", "no", "--module"]
     own = [*without(sys.argv[1:], ("--accelerate-config", "--num-processes")), "--num-processes", str(count)]
     sys.stderr.flush()
     threads.leave_count_to_launcher()
-    command = [sys.executable, "-m", "accelerate.commands.launch", *words, "cai_cli", *own]
+    command = [sys.executable, *_accelerate(path, count), "--module", "cai_cli", *own]
     os.execv(sys.executable, command)  # noqa: S606 - no shell  # nosec B606
+
+
+def _read(path: Path) -> dict[str, Any]:
+    given: Any = load_yaml(path)
+    if not isinstance(given, dict):
+        raise UsageError(f"{path}: not a config of accelerate", code="invalid-option")
+    return given
 
 
 def config_path(config: str) -> Path:

@@ -2,13 +2,15 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from helpers import rows_in, sample_row, write_rows
+from helpers import manifest_of, rows_in, sample_row, write_rows
+from loopback import Loopback
 
 CLUSTER = Path(__file__).parents[2] / "examples/cluster"
 MODEL = "--model scripted:script.jsonl"
@@ -57,6 +59,55 @@ def test_the_kubernetes_jobs_make_the_whole_output(folder: Path) -> None:
     assert len(rows_in(folder / "revisions.jsonl")) == 20
 
 
+FAKE_VLLM = """\
+import sys, threading
+sys.path.insert(0, {tests!r})
+from loopback import Loopback, good, http
+with Loopback(lambda r: http({{}}) if r.path == "/health" else good(r), int(sys.argv[sys.argv.index("--port") + 1])):
+    threading.Event().wait()
+"""
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not here")
+@pytest.mark.parametrize("exit_code", [0, 1])
+def test_the_servers_of_the_slurm_job_start_and_stop_with_it(folder: Path, exit_code: int) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as any_port:
+        port = any_port.getsockname()[1]
+    (folder / "serve.py").write_text(FAKE_VLLM.format(tests=str(Path(__file__).parents[1])))
+    for name, line in (
+        ("vllm", f'exec {sys.executable} {folder}/serve.py "$@"'),
+        ("srun", 'while [ "${1#--}" != "$1" ]; do shift; done\nexec "$@"'),
+        ("scontrol", "echo 127.0.0.1; echo localhost"),
+    ):
+        (folder / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
+        (folder / "bin" / name).chmod(0o755)
+    stage = f"critique-revise {'samples.jsonl' if exit_code == 0 else 'missing.jsonl'} --rounds 1"
+    variables = {"STAGE": stage, "OUT": "out.jsonl", "MODEL": "m", "SERVER": f"vllm serve m --port {port}"}
+    variables |= {"PORT": str(port), "SLURM_JOB_NODELIST": "a,b", "WAIT": "0.1"}
+    script = ["bash", str(CLUSTER / "slurm_server.sbatch")]
+    if exit_code:
+        with pytest.raises(subprocess.CalledProcessError):
+            run(folder, script, **variables)
+    else:
+        run(folder, script, **variables)
+        assert len(rows_in(folder / "out.jsonl")) == 20
+        used = manifest_of(folder / "out.jsonl")["run"]["usage"]["base_url"]
+        assert used == f"http://127.0.0.1:{port}/v1,http://localhost:{port}/v1"
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.1", port))
+
+
+def test_the_server_of_a_kubernetes_pod_is_a_sidecar_that_the_stage_asks(folder: Path) -> None:
+    job = yaml.safe_load((CLUSTER / "kubernetes_server.yaml").read_text())["spec"]["template"]["spec"]
+    (server,), (stage,) = job["initContainers"], job["containers"]
+    assert (server["restartPolicy"], server["startupProbe"]["httpGet"]["port"]) == ("Always", 8000)
+    with Loopback() as fake:
+        words = stage["args"][0].replace("http://localhost:8000/v1", fake.url).replace("--rounds 4", "--rounds 1")
+        run(folder, [*stage["command"], words], JOB_COMPLETION_INDEX="1")
+        assert len(fake.requests) == 2 * len(rows_in(folder / "revisions.shard-2.jsonl")) > 0
+
+
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not here")
-def test_the_slurm_script_has_no_shell_mistakes() -> None:
-    subprocess.run(["shellcheck", str(CLUSTER / "slurm.sbatch")], check=True)
+@pytest.mark.parametrize("name", ["slurm.sbatch", "slurm_server.sbatch"])
+def test_the_slurm_scripts_have_no_shell_mistakes(name: str) -> None:
+    subprocess.run(["shellcheck", str(CLUSTER / name)], check=True)

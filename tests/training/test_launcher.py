@@ -29,3 +29,34 @@ def test_deepspeed_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
 def test_options_are_removed_from_a_command_line_in_both_spellings() -> None:
     given = ["sft", "in", "--accelerate-config", "fsdp2", "--lora", "--num-processes=4", "-o", "out"]
     assert launcher.without(given, ("--accelerate-config", "--num-processes")) == ["sft", "in", "--lora", "-o", "out"]
+
+
+def test_torchrun_starts_the_processes_of_one_machine_of_a_group() -> None:
+    words = ["sft", "rows.jsonl", "-o", "out", "--num-processes", "4"]
+    command = launcher.group_command(words, None, 4, launcher.Machine(1, 2, "10.0.0.1", 29500))
+    assert command[:2] == ["-m", "torch.distributed.run"]
+    options = set(command[2 : command.index("cai_cli") - 1])
+    assert options == {
+        "--nnodes=2", "--node_rank=1", "--nproc_per_node=2", "--master_addr=10.0.0.1", "--master_port=29500"
+    }  # fmt: skip
+    assert command[command.index("cai_cli") :] == ["cai_cli", "sft", "rows.jsonl", "-o", "out", "--num-processes", "4"]
+
+
+def test_accelerate_starts_the_processes_of_one_machine_and_reads_its_own_options() -> None:
+    from accelerate.commands.launch import launch_command_parser
+
+    words = ["sft", "rows.jsonl", "-o", "out", "--accelerate-config", "fsdp2"]
+    command = launcher.group_command(words, "fsdp2", 16, launcher.Machine(1, 2, "10.0.0.1", 29500))
+    assert command[:2] == ["-m", "accelerate.commands.launch"]
+    read = launch_command_parser().parse_args(command[2:])
+    assert (read.num_processes, read.num_machines, read.machine_rank) == (16, 2, 1)
+    assert (read.main_process_ip, read.main_process_port, read.module) == ("10.0.0.1", 29500, True)
+    assert [read.training_script, *read.training_script_args] == [
+        "cai_cli", "sft", "rows.jsonl", "-o", "out", "--num-processes", "16"
+    ]  # fmt: skip
+
+
+def test_the_number_of_processes_comes_from_the_option_or_the_config() -> None:
+    assert launcher.group_size(None, None) == 1
+    assert launcher.group_size("fsdp2", None) == 8
+    assert launcher.group_size("fsdp2", 16) == 16
