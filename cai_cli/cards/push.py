@@ -46,7 +46,7 @@ def kind_of(directory: Path) -> str:
     if not (directory / "config.json").is_file():
         raise CaiError(
             f"{directory} is neither an exported dataset nor a model",
-            hint="`cai export FILE -o DIR` writes a dataset; sft, train-pm and rl write models",
+            hint="`cai export FILE -o DIR` writes a dataset; sft, train-pm, rl and dpo write models",
             code="not-made-by-cai",
         )
     check_model_dir(directory)

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 _quiet = False
-SECRETS = ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # environment variables
+SECRETS = ("OPENAI_API_KEY", "PM_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # environment variables
 SHORTEST_SECRET = 12  # characters: the placeholders for servers without keys (`none`, `EMPTY`) are not secrets
 _muted = False
 _errors_muted = False

@@ -50,7 +50,16 @@ CHANGED_STAGES: dict[str, frozenset[str]] = {
     "0.2.0": frozenset({"critique", "critique-revise", "eval compare", "label-prefs", "revise", "rl", "train-pm"})
 }
 # Setting that an earlier version did not have -> the value that gives the behaviour of that version.
-ADDED_SETTINGS: dict[str, Any] = {"cut_off": "whole", "scale_rewards": "group"}
+ADDED_SETTINGS: dict[str, Any] = {
+    "cut_off": "whole",
+    "scale_rewards": "group",
+    "weights": "float32",
+    "optimizer": "adamw",
+    "rollouts": "local",
+    "packing": False,
+    "pm_dtype": "float32",
+    "reference_weights": "float32",
+}
 MANIFEST = {"figures": "metrics"}
 PROVENANCE = {"watcher": "monitor"}
 

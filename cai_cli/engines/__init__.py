@@ -20,8 +20,8 @@ def open_engine(
     """The engine for a model name. Nothing heavy is loaded before the first request.
 
     Args:
-        model: `openai:NAME` on a server, `vllm:NAME`, `scripted:FILE`, or a directory, alias or Hub name for the local
-            torch engine.
+        model: `openai:NAME` on a server, `vllm:NAME`, `scripted:FILE`, or a directory, alias or Hub name, with or
+            without `local:`, for the local torch engine.
         batch_size: Rows at once; None takes the default for the engine and its device.
         device: "auto", "cpu" or "cuda".
         dtype: "auto", "float32" or "bfloat16".
@@ -59,4 +59,4 @@ def open_engine(
         return VllmEngine(name, batch_size=batch_size, device=device, dtype=dtype, engine_args=engine_args or {})
     from cai_cli.engines.local.engine import LocalEngine
 
-    return LocalEngine(model, batch_size=batch_size, device=device, dtype=dtype)
+    return LocalEngine(model.removeprefix("local:"), batch_size=batch_size, device=device, dtype=dtype)

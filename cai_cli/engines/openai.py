@@ -31,7 +31,7 @@ from cai_cli.engines.base import (
     Text,
     drop_broken_end,
 )
-from cai_cli.engines.openai_client import Client, ServerResponse, TokenLogprob
+from cai_cli.engines.openai_client import CompletionClient, ServerResponse, TokenLogprob
 
 TOP_LOGPROBS = 20  # per token; the most that OpenAI and, by default, vLLM return
 ANSWER_TOKENS = 16  # enough for a prefill that the model writes itself, and the option
@@ -49,7 +49,7 @@ class OpenAIEngine(Engine):
             UsageError: The address or the key is not valid.
         """
         self.name = model
-        self.client = Client(model, server)
+        self.client = CompletionClient(model, server)
         self.batch_size = 1
         self.workers = self.client.concurrency
         self.usage = self.client.usage

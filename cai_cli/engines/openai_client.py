@@ -10,10 +10,11 @@ run.
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, FiniteFloat, ValidationError
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 A = TypeVar("A")
 T = TypeVar("T")
+R = TypeVar("R")  # the body of a response
 RETRIES = 6  # after the first attempt, about 20 s in all: long enough for a server to restart
 KEY_VARIABLE = "OPENAI_API_KEY"
 ROW_STATUSES = (400, 413, 422)  # HTTP statuses that concern one request only
@@ -113,8 +115,16 @@ class ServerResponse(BaseModel):
 # --- requests -----------------------------------------------------------------------------------------------------
 
 
-class Client:
-    """Sends requests to one model on one server, at most `concurrency` at once, from any number of threads."""
+class Client(Generic[R]):
+    """Sends requests to one model on one server, at most `concurrency` at once, from any number of threads.
+
+    `CompletionClient` requests completions. Another kind of request is a subclass with `_send`, `_parsed` and `_count`.
+    """
+
+    key_variable: ClassVar[str] = KEY_VARIABLE
+    address_option: ClassVar[str] = "--base-url"
+    timeout_option: ClassVar[str] = " (--timeout)"
+    hints: ClassVar[Mapping[int, str]] = HINTS
 
     def __init__(self, model: str, server: Server) -> None:
         """Check the address and the key; no request is sent.
@@ -124,10 +134,10 @@ class Client:
                 record.
         """
         self.model, self.server = model, server
-        self.base_url = checked_url(server.base_url or os.environ.get("OPENAI_BASE_URL"))
-        self.key = os.environ.get(KEY_VARIABLE, "")
+        self.base_url = checked_url(server.base_url, self.address_option, self.key_variable)
+        self.key = os.environ.get(self.key_variable, "")
         if not (self.key.isascii() and self.key.isprintable()):
-            raise UsageError(f"{KEY_VARIABLE} contains characters that a key cannot have", code="invalid-option")
+            raise UsageError(f"{self.key_variable} contains characters that a key cannot have", code="invalid-option")
         self.concurrency = server.concurrency or 16
         self.timeout = server.timeout or 600.0
         self.usage = Usage(self.base_url, price_in=server.price_in, price_out=server.price_out)
@@ -154,11 +164,11 @@ class Client:
                 raise result
         return [result for result in results if not isinstance(result, BaseException)]
 
-    async def request(self, path: str, body: dict[str, Any]) -> ServerResponse:
+    async def request(self, path: str, body: dict[str, Any]) -> R:
         """The response to one request.
 
         Args:
-            path: "chat/completions" or "completions".
+            path: What follows the address, such as "chat/completions".
             body: The request without the model's name.
 
         Raises:
@@ -172,7 +182,7 @@ class Client:
             answered_before = self._answered
             try:
                 response = await self._attempt(path, {"model": self.model, **body})
-            except _Failure as failure:
+            except Failure as failure:
                 if failure.transient and self._answered > answered_before:
                     reason = f"no answer, though others have one: {failure.message}"
                     raise RowError(reason, code="request-failed") from failure
@@ -182,51 +192,44 @@ class Client:
             self._count(response)
             return response
 
-    async def _attempt(self, path: str, body: dict[str, Any]) -> ServerResponse:
-        """The response to one request with its retries. Raises _Failure and RowError."""
+    async def _send(self, path: str, body: dict[str, Any]) -> Any:
+        """Send one request, with its retries, through `self._openai`; returns the raw response."""
+        raise NotImplementedError
+
+    def _parsed(self, content: bytes) -> R:
+        """The response in the body of an answer. Raises Failure and RowError."""
+        raise NotImplementedError
+
+    def _count(self, response: R) -> None:
+        """Count one answer in `self._answered`, and what it used."""
+        raise NotImplementedError
+
+    async def _attempt(self, path: str, body: dict[str, Any]) -> R:
+        """The response to one request with its retries. Raises Failure and RowError."""
         import openai
 
-        route: Any = self._openai.chat.completions if path == "chat/completions" else self._openai.completions
         try:
             async with asyncio.timeout(self.timeout):
-                raw = await route.with_raw_response.create(**body)
+                raw = await self._send(path, body)
         except openai.APIStatusError as error:
             raise self._status_error(error) from None
         except openai.APIConnectionError as error:
             reason = f"no answer in {RETRIES + 1} attempts ({_cause(error)})"
-            raise _Failure(reason, code="server-unreachable", transient=True) from None
+            raise Failure(reason, code="server-unreachable", transient=True) from None
         except TimeoutError:
-            reason = f"no complete answer in {self.timeout:g} s (--timeout)"
-            raise _Failure(reason, code="server-unreachable", transient=True) from None
-        return self._read(raw.content)
-
-    def _read(self, content: bytes) -> ServerResponse:
-        try:
-            response = ServerResponse.model_validate_json(content)
-        except ValidationError:
-            start = self._short(content.decode("utf-8", "replace"))
-            hint = "does --base-url end as the server expects (usually /v1)?"
-            raise _Failure(f"the reply is not a completion: {start!r}", hint, transient=True) from None
-        if len(self.key) >= console.SHORTEST_SECRET and self.key in response.model_dump_json():
-            raise RowError(f"the reply contains the key in {KEY_VARIABLE}", code="wrong-answer")
-        if not _same_model(self.model, response.model):
-            raise _Failure(
-                f"requested the model {self.model!r}, answered as {self._short(str(response.model))!r}",
-                "name the model in --model openai:NAME as the server does (GET /models)",
-            )
-        if not response.choices:
-            raise _Failure("the reply contains no choices", transient=True)
-        return response
+            reason = f"no complete answer in {self.timeout:g} s{self.timeout_option}"
+            raise Failure(reason, code="server-unreachable", transient=True) from None
+        return self._parsed(raw.content)
 
     def _status_error(self, error: "APIStatusError") -> Exception:
-        """The RowError or _Failure for a response with an error status."""
+        """The RowError or Failure for a response with an error status."""
         message = error.body.get("message") if isinstance(error.body, dict) else error.body
         status, text = error.status_code, self._short(str(message or "no reason given"))
         if status in ROW_STATUSES:
             return RowError(f"refused by the server, HTTP {status}: {text}", code="request-failed")
-        hint = HINTS.get(status, RESUME_HINT)
+        hint = self.hints.get(status, RESUME_HINT)
         transient = status in (408, 409) or status >= 500
-        return _Failure(f"HTTP {status}: {text}", hint, code="server-refused", transient=transient)
+        return Failure(f"HTTP {status}: {text}", hint, code="server-refused", transient=transient)
 
     def _short(self, text: str) -> str:
         """One line of a server's text, cut off before the key if the server repeats it, even in part."""
@@ -247,18 +250,6 @@ class Client:
                 code="budget-spent",
             )
             raise self._fatal
-
-    def _count(self, response: ServerResponse) -> None:
-        self._answered += 1
-        if response.usage is None and self.server.budget_tokens is not None:
-            self._fatal = CaiError(
-                "the server does not return the number of tokens used",
-                hint="run without --budget-tokens",
-                code="wrong-answer",
-            )
-        tokens = response.tokens
-        if self.usage.add(response.model or self.model, tokens.prompt_tokens, tokens.completion_tokens):
-            console.warn(f"the server answers as more than one model: {', '.join(self.usage.models)}")
 
     # --- the thread that all requests run in ------------------------------------------------------------------
 
@@ -299,7 +290,49 @@ class Client:
                 thread.join()
 
 
-class _Failure(Exception):
+class CompletionClient(Client[ServerResponse]):
+    """Requests completions ("completions") and chat completions ("chat/completions")."""
+
+    def __init__(self, model: str, server: Server) -> None:
+        """As `Client`; the address may come from OPENAI_BASE_URL."""
+        super().__init__(model, replace(server, base_url=server.base_url or os.environ.get("OPENAI_BASE_URL")))
+
+    async def _send(self, path: str, body: dict[str, Any]) -> Any:
+        route: Any = self._openai.chat.completions if path == "chat/completions" else self._openai.completions
+        return await route.with_raw_response.create(**body)
+
+    def _parsed(self, content: bytes) -> ServerResponse:
+        try:
+            response = ServerResponse.model_validate_json(content)
+        except ValidationError:
+            start = self._short(content.decode("utf-8", "replace"))
+            hint = "does --base-url end as the server expects (usually /v1)?"
+            raise Failure(f"the reply is not a completion: {start!r}", hint, transient=True) from None
+        if len(self.key) >= console.SHORTEST_SECRET and self.key in response.model_dump_json():
+            raise RowError(f"the reply contains the key in {KEY_VARIABLE}", code="wrong-answer")
+        if not _same_model(self.model, response.model):
+            raise Failure(
+                f"requested the model {self.model!r}, answered as {self._short(str(response.model))!r}",
+                "name the model in --model openai:NAME as the server does (GET /models)",
+            )
+        if not response.choices:
+            raise Failure("the reply contains no choices", transient=True)
+        return response
+
+    def _count(self, response: ServerResponse) -> None:
+        self._answered += 1
+        if response.usage is None and self.server.budget_tokens is not None:
+            self._fatal = CaiError(
+                "the server does not return the number of tokens used",
+                hint="run without --budget-tokens",
+                code="wrong-answer",
+            )
+        tokens = response.tokens
+        if self.usage.add(response.model or self.model, tokens.prompt_tokens, tokens.completion_tokens):
+            console.warn(f"the server answers as more than one model: {', '.join(self.usage.models)}")
+
+
+class Failure(Exception):
     """A request without an answer. `transient`: other requests may still be answered."""
 
     def __init__(
@@ -327,8 +360,13 @@ def _openai_client(base_url: str, key: str, timeout: float) -> "AsyncOpenAI":
     )
 
 
-def checked_url(url: str | None) -> str:
+def checked_url(url: str | None, option: str = "--base-url", key_variable: str = KEY_VARIABLE) -> str:
     """The address of a server's API without a trailing slash.
+
+    Args:
+        url: The address.
+        option: The option that gives it, for messages.
+        key_variable: The environment variable that gives the key, for messages.
 
     Raises:
         UsageError: There is no address (`missing-option`), or it is not a server's address or contains a secret
@@ -348,12 +386,12 @@ def checked_url(url: str | None) -> str:
         if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
             if parts.username or parts.password or parts.query or parts.fragment:
                 raise UsageError(
-                    "--base-url must not contain a user, password or query: manifests record it",
-                    hint=f"the key comes from {KEY_VARIABLE}",
+                    f"{option} must not contain a user, password or query: manifests record it",
+                    hint=f"the key comes from {key_variable}",
                     code="invalid-option",
                 )
             return url.rstrip("/")
-    raise UsageError("--base-url must be http://HOST[:PORT]/PATH or https://...", code="invalid-option")
+    raise UsageError(f"{option} must be http://HOST[:PORT]/PATH or https://...", code="invalid-option")
 
 
 def _same_model(requested: str, answered: str | None) -> bool:

@@ -43,8 +43,9 @@ PLACEMENT = frozenset(
 HELP = {
     "kv cache": "--engine-arg max_model_len=N with a smaller window, or --engine-arg gpu_memory_utilization=0.95",
     "out of memory": "--engine-arg gpu_memory_utilization=X, tensor_parallel_size=N, or a smaller model",
-    "head size": "--engine-arg attention_backend=NAME with a backend that takes it, or a local model without vllm:",
-    "not supported": "use it as a local model, without vllm:",
+    "head size": "--engine-arg attention_backend=NAME with a backend that takes it, or local:NAME",
+    "not supported": "use it as a local model, local:NAME",
+    "be reached": "start the server as docs/scale.md describes, or check the address",
 }
 
 
@@ -88,7 +89,7 @@ class VllmEngine(Engine):
             raise CaiError(
                 "vLLM is not installed", hint="pip install 'cai[vllm]' (needs a GPU)", code="missing-dependency"
             ) from error
-        with _failures_of_vllm():
+        with failures_of_vllm():
             return LLM(
                 model=str(self.path),
                 dtype=self._dtype,
@@ -136,7 +137,7 @@ class VllmEngine(Engine):
 
         token_prompts = [TokensPrompt(prompt_token_ids=list(ids)) for ids in prompts]
         llm = self.llm
-        with _failures_of_vllm():
+        with failures_of_vllm():
             outputs: list[Any] = llm.generate(token_prompts, [SamplingParams(**p) for p in params], use_tqdm=False)
         return outputs
 
@@ -217,8 +218,8 @@ class VllmEngine(Engine):
 
 
 @contextmanager
-def _failures_of_vllm() -> Iterator[None]:
-    """Raise what fails inside vLLM as one CaiError `engine-failed`, with the setting that helps."""
+def failures_of_vllm() -> Iterator[None]:
+    """A context that raises what fails inside vLLM as one CaiError `engine-failed`, with the setting that helps."""
     try:
         yield
     except CaiError:

@@ -28,7 +28,6 @@ from cai_cli.judging.labeller import JudgeOptions, estimate_votes, labeller_sett
 from cai_cli.judging.votes import Labeller
 from cai_cli.metrics.elo import Tournament
 from cai_cli.metrics.intervals import fewest_clusters
-from cai_cli.reward.preference_model import preference_model_identity
 from cai_cli.reward.scorer import Scorer
 from cai_cli.runtime.config import Effect, Group, Option, option, redefine
 from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
@@ -304,7 +303,7 @@ def open_comparer(config: CompareConfig, models: Sequence[str]) -> Comparer:
         scorer = Scorer(str(config.pm), config.batch_size, config.device)
         settings = {"kind": config.kind, "limit": config.limit} | named
         work = partial(compare_by_scores, scorer=scorer)
-        recorded = {"settings": settings, "pm": preference_model_identity(scorer.base)}
+        recorded = {"settings": settings, "pm": scorer.identity()}
         return Comparer(work, 4 * scorer.batch_size, None, recorded)
     labeller, loaded = open_labeller(config, config.judge, both_orders=True)
     engine = labeller.judge.engine

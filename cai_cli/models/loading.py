@@ -1,12 +1,14 @@
 """Loads models and tokenizers from directories, without running code that comes with them."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.models.fetch import check_model_dir, loading
 from cai_cli.models.reading import ReadAt, Reading, place_of, read_last_token
+from cai_cli.models.shards import undivided, unread_here, without_weights
 from cai_cli.models.template_date import hold_template_date, refuse_random_template
 
 if TYPE_CHECKING:
@@ -64,13 +66,17 @@ def load_generation_config(path: Path) -> "GenerationConfig":
         return GenerationConfig.from_model_config(config)
 
 
-def load_causal_lm(path: Path, dtype: str = "float32", device: str = "cpu") -> "PreTrainedModel":
+def load_causal_lm(
+    path: Path, dtype: str = "float32", device: str = "cpu", *, sharded: bool = False
+) -> "PreTrainedModel":
     """The language model in a directory, in evaluation mode.
 
     Args:
         path: The directory of the model.
         dtype: The data type of its weights, one of `DTYPES`.
         device: The device as torch names it.
+        sharded: Whether a trainer is to divide the weights among the processes: they stay on the CPU, and only the
+            first process of each machine reads them, or each reads its share with ZeRO-3.
 
     Raises:
         CaiError: The directory is not that of a complete language model (`invalid-model`, `wrong-model-kind`), the
@@ -82,14 +88,19 @@ def load_causal_lm(path: Path, dtype: str = "float32", device: str = "cpu") -> "
     check_model_dir(path)
     if _is_classifier(path):
         raise CaiError(f"{path}: a preference model, not a language model", code="wrong-model-kind")
-    model, missing = _load(AutoModelForCausalLM, path, dtype, device)
+    model, missing = _load(AutoModelForCausalLM, path, dtype, device, sharded)
     if missing:
         raise CaiError(f"{path}: weights are missing: {', '.join(sorted(missing)[:3])}", code="invalid-model")
     return model
 
 
 def load_reward_model(
-    path: Path, dtype: str = "float32", device: str = "cpu", new_head_seed: int | None = None
+    path: Path,
+    dtype: str = "float32",
+    device: str = "cpu",
+    new_head_seed: int | None = None,
+    *,
+    sharded: bool = False,
 ) -> "PreTrainedModel":
     """The preference model in a directory: a sequence classifier with one output, in evaluation mode.
 
@@ -102,6 +113,7 @@ def load_reward_model(
         device: The device as torch names it.
         new_head_seed: If given, `path` may be a language model to start training from, and this seed initialises its
             scalar head. If None, a missing head is an error, because a random head would give random rewards.
+        sharded: As for `load_causal_lm`.
 
     Raises:
         CaiError: As `load_causal_lm`.
@@ -115,7 +127,7 @@ def load_reward_model(
     with torch.random.fork_rng(devices=[], enabled=new_head_seed is not None):
         if new_head_seed is not None:
             torch.manual_seed(new_head_seed)
-        model, missing = _load(AutoModelForSequenceClassification, path, dtype, device, num_labels=1)
+        model, missing = _load(AutoModelForSequenceClassification, path, dtype, device, sharded, num_labels=1)
     head = {name for name in missing if name.split(".")[0] in ("score", "classifier")}
     if missing - head or (head and new_head_seed is None):
         raise CaiError(
@@ -155,7 +167,9 @@ def _is_classifier(path: Path) -> bool:
         raise CaiError(f"{path / 'config.json'}: not a model's config: {error}", code="invalid-model") from error
 
 
-def _load(auto: Any, path: Path, dtype: str, device: str, **options: object) -> tuple["PreTrainedModel", set[str]]:
+def _load(
+    auto: Any, path: Path, dtype: str, device: str, sharded: bool, **options: object
+) -> tuple["PreTrainedModel", set[str]]:
     """The model, and the names of the parameters that are missing in `path` (they are random)."""
     import torch
 
@@ -163,18 +177,22 @@ def _load(auto: Any, path: Path, dtype: str, device: str, **options: object) -> 
         raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}", code="invalid-option")
     if device == "cpu":
         _keep_freed_memory()
+    precision = getattr(torch, dtype)
     with loading(path):
-        model, info = auto.from_pretrained(
-            path,
-            dtype=getattr(torch, dtype),
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-            **options,
-        )
+        if sharded and unread_here():
+            return without_weights(auto, path, precision, **options), set()
+        with nullcontext() if sharded else undivided():
+            model, info = auto.from_pretrained(
+                path,
+                dtype=precision,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+                **options,
+            )
     try:
-        return model.to(device), set(info["missing_keys"])
+        return model if sharded else model.to(device), set(info["missing_keys"])
     except (RuntimeError, AssertionError) as error:  # no such device, or not enough memory on it
         raise CaiError(
             f"{path}: cannot be put on device {device!r}: {str(error).splitlines()[0]}",

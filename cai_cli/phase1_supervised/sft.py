@@ -21,19 +21,19 @@ from cai_cli.common.seeds import seed_for
 from cai_cli.data.formats import completed_row
 from cai_cli.data.reply_ends import CUT_OFF, cut_off_share
 from cai_cli.data.row_reader import RowReader
-from cai_cli.data.schema import Message, Revision, Sample, conversation_id, reject
+from cai_cli.data.schema import Revision, Sample, conversation_id, reject
 from cai_cli.data.splits import held_out_keys, mixed, too_long_for
-from cai_cli.engines.tokenization import encode_chat
 from cai_cli.models.loading import tokenizer_and_window
 from cai_cli.models.source import ModelSource
-from cai_cli.prompting.base import assistant
 from cai_cli.runtime.config import Effect, Group, Option, option
 from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
 from cai_cli.runtime.counts import Counts
 from cai_cli.runtime.manifest import hash_input, provenance
 from cai_cli.runtime.shared_options import DEFAULT_MODEL, MODEL_TO_TRAIN_HELP
 from cai_cli.runtime.stage import Phase, Stage
+from cai_cli.training import sharding
 from cai_cli.training.checkpoints import save_finished
+from cai_cli.training.completions import Encoded, encode
 from cai_cli.training.config import TrainingConfig
 from cai_cli.training.cpu_logprobs import use_unfused_head
 from cai_cli.training.loop import fit, without_printer
@@ -92,6 +92,13 @@ class SftConfig(EpochOptions):
         "Replies that were cut off at the length limit: train on them without an end of turn (open), leave them out "
         "(skip), or train on them as if they were whole (whole).",
     )
+    packing: bool = option(
+        False,
+        "Fill each row of a batch with as many examples as --max-length takes, and pad nothing. Examples do not attend "
+        "to each other, which needs --attention flash_attention_2 or 3 on a GPU, or a model whose layers all use full "
+        "attention.",
+        Option(group=Group.TRAINING, flags=("--packing",)),
+    )
 
 
 @dataclass(frozen=True)
@@ -103,52 +110,11 @@ class Example:
     finish_reason: str | None
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """Token ids of a prompt and a reply.
-
-    Attributes:
-        ids: The ids of the whole conversation, shape (length,).
-        prompt_length: Number of leading ids that belong to the prompt and carry no loss.
-    """
-
-    ids: list[int]
-    prompt_length: int
-
-    def columns(self) -> dict[str, list[int]]:
-        """The row of the training dataset; labels of the prompt are -100."""
-        labels = [-100] * self.prompt_length + self.ids[self.prompt_length :]
-        return {"input_ids": self.ids, "labels": labels}
-
-
 def examples_of(row: Sample, revisions: Literal["all", "last"]) -> list[Example]:
     """The training examples of a row: its completion and, with `all`, the revisions of earlier rounds."""
     earlier = row.history[1:] if isinstance(row, Revision) and revisions == "all" else []
     examples = [Example(row, each.response, each.finish_reason) for each in earlier]
     return [*examples, Example(row, row.reply, row.finish_reason)]
-
-
-def encode(
-    tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[Message], reply: str, *, close: bool = True
-) -> Encoded:
-    """Encode a prompt and a reply in the chat template.
-
-    Args:
-        tokenizer: The model's tokenizer.
-        prompt: The prompt.
-        reply: The reply.
-        close: Whether the end of turn follows the reply.
-
-    Raises:
-        RowError: The template cannot render the conversation, or does not render the prompt as its start.
-    """
-    start = encode_chat(tokenizer, prompt, add_generation_prompt=True)
-    ids = encode_chat(tokenizer, [*prompt, assistant(reply)], add_generation_prompt=False, close=close)
-    if ids[: len(start)] != start:
-        raise RowError(
-            "the chat template does not render the prompt as the start of the conversation", code="no-chat-template"
-        )
-    return Encoded(ids, len(start))
 
 
 def encode_all(
@@ -220,7 +186,8 @@ def sft(
     """
     from cai_cli.models.loading import load_causal_lm
 
-    model = load_causal_lm(base, "float32", training.device)
+    with sharding.loading(training.arguments(work)) as sharded:
+        model = load_causal_lm(base, "float32", training.device, sharded=sharded)
     metrics = Metrics(work / "metrics.jsonl", [*COLUMNS, "held_out_loss"])
     with quiet_libraries():
         trainer = _trainer(model, tokenizer, train, held_out, training, work)

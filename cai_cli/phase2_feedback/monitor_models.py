@@ -19,7 +19,7 @@ from cai_cli.judging.judge import Judge
 from cai_cli.judging.votes import Labeller, PairVerdict
 from cai_cli.models.source import ModelSource
 from cai_cli.prompting.base import assistant, resolve_prompt_format
-from cai_cli.reward.preference_model import open_for_scores, preference_model_identity, score_conversations
+from cai_cli.reward.scorer import Scorer, required_score
 
 # Prompts and their replies -> one score each.
 ReplyScorer = Callable[[Sequence[Prompt], Sequence[str]], list[float]]
@@ -43,7 +43,14 @@ class MonitorModel:
 
 
 def pick_monitor_model(
-    monitor_pm: str | None, monitor_judge: str | None, base_url: str | None, pm: ModelSource, *, device: str, seed: int
+    monitor_pm: str | None,
+    monitor_judge: str | None,
+    base_url: str | None,
+    pm: ModelSource | None,
+    *,
+    device: str,
+    seed: int,
+    dtype: str = "float32",
 ) -> MonitorModel | None:
     """The monitor model that the options name.
 
@@ -51,8 +58,9 @@ def pick_monitor_model(
         monitor_pm: Name of a preference model.
         monitor_judge: Name of a judge, an instruct model.
         base_url: Address of the judge's server.
-        pm: The preference model of the reward.
+        pm: The preference model of the reward; None where only a server has it.
         device: Where a preference model runs.
+        dtype: The precision of a preference model, by its name in torch, or "auto".
         seed: Random seed of the judge's votes.
 
     Returns:
@@ -73,15 +81,13 @@ def pick_monitor_model(
             "--monitor-pm and --monitor-judge exclude each other", hint="leave one out", code="option-conflict"
         )
     if monitor_pm:
-        base = ModelSource.resolve(monitor_pm)
-        if base.fingerprint == pm.fingerprint:
+        scorer = Scorer(monitor_pm, None, device, dtype=dtype)
+        if pm and scorer.fingerprint == pm.fingerprint:
             raise UsageError(
                 "--monitor-pm and --pm are the same model: a monitor must not be used as the reward",
                 code="option-conflict",
             )
-        return MonitorModel(
-            preference_model_identity(base), base.path, lambda: _as_monitor(preference_score(base.path, device))
-        )
+        return MonitorModel(scorer.identity(), scorer.path, lambda: _as_monitor(preference_score(scorer)))
     if monitor_judge:
         engine = open_engine(monitor_judge, batch_size=None, device="auto", dtype="auto", server=Server(base_url))
         loaded = open_constitution(PreferenceConstitution, None, None)
@@ -93,19 +99,19 @@ def pick_monitor_model(
     return None
 
 
-def preference_score(path: Path, device: str, batch_size: int = 16) -> ReplyScorer:
+def preference_score(scorer: Scorer) -> ReplyScorer:
     """A preference model as a function of prompts and replies. A score is a logit.
 
+    The function raises CaiError where a reply gets no score.
+
     Args:
-        path: Directory of the preference model.
-        device: Where it runs.
-        batch_size: Conversations in one forward pass.
+        scorer: The preference model; it is loaded here.
     """
-    model, tokenizer = open_for_scores(path, device)
+    scores_of = scorer.conversation_scores
 
     def score(prompts: Sequence[Prompt], replies: Sequence[str]) -> list[float]:
         conversations = [[*p.prompt, assistant(reply)] for p, reply in zip(prompts, replies, strict=True)]
-        return score_conversations(model, tokenizer, conversations, batch_size)
+        return [required_score(one) for one in scores_of(conversations, [prompt.key for prompt in prompts])]
 
     return score
 

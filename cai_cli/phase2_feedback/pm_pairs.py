@@ -1,8 +1,8 @@
-"""The pairs of `cai train-pm`: read, encoded, and scored by a preference model."""
+"""The pairs of `cai train-pm` and `cai dpo`: read, encoded, and scored by a preference model."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cai_cli.common.errors import RowError
 from cai_cli.data.formats import parse_preference
@@ -68,19 +68,30 @@ class EncodedPair:
         return {"chosen_ids": self.chosen, "rejected_ids": self.rejected, "p_chosen": self.target}
 
 
+P = TypeVar("P", bound=EncodedPair)
+
+
+def encode_pair(tokenizer: "PreTrainedTokenizerBase", row: Preference) -> EncodedPair:
+    """Encode both conversations of a pair, up to the tokens at which a preference model is read. Raises RowError."""
+    chosen, rejected = (
+        encode_conversation(tokenizer, [*row.prompt, *reply], PLACE) for reply in (row.chosen, row.rejected)
+    )
+    return EncodedPair(row, chosen, rejected, row.p_chosen)
+
+
 def encode_pairs(
-    tokenizer: "PreTrainedTokenizerBase",
+    encode: Callable[[Preference], P],
     rows: Sequence[Preference],
     max_length: int,
     counts: Counts,
     *,
     window: int,
     hard: bool,
-) -> list[EncodedPair]:
+) -> list[P]:
     """Encode the pairs, and reject those that cannot be trained on.
 
     Args:
-        tokenizer: The model's tokenizer.
+        encode: Encodes a pair, or raises RowError.
         rows: The preferences.
         max_length: Longest conversation in tokens.
         counts: Receives the rejected and skipped rows, and how the replies of the others ended.
@@ -93,20 +104,20 @@ def encode_pairs(
     pairs, too_long = [], too_long_for(max_length, window)
     for row in rows:
         try:
-            ids = [encode_conversation(tokenizer, [*row.prompt, *reply], PLACE) for reply in (row.chosen, row.rejected)]
+            pair = encode(row)
         except RowError as error:
             counts.reject(reject(row.key, error.message, row))
             continue
         if problem := pair_problem(row.chosen, row.rejected):
             counts.reject(reject(row.key, problem, row))
-        elif max(map(len, ids)) > min(max_length, window):
+        elif max(map(len, pair.ids)) > min(max_length, window):
             counts.reject(reject(row.key, too_long, row))
-        elif ids[0] == ids[1]:  # the chat template may change a text
+        elif pair.chosen == pair.rejected:  # the chat template may change a text
             counts.reject(reject(row.key, IDENTICAL_REPLIES, row))
         elif hard and row.p_chosen == 0.5:
             counts.skipped["a tie, which has no hard target"] += 1
         else:
-            pairs.append(EncodedPair(row, ids[0], ids[1], 1.0 if hard else row.p_chosen))
+            pairs.append(replace(pair, target=1.0) if hard else pair)
             counts.reply_ends.add("replies", row.chosen_finish_reason)
             counts.reply_ends.add("replies", row.rejected_finish_reason)
     return pairs

@@ -14,7 +14,8 @@ a prompt (both constants are in the manifest). So beta, in standard deviations p
 for every preference model, even one whose labels were clamped to 40-60% and whose margins are at most ln 1.5 = 0.405.
 
 Replies are sampled as in `cai sample`, not by TRL: with the same seed a run has the same prompts, replies and rewards
-on one process and on several, up to rounding.
+on one process and on several, up to rounding. On CUDA vLLM may sample them instead (`rl_rollouts`), without that
+promise.
 
 Every `--monitor-every` steps the policy answers the held-out prompts: `rl_monitor` documents what is measured,
 `goodhart` when a check is flagged.
@@ -23,6 +24,7 @@ Every `--monitor-every` steps the policy answers the held-out prompts: `rl_monit
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,9 @@ from cai_cli.constitution.schema import PreferenceConstitution, open_constitutio
 from cai_cli.data.schema import Prompt
 from cai_cli.data.splits import mixed
 from cai_cli.engines.base import Sampling
-from cai_cli.engines.tokenization import declare_end_of_turn
+from cai_cli.engines.choice import this_machine
+from cai_cli.engines.tokenization import declare_end_of_turn, end_of_turn_ids
+from cai_cli.engines.vllm import failures_of_vllm
 from cai_cli.models.source import ModelSource
 from cai_cli.phase2_feedback.goodhart import weak_alarm
 from cai_cli.phase2_feedback.monitor_models import MonitorModel, ReplyScorer, pick_monitor_model, preference_score
@@ -48,13 +52,15 @@ from cai_cli.phase2_feedback.rl_monitor import (
     logits_of,
     reference_of,
 )
-from cai_cli.phase2_feedback.rl_prompts import fitting_prompts, hold_out, prompt_order
-from cai_cli.phase2_feedback.rl_trainer import preference_reward, with_seeded_sampling
-from cai_cli.reward.preference_model import preference_model_identity
+from cai_cli.phase2_feedback.rl_prompts import fitting_prompts, hold_out, longest_prompt, prompt_order
+from cai_cli.phase2_feedback.rl_rollouts import Rollouts, pick_rollouts, rollout_facts, trl_arguments
+from cai_cli.phase2_feedback.rl_trainer import preference_reward, with_seeded_sampling, with_vllm_sampling
+from cai_cli.reward.scorer import Scorer
 from cai_cli.runtime.cost import CHARACTERS_PER_TOKEN, RowFlow, StepCost, TokenCounts
 from cai_cli.runtime.counts import Counts
 from cai_cli.runtime.manifest import hash_input, provenance
 from cai_cli.runtime.output_files import sidecar
+from cai_cli.runtime.shared_options import named_values
 from cai_cli.runtime.stage import Phase, Stage
 from cai_cli.training import distributed
 from cai_cli.training.checkpoints import save_finished, save_model
@@ -78,6 +84,7 @@ COLUMNS = {
     "cut_off_share": "cut_off_share",
     "sampling_logp_difference": "sampling_logp_difference",
     "importance_ratio_max": "importance_ratio_max",
+    "importance_weight": "sampling/importance_sampling_ratio/mean",
 }
 
 
@@ -87,17 +94,19 @@ class RlInputs:
 
     Attributes:
         base: Directory of the start model, which is the reference model too.
-        preference_model: Directory of the preference model of the reward.
+        preference_model: The preference model of the reward.
         train: The prompts to train on.
         held_out: The prompts to check the policy on.
         monitor_model: The monitor model, or None.
+        rollouts: What samples the replies to train on, without `auto`.
     """
 
     base: Path
-    preference_model: Path
+    preference_model: Scorer
     train: Sequence[Prompt]
     held_out: Sequence[Prompt]
     monitor_model: MonitorModel | None
+    rollouts: Rollouts = Rollouts.LOCAL
 
 
 def rl(inputs: RlInputs, config: RlConfig, training: TrainingConfig, work: Path) -> dict[str, Any]:
@@ -125,7 +134,7 @@ def rl(inputs: RlInputs, config: RlConfig, training: TrainingConfig, work: Path)
     if policy.config._name_or_path != str(base):
         raise AssertionError("TRL would load the reference model from another directory")
     ends = declare_end_of_turn(policy, tokenizer)  # TRL reads the config
-    score = preference_score(inputs.preference_model, training.device, training.batch_size)
+    score = preference_score(inputs.preference_model)
     metrics = Metrics(work / "metrics.jsonl", [*COLUMNS, *CHECK_COLUMNS])
     monitor = _open_monitor(inputs, config, training, tokenizer, score, work)
     if not metrics.at(0):
@@ -173,7 +182,7 @@ def _open_monitor(
         work / "samples.jsonl",
         Sampling(config.max_new_tokens, config.temperature),
         training.seed,
-        training.batch_size,
+        config.rollout_batch_size,
         config.checks,
         autocast=training.autocast,
     )
@@ -182,41 +191,57 @@ def _open_monitor(
 def _policy_trainer(
     inputs: RlInputs, config: RlConfig, training: TrainingConfig, work: Path, policy: Any, tokenizer: Any, reward: Any
 ) -> Any:
-    """TRL's trainer, with replies sampled as in `cai sample` and prompts in the order of `prompt_order`."""
+    """TRL's trainer, with replies sampled as `inputs.rollouts` says and prompts in the order of `prompt_order`."""
     from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
     assert training.max_steps  # noqa: S101
-    trainer_class, config_class = {
-        Algorithm.RLOO: (RLOOTrainer, RLOOConfig),
-        Algorithm.GRPO: (GRPOTrainer, GRPOConfig),
-    }[config.algorithm]
-    scaling = {"scale_rewards": config.scale_rewards.value} if config.algorithm is Algorithm.GRPO else {}
     order = prompt_order(len(inputs.train), training.max_steps, config.prompts_per_step, training.seed)
-    sampling = Sampling(config.max_new_tokens, config.temperature)
-    seeded_class = with_seeded_sampling(trainer_class, sampling, training.batch_size)
-    trainer = without_printer(
-        seeded_class(
+    trainer_class, args = _trainer_class_and_args(inputs, config, training, work, policy, tokenizer)
+    with failures_of_vllm() if inputs.rollouts is not Rollouts.LOCAL else nullcontext(), distributed.same_environment():
+        trainer = trainer_class(
             model=policy,
             processing_class=tokenizer,
             reward_funcs=reward,
-            args=config_class(
-                **training.arguments(work),
-                num_generations=config.samples_per_prompt,
-                max_completion_length=config.max_new_tokens,
-                temperature=config.temperature,
-                beta=config.trainer_beta,
-                **scaling,
-                shuffle_dataset=False,  # TRL's own order would not survive a resume
-            ),
+            args=args,
             train_dataset=Dataset.from_list(
                 [{"prompt": [m.model_dump() for m in inputs.train[i].prompt]} for i in order]
             ),
             peft_config=training.peft_config(),
         )
-    )
     use_unfused_head(trainer, config.temperature)
-    return trainer
+    return without_printer(trainer)
+
+
+def _trainer_class_and_args(
+    inputs: RlInputs, config: RlConfig, training: TrainingConfig, work: Path, policy: Any, tokenizer: Any
+) -> tuple[Any, Any]:
+    """The class of the trainer and its TRL config."""
+    from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+    trainer_class, config_class = {
+        Algorithm.RLOO: (RLOOTrainer, RLOOConfig),
+        Algorithm.GRPO: (GRPOTrainer, GRPOConfig),
+    }[config.algorithm]
+    args = config_class(
+        **training.arguments(work),
+        num_generations=config.samples_per_prompt,
+        max_completion_length=config.max_new_tokens,
+        temperature=config.temperature,
+        beta=config.trainer_beta,
+        **({"scale_rewards": config.scale_rewards.value} if config.algorithm is Algorithm.GRPO else {}),
+        shuffle_dataset=False,  # TRL's own order would not survive a resume
+        **trl_arguments(
+            inputs.rollouts,
+            end_of_turn_ids(tokenizer, policy.generation_config),
+            longest_prompt(inputs.train, tokenizer) + config.max_new_tokens,
+            config.rollout_url,
+            named_values(config.engine_arg),
+        ),
+    )
+    if inputs.rollouts is not Rollouts.LOCAL:
+        return with_vllm_sampling(trainer_class), args
+    sampling = Sampling(config.max_new_tokens, config.temperature)
+    return with_seeded_sampling(trainer_class, sampling, config.rollout_batch_size), args
 
 
 def manifest_metrics(metrics: Metrics, normalizer: RewardNormalizer, kept: int) -> dict[str, Any]:
@@ -321,26 +346,36 @@ def run(config: RlConfig) -> dict[str, Any]:
     """Train on a file of prompts. Returns the summary. Raises UsageError, CaiError."""
     config.launch()
     training = config.training_config()
-    models = {"model": ModelSource.resolve(config.model), "pm": ModelSource.resolve(config.pm)}
-    base, pm = models["model"].path, models["pm"].path
+    pm = config.reward_scorer(training)
+    models = {"model": ModelSource.resolve(config.model)} | ({"pm": pm.source} if pm.source else {})
+    base = models["model"].path
     monitor_model = pick_monitor_model(
-        config.monitor_pm, config.monitor_judge, config.base_url, models["pm"], device=training.device, seed=config.seed
+        config.monitor_pm,
+        config.monitor_judge,
+        config.base_url,
+        pm.source,
+        device=pm.device,
+        dtype=config.pm_dtype.value,
+        seed=config.seed,
     )
     inputs = {"prompts": hash_input(config.input)}
     if config.helpful:
         inputs["helpful"] = hash_input(config.helpful)
-    preference_models = [pm, *([monitor_model.path] if monitor_model and monitor_model.path else [])]
+    preference_models = [path for path in (pm.path, monitor_model and monitor_model.path) if path]
     prompts = read_rl_prompts(config, base, preference_models)
     if config.report_to is Reporter.TENSORBOARD:  # not in OUT.partial, which is removed
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(sidecar(Path(config.output), "tensorboard")))
-    rl_inputs = RlInputs(base, pm, prompts.train, prompts.held_out, monitor_model)
+    rollouts = pick_rollouts(config.rollouts, base, this_machine(training.device))
+    rl_inputs = RlInputs(base, pm, prompts.train, prompts.held_out, monitor_model, rollouts)
     return TrainingJob(
         provenance=provenance(
             "rl",
             inputs=inputs,
-            settings=training.settings(config),
+            settings=training.settings(
+                config, pm_dtype=pm.dtype, reference_weights=training.frozen_dtype, rollouts=rollouts.value
+            ),
             model=models["model"].identity(),
-            pm=preference_model_identity(models["pm"]),
+            pm=pm.identity(),
             monitor=monitor_model.identity if monitor_model else None,
             rows=prompts.rows,
         ),
@@ -352,7 +387,8 @@ def run(config: RlConfig) -> dict[str, Any]:
         train=lambda work: rl(rl_inputs, config, training, work),
         facts=training.facts(
             "pass after pass over all prompts, each in a new random order", config.steps * config.replies
-        ),
+        )
+        | rollout_facts(rollouts),
     ).run(as_json=config.as_json)
 
 

@@ -6,9 +6,17 @@ from typing import Any, ClassVar
 
 from cai_cli.common.errors import UsageError
 from cai_cli.models.loading import pick_device
-from cai_cli.reward.scorer import PreferenceModelOptions
+from cai_cli.phase2_feedback import rl_rollouts
+from cai_cli.phase2_feedback.rl_rollouts import Rollouts
+from cai_cli.reward.scorer import PreferenceModelOptions, Scorer, check_device
 from cai_cli.runtime.config import Effect, Group, Option, option, redefine
-from cai_cli.runtime.shared_options import DEFAULT_MODEL, MODEL_TO_TRAIN_HELP, EngineOptions, SamplingOptions
+from cai_cli.runtime.shared_options import (
+    DEFAULT_MODEL,
+    MODEL_TO_TRAIN_HELP,
+    EngineOptions,
+    SamplingOptions,
+    named_values,
+)
 from cai_cli.training import distributed
 from cai_cli.training.config import TrainingConfig
 from cai_cli.training.options import DefaultRates, TrainerOptions
@@ -43,6 +51,11 @@ class RlConfig(TrainerOptions, PreferenceModelOptions):
     """
 
     model: str = option(DEFAULT_MODEL, MODEL_TO_TRAIN_HELP, Option(Effect.HASHED, Group.MODEL, flags=("--model", "-m")))
+    pm_device: str = option(
+        "auto",
+        "Device of the preference model: cpu, cuda or cuda:N; auto is the device of training.",
+        Option(Effect.HARMLESS, Group.MODEL, metavar="DEVICE"),
+    )
     helpful: str | None = option(
         None,
         "File of helpful prompts to mix in, in any format that INPUT takes.",
@@ -73,6 +86,29 @@ class RlConfig(TrainerOptions, PreferenceModelOptions):
         "Replies in one forward pass of one process; by default its whole share of a step.",
         Option(Effect.HARMLESS, Group.TRAINING),
         ge=1,
+    )
+    rollouts: Rollouts = option(
+        Rollouts.AUTO,
+        "What samples the replies to train on: local (the engine of `cai sample`), vllm (on the GPUs of the policy) or "
+        "vllm-server. auto is vllm on CUDA where it is installed and knows the model, else local.",
+        Option(group=Group.SAMPLING),
+    )
+    rollout_batch_size: int | None = option(
+        None,
+        "Replies that local rollouts and checks sample at once in one process; by default fitted to the device.",
+        Option(Effect.HARMLESS, Group.SAMPLING),
+        ge=1,
+    )
+    rollout_url: str | None = option(
+        None,
+        "Address of the `vllm serve` that samples the replies, as http://HOST:PORT.",
+        Option(Effect.HARMLESS, Group.SAMPLING),
+    )
+    engine_arg: list[str] | None = redefine(
+        EngineOptions,
+        "engine_arg",
+        None,
+        "Setting of vLLM's rollouts, such as gpu_memory_utilization=0.4; can be repeated.",
     )
     max_new_tokens: int = redefine(SamplingOptions, "max_new_tokens", 128)
     temperature: float = option(1.0, "Sampling temperature.", Option(group=Group.SAMPLING), ge=0.01)
@@ -137,16 +173,26 @@ class RlConfig(TrainerOptions, PreferenceModelOptions):
 
     def check(self) -> None:
         super().check()
+        check_device(self.pm_device)
+        if self.pm_url and self.pm_device != "auto":
+            raise UsageError("--pm-url excludes --pm-device: the model runs on the server", code="option-conflict")
         if self.algorithm is Algorithm.RLOO and self.scale_rewards is not ScaleRewards.NONE:
             raise UsageError(
                 f"--scale-rewards {self.scale_rewards} is an option of --algorithm grpo", code="option-conflict"
             )
+        rl_rollouts.check_options(
+            self.rollouts, self.rollout_batch_size, self.rollout_url, named_values(self.engine_arg)
+        )
         if self.report_to and find_spec(self.report_to) is None:
             raise UsageError(
                 f"--report-to {self.report_to}: not installed",
                 hint=f"pip install {self.report_to}",
                 code="missing-dependency",
             )
+
+    def reward_scorer(self, training: TrainingConfig) -> Scorer:
+        """The preference model of the reward. Raises UsageError, CaiError."""
+        return self.open_scorer(training.batch_size, training.device if self.pm_device == "auto" else self.pm_device)
 
     def training_config(self) -> TrainingConfig:
         """These options as a trainer takes them.
@@ -156,17 +202,19 @@ class RlConfig(TrainerOptions, PreferenceModelOptions):
             CaiError: There is no such device.
         """
         share = _share(self.replies, self.batch_size)
+        device = pick_device(self.device)
         return TrainingConfig(
             batch_size=self.batch_size or share,
             gradient_accumulation=share // (self.batch_size or share),
             learning_rate=self.peak_learning_rate,
             save_steps=self.save_steps,
             seed=self.seed,
-            device=pick_device(self.device),
+            device=device,
             lora_rank=self.lora_rank if self.lora else None,
             max_steps=self.steps,
             schedule="constant",
             report_to=self.report_to,
+            **self.memory_options(device),
         )
 
 

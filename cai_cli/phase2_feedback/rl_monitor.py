@@ -63,7 +63,7 @@ class Monitor:
         file: Where the replies of all checks are written.
         sampling: How tokens are sampled.
         seed: Random seed of the run.
-        batch_size: Replies that are sampled at once.
+        batch_size: Replies that are sampled at once; None for the default of the local engine.
         total: Number of checks of the run, without the start model's.
         rows: The replies of all checks so far, in order.
         autocast: The context that gives policy and reference the precision of training, whatever wraps them.
@@ -76,7 +76,7 @@ class Monitor:
     file: Path
     sampling: Sampling
     seed: int
-    batch_size: int
+    batch_size: int | None
     total: int
     rows: list[PolicySample] = field(default_factory=list)
     autocast: Callable[[], Any] = nullcontext
@@ -123,11 +123,11 @@ class Monitor:
             CaiError: A prompt cannot be answered, or the preference model cannot tell the start model's replies apart.
         """
         self.drop_after(step - 1)
-        was_training = policy.training
-        policy.eval()
         with self.autocast():
             replies = self._replies(policy)
         rows = self._scored(step, replies)
+        was_training = policy.training
+        policy.eval()
         with self.autocast():
             kl, entropy = self._divergence(policy, reference, rows)
         policy.train(was_training)
@@ -156,9 +156,8 @@ class Monitor:
             GenerationRequest(reply_request(prompt.prompt, "chat").text, seed_for(self.seed, "check", prompt.id, index))
             for prompt, index in requested
         ]
-        replies = engine_around(without_adapter_wrapper(policy), self.tokenizer, self.batch_size).generate(
-            requests, self.sampling
-        )
+        with engine_around(without_adapter_wrapper(policy), self.tokenizer, self.batch_size) as engine:
+            replies = engine.generate(requests, self.sampling)
         if failure := next((reply for reply in replies if isinstance(reply, RequestFailure)), None):
             raise CaiError(f"rl: no reply to a held-out prompt: {failure.reason}", code="request-failed")
         return [(prompt, index, reply) for (prompt, index), reply in zip(requested, replies, strict=True)]

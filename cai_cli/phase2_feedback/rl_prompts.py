@@ -3,6 +3,7 @@
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cai_cli.common import console
 from cai_cli.common.errors import CaiError, RowError
@@ -14,6 +15,9 @@ from cai_cli.models.loading import reading_of, tokenizer_and_window
 from cai_cli.prompting.base import assistant
 from cai_cli.reward.preference_model import encode_conversation
 from cai_cli.runtime.counts import Counts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def prompt_order(count: int, steps: int, per_step: int, seed: int) -> list[int]:
@@ -59,6 +63,11 @@ def fitting_prompts(
             known.add(same)
             fitting.append(prompt)
     return fitting
+
+
+def longest_prompt(prompts: Sequence[Prompt], tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Return the most tokens of a prompt, as the policy reads it."""
+    return max(len(encode_chat(tokenizer, prompt.prompt, add_generation_prompt=True)) for prompt in prompts)
 
 
 def hold_out(prompts: Sequence[Prompt], count: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:

@@ -13,6 +13,7 @@ from cai_cli.data.schema import Message, Prompt
 from cai_cli.engines.base import Sampling
 from cai_cli.engines.local.engine import engine_around
 from cai_cli.engines.tokenization import decode_reply, encode_chat
+from cai_cli.engines.vllm import failures_of_vllm
 from cai_cli.models.adapters import without_adapter_wrapper
 from cai_cli.phase2_feedback.monitor_models import ReplyScorer
 from cai_cli.phase2_feedback.reward_normalizer import RewardNormalizer
@@ -87,7 +88,7 @@ class SamplingDifference:
             sampled: Those in sampling.
             mask: 1 where there is a token of a reply.
         """
-        log_ratios = (trained.detach().float() - sampled)[mask.bool()]
+        log_ratios = (trained.detach().float() - sampled)[mask.bool() & sampled.isfinite()]
         if log_ratios.numel():
             self._parts.append((float(log_ratios.abs().sum()), log_ratios.numel(), float(log_ratios.max())))
 
@@ -110,26 +111,21 @@ def _padded(rows: list[list[float]], like: Any) -> Any:
     return torch.tensor(values, dtype=torch.float32, device=like.device).view(len(rows), -1)
 
 
-def with_seeded_sampling(trainer_class: Any, sampling: Sampling, batch_size: int) -> Any:
+def with_seeded_sampling(trainer_class: Any, sampling: Sampling, batch_size: int | None) -> Any:
     """A subclass of the trainer that encodes prompts and samples replies as `cai sample` does.
 
-    Row text cannot become a control token. A reply's seed derives from (seed, step, index in the step), so replies do
-    not depend on the number of processes or on the batches. They are sampled in the precision of training, which the
-    model inside an adapter's wrapper would not have by itself; `SamplingDifference` states what difference remains.
+    A reply's seed derives from (seed, step, index in the step), so replies do not depend on the number of processes or
+    on the batches. They are sampled in the precision of training, which the model inside an adapter's wrapper would not
+    have by itself; `SamplingDifference` states what difference remains.
 
     Args:
         trainer_class: TRL's RLOOTrainer or GRPOTrainer.
         sampling: How tokens are sampled.
-        batch_size: Replies that one process samples at once.
+        batch_size: Replies that one process samples at once; None for the default of the local engine.
     """
+    returns_logprobs = trainer_class.__name__ == "GRPOTrainer"
 
-    class SeededSampling(trainer_class):  # type: ignore[misc]
-        def _tokenize_prompts(self, prompts: list[Chat]) -> tuple[list[list[int]], None, dict[str, Any]]:
-            encoded = [
-                encode_chat(self._tokenizer, messages_of(prompt), add_generation_prompt=True) for prompt in prompts
-            ]
-            return encoded, None, {}
-
+    class SeededSampling(_with_encoded_prompts(trainer_class)):  # type: ignore[misc]
         def _generate_single_turn(self, prompt_ids: list[list[int]], *_: Any) -> Any:
             first = distributed.rank() * len(prompt_ids)
             seeds = [
@@ -137,17 +133,78 @@ def with_seeded_sampling(trainer_class: Any, sampling: Sampling, batch_size: int
                 for index in range(len(prompt_ids))
             ]
             policy = without_adapter_wrapper(self.accelerator.unwrap_model(self.model))
-            was_training = policy.training
-            policy.eval()
-            engine = engine_around(policy, self._tokenizer, batch_size)
-            with self.accelerator.autocast():
+            with self.accelerator.autocast(), engine_around(policy, self._tokenizer, batch_size) as engine:
                 replies, self._sampling_logprobs = engine.generate_ids(prompt_ids, seeds, sampling)
-            policy.train(was_training)
-            return (replies, None) if self._returns_log_probabilities else replies
-
-        _returns_log_probabilities = trainer_class.__name__ == "GRPOTrainer"
+            return (replies, None) if returns_logprobs else replies
 
     return _with_sampling_difference(SeededSampling)
+
+
+def with_vllm_sampling(trainer_class: Any) -> Any:
+    """A subclass of the trainer that encodes prompts as `cai sample` does and has TRL sample the replies with vLLM.
+
+    vLLM computes other log-probabilities than training does, so each reply is weighted by its importance ratio, the
+    probability in training over that in vLLM, or by 0 where the ratio is above TRL's limit. TRL does so under GRPO
+    (`vllm_importance_sampling_mode="sequence_mask"`); here RLOO does the same.
+
+    Args:
+        trainer_class: TRL's RLOOTrainer or GRPOTrainer, which is given `use_vllm`.
+    """
+    is_grpo = trainer_class.__name__ == "GRPOTrainer"
+
+    class VllmSampling(_with_encoded_prompts(trainer_class)):  # type: ignore[misc]
+        _last_loaded_step: int  # TRL's: the step whose weights vLLM has
+
+        def _generate_single_turn(self, prompt_ids: list[list[int]], *_: Any) -> Any:
+            with failures_of_vllm():
+                if self.state.global_step != self._last_loaded_step:
+                    self.vllm_generation.sync_weights()
+                    self._last_loaded_step = self.state.global_step
+                self.vllm_generation.logprobs = 0  # of the sampled token alone, which RLOO does not request
+                _, replies, logprobs, _ = self.vllm_generation.generate(prompt_ids, None, self.num_generations)
+            # vLLM's logprobs that are not numbers arrive as None.
+            self._sampling_logprobs = [[math.nan if at[0] is None else at[0] for at in reply] for reply in logprobs]
+            return (replies, self._sampling_logprobs) if is_grpo else replies
+
+        def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+            output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+            if not is_grpo:
+                sampled = _padded(self._sampling_logprobs, output["completion_ids"]).sum(1)
+                weights = importance_weights(output["old_logps"] - sampled)
+                output["advantages"] = output["advantages"] * weights
+                mean = self.accelerator.gather(weights).mean().item()
+                self._metrics["train"]["sampling/importance_sampling_ratio/mean"].append(mean)
+            return output
+
+    return _with_sampling_difference(VllmSampling)
+
+
+def importance_weights(log_ratios: Any) -> Any:
+    """The weight of each reply, as TRL computes it under GRPO with `sequence_mask`.
+
+    Args:
+        log_ratios: The log-probability of each reply in training minus that in sampling; NaN where it is unknown.
+
+    Returns:
+        The ratios; 0 where the ratio is above TRL's limit, 1 where it is unknown.
+    """
+    from trl import GRPOConfig
+
+    ratios = log_ratios.nan_to_num(nan=0.0).exp()
+    return ratios.masked_fill(ratios > GRPOConfig.vllm_importance_sampling_clip_max, 0.0)
+
+
+def _with_encoded_prompts(trainer_class: Any) -> Any:
+    """A subclass of the trainer that encodes prompts as `cai sample` does: row text cannot become a control token."""
+
+    class EncodedPrompts(trainer_class):  # type: ignore[misc]
+        def _tokenize_prompts(self, prompts: list[Chat]) -> tuple[list[list[int]], None, dict[str, Any]]:
+            encoded = [
+                encode_chat(self._tokenizer, messages_of(prompt), add_generation_prompt=True) for prompt in prompts
+            ]
+            return encoded, None, {}
+
+    return EncodedPrompts
 
 
 def _with_sampling_difference(trainer_class: Any) -> Any:

@@ -10,8 +10,7 @@ from cai_cli.data.formats import conversation_hash, conversations, scorable
 from cai_cli.data.jsonl import origin
 from cai_cli.data.row_reader import RowReader
 from cai_cli.data.schema import Preference, Revision, Sample, Scored
-from cai_cli.reward.preference_model import preference_model_identity
-from cai_cli.reward.scorer import PreferenceModelOptions, Scorer
+from cai_cli.reward.scorer import PreferenceModelOptions
 from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
 from cai_cli.runtime.manifest import hash_input, provenance
 from cai_cli.runtime.shared_options import DeviceOptions, OutputOptions, ShardOptions
@@ -44,10 +43,10 @@ def run(config: ScoreConfig) -> dict[str, Any]:
     """Score the conversations of a file. Returns the summary. Raises CaiError."""
     reader = config.row_reader()
     inputs = {"conversations": hash_input(config.input)}
-    scorer = Scorer(config.pm, config.batch_size, config.device)
+    scorer = config.open_scorer(config.batch_size, config.device.value)
     return StageRun(
         provenance=provenance(
-            "score", inputs=inputs, settings=config.settings(), pm=preference_model_identity(scorer.base)
+            "score", inputs=inputs, settings=config.settings(pm_dtype=scorer.dtype), pm=scorer.identity()
         ),
         inputs=inputs,
         output=config.output,

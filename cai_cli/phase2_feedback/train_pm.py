@@ -10,38 +10,34 @@ first (`--fit-head`); the learning rate falls linearly to zero, as in `sft`.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cai_cli.common import console
 from cai_cli.common.errors import CaiError, UsageError
-from cai_cli.common.seeds import seed_for
 from cai_cli.data.schema import Preference, conversation_id, dump_row
-from cai_cli.data.splits import held_out_keys, mixed
 from cai_cli.metrics.preference_model import held_out_metrics
-from cai_cli.models.loading import load_reward_model, tokenizer_and_window
+from cai_cli.models.loading import load_reward_model
 from cai_cli.models.reading import record_place
 from cai_cli.models.source import ModelSource
 from cai_cli.phase2_feedback.linear_probe import fit_head
-from cai_cli.phase2_feedback.pm_pairs import EncodedPair, encode_pairs, read_preferences, score_held_out
+from cai_cli.phase2_feedback.pm_pairs import EncodedPair, encode_pair, score_held_out
 from cai_cli.phase2_feedback.pm_trainer import soft_reward_trainer
+from cai_cli.phase2_feedback.preference_data import PairOptions, read_pairs
 from cai_cli.reward.packed_pairs import enable_packed_pairs
-from cai_cli.runtime.config import Effect, Group, Option, option, redefine
+from cai_cli.runtime.config import Option, option, redefine
 from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
-from cai_cli.runtime.counts import Counts
-from cai_cli.runtime.manifest import hash_input, provenance
-from cai_cli.runtime.shared_options import DEFAULT_MODEL, MODEL_TO_TRAIN_HELP, DType, EngineOptions
+from cai_cli.runtime.manifest import provenance
+from cai_cli.runtime.shared_options import DType, EngineOptions
 from cai_cli.runtime.stage import Phase, Stage
 from cai_cli.training import distributed
 from cai_cli.training.checkpoints import save_finished, save_model
 from cai_cli.training.config import TrainingConfig
 from cai_cli.training.loop import fit, without_printer
 from cai_cli.training.metrics_log import Metrics
-from cai_cli.training.options import EpochOptions
 from cai_cli.training.quiet import quiet_libraries
-from cai_cli.training.training_run import TrainingJob, rows_digest
+from cai_cli.training.training_run import TrainingJob
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -65,30 +61,17 @@ class Targets(StrEnum):
     HARD = "hard"
 
 
-class TrainPmConfig(EpochOptions):
+class TrainPmConfig(PairOptions):
     """Train a preference model on comparisons.
 
     INPUT: Preference rows, from `cai label-prefs`, or labelled pairs in any format that `cai convert` reads. Writes
     a model directory, with the scores of the held-out pairs in `held_out.jsonl`.
     """
 
-    model: str = option(DEFAULT_MODEL, MODEL_TO_TRAIN_HELP, Option(Effect.HASHED, Group.MODEL, flags=("--model", "-m")))
     dtype: DType = redefine(EngineOptions, "dtype", DType.AUTO)
-    mix: str | None = option(
-        None,
-        "JSONL of more comparisons, such as human helpfulness labels, to mix in.",
-        Option(Effect.HASHED, reads_file=True),
-    )
-    mix_ratio: float = option(1.0, "Pairs of --mix for each pair of INPUT.", ge=0.0)
     targets: Targets = option(
         Targets.SOFT,
         "Train on the probabilities of the labels (soft), as the paper does, or on 1 for the preferred reply (hard).",
-    )
-    soft_from: str | None = option(
-        None,
-        "Labels from the scores of a published set: `score` reads score_chosen and score_rejected (p_chosen is the "
-        "logistic function of their difference); by default p_chosen is 1.",
-        Option(metavar="NAME"),
     )
     fit_head: bool = option(
         False,
@@ -96,7 +79,6 @@ class TrainPmConfig(EpochOptions):
         "only the head is fitted.",
         Option(flags=("--fit-head/--random-head",)),
     )
-    eval_share: float = redefine(EpochOptions, "eval_share", 0.1)
 
     def check(self) -> None:
         super().check()
@@ -289,58 +271,6 @@ def _metrics_row(held_out: dict[str, Any]) -> dict[str, float | None]:
     return {"held_out_loss": held_out["held_out_loss"], "held_out_accuracy": accuracy and accuracy["value"]}
 
 
-@dataclass(frozen=True)
-class PreferenceData:
-    """The data of a run.
-
-    Attributes:
-        train: The pairs to train on.
-        held_out: The pairs to evaluate on.
-        tokenizer: The model's tokenizer.
-        counts: What happened to the input rows.
-        rows: A digest of the rows that were read, for the manifest.
-    """
-
-    train: Sequence[EncodedPair]
-    held_out: Sequence[EncodedPair]
-    tokenizer: "PreTrainedTokenizerBase"
-    counts: Counts
-    rows: dict[str, Any]
-
-
-def read_pairs(config: TrainPmConfig, base: Path) -> PreferenceData:
-    """Read, mix, encode and split the pairs.
-
-    Args:
-        config: The options of the stage.
-        base: Directory of the model.
-
-    Raises:
-        CaiError: A file cannot be read, or a line is invalid.
-    """
-    reader, mix_reader = config.row_reader(), config.row_reader(of_input=False)
-    main = read_preferences(reader, config.input, config.limit, config.soft_from)
-    mix = read_preferences(mix_reader, config.mix, None, config.soft_from) if config.mix else []
-    rows = mixed(main, mix, config.mix_ratio, seed_for(config.seed, "train-pm", "mix"))
-    counts = Counts.of_training(
-        [*reader.take_invalid(), *mix_reader.take_invalid()], reader.dropped + mix_reader.dropped
-    )
-    if unused := len(main) + len(mix) - len(rows):
-        counts.skipped["beyond --mix-ratio"] = unused
-    if config.mix and len(mix) < round(config.mix_ratio * len(main)):
-        console.say(f"train-pm: {config.mix} has {len(mix):,} pairs, fewer than --mix-ratio requests; all are used")
-    tokenizer, window = tokenizer_and_window(base)
-    hard = config.targets is Targets.HARD
-    pairs = encode_pairs(tokenizer, rows, config.max_length, counts, window=window, hard=hard)
-    held_out_prompts = held_out_keys(
-        [conversation_id(pair.row.prompt) for pair in pairs], config.eval_share, config.seed
-    )
-    train = [pair for pair in pairs if conversation_id(pair.row.prompt) not in held_out_prompts]
-    held_out = [pair for pair in pairs if conversation_id(pair.row.prompt) in held_out_prompts]
-    counts.train, counts.held_out = len(train), len(held_out)
-    return PreferenceData(train, held_out, tokenizer, counts, rows_digest([*main, *mix]))
-
-
 def estimate(rows: RowFlow, config: TrainPmConfig) -> StepCost:
     """The cost of training on both replies of every pair, `--epochs` times."""
     tokens = 2 * rows.rows * (rows.prompt_tokens + rows.reply_tokens) * config.epochs
@@ -351,10 +281,8 @@ def run(config: TrainPmConfig) -> dict[str, Any]:
     """Train on a file of pairs. Returns the summary. Raises UsageError, CaiError."""
     config.launch()
     base = ModelSource.resolve(config.model)
-    inputs = {"preferences": hash_input(config.input)}
-    if config.mix:
-        inputs["mix"] = hash_input(config.mix)
-    data = read_pairs(config, base.path)
+    inputs = config.hash_inputs()
+    data = read_pairs("train-pm", config, base.path, encode_pair, hard=config.targets is Targets.HARD)
     training = config.training_config(dtype=config.dtype.value)
     summary = TrainingJob(
         provenance=provenance(

@@ -128,7 +128,8 @@ def _plan_step(name: str, given: Mapping[str, Any], steps: Mapping[str, Step], p
     for shared in ("model", "seed"):
         if shared in stage.config.option_names():
             settings.setdefault(shared, getattr(place.run, shared))
-    _check_url(settings.get("base-url"))
+    for address in ("base-url", "pm-url"):
+        _check_url(settings.get(address), address)
     needs: list[Step] = []
     files: dict[str, str | None] = {}
     for option, value in settings.items():
@@ -174,12 +175,12 @@ def _with_current_names(given: Mapping[str, Any], stage: Stage, where: str) -> d
     return settings
 
 
-def _check_url(url: object) -> None:
+def _check_url(url: object, option: str) -> None:
     """Raises UsageError where an address contains a key or password, which run.json must not record."""
     from cai_cli.engines.openai_client import checked_url
 
     if isinstance(url, str):
-        checked_url(url)
+        checked_url(url, f"--{option}")
 
 
 def _reads_file(config: type[StageConfig], name: str, value: Value, folder: Path) -> bool:

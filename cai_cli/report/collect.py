@@ -23,7 +23,7 @@ from cai_cli.runtime.output_files import sidecar
 
 R = TypeVar("R", bound=Row)
 T = TypeVar("T", bound="Result")
-TRAINING = ("sft", "train-pm", "rl")
+TRAINING = ("sft", "train-pm", "rl", "dpo")
 FINAL, DRAFT = ".manifest.json", ".partial.manifest.json"
 Status = Literal["done", "unfinished", "missing"]
 

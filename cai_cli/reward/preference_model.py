@@ -58,8 +58,10 @@ def preference_model_identity(source: ModelSource) -> dict[str, str]:
     return source.identity() | ({"read_at": at.value} if at is ReadAt.WHOLE_TEMPLATE else {})
 
 
-def open_for_scores(path: Path, device: str) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    """Return the preference model in `path`, in float32 and for scoring only, and its tokenizer.
+def open_for_scores(
+    path: Path, device: str, dtype: str = "float32"
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """Return the preference model in `path`, for scoring only, and its tokenizer.
 
     Raises:
         CaiError: The model cannot be loaded, as for `load_reward_model`.
@@ -67,7 +69,7 @@ def open_for_scores(path: Path, device: str) -> tuple["PreTrainedModel", "PreTra
     from cai_cli.engines.local.onednn import pack_linears
     from cai_cli.models.loading import load_reward_model, load_tokenizer
 
-    model = load_reward_model(path, "float32", device)
+    model = load_reward_model(path, dtype, device)
     if model.reading.at is ReadAt.WHOLE_TEMPLATE:
         console.say(
             f"{path.name} was not trained by `cai train-pm`: its scores are read at the last token of the whole chat "

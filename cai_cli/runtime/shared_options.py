@@ -10,11 +10,13 @@ from cai_cli.data.row_reader import RowReader
 from cai_cli.data.sources import Columns
 from cai_cli.engines import open_engine
 from cai_cli.engines.base import Engine, Sampling, Server
+from cai_cli.engines.choice import this_machine, with_engine
 from cai_cli.runtime.config import Effect, Group, Option, StageConfig, option
 
 DEFAULT_MODEL = "smollm2-135m"
 MODEL_HELP = (
-    "Directory, Hub name, alias (see `cai models list`), openai:NAME with --base-url, vllm:NAME or scripted:FILE."
+    "Directory, Hub name or alias (see `cai models list`), run by vLLM on CUDA where it is installed; or openai:NAME "
+    "with --base-url, vllm:NAME, local:NAME or scripted:FILE."
 )
 MODEL_TO_TRAIN_HELP = "Model to train: directory, Hub name or alias (see `cai models list`)."
 
@@ -165,21 +167,28 @@ class RequestOptions(DeviceOptions):
 
     engine_arg: list[str] | None = option(
         None,
-        "Setting of vLLM, for vllm: models, such as tensor_parallel_size=8; can be repeated.",
+        "Setting of vLLM, for models that it runs, such as tensor_parallel_size=8; can be repeated.",
         Option(Effect.HARMLESS, Group.MODEL, metavar="NAME=VALUE"),
     )
 
     def open_engine(self, model: str) -> Engine:
         """The engine of `model`. Raises UsageError where it lacks one of these options."""
+        chosen = with_engine(model, this_machine(self.device.value))
+        device = "auto" if chosen != model and chosen.startswith("vllm:") else self.device.value
         server = Server(**{field.name: getattr(self, field.name) for field in fields(Server)})
         return open_engine(
-            model,
+            chosen,
             batch_size=self.batch_size,
-            device=self.device.value,
+            device=device,
             dtype=self.dtype.value,
             server=server,
-            engine_args=dict(_named_value(text) for text in self.engine_arg or ()),
+            engine_args=named_values(self.engine_arg),
         )
+
+
+def named_values(engine_arg: list[str] | None) -> dict[str, Any]:
+    """The settings of `--engine-arg` by name. Raises UsageError."""
+    return dict(_named_value(text) for text in engine_arg or ())
 
 
 def _named_value(text: str) -> tuple[str, Any]:

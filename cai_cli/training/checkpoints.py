@@ -17,10 +17,11 @@ from cai_cli.common.errors import CaiError
 from cai_cli.common.files import write_atomically
 from cai_cli.data.jsonl import sync_directory
 from cai_cli.engines.tokenization import declare_end_of_turn
-from cai_cli.models.adapters import finished_model
+from cai_cli.models.adapters import finished_model, is_adapted, merged_model
 from cai_cli.models.loading import context_window
 from cai_cli.training import distributed
 from cai_cli.training.quiet import quiet_libraries
+from cai_cli.training.sharding import gathered_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,30 +29,36 @@ if TYPE_CHECKING:
 
 def save_finished(trainer: Any, tokenizer: "PreTrainedTokenizerBase", directory: Path) -> None:
     """Write the trained model, gathering weights that are sharded. Called on every rank."""
-    if distributed.weights_are_sharded():
-        _declare_end_of_turn(trainer.accelerator.unwrap_model(trainer.model), tokenizer)
-        with quiet_libraries():
-            trainer.save_model(str(directory))
+    if not distributed.weights_are_sharded():
         if distributed.is_rank_zero():
-            (directory / "training_args.bin").unlink(missing_ok=True)
-            tokenizer.model_max_length = context_window(trainer.model.config, tokenizer)
-            tokenizer.save_pretrained(directory)
-    elif distributed.is_rank_zero():
-        save_model(finished_model(trainer), tokenizer, directory)
+            save_model(finished_model(trainer), tokenizer, directory)
+        return
+    weights = gathered_weights(trainer)
+    if distributed.is_rank_zero():
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if is_adapted(model):
+            save_model(merged_model(model.active_peft_config, weights, model.dtype), tokenizer, directory)
+        else:
+            save_model(model, tokenizer, directory, weights)
 
 
-def save_model(model: Any, tokenizer: "PreTrainedTokenizerBase", directory: Path) -> None:
-    """Write the files that `from_pretrained` reads: safetensors, config, tokenizer."""
+def save_model(
+    model: Any, tokenizer: "PreTrainedTokenizerBase", directory: Path, weights: dict[str, Any] | None = None
+) -> None:
+    """Write the files that `from_pretrained` reads: safetensors, config, tokenizer.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        directory: Where the files are written.
+        weights: The weights of the model by name, where it holds a part of them only.
+    """
     tokenizer.model_max_length = context_window(model.config, tokenizer)  # an unknown length is written as 1e30
-    _declare_end_of_turn(model, tokenizer)
-    with quiet_libraries():
-        model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
-
-
-def _declare_end_of_turn(model: Any, tokenizer: "PreTrainedTokenizerBase") -> None:
     if model.can_generate():  # a preference model cannot
         declare_end_of_turn(model, tokenizer)
+    with quiet_libraries():
+        model.save_pretrained(directory, state_dict=weights)
+        tokenizer.save_pretrained(directory)
 
 
 SEAL = "files.sha256"  # in the form of `sha256sum -c`

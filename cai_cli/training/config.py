@@ -1,4 +1,4 @@
-"""The settings of a trainer, shared by sft, train-pm and rl.
+"""The settings of a trainer, shared by sft, train-pm, rl and dpo.
 
 The randomness of a step (sampled replies, dropout) derives from (seed, step) alone, and the order of the data from the
 seed. So a run that was killed and resumed ends with the same parameters as one that was not.
@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cai_cli.common.errors import UsageError
 from cai_cli.runtime.config import StageConfig
 from cai_cli.training import distributed
+
+# Name of an optimiser -> its name in transformers.
+OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw-8bit": "adamw_bnb_8bit", "paged-adamw-8bit": "paged_adamw_8bit"}
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,15 @@ class TrainingConfig:
         epochs: Passes over the data.
         max_steps: Number of steps, which replaces `epochs`; None for no limit.
         schedule: Schedule of the learning rate, by its name in transformers.
-        dtype: Precision of forward and backward passes, "auto" or torch's name; weights are float32.
+        dtype: Precision of forward and backward passes, "auto" or torch's name.
         report_to: Where metrics are logged besides metrics.jsonl, by its name in transformers.
+        weights: Precision of the weights in memory, "auto" or torch's name (`trained_dtype`, `frozen_dtype`).
+        gradient_checkpointing: Whether activations are computed again in the backward pass: "on", "off", or "auto" (on
+            with CUDA).
+        quantize: "4bit" to quantise the weights under adapters, else None.
+        attention: The implementation of attention, by its name in transformers; None for its default.
+        optimizer: The name of the optimiser, one of `OPTIMIZERS`.
+        liger: Whether to use Liger's kernels.
     """
 
     batch_size: int
@@ -44,11 +53,36 @@ class TrainingConfig:
     schedule: str = "linear"
     dtype: str = "auto"
     report_to: str | None = None
+    weights: str = "auto"
+    gradient_checkpointing: str = "auto"
+    quantize: str | None = None
+    attention: str | None = None
+    optimizer: str = "adamw"
+    liger: bool = False
 
     @property
     def precision(self) -> str:
         """`dtype`, where "auto" is float32 on a CPU and bfloat16 on a GPU."""
         return {"cpu": "float32", "cuda": "bfloat16"}[self.device] if self.dtype == "auto" else self.dtype
+
+    @property
+    def frozen_dtype(self) -> str:
+        """The precision of weights that are not trained: those of a reference model, or those under adapters."""
+        if self.weights != "auto":
+            return self.weights
+        return {"cpu": "float32", "cuda": "bfloat16"}[self.device]
+
+    @property
+    def trained_dtype(self) -> str:
+        """The precision in which the model to train is loaded. The adapters of LoRA are float32 in any case."""
+        if self.weights == "auto" and self.lora_rank is None:
+            return "float32"
+        return self.frozen_dtype
+
+    @property
+    def checkpoints_activations(self) -> bool:
+        """`gradient_checkpointing`, where "auto" is on with CUDA."""
+        return self.gradient_checkpointing == "on" or (self.gradient_checkpointing == "auto" and self.device == "cuda")
 
     @property
     def trains(self) -> bool:
@@ -84,7 +118,9 @@ class TrainingConfig:
             "seed": self.seed,
             "use_cpu": cpu,
             "bf16": self.precision == "bfloat16",
-            "gradient_checkpointing": False,
+            "gradient_checkpointing": self.checkpoints_activations,
+            "optim": OPTIMIZERS[self.optimizer],
+            "use_liger_kernel": self.liger,
             "dataloader_pin_memory": not cpu,
             "ddp_find_unused_parameters": False,  # every pass uses all parameters
             "disable_tqdm": True,
@@ -98,12 +134,18 @@ class TrainingConfig:
         """Rows in one step of all processes together."""
         return self.batch_size * self.gradient_accumulation * distributed.world_size()
 
-    def settings(self, config: StageConfig) -> dict[str, Any]:
+    def settings(self, config: StageConfig, **resolved: Any) -> dict[str, Any]:
         """The options that decide the trained model, as a manifest records them.
+
+        Args:
+            config: The options of the stage.
+            resolved: Values that replace an option's, or are recorded beside the options.
 
         The number of processes that share an effective batch is not among them, so a run may resume with another one.
         """
-        settings = config.settings(effective_batch=self.effective_batch, precision=self.precision)
+        settings = config.settings(
+            effective_batch=self.effective_batch, precision=self.precision, weights=self.trained_dtype, **resolved
+        )
         settings.pop("dtype", None)  # recorded as the precision it resolved to
         return settings
 
@@ -134,18 +176,9 @@ class TrainingConfig:
 
         Args:
             classifier: Whether the model has a scalar head.
-
-        Raises:
-            UsageError: The weights are sharded (`sharded-weights`).
         """
         if self.lora_rank is None:
             return None
-        if distributed.weights_are_sharded():
-            raise UsageError(
-                "--lora needs unsharded weights, to merge the adapters into them",
-                hint="--full, or --accelerate-config multi_gpu, zero1 or zero2",
-                code="sharded-weights",
-            )
         from peft import LoraConfig, TaskType
 
         return LoraConfig(

@@ -9,12 +9,13 @@ import types
 from typing import Any
 
 
-def use_unfused_head(trainer: Any, temperature: float = 1.0) -> None:
+def use_unfused_head(trainer: Any, temperature: float = 1.0, *, mean_logits: bool = False) -> None:
     """Make the models of a TRL trainer compute log-probabilities from plain logits, on CPU only.
 
     Args:
         trainer: A TRL trainer whose models have its fused head.
         temperature: The sampling temperature by which logits are divided.
+        mean_logits: Whether the trainer logs the mean of the logits, as DPOTrainer does.
     """
     from accelerate.utils import is_peft_model
 
@@ -23,14 +24,15 @@ def use_unfused_head(trainer: Any, temperature: float = 1.0) -> None:
     policy = trainer.model.get_base_model() if is_peft_model(trainer.model) else trainer.model
     for model in (policy, getattr(trainer, "ref_model", None)):
         if model is not None:
-            _patch(model, temperature)
+            _patch(model, temperature, mean_logits=mean_logits)
 
 
-def _patch(model: Any, temperature: float) -> None:
+def _patch(model: Any, temperature: float, *, mean_logits: bool) -> None:
     """Replace the `model.forward` of TRL's `add_fused_lm_head` by one with the same results.
 
     `model(..., labels, fused_lm_head=True)` returns per-token `log_probs` (nats), `entropy` (nats, no gradient) and
-    `is_top1`, each of shape (batch, length - 1), zero where the label of the next token is -100.
+    `is_top1`, each of shape (batch, length - 1), zero where the label of the next token is -100; on request also
+    `mean_logits`, the mean over the vocabulary (no gradient).
     """
     import torch
     from trl.trainer.utils import FusedCausalLMOutput
@@ -49,7 +51,8 @@ def _patch(model: Any, temperature: float) -> None:
         # One position more than there are targets, because the last position has no next token.
         logits = plain_forward(self, *args, logits_to_keep=keep + 1, **kwargs).logits[:, :-1].float()
         kept = mask[:, -keep:]
-        log_p = torch.log_softmax(logits[kept] / temperature, dim=-1)
+        scaled = logits[kept] / temperature
+        log_p = torch.log_softmax(scaled, dim=-1)
         target_ids = targets[:, -keep:][kept]
         with torch.no_grad():
             entropy = -(log_p.exp() * log_p).sum(-1)
@@ -61,6 +64,7 @@ def _patch(model: Any, temperature: float) -> None:
         return FusedCausalLMOutput(
             log_probs=spread(log_p.gather(-1, target_ids.unsqueeze(-1)).squeeze(-1)),
             entropy=spread(entropy),
+            mean_logits=spread(scaled.detach().mean(-1)) if mean_logits else None,
             is_top1=spread(top1),
             label_mask=mask,
         )

@@ -74,6 +74,22 @@ def weights_are_sharded() -> bool:
 
 
 @contextmanager
+def same_environment() -> Iterator[None]:
+    """A context after which the variables that a launcher sets are as before. TRL sets them for vLLM in a process that
+    no launcher started."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    before = {name: os.environ.get(name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
 def session(trainers: frozenset[str]) -> Iterator[None]:
     """The context of a whole command: joins the process group, and on an error decides which process reports it.
 
@@ -153,7 +169,7 @@ def _refuse_other_commands(words: Sequence[str], trainers: frozenset[str]) -> No
     if command not in trainers:
         raise UsageError(
             f"cai {command} runs in one process, not in {world_size()}",
-            hint="data stages take --shard I/N (see `cai merge`); sft, train-pm and rl train in several processes",
+            hint="data stages take --shard I/N (see `cai merge`); sft, train-pm, rl and dpo train in several processes",
             code="process-count",
         )
     if "-" in words:

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.common.yaml import load_yaml
-from cai_cli.training import distributed
+from cai_cli.training import distributed, sharding
 
 
 def launch(accelerate_config: str | None, num_processes: int | None) -> None:
@@ -32,12 +32,7 @@ def launch(accelerate_config: str | None, num_processes: int | None) -> None:
         )
     if accelerate_config:
         _launch(accelerate_config, num_processes)
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and os.environ.get("FSDP_STATE_DICT_TYPE") != "FULL_STATE_DICT":
-        raise UsageError(
-            "FSDP must save the full weights",
-            hint="fsdp_state_dict_type: FULL_STATE_DICT in the config",
-            code="sharded-weights",
-        )
+    sharding.refuse_unsupported()
     if num_processes not in (None, distributed.world_size()):
         raise CaiError(
             f"--num-processes is {num_processes}, but the number of running processes is {distributed.world_size()}",

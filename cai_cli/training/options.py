@@ -1,8 +1,11 @@
 """The options that the training stages share."""
 
 from dataclasses import dataclass
+from enum import StrEnum
+from importlib.util import find_spec
 from typing import Any, ClassVar
 
+from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.models.loading import pick_device
 from cai_cli.runtime.config import Effect, Group, Option, option
 from cai_cli.runtime.shared_options import Device, RowInputOptions, RunOptions, SeedOptions
@@ -11,6 +14,46 @@ from cai_cli.training.config import TrainingConfig
 
 _TRAINING = Option(group=Group.TRAINING)
 _HARMLESS = Option(Effect.HARMLESS, Group.TRAINING)
+
+
+class Weights(StrEnum):
+    """The precision in which weights are held in memory."""
+
+    AUTO = "auto"
+    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32"
+
+
+class Checkpointing(StrEnum):
+    """Whether activations are computed again in the backward pass; auto is on with CUDA."""
+
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
+
+
+class Quantize(StrEnum):
+    """The precision to which the frozen weights under adapters are quantised."""
+
+    FOUR_BIT = "4bit"
+
+
+class Attention(StrEnum):
+    """The implementation of attention, by its name in transformers."""
+
+    AUTO = "auto"
+    EAGER = "eager"
+    SDPA = "sdpa"
+    FLASH_ATTENTION_2 = "flash_attention_2"
+    FLASH_ATTENTION_3 = "flash_attention_3"
+
+
+class Optimizer(StrEnum):
+    """The optimiser. All are AdamW; those with 8 bits store its state in a quarter of the memory."""
+
+    ADAMW = "adamw"
+    ADAMW_8BIT = "adamw-8bit"
+    PAGED_ADAMW_8BIT = "paged-adamw-8bit"
 
 
 @dataclass(frozen=True)
@@ -49,6 +92,34 @@ class TrainerOptions(RunOptions, RowInputOptions, SeedOptions):
         Option(group=Group.TRAINING, flags=("--lora/--full",)),
     )
     lora_rank: int = option(16, "Rank of the adapters, with --lora.", _TRAINING, ge=1)
+    weights: Weights = option(
+        Weights.AUTO,
+        "Precision in which the weights are held; adapters are always float32. auto: float32 on a CPU; on a GPU "
+        "bfloat16 for weights that are not trained (under --lora, and of a reference model), else float32.",
+        _TRAINING,
+    )
+    gradient_checkpointing: Checkpointing = option(
+        Checkpointing.AUTO,
+        "Compute activations again in the backward pass instead of keeping them: less memory, more time. auto is on "
+        "with CUDA.",
+        _HARMLESS,
+    )
+    quantize: Quantize | None = option(
+        None,
+        "With --lora: hold the frozen weights in 4 bits (QLoRA). The adapters are merged into the original weights.",
+        _TRAINING,
+    )
+    attention: Attention = option(
+        Attention.AUTO, "Implementation of attention; auto takes that of transformers (sdpa).", _HARMLESS
+    )
+    optimizer: Optimizer = option(
+        Optimizer.ADAMW, "AdamW with its state in float32 (fused), in 8 bits, or in 8 bits in paged memory.", _TRAINING
+    )
+    liger: bool = option(
+        False,
+        "Use the kernels of Liger for the layers that they cover, on a GPU.",
+        Option(Effect.HARMLESS, Group.TRAINING, flags=("--liger",)),
+    )
     save_steps: int = option(100, "Steps between checkpoints, from which an interrupted run resumes.", _HARMLESS, ge=1)
     accelerate_config: str | None = option(
         None,
@@ -67,9 +138,48 @@ class TrainerOptions(RunOptions, RowInputOptions, SeedOptions):
             return self.learning_rate
         return self.default_rates.lora if self.lora else self.default_rates.full
 
+    def check(self) -> None:
+        super().check()
+        if self.quantize and not self.lora:
+            raise UsageError(
+                "--quantize needs --lora, because quantised weights cannot be trained", code="option-conflict"
+            )
+        _need_package("bitsandbytes", f"--quantize {self.quantize}" if self.quantize else "", extra="quantize")
+        eight_bit = self.optimizer is not Optimizer.ADAMW
+        _need_package("bitsandbytes", f"--optimizer {self.optimizer}" if eight_bit else "", extra="quantize")
+        _need_package("liger_kernel", "--liger" if self.liger else "", extra="liger")
+        package = {Attention.FLASH_ATTENTION_2: "flash_attn", Attention.FLASH_ATTENTION_3: "flash_attn_interface"}
+        if self.attention in package:
+            _need_package(package[self.attention], f"--attention {self.attention}")
+
     def settings(self, **resolved: Any) -> dict[str, Any]:
         """The options that decide the output, with the learning rate that is used."""
         return super().settings(**{"learning_rate": self.peak_learning_rate, **resolved})
+
+    def memory_options(self, device: str) -> dict[str, Any]:
+        """The fields of TrainingConfig that decide how much memory training takes.
+
+        Args:
+            device: The device to train on, "cpu" or "cuda".
+
+        Raises:
+            CaiError: An option needs CUDA (`no-device`).
+        """
+        needs_cuda = {
+            "--liger": self.liger,
+            f"--attention {self.attention}": self.attention.startswith("flash"),
+            f"--optimizer {self.optimizer}": self.optimizer is Optimizer.PAGED_ADAMW_8BIT,
+        }
+        for name in (name for name, given in needs_cuda.items() if given and device != "cuda"):
+            raise CaiError(f"{name} needs a CUDA device", hint="leave it out on a CPU", code="no-device")
+        return {
+            "weights": self.weights.value,
+            "gradient_checkpointing": self.gradient_checkpointing.value,
+            "quantize": self.quantize and self.quantize.value,
+            "attention": None if self.attention is Attention.AUTO else self.attention.value,
+            "optimizer": self.optimizer.value,
+            "liger": self.liger,
+        }
 
     def launch(self) -> None:
         """Replace this process by `accelerate launch` where that is requested, and check the number of processes.
@@ -100,15 +210,26 @@ class EpochOptions(TrainerOptions):
         Raises:
             CaiError: There is no such device.
         """
+        device = pick_device(self.device)
         return TrainingConfig(
             batch_size=self.batch_size,
             gradient_accumulation=self.gradient_accumulation,
             learning_rate=self.peak_learning_rate,
             save_steps=self.save_steps,
             seed=self.seed,
-            device=pick_device(self.device),
+            device=device,
             lora_rank=self.lora_rank if self.lora else None,
             epochs=self.epochs,
             max_steps=self.max_steps,
+            **self.memory_options(device),
             **more,
+        )
+
+
+def _need_package(package: str, given: str, *, extra: str | None = None) -> None:
+    """Raises UsageError where an option is given whose package is not installed."""
+    if given and find_spec(package) is None:
+        install = f"'cai[{extra}]'" if extra else "flash-attn"
+        raise UsageError(
+            f"{given} needs {package}, which is not installed", hint=f"pip install {install}", code="missing-dependency"
         )

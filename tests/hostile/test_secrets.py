@@ -141,7 +141,7 @@ def test_an_unexpected_error_prints_its_traceback_without_the_key(
     def broken(*_: object) -> None:
         raise RuntimeError(f"headers {{'Authorization': 'Bearer {os.environ['OPENAI_API_KEY']}'}} \x1b[31m")
 
-    monkeypatch.setattr(openai_client.Client, "_read", broken)
+    monkeypatch.setattr(openai_client.CompletionClient, "_parsed", broken)
     with Loopback(good) as server:
         done = cai("sample", "prompts.jsonl", "-o", "run/out.jsonl", "--model", "openai:m", "--base-url", server.url)
     assert done.code == 1

@@ -22,9 +22,10 @@ from cai_cli.common.errors import CaiError, InvalidRow, RowError
 from cai_cli.data.formats import completed_row
 from cai_cli.data.schema import Message, Revision, Sample, load_row
 from cai_cli.models.loading import load_generation_config, load_tokenizer
-from cai_cli.phase1_supervised.sft import CutOff, encode, encode_all, examples_of
+from cai_cli.phase1_supervised.sft import CutOff, encode_all, examples_of
 from cai_cli.runtime.counts import Counts
 from cai_cli.training.checkpoints import SEAL
+from cai_cli.training.completions import encode
 
 command = stage("sft")
 

@@ -1,3 +1,4 @@
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,6 +25,7 @@ from cai_cli.phase2_feedback.rl_config import RlConfig
 from cai_cli.phase2_feedback.rl_trainer import messages_of, preference_reward
 from cai_cli.reward import preference_model
 from cai_cli.reward.preference_model import score_conversations
+from cai_cli.reward.scorer import Scorer
 from cai_cli.runtime.counts import Counts
 
 command = stage("rl")
@@ -162,7 +164,9 @@ def test_a_reply_cut_off_at_the_limit_gets_the_penalty_and_is_counted(model: Pat
     prompts = [[{"role": "user", "content": "question"}]] * 2
     replies = [[{"role": "assistant", "content": "helpful"}]] * 2
     helpful, part = (tokenizer(text)["input_ids"] for text in ("helpful", "\u68a8"))
-    reward = preference_reward(preference_score(Path(pm), "cpu"), RewardNormalizer(-1.0, 0.5), tokenizer, ends, 1.5)
+    reward = preference_reward(
+        preference_score(Scorer(pm, None, "cpu")), RewardNormalizer(-1.0, 0.5), tokenizer, ends, 1.5
+    )
     rewards = reward(
         prompts=prompts,
         completion_ids=[[*helpful, tokenizer.eos_token_id], [*helpful, *part[:-1]]],  # cut inside a character
@@ -210,7 +214,8 @@ def test_rl_scores_the_same_tokens_that_the_preference_model_is_trained_on(
         for i, chat in enumerate(conversations_scored)
     ]  # fmt: skip
     counts = Counts.of_training([])
-    pairs = pm_pairs.encode_pairs(load_tokenizer(Path(pm)), preferences, 512, counts, window=512, hard=False)
+    encode = partial(pm_pairs.encode_pair, load_tokenizer(Path(pm)))
+    pairs = pm_pairs.encode_pairs(encode, preferences, 512, counts, window=512, hard=False)
     assert not counts.rejected
     assert [pair.chosen for pair in pairs] == scored
     assert [pair.columns()["chosen_ids"] for pair in pairs] == scored

@@ -16,6 +16,7 @@ from cai_cli.models.loading import load_reward_model, load_tokenizer
 from cai_cli.phase2_feedback.rl import RlInputs, rl
 from cai_cli.phase2_feedback.rl_config import RlConfig
 from cai_cli.phase2_feedback.rl_trainer import SamplingDifference
+from cai_cli.reward.scorer import Scorer
 
 
 def policy_and_pm(folder: Path) -> tuple[Path, Path]:
@@ -45,7 +46,7 @@ def test_in_bfloat16_replies_are_sampled_with_the_dtype_and_the_values_of_traini
 
     monkeypatch.setattr(engine, "draw", watched)
     (tmp_path / "work").mkdir()
-    inputs = RlInputs(model, pm, prompts[:4], prompts[4:], None)
+    inputs = RlInputs(model, Scorer(str(pm), None, "cpu"), prompts[:4], prompts[4:], None)
     rl(inputs, config, replace(config.training_config(), dtype="bfloat16"), tmp_path / "work")
     assert set(products) == {torch.bfloat16}  # of every step: in the checks, and of the replies that are trained on
     for row in rows_in(tmp_path / "work/metrics.jsonl")[1:]:

@@ -5,6 +5,7 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -355,14 +356,36 @@ class LocalEngine(Engine):
         ]
 
 
-def engine_around(model: Any, tokenizer: Any, batch_size: int) -> LocalEngine:
-    """An engine that answers with the current weights of `model`, such as a model in training.
+@contextmanager
+def engine_around(model: Any, tokenizer: Any, batch_size: int | None) -> Iterator[LocalEngine]:
+    """A context with an engine that answers with the current weights of `model`, such as a model in training.
 
-    The prefix cache is off, because it would replace the model's attention. The engine has no `identity`.
+    It is a `LocalEngine` without `identity`. Under autocast it runs the model's own attention and layers, because its
+    replies must have the logits that training computes in bfloat16: the engine's own attention rounds them otherwise
+    (0.01 nat a token). Within the context the model cannot be trained; afterwards it is as before.
+
+    Args:
+        model: A language model.
+        tokenizer: Its tokenizer.
+        batch_size: As in `LocalEngine`.
     """
+    import torch
+
     engine = LocalEngine("", batch_size=batch_size, device=model.device.type, dtype="auto")
-    engine.model, engine.tokenizer, engine.uses_prefix_cache = model, tokenizer, False
-    return engine
+    attention, was_training = model.config._attn_implementation, model.training
+    model.eval()
+    engine.model, engine.tokenizer = model, tokenizer
+    as_in_training = torch.is_autocast_enabled(model.device.type)
+    engine.uses_prefix_cache = not as_in_training and enable_prefix_cache(model)
+    linears = {} if as_in_training else pack_linears(model)
+    try:
+        yield engine
+    finally:
+        for name, layer in linears.items():
+            model.set_submodule(name, layer)
+        if engine.uses_prefix_cache:
+            model.set_attn_implementation(attention)
+        model.train(was_training)
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,13 @@ if TYPE_CHECKING:
 _ROWS = 64  # the layout is optimised for about this many rows; it works for any number
 
 
-def pack_linears(model: Any) -> None:
+def pack_linears(model: Any) -> dict[str, Any]:
     """Replace the linear layers of a float32 model on an x86 CPU by layers with oneDNN's weight layout.
 
     Other models stay as they are. The changed model can be run, but not trained or saved.
+
+    Returns:
+        The replaced layers by name.
     """
     import platform
 
@@ -24,7 +27,7 @@ def pack_linears(model: Any) -> None:
     onednn: Any = torch.backends.mkldnn
     ready = onednn.is_available() and platform.machine() in ("x86_64", "AMD64")
     if not ready or model.device.type != "cpu" or model.dtype != torch.float32:
-        return
+        return {}
 
     class PackedLinear(torch.nn.Module):
         def __init__(self, linear: torch.nn.Linear) -> None:
@@ -36,7 +39,8 @@ def pack_linears(model: Any) -> None:
             out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
             return out
 
+    linears = {name: layer for name, layer in model.named_modules() if type(layer) is torch.nn.Linear}
     with torch.no_grad():
-        for name, layer in list(model.named_modules()):
-            if type(layer) is torch.nn.Linear:
-                model.set_submodule(name, PackedLinear(layer))
+        for name, layer in linears.items():
+            model.set_submodule(name, PackedLinear(layer))
+    return linears
