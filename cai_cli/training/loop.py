@@ -10,7 +10,7 @@ from typing import Any
 from cai_cli.common import console
 from cai_cli.common.errors import CaiError
 from cai_cli.common.seeds import seed_for
-from cai_cli.training import distributed
+from cai_cli.training import distributed, trackers
 from cai_cli.training.checkpoints import newest_checkpoint, seal
 from cai_cli.training.metrics_log import Metrics
 
@@ -41,6 +41,7 @@ def fit(trainer: Any, metrics: Metrics, columns: Mapping[str, str], *, name: str
             steps = _steps_callback(metrics, columns, name, stack)
             trainer.add_callback(steps)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            trackers.finish(trainer.args.report_to)
     except UnpicklingError as error:  # raised by torch for anything but numbers
         raise CaiError(
             f"{checkpoint} cannot be loaded: it holds pickled objects, which could run code",

@@ -1,6 +1,7 @@
 """Experiment trackers (`--report-to`), to which the trainers log what metrics.jsonl holds."""
 
 import os
+from collections.abc import Sequence
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,3 +39,11 @@ def name_project(tracker: Tracker | None, output: Path) -> None:
     if tracker in settings:
         name, value = settings[tracker]
         os.environ.setdefault(name, value)
+
+
+def finish(names: Sequence[str]) -> None:
+    """End the runs of these trackers. wandb would do it at exit, and print on stdout after the summary."""
+    if Tracker.WANDB in names:
+        import wandb
+
+        wandb.finish()

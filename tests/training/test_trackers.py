@@ -1,5 +1,6 @@
 """Experiment trackers."""
 
+import json
 import os
 from pathlib import Path
 
@@ -36,6 +37,18 @@ def test_every_trainer_of_rows_logs_each_step_to_tensorboard(tmp_path: Path) -> 
         }
         assert {event.step: event.value for event in events.Scalars(tag)} == losses
         assert len(losses) == 2
+
+
+def test_what_a_library_prints_while_training_stays_out_of_stdout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_model_dir(tmp_path / "model")
+    rows = write_rows(tmp_path / "revisions.jsonl", [revision(i) for i in range(4)])
+    monkeypatch.setattr("cai_cli.training.trackers.finish", lambda _: print("a run was logged"))
+    stage("sft")(rows, tmp_path / "out", model=str(model), max_steps=1, eval_share=0.0, as_json=True)
+    printed = capfd.readouterr()
+    assert json.loads(printed.out)["steps"] == 1
+    assert "a run was logged" in printed.err
 
 
 @pytest.mark.usefixtures("no_project")
