@@ -11,7 +11,7 @@ from cai_cli.common import console
 from cai_cli.common.errors import CaiError
 from cai_cli.common.seeds import seed_for
 from cai_cli.training import distributed, trackers
-from cai_cli.training.checkpoints import newest_checkpoint, seal
+from cai_cli.training.checkpoints import newest_checkpoint, seal, try_saving
 from cai_cli.training.metrics_log import Metrics
 
 
@@ -29,8 +29,9 @@ def fit(trainer: Any, metrics: Metrics, columns: Mapping[str, str], *, name: str
 
     Raises:
         CaiError: The checkpoint has changed since it was saved or holds pickled objects (`invalid-checkpoint`), the
-            loss is not finite (`not-finite`), or the disk is full (`cannot-write`).
+            loss is not finite (`not-finite`), the disk is full (`cannot-write`), or as `try_saving`.
     """
+    try_saving(trainer)
     checkpoint = distributed.from_rank_zero(lambda: newest_checkpoint(Path(trainer.args.output_dir)))
     done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     metrics.cut_after(done)
