@@ -18,6 +18,7 @@ from cai_cli.data.schema import Message
 from cai_cli.engines import open_engine
 from cai_cli.engines.base import Completion, Engine, GenerationRequest, RequestFailure, Sampling, Server
 from cai_cli.prompting.base import PromptFormat, assistant, reply_request, resolve_prompt_format, user
+from cai_cli.prompting.system import SystemOptions
 from cai_cli.runtime.config import Effect, Group, Option, option, redefine
 from cai_cli.runtime.shared_options import DEFAULT_MODEL, Device, DType, EngineOptions, RunOptions, SamplingOptions
 
@@ -32,18 +33,20 @@ class ChatSession:
         name: The name of the model in the output.
         engine: The model.
         form: Whether prompts are written in the chat template or as raw text.
+        opening: What every conversation begins with: a system prompt, or nothing.
         history: The messages so far.
     """
 
     name: str
     engine: Engine
     form: PromptFormat
+    opening: Sequence[Message] = ()
     history: list[Message] = field(default_factory=list)
 
     def answer(self, message: str, sampling: Sampling, seed: int) -> Completion | RequestFailure:
         """Reply to a message. Both are added to the history, unless the request fails."""
         messages = [*self.history, user(message)]
-        request = reply_request(messages, self.form)
+        request = reply_request([*self.opening, *messages], self.form)
         turn_seed = seed_for(seed, "chat", len(messages))
         (reply,) = self.engine.generate(
             [GenerationRequest(request.text, turn_seed, request.prefill, request.stop)], sampling
@@ -106,7 +109,7 @@ def show_answers(sessions: Sequence[ChatSession], answers: Sequence[Completion |
         print(f"{name}> {text}", flush=True)
 
 
-class ChatConfig(SamplingOptions):
+class ChatConfig(SystemOptions, SamplingOptions):
     """Chat with one model, or with two side by side.
 
     Each line is one turn. /reset starts a new conversation, /quit ends the chat.
@@ -132,13 +135,15 @@ class ChatConfig(SamplingOptions):
 def open_sessions(config: ChatConfig) -> list[ChatSession]:
     """Open the models, each with an empty conversation. Raises UsageError, CaiError."""
     sessions = []
+    system = config.system_prompt()
+    opening = [] if system is None else [Message(role="system", content=system)]
     names = [config.model] if config.second is None else [config.model, config.second]
     server_models = [name for name in names if name.startswith("openai:")]
     for name, label in zip(names, labels(names), strict=True):
         server = Server(config.base_url) if name in server_models or not server_models else None
         size = None if name in server_models else 1
         engine = open_engine(name, batch_size=size, device=config.device, dtype=config.dtype, server=server)
-        sessions.append(ChatSession(label, engine, resolve_prompt_format(config.prompt_format, engine)))
+        sessions.append(ChatSession(label, engine, resolve_prompt_format(config.prompt_format, engine), opening))
     return sessions
 
 

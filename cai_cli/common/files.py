@@ -7,6 +7,20 @@ from pathlib import Path
 from cai_cli.common.errors import CaiError
 
 
+def text_or_file(given: str) -> str:
+    """The content of the file that `given` names, without the line break at its end, or `given` where there is none.
+
+    Raises:
+        CaiError: The file cannot be read or is not UTF-8 (`cannot-read`).
+    """
+    if not os.path.isfile(given):
+        return given
+    try:
+        return Path(given).read_text(encoding="utf-8").removesuffix("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CaiError(f"cannot read {given}: {error}", code="cannot-read") from error
+
+
 def write_atomically(path: Path, blocks: Iterable[bytes]) -> None:
     """Replace the content of `path` by `blocks`, written to `PATH.tmp` and synced to disk before the rename.
 

@@ -42,6 +42,11 @@ class Labeller:
     min_confidence: float = 0.5
     recorded: RecordedVotes | None = None
 
+    @property
+    def votes_per_pair(self) -> int:
+        """Number of comparisons of each pair."""
+        return self.per_pair * len(self.orders) * self.samples
+
     def judge_all(self, comparisons: Sequence[PairComparison]) -> list[Judgement | RequestFailure]:
         """Return one judgement for each comparison, in order; the judge is called only where none is recorded."""
         recorded = [self.recorded.judgement(c) if self.recorded else None for c in comparisons]

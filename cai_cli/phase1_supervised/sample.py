@@ -12,6 +12,7 @@ from cai_cli.data.jsonl import Numbered
 from cai_cli.data.schema import Kind, Prompt, Rejected, Sample, conversation_id, reject
 from cai_cli.engines.base import Engine, GenerationRequest, RequestFailure, Sampling
 from cai_cli.prompting.base import PromptFormat, assistant, reply_request, resolve_prompt_format
+from cai_cli.prompting.system import SystemOptions, with_system
 from cai_cli.runtime.config import Option, option
 from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
 from cai_cli.runtime.manifest import hash_input, provenance
@@ -22,11 +23,12 @@ from cai_cli.runtime.stage_run import StageRun, WorkItem, WorkItems, expected_it
 SampleRequest = tuple[Prompt, int]  # a prompt and the index of the reply to sample
 
 
-class SampleConfig(OutputOptions, ShardOptions, EngineOptions, SamplingOptions):
+class SampleConfig(OutputOptions, ShardOptions, EngineOptions, SystemOptions, SamplingOptions):
     """Sample replies to prompts.
 
     INPUT: Prompt rows, conversations and pairs in any format that `cai convert` reads, of which the last turn of the
-    assistant is left out, or plain text (one prompt a line). Writes Sample rows.
+    assistant is left out, or plain text (one prompt a line). Writes Sample rows. A system prompt (--system) becomes the
+    first turn of each row's prompt.
     """
 
     n: int = option(1, "Replies to each prompt.", Option(flags=("--n", "-n")), ge=1)
@@ -69,12 +71,19 @@ def sample(
             )
 
 
-def prompt_items(prompts: Iterable[Numbered[Prompt]], n: int) -> WorkItems[SampleRequest]:
-    """Each prompt `n` times, with sample indices from 0."""
+def prompt_items(prompts: Iterable[Numbered[Prompt]], n: int, system: str | None = None) -> WorkItems[SampleRequest]:
+    """Each prompt `n` times, with sample indices from 0.
+
+    Args:
+        prompts: The prompts.
+        n: How many replies to each.
+        system: A system prompt for all. A prompt keeps its id, so that replies with and without it can be compared.
+    """
     for line, prompt in prompts:
         hashed = prompt.id == conversation_id(prompt.prompt)
+        opened = prompt if system is None else prompt.model_copy(update={"prompt": with_system(prompt.prompt, system)})
         for index in range(n):
-            yield WorkItem(f"{prompt.id}/{index}", line, (prompt, index), hashed_id=hashed)
+            yield WorkItem(f"{prompt.id}/{index}", line, (opened, index), hashed_id=hashed)
 
 
 def estimate(rows: RowFlow, config: SampleConfig) -> StepCost:
@@ -90,15 +99,19 @@ def run(config: SampleConfig) -> dict[str, Any]:
     engine = config.open_engine(config.model)
     inputs = {"prompts": hash_input(config.input)}
     form = resolve_prompt_format(config.prompt_format, engine)
+    system = config.system_prompt()
     return StageRun(
         provenance=provenance(
-            "sample", inputs=inputs, settings=config.settings(prompt_format=form), model=engine.identity()
+            "sample",
+            inputs=inputs,
+            settings=config.settings(prompt_format=form, system=system),
+            model=engine.identity(),
         ),
         inputs=inputs,
         output=config.output,
         overwrite=config.overwrite,
         reader=reader,
-        items=lambda: prompt_items(reader.prompts(config.input, config.kind, config.limit), config.n),
+        items=lambda: prompt_items(reader.prompts(config.input, config.kind, config.limit), config.n, system),
         work=lambda requested: sample(requested, engine, sampling=config.sampling(), form=form, seed=config.seed),
         batch_size=engine.batch_size,
         grows=True,

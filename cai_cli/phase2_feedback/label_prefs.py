@@ -14,11 +14,12 @@ with the lower index), which says nothing about quality. `--min-confidence` abov
 them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from typing import Any
 
+from cai_cli.common import console
 from cai_cli.data.schema import TIE, UNSURE, Pair, Preference, Rejected, Revision, Sample, Scored, reject
 from cai_cli.engines.base import RequestFailure
 from cai_cli.judging.labeller import JudgeOptions, estimate_votes, labeller_settings, open_labeller
@@ -157,11 +158,26 @@ def run(config: LabelPrefsConfig) -> dict[str, Any]:
         engine=engine,
     ).complete(stream_sink(config.output, audit.add))
     summary = {**summary, "audit": audit.audit() if is_stream(config.output) else audit_file(config.output)}
+    summary["missing_votes"] = missing_votes(summary, labeller.votes_per_pair)
     print_summary(summary, as_json=config.as_json, stdout_is_data=is_stdout(config.output))
+    if missing := summary["missing_votes"]:
+        asked = summary["audit"]["votes"] + missing
+        console.say(f"label-prefs: {missing:,} of {asked:,} votes are missing: the answer named no reply, or failed")
     if summary["out"] or summary["rejected"]:
         print_verdict(summary["audit"])
     refuse_all_rejected(summary)
     return summary
+
+
+def missing_votes(summary: Mapping[str, Any], votes_per_pair: int) -> int:
+    """How many votes are missing on the pairs that have some; a pair without any is rejected with the reason.
+
+    Args:
+        summary: Counts and audit of a run.
+        votes_per_pair: Votes of a pair whose comparisons are all answered.
+    """
+    judged = summary["out"] + sum(summary["rejected_reasons"].get(reason, 0) for reason in (TIE, UNSURE))
+    return int(judged * votes_per_pair - summary["audit"]["votes"])
 
 
 STAGE = Stage(

@@ -21,7 +21,6 @@ Every `--monitor-every` steps the policy answers the held-out prompts: `rl_monit
 `goodhart` when a check is flagged.
 """
 
-import os
 import shutil
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
@@ -47,7 +46,7 @@ from cai_cli.phase2_feedback.monitor_models import (
     preference_score,
 )
 from cai_cli.phase2_feedback.reward_normalizer import RewardNormalizer, replies_per_prompt
-from cai_cli.phase2_feedback.rl_config import Algorithm, Reporter, RlConfig
+from cai_cli.phase2_feedback.rl_config import Algorithm, RlConfig
 from cai_cli.phase2_feedback.rl_monitor import (
     CHECK_COLUMNS,
     Monitor,
@@ -62,7 +61,6 @@ from cai_cli.reward.scorer import Scorer
 from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
 from cai_cli.runtime.counts import Counts
 from cai_cli.runtime.manifest import hash_input, provenance
-from cai_cli.runtime.output_files import sidecar
 from cai_cli.runtime.shared_options import named_values
 from cai_cli.runtime.stage import Phase, Stage
 from cai_cli.training import distributed, sharding
@@ -371,8 +369,6 @@ def run(config: RlConfig) -> dict[str, Any]:
         inputs["helpful"] = hash_input(config.helpful)
     preference_models = [path for path in (pm.path, monitor_model and monitor_model.path) if path]
     prompts = read_rl_prompts(config, base, preference_models)
-    if config.report_to is Reporter.TENSORBOARD:  # not in OUT.partial, which is removed
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(sidecar(Path(config.output), "tensorboard")))
     rollouts = pick_rollouts(config.rollouts, base, this_machine(training.device))
     rl_inputs = RlInputs(base, pm, prompts.train, prompts.held_out, monitor_model, rollouts)
     return TrainingJob(

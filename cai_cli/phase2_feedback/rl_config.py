@@ -1,7 +1,6 @@
 """The options of `cai rl`."""
 
 from enum import StrEnum
-from importlib.util import find_spec
 from typing import Any, ClassVar
 
 from cai_cli.common.errors import UsageError
@@ -38,13 +37,6 @@ class ScaleRewards(StrEnum):
     NONE = "none"
     GROUP = "group"
     BATCH = "batch"
-
-
-class Reporter(StrEnum):
-    """Where metrics are logged besides metrics.jsonl."""
-
-    TENSORBOARD = "tensorboard"
-    TRACKIO = "trackio"
 
 
 class RlConfig(TrainerOptions, PreferenceModelOptions):
@@ -141,9 +133,6 @@ class RlConfig(TrainerOptions, PreferenceModelOptions):
         "Stop training at a flagged check, and keep the best policy before it.",
         Option(flags=("--stop-on-goodhart",)),
     )
-    report_to: Reporter | None = option(
-        None, "Also log metrics to tensorboard or trackio.", Option(Effect.HARMLESS, Group.OUTPUT)
-    )
     save_steps: int = redefine(TrainerOptions, "save_steps", 25)
 
     @property
@@ -186,12 +175,6 @@ class RlConfig(TrainerOptions, PreferenceModelOptions):
         rl_rollouts.check_options(
             self.rollouts, self.rollout_batch_size, self.rollout_url, named_values(self.engine_arg)
         )
-        if self.report_to and find_spec(self.report_to) is None:
-            raise UsageError(
-                f"--report-to {self.report_to}: not installed",
-                hint=f"pip install {self.report_to}",
-                code="missing-dependency",
-            )
 
     def reward_scorer(self, training: TrainingConfig) -> Scorer:
         """The preference model of the reward. Raises UsageError, CaiError."""

@@ -138,7 +138,7 @@ def _plan_step(name: str, given: Mapping[str, Any], steps: Mapping[str, Step], p
     needs: list[Step] = []
     files: dict[str, str | None] = {}
     for option, value in settings.items():
-        folder = place.file.parent if _reads_file(stage.config, option) else None
+        folder = place.file.parent if _reads_file(stage.config, option, value, place.file.parent) else None
         values = value if isinstance(value, list) else [value]
         resolved = [_resolve(one, f"{where}: {option}", steps, folder) for one in values]
         settings[option] = [v for v, _ in resolved] if isinstance(value, list) else resolved[0][0]
@@ -188,9 +188,9 @@ def _check_urls(urls: Any, option: str) -> None:
         checked_url(url, option)
 
 
-def _reads_file(config: type[StageConfig], name: str) -> bool:
+def _reads_file(config: type[StageConfig], name: str, value: Value, folder: Path) -> bool:
     _, declared = config.options()[config.option_names()[name]]
-    return declared.reads_file
+    return declared.reads_file or (declared.text_or_file and os.path.isfile(os.path.join(folder, str(value))))
 
 
 def _resolve(

@@ -1,4 +1,4 @@
-"""Requests to compare two replies, and parsers for their answers (paper section 4.1)."""
+"""Requests to compare two replies (paper section 4.1)."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -7,6 +7,7 @@ from cai_cli.constitution.schema import ComparisonExample, PreferencePrinciple
 from cai_cli.data.schema import Message, Role
 from cai_cli.data.transcripts import render_transcript
 from cai_cli.prompting.base import RAW_STOPS, PromptFormat, Request, assistant, user
+from cai_cli.prompting.system import with_system
 
 OPTIONS = ("A", "B")
 # --- comparison, paper section 4.1 --------------------------------------------------------------------------------
@@ -89,7 +90,7 @@ def verdict_request(
     examples: Sequence[ComparisonExample],
     form: PromptFormat,
 ) -> Request:
-    """The request to compare in words, for engines without log-probabilities; `verdict_of` parses the answer."""
+    """The request to compare in words, for engines without log-probabilities (see `verdicts` for the answers)."""
     request = comparison_request(conversation, comparison, options, examples, form)
     if isinstance(request.text, str):
         return Request(request.text, prefill=request.prefill, stop=RAW_STOPS)
@@ -98,22 +99,6 @@ def verdict_request(
         f"{question.content}\n\nAnswer with one line and no other word: The answer is: (A) or The answer is: (B)"
     )
     return Request([*earlier, user(instruction)])
-
-
-_VERDICT = re.compile(
-    r"\W*(?:the\s+)?(?:correct\s+|final\s+)?(?:answer|option)?(?:\s+is)?\W*([AB])\b\W*", re.IGNORECASE
-)
-
-
-def verdict_of(text: str) -> str | None:
-    """The letter in a text verdict, or None if its first line is anything but a verdict for one letter.
-
-    >>> verdict_of("The answer is: (B)"), verdict_of("Both are fine")
-    ('B', None)
-    """
-    line = text.strip().partition("\n")[0]
-    verdict = _VERDICT.fullmatch(line)
-    return verdict[1].upper() if verdict else None
 
 
 def contrast_requests(
@@ -128,9 +113,7 @@ def contrast_requests(
 def _spoken_by(character: str, conversation: Sequence[Message], form: PromptFormat) -> Request:
     if form == "raw":
         return Request(f"{character}{render_transcript(conversation)}", prefill="\n\nAssistant: ")
-    if conversation[0].role == "system":
-        character, conversation = f"{character}\n\n{conversation[0].content}", conversation[1:]
-    return Request([Message(role="system", content=character), *conversation])
+    return Request(with_system(conversation, character))
 
 
 def _choice(conversation: Sequence[Message], comparison: str, options: Sequence[str]) -> str:

@@ -51,6 +51,7 @@ class Option:
         aliases: Its names in earlier versions, still read on the command line, in run files and in manifests.
         metavar: The placeholder of its value in `--help`.
         reads_file: Whether it names a file, which a run file gives relative to itself.
+        text_or_file: Whether it is a text, or names a file that holds one.
         argument: Whether it is the positional argument.
     """
 
@@ -60,6 +61,7 @@ class Option:
     aliases: tuple[str, ...] = ()
     metavar: str | None = None
     reads_file: bool = False
+    text_or_file: bool = False
     argument: bool = False
 
 

@@ -11,13 +11,14 @@ import shutil
 from collections.abc import Iterator
 from hashlib import file_digest
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from cai_cli.common.errors import CaiError
 from cai_cli.common.files import write_atomically
 from cai_cli.data.jsonl import sync_directory
 from cai_cli.engines.tokenization import declare_end_of_turn
-from cai_cli.models.adapters import finished_model, is_adapted, merged_copy
+from cai_cli.models.adapters import finished_model, is_adapted, merged_copy, without_adapter_wrapper
 from cai_cli.models.loading import context_window
 from cai_cli.training import distributed
 from cai_cli.training.quiet import quiet_libraries
@@ -58,9 +59,58 @@ def save_model(
     tokenizer.model_max_length = context_window(model.config, tokenizer)  # an unknown length is written as 1e30
     if model.can_generate():  # a preference model cannot
         declare_end_of_turn(model, tokenizer)
+        _allow_sampling(model.generation_config)
     with quiet_libraries():
         model.save_pretrained(directory, state_dict=weights)
         tokenizer.save_pretrained(directory)
+
+
+def _allow_sampling(config: Any) -> None:
+    """Turn `do_sample` on in a generation config that sets a temperature or the like, which transformers refuses to
+    save otherwise. Many published models have such a config."""
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        config.do_sample = True
+
+
+def try_saving(trainer: Any) -> None:
+    """Write everything of the finished model except its weights, and remove it; check that the weights will fit.
+
+    Called before the first step, because a model that cannot be written after the last one has cost hours.
+
+    Args:
+        trainer: A trainer whose `processing_class` is the tokenizer. Called on every rank.
+
+    Raises:
+        CaiError: The model's config, generation config or tokenizer cannot be written (`invalid-model`), or the disk
+            has less space than its weights need (`cannot-write`).
+    """
+    distributed.from_rank_zero(lambda: _try_saving(trainer))
+
+
+def _try_saving(trainer: Any) -> None:
+    model = without_adapter_wrapper(trainer.accelerator.unwrap_model(trainer.model))
+    work = Path(trainer.args.output_dir)
+    try:
+        with TemporaryDirectory(prefix="try-saving-", dir=work) as folder:
+            save_model(model, trainer.processing_class, Path(folder), weights={})
+    except OSError:
+        raise
+    except Exception as error:  # whatever the model's own code raises
+        raise CaiError(
+            f"the model could not be saved after training: {' '.join(str(error).split())}",
+            hint="mend its config, generation_config or chat template; nothing was trained",
+            code="invalid-model",
+        ) from error
+    needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    free = shutil.disk_usage(work).free
+    if free < needed:
+        raise CaiError(
+            f"cannot write {work}: the finished model needs {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free",
+            hint="free disk space or choose another -o; nothing was trained",
+            code="cannot-write",
+        )
 
 
 SEAL = "files.sha256"  # in the form of `sha256sum -c`

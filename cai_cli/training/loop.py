@@ -10,8 +10,8 @@ from typing import Any
 from cai_cli.common import console
 from cai_cli.common.errors import CaiError
 from cai_cli.common.seeds import seed_for
-from cai_cli.training import distributed
-from cai_cli.training.checkpoints import newest_checkpoint, seal
+from cai_cli.training import distributed, trackers
+from cai_cli.training.checkpoints import newest_checkpoint, seal, try_saving
 from cai_cli.training.metrics_log import Metrics
 
 
@@ -29,8 +29,9 @@ def fit(trainer: Any, metrics: Metrics, columns: Mapping[str, str], *, name: str
 
     Raises:
         CaiError: The checkpoint has changed since it was saved or holds pickled objects (`invalid-checkpoint`), the
-            loss is not finite (`not-finite`), or the disk is full (`cannot-write`).
+            loss is not finite (`not-finite`), the disk is full (`cannot-write`), or as `try_saving`.
     """
+    try_saving(trainer)
     checkpoint = distributed.from_rank_zero(lambda: newest_checkpoint(Path(trainer.args.output_dir)))
     done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     metrics.cut_after(done)
@@ -41,6 +42,7 @@ def fit(trainer: Any, metrics: Metrics, columns: Mapping[str, str], *, name: str
             steps = _steps_callback(metrics, columns, name, stack)
             trainer.add_callback(steps)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            trackers.finish(trainer.args.report_to)
     except UnpicklingError as error:  # raised by torch for anything but numbers
         raise CaiError(
             f"{checkpoint} cannot be loaded: it holds pickled objects, which could run code",

@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, ClassVar
 
 from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.models.loading import pick_device
 from cai_cli.runtime.config import Effect, Group, Option, option
 from cai_cli.runtime.shared_options import Device, RowInputOptions, RunOptions, SeedOptions
-from cai_cli.training import launcher
+from cai_cli.training import launcher, trackers
 from cai_cli.training.config import TrainingConfig
 from cai_cli.training.memory import Workload
 
@@ -122,6 +123,11 @@ class TrainerOptions(RunOptions, RowInputOptions, SeedOptions):
         "Use the kernels of Liger for the layers that they cover, on a GPU.",
         Option(Effect.HARMLESS, Group.TRAINING, flags=("--liger",)),
     )
+    report_to: trackers.Tracker | None = option(
+        None,
+        "Also log every metric of metrics.jsonl to this experiment tracker.",
+        Option(Effect.HARMLESS, Group.OUTPUT),
+    )
     save_steps: int = option(100, "Steps between checkpoints, from which an interrupted run resumes.", _HARMLESS, ge=1)
     accelerate_config: str | None = option(
         None,
@@ -153,6 +159,7 @@ class TrainerOptions(RunOptions, RowInputOptions, SeedOptions):
         package = {Attention.FLASH_ATTENTION_2: "flash_attn", Attention.FLASH_ATTENTION_3: "flash_attn_interface"}
         if self.attention in package:
             _need_package(package[self.attention], f"--attention {self.attention}")
+        trackers.check_installed(self.report_to)
 
     def settings(self, **resolved: Any) -> dict[str, Any]:
         """The options that decide the output, with the learning rate that is used."""
@@ -184,13 +191,15 @@ class TrainerOptions(RunOptions, RowInputOptions, SeedOptions):
         }
 
     def launch(self) -> None:
-        """Replace this process by `accelerate launch` where that is requested, and check the number of processes.
+        """Replace this process by `accelerate launch` where that is requested, check the number of processes, and name
+        the project of the tracker.
 
         Raises:
             UsageError: The config is invalid, or the processes are running already.
             CaiError: Another number of processes is running (`process-count`).
         """
         launcher.launch(self.accelerate_config, self.num_processes)
+        trackers.name_project(self.report_to, Path(self.output))
 
 
 class EpochOptions(TrainerOptions):
@@ -231,6 +240,7 @@ class EpochOptions(TrainerOptions):
             lora_rank=self.lora_rank if self.lora else None,
             epochs=self.epochs,
             max_steps=self.max_steps,
+            report_to=self.report_to,
             **self.memory_options(device),
             **more,
         )

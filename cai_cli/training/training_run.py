@@ -8,8 +8,9 @@ several processes only rank 0 handles files; all ranks train.
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,8 @@ class TrainingJob:
             return self._finish(path, work, provenance, metrics, facts)
 
         try:
-            metrics = self.train(work)
+            with redirect_stdout(sys.stderr):  # trackers print, and stdout holds the summary alone
+                metrics = self.train(work)
             return distributed.from_rank_zero(finish)
         except OSError as error:
             raise CaiError(

@@ -92,3 +92,9 @@ def test_side_by_side_on_a_terminal(tmp_path: Path, script: str) -> None:
     text = os.read(master, 65536).decode()
     os.close(master)
     assert any("hello" in line and "good day" in line for line in text.splitlines())
+
+
+def test_a_system_prompt_opens_every_conversation(cai: Cai, tmp_path: Path) -> None:
+    write_rows(tmp_path / "s.jsonl", [{"contains": "Be kind.", "replies": ["kindly"]}, {"replies": ["hello"]}])
+    done = cai("chat", "scripted:s.jsonl", "--system", "Be kind.", stdin=b"hi\n/reset\nhi\n")
+    assert [line.partition("> ")[2] for line in done.stdout.splitlines()] == ["kindly", "kindly"]

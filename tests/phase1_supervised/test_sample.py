@@ -1,5 +1,6 @@
 """`cai sample`: seeds, rejected replies and limits."""
 
+import json
 from pathlib import Path
 
 from conftest import Cai
@@ -7,6 +8,7 @@ from helpers import manifest_of, rows_in, write_rows
 from reviser_cases import Recorder
 
 from cai_cli.common.seeds import seed_for
+from cai_cli.constitution.schema import PreferencePrinciple, load, shipped_directory
 from cai_cli.data.schema import Prompt, Rejected, Sample, load_row
 from cai_cli.engines.base import RequestFailure, Sampling
 from cai_cli.phase1_supervised.sample import sample
@@ -43,3 +45,46 @@ def test_limit_takes_the_first_rows_and_n_counts_replies(cai: Cai, inputs: Path)
     ]
     assert manifest_of(inputs / "s.jsonl")["counts"]["in"] == 6
     assert {r["source"] for r in rows} == {"p.txt"}
+
+
+def test_a_system_prompt_comes_first_and_the_prompt_keeps_its_id(cai: Cai, inputs: Path) -> None:
+    write_rows(inputs / "p.jsonl", [{"prompt": "a"}, {"prompt": [{"role": "system", "content": "Rhyme."}, {"role": "user", "content": "b"}]}])  # fmt: skip
+    words = ("sample", "p.jsonl", "--model", "scripted:script.jsonl", "-o")
+    (inputs / "kind.txt").write_text("Be kind.\n")
+    assert cai(*words, "plain.jsonl").code == 0
+    assert cai(*words, "text.jsonl", "--system", "Be kind.").code == 0
+    assert cai(*words, "file.jsonl", "--system", "kind.txt").code == 0
+    plain, text = rows_in(inputs / "plain.jsonl"), rows_in(inputs / "text.jsonl")
+    assert [row["prompt"][0] for row in text] == [
+        {"role": "system", "content": said} for said in ("Be kind.", "Be kind.\n\nRhyme.")
+    ]
+    assert [row["id"] for row in text] == [row["id"] for row in plain]
+    assert text == rows_in(inputs / "file.jsonl")
+    refused = cai(*words, "text.jsonl", "--system", "Be brief.")
+    assert (refused.code, "system" in refused.stderr) == (1, True)
+
+
+def test_a_constitution_as_the_system_prompt_states_every_principle(cai: Cai, inputs: Path) -> None:
+    (inputs / "p.txt").write_text("one\n")
+    words = ("sample", "p.txt", "--model", "scripted:script.jsonl", "-o", "s.jsonl", "--overwrite")
+    principles = load(shipped_directory() / "preference.yaml").principles
+    assert cai(*words, "--system-from", str(shipped_directory() / "preference.yaml")).code == 0
+    stated = rows_in(inputs / "s.jsonl")[0]["prompt"][0]["content"]
+    assert all(p.comparison in stated for p in principles if isinstance(p, PreferencePrinciple))
+    both = cai(*words, "--system-from", "x.yaml", "--system", "Be kind.")
+    assert (both.code, "exclude" in both.stderr) == (2, True)
+    assert cai(*words, "--system", " ").code == 2
+
+
+def test_a_run_file_finds_the_file_of_a_system_prompt_beside_itself(cai: Cai, inputs: Path) -> None:
+    (inputs / "there").mkdir()
+    (inputs / "there" / "kind.txt").write_text("Be kind.")
+    (inputs / "there" / "p.txt").write_text("one\n")
+    steps = {
+        name: {"command": "sample", "input": "p.txt", "system": system}
+        for name, system in (("file", "kind.txt"), ("text", "Be kind."))
+    }
+    run = {"name": "two", "model": f"scripted:{inputs / 'script.jsonl'}", "steps": steps}
+    (inputs / "there" / "run.yaml").write_text(json.dumps(run))
+    assert cai("run", "there/run.yaml", "--out", "out").code == 0
+    assert rows_in(inputs / "out" / "file.jsonl") == rows_in(inputs / "out" / "text.jsonl")

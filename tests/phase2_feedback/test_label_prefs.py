@@ -81,3 +81,18 @@ def test_a_preference_says_which_of_its_replies_were_cut_off_and_they_are_counte
     for old, new in zip(rows_in(tmp_path / "prefs.jsonl"), rows_in(tmp_path / "again.jsonl"), strict=True):
         ends = {old[side][0]["content"]: old[f"{side}_finish_reason"] for side in ("chosen", "rejected")}
         assert ends == {new[side][0]["content"]: new[f"{side}_finish_reason"] for side in ("chosen", "rejected")}
+
+
+def test_votes_that_cannot_be_read_are_counted_where_the_pair_has_others(cai: Cai, tmp_path: Path) -> None:
+    write_rows(tmp_path / "pairs.jsonl", [human(i) for i in range(4)])
+    verdicts = {"contains": "shorter", "replies": ["Neither."]}, {"replies": ["The answer is: (A)"]}
+    write_rows(tmp_path / "script.jsonl", verdicts)
+    principles = [{"id": word, "comparison": f"Which is {word}?"} for word in ("shorter", "kinder")]
+    (tmp_path / "two.yaml").write_text(json.dumps({"kind": "preference", "name": "two", "principles": principles}))
+    labelled = cai(
+        *("label-prefs", "pairs.jsonl", "-o", "prefs.jsonl", "--model", "scripted:script.jsonl", "--method", "verdict"),
+        *("--constitution", "two.yaml", "--principles-per-pair", "all", "--one-order", "--json"),
+    )
+    counts = json.loads(labelled.stdout)
+    assert (counts["out"], counts["missing_votes"]) == (4, 4)
+    assert "4 of 8 votes are missing" in labelled.stderr

@@ -285,7 +285,7 @@ def test_an_unknown_or_missing_reporter_is_a_usage_error(
     with pytest.raises(UsageError) as error:
         command(prompts, tmp_path / "rl", **settings(models, report_to="paper"))
     assert error.value.code == "invalid-option"
-    monkeypatch.setattr("cai_cli.phase2_feedback.rl_config.find_spec", lambda _: None)
+    monkeypatch.setattr("cai_cli.training.trackers.find_spec", lambda _: None)
     with pytest.raises(UsageError) as error:
         command(prompts, tmp_path / "rl", **settings(models, report_to="trackio"))
     assert error.value.code == "missing-dependency"

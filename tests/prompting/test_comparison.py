@@ -21,7 +21,6 @@ from cai_cli.prompting.comparison import (
     fence,
     options_of,
     rationale_request,
-    verdict_of,
     verdict_request,
 )
 from cai_cli.prompting.evaluation import evaluation_request
@@ -124,18 +123,6 @@ def test_rationales_in_a_chat_precede_the_answer_in_the_same_turn() -> None:
     assert (
         answer_after(" left is.", request, "chat").prefill == "Let's think step by step: left is.\n\nThe answer is: ("
     )
-
-
-@pytest.mark.parametrize(
-    ("text", "letter"),
-    [
-        ("(A)", "A"), (" b", "B"), ("The answer is: (B)", "B"), ("Answer: A.", "A"), ("**(B)**\nbecause", "B"),
-        ("Option B", "B"), ("The correct answer is (A).", "A"), ("Neither", None), ("(A) or (B)", None), ("", None),
-        ("A reply should be kind", None), ("(A) is worse than (B)", None), ("C", None),
-    ],
-)  # fmt: skip
-def test_a_verdict_is_one_letter_or_no_vote(text: str, letter: str | None) -> None:
-    assert verdict_of(text) == letter
 
 
 def test_a_verdict_request_ends_with_one_line() -> None:
