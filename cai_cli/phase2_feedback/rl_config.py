@@ -1,6 +1,7 @@
 """The options of `cai rl`."""
 
 from enum import StrEnum
+from importlib.util import find_spec
 from typing import Any, ClassVar
 
 from cai_cli.common.errors import UsageError
