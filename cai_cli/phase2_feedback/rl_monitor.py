@@ -243,7 +243,7 @@ def logits_of(model: Any) -> Logits:
     return logits
 
 
-def reference_of(trainer: Any, base: Path, dtype: str) -> Logits:
+def reference_of(trainer: Any, base: Path, dtype: str = "float32") -> Logits:
     """The model that training started from.
 
     It is the policy without its adapters, or TRL's reference model, which is loaded here where beta is 0 and TRL has
