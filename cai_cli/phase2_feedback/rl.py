@@ -130,8 +130,12 @@ def rl(inputs: RlInputs, config: RlConfig, training: TrainingConfig, work: Path)
     score = preference_score(inputs.preference_model)
     metrics = Metrics(work / "metrics.jsonl", [*COLUMNS, *CHECK_COLUMNS])
     monitor = _open_monitor(inputs, config, training, tokenizer, score, work)
+    checks: PolicyChecks
+
+    def normalize(score: float) -> float:  # by a normalizer that is known when training begins
+        return checks.normalizer(score)
+
     with quiet_libraries():
-        normalize = lambda value: checks.normalizer(value)  # noqa: E731, PLW0108 - known when training begins
         reward = preference_reward(score, normalize, tokenizer, ends, config.cutoff_penalty)
         trainer = _policy_trainer(inputs, config, training, work, policy, tokenizer, reward)
         reference = reference_of(trainer, base, training.frozen_dtype)

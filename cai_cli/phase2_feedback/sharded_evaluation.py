@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cai_cli.metrics.preference_model import JudgedPair, held_out_metrics
+from cai_cli.data.schema import JudgedPair
+from cai_cli.metrics.preference_model import held_out_metrics
 from cai_cli.phase2_feedback.pm_pairs import EncodedPair, score_held_out
 from cai_cli.reward.packed_pairs import packing_works
 from cai_cli.runtime.manifest import write_json

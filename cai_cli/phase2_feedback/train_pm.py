@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from cai_cli.common import console
 from cai_cli.common.errors import CaiError, UsageError
-from cai_cli.data.schema import Preference, conversation_id, dump_row
-from cai_cli.metrics.preference_model import JudgedPair, held_out_metrics
+from cai_cli.data.schema import JudgedPair, Preference, conversation_id, dump_row
+from cai_cli.metrics.preference_model import held_out_metrics
 from cai_cli.models.loading import load_reward_model
 from cai_cli.models.reading import record_place
 from cai_cli.models.source import ModelSource

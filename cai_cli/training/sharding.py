@@ -6,6 +6,7 @@ computes alone is therefore computed by all processes together, or from weights 
 """
 
 import os
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -81,8 +82,13 @@ def _gathered(model: Any, trainer: Any) -> Iterator[None]:
     if is_zero3():
         from trl.models import unwrap_model_for_generation
 
-        with unwrap_model_for_generation(model, trainer.accelerator):
-            yield
+        with unwrap_model_for_generation(model, trainer.accelerator) as module:
+            # DeepSpeed's own hook, which TRL leaves, would compare the processes' progress in every forward pass.
+            hooks, module._forward_pre_hooks = module._forward_pre_hooks, OrderedDict()
+            try:
+                yield
+            finally:
+                module._forward_pre_hooks = hooks
         return
     import torch
 

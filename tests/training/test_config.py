@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from cai_cli.common.errors import UsageError
 from cai_cli.training.config import TrainingConfig
 
 CONFIG = TrainingConfig(
@@ -47,11 +46,12 @@ def test_of_several_processes_each_gets_as_many_whole_batches(monkeypatch: pytes
     assert [CONFIG.facts("", rows)["repeated_rows"] for rows in (8, 13, 16)] == [0, 3, 0]
 
 
-def test_an_adapter_is_made_only_on_request_and_never_of_sharded_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adapter_is_made_only_on_request() -> None:
     assert CONFIG.peft_config() is None
-    lora = replace(CONFIG, lora_rank=3)
-    assert lora.peft_config(classifier=True).r == 3
+    assert replace(CONFIG, lora_rank=3).peft_config(classifier=True).r == 3
+
+
+def test_trl_does_not_spread_the_reference_model_of_sharded_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert CONFIG.reference_options is None
     monkeypatch.setattr("cai_cli.training.distributed.weights_are_sharded", lambda: True)
-    with pytest.raises(UsageError) as error:
-        lora.peft_config()
-    assert error.value.code == "sharded-weights"
+    assert CONFIG.reference_options == {"dtype": "float32", "device_map": None}

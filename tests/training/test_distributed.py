@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import Cai
@@ -186,16 +185,12 @@ def test_another_number_of_processes_than_num_processes_is_refused(cai: Cai, fol
     assert (done.code, done.error) == (1, "process-count")
 
 
-@pytest.mark.parametrize("option", ["lora", "rl"])
-def test_options_that_need_whole_weights_are_refused_with_sharded_weights(
-    option: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cai: Cai
+def test_a_head_is_not_fitted_to_sharded_weights(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cai: Cai
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
     monkeypatch.chdir(folder)
-    more: dict[str, Any] = {"lora": ("sft", "--lora"), "rl": ("rl",)}
-    stage, *extra = more[option]
-    done = cai(*words(stage, tmp_path / "out", 1, *extra))
+    done = cai(*words("train-pm", tmp_path / "out", 1))
     assert (done.code, done.error) == (2, "sharded-weights"), done.stderr
 
 
