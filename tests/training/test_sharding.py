@@ -19,10 +19,9 @@ from cai_cli.models.shards import unread_here, without_weights
 from cai_cli.training import sharding
 
 TESTS = Path(__file__).parents[1]
-# A reply's reward does not differ by more, because every reply is the same.
 SAME = ("loss", "grad_norm", "learning_rate", "accuracy", "margin", "reward", "reward_std", "kl", "cut_off_share",
         "held_out_loss", "held_out_accuracy", "pm_score", "held_out_kl", "reply_tokens", "nll")  # fmt: skip
-EPOCHS: dict[str, Any] = {"batch_size": 4, "eval_share": 0.112, "epochs": 1}
+EPOCHS: dict[str, Any] = {"batch_size": 4, "eval_share": 0.112, "max_steps": 3}
 STEPS: dict[str, Any] = {"pm": "pm", "steps": 3, "monitor_every": 2, "prompts_per_step": 2, "samples_per_prompt": 4,
                          "max_new_tokens": 8}  # fmt: skip
 STAGES = {
@@ -89,10 +88,10 @@ def test_sharded_weights_train_as_whole_ones_do_also_after_a_kill(
 ) -> None:
     kinds = [(name, lora) for name in STAGES for lora in (False, True)]
     monkeypatch.chdir(folder)
-    killed = run("sft", "sft-killed", 1, lora=False, epochs=2)
+    killed = run("sft", "sft-killed", 1, lora=False, max_steps=6)
     interrupted = [(*each[:3], {**each[3], "interrupt_after": 5}) for each in (killed,)]
     sharded = [run(name, f"{name}-{lora}", 1, lora=lora) for name, lora in kinds]
-    run_sharded(folder, [*interrupted, killed, run("sft", "sft-whole", 1, lora=False, epochs=2), *sharded])
+    run_sharded(folder, [*interrupted, killed, run("sft", "sft-whole", 1, lora=False, max_steps=6), *sharded])
     assert_same_training(folder / "sft-whole", folder / "sft-killed")
     for name, lora in kinds:
         _, source, output, options = run(name, f"{name}-{lora}-alone", 2, lora=lora)
