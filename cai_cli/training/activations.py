@@ -195,7 +195,7 @@ def _trace(model: Any, of: Pass) -> Activations:
         _without_data(model)
         model.train()
         if of.checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
             if of.lora_rank is not None:
                 model.enable_input_require_grads()
         for parameter in model.parameters():

@@ -57,7 +57,7 @@ def model_of(config: Any, training: TrainingConfig) -> Any:
     use_unfused_head(SimpleNamespace(model=model, args=SimpleNamespace(device=torch.device(training.device))))
     model.train()
     if training.checkpoints_activations:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
         if adapters:
             model.enable_input_require_grads()
     return model.to(training.device)
