@@ -78,7 +78,7 @@ def test_a_run_whose_node_is_killed_has_the_bytes_of_one_process(cluster: Any, t
         (tmp_path / "run.yaml").write_text(RUN.format(url=server.url))
         run = start("--out", "on-ray", "--executor", "ray", "--address", cluster.address, "--shards", "2")
         for _ in range(2):  # each node has a shard whose first request waits
-            assert gate.waiting.acquire(timeout=60)
+            assert gate.waiting.acquire(timeout=120)
         cluster.remove_node(cluster.second, allow_graceful=False)
         _, messages = run.communicate(timeout=120)
         assert run.returncode == 0, messages
