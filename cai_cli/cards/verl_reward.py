@@ -1,4 +1,5 @@
-"""The reward function that verl loads (`reward.custom_reward_function.path`): asks `cai serve-reward`.
+"""The reward function that verl loads (`reward.custom_reward_function.path`): it requests rewards from
+`cai serve-reward`.
 
 `cai export --for verl` copies this file beside the data. It needs only the standard library, so verl's workers need no
 `cai`.

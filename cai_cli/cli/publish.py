@@ -18,7 +18,7 @@ def export_command(
     input: Annotated[str, typer.Argument(metavar="FILE", help="JSONL file of rows.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the dataset.", show_default=False)],
     trainer: Annotated[
-        Trainer | None, typer.Option("--for", help="Write the form of another trainer; by default that of TRL.")
+        Trainer | None, typer.Option("--for", help="Write the data format of another trainer; by default that of TRL.")
     ] = None,
     overwrite: options.Overwrite = False,
     json: options.Json = False,

@@ -19,7 +19,7 @@ class ServeRewardConfig(RequestOptions, FormatOptions):
     """Serve rewards over HTTP to `cai rl --pm-url`, OpenRLHF or verl, until SIGTERM or Ctrl-C.
 
     With a preference model a reward is its score. With a constitution and a judge it is, averaged over the principles,
-    the judge's log-probability of the reply when told to follow the principle less that when told to break it.
+    the judge's log-probability of the reply when told to follow the principle minus that when told to break it.
     """
 
     source: str = option(
@@ -63,7 +63,7 @@ class ServeRewardConfig(RequestOptions, FormatOptions):
 
 
 def open_model(config: ServeRewardConfig) -> RewardModel:
-    """What gives the rewards. Raises UsageError, CaiError."""
+    """Open the preference model, or the constitution with its judge. Raises UsageError, CaiError."""
     if not config.is_constitution:
         return PreferenceModelRewards(config.source, config.device.value, config.batch_size or 16)
     loaded = open_constitution(PreferenceConstitution, config.source, "none")
@@ -74,7 +74,7 @@ def open_model(config: ServeRewardConfig) -> RewardModel:
 
 
 def run(config: ServeRewardConfig) -> None:
-    """Serve until SIGTERM or Ctrl-C, then answer the requests in work and end. Raises UsageError, CaiError."""
+    """Serve until SIGTERM or Ctrl-C, then answer the requests in progress and end. Raises UsageError, CaiError."""
     model = open_model(config)
     try:
         server = RewardServer(model, config.host, config.port)

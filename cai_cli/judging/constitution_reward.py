@@ -1,8 +1,8 @@
-"""A constitution as the rewards of `cai serve-reward`: what a judge's log-probabilities say of a single reply.
+"""A constitution as the reward of `cai serve-reward`, from a judge's log-probabilities of a single reply.
 
 Departure: the paper's reward is a preference model. Here, for each principle, the reward is the log-probability of the
-reply under "follow the principle" less that under "break the principle" (the method `contrast`), and the mean of all
-principles is the reward. It grows with the length of a reply, so training needs a KL term and a limit on length.
+reply under "follow the principle" minus that under "break the principle" (the method `contrast`), averaged over the
+principles. It grows with the length of a reply, so training needs a KL term and a limit on length.
 """
 
 import math

@@ -5,8 +5,8 @@ trains the policy on the same labels directly: its implicit reward, beta * log(p
 place of the preference model's score. Labels are soft, as in `train-pm`: the loss is p times that of the pair plus
 1 - p times that of the exchanged pair (`dpo_trainer`), so with `--loss sigmoid` the implicit reward's margin converges
 to the log-odds of p, and a tie moves nothing. `--loss ipo` is Azar et al. 2023 (arXiv 2310.12036), `--loss robust`
-Chowdhury et al. 2024 (arXiv 2403.00409). `--nll` adds the likelihood of the preferred reply (Pang et al. 2024, arXiv
-2404.19733), because DPO may lower the probability of both replies.
+Chowdhury et al. 2024 (arXiv 2403.00409). `--nll` adds the negative log-likelihood of the preferred reply (Pang et
+al. 2024, arXiv 2404.19733), because DPO may lower the probability of both replies.
 
 As in `sft`, the end of turn of a reply that was cut off at the length limit carries no loss, because no model wrote it.
 The reference is the start model; with `--lora` that is the policy without its adapters.
@@ -112,7 +112,7 @@ def dpo(inputs: DpoInputs, config: DpoConfig, training: TrainingConfig, work: Pa
         judged = on_pairs.judged
         if kept is not None:  # the weights are those of an earlier step, or at 0 are to be those of the start model
             judged = held_out_rewards(trainer, data.held_out) if kept else []
-        _save(trainer, inputs, training, work / "model", start=kept == 0)
+        _save(trainer, inputs, work / "model", start=kept == 0)
     if not distributed.is_rank_zero():
         return {}
     (work / "model/held_out.jsonl").write_bytes(b"".join(dump_row(pair) + b"\n" for pair in judged))
@@ -135,14 +135,14 @@ def _policy_checks(
     return checks
 
 
-def _save(trainer: Any, inputs: DpoInputs, training: TrainingConfig, directory: Path, *, start: bool) -> None:
+def _save(trainer: Any, inputs: DpoInputs, directory: Path, *, start: bool) -> None:
     """Write the policy, or the start model where no step was better."""
     from cai_cli.models.loading import load_causal_lm
 
     if not start:
         save_finished(trainer, inputs.data.tokenizer, directory)
     elif distributed.is_rank_zero():
-        save_model(load_causal_lm(inputs.base, "float32", training.device), inputs.data.tokenizer, directory)
+        save_model(load_causal_lm(inputs.base), inputs.data.tokenizer, directory)
 
 
 def manifest_metrics(metrics: Metrics, judged: Sequence[JudgedPair], kept: int) -> dict[str, Any]:

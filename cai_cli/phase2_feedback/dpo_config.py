@@ -72,7 +72,7 @@ class DpoConfig(PairOptions):
         None,
         "A judge that compares the replies of the checks with those of --model, under the shipped principles.",
     )
-    base_url: str | None = redefine(EngineOptions, "base_url", None)
+    base_url: list[str] | None = redefine(EngineOptions, "base_url", None)
     stop_on_goodhart: bool = redefine(RlConfig, "stop_on_goodhart", False)
     default_rates: ClassVar[DefaultRates] = DefaultRates(full=1e-6, lora=2e-5)
     learning_rate: float | None = redefine(TrainerOptions, "learning_rate", None, default_rates.help)

@@ -183,7 +183,7 @@ class RlConfig(TrainerOptions, PreferenceModelOptions):
 
     @property
     def scorers(self) -> list[str]:
-        """The names of the preference models that stand on the device of training."""
+        """The names of the preference models on the device that trains."""
         if self.pm_url or self.pm_device not in ("auto", "cuda"):
             return []
         return [self.pm, *([self.monitor_pm] if self.monitor_pm else [])]

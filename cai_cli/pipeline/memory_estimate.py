@@ -8,10 +8,10 @@ from cai_cli.common.errors import CaiError
 from cai_cli.models.names import find_model
 from cai_cli.phase2_feedback.rl_config import RlConfig
 from cai_cli.runtime.cost import RowFlow
-from cai_cli.runtime.shared_options import Device as DeviceChoice
+from cai_cli.runtime.shared_options import Device
 from cai_cli.training.activations import ModelShape, shape_of_dir
 from cai_cli.training.memory import Workload
-from cai_cli.training.memory_check import H100, Device, Setting, sharding_of, this_device
+from cai_cli.training.memory_check import H100, DeviceMemory, Setting, sharding_of, this_device
 from cai_cli.training.options import TrainerOptions
 
 
@@ -30,7 +30,7 @@ def memory_of(config: TrainerOptions, rows: RowFlow, shapes: Mapping[str, ModelS
     """
     import torch
 
-    elsewhere = config.device is DeviceChoice.CUDA and not torch.cuda.is_available()
+    elsewhere = config.device is Device.CUDA and not torch.cuda.is_available()
     try:
         setting = setting_of(config, rows, shapes, H100 if elsewhere else None)
         if setting.device.on_cpu and setting.impossible:
@@ -40,7 +40,7 @@ def memory_of(config: TrainerOptions, rows: RowFlow, shapes: Mapping[str, ModelS
     return setting
 
 
-def setting_of(config: Any, rows: RowFlow, shapes: Mapping[str, ModelShape], gpu: Device | None) -> Setting:
+def setting_of(config: Any, rows: RowFlow, shapes: Mapping[str, ModelShape], gpu: DeviceMemory | None) -> Setting:
     """As `memory_of`, on GPUs like `gpu` in place of the devices of this machine.
 
     Raises:
@@ -49,7 +49,7 @@ def setting_of(config: Any, rows: RowFlow, shapes: Mapping[str, ModelShape], gpu
     shape = _shape(config.model, shapes)
     work = _workload(config, rows, shape, shapes)
     sharding = sharding_of(config.accelerate_config, config.num_processes)
-    here = config.model_copy(update={"device": DeviceChoice.CPU}) if gpu else config
+    here = config.model_copy(update={"device": Device.CPU}) if gpu else config
     training = here.training_config(**({"dtype": config.dtype.value} if hasattr(config, "dtype") else {}))
     if gpu:
         training = replace(training, device="cuda")

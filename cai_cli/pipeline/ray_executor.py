@@ -27,7 +27,7 @@ from cai_cli.pipeline.execute import die_with_parent
 from cai_cli.pipeline.plan import Step
 from cai_cli.runtime.merge import Part, merge_shards
 from cai_cli.runtime.output_files import wait_for_writer
-from cai_cli.training.launcher import Machine, group_command, group_size
+from cai_cli.training.launcher import Node, group_command, group_size
 
 ATTEMPTS = 6  # of a task, where its node or its process is killed
 LOCK_SECONDS = 120.0  # for which a task waits for the process of the attempt before it
@@ -231,9 +231,9 @@ class RayExecutor:
         from ray.util.placement_group import placement_group, remove_placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        per_node, machines = self._machines(step, processes)
+        per_node, nodes = self._nodes_for(step, processes)
         needs = {"CPU": self.options.cpus * per_node} | ({"GPU": per_node} if self._gpus(step) else {})
-        group = placement_group([needs] * machines, strategy="STRICT_SPREAD")
+        group = placement_group([needs] * nodes, strategy="STRICT_SPREAD")
         try:
             ray.get(group.ready())
 
@@ -245,13 +245,13 @@ class RayExecutor:
 
             address, port = _result(step, on(0, address_and_port).remote())
             running = {}
-            for index in range(machines):
-                machine = Machine(index, machines, address, port)
-                line = group_command(words, step.config.accelerate_config, processes, machine)
+            for index in range(nodes):
+                node = Node(index, nodes, address, port)
+                line = group_command(words, step.config.accelerate_config, processes, node)
                 log = self._log(step, f"-node-{index + 1}")
                 command = self._command(line, None if index else step.output, log)
                 running[on(index, run_command).remote(command)] = command
-            console.say(f"[{step.name}] {processes} processes on {machines} nodes; their messages: {log.parent}/*.log")
+            console.say(f"[{step.name}] {processes} processes on {nodes} nodes; their messages: {log.parent}/*.log")
             with cancelled(running):
                 while running:
                     (ready, *_), _ = ray.wait(list(running))
@@ -283,12 +283,12 @@ class RayExecutor:
             )
         return places
 
-    def _machines(self, step: Step, processes: int) -> tuple[int, int]:
+    def _nodes_for(self, step: Step, processes: int) -> tuple[int, int]:
         """Processes on each node, and the number of nodes. Raises CaiError `no-device`."""
         room = sorted((_capacity(n, self.options.cpus, self._gpus(step)) for n in _nodes()), reverse=True)
-        for machines in range(1, len(room) + 1):
-            if processes % machines == 0 and room[machines - 1] >= processes // machines:
-                return processes // machines, machines
+        for nodes in range(1, len(room) + 1):
+            if processes % nodes == 0 and room[nodes - 1] >= processes // nodes:
+                return processes // nodes, nodes
         raise CaiError(
             f"step {step.name!r}: the Ray cluster has no equal room for {processes} processes (its nodes hold "
             f"{', '.join(map(str, room))})",

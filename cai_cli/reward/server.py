@@ -43,12 +43,12 @@ class Reward:
 
 
 class RewardModel(Protocol):
-    """What gives the rewards."""
+    """A source of rewards: a preference model, or a constitution with a judge."""
 
     name: str
 
     def prepare(self, item: Sequence[Message] | list[int]) -> Any:
-        """An item, whose last message is the reply, in the form that `rewards` takes. Raises RowError."""
+        """Convert an item, whose last message is the reply, to what `rewards` takes. Raises RowError."""
         ...
 
     def rewards(self, prepared: Sequence[Any]) -> list[Reward | RequestFailure]:
@@ -60,7 +60,7 @@ class Batcher:
     """Scores the items of all requests that wait, together, in one thread.
 
     Args:
-        model: Gives the rewards.
+        model: The source of the rewards.
     """
 
     def __init__(self, model: RewardModel) -> None:
@@ -70,7 +70,7 @@ class Batcher:
         self._thread.start()
 
     def rewards(self, items: Sequence[Sequence[Message] | list[int]]) -> list[Reward]:
-        """The rewards of the items of one request. Raises RowError for an item at fault, CaiError."""
+        """The rewards of the items of one request. Raises RowError for an invalid item, CaiError."""
         prepared = [self._prepared(number, item) for number, item in enumerate(items)]
         result: Future[list[Reward | RequestFailure]] = Future()
         self._waiting.put((prepared, result))
@@ -115,10 +115,10 @@ class Batcher:
 
 
 class RewardServer(ThreadingHTTPServer):
-    """A server of rewards. `server_close` waits for the requests in work.
+    """A server of rewards. `server_close` waits for the requests in progress.
 
     Args:
-        model: Gives the rewards.
+        model: The source of the rewards.
         host: The address to listen on.
         port: The port; 0 takes a free one.
     """

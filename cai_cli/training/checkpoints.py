@@ -100,7 +100,7 @@ def _try_saving(trainer: Any) -> None:
     except Exception as error:  # whatever the model's own code raises
         raise CaiError(
             f"the model could not be saved after training: {' '.join(str(error).split())}",
-            hint="mend its config, generation_config or chat template; nothing was trained",
+            hint="fix its config, generation_config or chat template; nothing was trained",
             code="invalid-model",
         ) from error
     needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

@@ -44,14 +44,14 @@ def launch(accelerate_config: str | None, num_processes: int | None) -> None:
 
 
 @dataclass(frozen=True)
-class Machine:
-    """One of the machines of a group of processes.
+class Node:
+    """One of the nodes that the processes of a training step run on.
 
     Attributes:
         rank: Its number, from 0.
-        count: The number of machines.
-        address: Address of machine 0.
-        port: A free port of machine 0.
+        count: The number of nodes.
+        address: Address of node 0.
+        port: A free port of node 0.
     """
 
     rank: int
@@ -61,29 +61,29 @@ class Machine:
 
 
 def group_size(accelerate_config: str | None, num_processes: int | None) -> int:
-    """The number of processes that the two options ask for. Raises UsageError."""
+    """The number of processes that the two options request. Raises UsageError."""
     given = _read(config_path(accelerate_config)) if accelerate_config else {}
     return num_processes or int(given.get("num_processes", 1))
 
 
-def group_command(words: Sequence[str], config: str | None, processes: int, machine: Machine) -> list[str]:
-    """The command after the Python interpreter that starts the processes of one machine.
+def group_command(words: Sequence[str], config: str | None, processes: int, node: Node) -> list[str]:
+    """The command after the Python interpreter that starts the processes of one node.
 
     Args:
         words: The command line after `cai`.
         config: Its `--accelerate-config`; None starts them by torchrun.
-        processes: Processes on all machines together.
-        machine: The machine.
+        processes: Processes on all nodes together.
+        node: The node.
     """
     own = [*without(words, ("--accelerate-config", "--num-processes")), "--num-processes", str(processes)]
     where: dict[str, str | int]
     if config:
-        where = {"num_machines": machine.count, "machine_rank": machine.rank}
-        where |= {"main_process_ip": machine.address, "main_process_port": machine.port}
+        where = {"num_machines": node.count, "machine_rank": node.rank}
+        where |= {"main_process_ip": node.address, "main_process_port": node.port}
         start = [*_accelerate(config_path(config), processes), *_flags(where), "--module"]
     else:
-        where = {"nnodes": machine.count, "node_rank": machine.rank, "nproc_per_node": processes // machine.count}
-        where |= {"master_addr": machine.address, "master_port": machine.port}
+        where = {"nnodes": node.count, "node_rank": node.rank, "nproc_per_node": processes // node.count}
+        where |= {"master_addr": node.address, "master_port": node.port}
         start = ["-m", "torch.distributed.run", *_flags(where), "-m"]
     return [*start, "cai_cli", *own]
 

@@ -1,4 +1,4 @@
-"""What training holds on each GPU, as arithmetic over a model's shape and the settings of a trainer.
+"""How much memory training takes on each device, computed from a model's shape and the settings of a trainer.
 
 AdamW keeps two numbers for each trained one. Activations are traced (`activations`), and the head is computed as TRL
 does it: on a GPU in tiles of 4,096 tokens by 32,768 words, on a CPU as whole logits (`cpu_logprobs`). Rows count with
@@ -65,7 +65,8 @@ class Sharding:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on one device, by what they are for. At the peak gradients and activations are there, or rollouts.
+    """Bytes on one device, by what they are for. The peak is in a training step (with gradients and activations), or
+    while replies are sampled (with rollouts).
 
     Attributes:
         weights: Of the model to train, with its adapters.
@@ -91,7 +92,7 @@ class MemoryPlan:
 
     @property
     def parts(self) -> dict[str, float]:
-        """The parts that are there at the peak, by name."""
+        """The parts in memory at the peak, by name."""
         sizes = {field.name.replace("_", " "): getattr(self, field.name) for field in fields(self)[:-1]}
         training = self.gradients + self.activations + self.communication
         for absent in ("gradients", "activations", "communication") if self.rollouts > training else ("rollouts",):
@@ -100,12 +101,12 @@ class MemoryPlan:
 
     @property
     def held(self) -> float:
-        """What is there all the time: weights, optimiser and the other models."""
+        """What is in memory all the time: weights, optimiser and the other models."""
         return self.weights + self.optimizer + self.reference + self.preference_models
 
     @property
     def peak(self) -> float:
-        """The most that is there at once."""
+        """The most that is in memory at once."""
         return sum(self.parts.values())
 
     def __str__(self) -> str:

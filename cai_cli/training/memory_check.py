@@ -1,4 +1,4 @@
-"""Says before a model is loaded what training will hold on each device, and refuses what cannot fit."""
+"""Estimates before a model is loaded how much memory training will take on each device, and refuses what cannot fit."""
 
 import os
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ GPU_COUNTS = (2, 4, 8, 16, 32, 64)
 
 
 @dataclass(frozen=True)
-class Device:
+class DeviceMemory:
     """The memory of the device of one process.
 
     Attributes:
@@ -37,20 +37,20 @@ class Device:
 
     @property
     def size(self) -> str:
-        """Its free memory as `78.0 GiB free on a GPU`."""
+        """Its free memory as `78.0 GiB free on the GPU`."""
         return f"{self.free / GIB:.1f} GiB {self.name}"
 
 
-H100 = Device("of an H100", 78 * GIB)
+H100 = DeviceMemory("of an H100", 78 * GIB)
 
 
-def this_device(device: str) -> Device:
+def this_device(device: str) -> DeviceMemory:
     """The memory of this process's device, "cpu" or "cuda"."""
     if device == "cpu":
-        return Device("of RAM", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), on_cpu=True)
+        return DeviceMemory("of RAM", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), on_cpu=True)
     import torch
 
-    return Device("free on the GPU", torch.cuda.mem_get_info()[0])
+    return DeviceMemory("free on the GPU", torch.cuda.mem_get_info()[0])
 
 
 def sharding_here() -> Sharding:
@@ -86,7 +86,7 @@ class Setting:
     training: TrainingConfig
     work: Workload
     sharding: Sharding
-    device: Device
+    device: DeviceMemory
     options: tuple[str, ...] = ()
 
     @cached_property
@@ -139,7 +139,7 @@ class Setting:
 
 
 def check_memory(stage: str, base: Path, training: TrainingConfig, work: Workload) -> None:
-    """Say what training will hold on each device; nothing where a CPU has memory in plenty.
+    """Print how much memory training will take on each device; nothing where it is a small part of a CPU's memory.
 
     Called by all processes together, before the model is loaded.
 
@@ -233,8 +233,8 @@ def _with_batch(setting: Setting, size: int) -> Setting:
     training = setting.training
     if size == training.batch_size:
         return setting
+    accumulation = training.gradient_accumulation * training.batch_size // size
     option = f"--batch-size {size}"
     if not setting.work.replies:  # in `rl` the accumulation follows from the replies of a step
-        option += f" --gradient-accumulation {training.gradient_accumulation * training.batch_size // size}"
-    accumulation = training.gradient_accumulation * training.batch_size // size
+        option += f" --gradient-accumulation {accumulation}"
     return _changed(setting, option, batch_size=size, gradient_accumulation=accumulation)

@@ -218,7 +218,7 @@ def test_the_policy_that_is_kept_is_the_one_of_the_best_check(
         ({"soft_from": "score", "hard": True}, "option-conflict"),
         ({"monitor_judge": "scripted:none"}, "option-conflict"),  # eval_share is 0
         ({"monitor_pm": "tiny", "eval_share": 0.1}, "too-few-rows"),
-        ({"base_url": "http://localhost/v1"}, "option-conflict"),
+        ({"base_url": ["http://localhost/v1"]}, "option-conflict"),
     ],
 )
 def test_options_that_cannot_be_trained_with_are_refused(

@@ -14,7 +14,7 @@ from tiny import tiny_model_dir
 
 from cai_cli.pipeline import memory_estimate, memory_table
 from cai_cli.pipeline.memory_table import CASES, REFUSED, Case, planned
-from cai_cli.training.memory_check import H100, Device
+from cai_cli.training.memory_check import H100, DeviceMemory
 
 PAGE = (Path(__file__).parents[2] / "docs/scale.md").read_text(encoding="utf-8")
 RUN = """name: n
@@ -52,8 +52,8 @@ def test_a_dry_run_says_what_every_training_step_holds(folder: Path, cai: Cai) -
 
 
 def test_a_dry_run_refuses_a_step_that_cannot_fit(folder: Path, cai: Cai, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory_estimate, "H100", Device("of a test", 1000.0))
-    monkeypatch.setattr(memory_estimate, "this_device", lambda _: Device("of RAM", 1000.0, on_cpu=True))
+    monkeypatch.setattr(memory_estimate, "H100", DeviceMemory("of a test", 1000.0))
+    monkeypatch.setattr(memory_estimate, "this_device", lambda _: DeviceMemory("of RAM", 1000.0, on_cpu=True))
     done = cai("run", "run.yaml", "--dry-run")
     assert done.error == "not-enough-memory"
     assert "total" in done.stdout  # the plan is printed first

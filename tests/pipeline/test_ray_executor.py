@@ -133,10 +133,10 @@ def test_a_group_of_processes_takes_as_few_nodes_as_hold_it(
     (step,) = planned(folder, "  tuned: {command: sft, input: prompts.jsonl, model: m}\n")
     executor = RayExecutor(RayOptions(), folder)
     if expected:
-        assert executor._machines(step, processes) == expected
+        assert executor._nodes_for(step, processes) == expected
     else:
         with pytest.raises(CaiError) as error:
-            executor._machines(step, processes)
+            executor._nodes_for(step, processes)
         assert error.value.code == "no-device"
 
 

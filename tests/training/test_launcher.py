@@ -33,7 +33,7 @@ def test_options_are_removed_from_a_command_line_in_both_spellings() -> None:
 
 def test_torchrun_starts_the_processes_of_one_machine_of_a_group() -> None:
     words = ["sft", "rows.jsonl", "-o", "out", "--num-processes", "4"]
-    command = launcher.group_command(words, None, 4, launcher.Machine(1, 2, "10.0.0.1", 29500))
+    command = launcher.group_command(words, None, 4, launcher.Node(1, 2, "10.0.0.1", 29500))
     assert command[:2] == ["-m", "torch.distributed.run"]
     options = set(command[2 : command.index("cai_cli") - 1])
     assert options == {
@@ -46,7 +46,7 @@ def test_accelerate_starts_the_processes_of_one_machine_and_reads_its_own_option
     from accelerate.commands.launch import launch_command_parser
 
     words = ["sft", "rows.jsonl", "-o", "out", "--accelerate-config", "fsdp2"]
-    command = launcher.group_command(words, "fsdp2", 16, launcher.Machine(1, 2, "10.0.0.1", 29500))
+    command = launcher.group_command(words, "fsdp2", 16, launcher.Node(1, 2, "10.0.0.1", 29500))
     assert command[:2] == ["-m", "accelerate.commands.launch"]
     read = launch_command_parser().parse_args(command[2:])
     assert (read.num_processes, read.num_machines, read.machine_rank) == (16, 2, 1)

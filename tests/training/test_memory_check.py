@@ -15,7 +15,7 @@ from cai_cli.training import memory_check
 from cai_cli.training.activations import ModelShape, shape_of_dir
 from cai_cli.training.config import TrainingConfig
 from cai_cli.training.memory import Sharding, Workload
-from cai_cli.training.memory_check import Device, Setting, nearest, sharding_here, sharding_of
+from cai_cli.training.memory_check import DeviceMemory, Setting, nearest, sharding_here, sharding_of
 
 MIB = 2**20
 GPU = TrainingConfig(
@@ -36,7 +36,7 @@ def shape(model: Path) -> ModelShape:
 
 
 def on(free: float, shape: ModelShape, training: TrainingConfig = GPU, **more: Any) -> Setting:
-    return Setting(shape, training, WORK, more.pop("sharding", Sharding()), Device("of a test", free, **more))
+    return Setting(shape, training, WORK, more.pop("sharding", Sharding()), DeviceMemory("of a test", free, **more))
 
 
 def test_the_nearest_settings_fit_and_change_as_little_as_possible(shape: ModelShape) -> None:
@@ -101,7 +101,7 @@ ROWS = {"sft": revision, "train-pm": preference, "dpo": preference, "rl": lambda
 def test_a_trainer_refuses_before_it_touches_its_output(
     name: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory_check, "this_device", lambda _: Device("of RAM", 64_000.0, on_cpu=True))
+    monkeypatch.setattr(memory_check, "this_device", lambda _: DeviceMemory("of RAM", 64_000.0, on_cpu=True))
     source = write_rows(tmp_path / "rows.jsonl", [ROWS[name](i) for i in range(8)])
     before = sorted(tmp_path.iterdir())
     scorer = {"pm": preference_model(model, tmp_path.parent / "pm")} if name == "rl" else {}
@@ -126,9 +126,9 @@ def test_a_trainer_says_what_it_will_hold_only_where_memory_is_not_plenty(
     memory_check.check_memory("sft", model, training, WORK)
     assert capsys.readouterr().err == ""
     peak = on(1e12, shape_of_dir(model), training).memory.peak
-    monkeypatch.setattr(memory_check, "this_device", lambda _: Device("of RAM", 1.2 * peak, on_cpu=True))
+    monkeypatch.setattr(memory_check, "this_device", lambda _: DeviceMemory("of RAM", 1.2 * peak, on_cpu=True))
     memory_check.check_memory("sft", model, training, WORK)
     assert "sft: memory" in capsys.readouterr().err
-    monkeypatch.setattr(memory_check, "this_device", lambda _: Device("of RAM", 0.9 * peak, on_cpu=True))
+    monkeypatch.setattr(memory_check, "this_device", lambda _: DeviceMemory("of RAM", 0.9 * peak, on_cpu=True))
     memory_check.check_memory("sft", model, training, WORK)
     assert "warning" in capsys.readouterr().err

@@ -60,7 +60,7 @@ def pack_linears(model: Any) -> dict[str, Any]:
 
 
 def _is_intel() -> bool:
-    """Whether this is Intel's CPU, where it can be told."""
+    """Whether this is a CPU of Intel; False where the system does not say."""
     try:
         return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
     except OSError:
