@@ -250,7 +250,7 @@ def run(config: DpoConfig) -> dict[str, Any]:
         config.monitor_pm, config.monitor_judge, config.base_url, None, device=training.device, seed=config.seed
     )
     hashed = config.hash_inputs()
-    data = read_pairs("dpo", config, base.path, encode_replies, hard=config.hard)
+    data = read_pairs("dpo", config, base.path, encode_replies)
     prompts = check_prompts(data.held_out, config, base.path, monitor_model)
     inputs = DpoInputs(base.path, data, prompts, monitor_model)
     summary = TrainingJob(

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from cai_cli.common.errors import UsageError
 from cai_cli.phase2_feedback.preference_data import PairOptions
 from cai_cli.phase2_feedback.rl_config import RlConfig
-from cai_cli.runtime.config import Option, option, redefine
+from cai_cli.runtime.config import option, redefine
 from cai_cli.runtime.shared_options import EngineOptions, SamplingOptions
 from cai_cli.training import distributed
 from cai_cli.training.memory import Workload
@@ -30,11 +30,6 @@ class DpoConfig(PairOptions):
     a model directory, with the implicit rewards of the held-out pairs in `held_out.jsonl`.
     """
 
-    hard: bool = option(
-        False,
-        "Train on 1 for the preferred reply instead of the probabilities of the labels; ties are skipped.",
-        Option(flags=("--hard",)),
-    )
     loss: Loss = option(
         Loss.SIGMOID,
         "sigmoid (DPO), ipo (squared distance of the margin, in means over tokens, from 1 / (2 * --beta)) or robust "
@@ -101,8 +96,6 @@ class DpoConfig(PairOptions):
         super().check()
         if not (self.epochs or self.max_steps):
             raise UsageError("--epochs 0 trains nothing", code="option-conflict")
-        if self.soft_from and self.hard:
-            raise UsageError("--soft-from excludes --hard", hint="give one of them", code="option-conflict")
         if self.needs_checks and not (self.monitor_prompts and self.eval_share):
             raise UsageError(
                 "a monitor needs the policy's replies to held-out prompts",

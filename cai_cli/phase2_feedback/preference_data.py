@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic
 
 from cai_cli.common import console
+from cai_cli.common.errors import UsageError
 from cai_cli.common.seeds import seed_for
 from cai_cli.data.schema import Preference, conversation_id
 from cai_cli.data.splits import held_out_keys, mixed
@@ -21,6 +23,13 @@ from cai_cli.training.training_run import rows_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+class Targets(StrEnum):
+    """Whether labels are probabilities or 0 and 1."""
+
+    SOFT = "soft"
+    HARD = "hard"
 
 
 class PairOptions(EpochOptions):
@@ -40,6 +49,16 @@ class PairOptions(EpochOptions):
         Option(metavar="NAME"),
     )
     eval_share: float = redefine(EpochOptions, "eval_share", 0.1)
+    targets: Targets = option(
+        Targets.SOFT,
+        "Train on the probabilities of the labels (soft), as the paper does, or on 1 for the preferred reply and "
+        "without ties (hard).",
+    )
+
+    def check(self) -> None:
+        super().check()
+        if self.soft_from and self.targets is Targets.HARD:
+            raise UsageError("--soft-from excludes --targets hard", hint="give one of them", code="option-conflict")
 
     def hash_inputs(self) -> dict[str, InputFile]:
         """The input files by role. Raises CaiError."""
@@ -76,8 +95,6 @@ def read_pairs(
     config: PairOptions,
     base: Path,
     encode: "Callable[[PreTrainedTokenizerBase, Preference], P]",
-    *,
-    hard: bool,
 ) -> PreferenceData[P]:
     """Read, mix, encode and split the pairs.
 
@@ -86,7 +103,6 @@ def read_pairs(
         config: Its options.
         base: Directory of the model.
         encode: Encodes a pair, or raises RowError.
-        hard: Whether the preferred reply has probability 1.
 
     Raises:
         CaiError: A file cannot be read, or a line is invalid.
@@ -103,6 +119,7 @@ def read_pairs(
     if config.mix and len(mix) < round(config.mix_ratio * len(main)):
         console.say(f"{stage}: {config.mix} has {len(mix):,} pairs, fewer than --mix-ratio requests; all are used")
     tokenizer, window = tokenizer_and_window(base)
+    hard = config.targets is Targets.HARD
     pairs = encode_pairs(partial(encode, tokenizer), rows, config.max_length, counts, window=window, hard=hard)
     held_out_prompts = held_out_keys(
         [conversation_id(pair.row.prompt) for pair in pairs], config.eval_share, config.seed

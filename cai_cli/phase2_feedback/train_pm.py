@@ -10,7 +10,6 @@ first (`--fit-head`); the learning rate falls linearly to zero, as in `sft`.
 
 from collections import Counter
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,13 +56,6 @@ COLUMNS = {
 HELD_OUT = ("held_out_loss", "held_out_accuracy")
 
 
-class Targets(StrEnum):
-    """Whether labels are probabilities or 0 and 1."""
-
-    SOFT = "soft"
-    HARD = "hard"
-
-
 class TrainPmConfig(PairOptions):
     """Train a preference model on comparisons.
 
@@ -72,10 +64,6 @@ class TrainPmConfig(PairOptions):
     """
 
     dtype: DType = redefine(EngineOptions, "dtype", DType.AUTO)
-    targets: Targets = option(
-        Targets.SOFT,
-        "Train on the probabilities of the labels (soft), as the paper does, or on 1 for the preferred reply (hard).",
-    )
     fit_head: bool = option(
         False,
         "Fit the head to the labels on the frozen model before training, or start from a random head; with --epochs 0 "
@@ -92,8 +80,6 @@ class TrainPmConfig(PairOptions):
             raise UsageError(
                 "--epochs 0 trains nothing", hint="--fit-head trains the head alone", code="option-conflict"
             )
-        if self.soft_from and self.targets is Targets.HARD:
-            raise UsageError("--soft-from excludes --targets hard", hint="give one of them", code="option-conflict")
         if self.fit_head and distributed.weights_are_sharded():
             raise UsageError(
                 "--fit-head needs unsharded weights",
@@ -309,7 +295,7 @@ def run(config: TrainPmConfig) -> dict[str, Any]:
     config.launch()
     base = ModelSource.resolve(config.model)
     inputs = config.hash_inputs()
-    data = read_pairs("train-pm", config, base.path, encode_pair, hard=config.targets is Targets.HARD)
+    data = read_pairs("train-pm", config, base.path, encode_pair)
     training = config.training_config(dtype=config.dtype.value)
     summary = TrainingJob(
         provenance=provenance(

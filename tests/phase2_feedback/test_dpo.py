@@ -76,7 +76,7 @@ def test_margins_converge_to_the_log_odds_of_the_labels(model: Path, tmp_path: P
 def test_hard_labels_push_the_margins_on_and_leave_ties_out(model: Path, tmp_path: Path) -> None:
     rows = [preference(i, 0.7) for i in range(3)] + [preference(3, 0.5)]
     file, out = write_rows(tmp_path / "prefs.jsonl", rows), tmp_path / "policy"
-    command(file, out, model=str(model), max_steps=60, hard=True, **QUICK | {"learning_rate": 3e-3})
+    command(file, out, model=str(model), max_steps=60, targets="hard", **QUICK | {"learning_rate": 3e-3})
     assert margin(model, out, rows[0]) > 2 * math.log(0.7 / 0.3)
     assert manifest_of(out)["counts"]["skipped_reasons"] == {"a tie, which has no hard target": 1}
 
@@ -215,7 +215,7 @@ def test_the_policy_that_is_kept_is_the_one_of_the_best_check(
         ({"loss": "hinge"}, "invalid-option"),
         ({"beta": 0}, "invalid-option"),
         ({"label_smoothing": 0.1}, "option-conflict"),
-        ({"soft_from": "score", "hard": True}, "option-conflict"),
+        ({"soft_from": "score", "targets": "hard"}, "option-conflict"),
         ({"monitor_judge": "scripted:none"}, "option-conflict"),  # eval_share is 0
         ({"monitor_pm": "tiny", "eval_share": 0.1}, "too-few-rows"),
         ({"base_url": ["http://localhost/v1"]}, "option-conflict"),
