@@ -85,8 +85,9 @@ class DpoConfig(PairOptions):
         return LABEL_SMOOTHING if self.label_smoothing is None else self.label_smoothing
 
     def workload(self, length: int) -> Workload:
-        # The reference's log-probabilities are computed first, and its weights freed; TRL keeps them under FSDP.
-        return Workload(length, sequences=2, scored=length, reference=distributed.weights_are_sharded())
+        # Training needs no reference model, but the checks of replies do, and TRL keeps it under FSDP.
+        reference = bool(self.monitor_prompts and self.eval_share) or distributed.weights_are_sharded()
+        return Workload(length, sequences=2, scored=length, reference=reference)
 
     def settings(self, **resolved: Any) -> dict[str, Any]:
         """The options that decide the output, with the label smoothing that is used."""

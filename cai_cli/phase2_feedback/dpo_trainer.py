@@ -6,8 +6,8 @@ each of the losses here, that of the exchanged pair differs from it by a term th
 (`exchange`), so adding (1 - p) times this term is exact.
 
 The reference log-probabilities are computed before the first step, by TRL (`precompute_ref_log_probs`): once for each
-pair, whatever the number of epochs, and no reference model is in memory while the policy is trained. With adapters on
-sharded weights they are computed in every step instead, because the weights are whole in no process before the first.
+pair, whatever the number of epochs. TRL then frees the reference model, except under FSDP. With adapters on sharded
+weights they are computed in every step instead, because the weights are whole in no process before the first.
 """
 
 from typing import Any

@@ -202,7 +202,7 @@ class RlConfig(TrainerOptions, PreferenceModelOptions):
             length,
             scored=self.max_new_tokens,
             replies=min(share, self.rollout_batch_size or share),
-            reference=self.beta > 0,
+            reference=True,  # the checks need it also at beta 0
             scorer_parameters=scorer_parameters,
             scorer_dtype=self.pm_dtype.value,
             engine_share=engine.get("gpu_memory_utilization", VLLM_SHARE) if by_vllm else 0.0,

@@ -57,7 +57,7 @@ CASES = {
         *_each("8B", "sft train-pm dpo", _fsdp(8)),
         Case("8B", "rl", {"rollouts": "vllm", **STEP, **_fsdp(8)}),
         *_each("32B", "sft train-pm", _fsdp(8)),
-        *_each("32B", "dpo", {"batch-size": 1, "gradient-accumulation": 8, **_fsdp(8)}),
+        *_each("32B", "dpo", {**LORA, **_fsdp(8)}),
         Case("32B", "rl", {**QLORA, "rollouts": "local", **STEP, "accelerate-config": "multi_gpu"}),
         *_each("70B", "sft train-pm dpo", {**LORA, **_fsdp(8)}),
         Case("70B", "rl", {**QLORA, "rollouts": "local", **STEP, "accelerate-config": "multi_gpu"}),

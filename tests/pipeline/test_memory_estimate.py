@@ -59,6 +59,11 @@ def test_a_dry_run_refuses_a_step_that_cannot_fit(folder: Path, cai: Cai, monkey
     assert "total" in done.stdout  # the plan is printed first
 
 
+@pytest.mark.parametrize(("options", "expected"), [({}, True), ({"monitor-prompts": 0}, False)])
+def test_the_start_model_that_checks_of_dpo_compare_with_is_counted(options: dict[str, Any], expected: bool) -> None:
+    assert planned(Case("8B", "dpo", options)).work.reference is expected
+
+
 # --- the page -----------------------------------------------------------------------------------------------------
 
 
