@@ -9,7 +9,7 @@ from cai_cli.constitution.options import ConstitutionOptions
 from cai_cli.constitution.schema import PreferenceConstitution, open_constitution
 from cai_cli.judging.constitution_reward import ConstitutionRewards
 from cai_cli.prompting.base import resolve_prompt_format
-from cai_cli.reward.served import PreferenceModelRewards
+from cai_cli.reward.preference_model_reward import PreferenceModelRewards
 from cai_cli.reward.server import RewardModel, RewardServer
 from cai_cli.runtime.config import Effect, Group, Option, option, redefine
 from cai_cli.runtime.shared_options import FormatOptions, RequestOptions, RunOptions

@@ -1,7 +1,7 @@
 """System prompts: one that states a constitution, and conversations that begin with one.
 
 A model that reads the constitution with every prompt is a teacher; fine-tuning on its replies without the system prompt
-is context distillation (Bai et al. 2022, section 2 of the earlier HHH work, arXiv 2112.00861).
+is context distillation (Askell et al. 2021, arXiv 2112.00861).
 """
 
 from collections.abc import Sequence

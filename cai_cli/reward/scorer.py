@@ -131,7 +131,7 @@ class Scorer:
 
     @cached_property
     def conversation_scores(self) -> ConversationScorer:
-        """The model as a function; the model is loaded, its server is not asked yet.
+        """A function that scores conversations. A model of this process is loaded; a server gets no request yet.
 
         The function raises CaiError where no conversation can be scored.
         """

@@ -62,7 +62,7 @@ class Node:
 
 def group_size(accelerate_config: str | None, num_processes: int | None) -> int:
     """The number of processes that the two options request. Raises UsageError."""
-    given = _read(config_path(accelerate_config)) if accelerate_config else {}
+    given = read_config(accelerate_config) if accelerate_config else {}
     return num_processes or int(given.get("num_processes", 1))
 
 
@@ -100,23 +100,23 @@ def _accelerate(path: Path, processes: int) -> list[str]:
 
 def _launch(config: str, num_processes: int | None) -> NoReturn:
     """Replace this process by `accelerate launch` of the same command line."""
-    path = config_path(config)
-    given = _read(path)
-    if given.get("distributed_type") == "DEEPSPEED" and find_spec("deepspeed") is None:
+    if read_config(config).get("distributed_type") == "DEEPSPEED" and find_spec("deepspeed") is None:
         raise CaiError(
             f"--accelerate-config {config} needs DeepSpeed, which is not installed",
             hint="pip install deepspeed",
             code="missing-dependency",
         )
-    count = num_processes or int(given.get("num_processes", 1))
+    count = group_size(config, num_processes)
     own = [*without(sys.argv[1:], ("--accelerate-config", "--num-processes")), "--num-processes", str(count)]
     sys.stderr.flush()
     threads.leave_count_to_launcher()
-    command = [sys.executable, *_accelerate(path, count), "--module", "cai_cli", *own]
+    command = [sys.executable, *_accelerate(config_path(config), count), "--module", "cai_cli", *own]
     os.execv(sys.executable, command)  # noqa: S606 - no shell  # nosec B606
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_config(config: str) -> dict[str, Any]:
+    """The fields of an accelerate config, given as for `config_path`. Raises UsageError."""
+    path = config_path(config)
     given: Any = load_yaml(path)
     if not isinstance(given, dict):
         raise UsageError(f"{path}: not a config of accelerate", code="invalid-option")

@@ -9,7 +9,6 @@ from typing import Any
 
 from cai_cli.common import console
 from cai_cli.common.errors import CaiError
-from cai_cli.common.yaml import load_yaml
 from cai_cli.training import distributed, launcher
 from cai_cli.training.activations import ModelShape, shape_of_dir
 from cai_cli.training.config import TrainingConfig
@@ -69,18 +68,18 @@ def sharding_of(accelerate_config: str | None, num_processes: int | None) -> Sha
     """What the processes of `accelerate launch` with these options divide. Raises UsageError."""
     if accelerate_config is None:
         return Sharding(num_processes or 1)
-    given: Any = load_yaml(launcher.config_path(accelerate_config))
+    given = launcher.read_config(accelerate_config)
     fsdp, deepspeed = given.get("fsdp_config") or {}, given.get("deepspeed_config") or {}
     stage = 3 if given.get("distributed_type") == "FSDP" else int(deepspeed.get("zero_stage", 0))
     offloads = bool(fsdp.get("fsdp_offload_params")) or any(
         deepspeed.get(f"offload_{what}_device", "none") != "none" for what in ("optimizer", "param")
     )
-    return Sharding(num_processes or int(given.get("num_processes", 1)), stage, offloads)
+    return Sharding(launcher.group_size(accelerate_config, num_processes), stage, offloads)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is planned, and the options that lead there from the settings of the user."""
+    """The settings of a trainer whose memory is estimated, and the options by which they differ from the user's."""
 
     shape: ModelShape
     training: TrainingConfig

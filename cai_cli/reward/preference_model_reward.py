@@ -1,4 +1,4 @@
-"""A preference model as the rewards of `cai serve-reward`."""
+"""A preference model as the reward of `cai serve-reward`."""
 
 from collections.abc import Sequence
 

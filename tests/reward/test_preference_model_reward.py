@@ -10,7 +10,7 @@ from cai_cli.common.errors import RowError
 from cai_cli.data.schema import Message
 from cai_cli.models.loading import load_reward_model, load_tokenizer
 from cai_cli.reward.preference_model import encode_conversation, score_conversations
-from cai_cli.reward.served import PreferenceModelRewards
+from cai_cli.reward.preference_model_reward import PreferenceModelRewards
 
 
 def test_served_rewards_are_the_scores_of_conversations_and_of_their_token_ids(tmp_path: Path) -> None:
