@@ -339,13 +339,13 @@ def estimate(rows: RowFlow, config: RlConfig) -> StepCost:
     return StepCost(rows.rows, replies + requests, TokenCounts(read, replies * new, trained * whole), rows)
 
 
-def _workload(config: RlConfig, base: Path, prompts: RlPrompts) -> Workload:
-    """What training does with the policy, as far as memory depends on it."""
+def _workload(config: RlConfig, rollouts: Rollouts, base: Path, prompts: RlPrompts) -> Workload:
+    """What training does with the policy, as far as memory depends on it; `rollouts` are those of this machine."""
     from cai_cli.models.loading import load_tokenizer
 
     length = longest_prompt([*prompts.train, *prompts.held_out], load_tokenizer(base)) + config.max_new_tokens
     scorers = [shape_of_dir(ModelSource.resolve(name).path).scorer for name in config.scorers]
-    return config.workload(length, sum(scorers))
+    return config.model_copy(update={"rollouts": rollouts}).workload(length, sum(scorers))
 
 
 def run(config: RlConfig) -> dict[str, Any]:
@@ -393,7 +393,7 @@ def run(config: RlConfig) -> dict[str, Any]:
             "pass after pass over all prompts, each in a new random order", config.steps * config.replies
         )
         | rollout_facts(rollouts),
-        check=lambda: check_memory("rl", base, training, _workload(config, base, prompts)),
+        check=lambda: check_memory("rl", base, training, _workload(config, rollouts, base, prompts)),
     ).run(as_json=config.as_json)
 
 

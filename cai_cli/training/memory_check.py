@@ -188,13 +188,9 @@ def nearest(setting: Setting) -> list[Setting]:
 def _on_same_devices(setting: Setting) -> Iterator[Setting]:
     """Settings that need less and less memory: without another result first, then adapters in place of all weights."""
     for one in _with_other_memory(setting):
-        smallest = _with_batch(one, 1)
-        if smallest.recommended:
-            size = setting.training.batch_size
-            while size > 1:
-                yield _with_batch(one, size)
-                size //= 2
-            yield smallest
+        if _with_batch(one, 1).recommended:
+            batch = setting.training.batch_size
+            yield from (_with_batch(one, size) for size in range(batch, 0, -1) if batch % size == 0)
 
 
 def _with_other_memory(setting: Setting) -> Iterator[Setting]:
