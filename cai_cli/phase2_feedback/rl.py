@@ -102,7 +102,7 @@ class RlInputs:
         train: The prompts to train on.
         held_out: The prompts to check the policy on.
         monitor_model: The monitor model, or None.
-        rollouts: What samples the replies to train on, without `auto`.
+        rollouts: The engine that samples the replies to train on; not `auto`.
     """
 
     base: Path

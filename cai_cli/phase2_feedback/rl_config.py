@@ -85,8 +85,8 @@ class RlConfig(TrainerOptions, PreferenceModelOptions):
     )
     rollouts: Rollouts = option(
         Rollouts.AUTO,
-        "What samples the replies to train on: local (the engine of `cai sample`), vllm (on the GPUs of the policy) or "
-        "vllm-server. auto is vllm on CUDA where it is installed and knows the model, else local.",
+        "Engine that samples the replies to train on: local (that of `cai sample`), vllm (on the GPUs of the policy) "
+        "or vllm-server. auto is vllm on CUDA where it is installed and knows the model, else local.",
         Option(group=Group.SAMPLING),
     )
     rollout_batch_size: int | None = option(

@@ -1,4 +1,4 @@
-"""What samples the replies that `cai rl` trains on (its rollouts): the local engine, or vLLM through TRL's `use_vllm`.
+"""The engine that samples the replies that `cai rl` trains on: the local engine, or vLLM through TRL's `use_vllm`.
 
 With vLLM the prompts are encoded and replies end as in `cai sample`, but replies are no longer equal to the byte in a
 repeated, resumed or differently divided run; the manifest says so.
@@ -25,7 +25,7 @@ REPLIES = {
 
 
 class Rollouts(StrEnum):
-    """What samples the replies."""
+    """The engine that samples the replies."""
 
     AUTO = "auto"
     LOCAL = "local"
@@ -34,7 +34,7 @@ class Rollouts(StrEnum):
 
 
 def pick_rollouts(requested: Rollouts, base: Path, machine: Machine) -> Rollouts:
-    """What samples the replies on this machine, which is printed where there is a choice.
+    """Return the engine that samples the replies on this machine; prints it where there is a choice.
 
     Args:
         requested: The option; auto is vLLM where `reason_against_vllm` gives none, else local.
@@ -75,7 +75,7 @@ def trl_arguments(
     """The arguments of TRL's config for these rollouts.
 
     Args:
-        rollouts: What samples the replies.
+        rollouts: The engine that samples the replies.
         ends: The token ids that end a reply.
         longest: The most tokens of a prompt and its reply.
         url: Address of the server, for `vllm-server`.

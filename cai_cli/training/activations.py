@@ -2,7 +2,7 @@
 
 The model is built on the meta device, so no weight is loaded. Activations are those of transformers' own code: one
 forward and backward pass runs on fake tensors, which have shapes but no data, and every storage is counted while it
-lives. Layers are alike, so two passes, with one layer and with two, give the memory of any number.
+lives. All layers have the same shape, so two passes, with one layer and with two, give the memory of any number.
 """
 
 import json
@@ -81,7 +81,7 @@ class Activations:
 
     Attributes:
         kept: After the forward pass through the layers, before the head.
-        peak: At the most during the backward pass.
+        peak: The most during the backward pass.
     """
 
     kept: float
@@ -228,7 +228,7 @@ def _without_data(model: Any) -> None:
 
 
 def _live_storages(model: Any) -> Any:
-    """A context that counts the bytes of all storages made in it that are alive: `now`, and at the most `peak`."""
+    """A context that counts the bytes of all live storages made in it: `now`, and the most so far, `peak`."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves

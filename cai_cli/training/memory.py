@@ -72,7 +72,7 @@ class MemoryPlan:
         weights: Of the model to train, with its adapters.
         gradients: Of the trained weights; where every pass is a step, activations make room for them.
         optimizer: State of AdamW.
-        activations: Beside gradients, at the most during forward and backward pass.
+        activations: The most during the forward and backward pass, gradients not included.
         rollouts: KV cache of the replies, and sharded weights that are gathered to sample them; or vLLM's share.
         reference: The frozen copy of the start model.
         preference_models: Of the reward and of the monitor.

@@ -1,8 +1,8 @@
-"""Speeds up float32 matrix products on x86 CPUs by storing weights in the layout that is quickest there.
+"""Speeds up float32 matrix products on x86 CPUs by storing weights in the layout that is fastest there.
 
 torch multiplies by the transposed weights of a layer with MKL. On CPUs that are not Intel's, MKL reaches half the speed
-of oneDNN with its own layout, which torch's compiler uses too when it freezes a model. On Intel's, MKL is the quickest
-of all once the weights are stored transposed: a quarter quicker than either for the rows of a decoding step.
+of oneDNN with its own layout, which torch's compiler uses too when it freezes a model. On Intel's, MKL is the fastest
+once the weights are stored transposed: a quarter faster than either for the rows of a decoding step.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ _ROWS = 64  # oneDNN's layout is optimised for about this many rows; it works fo
 
 
 def pack_linears(model: Any) -> dict[str, Any]:
-    """Replace the linear layers of a float32 model on an x86 CPU by layers with a quicker weight layout.
+    """Replace the linear layers of a float32 model on an x86 CPU by layers with a faster weight layout.
 
     Other models stay as they are. The changed model can be run, but not trained or saved.
 
