@@ -128,7 +128,7 @@ def plan(
         sharding: What the processes divide.
         device_bytes: Memory of the device, of which vLLM takes a share.
     """
-    static = held(shape, training, work, sharding)
+    static = static_plan(shape, training, work, sharding)
     rows = training.batch_size * work.sequences
     one_pass = _pass(training, rows, work.length, sharding)
     kept, one_layer = activations(shape, one_pass), activations(replace(shape, layers=1), one_pass)
@@ -141,7 +141,7 @@ def plan(
     return replace(static, activations=passes, rollouts=_rollouts(shape, training, work, sharding, device_bytes))
 
 
-def held(shape: ModelShape, training: TrainingConfig, work: Workload, sharding: Sharding) -> MemoryPlan:
+def static_plan(shape: ModelShape, training: TrainingConfig, work: Workload, sharding: Sharding) -> MemoryPlan:
     """As `plan`, without activations and rollouts, which take longer to compute."""
     size = BYTES[training.trained_dtype]
     total = shape.parameters if work.scored else shape.scorer

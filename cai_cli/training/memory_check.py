@@ -12,7 +12,7 @@ from cai_cli.common.errors import CaiError
 from cai_cli.training import distributed, launcher
 from cai_cli.training.activations import ModelShape, shape_of_dir
 from cai_cli.training.config import TrainingConfig
-from cai_cli.training.memory import GIB, MemoryPlan, Sharding, Workload, held, plan
+from cai_cli.training.memory import GIB, MemoryPlan, Sharding, Workload, plan, static_plan
 
 # Share of the free memory that a setting must leave unused to be recommended: for the CUDA context, the buffers of
 # NCCL and cuBLAS, and fragments.
@@ -171,7 +171,7 @@ def check_memory(stage: str, base: Path, training: TrainingConfig, work: Workloa
 def _is_small(setting: Setting) -> bool:
     """Whether a rough bound is below half of the memory, so that nothing needs to be traced."""
     shape, work = setting.shape, setting.work
-    static = held(shape, setting.training, work, setting.sharding)
+    static = static_plan(shape, setting.training, work, setting.sharding)
     tokens = setting.training.batch_size * work.sequences * work.length
     rough = 4 * tokens * (50 * shape.hidden * shape.layers + 4 * shape.vocabulary * bool(work.scored))
     return 2 * (static.peak + rough) * setting.on_one_device < setting.device.free

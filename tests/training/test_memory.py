@@ -13,7 +13,7 @@ import torch
 from cai_cli.training.activations import ModelShape, shape_of
 from cai_cli.training.config import TrainingConfig
 from cai_cli.training.cpu_logprobs import use_unfused_head
-from cai_cli.training.memory import GIB, MemoryPlan, Sharding, Workload, held, plan
+from cai_cli.training.memory import GIB, MemoryPlan, Sharding, Workload, plan, static_plan
 
 ROWS, LENGTH = 4, 128
 CPU = TrainingConfig(
@@ -128,7 +128,7 @@ def test_weights_gradients_and_optimizer_are_those_of_torch(name: str, training:
     optimizer = AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
     forward_and_backward(model, training)
     optimizer.step()
-    estimate = held(shape_of(config), training, Workload(LENGTH, scored=LENGTH), Sharding())
+    estimate = static_plan(shape_of(config), training, Workload(LENGTH, scored=LENGTH), Sharding())
     state = [value for each in optimizer.state.values() for name, value in each.items() if name != "step"]
     assert estimate.weights == size_of(model.parameters())
     assert estimate.gradients == size_of(p.grad for p in model.parameters() if p.grad is not None)
@@ -182,7 +182,7 @@ def llama_8b() -> ModelShape:
 
 
 def test_full_training_takes_16_bytes_a_parameter(llama_8b: ModelShape) -> None:
-    full = held(llama_8b, GPU, Workload(LENGTH_8B, scored=LENGTH_8B), Sharding())
+    full = static_plan(llama_8b, GPU, Workload(LENGTH_8B, scored=LENGTH_8B), Sharding())
     assert full.weights + full.gradients + full.optimizer == 16 * 8_030_261_248
 
 
@@ -198,17 +198,17 @@ def test_adapters_on_float32_weights_without_checkpointing_take_75_gb_and_on_bfl
     after = plan(llama_8b, lora, work, Sharding())
     assert after.weights / GB == pytest.approx(16.2, rel=0.02)
     assert after.peak < 30 * GB
-    assert held(llama_8b, replace(lora, quantize="4bit"), work, Sharding()).weights < 6 * GB
+    assert static_plan(llama_8b, replace(lora, quantize="4bit"), work, Sharding()).weights < 6 * GB
 
 
 def test_processes_divide_what_their_stage_says(llama_8b: ModelShape) -> None:
     work = Workload(LENGTH_8B, scored=LENGTH_8B)
-    alone = held(llama_8b, GPU, work, Sharding())
+    alone = static_plan(llama_8b, GPU, work, Sharding())
     for stage, divided in enumerate([(), ("optimizer",), ("optimizer", "gradients"), (*OWN,)]):
-        each = held(llama_8b, GPU, work, Sharding(8, stage))
+        each = static_plan(llama_8b, GPU, work, Sharding(8, stage))
         for part in OWN:
             assert getattr(each, part) == getattr(alone, part) / (8 if part in divided else 1)
-    assert held(llama_8b, GPU, work, Sharding(8, 0)).communication == alone.gradients  # the buckets of DDP
+    assert static_plan(llama_8b, GPU, work, Sharding(8, 0)).communication == alone.gradients  # the buckets of DDP
     assert alone.communication == 0
 
 
