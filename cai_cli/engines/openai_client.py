@@ -17,7 +17,6 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, suppress
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
-from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 
@@ -27,6 +26,7 @@ from cai_cli.engines.base import Server, Usage
 from cai_cli.engines.openai_failures import Failure, Refused, retry_after, says_no_credit, whole_reason
 from cai_cli.engines.openai_parameters import Parameters, applied
 from cai_cli.engines.openai_response import ServerResponse
+from cai_cli.engines.server_address import KEY_VARIABLE, checked_url, same_model
 from cai_cli.engines.server_pool import FIRST_REST, PooledServer, ServerPool, Turn
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ T = TypeVar("T")
 RETRIES = 6  # after the first attempt, about 20 s in all: long enough for a server to restart
 REFUSALS = 8  # equal ones, before the first answer, that end the run
 HOLD = 0.5  # seconds for which a refusal before the first answer waits for others, so that no row is rejected for them
-KEY_VARIABLE = "OPENAI_API_KEY"
 ROW_STATUSES = (400, 413, 422)  # HTTP statuses that concern one request only
 RESUME_HINT = "finished rows are kept; run the same command again to resume"
 NO_CREDIT_HINT = "finished rows are kept; add credit or raise the limit of the account, then run the same command again"
@@ -291,7 +290,7 @@ class Client:
             raise self._malformed(content, "is not a completion", hint, transient=True) from None
         if len(self.key) >= console.SHORTEST_SECRET and self.key in response.model_dump_json():
             raise RowError(f"the reply contains the key in {KEY_VARIABLE}", code="wrong-answer")
-        if not any(_same_model(name, response.model) for name in (self.model, self.server.served_as) if name):
+        if not any(same_model(name, response.model) for name in (self.model, self.server.served_as) if name):
             answered = self._short(str(response.model))
             raise Failure(
                 f"requested the model {self.model!r}, answered as {answered!r}",
@@ -423,53 +422,6 @@ def _openai_client(base_url: str, key: str, timeout: float, retries: int) -> "As
         timeout=Timeout(timeout / 2, connect=min(timeout / 2, 10.0)),
         http_client=DefaultAsyncHttpxClient(follow_redirects=False, event_hooks={"response": [_no_retry_of_limits]}),
     )
-
-
-def checked_url(url: str | None, option: str = "--base-url", key_variable: str = KEY_VARIABLE) -> str:
-    """The address of a server's API without a trailing slash.
-
-    Args:
-        url: The address.
-        option: The option that gives it, for messages.
-        key_variable: The environment variable that gives the key, for messages.
-
-    Raises:
-        UsageError: There is no address (`missing-option`), or it is not a server's address or contains a secret
-            (`invalid-option`).
-
-    >>> checked_url("http://localhost:8000/v1/")
-    'http://localhost:8000/v1'
-    """
-    if not url:
-        raise UsageError(
-            "an openai: model needs --base-url (or OPENAI_BASE_URL)",
-            hint="for example http://localhost:8000/v1; OpenAI's own is https://api.openai.com/v1",
-            code="missing-option",
-        )
-    parts = urlsplit(url)
-    with suppress(ValueError):
-        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
-            if parts.username or parts.password or parts.query or parts.fragment:
-                raise UsageError(
-                    f"{option} must not contain a user, password or query: manifests record it",
-                    hint=f"the key comes from {key_variable}",
-                    code="invalid-option",
-                )
-            return url.rstrip("/")
-    raise UsageError(f"{option} must be http://HOST[:PORT]/PATH or https://...", code="invalid-option")
-
-
-def _same_model(requested: str, answered: str | None) -> bool:
-    """Whether `answered` names the requested model: under its name, a dated version of it or of its alias for the
-    latest one, without its owner, or without the variant after a colon.
-
-    >>> [_same_model("claude-x-latest", "claude-x-20260101"), _same_model("org/m:fast", "org/m"), _same_model("m", "n")]
-    [True, True, False]
-    """
-    if not answered or answered == requested:
-        return True
-    name = requested.removesuffix("-latest")
-    return answered.startswith(f"{name}-") or requested.endswith(f"/{answered}") or answered == name.partition(":")[0]
 
 
 def _cause(error: BaseException) -> str:
