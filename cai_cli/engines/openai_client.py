@@ -170,7 +170,8 @@ class Client:
             try:
                 response = await self._attempt(path, applied(body, changes))
             except Refused as refused:
-                tried = self._parameters.refused(refused.reason, body, changes)
+                known = changes | self._parameters.changes  # another request may have learnt more since
+                tried = known if known != changes else self._parameters.refused(refused.reason, body, changes)
                 if tried is None:
                     raise
                 changes = tried

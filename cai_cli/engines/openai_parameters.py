@@ -56,7 +56,7 @@ class Parameters:
         new = {name: other for name, other in changes.items() if name not in self.changes}
         self.changes |= new
         self.accepted |= {_use(name, body) for name in (*RENAMED, *LEFT_OUT) if name in body and name not in changes}
-        return [_message(name, other, body[name]) for name, other in new.items()]
+        return [_message(name, other, body[name]) for name, other in new.items() if name in body]
 
 
 def applied(body: Mapping[str, Any], changes: Changes) -> dict[str, Any]:

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 from conftest import Cai
 from helpers import manifest_of, rows_in, sample_row, write_rows
-from loopback import Loopback, Request, completion, error, http
+from loopback import Loopback, Request, completion, engine, error, http
 from server_forms import FORMS, LIKELIEST, anthropic, azure
 
+from cai_cli.data.schema import Message
 from cai_cli.engines import openai_client, server_pool
+from cai_cli.engines.base import Completion, GenerationRequest, LogprobRequest, Sampling
 
 Form = Callable[[Request], bytes]
 PAIRS = 4
@@ -69,6 +71,31 @@ def test_a_refused_parameter_is_renamed_or_left_out_said_once_and_recorded(cai: 
     assert "top_p" in server.requests[-1].body
 
 
+def test_a_parameter_that_a_prompt_only_mentions_is_still_sent(cai: Cai) -> None:
+    def too_long(request: Request) -> bytes:
+        if request.asked == "question 2":
+            return error(400, "the prompt is longer than the context less max_tokens, whatever its temperature or seed")
+        return http(completion(request, "Fine."))
+
+    with Loopback(too_long) as server:
+        done = cai("sample", "prompts.jsonl", "--limit", "5", *words(server, "m", "--concurrency", "1"))
+    assert "the server refuses" not in done.stderr
+    assert len(server.requests) == 5
+    assert {"max_tokens", "temperature", "top_p", "seed"} <= set(server.requests[-1].body)
+
+
+def test_a_server_that_takes_no_stop_strings_has_its_replies_cut_there() -> None:
+    def no_stop(request: Request) -> bytes:
+        refused = error(400, "Unsupported parameter: 'stop' is not supported with this model.")
+        return refused if "stop" in request.body else http(completion(request, "One.END Two."))
+
+    with engine(no_stop) as (opened, _):
+        (reply,) = opened.generate(
+            [GenerationRequest([Message(role="user", content="Count.")], 1, stop=("END",))], Sampling(9)
+        )
+    assert reply == Completion("One.", "stop", 10, 5)
+
+
 def no_started_turn(request: Request) -> bytes:
     """Takes no started turn, and answers every question with the first option it can, and log-probabilities."""
     if request.body["messages"][-1]["role"] == "assistant":
@@ -105,6 +132,14 @@ def test_a_server_without_started_turns_rates_harm(cai: Cai, inputs: Path) -> No
         done = cai("eval", "harm", "samples.jsonl", *words(server, "m"))
     assert done.code == 0, done.stderr
     assert len(rows_in(inputs / "out.jsonl")) == 2 * PAIRS
+
+
+def test_a_server_without_started_turns_answers_published_questions() -> None:
+    question = LogprobRequest([Message(role="user", content="Which?")], (" (A)", " (B)"), "The answer is:")
+    with engine(no_started_turn) as (opened, requests):
+        (scores,) = opened.option_logprobs([question])
+    assert scores == pytest.approx([-0.1, -2.4])
+    assert requests[-1].asked == "Which?\n\nBegin your answer with exactly these words: The answer is:"
 
 
 def test_a_prompt_written_from_its_start_on_does_not_have_its_start_twice(cai: Cai, inputs: Path) -> None:
