@@ -154,7 +154,9 @@ class Client:
             needs = "logprob" in error.reason
             self._fatal = CaiError(
                 f"{self.base_url}: the first {REFUSALS} requests were {error.message}",
-                "--method verdict needs no log-probabilities" if needs else "no row was answered; check the options",
+                "log-probabilities are needed here, but not by label-prefs --method verdict"
+                if needs
+                else "no row was answered; check the options",
                 code="server-refused",
             )
             self._decided.set()
