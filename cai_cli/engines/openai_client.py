@@ -151,13 +151,11 @@ class Client:
             return
         self._refusals[error.kind] += 1
         if self._refusals[error.kind] >= REFUSALS and self._fatal is None:
-            needs = "logprob" in error.reason
+            hint = "no row was answered; check the options"
+            if "logprob" in error.reason:
+                hint = "log-probabilities are needed here, but not by label-prefs --method verdict"
             self._fatal = CaiError(
-                f"{self.base_url}: the first {REFUSALS} requests were {error.message}",
-                "log-probabilities are needed here, but not by label-prefs --method verdict"
-                if needs
-                else "no row was answered; check the options",
-                code="server-refused",
+                f"{self.base_url}: the first {REFUSALS} requests were {error.message}", hint, code="server-refused"
             )
             self._decided.set()
         with suppress(TimeoutError):
