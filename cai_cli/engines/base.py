@@ -58,12 +58,14 @@ class Completion:
             character).
         prompt_tokens: The length of the prompt with its prefill, in tokens; 0 if unknown.
         new_tokens: The number of generated tokens; 0 if unknown.
+        restarted: Whether the text is a whole answer that does not continue the request's prefill.
     """
 
     text: str
     finish_reason: str
     prompt_tokens: int = 0
     new_tokens: int = 0
+    restarted: bool = False
 
 
 def drop_broken_end(text: str, finish_reason: str) -> tuple[str, str]:
@@ -113,6 +115,7 @@ class Server:
         budget_tokens: The number of prompt and generated tokens after which the run stops.
         price_in: The price of a million prompt tokens, in any currency.
         price_out: The price of a million generated tokens.
+        served_as: The model's name in the answers, where it is not the name in the requests.
     """
 
     base_url: str | Sequence[str] | None = None
@@ -121,6 +124,7 @@ class Server:
     budget_tokens: int | None = None
     price_in: float | None = None
     price_out: float | None = None
+    served_as: str | None = None
 
 
 @dataclass
@@ -135,6 +139,9 @@ class Usage:
         prompt_tokens: The number of prompt tokens.
         new_tokens: The number of generated tokens.
         models: The names under which the server answered, in order of appearance.
+        changed_parameters: The parameters of requests that the server refuses, with the name under which it takes them,
+            or None where they are left out.
+        dropped_thoughts: The number of answers whose thoughts the server set apart, which are not kept.
     """
 
     base_url: str
@@ -144,6 +151,8 @@ class Usage:
     prompt_tokens: int = 0
     new_tokens: int = 0
     models: list[str] = field(default_factory=list)
+    changed_parameters: dict[str, str | None] = field(default_factory=dict)
+    dropped_thoughts: int = 0
 
     @property
     def tokens(self) -> int:
@@ -175,6 +184,8 @@ class Usage:
         """Start from the usage that an earlier run recorded (`as_json`)."""
         self.requests, self.prompt_tokens = recorded["requests"], recorded["prompt_tokens"]
         self.new_tokens, self.models = recorded["new_tokens"], list(recorded["models"])
+        self.changed_parameters = recorded.get("changed_parameters", {})
+        self.dropped_thoughts = recorded.get("dropped_thoughts", 0)
 
     def as_json(self) -> dict[str, Any]:
         """The usage as manifests record it."""

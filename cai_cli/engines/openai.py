@@ -4,8 +4,9 @@ Chats go to chat completions, raw texts to completions. Such servers have limits
 
 - Seeds are best effort: the same request may get another text after the server changed or under another load.
 - Not every server continues a chat inside the assistant's turn. The prefill is sent as the start of that turn, with the
-  switches that vLLM and SGLang support, or without them if the server refuses them. It is removed from a completion
-  that repeats it.
+  switches that vLLM and SGLang support, or without them if the server refuses them. If it refuses a started turn too,
+  the question asks for an answer that begins with the prefill. The first form that the server accepts is used from
+  then on. The prefill is removed from a completion that repeats it.
 - Options are scored from the most likely tokens. In a chat, the token that follows the prefill counts, whether the
   server continued the prefill or the model wrote it itself, as few-shot examples show it; a letter that starts a
   sentence is not an answer. If an option is not among the most likely tokens, there is a second request (chats: without
@@ -16,7 +17,7 @@ Chats go to chat completions, raw texts to completions. Such servers have limits
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from cai_cli.common.errors import RowError
 from cai_cli.data.schema import Message
@@ -31,12 +32,18 @@ from cai_cli.engines.base import (
     Text,
     drop_broken_end,
 )
-from cai_cli.engines.openai_client import Client, ServerResponse, TokenLogprob
+from cai_cli.engines.openai_client import Client
+from cai_cli.engines.openai_response import Choice, ServerResponse, TokenLogprob
 
 TOP_LOGPROBS = 20  # per token; the most that OpenAI and, by default, vLLM return
 ANSWER_TOKENS = 16  # enough for a prefill that the model writes itself, and the option
 _AROUND = " \t\n()[]*\"'.:"  # characters that may surround an option in its token
 CONTINUE = {"continue_final_message": True, "add_generation_prompt": False}
+BEGIN = "Begin your answer with exactly these words: "
+
+# How a chat's prefill is sent: as the start of the assistant's turn with or without `CONTINUE`, or in the question.
+PrefillForm = Literal["continued", "started", "in the question"]
+PREFILL_FORMS: Sequence[PrefillForm] = ("continued", "started", "in the question")
 
 
 class OpenAIEngine(Engine):
@@ -53,7 +60,7 @@ class OpenAIEngine(Engine):
         self.batch_size = 1
         self.workers = self.client.concurrency
         self.usage = self.client.usage
-        self._continues_prefill: bool | None = None  # whether the server accepts `CONTINUE`; None before the first try
+        self._prefill_form: PrefillForm | None = None  # the form that the server accepts; None before the first answer
 
     def identity(self) -> dict[str, Any]:
         return {"engine": "openai", "name": self.name}
@@ -77,6 +84,7 @@ class OpenAIEngine(Engine):
     async def _completion(self, request: GenerationRequest, sampling: Sampling) -> Completion | RequestFailure:
         body: dict[str, Any] = {
             "max_tokens": sampling.max_new_tokens,
+            # Also where they are 1: vLLM and llama.cpp use the model's own values instead where they are missing.
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "seed": request.seed & 0x7FFFFFFF,  # servers take 32 bits
@@ -86,39 +94,54 @@ class OpenAIEngine(Engine):
         try:
             response = await self._complete(request.text, request.prefill, body)
         except RowError as error:
+            await self.client.reject(error)
             return RequestFailure(error.message)
-        choice = response.choices[0]
-        if choice.finish_reason not in ("stop", "length"):
+        choice, tokens = response.choices[0], response.tokens
+        end = choice.end(tokens.completion_tokens, sampling.max_new_tokens)
+        if end is None:
             return RequestFailure(f"the server ended the reply with {choice.finish_reason!r}")
-        text = choice.content
-        if text is None:
-            return RequestFailure("the reply holds no text")
+        self.client.usage.dropped_thoughts += bool(choice.thoughts)
+        if (text := choice.content) is None or (choice.thoughts and not text.strip()):
+            return RequestFailure(_missing_text(choice, end))
         prefill = request.prefill.strip()
-        if prefill and text.lstrip().startswith(prefill):
+        repeated = bool(prefill) and text.lstrip().startswith(prefill)
+        if repeated:
             text = text.lstrip()[len(prefill) :]
-        tokens = response.tokens
-        text, reason = drop_broken_end(text, choice.finish_reason)
-        return Completion(text, reason, tokens.prompt_tokens, tokens.completion_tokens)
+        restarted = self._asks_for_prefill(request) and not repeated
+        text, reason = _cut_at(request.stop, *drop_broken_end(text, end))
+        return Completion(text, reason, tokens.prompt_tokens, tokens.completion_tokens, restarted)
+
+    def _asks_for_prefill(self, request: GenerationRequest) -> bool:
+        chat = not isinstance(request.text, str)
+        return chat and bool(request.prefill) and self._prefill_form == "in the question"
 
     async def _complete(self, text: Text, prefill: str, body: dict[str, Any]) -> ServerResponse:
         """The response to `text` and the start of its answer. Raises RowError and CaiError as `Client.request`."""
         if isinstance(text, str):
             return await self.client.request("completions", {"prompt": text + prefill, **body})
-        body = {"messages": _as_json(text), **body}
         if not prefill:
-            return await self.client.request("chat/completions", body)
-        body["messages"].append({"role": "assistant", "content": prefill})
-        if self._continues_prefill is not False:
+            return await self.client.request("chat/completions", {"messages": _as_json(text), **body})
+        *forms, last = [self._prefill_form] if self._prefill_form else PREFILL_FORMS
+        for form in forms:
             try:
-                response = await self.client.request("chat/completions", body | {"extra_body": CONTINUE})
+                return await self._prefilled(text, prefill, body, form)
             except RowError:
-                if self._continues_prefill:
+                if self._prefill_form == form:  # another request has shown that the server accepts it
                     raise
-            else:
-                self._continues_prefill = True
-                return response
-        response = await self.client.request("chat/completions", body)
-        self._continues_prefill = False  # the server refused the switches, not the row
+        return await self._prefilled(text, prefill, body, last)
+
+    async def _prefilled(
+        self, text: Sequence[Message], prefill: str, body: dict[str, Any], form: PrefillForm
+    ) -> ServerResponse:
+        """The response to a chat whose prefill is sent in one form, which is kept if the server accepts it."""
+        messages = _as_json(text)
+        if form == "in the question":
+            messages = _asking_for(messages, prefill)
+        else:
+            messages.append({"role": "assistant", "content": prefill})
+        switches = {"extra_body": CONTINUE} if form == "continued" else {}
+        response = await self.client.request("chat/completions", {"messages": messages, **body, **switches})
+        self._prefill_form = self._prefill_form or form
         return response
 
     # --- option log-probabilities -----------------------------------------------------------------------------
@@ -139,6 +162,7 @@ class OpenAIEngine(Engine):
                 if (scores := await method(request)) is not None:
                     return scores
         except RowError as error:
+            await self.client.reject(error)
             return RequestFailure(error.message)
         return RequestFailure("no vote: the server does not show the log-probability of every option")
 
@@ -147,9 +171,7 @@ class OpenAIEngine(Engine):
         body = {"max_tokens": 1, "temperature": 0, "logprobs": TOP_LOGPROBS}
         response = await self._complete(request.text, request.prefill, body)
         logprobs = response.choices[0].logprobs
-        if logprobs is None or not logprobs.top_logprobs:
-            return None
-        return _option_sums(request.options, (logprobs.top_logprobs[0] or {}).items())
+        return None if logprobs is None else _option_sums(request.options, logprobs.likeliest())
 
     async def _from_echo(self, request: LogprobRequest) -> list[float] | None:
         """The scores of the options as the ends of raw prompts that the server echoes, one request each."""
@@ -190,6 +212,28 @@ def _as_json(messages: Sequence[Message]) -> list[dict[str, str]]:
     return [{"role": message.role, "content": message.content} for message in messages]
 
 
+def _asking_for(messages: list[dict[str, str]], prefill: str) -> list[dict[str, str]]:
+    """The chat with a question that asks for the last paragraph of the prefill; earlier ones are a turn before it."""
+    written, _, cue = prefill.rpartition("\n\n")
+    if written:
+        return [*messages, {"role": "assistant", "content": written}, {"role": "user", "content": BEGIN + cue}]
+    *earlier, question = messages
+    return [*earlier, question | {"content": f"{question['content']}\n\n{BEGIN}{cue}"}]
+
+
+def _missing_text(choice: Choice, end: str) -> str:
+    """Why a reply holds no text."""
+    if not choice.thoughts:
+        return "the reply holds no text"
+    return "cut off inside the model's thoughts" if end == "length" else "the reply holds only the model's thoughts"
+
+
+def _cut_at(stops: Sequence[str], text: str, reason: str) -> tuple[str, str]:
+    """A text up to the first stop string, for servers that take none, and its finish reason."""
+    end = min((text.find(stop) for stop in stops if stop in text), default=-1)
+    return (text, reason) if end < 0 else (text[:end], "stop")
+
+
 def _bare(text: str) -> str:
     return text.strip(_AROUND)
 
@@ -204,9 +248,10 @@ def _answer_scores(tokens: Sequence[TokenLogprob], options: Sequence[str], prefi
         if _bare(token.token) in map(_bare, options):
             rest = token.token.rstrip()[-1:] + "".join(t.token for t in tokens[index + 1 :])
             alone = re.match(r"\w(\w|\s+\w)", rest) is None
-            if not alone or _bare(before).lower() not in ("", _bare(prefill).lower()):
+            cues = ("", prefill, prefill.rpartition("\n\n")[2])
+            if not alone or _bare(before).lower() not in (_bare(cue).lower() for cue in cues):
                 return None
-            return _option_sums(options, ((t.token, t.logprob) for t in token.top_logprobs))
+            return _option_sums(options, token.likeliest())
         before += token.token
     return None
 

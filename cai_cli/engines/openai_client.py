@@ -1,27 +1,33 @@
 """Sends requests to an OpenAI-compatible server, and decides which failures concern one row and which end the run.
 
-The openai client retries (connection errors, timeouts, 408, 409, 429, 5xx) and honours Retry-After up to two minutes.
-With several servers a request that would be retried goes to the next one instead (`server_pool`). One deadline covers
-the whole request with its waits, so that a slow server cannot exceed it. The remaining failures are of two kinds: a
-request that the server rejects (400, 413, 422) fails its row, and a wrong key or address ends the run. Any other
-failure fails only its row if the server has answered other requests since this one began, else it ends the run.
+The openai client retries (connection errors, timeouts, 408, 409, 5xx). With several servers a request that would be
+retried goes to the next one instead (`server_pool`). After a 429 no request is sent until the limit's window is over,
+or the deadline of a request that waits. One deadline covers the whole request with its waits, so that a slow server
+cannot exceed it. The remaining failures are of two kinds: a request that the server rejects (400, 413, 422) fails its
+row, and a wrong key or address, or a used-up quota, ends the run. Equal rejections of the first requests end it too,
+because a setting is at fault then, not a row. Any other failure fails only its row if the server has answered other
+requests since this one began, else it ends the run.
 """
 
 import asyncio
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, suppress
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
-from urllib.parse import urlsplit
 
-from pydantic import BaseModel, FiniteFloat, ValidationError
+from pydantic import ValidationError
 
 from cai_cli.common import console
 from cai_cli.common.errors import CaiError, RowError, UsageError
 from cai_cli.engines.base import Server, Usage
-from cai_cli.engines.server_pool import FIRST_REST, ServerPool, Turn
+from cai_cli.engines.openai_failures import Failure, Refused, retry_after, says_no_credit, whole_reason
+from cai_cli.engines.openai_parameters import Parameters, applied
+from cai_cli.engines.openai_response import ServerResponse
+from cai_cli.engines.server_address import KEY_VARIABLE, checked_url, same_model
+from cai_cli.engines.server_pool import FIRST_REST, PooledServer, ServerPool, Turn
 
 if TYPE_CHECKING:
     from openai import APIStatusError, AsyncOpenAI
@@ -29,86 +35,18 @@ if TYPE_CHECKING:
 A = TypeVar("A")
 T = TypeVar("T")
 RETRIES = 6  # after the first attempt, about 20 s in all: long enough for a server to restart
-KEY_VARIABLE = "OPENAI_API_KEY"
+REFUSALS = 8  # equal ones, before the first answer, that end the run
+HOLD = 0.5  # seconds for which a refusal before the first answer waits for others, so that no row is rejected for them
 ROW_STATUSES = (400, 413, 422)  # HTTP statuses that concern one request only
 RESUME_HINT = "finished rows are kept; run the same command again to resume"
+NO_CREDIT_HINT = "finished rows are kept; add credit or raise the limit of the account, then run the same command again"
 HINTS = {
     401: f"set {KEY_VARIABLE} to a key of this server",
     403: f"the key in {KEY_VARIABLE} may not use this model",
+    402: NO_CREDIT_HINT,
     404: "is the model's name right, and does --base-url end as the server expects (usually /v1)?",
-    429: "finished rows are kept; lower --concurrency, or run the same command again later",
+    429: "finished rows are kept; run the same command again later, or with a longer --timeout",
 }
-
-
-# --- the parts of a response that are read ------------------------------------------------------------------------
-
-
-class TopLogprob(BaseModel):
-    """A token and its log-probability (natural logarithm)."""
-
-    token: str
-    logprob: FiniteFloat
-
-
-class TokenLogprob(TopLogprob):
-    """A generated token with the most likely tokens at its position."""
-
-    top_logprobs: list[TopLogprob] = []
-
-
-class Logprobs(BaseModel):
-    """Log-probabilities of a response: chat completions fill `content`, completions the other fields."""
-
-    content: list[TokenLogprob] | None = None
-    tokens: list[str] = []
-    token_logprobs: list[FiniteFloat | None] = []
-    top_logprobs: list[dict[str, FiniteFloat] | None] | None = None
-    text_offset: list[int] = []
-
-
-class ChatMessage(BaseModel):
-    """The message of a chat completion."""
-
-    content: str | None = None
-
-
-class Choice(BaseModel):
-    """One answer of a response: a chat completion's has `message`, a completion's `text`."""
-
-    text: str | None = None
-    message: ChatMessage | None = None
-    finish_reason: str | None = None
-    logprobs: Logprobs | None = None
-
-    @property
-    def content(self) -> str | None:
-        """The generated text, if any."""
-        return self.message.content if self.message else self.text
-
-
-class TokenUsage(BaseModel):
-    """The token counts of a response."""
-
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-    @property
-    def total(self) -> int:
-        """Prompt and generated tokens together."""
-        return self.prompt_tokens + self.completion_tokens
-
-
-class ServerResponse(BaseModel):
-    """The body of a response."""
-
-    model: str | None = None
-    choices: list[Choice]
-    usage: TokenUsage | None = None
-
-    @property
-    def tokens(self) -> TokenUsage:
-        """The token counts; zeros if the server gives none."""
-        return self.usage or TokenUsage()
 
 
 # --- requests -----------------------------------------------------------------------------------------------------
@@ -147,6 +85,11 @@ class Client:
         self._slots = asyncio.Semaphore(self.concurrency)
         self._fatal: CaiError | None = None  # what ended the run; every later request raises it
         self._answered = 0
+        self._parameters = Parameters()
+        self._refusals = Counter[str]()
+        self._decided = asyncio.Event()  # set once a request is answered, or the run has ended
+        self._limited: Failure | None = None  # the last 429, until a request is answered
+        self._told_limit = False
         self._thread_lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -184,27 +127,88 @@ class Client:
             self._check_budget()
             answered_before = self._answered
             try:
-                response = await self._attempt(path, {"model": self.model, **body})
-            except _Failure as failure:
+                response = await self._adapted(path, {"model": self.model, **body})
+            except Failure as failure:
                 if failure.transient and self._answered > answered_before:
                     reason = f"no answer, though others have one: {failure.message}"
                     raise RowError(reason, code="request-failed") from failure
                 message = f"{failure.url or self.base_url}: {failure.message}"
                 self._fatal = self._fatal or CaiError(message, failure.hint, code=failure.code)
+                self._decided.set()
                 raise self._fatal from failure
             self._count(response)
+            self._decided.set()
             return response
 
+    async def reject(self, error: RowError) -> None:
+        """Return where a request that cannot be answered concerns its row alone.
+
+        Raises:
+            CaiError: The first requests were all refused with the same words, so a setting is at fault; every later
+                request raises the same error.
+        """
+        if self._answered or not isinstance(error, Refused) or error.about_the_prompt:
+            return
+        self._refusals[error.kind] += 1
+        if self._refusals[error.kind] >= REFUSALS and self._fatal is None:
+            hint = "no row was answered; check the options"
+            if "logprob" in error.reason:
+                hint = "log-probabilities are needed here, but not by label-prefs --method verdict"
+            self._fatal = CaiError(
+                f"{self.base_url}: the first {REFUSALS} requests were {error.message}", hint, code="server-refused"
+            )
+            self._decided.set()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._decided.wait(), HOLD)
+        if self._fatal:
+            raise self._fatal
+
+    async def _adapted(self, path: str, body: dict[str, Any]) -> ServerResponse:
+        """The response to one request, without the parameters that the server refuses. Raises Failure and RowError."""
+        changes = dict(self._parameters.changes)
+        while True:
+            try:
+                response = await self._attempt(path, applied(body, changes))
+            except Refused as refused:
+                known = changes | self._parameters.changes  # another request may have learnt more since
+                tried = known if known != changes else self._parameters.refused(refused.reason, body, changes)
+                if tried is None:
+                    raise
+                changes = tried
+            else:
+                for message in self._parameters.learn(body, changes):
+                    console.warn(f"{self.base_url}: {message}")
+                self.usage.changed_parameters |= self._parameters.changes
+                return response
+
     async def _attempt(self, path: str, body: dict[str, Any]) -> ServerResponse:
-        """The response to one request with its retries. Raises _Failure and RowError."""
+        """The response to one request with its retries. Raises Failure and RowError."""
         try:
             async with asyncio.timeout(self.timeout):
                 if len(self.pool.servers) == 1:
-                    return await self._ask(self.pool.servers[0].url, path, body)
+                    return await self._ask_alone(self.pool.servers[0], path, body)
                 return await self._ask_in_turn(path, body)
         except TimeoutError:
+            if self._limited:
+                raise self._limited from None
             reason = f"no complete answer in {self.timeout:g} s{self.timeout_option}"
-            raise _Failure(reason, code="server-unreachable", transient=True) from None
+            raise Failure(reason, code="server-unreachable", transient=True) from None
+
+    async def _ask_alone(self, server: PooledServer, path: str, body: dict[str, Any]) -> ServerResponse:
+        """The response of the only server. Raises as `_attempt`."""
+        clock = asyncio.get_running_loop().time
+        while True:
+            while (wait := server.limited_until - clock()) > 0:
+                await asyncio.sleep(wait)
+            try:
+                response = await self._ask(server.url, path, body)
+            except Failure as failure:
+                if not failure.limited:
+                    raise
+                self._slow_down(server, clock(), failure)
+            else:
+                server.limits, self._limited = 0, None
+                return response
 
     async def _ask_in_turn(self, path: str, body: dict[str, Any]) -> ServerResponse:
         """The response of the first of several servers that gives one. Raises as `_attempt`."""
@@ -212,12 +216,15 @@ class Client:
         while True:
             while (turn := self.pool.next(clock())) is None:
                 await asyncio.sleep(FIRST_REST)
-            attempts -= 1
             try:
                 response = await self._ask(turn.server.url, path, body)
-            except _Failure as failure:
+            except Failure as failure:
+                if failure.limited:
+                    self._slow_down(turn.server, clock(), failure)
+                    continue
                 if not failure.elsewhere:
                     raise
+                attempts -= 1
                 self._leave(turn, clock(), failure)
                 if not attempts or self.pool.fewest_failures > RETRIES:
                     raise
@@ -226,16 +233,28 @@ class Client:
                 raise
             else:
                 self.pool.answered(turn)
+                self._limited = None
                 return response
 
-    def _leave(self, turn: Turn, now: float, failure: "_Failure") -> None:
+    def _slow_down(self, server: PooledServer, now: float, failure: Failure) -> None:
+        """Send a server nothing until the window of its limit is over. Raises the failure where no request can wait
+        for that."""
+        if not self._told_limit:
+            self._told_limit = True
+            console.say(f"{server.url}: {failure.message}; requests wait until the limit's window is over")
+        server.limit(now, failure.wait)
+        if min(one.limited_until for one in self.pool.servers) - now >= self.timeout:
+            raise failure
+        self._limited = failure
+
+    def _leave(self, turn: Turn, now: float, failure: "Failure") -> None:
         """Let a server rest; a message says when it stops answering."""
         if turn.server.failures == turn.failures == 0:
             console.say(f"{turn.server.url}: {failure.message}; its requests go to the other servers")
         self.pool.failed(turn, now)
 
     async def _ask(self, url: str, path: str, body: dict[str, Any]) -> ServerResponse:
-        """The response of one server. Raises _Failure and RowError."""
+        """The response of one server. Raises Failure and RowError."""
         import openai
 
         client = self._clients[url]
@@ -246,15 +265,15 @@ class Client:
             failure = self._status_error(error)
         except openai.APIConnectionError as error:
             attempts = f" in {RETRIES + 1} attempts" if client.max_retries else ""
-            failure = _Failure(
+            failure = Failure(
                 f"no answer{attempts} ({_cause(error)})",
                 code="server-unreachable",
                 transient=True,
                 elsewhere=True,
             )
-        except _Failure as wrong:
+        except Failure as wrong:
             failure = wrong
-        if isinstance(failure, _Failure):
+        if isinstance(failure, Failure):
             failure.url = url
         raise failure from None
 
@@ -264,7 +283,7 @@ class Client:
         return await route.with_raw_response.create(**body)
 
     def _read(self, content: bytes) -> ServerResponse:
-        """The response in the body of an answer. Raises _Failure and RowError."""
+        """The response in the body of an answer. Raises Failure and RowError."""
         try:
             response = ServerResponse.model_validate_json(content)
         except ValidationError:
@@ -272,31 +291,40 @@ class Client:
             raise self._malformed(content, "is not a completion", hint, transient=True) from None
         if len(self.key) >= console.SHORTEST_SECRET and self.key in response.model_dump_json():
             raise RowError(f"the reply contains the key in {KEY_VARIABLE}", code="wrong-answer")
-        if not _same_model(self.model, response.model):
-            raise _Failure(
-                f"requested the model {self.model!r}, answered as {self._short(str(response.model))!r}",
-                "name the model in --model openai:NAME as the server does (GET /models)",
+        if not any(same_model(name, response.model) for name in (self.model, self.server.served_as) if name):
+            answered = self._short(str(response.model))
+            raise Failure(
+                f"requested the model {self.model!r}, answered as {answered!r}",
+                f"if that is the model, pass --served-as {answered}",
             )
         if not response.choices:
-            raise _Failure("the reply contains no choices", transient=True)
+            raise Failure("the reply contains no choices", transient=True)
         return response
 
-    def _malformed(self, content: bytes, problem: str, hint: str, *, transient: bool) -> "_Failure":
+    def _malformed(self, content: bytes, problem: str, hint: str, *, transient: bool) -> "Failure":
         """The failure of an answer whose body has another form."""
-        return _Failure(
+        return Failure(
             f"the reply {problem}: {self._short(content.decode('utf-8', 'replace'))!r}", hint, transient=transient
         )
 
     def _status_error(self, error: "APIStatusError") -> Exception:
-        """The RowError or _Failure for a response with an error status."""
+        """The RowError or Failure for a response with an error status."""
         message = error.body.get("message") if isinstance(error.body, dict) else error.body
-        status, text = error.status_code, self._short(str(message or "no reason given"))
+        status, text = error.status_code, self._short(str(message or error.message))
+        reason = whole_reason(error.body)
+        if says_no_credit(reason):
+            message = f"the account's quota is used up, HTTP {status}: {text}"
+            return Failure(message, NO_CREDIT_HINT, code="server-refused")
         if status in ROW_STATUSES:
-            return RowError(f"refused by the server, HTTP {status}: {text}", code="request-failed")
+            return Refused(f"refused by the server, HTTP {status}: {text}", reason)
         hint = self.hints.get(status, RESUME_HINT)
         transient = status in (408, 409) or status >= 500
-        elsewhere = transient or status == 429
-        return _Failure(f"HTTP {status}: {text}", hint, code="server-refused", transient=transient, elsewhere=elsewhere)
+        failure = Failure(
+            f"HTTP {status}: {text}", hint, code="server-refused", transient=transient, elsewhere=transient
+        )
+        failure.limited = status == 429
+        failure.wait = retry_after(error.response.headers) if failure.limited else None
+        return failure
 
     def _short(self, text: str) -> str:
         """One line of a server's text, cut off before the key if the server repeats it, even in part."""
@@ -374,26 +402,10 @@ class Client:
                 thread.join()
 
 
-class _Failure(Exception):
-    """A request without an answer.
-
-    `transient`: other requests may still be answered; `elsewhere`: another server may answer this one; `url`: the
-    server, once known.
-    """
-
-    def __init__(
-        self,
-        message: str,
-        hint: str | None = None,
-        *,
-        code: str = "wrong-answer",
-        transient: bool = False,
-        elsewhere: bool = False,
-    ) -> None:
-        super().__init__(message)
-        self.message, self.code, self.transient, self.elsewhere = message, code, transient, elsewhere
-        self.url: str | None = None
-        self.hint = hint or "finished rows are kept; when the server is back, run the same command again to resume"
+async def _no_retry_of_limits(response: Any) -> None:
+    """Keep the openai client from repeating a request after a 429: all requests wait then, not this one alone."""
+    if response.status_code == 429:
+        response.headers["x-should-retry"] = "false"
 
 
 async def _gathered(answer: Callable[[A], Coroutine[Any, Any, T]], items: Sequence[A]) -> list[T | BaseException]:
@@ -409,49 +421,8 @@ def _openai_client(base_url: str, key: str, timeout: float, retries: int) -> "As
         max_retries=retries,
         # A silent connection times out at half of the deadline, which leaves time for another attempt.
         timeout=Timeout(timeout / 2, connect=min(timeout / 2, 10.0)),
-        http_client=DefaultAsyncHttpxClient(follow_redirects=False),
+        http_client=DefaultAsyncHttpxClient(follow_redirects=False, event_hooks={"response": [_no_retry_of_limits]}),
     )
-
-
-def checked_url(url: str | None, option: str = "--base-url", key_variable: str = KEY_VARIABLE) -> str:
-    """The address of a server's API without a trailing slash.
-
-    Args:
-        url: The address.
-        option: The option that gives it, for messages.
-        key_variable: The environment variable that gives the key, for messages.
-
-    Raises:
-        UsageError: There is no address (`missing-option`), or it is not a server's address or contains a secret
-            (`invalid-option`).
-
-    >>> checked_url("http://localhost:8000/v1/")
-    'http://localhost:8000/v1'
-    """
-    if not url:
-        raise UsageError(
-            "an openai: model needs --base-url (or OPENAI_BASE_URL)",
-            hint="for example http://localhost:8000/v1; OpenAI's own is https://api.openai.com/v1",
-            code="missing-option",
-        )
-    parts = urlsplit(url)
-    with suppress(ValueError):
-        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
-            if parts.username or parts.password or parts.query or parts.fragment:
-                raise UsageError(
-                    f"{option} must not contain a user, password or query: manifests record it",
-                    hint=f"the key comes from {key_variable}",
-                    code="invalid-option",
-                )
-            return url.rstrip("/")
-    raise UsageError(f"{option} must be http://HOST[:PORT]/PATH or https://...", code="invalid-option")
-
-
-def _same_model(requested: str, answered: str | None) -> bool:
-    """Whether `answered` names the requested model: under its name, a dated version of it, or without its owner."""
-    if not answered or answered == requested:
-        return True
-    return answered.startswith(f"{requested}-") or requested.endswith(f"/{answered}")
 
 
 def _cause(error: BaseException) -> str:

@@ -140,7 +140,9 @@ class PromptGenerator:
 
     def accept(self, attempt: Attempt, reply: Completion | RequestFailure) -> Prompt | Rejected:
         """The prompt that an attempt generated, kept from now on, or the prompt rejected with the reason."""
-        text = attempt.start + (reply.text if isinstance(reply, Completion) else "")
+        text = reply.text if isinstance(reply, Completion) else ""
+        if not (isinstance(reply, Completion) and reply.restarted):
+            text = attempt.start + text
         text = text.strip().strip('"“”').strip()
         row = Prompt(id=attempt.id, prompt=[user(text)], kind=self.kind, source=f"{SOURCE}{attempt.topic or NO_TOPIC}")
         if reason := self._problem(reply, text):

@@ -182,7 +182,7 @@ def _with_current_names(given: Mapping[str, Any], stage: Stage, where: str) -> d
 
 def _check_urls(urls: Any, option: str) -> None:
     """Raises UsageError where an address contains a key or password, which run.json must not record."""
-    from cai_cli.engines.openai_client import checked_url
+    from cai_cli.engines.server_address import checked_url
 
     for url in [urls] if isinstance(urls, str) else urls or ():
         checked_url(url, option)

@@ -12,7 +12,8 @@ from pydantic import BaseModel, FiniteFloat, ValidationError
 
 from cai_cli.common.errors import CaiError, RowError
 from cai_cli.engines.base import Server
-from cai_cli.engines.openai_client import Client, ServerResponse
+from cai_cli.engines.openai_client import Client
+from cai_cli.engines.openai_response import ServerResponse
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI

@@ -165,6 +165,12 @@ class RequestOptions(DeviceOptions):
     )
     price_in: float | None = option(None, "Price of a million prompt tokens, to report the cost.", _SERVER, ge=0.0)
     price_out: float | None = option(None, "Price of a million new tokens, to report the cost.", _SERVER, ge=0.0)
+    served_as: str | None = option(
+        None,
+        "Name of the model in the server's answers, where it differs from the name in --model (an Azure deployment, an "
+        "alias).",
+        Option(Effect.HARMLESS, Group.SERVER, metavar="NAME"),
+    )
 
     engine_arg: list[str] | None = option(
         None,

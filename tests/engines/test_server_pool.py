@@ -111,3 +111,22 @@ def test_a_run_file_takes_several_addresses_and_they_are_not_a_sweep(cai: Cai, t
     assert len(rows_in(tmp_path / "out/samples.jsonl")) == 6
     assert one.requests
     assert other.requests
+
+
+def test_a_server_at_its_limit_rests_for_as_long_as_it_asks_though_earlier_requests_are_answered() -> None:
+    pool = ServerPool(["http://a"])
+    turn = pool.next(now=0.0)
+    assert turn
+    turn.server.limit(now=1.0, wait=30.0)
+    pool.answered(turn)
+    assert pool.next(now=30.9) is None
+    assert pool.next(now=31.0)
+
+
+def test_a_limit_without_a_time_lasts_longer_after_each_window_and_not_after_each_refusal() -> None:
+    (server,) = ServerPool(["http://a"]).servers
+    for now in (0.0, 0.0, 0.0):
+        server.limit(now, None)
+    assert server.limited_until == server_pool.FIRST_REST
+    server.limit(1.0, None)
+    assert server.limited_until == 1.0 + 2 * server_pool.FIRST_REST
