@@ -7,7 +7,6 @@ from pathlib import Path
 
 from cai_cli.common.errors import CaiError
 
-
 _FILE_NAME = re.compile(r"\S+\.(txt|md|json|ya?ml)", re.IGNORECASE)
 
 
