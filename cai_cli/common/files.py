@@ -1,19 +1,25 @@
 """Files that are replaced whole: a reader, or the next run after a kill, finds the old content or the new one."""
 
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from cai_cli.common.errors import CaiError
+
+_FILE_NAME = re.compile(r"\S+\.(txt|md|json|ya?ml)", re.IGNORECASE)
 
 
 def text_or_file(given: str) -> str:
     """The content of the file that `given` names, without the line break at its end, or `given` where there is none.
 
     Raises:
-        CaiError: The file cannot be read or is not UTF-8 (`cannot-read`).
+        CaiError: The file cannot be read or is not UTF-8, or `given` can only be meant as a file, such as `kind.txt`,
+            and there is none (`cannot-read`).
     """
     if not os.path.isfile(given):
+        if _FILE_NAME.fullmatch(given) or (os.sep in given and os.path.isdir(given)):
+            raise CaiError(f"cannot read {given}: not a file", code="cannot-read")
         return given
     try:
         return Path(given).read_text(encoding="utf-8").removesuffix("\n")

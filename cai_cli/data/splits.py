@@ -52,7 +52,7 @@ def mixed(own: Sequence[T], others: Sequence[T], ratio: float, seed: int) -> lis
     >>> mixed(["a", "b"], ["x", "y", "z"], ratio=0.5, seed=0)
     ['a', 'b', 'y']
     """
-    count = round(ratio * len(own))
+    count = round(min(ratio * len(own), float(len(others))))  # a product beyond every float is infinite
     if len(others) <= count:
         return [*own, *others]
     kept = sorted(random.Random(seed).sample(range(len(others)), count))  # noqa: S311

@@ -117,7 +117,7 @@ def head_output(model: Any, hidden: Any) -> Any:
     """The scores of hidden states; the head of a preference model may have a higher precision than its other weights.
 
     Args:
-        model: The preference model.
+        model: The preference model, or one whose head is replaced by one without weights, to read its hidden states.
         hidden: Hidden states of shape (rows, hidden size).
     """
-    return model.score(hidden.to(model.score.weight.dtype))
+    return model.score(hidden.to(getattr(model.score, "weight", hidden).dtype))

@@ -6,9 +6,9 @@ conversations, any other failure ends the run, and a missing score is never repl
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import BaseModel, FiniteFloat, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from cai_cli.common.errors import CaiError, RowError
 from cai_cli.engines.base import Server
@@ -24,11 +24,16 @@ KEY_VARIABLE = "PM_API_KEY"
 Item = list[int] | list[dict[str, str]]
 
 
+# A score is a number of JSON, not a truth value or a text, and finite in float32, in which rewards are computed.
+_FLOAT32_MAX = 3.4e38
+Score = Annotated[float, Field(strict=True, ge=-_FLOAT32_MAX, le=_FLOAT32_MAX)]
+
+
 class ClassProbabilities(BaseModel):
     """One item of an answer of vLLM. `probs` holds the logit of the only class, because no activation is applied."""
 
     index: int
-    probs: list[FiniteFloat]
+    probs: list[Score]
 
 
 class ScoreResponse(ServerResponse):
@@ -37,7 +42,7 @@ class ScoreResponse(ServerResponse):
     model: Any = None  # servers may call the model as they like
     choices: Any = None
     usage: Any = None
-    scores: list[FiniteFloat] | None = None
+    scores: list[Score] | None = None
     data: list[ClassProbabilities] | None = None
 
     def values(self, count: int) -> list[float] | None:

@@ -32,7 +32,9 @@ def save_finished(trainer: Any, tokenizer: "PreTrainedTokenizerBase", directory:
     """Write the trained model, gathering weights that are sharded. Called on every rank."""
     if not distributed.weights_are_sharded():
         if distributed.is_rank_zero():
-            save_model(finished_model(trainer), tokenizer, directory)
+            with quiet_libraries():  # adapters are merged here
+                model = finished_model(trainer)
+            save_model(model, tokenizer, directory)
         return
     weights = gathered_weights(trainer)
     if distributed.is_rank_zero():

@@ -26,3 +26,4 @@ def test_the_helpful_draw_depends_on_the_seed_alone_and_repeats_nothing() -> Non
     assert drawn == [e.reply for e in mixed(revisions, helpful, 2.0, seed=1)[5:]]
     assert drawn != [e.reply for e in mixed(revisions, helpful, 2.0, seed=2)[5:]]
     assert len(mixed(revisions, helpful[:3], 2.0, seed=1)) == 8
+    assert len(mixed(revisions, helpful[:3], 1e308, seed=1)) == 8

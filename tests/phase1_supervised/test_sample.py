@@ -74,6 +74,8 @@ def test_a_constitution_as_the_system_prompt_states_every_principle(cai: Cai, in
     both = cai(*words, "--system-from", "x.yaml", "--system", "Be kind.")
     assert (both.code, "exclude" in both.stderr) == (2, True)
     assert cai(*words, "--system", " ").code == 2
+    for no_file in ("kinder.txt", f"{inputs}/"):
+        assert "not a file" in cai(*words, "--system", no_file).stderr
 
 
 def test_a_run_file_finds_the_file_of_a_system_prompt_beside_itself(cai: Cai, inputs: Path) -> None:

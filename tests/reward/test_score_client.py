@@ -132,6 +132,8 @@ def test_of_a_refused_request_only_the_item_at_fault_has_no_score() -> None:
 BROKEN = {
     "too few": {"scores": [1.0]},
     "none": {"scores": [1.0, None]},
+    "no numbers": {"scores": [True, "0.1"]},
+    "beyond float32": {"scores": [1e308, 1e308]},
     "no field": {"choices": []},
     "two classes": {"data": [{"index": i, "probs": [0.5, 0.5]} for i in range(2)]},
     "the same index": {"data": [{"index": 0, "probs": [0.5]} for _ in range(2)]},

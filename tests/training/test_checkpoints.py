@@ -1,14 +1,17 @@
 """Incomplete checkpoints are not used."""
 
 import json
+import warnings
 from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import preference, revision, stage, write_rows
 from tiny import tiny_model_dir
 
 from cai_cli.common.errors import CaiError
+from cai_cli.training import checkpoints
 from cai_cli.training.checkpoints import newest_checkpoint
 
 
@@ -18,6 +21,19 @@ def test_without_a_complete_checkpoint_there_is_none(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-5/trainer_state.json").write_text("{}")
     assert newest_checkpoint(tmp_path) is None
     assert not (tmp_path / "checkpoint-5").exists()
+
+
+def test_a_warning_of_a_library_that_merges_adapters_is_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def merging(_: Any) -> None:
+        warnings.warn("deprecated", FutureWarning, stacklevel=1)
+
+    monkeypatch.setattr(checkpoints, "finished_model", merging)
+    monkeypatch.setattr(checkpoints, "save_model", lambda *_: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        checkpoints.save_finished(None, None, tmp_path)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["sft", "train-pm", "dpo"])

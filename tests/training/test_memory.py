@@ -109,6 +109,13 @@ def test_activations_are_within_15_percent_of_what_the_allocator_holds(name: str
     assert estimate.activations == pytest.approx(measured(model_of(config, training), training), rel=0.15)
 
 
+def test_a_state_space_model_has_a_shape_without_a_kv_cache() -> None:
+    from transformers import MambaConfig
+
+    shape = shape_of(MambaConfig(vocab_size=64, hidden_size=16, state_size=4, num_hidden_layers=2))
+    assert (shape.layers, shape.kv_values) == (2, 0)
+
+
 @pytest.mark.parametrize("name", ["llama", "llama, large vocabulary"])
 def test_without_accumulation_gradients_and_activations_share_memory(name: str) -> None:
     config, training = family(name), replace(CHECKPOINTED, gradient_accumulation=1)
