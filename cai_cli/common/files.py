@@ -1,19 +1,25 @@
 """Files that are replaced whole: a reader, or the next run after a kill, finds the old content or the new one."""
 
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from cai_cli.common.errors import CaiError
 
+_FILE_NAME = re.compile(r"\.(?:txt|md|yaml|yml|json|jsonl)$", re.IGNORECASE)
+
 
 def text_or_file(given: str) -> str:
-    """The content of the file that `given` names, without the line break at its end, or `given` where there is none.
+    """The content of the file that `given` names, without the line break at its end, or `given` where it is a text.
 
     Raises:
-        CaiError: The file cannot be read or is not UTF-8 (`cannot-read`).
+        CaiError: The file cannot be read or is not UTF-8, or `given` looks like the name of a file that does not exist
+            (`cannot-read`).
     """
     if not os.path.isfile(given):
+        if len(given.split()) == 1 and ("/" in given or _FILE_NAME.search(given)):
+            raise CaiError(f"cannot read {given}: no such file", hint="a text has several words", code="cannot-read")
         return given
     try:
         return Path(given).read_text(encoding="utf-8").removesuffix("\n")

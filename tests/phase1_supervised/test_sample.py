@@ -60,6 +60,8 @@ def test_a_system_prompt_comes_first_and_the_prompt_keeps_its_id(cai: Cai, input
     ]
     assert [row["id"] for row in text] == [row["id"] for row in plain]
     assert text == rows_in(inputs / "file.jsonl")
+    missing = cai(*words, "none.jsonl", "--system", "kidn.txt")
+    assert (missing.code, "no such file" in missing.stderr) == (1, True)
     refused = cai(*words, "text.jsonl", "--system", "Be brief.")
     assert (refused.code, "system" in refused.stderr) == (1, True)
 
