@@ -8,7 +8,8 @@ STAMP := $(VENV)/.installed
 
 setup: $(STAMP)
 
-# torch is installed first, by its pinned version: an unpinned torch downloads gigabytes of GPU packages.
+# torch is installed first, by its pinned version. On Linux PyPI serves the build with CUDA, of some gigabytes; set
+# PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL to take the CPU build.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch

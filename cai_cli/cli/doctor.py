@@ -52,7 +52,7 @@ def _package(name: str) -> Check:
 def _vllm() -> Check:
     from importlib.metadata import packages_distributions, requires, version
 
-    name, install = "engine vllm (optional)", "pip install 'cai[vllm]'  (needs a GPU)"
+    name, install = "engine vllm (optional)", "pip install '.[vllm]'  (needs a GPU)"
     if importlib.util.find_spec("vllm") is None:
         return _check(name, False, "not installed", install)
     package = packages_distributions()["vllm"][0]  # its CPU build has another name

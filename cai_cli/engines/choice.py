@@ -49,7 +49,7 @@ def reason_against_vllm(path: Path, machine: Machine) -> str | None:
     if not machine.cuda:
         return "there is no CUDA device"
     if not machine.vllm:
-        return "vLLM is not installed (pip install 'cai[vllm]')"
+        return "vLLM is not installed (pip install '.[vllm]')"
     config = path / "config.json"
     names = json.loads(config.read_bytes()).get("architectures") if config.is_file() else None
     if unknown := sorted(set(names or ["a model without an architecture"]) - set(machine.architectures())):

@@ -87,7 +87,7 @@ class VllmEngine(Engine):
             from vllm import LLM
         except ImportError as error:
             raise CaiError(
-                "vLLM is not installed", hint="pip install 'cai[vllm]' (needs a GPU)", code="missing-dependency"
+                "vLLM is not installed", hint="pip install '.[vllm]' (needs a GPU)", code="missing-dependency"
             ) from error
         with failures_of_vllm():
             return LLM(

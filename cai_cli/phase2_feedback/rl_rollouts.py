@@ -64,7 +64,7 @@ def pick_rollouts(requested: Rollouts, base: Path, machine: Machine) -> Rollouts
         )
     if not machine.vllm:
         raise UsageError(
-            f"--rollouts {requested}: vLLM is not installed", hint="pip install 'cai[vllm]'", code="missing-dependency"
+            f"--rollouts {requested}: vLLM is not installed", hint="pip install '.[vllm]'", code="missing-dependency"
         )
     return requested
 

@@ -314,7 +314,7 @@ def connect(address: str | None) -> None:
     except ModuleNotFoundError:
         raise CaiError(
             "--executor ray needs Ray, which is not installed",
-            hint="pip install 'cai[ray]', in the version of the cluster",
+            hint="pip install '.[ray]', in the version of the cluster",
             code="missing-dependency",
         ) from None
     if address:

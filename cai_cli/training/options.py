@@ -249,7 +249,7 @@ class EpochOptions(TrainerOptions):
 def _need_package(package: str, given: str, *, extra: str | None = None) -> None:
     """Raises UsageError where an option is given whose package is not installed."""
     if given and find_spec(package) is None:
-        install = f"'cai[{extra}]'" if extra else "flash-attn"
+        install = f"'.[{extra}]'" if extra else "flash-attn"
         raise UsageError(
             f"{given} needs {package}, which is not installed", hint=f"pip install {install}", code="missing-dependency"
         )

@@ -25,7 +25,7 @@ def check_installed(tracker: Tracker | None) -> None:
     """Raises UsageError (`missing-dependency`) where the package of a tracker is missing."""
     if tracker and find_spec(tracker) is None:
         raise UsageError(
-            f"--report-to {tracker}: not installed", hint=f"pip install 'cai[{tracker}]'", code="missing-dependency"
+            f"--report-to {tracker}: not installed", hint=f"pip install '.[{tracker}]'", code="missing-dependency"
         )
 
 
