@@ -71,7 +71,9 @@ class TrainPmConfig(PairOptions):
     a model directory, with the scores of the held-out pairs in `held_out.jsonl`.
     """
 
-    dtype: DType = redefine(EngineOptions, "dtype", DType.AUTO)
+    dtype: DType = redefine(
+        EngineOptions, "dtype", DType.AUTO, "Precision of the passes; auto is float32 on a CPU, bfloat16 on a GPU."
+    )
     targets: Targets = option(
         Targets.SOFT,
         "Train on the probabilities of the labels (soft), as the paper does, or on 1 for the preferred reply (hard).",
