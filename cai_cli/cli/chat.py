@@ -20,7 +20,14 @@ from cai_cli.engines.base import Completion, Engine, GenerationRequest, RequestF
 from cai_cli.prompting.base import PromptFormat, assistant, reply_request, resolve_prompt_format, user
 from cai_cli.prompting.system import SystemOptions
 from cai_cli.runtime.config import Effect, Group, Option, option, redefine
-from cai_cli.runtime.shared_options import DEFAULT_MODEL, Device, DType, EngineOptions, RunOptions, SamplingOptions
+from cai_cli.runtime.shared_options import (
+    DEFAULT_MODEL,
+    Device,
+    EngineDType,
+    EngineOptions,
+    RunOptions,
+    SamplingOptions,
+)
 
 HELP = "/reset starts a new conversation, /quit (or end of input) ends the chat"
 
@@ -128,7 +135,7 @@ class ChatConfig(SystemOptions, SamplingOptions):
     temperature: float = redefine(SamplingOptions, "temperature", 0.7)
     base_url: list[str] | None = redefine(EngineOptions, "base_url", None)
     device: Device = redefine(EngineOptions, "device", Device.AUTO)
-    dtype: DType = redefine(EngineOptions, "dtype", DType.AUTO)
+    dtype: EngineDType = redefine(EngineOptions, "dtype", EngineDType.AUTO)
     quiet: bool = redefine(RunOptions, "quiet", False)
 
 

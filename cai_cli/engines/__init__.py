@@ -24,7 +24,7 @@ def open_engine(
             without `local:`, for the local torch engine.
         batch_size: Rows at once; None takes the default for the engine and its device.
         device: "auto", "cpu" or "cuda".
-        dtype: "auto", "float32" or "bfloat16".
+        dtype: "auto", "float32", "bfloat16"; "float16" for vLLM, "int8" for the local engine on a CPU.
         server: The options of the server, for `openai:` models only.
         engine_args: Settings of vLLM, for `vllm:` models only.
 
@@ -53,6 +53,12 @@ def open_engine(
 
         return ScriptedEngine(model.removeprefix("scripted:"), batch_size or 64)
     if model.startswith("vllm:"):
+        if dtype == "int8":
+            raise UsageError(
+                "vLLM has no --dtype int8",
+                hint="use --engine-arg quantization=fp8, or a local:NAME model on a CPU",
+                code="option-conflict",
+            )
         from cai_cli.engines.vllm import VllmEngine
 
         name = model.removeprefix("vllm:")

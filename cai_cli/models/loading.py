@@ -67,6 +67,16 @@ def load_generation_config(path: Path) -> "GenerationConfig":
         return GenerationConfig.from_model_config(config)
 
 
+def model_type(path: Path) -> str:
+    """The type of the model in a directory, as `config.json` names it ("llama"). Raises CaiError."""
+    from transformers import AutoConfig
+
+    check_model_dir(path)
+    with loading(path):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)  # nosec B615
+    return str(config.model_type)
+
+
 def load_causal_lm(
     path: Path,
     dtype: str = "float32",

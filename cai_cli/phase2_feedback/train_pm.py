@@ -63,7 +63,9 @@ class TrainPmConfig(PairOptions):
     a model directory, with the scores of the held-out pairs in `held_out.jsonl`.
     """
 
-    dtype: DType = redefine(EngineOptions, "dtype", DType.AUTO)
+    dtype: DType = redefine(
+        EngineOptions, "dtype", DType.AUTO, "Precision of the passes; auto is float32 on a CPU, bfloat16 on a GPU."
+    )
     fit_head: bool = option(
         False,
         "Fit the head to the labels on the frozen model before training, or start from a random head; with --epochs 0 "

@@ -38,6 +38,16 @@ class DType(StrEnum):
     FLOAT16 = "float16"
 
 
+class EngineDType(StrEnum):
+    """The precision of the weights of a model that answers; a model in training has no int8."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    INT8 = "int8"
+
+
 class FormatChoice(StrEnum):
     """How a prompt is written; auto takes the chat template where the model has one."""
 
@@ -149,8 +159,10 @@ _SERVER = Option(Effect.HARMLESS, Group.SERVER)
 class RequestOptions(DeviceOptions):
     """How requests to a model are run: on which device, or by which server."""
 
-    dtype: DType = option(
-        DType.AUTO, "Precision of the weights; auto is float32 on a CPU, bfloat16 on a GPU.", Option(group=Group.MODEL)
+    dtype: EngineDType = option(
+        EngineDType.AUTO,
+        "Precision of the weights; auto is float32 on a CPU, bfloat16 on a GPU. int8 is for CPUs, float16 for vLLM.",
+        Option(group=Group.MODEL),
     )
     base_url: list[str] | None = option(
         None,

@@ -12,6 +12,7 @@
 #define LANES 16
 
 typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int word __attribute__((may_alias));
 
 /* exp(x) for x <= 0, within 2 ulp; NaN stays NaN. */
 static inline float exponential(float x)
@@ -245,4 +246,43 @@ void gate(float *gate, const float *up, long rows, long size, long threads)
             float x = gate[i], e = exponential(-fabsf(x));
             gate[i] = x * ((x >= 0 ? 1.0f : e) / (1.0f + e)) * up[i];
         }
+}
+
+/* Each row of x as 8-bit integers: x = (high + low / 254) * scale, where parts = (high rows, low rows). The scale of a
+ * row with NaN or infinity is not finite. */
+void split(const float *x, signed char *parts, float *scales, long rows, long size, long threads)
+{
+    const float shift = 12582912.0f; /* a float this large ends with the bits of its integer part, rounded */
+#pragma omp parallel for num_threads(threads)
+    for (long row = 0; row < rows; row++) {
+        const float *from = x + row * size;
+        signed char *high = parts + row * size, *low = high + rows * size;
+        int highest = 0; /* the bits of positive floats are in their order, and those of NaN are the largest */
+        for (long i = 0; i < size; i++) {
+            int magnitude = ((const word *)from)[i] & 0x7fffffff;
+            highest = magnitude > highest ? magnitude : highest;
+        }
+        float most;
+        memcpy(&most, &highest, sizeof most);
+        most = most < 1e-30f ? 1e-30f : most;
+        scales[row] = most / 127.0f;
+        float factor = 127.0f / most;
+        for (long i = 0; i < size; i++) {
+            float value = from[i] * factor, rounded = value + shift, rest = (value - (rounded - shift)) * 254.0f + shift;
+            high[i] = (signed char)*(word *)&rounded;
+            low[i] = (signed char)*(word *)&rest;
+        }
+    }
+}
+
+/* products = (high rows, low rows); the high rows become those of the x that was split. */
+void join(float *products, const float *scales, long rows, long size, long threads)
+{
+#pragma omp parallel for num_threads(threads)
+    for (long row = 0; row < rows; row++) {
+        float *high = products + row * size;
+        const float *low = high + rows * size;
+        for (long i = 0; i < size; i++)
+            high[i] = (high[i] + low[i] * (1.0f / 254.0f)) * scales[row];
+    }
 }

@@ -57,7 +57,9 @@ def library() -> Any:
     functions.attend.argtypes = [ctypes.POINTER(Attention)]
     functions.add_norm.argtypes = [pointer, pointer, pointer, real, pointer, long, long, long]
     functions.gate.argtypes = [pointer, pointer, long, long, long]
-    for function in (functions.attend, functions.add_norm, functions.gate):
+    functions.split.argtypes = [pointer, pointer, pointer, long, long, long]
+    functions.join.argtypes = [pointer, pointer, long, long, long]
+    for function in (functions.attend, functions.add_norm, functions.gate, functions.split, functions.join):
         function.restype = None
     return functions
 

@@ -24,6 +24,7 @@ from cai_cli.engines.local.prefix_cache import (
     prefix_groups,
     shared_prefix,
 )
+from cai_cli.engines.local.reduced_weights import check_int8, reduce_weights, reduces_weights
 from cai_cli.engines.local.rope import fixed_rope, length_groups, rope_limits
 from cai_cli.engines.local.sampling import (
     ActiveSequence,
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DEVICES = ("auto", "cpu", "cuda")
-DTYPES = ("auto", "float32", "bfloat16")
+DTYPES = ("auto", "float32", "bfloat16", "int8")
 
 
 class LocalEngine(Engine):
@@ -56,16 +57,18 @@ class LocalEngine(Engine):
             model: A directory, alias or Hub name.
             batch_size: The most rows at once; None takes the default for the device.
             device: "cpu", "cuda" or "auto" (cuda if available).
-            dtype: "float32", "bfloat16" or "auto" (float32 on the CPU, bfloat16 on cuda).
+            dtype: "float32", "bfloat16", "int8" (on CPUs only) or "auto" (float32 on the CPU, bfloat16 on cuda).
 
         Raises:
-            UsageError: `device` or `dtype` has another value.
+            UsageError: `device` or `dtype` has another value, or this machine cannot run int8 weights.
         """
         if device not in DEVICES:
             raise UsageError(f"--device must be one of {', '.join(DEVICES)}, not {device!r}", code="invalid-option")
         if dtype not in DTYPES:
             raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype!r}", code="invalid-option")
         self._name, self._device_option, self._dtype_option = model, device, dtype
+        if dtype == "int8":
+            check_int8(self.device)
         self.batch_size: int = batch_size or (512 if self.device == "cuda" else 64)
 
     # --- the model --------------------------------------------------------------------------------------------
@@ -81,7 +84,7 @@ class LocalEngine(Engine):
 
     @cached_property
     def dtype(self) -> str:
-        """The data type of the weights, by its name in torch."""
+        """The data type of the weights, by its name in torch; with some models that of linear layers alone."""
         if self._dtype_option == "auto":
             return "bfloat16" if self.device == "cuda" else "float32"
         return self._dtype_option
@@ -99,9 +102,17 @@ class LocalEngine(Engine):
     @cached_property
     def model(self) -> Any:
         """The model, loaded at first use."""
-        model = load_causal_lm(self.path, dtype=self.dtype, device=self.device)
-        pack_linears(model)
+        model = load_causal_lm(self.path, "float32" if self.dtype == "int8" else self.dtype, self.device)
+        if self.reduces_weights:
+            reduce_weights(model, self.dtype)
+        else:
+            pack_linears(model)
         return model
+
+    @cached_property
+    def reduces_weights(self) -> bool:
+        """Whether `dtype` is that of the linear layers' weights alone, and all else is float32. Raises UsageError."""
+        return reduces_weights(self.path, self.device, self.dtype)
 
     @cached_property
     def window(self) -> int:
@@ -145,8 +156,8 @@ class LocalEngine(Engine):
         return int(room // bytes_per_token)
 
     def identity(self) -> dict[str, Any]:
-        recorded = recorded_date(self.path)
-        return {"engine": "local", "fingerprint": fingerprint(self.path), "dtype": self.dtype, **recorded}
+        more = recorded_date(self.path) | ({"activations": "float32"} if self.reduces_weights else {})
+        return {"engine": "local", "fingerprint": fingerprint(self.path), "dtype": self.dtype, **more}
 
     def supports_chat(self) -> bool:
         return self.tokenizer.chat_template is not None

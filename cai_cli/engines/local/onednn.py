@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-_ROWS = 64  # oneDNN's layout is optimised for about this many rows; it works for any number
+ROWS = 64  # oneDNN's layout is optimised for about this many rows; it works for any number
 
 
 def pack_linears(model: Any) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def pack_linears(model: Any) -> dict[str, Any]:
     class PackedLinear(torch.nn.Module):
         def __init__(self, linear: torch.nn.Linear) -> None:
             super().__init__()
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _ROWS)
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), ROWS)
             self.bias = None if linear.bias is None else linear.bias.detach()
 
         def forward(self, x: "Tensor") -> "Tensor":
