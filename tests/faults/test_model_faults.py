@@ -74,7 +74,6 @@ def test_an_empty_answer_is_generated_again_a_few_times_and_then_its_row_is_reje
         ("", "content_filter", "the server ended the reply with 'content_filter'"),
         (None, "content_filter", "the server ended the reply with 'content_filter'"),
         (None, "stop", "the reply holds no text"),
-        ("half a", None, "the server ended the reply with None"),
         ("x", "tool_calls", "the server ended the reply with 'tool_calls'"),
     ],
 )
