@@ -91,6 +91,7 @@ def test_a_random_llama_is_a_model_of_bfloat16_shards(
     monkeypatch.syspath_prepend(str(BENCH))
     import random_llama
     import torch
+    from transformers import AutoModelForCausalLM
 
     from cai_cli.engines.base import Completion, GenerationRequest, Sampling
     from cai_cli.engines.local.engine import LocalEngine
@@ -98,10 +99,11 @@ def test_a_random_llama_is_a_model_of_bfloat16_shards(
     monkeypatch.setattr(random_llama, "SHARD_BYTES", shard_bytes)
     monkeypatch.setattr(sys, "argv", ["random_llama.py", str(tmp_path / "model"), "--shape", "tiny"])
     random_llama.main()
-    engine = LocalEngine(str(tmp_path / "model"), batch_size=None, device="cpu", dtype="bfloat16")
+    engine = LocalEngine(str(tmp_path / "model"), batch_size=None, device="cpu", dtype="float32")
     (reply,) = engine.generate([GenerationRequest("some text", 0)], Sampling(4))
     assert isinstance(reply, Completion)
-    weights = {name: value.detach() for name, value in engine.model.named_parameters()}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto")
+    weights = {name: value.detach() for name, value in model.named_parameters()}
     assert all(value.dtype == torch.bfloat16 for value in weights.values())
     assert float(weights["model.embed_tokens.weight"].std()) == pytest.approx(0.02, rel=0.1)
     assert float(weights["model.norm.weight"].mean()) == 1.0
