@@ -169,7 +169,9 @@ class Monitor:
             GenerationRequest(reply_request(prompt.prompt, "chat").text, seed_for(self.seed, "check", prompt.id, index))
             for prompt, index in requested
         ]
-        with engine_around(without_adapter_wrapper(policy), self.tokenizer, self.batch_size) as engine:
+        with engine_around(
+            without_adapter_wrapper(policy), self.tokenizer, self.batch_size, sharded=distributed.weights_are_sharded()
+        ) as engine:
             replies = engine.generate(requests, self.sampling)
         if failure := next((reply for reply in replies if isinstance(reply, RequestFailure)), None):
             raise CaiError(f"{self.stage}: no reply to a held-out prompt: {failure.reason}", code="request-failed")

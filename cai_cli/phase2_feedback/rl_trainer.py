@@ -134,7 +134,9 @@ def with_seeded_sampling(trainer_class: Any, sampling: Sampling, batch_size: int
             ]
             with whole_weights(self) as model, self.accelerator.autocast():
                 policy = without_adapter_wrapper(model)
-                with engine_around(policy, self._tokenizer, batch_size) as engine:
+                with engine_around(
+                    policy, self._tokenizer, batch_size, sharded=distributed.weights_are_sharded()
+                ) as engine:
                     replies, self._sampling_logprobs = engine.generate_ids(prompt_ids, seeds, sampling)
             return (replies, None) if returns_logprobs else replies
 

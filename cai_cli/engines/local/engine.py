@@ -369,7 +369,9 @@ class LocalEngine(Engine):
 
 
 @contextmanager
-def engine_around(model: Any, tokenizer: Any, batch_size: int | None) -> Iterator[LocalEngine]:
+def engine_around(
+    model: Any, tokenizer: Any, batch_size: int | None, *, sharded: bool = False
+) -> Iterator[LocalEngine]:
     """A context with an engine that answers with the current weights of `model`, such as a model in training.
 
     It is a `LocalEngine` without `identity`. Under autocast it runs the model's own attention and layers, because its
@@ -380,6 +382,8 @@ def engine_around(model: Any, tokenizer: Any, batch_size: int | None) -> Iterato
         model: A language model.
         tokenizer: Its tokenizer.
         batch_size: As in `LocalEngine`.
+        sharded: Whether its weights are sharded and gathered for now. Then too it runs the model's own layers: FSDP
+            keeps account of their passes, and the processes would disagree on it after others.
     """
     import torch
 
@@ -387,7 +391,7 @@ def engine_around(model: Any, tokenizer: Any, batch_size: int | None) -> Iterato
     attention, was_training = model.config._attn_implementation, model.training
     model.eval()
     engine.model, engine.tokenizer = model, tokenizer
-    as_in_training = torch.is_autocast_enabled(model.device.type)
+    as_in_training = sharded or torch.is_autocast_enabled(model.device.type)
     engine.uses_prefix_cache = not as_in_training and enable_prefix_cache(model)
     linears = {} if as_in_training else pack_linears(model)
     try:
