@@ -27,7 +27,7 @@ STEPS: dict[str, Any] = {"pm": "pm", "steps": 3, "monitor_every": 2, "prompts_pe
 STAGES = {
     "sft": ("rev.jsonl", EPOCHS),
     "train-pm": ("prefs.jsonl", EPOCHS),
-    "dpo": ("prefs.jsonl", EPOCHS),
+    "dpo": ("prefs.jsonl", {**EPOCHS, "monitor_prompts": 0}),  # no replies are sampled from sharded weights
     "rl": ("prompts.txt", STEPS),
 }
 
@@ -78,6 +78,8 @@ def assert_same_training(one: Path, other: Path) -> None:
     assert [row["step"] for row in a] == [row["step"] for row in b]
     for row, twin in zip(a, b, strict=True):
         known = {name: row[name] for name in SAME if row.get(name) is not None}
+        if row["step"] == 1 and "margin" in row:
+            known.pop("accuracy", None)  # of dpo: all margins are 0, up to rounding
         assert known == pytest.approx({name: twin[name] for name in known}, rel=1e-4, abs=1e-4), row["step"]
     assert largest_difference(one, other) < 1e-4
 
