@@ -7,10 +7,8 @@ from cai_cli.models.loading import load_float32_copy
 
 def finished_model(trainer: Any) -> Any:
     """The trained model of a trainer, with any LoRA adapters merged into its weights in float32."""
-    from accelerate.utils import is_peft_model
-
     model = trainer.accelerator.unwrap_model(trainer.model)
-    return merged(model) if is_peft_model(model) else model
+    return merged(model) if is_adapted(model) else model
 
 
 def merged(adapted: Any) -> Any:
@@ -23,22 +21,17 @@ def merged(adapted: Any) -> Any:
         adapted: A model of PEFT around one of `loading`; it cannot be used afterwards.
     """
     import torch
-    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
     base = adapted.get_base_model()
     if base.dtype == torch.float32 and not getattr(base, "is_quantized", False):
         return adapted.merge_and_unload()
-    weights = {name: value.float().cpu() for name, value in get_peft_model_state_dict(adapted).items()}
-    again = get_peft_model(load_float32_copy(base), adapted.peft_config[adapted.active_adapter])
-    set_peft_model_state_dict(again, weights)
-    return again.merge_and_unload()
+    trained = {name: weight for name, weight in adapted.named_parameters() if weight.requires_grad}
+    return merged_copy(adapted, {name: weight.detach().float().cpu() for name, weight in trained.items()})
 
 
 def without_adapter_wrapper(policy: Any) -> Any:
     """The model inside its LoRA wrapper; its layers still contain the adapters."""
-    from accelerate.utils import is_peft_model
-
-    return policy.get_base_model() if is_peft_model(policy) else policy
+    return policy.get_base_model() if is_adapted(policy) else policy
 
 
 def is_adapted(model: Any) -> bool:

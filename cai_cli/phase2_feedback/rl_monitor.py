@@ -25,7 +25,7 @@ from cai_cli.engines.base import GenerationRequest, RequestFailure, Sampling
 from cai_cli.engines.local.engine import engine_around
 from cai_cli.engines.tokenization import encode_chat, encode_text
 from cai_cli.metrics.reply_habits import opening
-from cai_cli.models.adapters import without_adapter_wrapper
+from cai_cli.models.adapters import is_adapted, without_adapter_wrapper
 from cai_cli.phase2_feedback.goodhart import SHARES, Check, best_check, goodhart, mean_of
 from cai_cli.phase2_feedback.monitor_models import MonitorScorer, ReplyScorer
 from cai_cli.phase2_feedback.reward_normalizer import RewardNormalizer, replies_per_prompt, reward_normalizer
@@ -256,12 +256,10 @@ def reference_of(trainer: Any, base: Path, dtype: str = "float32") -> Logits:
         base: Directory of the model that training started from.
         dtype: The precision in which it is loaded here, by its name in torch.
     """
-    from accelerate.utils import is_peft_model
-
     from cai_cli.models.loading import load_causal_lm
 
     policy = trainer.accelerator.unwrap_model(trainer.model)
-    if not is_peft_model(policy):
+    if not is_adapted(policy):
         if trainer.ref_model is not None:
             return logits_of(trainer.accelerator.unwrap_model(trainer.ref_model))
         checks_here = distributed.is_rank_zero()

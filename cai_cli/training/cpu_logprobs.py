@@ -8,6 +8,8 @@ reply token on, and autograd does the rest; the memory is that of the plain logi
 import types
 from typing import Any
 
+from cai_cli.models.adapters import without_adapter_wrapper
+
 
 def use_unfused_head(trainer: Any, temperature: float = 1.0, *, mean_logits: bool = False) -> None:
     """Make the models of a TRL trainer compute log-probabilities from plain logits, on CPU only.
@@ -17,11 +19,9 @@ def use_unfused_head(trainer: Any, temperature: float = 1.0, *, mean_logits: boo
         temperature: The sampling temperature by which logits are divided.
         mean_logits: Whether the trainer logs the mean of the logits, as DPOTrainer does.
     """
-    from accelerate.utils import is_peft_model
-
     if trainer.args.device.type != "cpu":
         return
-    policy = trainer.model.get_base_model() if is_peft_model(trainer.model) else trainer.model
+    policy = without_adapter_wrapper(trainer.model)
     for model in (policy, getattr(trainer, "ref_model", None)):
         if model is not None:
             _patch(model, temperature, mean_logits=mean_logits)

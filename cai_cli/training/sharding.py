@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from cai_cli.common.errors import UsageError
+from cai_cli.models.adapters import is_adapted
 from cai_cli.training import distributed
 
 if TYPE_CHECKING:
@@ -115,10 +116,8 @@ def _units(model: Any) -> list[Any]:
 def gathered_weights(trainer: Any) -> dict[str, "Tensor"]:
     """The weights to save, by name, on the CPU of rank 0; called on every rank. Of a model with adapters only what is
     trained."""
-    from accelerate.utils import is_peft_model
-
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if not is_peft_model(model):
+    if not is_adapted(model):
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
         return {name: weights[name] for name in set(weights or ()) - set(model.all_tied_weights_keys)}
     if is_zero3():
