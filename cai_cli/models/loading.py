@@ -95,7 +95,7 @@ def load_causal_lm(
     from transformers import AutoModelForCausalLM
 
     check_model_dir(path)
-    if _is_classifier(path):
+    if is_classifier(path):
         raise CaiError(f"{path}: a preference model, not a language model", code="wrong-model-kind")
     options = _memory_options(attention, quantize, dtype)
     model, missing = _load(AutoModelForCausalLM, path, dtype, device, sharded, **options)
@@ -219,7 +219,8 @@ def reading_of(path: Path) -> Reading:
     return Reading(at, _config(path).get_text_config().pad_token_id if padding is None else padding)
 
 
-def _is_classifier(path: Path) -> bool:
+def is_classifier(path: Path) -> bool:
+    """Whether the model in a directory is a sequence classifier, by its config."""
     try:
         config = json.loads((path / "config.json").read_bytes())
         return any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or [])

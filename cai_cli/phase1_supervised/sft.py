@@ -204,7 +204,7 @@ def sft(
         steps = int(trainer.state.global_step)
         after = _held_out_loss(trainer)
         metrics.put(steps, {"held_out_loss": after})
-        save_finished(trainer, tokenizer, work / "model")
+        save_finished(trainer, tokenizer, work / "model", keep_adapter=training.keep_adapter)
     losses = [row["loss"] for row in metrics.rows if row["loss"] is not None]
     return {
         "steps": steps,

@@ -140,7 +140,7 @@ def _save(trainer: Any, inputs: DpoInputs, training: TrainingConfig, directory: 
     from cai_cli.models.loading import load_causal_lm
 
     if not start:
-        save_finished(trainer, inputs.data.tokenizer, directory)
+        save_finished(trainer, inputs.data.tokenizer, directory, keep_adapter=training.keep_adapter)
     elif distributed.is_rank_zero():
         save_model(load_causal_lm(inputs.base, "float32", training.device), inputs.data.tokenizer, directory)
 

@@ -156,7 +156,7 @@ def rl(inputs: RlInputs, config: RlConfig, training: TrainingConfig, work: Path)
         throughput = fit(trainer, metrics, COLUMNS, name="rl")
     kept = checks.kept if checks.kept is not None else int(trainer.state.global_step)
     if kept:
-        save_finished(trainer, tokenizer, work / "model")
+        save_finished(trainer, tokenizer, work / "model", keep_adapter=training.keep_adapter)
     elif distributed.is_rank_zero():
         save_model(load_causal_lm(base), tokenizer, work / "model")
     if distributed.is_rank_zero():

@@ -28,6 +28,7 @@ class TrainingConfig:
         seed: Random seed.
         device: "cpu" or "cuda".
         lora_rank: Rank of the adapters; None trains all weights.
+        keep_adapter: Whether the adapters are written beside the merged model too.
         epochs: Passes over the data.
         max_steps: Number of steps, which replaces `epochs`; None for no limit.
         schedule: Schedule of the learning rate, by its name in transformers.
@@ -49,6 +50,7 @@ class TrainingConfig:
     seed: int
     device: str
     lora_rank: int | None = None
+    keep_adapter: bool = False
     epochs: float = 1.0
     max_steps: int | None = None
     schedule: str = "linear"
