@@ -1,7 +1,6 @@
 """The README.md of a trained model."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml

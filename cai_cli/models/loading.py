@@ -10,6 +10,7 @@ from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.models.fetch import check_model_dir, loading
 from cai_cli.models.reading import ReadAt, Reading, place_of, read_last_token
 from cai_cli.models.shards import undivided, unread_here, without_weights
+from cai_cli.models.text_part import freeze_beside_text
 from cai_cli.models.template_date import hold_template_date, refuse_random_template
 
 if TYPE_CHECKING:
@@ -92,13 +93,11 @@ def load_causal_lm(
             model needs custom code (`unsafe-model`), or the device is missing or too small (`no-device`).
         UsageError: `dtype` is unknown.
     """
-    from transformers import AutoModelForCausalLM
-
     check_model_dir(path)
     if is_classifier(path):
         raise CaiError(f"{path}: a preference model, not a language model", code="wrong-model-kind")
     options = _memory_options(attention, quantize, dtype)
-    model, missing = _load(AutoModelForCausalLM, path, dtype, device, sharded, **options)
+    model, missing = _load(_class_for(path), path, dtype, device, sharded, **options)
     if missing:
         raise CaiError(f"{path}: weights are missing: {', '.join(sorted(missing)[:3])}", code="invalid-model")
     return model
@@ -134,7 +133,6 @@ def load_reward_model(
         UsageError: `dtype` is unknown.
     """
     import torch
-    from transformers import AutoModelForSequenceClassification
 
     check_model_dir(path)
     tokenizer = load_tokenizer(path)
@@ -142,7 +140,7 @@ def load_reward_model(
         if new_head_seed is not None:
             torch.manual_seed(new_head_seed)
         options = _memory_options(attention, quantize, dtype) | {"num_labels": 1}
-        model, missing = _load(AutoModelForSequenceClassification, path, dtype, device, sharded, **options)
+        model, missing = _load(_class_for(path, classifier=True), path, dtype, device, sharded, **options)
     head = {name for name in missing if name.split(".")[0] in ("score", "classifier")}
     if missing - head or (head and new_head_seed is None):
         raise CaiError(
@@ -228,6 +226,34 @@ def is_classifier(path: Path) -> bool:
         raise CaiError(f"{path / 'config.json'}: not a model's config: {error}", code="invalid-model") from error
 
 
+def _class_for(path: Path, *, classifier: bool = False) -> Any:
+    """The class of transformers that loads the model in a directory.
+
+    A language model for images and text that has no class of its own for text alone is loaded whole.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSequenceClassification
+    from transformers.models.auto import modeling_auto as known
+
+    with loading(path):
+        config = _config(path)
+    if classifier:
+        classes = {AutoModelForSequenceClassification: known.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING}
+    else:
+        classes = {
+            AutoModelForCausalLM: known.MODEL_FOR_CAUSAL_LM_MAPPING,
+            AutoModelForImageTextToText: known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        }
+    for auto, mapping in classes.items():
+        if type(config) in mapping:
+            return auto
+    role = "preference models" if classifier else "language models"
+    raise CaiError(
+        f"{path}: transformers has no {role} of type {config.model_type!r}",
+        hint="use a model of another type",
+        code="wrong-model-kind",
+    )
+
+
 def _load(
     auto: Any, path: Path, dtype: str, device: str, sharded: bool, **options: Any
 ) -> tuple["PreTrainedModel", set[str]]:
@@ -254,6 +280,7 @@ def _load(
                 **({"device_map": {"": device}} if quantized else {}),
                 **options,
             )
+    freeze_beside_text(model)
     try:
         return model if quantized or sharded else model.to(device), set(info["missing_keys"])
     except (RuntimeError, AssertionError) as error:  # no such device, or not enough memory on it

@@ -241,7 +241,7 @@ def _trainer(
             args=SFTConfig(**training.arguments(work), packing=packed_length is not None, **already_encoded),
             train_dataset=pack(rows, packed_length) if packed_length else Dataset.from_list(rows),
             eval_dataset=Dataset.from_list([e.columns() for e in held_out]) if held_out else None,
-            peft_config=training.peft_config(),
+            peft_config=training.peft_config(model),
             compute_metrics=lambda rows: {"token_loss": float(rows.predictions.sum() / rows.label_ids.sum())},
         )
     )

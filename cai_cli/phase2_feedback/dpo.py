@@ -198,7 +198,7 @@ def _trainer(model: Any, inputs: DpoInputs, config: DpoConfig, training: Trainin
             ),
             train_dataset=_on_disk(data.train, work / "train"),
             eval_dataset=_on_disk(data.held_out, work / "held_out") if data.held_out else None,
-            peft_config=training.peft_config(),
+            peft_config=training.peft_config(model),
         )
     )
 

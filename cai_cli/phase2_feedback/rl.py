@@ -202,7 +202,7 @@ def _policy_trainer(
             train_dataset=Dataset.from_list(
                 [{"prompt": [m.model_dump() for m in inputs.train[i].prompt]} for i in order]
             ),
-            peft_config=training.peft_config(),
+            peft_config=training.peft_config(policy),
         )
     use_unfused_head(trainer, config.temperature)
     return without_printer(trainer)

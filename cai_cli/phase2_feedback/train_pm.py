@@ -282,7 +282,7 @@ def fine_tune(
                 processing_class=tokenizer,
                 args=RewardConfig(**training.arguments(work), max_length=None),
                 train_dataset=Dataset.from_list([pair.columns() for pair in train]),
-                peft_config=training.peft_config(classifier=True),
+                peft_config=training.peft_config(model, classifier=True),
             )
         )
         if evaluation:

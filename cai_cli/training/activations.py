@@ -112,8 +112,9 @@ def shape_of(config: Any) -> ModelShape:
     tied = head.weight is model.get_input_embeddings().weight
     linear = [part for part in model.modules() if isinstance(part, nn.Linear) and part is not head]
     blocks = [part for part in model.modules() if type(part).__name__ in (model._no_split_modules or ())]
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    query_heads = getattr(config, "num_attention_heads", 1)  # Mamba has none; its state is smaller than keys and values
+    heads = getattr(config, "num_key_value_heads", None) or query_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // query_heads
     return ModelShape(
         config=config.to_json_string(use_diff=False),
         parameters=_count(model),

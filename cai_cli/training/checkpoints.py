@@ -72,6 +72,9 @@ def save_model(
         weights: The weights of the model by name, where it holds a part of them only.
     """
     tokenizer.model_max_length = context_window(model.config, tokenizer)  # an unknown length is written as 1e30
+    text = model.config.get_text_config()
+    if getattr(text, "output_router_logits", False):  # TRL turns it on for training; with a cache it is an error
+        text.output_router_logits = False
     if model.can_generate():  # a preference model cannot
         declare_end_of_turn(model, tokenizer)
         _allow_sampling(model.generation_config)
