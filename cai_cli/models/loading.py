@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,8 @@ from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.models.fetch import check_model_dir, loading
 from cai_cli.models.reading import ReadAt, Reading, place_of, read_last_token
 from cai_cli.models.shards import undivided, unread_here, without_weights
-from cai_cli.models.text_part import freeze_beside_text
 from cai_cli.models.template_date import hold_template_date, refuse_random_template
+from cai_cli.models.text_part import freeze_beside_text
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -22,20 +23,26 @@ DTYPES = ("float32", "bfloat16", "float16")
 def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
     """The tokenizer in a model directory, with padding on the left (as generation needs it).
 
-    If it has no padding token, its end-of-sequence token takes that role, so mask by `attention_mask`, not by id.
+    If it has no padding token, or one for which the model has no embedding, another token takes that role (the
+    end-of-sequence token, or the first one), so mask by `attention_mask`, not by id.
 
     Raises:
-        CaiError: There is no tokenizer, it has neither token (`invalid-model`), or it needs custom code
-            (`unsafe-model`).
+        CaiError: There is no tokenizer (`invalid-model`), or it needs custom code (`unsafe-model`).
     """
     tokenizer = _tokenizer(path)
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise CaiError(
-                f"{path}: the tokenizer has neither a padding nor an end-of-sequence token", code="invalid-model"
-            )
-        tokenizer.pad_token = tokenizer.eos_token
+    size = _vocabulary(path)
+    if tokenizer.pad_token is None or tokenizer.pad_token_id >= size:
+        ends = tokenizer.eos_token_id is not None and tokenizer.eos_token_id < size
+        tokenizer.pad_token = tokenizer.eos_token if ends else tokenizer.convert_ids_to_tokens(0)
     return tokenizer
+
+
+def _vocabulary(path: Path) -> int:
+    """The number of tokens for which the model in a directory has embeddings; as many as there are without a config."""
+    if not (path / "config.json").is_file():
+        return sys.maxsize
+    with loading(path):
+        return int(getattr(_config(path).get_text_config(), "vocab_size", None) or sys.maxsize)
 
 
 def _tokenizer(path: Path) -> "PreTrainedTokenizerBase":

@@ -60,18 +60,18 @@ class KVCache:
         self.mask, self.lengths = self.mask[kept], self.lengths[kept]
 
     def _forward(self, ids: "Tensor", positions: "Tensor", keep: int) -> "Tensor":
-        # Mamba names its cache otherwise. Bloom and Mamba have no positions: they follow from the mask, or from the order.
-        cache = "cache_params" if "cache_params" in self.accepted else "past_key_values"
-        # Routers' losses are for training only; they do not fit a pass with a cache.
-        routers = {"output_router_logits": False} if "output_router_logits" in self.accepted else {}
-        positioned = {"position_ids": positions} if "position_ids" in self.accepted else {}
+        # Mamba names its cache otherwise, and masks tokens of this pass only. Neither Mamba nor Bloom takes positions.
+        is_mamba = "cache_params" in self.accepted
+        possible: dict[str, Any] = {
+            "position_ids": positions,
+            "output_router_logits": False,  # for a loss in training, which does not fit a pass with a cache
+            "cache_params" if is_mamba else "past_key_values": self.cache,
+        }
         logits: Tensor = self.model(
             input_ids=ids,
-            attention_mask=self.mask,
+            attention_mask=self.mask[:, -ids.shape[1] :] if is_mamba else self.mask,
             use_cache=True,
             logits_to_keep=keep,
-            **{cache: self.cache},
-            **positioned,
-            **routers,
+            **{name: value for name, value in possible.items() if name in self.accepted},
         ).logits
         return logits

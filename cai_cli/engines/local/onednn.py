@@ -5,10 +5,11 @@ of oneDNN with its own layout, which torch's compiler uses too when it freezes a
 of all once the weights are stored transposed: a quarter quicker than either for the rows of a decoding step.
 """
 
+from collections.abc import Hashable
 from functools import cache
 from inspect import getsource
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,9 +72,9 @@ def _reads_weight(parent: Any, name: str) -> bool:
 
 
 @cache
-def _source(module: type) -> str:
+def _source(module: Hashable) -> str:
     try:
-        return getsource(module)
+        return getsource(cast(type, module))
     except (OSError, TypeError):  # made in a shell
         return ""
 

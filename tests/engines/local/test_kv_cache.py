@@ -1,6 +1,5 @@
 """Kinds of models that transformers' own cache runs: a row's text is the same alone, in a batch, and without any cache."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from transformers import AutoTokenizer
 
 from cai_cli.engines.base import LogprobRequest, Sampling
 from cai_cli.engines.local.engine import LocalEngine
+from cai_cli.models.loading import load_causal_lm
 
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.2, **IDS}
@@ -78,8 +78,6 @@ def test_every_kind_of_model_gives_a_row_the_same_text_in_any_batch(kind: str, t
     together, alone = (LocalEngine(str(path), batch_size=size, device="cpu", dtype="float32") for size in (4, 1))
     answers, _ = together.generate_ids(prompts, range(4), sampling)
     assert answers == alone.generate_ids(prompts, range(4), sampling)[0]
-    from cai_cli.models.loading import load_causal_lm
-
     model = load_causal_lm(path)
     assert answers == [greedy(model, prompt, 6) for prompt in prompts]
     requests = [LogprobRequest(text, ("Yes", "No")) for text in ("a", "consider the following conversation")]
