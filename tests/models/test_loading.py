@@ -169,4 +169,4 @@ def test_some_token_pads_where_the_tokenizer_has_none_or_one_that_the_model_does
     file.write_text(json.dumps(config | {"pad_token": "[PAD]"}))
     tokenizer = loading.load_tokenizer(model_dir)
     assert len(tokenizer) > loading.load_causal_lm(model_dir).config.vocab_size
-    assert tokenizer.pad_token == "<|im_end|>"
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id

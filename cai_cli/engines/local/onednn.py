@@ -68,7 +68,7 @@ def pack_linears(model: Any) -> dict[str, Any]:
 
 def _reads_weight(parent: Any, name: str) -> bool:
     """Whether a module uses the weight of a layer itself instead of calling the layer, as Mamba does."""
-    return f"self.{name.rpartition('.')[2]}.weight" in _source(type(parent))
+    return f"self.{name.rpartition('.')[2]}.weight" in _source(cast(Hashable, type(parent)))
 
 
 @cache
