@@ -1,12 +1,12 @@
 """The README.md of a trained model."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from cai_cli.cards.markdown import cell
+from cai_cli.models.names import hub_base
 from cai_cli.models.source import ModelSource
 
 PAPER = "[Constitutional AI](https://arxiv.org/abs/2212.08073)"
@@ -29,8 +29,8 @@ def model_card(manifest: Mapping[str, Any], models: Mapping[str, ModelSource]) -
     head: dict[str, Any] = {"library_name": "transformers", "tags": ["constitutional-ai", f"cai-{stage}", "trl"]}
     if base.license:
         head["license"] = base.license
-    if not Path(base.name).is_dir():
-        head["base_model"] = base.name
+    if on_hub := hub_base(base.name):
+        head["base_model"] = on_hub
 
     def table(title: str, values: Mapping[str, Any]) -> str:
         rows = "".join(f"| {cell(name)} | {_cell(value)} |\n" for name, value in values.items())

@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.models.aliases import ALIASES, cached_alias
-from cai_cli.models.names import find_model, resolve
+from cai_cli.models.names import find_adapter, find_model, resolve, split_adapter
 
 app = typer.Typer(help="List, fetch and find models.", no_args_is_help=True)
 
@@ -41,6 +43,23 @@ def _rows() -> Iterator[dict[str, Any]]:
 def fetch(name: Annotated[str, typer.Argument(help="An alias or a Hub name org/name.")]) -> None:
     """Fetch a model, print its license and its directory."""
     typer.echo(resolve(name))
+
+
+@app.command("merge")
+def merge_adapter(
+    name: Annotated[str, typer.Argument(metavar="BASE+ADAPTER", help="A model, and the directory of a LoRA adapter.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the complete model.")],
+) -> None:
+    """Merge a LoRA adapter into its base model, in float32."""
+    from cai_cli.models.adapter_dirs import merge
+
+    parts = split_adapter(name)
+    if parts is None:
+        raise UsageError(f"{name!r} does not name a base model and an adapter", "BASE+ADAPTER", code="invalid-option")
+    if output.exists():
+        raise CaiError(f"{output} exists", hint="choose another -o", code="output-exists")
+    merge(resolve(parts[0]), find_adapter(parts[1], fetch=True), output)
+    typer.echo(output)
 
 
 @app.command("path")

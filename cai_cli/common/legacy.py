@@ -59,6 +59,7 @@ ADDED_SETTINGS: dict[str, Any] = {
     "packing": False,
     "pm_dtype": "float32",
     "reference_weights": "float32",
+    "keep_adapter": False,
 }
 MANIFEST = {"figures": "metrics"}
 PROVENANCE = {"watcher": "monitor"}

@@ -8,6 +8,7 @@ No other module encodes rows, or decides where an answer ends.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from cai_cli.common import console
 from cai_cli.common.errors import CaiError, RowError
 from cai_cli.data.schema import Message
 from cai_cli.engines.base import drop_broken_end
@@ -45,6 +46,8 @@ def encode_chat(
     if tokenizer.chat_template is None:
         raise CaiError("the model has no chat template", hint=NO_TEMPLATE, code="no-chat-template")
     chat = [{"role": message.role, "content": message.content} for message in messages]
+    if chat[:1] and chat[0]["role"] == "system" and not _takes_system(tokenizer):
+        chat = _folded(chat)
     try:
         ids: list[int] = tokenizer.apply_chat_template(
             chat,
@@ -60,6 +63,33 @@ def encode_chat(
     if not ids:
         raise RowError("the chat template renders the messages as no tokens", code="request-failed")
     return ids
+
+
+def _takes_system(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether the chat template renders system messages: some refuse them, and some leave them out."""
+    known: tuple[Any, bool] | None = vars(tokenizer).get("_cai_takes_system")
+    if known is None or known[0] != tokenizer.chat_template:
+        known = tokenizer.chat_template, _renders_system(tokenizer)
+        vars(tokenizer)["_cai_takes_system"] = known
+        if not known[1]:
+            console.say("the chat template takes no system message: it is put before the first user turn")
+    return known[1]
+
+
+def _renders_system(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    marker, user = "cai-system-marker", {"role": "user", "content": "a"}
+    try:
+        return marker in tokenizer.apply_chat_template([{"role": "system", "content": marker}, user], tokenize=False)
+    except Exception:  # whatever the template raises
+        return False
+
+
+def _folded(chat: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The conversation with its system message at the start of its first user turn."""
+    system, *rest = chat
+    if not rest or rest[0]["role"] != "user":
+        return chat
+    return [{"role": "user", "content": f"{system['content']}\n\n{rest[0]['content']}"}, *rest[1:]]
 
 
 def encode_text(tokenizer: "PreTrainedTokenizerBase", text: str, *, start: bool = True) -> list[int]:

@@ -1,7 +1,10 @@
 """Models with LoRA adapters."""
 
+import json
+from pathlib import Path
 from typing import Any
 
+from cai_cli.models.fetch import ADAPTER_CONFIG, published_name
 from cai_cli.models.loading import load_float32_copy
 
 
@@ -54,3 +57,19 @@ def merged_copy(adapted: Any, weights: dict[str, Any]) -> Any:
     if unknown := again.load_state_dict(weights, strict=False).unexpected_keys:
         raise AssertionError(f"weights that the model does not have: {unknown[:3]}")
     return again.merge_and_unload()
+
+
+def save_adapter(adapted: Any, directory: Path, weights: dict[str, Any] | None = None) -> None:
+    """Write the adapter of a model as PEFT does, with the name of its base model instead of a folder of this machine.
+
+    Args:
+        adapted: A model of PEFT around one of `loading`.
+        directory: Where the files are written.
+        weights: The weights that are trained, by their names in `adapted`, where it holds a part of them only.
+    """
+    base = Path(adapted.get_base_model().config._name_or_path)
+    adapted.save_pretrained(directory, state_dict=weights, save_embedding_layers=False)
+    (directory / "README.md").unlink(missing_ok=True)  # PEFT's form to fill in
+    config = json.loads((directory / ADAPTER_CONFIG).read_bytes())
+    config["base_model_name_or_path"] = published_name(base)
+    (directory / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -15,6 +15,7 @@ from cai_cli.common import console
 from cai_cli.common.errors import CaiError
 
 COMPLETE_HINT = "name the directory of a complete model"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt", "LICENSE*", "README*"]
 # Subdirectories contain other formats, and `consolidated` files repeat the same weights.
@@ -39,13 +40,11 @@ def check_model_dir(path: Path) -> None:
     Raises:
         CaiError: It is not (`invalid-model`), or its only weights are pickled (`unsafe-model`).
     """
+    if (path / ADAPTER_CONFIG).is_file():
+        # transformers would load the adapter's base model from wherever that file points
+        raise _adapter_alone(path)
     if not (path / "config.json").is_file():
         raise CaiError(f"{path}: not a model directory (config.json is missing)", COMPLETE_HINT, code="invalid-model")
-    if (path / "adapter_config.json").is_file():
-        # transformers would load the adapter's base model from wherever that file points
-        raise CaiError(
-            f"{path}: an adapter, not a complete model", hint="merge it into its base model first", code="invalid-model"
-        )
     if any(path.glob("*.safetensors")):
         return
     pickled = sorted(file.name for pattern in PICKLED for file in path.glob(pattern))
@@ -56,6 +55,43 @@ def check_model_dir(path: Path) -> None:
             code="unsafe-model",
         )
     raise CaiError(f"{path}: no weights (*.safetensors is missing)", COMPLETE_HINT, code="invalid-model")
+
+
+def _adapter_alone(path: Path) -> CaiError:
+    """The error for an adapter that is given without its base model."""
+    if _whole_weights(path):
+        return CaiError(
+            f"{path}: a complete model and an adapter in one directory, so it is unclear which is meant",
+            hint=f"move {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} to a directory A: then {path} is the model without the "
+            f"adapter, and {path}+A the model with it",
+            code="invalid-model",
+        )
+    recorded = adapter_base(path)
+    of = f" (its {ADAPTER_CONFIG} names {recorded!r})" if recorded else ""
+    return CaiError(
+        f"{path}: an adapter, not a complete model",
+        hint=f"name its base model too{of}: BASE+{path}; `cai models merge BASE+{path} -o DIR` writes a complete model",
+        code="invalid-model",
+    )
+
+
+def _whole_weights(path: Path) -> bool:
+    return any(not file.name.startswith("adapter_") for file in path.glob("*.safetensors"))
+
+
+def published_name(path: Path) -> str:
+    """The name of a model's directory without the folders of this machine: that on the Hub, for a copy in its cache."""
+    copies = [part.removeprefix("models--") for part in path.parts if part.startswith("models--")]
+    return copies[-1].replace("--", "/") if copies else path.resolve().name
+
+
+def adapter_base(path: Path) -> str | None:
+    """The base model that an adapter's config names, if any. It is never loaded from there."""
+    with suppress(OSError, ValueError):
+        config = json.loads((path / ADAPTER_CONFIG).read_bytes())
+        recorded = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+        return recorded if isinstance(recorded, str) else None
+    return None
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from collections.abc import Iterable
 from hashlib import file_digest, sha256
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -41,9 +42,18 @@ def fingerprint(path: Path) -> str:
         CaiError: `path` is not a model directory (`invalid-model`), or a file cannot be read (`cannot-read`).
     """
     check_model_dir(path)
+    return files_digest(path, FINGERPRINTED)
+
+
+def files_digest(path: Path, patterns: Iterable[str]) -> str:
+    """The SHA-256 (hex) of the names and contents of the files in a directory that match one of the patterns.
+
+    Raises:
+        CaiError: A file cannot be read (`cannot-read`).
+    """
     digests = _Digests(cache_dir() / "digests.json")
     whole = sha256()
-    files = {file for pattern in FINGERPRINTED for file in path.glob(pattern) if file.is_file()}
+    files = {file for pattern in patterns for file in path.glob(pattern) if file.is_file()}
     try:
         for file in sorted(files):
             whole.update(f"{file.relative_to(path).as_posix()}\0{digests.of(file)}\n".encode())

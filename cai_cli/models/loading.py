@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from cai_cli.models.fetch import check_model_dir, loading
 from cai_cli.models.reading import ReadAt, Reading, place_of, read_last_token
 from cai_cli.models.shards import undivided, unread_here, without_weights
 from cai_cli.models.template_date import hold_template_date, refuse_random_template
+from cai_cli.models.text_part import freeze_beside_text
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -21,20 +23,26 @@ DTYPES = ("float32", "bfloat16", "float16")
 def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
     """The tokenizer in a model directory, with padding on the left (as generation needs it).
 
-    If it has no padding token, its end-of-sequence token takes that role, so mask by `attention_mask`, not by id.
+    If it has no padding token, or one for which the model has no embedding, another token takes that role (the
+    end-of-sequence token, or the first one), so mask by `attention_mask`, not by id.
 
     Raises:
-        CaiError: There is no tokenizer, it has neither token (`invalid-model`), or it needs custom code
-            (`unsafe-model`).
+        CaiError: There is no tokenizer (`invalid-model`), or it needs custom code (`unsafe-model`).
     """
     tokenizer = _tokenizer(path)
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise CaiError(
-                f"{path}: the tokenizer has neither a padding nor an end-of-sequence token", code="invalid-model"
-            )
-        tokenizer.pad_token = tokenizer.eos_token
+    size = _vocabulary(path)
+    if tokenizer.pad_token is None or tokenizer.pad_token_id >= size:
+        ends = tokenizer.eos_token_id is not None and tokenizer.eos_token_id < size
+        tokenizer.pad_token = tokenizer.eos_token if ends else tokenizer.convert_ids_to_tokens(0)
     return tokenizer
+
+
+def _vocabulary(path: Path) -> int:
+    """The number of tokens for which the model in a directory has embeddings; as many as there are without a config."""
+    if not (path / "config.json").is_file():
+        return sys.maxsize
+    with loading(path):
+        return int(getattr(_config(path).get_text_config(), "vocab_size", None) or sys.maxsize)
 
 
 def _tokenizer(path: Path) -> "PreTrainedTokenizerBase":
@@ -102,13 +110,11 @@ def load_causal_lm(
             model needs custom code (`unsafe-model`), or the device is missing or too small (`no-device`).
         UsageError: `dtype` is unknown.
     """
-    from transformers import AutoModelForCausalLM
-
     check_model_dir(path)
-    if _is_classifier(path):
+    if is_classifier(path):
         raise CaiError(f"{path}: a preference model, not a language model", code="wrong-model-kind")
     options = _memory_options(attention, quantize, dtype)
-    model, missing = _load(AutoModelForCausalLM, path, dtype, device, sharded, **options)
+    model, missing = _load(_class_for(path), path, dtype, device, sharded, **options)
     if missing:
         raise CaiError(f"{path}: weights are missing: {', '.join(sorted(missing)[:3])}", code="invalid-model")
     return model
@@ -144,7 +150,6 @@ def load_reward_model(
         UsageError: `dtype` is unknown.
     """
     import torch
-    from transformers import AutoModelForSequenceClassification
 
     check_model_dir(path)
     tokenizer = load_tokenizer(path)
@@ -152,7 +157,7 @@ def load_reward_model(
         if new_head_seed is not None:
             torch.manual_seed(new_head_seed)
         options = _memory_options(attention, quantize, dtype) | {"num_labels": 1}
-        model, missing = _load(AutoModelForSequenceClassification, path, dtype, device, sharded, **options)
+        model, missing = _load(_class_for(path, classifier=True), path, dtype, device, sharded, **options)
     head = {name for name in missing if name.split(".")[0] in ("score", "classifier")}
     if missing - head or (head and new_head_seed is None):
         raise CaiError(
@@ -229,12 +234,41 @@ def reading_of(path: Path) -> Reading:
     return Reading(at, _config(path).get_text_config().pad_token_id if padding is None else padding)
 
 
-def _is_classifier(path: Path) -> bool:
+def is_classifier(path: Path) -> bool:
+    """Whether the model in a directory is a sequence classifier, by its config."""
     try:
         config = json.loads((path / "config.json").read_bytes())
         return any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or [])
     except (ValueError, AttributeError) as error:
         raise CaiError(f"{path / 'config.json'}: not a model's config: {error}", code="invalid-model") from error
+
+
+def _class_for(path: Path, *, classifier: bool = False) -> Any:
+    """The class of transformers that loads the model in a directory.
+
+    A language model for images and text that has no class of its own for text alone is loaded whole.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSequenceClassification
+    from transformers.models.auto import modeling_auto as known
+
+    with loading(path):
+        config = _config(path)
+    if classifier:
+        classes = {AutoModelForSequenceClassification: known.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING}
+    else:
+        classes = {
+            AutoModelForCausalLM: known.MODEL_FOR_CAUSAL_LM_MAPPING,
+            AutoModelForImageTextToText: known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        }
+    for auto, mapping in classes.items():
+        if type(config) in mapping:
+            return auto
+    role = "preference models" if classifier else "language models"
+    raise CaiError(
+        f"{path}: transformers has no {role} of type {config.model_type!r}",
+        hint="use a model of another type",
+        code="wrong-model-kind",
+    )
 
 
 def _load(
@@ -263,6 +297,7 @@ def _load(
                 **({"device_map": {"": device}} if quantized else {}),
                 **options,
             )
+    freeze_beside_text(model)
     try:
         return model if quantized or sharded else model.to(device), set(info["missing_keys"])
     except (RuntimeError, AssertionError) as error:  # no such device, or not enough memory on it

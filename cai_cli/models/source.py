@@ -41,20 +41,27 @@ class ModelSource:
     @property
     def public_name(self) -> str:
         """The name without folders, fit for publication."""
-        return Path(self.name).resolve().name if Path(self.name).is_dir() else self.name
+        from cai_cli.models.names import public_name
+
+        return public_name(self.name)
 
     @property
     def license(self) -> str | None:
-        """The license in the model's `source.json` or card, in lower case; None if neither states one."""
-        source, card = self.path / "source.json", self.path / "README.md"
-        head: Any = None
-        try:
-            if source.is_file():
-                head = orjson.loads(source.read_bytes())
-            elif card.is_file():
-                parts = card.read_text(encoding="utf-8").split("---\n", 2)
-                head = parse_yaml(parts[1], str(card)) if len(parts) == 3 and not parts[0] else None
-        except (CaiError, ValueError):
-            return None
-        stated = head.get("license") if isinstance(head, dict) else None
-        return stated.lower() if isinstance(stated, str) else None
+        """As `stated_license`."""
+        return stated_license(self.path)
+
+
+def stated_license(path: Path) -> str | None:
+    """The license in a model's `source.json` or card, in lower case; None if neither states one."""
+    source, card = path / "source.json", path / "README.md"
+    head: Any = None
+    try:
+        if source.is_file():
+            head = orjson.loads(source.read_bytes())
+        elif card.is_file():
+            parts = card.read_text(encoding="utf-8").split("---\n", 2)
+            head = parse_yaml(parts[1], str(card)) if len(parts) == 3 and not parts[0] else None
+    except (CaiError, ValueError):
+        return None
+    stated = head.get("license") if isinstance(head, dict) else None
+    return stated.lower() if isinstance(stated, str) else None

@@ -204,7 +204,7 @@ def sft(
         steps = int(trainer.state.global_step)
         after = _held_out_loss(trainer)
         metrics.put(steps, {"held_out_loss": after})
-        save_finished(trainer, tokenizer, work / "model")
+        save_finished(trainer, tokenizer, work / "model", keep_adapter=training.keep_adapter)
     losses = [row["loss"] for row in metrics.rows if row["loss"] is not None]
     return {
         "steps": steps,
@@ -241,7 +241,7 @@ def _trainer(
             args=SFTConfig(**training.arguments(work), packing=packed_length is not None, **already_encoded),
             train_dataset=pack(rows, packed_length) if packed_length else Dataset.from_list(rows),
             eval_dataset=Dataset.from_list([e.columns() for e in held_out]) if held_out else None,
-            peft_config=training.peft_config(),
+            peft_config=training.peft_config(model),
             compute_metrics=lambda rows: {"token_loss": float(rows.predictions.sum() / rows.label_ids.sum())},
         )
     )

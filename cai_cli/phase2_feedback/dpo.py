@@ -140,7 +140,7 @@ def _save(trainer: Any, inputs: DpoInputs, directory: Path, *, start: bool) -> N
     from cai_cli.models.loading import load_causal_lm
 
     if not start:
-        save_finished(trainer, inputs.data.tokenizer, directory)
+        save_finished(trainer, inputs.data.tokenizer, directory, keep_adapter=training.keep_adapter)
     elif distributed.is_rank_zero():
         save_model(load_causal_lm(inputs.base), inputs.data.tokenizer, directory)
 
@@ -198,7 +198,7 @@ def _trainer(model: Any, inputs: DpoInputs, config: DpoConfig, training: Trainin
             ),
             train_dataset=_on_disk(data.train, work / "train"),
             eval_dataset=_on_disk(data.held_out, work / "held_out") if data.held_out else None,
-            peft_config=training.peft_config(),
+            peft_config=training.peft_config(model),
         )
     )
 

@@ -156,7 +156,7 @@ def rl(inputs: RlInputs, config: RlConfig, training: TrainingConfig, work: Path)
         throughput = fit(trainer, metrics, COLUMNS, name="rl")
     kept = checks.kept if checks.kept is not None else int(trainer.state.global_step)
     if kept:
-        save_finished(trainer, tokenizer, work / "model")
+        save_finished(trainer, tokenizer, work / "model", keep_adapter=training.keep_adapter)
     elif distributed.is_rank_zero():
         save_model(load_causal_lm(base), tokenizer, work / "model")
     if distributed.is_rank_zero():
@@ -202,7 +202,7 @@ def _policy_trainer(
             train_dataset=Dataset.from_list(
                 [{"prompt": [m.model_dump() for m in inputs.train[i].prompt]} for i in order]
             ),
-            peft_config=training.peft_config(),
+            peft_config=training.peft_config(policy),
         )
     use_unfused_head(trainer, config.temperature)
     return without_printer(trainer)

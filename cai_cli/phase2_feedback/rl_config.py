@@ -226,6 +226,7 @@ class RlConfig(TrainerOptions, PreferenceModelOptions):
             seed=self.seed,
             device=device,
             lora_rank=self.lora_rank if self.lora else None,
+            keep_adapter=self.keep_adapter,
             max_steps=self.steps,
             schedule="constant",
             report_to=self.report_to,

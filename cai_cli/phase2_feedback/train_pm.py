@@ -32,7 +32,7 @@ from cai_cli.runtime.manifest import provenance
 from cai_cli.runtime.shared_options import DType, EngineOptions
 from cai_cli.runtime.stage import Phase, Stage
 from cai_cli.training import distributed, sharding
-from cai_cli.training.checkpoints import save_finished, save_model
+from cai_cli.training.checkpoints import ADAPTER, save_finished, save_model
 from cai_cli.training.config import TrainingConfig
 from cai_cli.training.loop import fit, without_printer
 from cai_cli.training.memory import Workload
@@ -140,6 +140,8 @@ def train_pm(
     if not distributed.is_rank_zero():
         return {}
     record_place(work / "model")
+    if (work / "model" / ADAPTER).is_dir():
+        record_place(work / "model" / ADAPTER)
     if evaluation:
         scored = evaluation.after
     else:
@@ -268,7 +270,7 @@ def fine_tune(
                 processing_class=tokenizer,
                 args=RewardConfig(**training.arguments(work), max_length=None),
                 train_dataset=Dataset.from_list([pair.columns() for pair in train]),
-                peft_config=training.peft_config(classifier=True),
+                peft_config=training.peft_config(model, classifier=True),
             )
         )
         if evaluation:
@@ -276,7 +278,7 @@ def fine_tune(
         throughput = fit(trainer, metrics, COLUMNS, name="train-pm")
         if evaluation:
             evaluation.finish(trainer)
-    save_finished(trainer, tokenizer, work / "model")
+    save_finished(trainer, tokenizer, work / "model", keep_adapter=training.keep_adapter)
     return int(trainer.state.global_step), throughput
 
 

@@ -15,10 +15,10 @@ from cai_cli.runtime.config import Effect, Group, Option, StageConfig, option
 
 DEFAULT_MODEL = "smollm2-135m"
 MODEL_HELP = (
-    "Directory, Hub name or alias (see `cai models list`), run by vLLM on CUDA where it is installed; or openai:NAME "
-    "with --base-url, vllm:NAME, local:NAME or scripted:FILE."
+    "Directory, Hub name or alias (see `cai models list`), or BASE+ADAPTER for a LoRA adapter, run by vLLM on "
+    "CUDA where it is installed; or openai:NAME with --base-url, vllm:NAME, local:NAME or scripted:FILE."
 )
-MODEL_TO_TRAIN_HELP = "Model to train: directory, Hub name or alias (see `cai models list`)."
+MODEL_TO_TRAIN_HELP = "Model to train: directory, Hub name or alias (see `cai models list`), or BASE+ADAPTER."
 
 
 class Device(StrEnum):

@@ -18,7 +18,7 @@ from cai_cli.common.errors import CaiError
 from cai_cli.common.files import write_atomically
 from cai_cli.data.jsonl import sync_directory
 from cai_cli.engines.tokenization import declare_end_of_turn
-from cai_cli.models.adapters import finished_model, is_adapted, merged_copy, without_adapter_wrapper
+from cai_cli.models.adapters import finished_model, is_adapted, merged_copy, save_adapter, without_adapter_wrapper
 from cai_cli.models.loading import context_window
 from cai_cli.training import distributed
 from cai_cli.training.quiet import quiet_libraries
@@ -27,18 +27,33 @@ from cai_cli.training.sharding import gathered_weights
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+ADAPTER = "adapter"  # the folder of a finished model that `--keep-adapter` writes
 
-def save_finished(trainer: Any, tokenizer: "PreTrainedTokenizerBase", directory: Path) -> None:
-    """Write the trained model, gathering weights that are sharded. Called on every rank."""
+
+def save_finished(
+    trainer: Any, tokenizer: "PreTrainedTokenizerBase", directory: Path, *, keep_adapter: bool = False
+) -> None:
+    """Write the trained model, gathering weights that are sharded. Called on every rank.
+
+    Args:
+        trainer: The trainer.
+        tokenizer: The model's tokenizer.
+        directory: Where the files are written.
+        keep_adapter: Whether to write the adapter of LoRA too, to `adapter/` there.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
     if not distributed.weights_are_sharded():
         if distributed.is_rank_zero():
+            if keep_adapter:
+                save_adapter(model, directory / ADAPTER)
             with quiet_libraries():  # adapters are merged here
-                model = finished_model(trainer)
-            save_model(model, tokenizer, directory)
+                finished = finished_model(trainer)
+            save_model(finished, tokenizer, directory)
         return
     weights = gathered_weights(trainer)
     if distributed.is_rank_zero():
-        model = trainer.accelerator.unwrap_model(trainer.model)
+        if keep_adapter:
+            save_adapter(model, directory / ADAPTER, weights)
         if is_adapted(model):
             with quiet_libraries():
                 model = merged_copy(model, weights)
@@ -59,6 +74,9 @@ def save_model(
         weights: The weights of the model by name, where it holds a part of them only.
     """
     tokenizer.model_max_length = context_window(model.config, tokenizer)  # an unknown length is written as 1e30
+    text = model.config.get_text_config()
+    if getattr(text, "output_router_logits", False):  # TRL turns it on for training; with a cache it is an error
+        text.output_router_logits = False
     if model.can_generate():  # a preference model cannot
         declare_end_of_turn(model, tokenizer)
         _allow_sampling(model.generation_config)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cai_cli.models.text_part import modules_without_adapters
 from cai_cli.runtime.config import StageConfig
 from cai_cli.training import distributed
 
@@ -28,6 +29,7 @@ class TrainingConfig:
         seed: Random seed.
         device: "cpu" or "cuda".
         lora_rank: Rank of the adapters; None trains all weights.
+        keep_adapter: Whether the adapters are written beside the merged model too.
         epochs: Passes over the data.
         max_steps: Number of steps, which replaces `epochs`; None for no limit.
         schedule: Schedule of the learning rate, by its name in transformers.
@@ -49,6 +51,7 @@ class TrainingConfig:
     seed: int
     device: str
     lora_rank: int | None = None
+    keep_adapter: bool = False
     epochs: float = 1.0
     max_steps: int | None = None
     schedule: str = "linear"
@@ -198,10 +201,11 @@ class TrainingConfig:
         """The number of rows of an epoch of `rows` that are used twice."""
         return -rows % (self.batch_size * distributed.world_size()) if distributed.world_size() > 1 else 0
 
-    def peft_config(self, *, classifier: bool = False) -> Any:
+    def peft_config(self, model: Any = None, *, classifier: bool = False) -> Any:
         """The LoRA config, or None where all weights are trained.
 
         Args:
+            model: The model to train, of which some kinds have layers that take no adapters.
             classifier: Whether the model has a scalar head.
         """
         if self.lora_rank is None:
@@ -212,5 +216,6 @@ class TrainingConfig:
             r=self.lora_rank,
             lora_alpha=2 * self.lora_rank,
             target_modules="all-linear",
+            exclude_modules=(modules_without_adapters(model) if model is not None else None) or None,
             task_type=TaskType.SEQ_CLS if classifier else TaskType.CAUSAL_LM,
         )

@@ -94,6 +94,11 @@ class TrainerOptions(RunOptions, RowInputOptions, SeedOptions):
         Option(group=Group.TRAINING, flags=("--lora/--full",)),
     )
     lora_rank: int = option(16, "Rank of the adapters, with --lora.", _TRAINING, ge=1)
+    keep_adapter: bool = option(
+        False,
+        "With --lora: write the adapter to OUT/adapter too, beside the merged weights.",
+        Option(group=Group.TRAINING, flags=("--keep-adapter",)),
+    )
     weights: Weights = option(
         Weights.AUTO,
         "Precision in which the weights are held; adapters are float32. auto: float32 on a CPU; on a GPU "
@@ -152,6 +157,8 @@ class TrainerOptions(RunOptions, RowInputOptions, SeedOptions):
             raise UsageError(
                 "--quantize needs --lora, because quantised weights cannot be trained", code="option-conflict"
             )
+        if self.keep_adapter and not self.lora:
+            raise UsageError("--keep-adapter needs --lora", code="option-conflict")
         _need_package("bitsandbytes", f"--quantize {self.quantize}" if self.quantize else "", extra="quantize")
         eight_bit = self.optimizer is not Optimizer.ADAMW
         _need_package("bitsandbytes", f"--optimizer {self.optimizer}" if eight_bit else "", extra="quantize")
@@ -238,6 +245,7 @@ class EpochOptions(TrainerOptions):
             seed=self.seed,
             device=device,
             lora_rank=self.lora_rank if self.lora else None,
+            keep_adapter=self.keep_adapter,
             epochs=self.epochs,
             max_steps=self.max_steps,
             report_to=self.report_to,

@@ -180,3 +180,32 @@ def test_a_character_cut_in_half_is_dropped_and_the_reply_counts_as_cut_off(text
         assert reason == "length"
     assert decode_reply(tokenizer(), [*ids, 2], frozenset({2})) == (text, "stop")
     assert decode_reply(tokenizer(), [*ids[:-1], 2], frozenset({2})) == (text[:-1], "length")
+
+
+SILENT = "{% for m in messages if m['role'] != 'system' %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [NO_SYSTEM + SILENT, SILENT])
+def test_a_system_message_goes_before_the_first_user_turn_where_the_template_takes_none(
+    template: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tok = tokenizer(template)
+    chat = [Message(role="system", content="Be brief."), Message(role="user", content="Hi")]
+    for _ in range(2):
+        ids = encode_chat(tok, chat, add_generation_prompt=False)
+        assert tok.decode(ids) == "user: Be brief.\n\nHi\n"
+    assert capsys.readouterr().err.count("takes no system message") == 1
+
+
+def test_a_chat_begins_with_one_begin_of_text_token_whoever_else_adds_one() -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tok = copy.deepcopy(tokenizer("{{ bos_token }}" + SILENT))
+    bos = tok.bos_token
+    tok.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tok.bos_token_id)]
+    )
+    assert tok("a")["input_ids"][0] == tok.bos_token_id
+    ids = encode_chat(tok, [Message(role="user", content="Hi")], add_generation_prompt=False)
+    assert ids.count(tok.bos_token_id) == 1
+    assert encode_text(tok, "Hi").count(tok.bos_token_id) == 1

@@ -4,11 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import Cai
 from helpers import largest_difference, manifest_of, revision, stage, write_rows
+from safetensors.torch import load_file
 from tiny import tiny_model_dir
 
 from cai_cli.common.errors import CaiError
+from cai_cli.models.names import resolve
 from cai_cli.pipeline.registry import STAGES
 from cai_cli.training.options import TrainerOptions
 
@@ -80,3 +83,30 @@ def test_the_rate_that_is_used_is_recorded_and_shown_on_the_card(tmp_path: Path)
     with pytest.raises(CaiError, match=r"settings\.learning_rate: 0\.0002 -> 2e-05"):
         stage("sft")(rows, tmp_path / "out", **run, learning_rate=2e-5)
     stage("sft")(rows, tmp_path / "out", **run, learning_rate=2e-4)  # already finished
+
+
+@pytest.mark.parametrize(
+    ("stage", "row"),
+    [
+        ("sft", {"prompt": "Name a fruit.", "completion": "A pear."}),
+        ("train-pm", {"prompt": "Name a fruit.", "chosen": "A pear.", "rejected": "A stone."}),
+    ],
+)
+def test_a_kept_adapter_and_its_base_model_give_the_trained_model(
+    cai: Cai, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, row: dict[str, str]
+) -> None:
+    monkeypatch.setenv("CAI_CACHE", str(tmp_path / "cache"))
+    base, file = tiny_model_dir(tmp_path / "base"), tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    options = ["--max-steps", "2", "--eval-share", "0", "--learning-rate", "0.01"]
+    done = cai(stage, str(file), "-o", "out", "--model", str(base), "--lora", "--keep-adapter", *options)
+    assert done.code == 0, done.stderr
+    merged, out = resolve(f"{base}+{tmp_path / 'out/adapter'}"), tmp_path / "out"
+    assert (merged / "preference_model.json").is_file() is (stage == "train-pm")
+    trained, again = (load_file(path / "model.safetensors") for path in (out, merged))
+    assert trained.keys() == again.keys()
+    for name, weight in trained.items():
+        torch.testing.assert_close(again[name], weight)
+    recorded = json.loads((out / "adapter/adapter_config.json").read_bytes())["base_model_name_or_path"]
+    assert recorded == "base"  # not a folder of this machine
+    assert cai(stage, str(file), "-o", "other", "--model", str(base), "--keep-adapter").error == "option-conflict"

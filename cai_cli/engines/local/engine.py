@@ -36,7 +36,7 @@ from cai_cli.engines.local.sampling import (
 )
 from cai_cli.engines.tokenization import encode_chat, encode_text, end_of_turn_ids
 from cai_cli.models.fingerprint import fingerprint
-from cai_cli.models.loading import load_causal_lm, load_tokenizer
+from cai_cli.models.loading import context_window, load_causal_lm, load_tokenizer
 from cai_cli.models.names import resolve
 from cai_cli.models.template_date import recorded_date
 
@@ -117,8 +117,7 @@ class LocalEngine(Engine):
     @cached_property
     def window(self) -> int:
         """The context window in tokens, prompt and answer together."""
-        config = self.model.config.get_text_config()
-        return min(int(self.tokenizer.model_max_length), int(config.max_position_embeddings))
+        return context_window(self.model.config, self.tokenizer)
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
@@ -146,8 +145,9 @@ class LocalEngine(Engine):
         import torch
 
         config = self.model.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads = getattr(config, "num_attention_heads", 1)  # Mamba has none, and a state of one size for any length
+        size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        heads = getattr(config, "num_key_value_heads", None) or heads
         bytes_per_token = 2 * int(config.num_hidden_layers) * heads * size * self.model.dtype.itemsize
         if self.device == "cuda":
             room = torch.cuda.mem_get_info()[0] // 2

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Iterator, Sequence
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ class KVCache:
 
     def __init__(self, model: Any, pad_id: int) -> None:
         self.model, self.pad_id = model, pad_id
+        self.accepted = signature(model.forward).parameters
 
     def add(self, rows: Sequence[Sequence[int]], keeps: Sequence[int]) -> Iterator["Tensor"]:
         """Run the model on `rows`, which become the rows of the cache.
@@ -54,16 +56,22 @@ class KVCache:
         import torch
 
         kept = torch.tensor(rows, dtype=torch.long, device=self.model.device)
-        self.cache.batch_select_indices(kept)
+        self.cache.reorder_cache(kept)  # of the kinds of cache that linear attention has, few can select
         self.mask, self.lengths = self.mask[kept], self.lengths[kept]
 
     def _forward(self, ids: "Tensor", positions: "Tensor", keep: int) -> "Tensor":
+        # Mamba names its cache otherwise, and masks tokens of this pass only. Neither Mamba nor Bloom takes positions.
+        is_mamba = "cache_params" in self.accepted
+        possible: dict[str, Any] = {
+            "position_ids": positions,
+            "output_router_logits": False,  # for a loss in training, which does not fit a pass with a cache
+            "cache_params" if is_mamba else "past_key_values": self.cache,
+        }
         logits: Tensor = self.model(
             input_ids=ids,
-            attention_mask=self.mask,
-            position_ids=positions,
-            past_key_values=self.cache,
+            attention_mask=self.mask[:, -ids.shape[1] :] if is_mamba else self.mask,
             use_cache=True,
             logits_to_keep=keep,
+            **{name: value for name, value in possible.items() if name in self.accepted},
         ).logits
         return logits

@@ -5,8 +5,11 @@ of oneDNN with its own layout, which torch's compiler uses too when it freezes a
 once the weights are stored transposed: a quarter faster than either for the rows of a decoding step.
 """
 
+from collections.abc import Hashable
+from functools import cache
+from inspect import getsource
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,11 +55,28 @@ def pack_linears(model: Any) -> dict[str, Any]:
             return out
 
     layer_type = TransposedLinear if _is_intel() and mkl.is_available() else PackedLinear
-    linears = {name: layer for name, layer in model.named_modules() if type(layer) is torch.nn.Linear}
+    linears = {
+        name: layer
+        for name, layer in model.named_modules()
+        if type(layer) is torch.nn.Linear and not _reads_weight(model.get_submodule(name.rpartition(".")[0]), name)
+    }
     with torch.no_grad():
         for name, layer in linears.items():
             model.set_submodule(name, layer_type(layer))
     return linears
+
+
+def _reads_weight(parent: Any, name: str) -> bool:
+    """Whether a module uses the weight of a layer itself instead of calling the layer, as Mamba does."""
+    return f"self.{name.rpartition('.')[2]}.weight" in _source(cast(Hashable, type(parent)))
+
+
+@cache
+def _source(module: Hashable) -> str:
+    try:
+        return getsource(cast(type, module))
+    except (OSError, TypeError):  # made in a shell
+        return ""
 
 
 def _is_intel() -> bool:
