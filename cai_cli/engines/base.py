@@ -57,13 +57,15 @@ class Completion:
         finish_reason: "stop" (end of turn or a stop string) or "length" (cut off at `max_new_tokens`, or inside a
             character).
         prompt_tokens: The length of the prompt with its prefill, in tokens; 0 if unknown.
-        new_tokens: The number of generated tokens; 0 if unknown.
+        new_tokens: The number of generated tokens, those of thoughts included; 0 if unknown.
+        thoughts: What a reasoning model wrote before its answer, which is not part of `text`; None without thoughts.
     """
 
     text: str
     finish_reason: str
     prompt_tokens: int = 0
     new_tokens: int = 0
+    thoughts: str | None = None
 
 
 def drop_broken_end(text: str, finish_reason: str) -> tuple[str, str]:
@@ -100,6 +102,26 @@ class RequestFailure:
     """One request that the engine could not answer, and why. A failure never becomes data."""
 
     reason: str
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """How chats are rendered.
+
+    Attributes:
+        thinking: "on" or "off" where thoughts are switched, else "auto".
+        template_args: Arguments of the chat template by name.
+        template: The file of a chat template that replaces the model's, or None.
+    """
+
+    thinking: str = "auto"
+    template_args: Mapping[str, Any] = field(default_factory=dict)
+    template: str | None = None
+
+    def recorded(self) -> dict[str, Any]:
+        """What an engine's identity records of them; empty for the defaults. The template's hash is recorded apart."""
+        thinking = {} if self.thinking == "auto" else {"thinking": self.thinking}
+        return thinking | ({"template_args": dict(self.template_args)} if self.template_args else {})
 
 
 @dataclass(frozen=True)

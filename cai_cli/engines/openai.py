@@ -21,6 +21,7 @@ from typing import Any
 from cai_cli.common.errors import RowError
 from cai_cli.data.schema import Message
 from cai_cli.engines.base import (
+    ChatOptions,
     Completion,
     Engine,
     GenerationRequest,
@@ -32,6 +33,7 @@ from cai_cli.engines.base import (
     drop_broken_end,
 )
 from cai_cli.engines.openai_client import Client, ServerResponse, TokenLogprob
+from cai_cli.engines.thoughts import NEVER_LEFT, without_thoughts
 
 TOP_LOGPROBS = 20  # per token; the most that OpenAI and, by default, vLLM return
 ANSWER_TOKENS = 16  # enough for a prefill that the model writes itself, and the option
@@ -42,13 +44,13 @@ CONTINUE = {"continue_final_message": True, "add_generation_prompt": False}
 class OpenAIEngine(Engine):
     """Implements `Engine`. Each batch is one row and many threads call at once, so a row waits only for a free slot."""
 
-    def __init__(self, model: str, server: Server) -> None:
+    def __init__(self, model: str, server: Server, chat: ChatOptions | None = None) -> None:
         """Prepare the client; no request is sent.
 
         Raises:
             UsageError: The address or the key is not valid.
         """
-        self.name = model
+        self.name, self.chat = model, chat or ChatOptions()
         self.client = Client(model, server)
         self.batch_size = 1
         self.workers = self.client.concurrency
@@ -56,7 +58,7 @@ class OpenAIEngine(Engine):
         self._continues_prefill: bool | None = None  # whether the server accepts `CONTINUE`; None before the first try
 
     def identity(self) -> dict[str, Any]:
-        return {"engine": "openai", "name": self.name}
+        return {"engine": "openai", "name": self.name, **self.chat.recorded()}
 
     def supports_chat(self) -> bool:
         return True
@@ -91,26 +93,35 @@ class OpenAIEngine(Engine):
         if choice.finish_reason not in ("stop", "length"):
             return RequestFailure(f"the server ended the reply with {choice.finish_reason!r}")
         text = choice.content
-        if text is None:
-            return RequestFailure("the reply holds no text")
+        thoughts = choice.message.thoughts if choice.message else None
+        if text is None or (thoughts and not text.strip()):
+            return RequestFailure(NEVER_LEFT if thoughts else "the reply holds no text")
         prefill = request.prefill.strip()
         if prefill and text.lstrip().startswith(prefill):
             text = text.lstrip()[len(prefill) :]
         tokens = response.tokens
         text, reason = drop_broken_end(text, choice.finish_reason)
-        return Completion(text, reason, tokens.prompt_tokens, tokens.completion_tokens)
+        return without_thoughts(Completion(text, reason, tokens.prompt_tokens, tokens.completion_tokens, thoughts))
+
+    def _template_arguments(self) -> dict[str, Any]:
+        """The arguments of the server's chat template, as vLLM, SGLang and llama.cpp take them, where any are given."""
+        switch = {} if self.chat.thinking == "auto" else {"enable_thinking": self.chat.thinking == "on"}
+        arguments = switch | dict(self.chat.template_args)
+        return {"extra_body": {"chat_template_kwargs": arguments}} if arguments else {}
 
     async def _complete(self, text: Text, prefill: str, body: dict[str, Any]) -> ServerResponse:
         """The response to `text` and the start of its answer. Raises RowError and CaiError as `Client.request`."""
         if isinstance(text, str):
             return await self.client.request("completions", {"prompt": text + prefill, **body})
-        body = {"messages": _as_json(text), **body}
+        body = {"messages": _as_json(text), **body} | self._template_arguments()
         if not prefill:
             return await self.client.request("chat/completions", body)
         body["messages"].append({"role": "assistant", "content": prefill})
         if self._continues_prefill is not False:
             try:
-                response = await self.client.request("chat/completions", body | {"extra_body": CONTINUE})
+                response = await self.client.request(
+                    "chat/completions", body | {"extra_body": body.get("extra_body", {}) | CONTINUE}
+                )
             except RowError:
                 if self._continues_prefill:
                     raise

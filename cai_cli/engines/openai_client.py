@@ -70,6 +70,13 @@ class ChatMessage(BaseModel):
     """The message of a chat completion."""
 
     content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None  # its other name
+
+    @property
+    def thoughts(self) -> str | None:
+        """What the server returned as the model's thoughts."""
+        return (self.reasoning_content or self.reasoning or "").strip() or None
 
 
 class Choice(BaseModel):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cai_cli.common.errors import CaiError, UsageError
+from cai_cli.models.chat_template import apply_given_template
 from cai_cli.models.fetch import check_model_dir, loading
 from cai_cli.models.reading import ReadAt, Reading, place_of, read_last_token
 from cai_cli.models.shards import undivided, unread_here, without_weights
@@ -46,6 +47,7 @@ def _tokenizer(path: Path) -> "PreTrainedTokenizerBase":
         tokenizer = AutoTokenizer.from_pretrained(  # nosec B615
             path, trust_remote_code=False, local_files_only=True, padding_side="left"
         )
+    apply_given_template(path, tokenizer)
     templates = tokenizer.chat_template or ""
     for template in templates.values() if isinstance(templates, dict) else [templates]:
         refuse_random_template(template)

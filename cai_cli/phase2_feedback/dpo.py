@@ -244,7 +244,7 @@ def estimate(rows: RowFlow, config: DpoConfig) -> StepCost:
 def run(config: DpoConfig) -> dict[str, Any]:
     """Train on a file of pairs. Returns the summary. Raises UsageError, CaiError."""
     config.launch()
-    base = ModelSource.resolve(config.model)
+    base = ModelSource.resolve(config.model, config.chat_template)
     training = config.training_config()
     monitor_model = pick_monitor_model(
         config.monitor_pm, config.monitor_judge, config.base_url, None, device=training.device, seed=config.seed
