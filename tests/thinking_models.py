@@ -53,7 +53,7 @@ def thinking_model_dir(path: Path, template: str) -> Path:
     model = AutoModelForCausalLM.from_pretrained(path)
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     if template == CHANNELS:
-        tokenizer.eos_token = "<|return|>"
+        tokenizer.eos_token = CONTROL[template][-1]
         model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
     tokenizer.save_pretrained(path)
     model.save_pretrained(path)

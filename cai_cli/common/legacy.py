@@ -60,7 +60,7 @@ CHANGED_STAGES: dict[str, frozenset[str]] = {
             "score",
             "train-pm",
         }
-    )  # fmt: skip
+    )
 }
 # Setting that an earlier version did not have -> the value that gives the behaviour of that version.
 ADDED_SETTINGS: dict[str, Any] = {

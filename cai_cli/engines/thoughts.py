@@ -6,6 +6,7 @@ the generation prompt, so that the answer holds only their end.
 """
 
 import re
+from collections.abc import Collection
 from dataclasses import replace
 
 from cai_cli.data.reply_ends import CUT_OFF
@@ -123,8 +124,8 @@ def closing_of(opened: str) -> str:
     return f"\n{TAGS[opening]}\n\n" if opening == "<think>" else TAGS[opening]
 
 
-def form_in(template: str) -> str | None:
-    """How the model of a chat template writes its thoughts, as its template shows; None where it shows none."""
-    if _CHANNEL in template and "analysis" in template:
+def form_in(template: str, tokens: Collection[str]) -> str | None:
+    """How a model writes its thoughts, as its chat template and its added tokens show; None where they show none."""
+    if _CHANNEL in template:
         return f"{_CHANNEL}analysis"
-    return next((tag for tag, closing in TAGS.items() if tag in template or closing in template), None)
+    return next((tag for tag, closing in TAGS.items() if closing in template or closing in tokens), None)

@@ -218,7 +218,7 @@ def reading_of(path: Path) -> Reading:
         return Reading(at, load_tokenizer(path).pad_token_id)
     # The end-of-sequence token that `load_tokenizer` falls back on is not what the model was trained with.
     padding = _tokenizer(path).pad_token_id
-    return Reading(at, _config(path).get_text_config().pad_token_id if padding is None else padding)
+    return Reading(at, load_config(path).get_text_config().pad_token_id if padding is None else padding)
 
 
 def _is_classifier(path: Path) -> bool:
@@ -309,10 +309,11 @@ def context_window(config: Any, tokenizer: "PreTrainedTokenizerBase") -> int:
 def tokenizer_and_window(path: Path) -> tuple["PreTrainedTokenizerBase", int]:
     """The tokenizer of the model in a directory, and the model's context window in tokens."""
     tokenizer = load_tokenizer(path)
-    return tokenizer, context_window(_config(path), tokenizer)
+    return tokenizer, context_window(load_config(path), tokenizer)
 
 
-def _config(path: Path) -> Any:
+def load_config(path: Path) -> Any:
+    """The config of the model in a directory."""
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)  # nosec B615

@@ -353,10 +353,9 @@ def run(config: RlConfig) -> dict[str, Any]:
     config.launch()
     training = config.training_config()
     pm = config.reward_scorer(training)
-    models = {"model": ModelSource.resolve(config.model, config.chat_template)} | (
-        {"pm": pm.source} if pm.source else {}
-    )
-    base = models["model"].path
+    policy = ModelSource.resolve(config.model, config.chat_template)
+    models = {"model": policy} | ({"pm": pm.source} if pm.source else {})
+    base = policy.path
     monitor_model = pick_monitor_model(
         config.monitor_pm,
         config.monitor_judge,
