@@ -20,7 +20,7 @@ from cai_cli.models.fetch import first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-NO_TEMPLATE = "use --prompt-format raw where there is such an option; training and scoring need a chat template"
+NO_TEMPLATE = "give one with --chat-template FILE, or use --prompt-format raw where there is such an option"
 
 
 def encode_chat(
