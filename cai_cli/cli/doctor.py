@@ -7,8 +7,10 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import orjson
+import typer
 
 from cai_cli import __version__
 from cai_cli.cli import options
@@ -126,12 +128,63 @@ def _principles(file: str) -> Check:
     return _check(f"principles/{file}", True, f"{len(loaded.principles)} principles, {len(loaded.examples)} examples")
 
 
-def command(json: options.Json = False) -> None:
-    """Check versions, devices, engines and the model cache.
+def model_checks(name: str) -> list[Check]:
+    """What a model is and does, without loading its weights: its size, its chat template, its thoughts and its tokens.
+
+    Raises:
+        CaiError: There is no such model, or it cannot be read.
+    """
+    from cai_cli.engines import thoughts
+    from cai_cli.engines.tokenization import SWITCHES, end_of_turn_ids, generation_prompt, template_variables
+    from cai_cli.models.loading import context_window, load_config, load_generation_config, load_tokenizer
+    from cai_cli.models.names import resolve
+
+    path = resolve(name)
+    tokenizer, config = load_tokenizer(path), load_config(path)
+    size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    dtype = str(config.dtype or "dtype not stated").removeprefix("torch.")
+    kind = f"{config.model_type}, {dtype}, {size / 1e6:,.0f} MB of weights"
+    template = tokenizer.chat_template is not None
+    found = "none: prompts are raw text"
+    if template:
+        switches = sorted(template_variables(tokenizer).intersection(SWITCHES))
+        opened = thoughts.unclosed(generation_prompt(tokenizer))
+        form = opened.strip() or thoughts.form_in(tokenizer.get_chat_template(), tokenizer.added_tokens_encoder)
+        found = _thinking(form, switches, bool(opened))
+    ends = sorted(end_of_turn_ids(tokenizer, load_generation_config(path)))
+    return [
+        _check("model", True, f"{path}: {kind}"),
+        _check("context window", True, f"{context_window(config, tokenizer):,} tokens"),
+        _check("chat template", template, "yes" if template else "none", "train and sample with --chat-template FILE"),
+        _check("thoughts", True, found),
+        _check("end of turn", True, ", ".join(f"{tokenizer.decode([i])} ({i})" for i in ends)),
+        _check("padding", True, f"{tokenizer.pad_token} ({tokenizer.pad_token_id})"),
+    ]
+
+
+def _thinking(form: str | None, switches: Sequence[str], opens: bool) -> str:
+    """What `cai doctor` says of the thoughts of a model with a chat template."""
+    if form is None and not switches:
+        return "the chat template shows none"
+    how = f"the chat template opens them with {form}" if opens else f"written as {form or 'the model likes'}"
+    if switches:
+        return f"{how}; --thinking on|off sets {' and '.join(switches)}"
+    if opens:
+        return f"{how}; there is no switch, --thinking off closes them at once"
+    return f"{how}; there is no switch, they are set apart from the reply"
+
+
+def command(
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Say what this model is and does, instead of this machine.")
+    ] = None,
+    json: options.Json = False,
+) -> None:
+    """Check versions, devices, engines and the model cache, or a model.
 
     Names what is missing and the command that fixes it.
     """
-    results = [_check("cai", True, __version__), *checks()]
+    results = [_check("cai", True, __version__), *(checks() if model is None else model_checks(model))]
     if json:
         print(orjson.dumps({"ok": all(c["ok"] for c in results), "checks": results}).decode())
         return

@@ -47,7 +47,20 @@ CONTINUES = {"0.2.0": frozenset({"0.1.0"})}
 # Version -> the stages that, at equal settings, write other rows or train another model than in earlier versions.
 # Finished outputs of earlier versions are still recognised; unfinished ones are not resumed.
 CHANGED_STAGES: dict[str, frozenset[str]] = {
-    "0.2.0": frozenset({"critique", "critique-revise", "eval compare", "label-prefs", "revise", "rl", "train-pm"})
+    "0.2.0": frozenset(
+        {
+            "critique",
+            "critique-revise",
+            "eval compare",
+            "eval harm",
+            "label-prefs",
+            "revise",
+            "rl",
+            "sample",
+            "score",
+            "train-pm",
+        }
+    )
 }
 # Setting that an earlier version did not have -> the value that gives the behaviour of that version.
 ADDED_SETTINGS: dict[str, Any] = {

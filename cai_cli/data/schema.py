@@ -81,11 +81,14 @@ class Sample(Prompt):
         completion: The reply as one assistant message.
         finish_reason: "stop" (end of turn), "length" (cut off at the token limit, or inside a character), or null if
             unknown.
+        thoughts: What a reasoning model wrote before the reply, without its tags; null without thoughts. No stage shows
+            it to a model, or trains on it.
     """
 
     sample_index: int = Field(ge=0)
     completion: list[Message] = Field(min_length=1, max_length=1)
     finish_reason: str | None
+    thoughts: str | None = Field(default=None, repr=False)  # version 0.1.0 digested the repr
 
     @model_validator(mode="after")
     def _completed_by_the_assistant(self) -> Self:
@@ -116,6 +119,7 @@ class RevisionRound(Row):
         critique: The critique of `response`; null if it was revised without one (paper section 3.5).
         response: The reply before this round, which the round revised.
         finish_reason: How `response` ended, as in a Sample; null in rows of version 0.1.0.
+        thoughts: The thoughts before `response`, as in a Sample.
     """
 
     round: int = Field(ge=1)
@@ -123,6 +127,7 @@ class RevisionRound(Row):
     critique: str | None
     response: str
     finish_reason: str | None = Field(default=None, repr=False)  # version 0.1.0 digested the repr
+    thoughts: str | None = Field(default=None, repr=False)
 
 
 class Critique(Sample):

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from cai_cli.common.errors import UsageError
-from cai_cli.engines.base import Engine, Server
+from cai_cli.engines.base import ChatOptions, Engine, Server
 
 
 def open_engine(
@@ -16,6 +16,7 @@ def open_engine(
     dtype: str,
     server: Server | None = None,
     engine_args: Mapping[str, Any] | None = None,
+    chat: ChatOptions | None = None,
 ) -> Engine:
     """The engine for a model name. Nothing heavy is loaded before the first request.
 
@@ -27,11 +28,16 @@ def open_engine(
         dtype: "auto", "float32", "bfloat16"; "float16" for vLLM, "int8" for the local engine on a CPU.
         server: The options of the server, for `openai:` models only.
         engine_args: Settings of vLLM, for `vllm:` models only.
+        chat: How chats are rendered. A server takes no template, and a script none of it.
 
     Raises:
         UsageError: An option that this engine does not have (`option-conflict`), or an invalid value.
     """
-    server = server or Server()
+    server, chat = server or Server(), chat or ChatOptions()
+    if chat.template and model.startswith(("openai:", "scripted:")):
+        raise UsageError("--chat-template is for models that run here", code="option-conflict")
+    if chat.recorded() and model.startswith("scripted:"):
+        raise UsageError("a script has no chat template to switch thoughts", code="option-conflict")
     if engine_args and not model.startswith("vllm:"):
         raise UsageError("--engine-arg is for vLLM", hint="use a vllm:NAME model", code="option-conflict")
     if model.startswith("openai:"):
@@ -43,7 +49,7 @@ def open_engine(
             )
         from cai_cli.engines.openai import OpenAIEngine
 
-        return OpenAIEngine(model.removeprefix("openai:"), server)
+        return OpenAIEngine(model.removeprefix("openai:"), server, chat)
     if given := [name for name, value in asdict(server).items() if value is not None]:
         raise UsageError(
             f"--{given[0].replace('_', '-')} is for a server", hint="use an openai:NAME model", code="option-conflict"
@@ -61,8 +67,14 @@ def open_engine(
             )
         from cai_cli.engines.vllm import VllmEngine
 
-        name = model.removeprefix("vllm:")
-        return VllmEngine(name, batch_size=batch_size, device=device, dtype=dtype, engine_args=engine_args or {})
+        return VllmEngine(
+            model.removeprefix("vllm:"),
+            batch_size=batch_size,
+            device=device,
+            dtype=dtype,
+            engine_args=engine_args or {},
+            chat=chat,
+        )
     from cai_cli.engines.local.engine import LocalEngine
 
-    return LocalEngine(model.removeprefix("local:"), batch_size=batch_size, device=device, dtype=dtype)
+    return LocalEngine(model.removeprefix("local:"), batch_size=batch_size, device=device, dtype=dtype, chat=chat)

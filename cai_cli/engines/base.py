@@ -57,8 +57,9 @@ class Completion:
         finish_reason: "stop" (end of turn or a stop string) or "length" (cut off at `max_new_tokens`, or inside a
             character).
         prompt_tokens: The length of the prompt with its prefill, in tokens; 0 if unknown.
-        new_tokens: The number of generated tokens; 0 if unknown.
+        new_tokens: The number of generated tokens, those of thoughts included; 0 if unknown.
         restarted: Whether the text is a whole answer that does not continue the request's prefill.
+        thoughts: What a reasoning model wrote before its answer, which is not part of `text`; None without thoughts.
     """
 
     text: str
@@ -66,6 +67,7 @@ class Completion:
     prompt_tokens: int = 0
     new_tokens: int = 0
     restarted: bool = False
+    thoughts: str | None = None
 
 
 def drop_broken_end(text: str, finish_reason: str) -> tuple[str, str]:
@@ -105,6 +107,26 @@ class RequestFailure:
 
 
 @dataclass(frozen=True)
+class ChatOptions:
+    """How chats are rendered.
+
+    Attributes:
+        thinking: "on" or "off" where thoughts are switched, else "auto".
+        template_args: Arguments of the chat template by name.
+        template: The file of a chat template that replaces the model's, or None.
+    """
+
+    thinking: str = "auto"
+    template_args: Mapping[str, Any] = field(default_factory=dict)
+    template: str | None = None
+
+    def recorded(self) -> dict[str, Any]:
+        """What an engine's identity records of them; empty for the defaults. The template's hash is recorded apart."""
+        thinking = {} if self.thinking == "auto" else {"thinking": self.thinking}
+        return thinking | ({"template_args": dict(self.template_args)} if self.template_args else {})
+
+
+@dataclass(frozen=True)
 class Server:
     """The options of an OpenAI-compatible server. None means the default.
 
@@ -141,7 +163,6 @@ class Usage:
         models: The names under which the server answered, in order of appearance.
         changed_parameters: The parameters of requests that the server refuses, with the name under which it takes them,
             or None where they are left out.
-        dropped_thoughts: The number of answers whose thoughts the server set apart, which are not kept.
     """
 
     base_url: str
@@ -152,7 +173,6 @@ class Usage:
     new_tokens: int = 0
     models: list[str] = field(default_factory=list)
     changed_parameters: dict[str, str | None] = field(default_factory=dict)
-    dropped_thoughts: int = 0
 
     @property
     def tokens(self) -> int:
@@ -185,7 +205,6 @@ class Usage:
         self.requests, self.prompt_tokens = recorded["requests"], recorded["prompt_tokens"]
         self.new_tokens, self.models = recorded["new_tokens"], list(recorded["models"])
         self.changed_parameters = recorded.get("changed_parameters", {})
-        self.dropped_thoughts = recorded.get("dropped_thoughts", 0)
 
     def as_json(self) -> dict[str, Any]:
         """The usage as manifests record it."""

@@ -17,11 +17,13 @@ Chats go to chat completions, raw texts to completions. Such servers have limits
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from cai_cli.common.errors import RowError
 from cai_cli.data.schema import Message
 from cai_cli.engines.base import (
+    ChatOptions,
     Completion,
     Engine,
     GenerationRequest,
@@ -33,7 +35,8 @@ from cai_cli.engines.base import (
     drop_broken_end,
 )
 from cai_cli.engines.openai_client import Client
-from cai_cli.engines.openai_response import Choice, ServerResponse, TokenLogprob
+from cai_cli.engines.openai_response import ServerResponse, TokenLogprob
+from cai_cli.engines.thoughts import never_left, without_thoughts
 
 TOP_LOGPROBS = 20  # per token; the most that OpenAI and, by default, vLLM return
 ANSWER_TOKENS = 16  # enough for a prefill that the model writes itself, and the option
@@ -49,13 +52,13 @@ PREFILL_FORMS: Sequence[PrefillForm] = ("continued", "started", "in the question
 class OpenAIEngine(Engine):
     """Implements `Engine`. Each batch is one row and many threads call at once, so a row waits only for a free slot."""
 
-    def __init__(self, model: str, server: Server) -> None:
+    def __init__(self, model: str, server: Server, chat: ChatOptions | None = None) -> None:
         """Prepare the client; no request is sent.
 
         Raises:
             UsageError: The address or the key is not valid.
         """
-        self.name = model
+        self.name, self.chat = model, chat or ChatOptions()
         self.client = Client(model, server)
         self.batch_size = 1
         self.workers = self.client.concurrency
@@ -63,7 +66,7 @@ class OpenAIEngine(Engine):
         self._prefill_form: PrefillForm | None = None  # the form that the server accepts; None before the first answer
 
     def identity(self) -> dict[str, Any]:
-        return {"engine": "openai", "name": self.name}
+        return {"engine": "openai", "name": self.name, **self.chat.recorded()}
 
     def supports_chat(self) -> bool:
         return True
@@ -100,27 +103,35 @@ class OpenAIEngine(Engine):
         end = choice.end(tokens.completion_tokens, sampling.max_new_tokens)
         if end is None:
             return RequestFailure(f"the server ended the reply with {choice.finish_reason!r}")
-        self.client.usage.dropped_thoughts += bool(choice.thoughts)
-        if (text := choice.content) is None or (choice.thoughts and not text.strip()):
-            return RequestFailure(_missing_text(choice, end))
+        thoughts = choice.thoughts.strip() or None
+        if (text := choice.content) is None or (thoughts and not text.strip()):
+            return RequestFailure(never_left(end) if thoughts else "the reply holds no text")
         prefill = request.prefill.strip()
         repeated = bool(prefill) and text.lstrip().startswith(prefill)
         if repeated:
             text = text.lstrip()[len(prefill) :]
         restarted = self._asks_for_prefill(request) and not repeated
-        text, reason = _cut_at(request.stop, *drop_broken_end(text, end))
-        return Completion(text, reason, tokens.prompt_tokens, tokens.completion_tokens, restarted)
+        text, reason = drop_broken_end(text, end)
+        counts = tokens.prompt_tokens, tokens.completion_tokens
+        reply = without_thoughts(Completion(text, reason, *counts, restarted, thoughts))
+        return reply if isinstance(reply, RequestFailure) else _cut_at(request.stop, reply)
 
     def _asks_for_prefill(self, request: GenerationRequest) -> bool:
         chat = not isinstance(request.text, str)
         return chat and bool(request.prefill) and self._prefill_form == "in the question"
+
+    def _template_arguments(self) -> dict[str, Any]:
+        """The arguments of the server's chat template, as vLLM, SGLang and llama.cpp take them, where any are given."""
+        switch = {} if self.chat.thinking == "auto" else {"enable_thinking": self.chat.thinking == "on"}
+        arguments = switch | dict(self.chat.template_args)
+        return {"chat_template_kwargs": arguments} if arguments else {}
 
     async def _complete(self, text: Text, prefill: str, body: dict[str, Any]) -> ServerResponse:
         """The response to `text` and the start of its answer. Raises RowError and CaiError as `Client.request`."""
         if isinstance(text, str):
             return await self.client.request("completions", {"prompt": text + prefill, **body})
         if not prefill:
-            return await self.client.request("chat/completions", {"messages": _as_json(text), **body})
+            return await self._chat(_as_json(text), body)
         *forms, last = [self._prefill_form] if self._prefill_form else PREFILL_FORMS
         for form in forms:
             try:
@@ -139,10 +150,16 @@ class OpenAIEngine(Engine):
             messages = _asking_for(messages, prefill)
         else:
             messages.append({"role": "assistant", "content": prefill})
-        switches = {"extra_body": CONTINUE} if form == "continued" else {}
-        response = await self.client.request("chat/completions", {"messages": messages, **body, **switches})
+        response = await self._chat(messages, body, CONTINUE if form == "continued" else None)
         self._prefill_form = self._prefill_form or form
         return response
+
+    async def _chat(
+        self, messages: list[dict[str, str]], body: dict[str, Any], switches: dict[str, Any] | None = None
+    ) -> ServerResponse:
+        more = self._template_arguments() | (switches or {})
+        body = {"messages": messages, **body} | ({"extra_body": more} if more else {})
+        return await self.client.request("chat/completions", body)
 
     # --- option log-probabilities -----------------------------------------------------------------------------
 
@@ -221,17 +238,10 @@ def _asking_for(messages: list[dict[str, str]], prefill: str) -> list[dict[str, 
     return [*earlier, question | {"content": f"{question['content']}\n\n{BEGIN}{cue}"}]
 
 
-def _missing_text(choice: Choice, end: str) -> str:
-    """Why a reply holds no text."""
-    if not choice.thoughts:
-        return "the reply holds no text"
-    return "cut off inside the model's thoughts" if end == "length" else "the reply holds only the model's thoughts"
-
-
-def _cut_at(stops: Sequence[str], text: str, reason: str) -> tuple[str, str]:
-    """A text up to the first stop string, for servers that take none, and its finish reason."""
-    end = min((text.find(stop) for stop in stops if stop in text), default=-1)
-    return (text, reason) if end < 0 else (text[:end], "stop")
+def _cut_at(stops: Sequence[str], reply: Completion) -> Completion:
+    """A reply up to the first stop string, for servers that take none."""
+    end = min((reply.text.find(stop) for stop in stops if stop in reply.text), default=-1)
+    return reply if end < 0 else replace(reply, text=reply.text[:end], finish_reason="stop")
 
 
 def _bare(text: str) -> str:

@@ -16,6 +16,7 @@ from cai_cli.data.jsonl import read_rows, rows_of
 from cai_cli.data.schema import Row
 from cai_cli.data.transcripts import render_transcript
 from cai_cli.engines.base import Completion, Engine, GenerationRequest, LogprobRequest, RequestFailure, Sampling, Text
+from cai_cli.engines.thoughts import without_thoughts
 
 
 class ScriptLine(Row):
@@ -72,7 +73,7 @@ class ScriptedEngine(Engine):
         line = self._line(request.text)
         if line is None or not line.replies:
             return RequestFailure("the script holds no reply for this prompt")
-        return Completion(line.replies[request.seed % len(line.replies)], line.finish_reason)
+        return without_thoughts(Completion(line.replies[request.seed % len(line.replies)], line.finish_reason))
 
     def option_logprobs(self, requests: Sequence[LogprobRequest]) -> list[list[float] | RequestFailure]:
         return [self._scores(request) for request in requests]

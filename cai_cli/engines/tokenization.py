@@ -5,19 +5,23 @@ another speaker. Such strings are encoded as plain characters.
 No other module encodes rows, or decides where an answer ends.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from cai_cli.common import console
-from cai_cli.common.errors import CaiError, RowError
+from cai_cli.common.errors import CaiError, RowError, UsageError
 from cai_cli.data.schema import Message
-from cai_cli.engines.base import drop_broken_end
+from cai_cli.engines import thoughts
+from cai_cli.engines.base import ChatOptions, GenerationRequest, Text, drop_broken_end
 from cai_cli.models.fetch import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-NO_TEMPLATE = "use --prompt-format raw where there is such an option; training and scoring need a chat template"
+NO_TEMPLATE = "give one with --chat-template FILE, or use --prompt-format raw where there is such an option"
 
 
 def encode_chat(
@@ -26,6 +30,7 @@ def encode_chat(
     *,
     add_generation_prompt: bool,
     close: bool = True,
+    arguments: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """The token ids of a conversation in the tokenizer's chat template.
 
@@ -37,6 +42,7 @@ def encode_chat(
         messages: The conversation.
         add_generation_prompt: Whether to append the start of an assistant turn.
         close: Whether the end of turn follows the last message.
+        arguments: Further arguments of the template, such as `enable_thinking`.
 
     Raises:
         CaiError: The tokenizer has no chat template (`no-chat-template`).
@@ -56,6 +62,7 @@ def encode_chat(
             sanitize_control_tokens=_spells_a_token(tokenizer, [message.content for message in messages]),
             return_dict=False,
             tokenizer_kwargs={"verbose": False},
+            **(arguments or {}),
         )
     # A template is a program that comes with the model (run in a sandbox) and may raise anything.
     except Exception as error:
@@ -102,6 +109,95 @@ def encode_text(tokenizer: "PreTrainedTokenizerBase", text: str, *, start: bool 
     """
     ids: list[int] = tokenizer(text, add_special_tokens=start, split_special_tokens=True, verbose=False)["input_ids"]
     return ids
+
+
+def generation_prompt(tokenizer: "PreTrainedTokenizerBase", arguments: Mapping[str, Any] | None = None) -> str:
+    """The text that the chat template writes after the last user turn to start an answer; empty where it fails."""
+    marker = "cai-last-turn-marker"
+    try:
+        rendered: str = tokenizer.apply_chat_template(
+            [{"role": "user", "content": marker}], add_generation_prompt=True, tokenize=False, **(arguments or {})
+        )
+    except Exception:  # `encode_chat` reports it for each row
+        return ""
+    return rendered.rpartition(marker)[2]
+
+
+def closing_ids(tokenizer: "PreTrainedTokenizerBase", opened: str) -> list[int]:
+    """The token ids that end the thoughts which a generation prompt left open (`thoughts.closing_of`)."""
+    closing = thoughts.closing_of(opened)
+    ids: list[int] = tokenizer(closing, add_special_tokens=False)["input_ids"] if closing else []
+    return ids
+
+
+# The arguments by which chat templates switch thoughts.
+SWITCHES = ("enable_thinking", "thinking")
+
+
+def template_variables(tokenizer: "PreTrainedTokenizerBase") -> set[str]:
+    """The variables that a chat template reads; empty without a valid template."""
+    from jinja2 import TemplateError, meta
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    if tokenizer.chat_template is None:
+        return set()
+    try:
+        template = tokenizer.get_chat_template()
+        return meta.find_undeclared_variables(_compile_jinja_template(template).environment.parse(template))
+    except (TemplateError, ValueError):  # `encode_chat` reports it for each row
+        return set()
+
+
+@dataclass(frozen=True)
+class PromptEncoder:
+    """Encodes the requests of an engine in this process.
+
+    Attributes:
+        tokenizer: The model's tokenizer.
+        chat: How chats are rendered.
+    """
+
+    tokenizer: "PreTrainedTokenizerBase"
+    chat: ChatOptions = field(default_factory=ChatOptions)
+
+    @cached_property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the chat template. `thinking` sets the switches that the template has."""
+        variables = template_variables(self.tokenizer)
+        if unknown := sorted(self.chat.template_args.keys() - variables):
+            raise UsageError(
+                f"--template-arg {unknown[0]}: the model's chat template has no such argument", code="invalid-option"
+            )
+        switches = {name: self.chat.thinking == "on" for name in SWITCHES if name in variables}
+        return ({} if self.chat.thinking == "auto" else switches) | dict(self.chat.template_args)
+
+    @cached_property
+    def opened(self) -> str:
+        """The opening of thoughts with which the template starts an answer; empty without one."""
+        return thoughts.unclosed(generation_prompt(self.tokenizer, self.arguments))
+
+    def opened_in(self, request: GenerationRequest) -> str:
+        """`opened`, where the answer to a request starts within thoughts: in a chat that has no start of its answer."""
+        thinks = not isinstance(request.text, str) and not request.prefill and self.chat.thinking != "off"
+        return self.opened if thinks else ""
+
+    def encode(self, text: Text, continuation: str, *, thinks: bool = False) -> list[int]:
+        """The token ids of `text` followed by `continuation`.
+
+        Args:
+            text: A chat, or raw text.
+            continuation: The start of the answer.
+            thinks: Whether thoughts that the template opens stay open. Otherwise they are closed, empty, so that the
+                continuation belongs to the reply.
+
+        Raises:
+            RowError: As `encode_chat`, like CaiError.
+        """
+        if isinstance(text, str):
+            return encode_text(self.tokenizer, text + continuation)
+        ids = encode_chat(self.tokenizer, text, add_generation_prompt=True, arguments=self.arguments)
+        closing = [] if thinks else closing_ids(self.tokenizer, self.opened)
+        return [*ids, *closing, *encode_text(self.tokenizer, continuation, start=False)]
 
 
 def _spells_a_token(tokenizer: "PreTrainedTokenizerBase", contents: Sequence[str]) -> bool:
@@ -151,6 +247,8 @@ def declare_end_of_turn(model: "PreTrainedModel", tokenizer: "PreTrainedTokenize
 def decode_reply(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], ends: frozenset[int]) -> tuple[str, str]:
     """The text of an answer without its end of turn, and its finish reason ("stop" or "length").
 
+    Thoughts are part of the text, with their tags (`thoughts.separate`).
+
     Args:
         tokenizer: The model's tokenizer.
         ids: The token ids of the answer, with its end of turn if it reached one.
@@ -161,7 +259,15 @@ def decode_reply(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], ends:
 
 
 def decode(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
-    """The text of token ids, without special tokens."""
+    """The text of token ids, without special tokens except those around thoughts (`thoughts.MARKERS`)."""
+    markers = {i: token for token, i in tokenizer.added_tokens_encoder.items() if token in thoughts.MARKERS}
+    if markers.keys().isdisjoint(ids):
+        return _decode_plain(tokenizer, ids)
+    runs = [(marker, list(run)) for marker, run in groupby(ids, markers.get)]
+    return "".join(marker * len(run) if marker else _decode_plain(tokenizer, run) for marker, run in runs)
+
+
+def _decode_plain(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
     text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return text
 

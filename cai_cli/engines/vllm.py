@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from cai_cli.common.errors import CaiError, RowError, UsageError
+from cai_cli.data.reply_ends import CUT_OFF
 from cai_cli.engines.base import (
+    ChatOptions,
     Completion,
     Engine,
     GenerationRequest,
@@ -25,7 +27,9 @@ from cai_cli.engines.base import (
     drop_broken_end,
 )
 from cai_cli.engines.local.prefix_cache import common_prefix_length
-from cai_cli.engines.tokenization import decode_reply, encode_chat, encode_text, end_of_turn_ids
+from cai_cli.engines.thoughts import without_thoughts
+from cai_cli.engines.tokenization import PromptEncoder, decode_reply, end_of_turn_ids
+from cai_cli.models.chat_template import recorded_template, use_chat_template
 from cai_cli.models.fingerprint import fingerprint
 from cai_cli.models.loading import load_generation_config, load_tokenizer
 from cai_cli.models.names import resolve
@@ -53,12 +57,20 @@ class VllmEngine(Engine):
     """Implements `Engine`. Each request's seed decides its noise; the rounding of kernels may depend on the batch."""
 
     def __init__(
-        self, model: str, *, batch_size: int | None, device: str, dtype: str, engine_args: Mapping[str, Any]
+        self,
+        model: str,
+        *,
+        batch_size: int | None,
+        device: str,
+        dtype: str,
+        engine_args: Mapping[str, Any],
+        chat: ChatOptions | None = None,
     ) -> None:
         """Check the options; nothing is loaded.
 
         Args:
             engine_args: More arguments of vLLM's `LLM`, by name.
+            chat: How chats are rendered.
 
         Raises:
             UsageError: `device` is not "auto", or an engine argument has an option of its own.
@@ -68,12 +80,13 @@ class VllmEngine(Engine):
         if device != "auto":
             raise UsageError("vllm: models take no --device", hint="set CUDA_VISIBLE_DEVICES", code="option-conflict")
         self._name, self._dtype, self._engine_args = model, dtype, dict(engine_args)
+        self.chat = chat or ChatOptions()
         self.batch_size = batch_size or 1024
 
     @cached_property
     def path(self) -> Path:
         """The directory of the model, which is fetched first if necessary."""
-        return resolve(self._name)
+        return use_chat_template(resolve(self._name), self.chat.template)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -110,22 +123,24 @@ class VllmEngine(Engine):
 
     def identity(self) -> dict[str, Any]:
         decisive = {name: value for name, value in self._engine_args.items() if name not in PLACEMENT}
-        more = recorded_date(self.path) | ({"engine_args": decisive} if decisive else {})
+        more = recorded_date(self.path) | recorded_template(self.path) | self.chat.recorded()
+        more |= {"engine_args": decisive} if decisive else {}
         return {"engine": "vllm", "fingerprint": fingerprint(self.path), "dtype": self._dtype, **more}
 
     def supports_chat(self) -> bool:
         return self.tokenizer.chat_template is not None
 
-    def _encode(self, text: Text, continuation: str, new: int) -> list[int]:
+    @cached_property
+    def encoder(self) -> PromptEncoder:
+        """Encodes the requests."""
+        return PromptEncoder(self.tokenizer, self.chat)
+
+    def _encode(self, text: Text, continuation: str, new: int, *, thinks: bool = False) -> list[int]:
         """The token ids of `text` followed by `continuation`, if they fit the window with `new` more tokens.
 
-        Raises RowError, and CaiError as `encode_chat`.
+        Raises RowError, and CaiError as `PromptEncoder.encode`.
         """
-        if isinstance(text, str):
-            ids = encode_text(self.tokenizer, text + continuation)
-        else:
-            ids = encode_chat(self.tokenizer, text, add_generation_prompt=True)
-            ids += encode_text(self.tokenizer, continuation, start=False)
+        ids = self.encoder.encode(text, continuation, thinks=thinks)
         if not ids or len(ids) + new > self.window:
             raise RowError(
                 f"does not fit 1 to {self.window} tokens: {len(ids)} tokens + {new} new ones", code="too-long"
@@ -151,7 +166,8 @@ class VllmEngine(Engine):
         prompts: dict[int, list[int]] = {}
         for index, request in enumerate(requests):
             try:
-                prompts[index] = self._encode(request.text, request.prefill, sampling.max_new_tokens)
+                thinks = bool(self.encoder.opened_in(request))
+                prompts[index] = self._encode(request.text, request.prefill, sampling.max_new_tokens, thinks=thinks)
             except RowError as error:
                 results[index] = RequestFailure(error.message)
         params = [
@@ -168,16 +184,19 @@ class VllmEngine(Engine):
         for (index, ids), output in zip(prompts.items(), self._run(list(prompts.values()), params), strict=True):
             best = output.outputs[0]
             if best.finish_reason in ("stop", "length"):
-                results[index] = Completion(*self._reply(best), len(ids), len(best.token_ids))
+                whole = Completion(*self._reply(best), len(ids), len(best.token_ids))
+                results[index] = without_thoughts(whole, self.encoder.opened_in(requests[index]))
             else:
                 results[index] = RequestFailure(f"vLLM ended the reply with {best.finish_reason!r}")
         return [results[index] for index in range(len(requests))]
 
     def _reply(self, best: Any) -> tuple[str, str]:
-        """The text of vLLM's answer and its finish reason. vLLM keeps an end of turn that is not a special token in the
-        text; a stop string is cut off already."""
-        if best.token_ids and best.token_ids[-1] in self.end_ids:
-            return decode_reply(self.tokenizer, list(best.token_ids), self.end_ids)
+        """The text of vLLM's answer and its finish reason. Its own text is taken only where it ends at a stop string,
+        which vLLM has cut off: it keeps an end of turn that is not a special token, and drops the tags of thoughts that
+        are."""
+        ids = list(best.token_ids)
+        if ids and (ids[-1] in self.end_ids or best.finish_reason == CUT_OFF):
+            return decode_reply(self.tokenizer, ids, self.end_ids)
         return drop_broken_end(best.text, best.finish_reason)
 
     def option_logprobs(self, requests: Sequence[LogprobRequest]) -> list[list[float] | RequestFailure]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cai_cli.common.errors import CaiError, UsageError
+from cai_cli.models.chat_template import apply_given_template
 from cai_cli.models.fetch import check_model_dir, loading
 from cai_cli.models.reading import ReadAt, Reading, place_of, read_last_token
 from cai_cli.models.shards import undivided, unread_here, without_weights
@@ -42,7 +43,7 @@ def _vocabulary(path: Path) -> int:
     if not (path / "config.json").is_file():
         return sys.maxsize
     with loading(path):
-        return int(getattr(_config(path).get_text_config(), "vocab_size", None) or sys.maxsize)
+        return int(getattr(load_config(path).get_text_config(), "vocab_size", None) or sys.maxsize)
 
 
 def _tokenizer(path: Path) -> "PreTrainedTokenizerBase":
@@ -54,6 +55,7 @@ def _tokenizer(path: Path) -> "PreTrainedTokenizerBase":
         tokenizer = AutoTokenizer.from_pretrained(  # nosec B615
             path, trust_remote_code=False, local_files_only=True, padding_side="left"
         )
+    apply_given_template(path, tokenizer)
     templates = tokenizer.chat_template or ""
     for template in templates.values() if isinstance(templates, dict) else [templates]:
         refuse_random_template(template)
@@ -231,7 +233,7 @@ def reading_of(path: Path) -> Reading:
         return Reading(at, load_tokenizer(path).pad_token_id)
     # The end-of-sequence token that `load_tokenizer` falls back on is not what the model was trained with.
     padding = _tokenizer(path).pad_token_id
-    return Reading(at, _config(path).get_text_config().pad_token_id if padding is None else padding)
+    return Reading(at, load_config(path).get_text_config().pad_token_id if padding is None else padding)
 
 
 def is_classifier(path: Path) -> bool:
@@ -252,7 +254,7 @@ def _class_for(path: Path, *, classifier: bool = False) -> Any:
     from transformers.models.auto import modeling_auto as known
 
     with loading(path):
-        config = _config(path)
+        config = load_config(path)
     if classifier:
         classes = {AutoModelForSequenceClassification: known.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING}
     else:
@@ -352,10 +354,11 @@ def context_window(config: Any, tokenizer: "PreTrainedTokenizerBase") -> int:
 def tokenizer_and_window(path: Path) -> tuple["PreTrainedTokenizerBase", int]:
     """The tokenizer of the model in a directory, and the model's context window in tokens."""
     tokenizer = load_tokenizer(path)
-    return tokenizer, context_window(_config(path), tokenizer)
+    return tokenizer, context_window(load_config(path), tokenizer)
 
 
-def _config(path: Path) -> Any:
+def load_config(path: Path) -> Any:
+    """The config of the model in a directory."""
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)  # nosec B615

@@ -8,6 +8,7 @@ import orjson
 
 from cai_cli.common.errors import CaiError
 from cai_cli.common.yaml import parse_yaml
+from cai_cli.models.chat_template import recorded_template, use_chat_template
 from cai_cli.models.template_date import recorded_date
 
 
@@ -26,17 +27,26 @@ class ModelSource:
     fingerprint: str
 
     @classmethod
-    def resolve(cls, name: str) -> "ModelSource":
-        """The model of this name, which is fetched first if necessary. Raises CaiError as `names.resolve`."""
+    def resolve(cls, name: str, chat_template: str | None = None) -> "ModelSource":
+        """The model of this name, which is fetched first if necessary.
+
+        Args:
+            name: Its name.
+            chat_template: The file of a chat template for it (`use_chat_template`).
+
+        Raises:
+            CaiError: As `names.resolve`.
+            UsageError: The template cannot be read.
+        """
         from cai_cli.models.fingerprint import fingerprint
         from cai_cli.models.names import resolve
 
-        path = resolve(name)
+        path = use_chat_template(resolve(name), chat_template)
         return cls(name, path, fingerprint(path))
 
     def identity(self) -> dict[str, str]:
         """What a manifest records of the model: what decides its weights and its prompts."""
-        return {"fingerprint": self.fingerprint, **recorded_date(self.path)}
+        return {"fingerprint": self.fingerprint, **recorded_date(self.path), **recorded_template(self.path)}
 
     @property
     def public_name(self) -> str:

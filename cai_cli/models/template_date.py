@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cai_cli.common.errors import CaiError, UsageError
+from cai_cli.models.chat_template import given_template
 
 REQUESTED = "CAI_TEMPLATE_DATE"  # set by the user
 _HELD = "CAI_HELD_TEMPLATE_DATE"  # for the processes that this one starts
@@ -36,7 +37,8 @@ def recorded_date(path: Path) -> dict[str, str]:
     """What a manifest records of the date for the model in a directory; empty if its template does not write it."""
     names = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
     files = [path / name for name in names] + sorted(path.glob("additional_chat_templates/*.jinja"))
-    dated = any(file.is_file() and b"strftime_now" in file.read_bytes() for file in files)
+    given = given_template(path) or ""
+    dated = "strftime_now" in given or any(file.is_file() and b"strftime_now" in file.read_bytes() for file in files)
     return {FIELD: template_date()} if dated else {}
 
 

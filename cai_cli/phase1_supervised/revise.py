@@ -102,10 +102,16 @@ def _revised(
             outcomes.append(reject(row.key, answer.reason, row))
             continue
         this_round = RevisionRound(
-            round=n, principle_id=principle.id, critique=text, response=row.reply, finish_reason=row.finish_reason
+            round=n,
+            principle_id=principle.id,
+            critique=text,
+            response=row.reply,
+            finish_reason=row.finish_reason,
+            thoughts=row.thoughts,
         )
         fields = row.sample_fields()
         fields |= {"completion": [assistant(answer.text.strip())], "finish_reason": answer.finish_reason}
+        fields["thoughts"] = answer.thoughts
         outcomes.append(Revision(**fields, history=[*history_of(row), this_round]))
     return outcomes
 

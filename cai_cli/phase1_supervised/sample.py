@@ -68,6 +68,7 @@ def sample(
                 sample_index=index,
                 completion=[assistant(reply.text.strip())],
                 finish_reason=reply.finish_reason,
+                thoughts=reply.thoughts,
             )
 
 

@@ -374,7 +374,7 @@ def estimate(rows: RowFlow, config: SftConfig) -> StepCost:
 def run(config: SftConfig) -> dict[str, Any]:
     """Fine-tune on a file of rows. Returns the summary. Raises UsageError, CaiError."""
     config.launch()
-    base = ModelSource.resolve(config.model)
+    base = ModelSource.resolve(config.model, config.chat_template)
     inputs = {"revisions": hash_input(config.input)}
     if config.helpful:
         inputs["helpful"] = hash_input(config.helpful)

@@ -112,7 +112,7 @@ def dpo(inputs: DpoInputs, config: DpoConfig, training: TrainingConfig, work: Pa
         judged = on_pairs.judged
         if kept is not None:  # the weights are those of an earlier step, or at 0 are to be those of the start model
             judged = held_out_rewards(trainer, data.held_out) if kept else []
-        _save(trainer, inputs, work / "model", start=kept == 0)
+        _save(trainer, inputs, work / "model", start=kept == 0, keep_adapter=training.keep_adapter)
     if not distributed.is_rank_zero():
         return {}
     (work / "model/held_out.jsonl").write_bytes(b"".join(dump_row(pair) + b"\n" for pair in judged))
@@ -135,12 +135,12 @@ def _policy_checks(
     return checks
 
 
-def _save(trainer: Any, inputs: DpoInputs, directory: Path, *, start: bool) -> None:
+def _save(trainer: Any, inputs: DpoInputs, directory: Path, *, start: bool, keep_adapter: bool) -> None:
     """Write the policy, or the start model where no step was better."""
     from cai_cli.models.loading import load_causal_lm
 
     if not start:
-        save_finished(trainer, inputs.data.tokenizer, directory, keep_adapter=training.keep_adapter)
+        save_finished(trainer, inputs.data.tokenizer, directory, keep_adapter=keep_adapter)
     elif distributed.is_rank_zero():
         save_model(load_causal_lm(inputs.base), inputs.data.tokenizer, directory)
 
@@ -244,7 +244,7 @@ def estimate(rows: RowFlow, config: DpoConfig) -> StepCost:
 def run(config: DpoConfig) -> dict[str, Any]:
     """Train on a file of pairs. Returns the summary. Raises UsageError, CaiError."""
     config.launch()
-    base = ModelSource.resolve(config.model)
+    base = ModelSource.resolve(config.model, config.chat_template)
     training = config.training_config()
     monitor_model = pick_monitor_model(
         config.monitor_pm, config.monitor_judge, config.base_url, None, device=training.device, seed=config.seed

@@ -353,8 +353,9 @@ def run(config: RlConfig) -> dict[str, Any]:
     config.launch()
     training = config.training_config()
     pm = config.reward_scorer(training)
-    models = {"model": ModelSource.resolve(config.model)} | ({"pm": pm.source} if pm.source else {})
-    base = models["model"].path
+    policy = ModelSource.resolve(config.model, config.chat_template)
+    models = {"model": policy} | ({"pm": pm.source} if pm.source else {})
+    base = policy.path
     monitor_model = pick_monitor_model(
         config.monitor_pm,
         config.monitor_judge,
@@ -378,7 +379,7 @@ def run(config: RlConfig) -> dict[str, Any]:
             settings=training.settings(
                 config, pm_dtype=pm.dtype, reference_weights=training.frozen_dtype, rollouts=rollouts.value
             ),
-            model=models["model"].identity(),
+            model=policy.identity(),
             pm=pm.identity(),
             monitor=monitor_model.identity if monitor_model else None,
             rows=prompts.rows,

@@ -23,7 +23,8 @@ from cai_cli.data.jsonl import AppendFile, cut_torn_tail, read_rows, rows_of
 from cai_cli.data.schema import PolicySample, Prompt, dump_row
 from cai_cli.engines.base import GenerationRequest, RequestFailure, Sampling
 from cai_cli.engines.local.engine import engine_around
-from cai_cli.engines.tokenization import encode_chat, encode_text
+from cai_cli.engines.thoughts import separate
+from cai_cli.engines.tokenization import PromptEncoder, encode_chat, encode_text
 from cai_cli.metrics.reply_habits import opening
 from cai_cli.models.adapters import is_adapted, without_adapter_wrapper
 from cai_cli.phase2_feedback.goodhart import SHARES, Check, best_check, goodhart, mean_of
@@ -162,7 +163,7 @@ class Monitor:
         }
 
     def _replies(self, policy: Any) -> list[tuple[Prompt, int, Any]]:
-        """(prompt, sample index, reply), those to the same prompt in succession."""
+        """(prompt, sample index, reply with its thoughts), those to the same prompt in succession."""
         each = replies_per_prompt(len(self.prompts)) if self.score else 1  # the normalizer needs more
         requested = [(prompt, index) for prompt in self.prompts for index in range(each)]
         requests = [
@@ -172,7 +173,7 @@ class Monitor:
         with engine_around(
             without_adapter_wrapper(policy), self.tokenizer, self.batch_size, sharded=distributed.weights_are_sharded()
         ) as engine:
-            replies = engine.generate(requests, self.sampling)
+            replies = engine.generate_whole(requests, self.sampling)
         if failure := next((reply for reply in replies if isinstance(reply, RequestFailure)), None):
             raise CaiError(f"{self.stage}: no reply to a held-out prompt: {failure.reason}", code="request-failed")
         return [(prompt, index, reply) for (prompt, index), reply in zip(requested, replies, strict=True)]
@@ -180,7 +181,9 @@ class Monitor:
     def _scored(
         self, step: int, replies: Sequence[tuple[Prompt, int, Any]], log_ratios: Sequence[float]
     ) -> list[PolicySample]:
-        prompts, texts = [prompt for prompt, _, _ in replies], [reply.text for _, _, reply in replies]
+        opened = PromptEncoder(self.tokenizer).opened
+        separated = [separate(reply.text, opened) for _, _, reply in replies]
+        prompts, texts = [prompt for prompt, _, _ in replies], [text or "" for _, text in separated]
         start_replies = [row.reply for row in self.rows if row.step == 0] or texts
         monitor_scores = (
             self.monitor_scorer(prompts, texts, start_replies) if self.monitor_scorer else [None] * len(texts)
@@ -194,14 +197,17 @@ class Monitor:
             PolicySample(
                 **dict(prompt),
                 sample_index=index,
-                completion=[assistant(reply.text)],
+                completion=[assistant(text or "")],
+                thoughts=thoughts,
                 finish_reason=reply.finish_reason,
                 step=step,
                 reply_tokens=reply.new_tokens,
                 score=score,
                 monitor_score=monitor_score,
             )
-            for (prompt, index, reply), score, monitor_score in zip(replies, scores, monitor_scores, strict=True)
+            for (prompt, index, reply), (thoughts, text), score, monitor_score in zip(
+                replies, separated, scores, monitor_scores, strict=True
+            )
         ]
 
     def _divergence(

@@ -12,7 +12,8 @@ from cai_cli.data.reply_ends import CUT_OFF
 from cai_cli.data.schema import Message, Prompt
 from cai_cli.engines.base import Sampling
 from cai_cli.engines.local.engine import engine_around
-from cai_cli.engines.tokenization import decode_reply, encode_chat
+from cai_cli.engines.thoughts import reply_of
+from cai_cli.engines.tokenization import PromptEncoder, decode_reply, encode_chat
 from cai_cli.engines.vllm import failures_of_vllm
 from cai_cli.models.adapters import without_adapter_wrapper
 from cai_cli.phase2_feedback.monitor_models import ReplyScorer
@@ -33,7 +34,7 @@ def preference_reward(
     ends: frozenset[int],
     cutoff_penalty: float,
 ) -> Callable[..., list[float]]:
-    """The reward function for TRL's trainers (paper section 4.1).
+    """The reward function for TRL's trainers (paper section 4.1). Thoughts are trained, but not scored.
 
     Args:
         score: The preference model.
@@ -42,6 +43,8 @@ def preference_reward(
         ends: Token ids that end a reply; a reply that ends otherwise was cut off.
         cutoff_penalty: Subtracted from the standardised score of a reply that was cut off.
     """
+
+    opened = PromptEncoder(tokenizer).opened
 
     def reward(
         prompts: list[Chat],
@@ -52,7 +55,7 @@ def preference_reward(
         rows = [Prompt(id="-", prompt=messages_of(prompt)) for prompt in prompts]
         # Decoded as in `cai sample`; TRL's own texts keep an end of turn that is not a special token.
         replies = [decode_reply(tokenizer, ids, ends) for ids in completion_ids]
-        scores = [normalizer(value) for value in score(rows, [text for text, _ in replies])]
+        scores = [normalizer(value) for value in score(rows, [reply_of(text, opened) for text, _ in replies])]
         cut = [reason == CUT_OFF for _, reason in replies]
         of_all = distributed.gathered(list(zip(scores, cut, strict=True)))
         log_metric("score", fmean(score for score, _ in of_all))

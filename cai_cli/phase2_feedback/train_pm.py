@@ -297,7 +297,7 @@ def estimate(rows: RowFlow, config: TrainPmConfig) -> StepCost:
 def run(config: TrainPmConfig) -> dict[str, Any]:
     """Train on a file of pairs. Returns the summary. Raises UsageError, CaiError."""
     config.launch()
-    base = ModelSource.resolve(config.model)
+    base = ModelSource.resolve(config.model, config.chat_template)
     inputs = config.hash_inputs()
     data = read_pairs("train-pm", config, base.path, encode_pair)
     training = config.training_config(dtype=config.dtype.value)

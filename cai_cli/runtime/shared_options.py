@@ -1,6 +1,6 @@
 """The options that several stages share, each declared once."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from enum import StrEnum
 from typing import Any
 
@@ -9,7 +9,7 @@ from cai_cli.common.yaml import parse_yaml
 from cai_cli.data.row_reader import RowReader
 from cai_cli.data.sources import Columns
 from cai_cli.engines import open_engine
-from cai_cli.engines.base import Engine, Sampling, Server
+from cai_cli.engines.base import ChatOptions, Engine, Sampling, Server
 from cai_cli.engines.choice import with_engine
 from cai_cli.runtime.config import Effect, Group, Option, StageConfig, option
 
@@ -54,6 +54,14 @@ class FormatChoice(StrEnum):
     AUTO = "auto"
     CHAT = "chat"
     RAW = "raw"
+
+
+class Thinking(StrEnum):
+    """Whether a reasoning model thinks; auto leaves it to the model."""
+
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
 
 
 class InputOptions(StageConfig):
@@ -189,6 +197,22 @@ class RequestOptions(DeviceOptions):
         "Setting of vLLM, for models that it runs, such as tensor_parallel_size=8; can be repeated.",
         Option(Effect.HARMLESS, Group.MODEL, metavar="NAME=VALUE"),
     )
+    # An engine's identity records these two where they are given.
+    thinking: Thinking = option(
+        Thinking.AUTO,
+        "Whether a reasoning model thinks before it answers, as far as its chat template has a switch or opens the "
+        "thoughts; `cai doctor --model` says so. Thoughts are stored apart from replies.",
+        Option(Effect.HASHED, Group.MODEL),
+    )
+    template_arg: list[str] | None = option(
+        None,
+        "Argument of the model's chat template, such as reasoning_effort=low; can be repeated.",
+        Option(Effect.HASHED, Group.MODEL, metavar="NAME=VALUE"),
+    )
+
+    def chat_options(self) -> ChatOptions:
+        """How chats are rendered. Raises UsageError."""
+        return ChatOptions(self.thinking.value, named_values(self.template_arg, "--template-arg"))
 
     def open_engine(self, model: str) -> Engine:
         """The engine of `model`. Raises UsageError where it lacks one of these options."""
@@ -202,26 +226,43 @@ class RequestOptions(DeviceOptions):
             dtype=self.dtype.value,
             server=server,
             engine_args=named_values(self.engine_arg),
+            chat=self.chat_options(),
         )
 
 
-def named_values(engine_arg: list[str] | None) -> dict[str, Any]:
-    """The settings of `--engine-arg` by name. Raises UsageError."""
-    return dict(_named_value(text) for text in engine_arg or ())
+def named_values(given: list[str] | None, flag: str = "--engine-arg") -> dict[str, Any]:
+    """The values of a repeated NAME=VALUE option by name. Raises UsageError."""
+    return dict(_named_value(text, flag) for text in given or ())
 
 
-def _named_value(text: str) -> tuple[str, Any]:
+def _named_value(text: str, flag: str) -> tuple[str, Any]:
     """The name and the value, read as YAML, of a NAME=VALUE. Raises UsageError."""
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
-        raise UsageError(f"--engine-arg {text}: not NAME=VALUE", code="invalid-option")
-    return name, parse_yaml(value, f"--engine-arg {name}")
+        raise UsageError(f"{flag} {text}: not NAME=VALUE", code="invalid-option")
+    return name, parse_yaml(value, f"{flag} {name}")
 
 
-class EngineOptions(RequestOptions):
+CHAT_TEMPLATE_HELP = (
+    "File of a chat template (Jinja) for the model, in place of its own or where it has none, as base models do."
+)
+
+
+class ChatTemplateOptions(StageConfig):
+    """The chat template of the model."""
+
+    chat_template: str | None = option(
+        None, CHAT_TEMPLATE_HELP, Option(Effect.HASHED, Group.MODEL, metavar="FILE", reads_file=True)
+    )
+
+
+class EngineOptions(RequestOptions, ChatTemplateOptions):
     """The model that a stage sends requests to."""
 
     model: str = option(DEFAULT_MODEL, MODEL_HELP, Option(Effect.HASHED, Group.MODEL, flags=("--model", "-m")))
+
+    def chat_options(self) -> ChatOptions:
+        return replace(super().chat_options(), template=self.chat_template)
 
 
 class SeedOptions(StageConfig):

@@ -92,8 +92,6 @@ def _usage(summary: Mapping[str, Any]) -> Iterator[str]:
     if used := summary.get("usage"):
         cost = "" if used["cost"] is None else f" for {used['cost']:,.4f}"
         yield f"{used['prompt_tokens']:,} prompt + {used['new_tokens']:,} new tokens{cost}"
-        if thoughts := used.get("dropped_thoughts"):
-            yield f"the thoughts of {thoughts:,} answers were left out"
 
 
 def _training(summary: Mapping[str, Any]) -> Iterator[str]:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from cai_cli.common.errors import RowError
 from cai_cli.data.schema import Message
-from cai_cli.engines.tokenization import encode_chat
+from cai_cli.engines.thoughts import unclosed
+from cai_cli.engines.tokenization import closing_ids, encode_chat, generation_prompt
 from cai_cli.prompting.base import assistant
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ def encode(
 ) -> Encoded:
     """Encode a prompt and a reply in the chat template.
 
+    Where the template starts an answer within thoughts, and renders a finished turn without them, the reply follows
+    empty thoughts: a model is trained on what it is to write after its prompt.
+
     Args:
         tokenizer: The model's tokenizer.
         prompt: The prompt.
@@ -47,8 +51,22 @@ def encode(
     """
     start = encode_chat(tokenizer, prompt, add_generation_prompt=True)
     ids = encode_chat(tokenizer, [*prompt, assistant(reply)], add_generation_prompt=False, close=close)
+    if ids[: len(start)] != start and (opened := unclosed(generation_prompt(tokenizer))):
+        ids = _after_empty_thoughts(tokenizer, start, ids, opened)
     if ids[: len(start)] != start:
         raise RowError(
             "the chat template does not render the prompt as the start of the conversation", code="no-chat-template"
         )
     return Encoded(ids, len(start))
+
+
+def _after_empty_thoughts(
+    tokenizer: "PreTrainedTokenizerBase", start: list[int], ids: list[int], opened: str
+) -> list[int]:
+    """The conversation `ids` with empty thoughts between `start`, which opens them, and the reply; `ids` itself where
+    they differ in more than the thoughts."""
+    for length in range(1, min(len(start), len(opened)) + 1):
+        before = len(start) - length
+        if tokenizer.decode(start[before:]).strip() == opened.strip() and ids[:before] == start[:before]:
+            return [*start, *closing_ids(tokenizer, opened), *ids[before:]]
+    return ids

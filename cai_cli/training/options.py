@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.models.loading import pick_device
 from cai_cli.runtime.config import Effect, Group, Option, option
-from cai_cli.runtime.shared_options import Device, RowInputOptions, RunOptions, SeedOptions
+from cai_cli.runtime.shared_options import ChatTemplateOptions, Device, RowInputOptions, RunOptions, SeedOptions
 from cai_cli.training import launcher, trackers
 from cai_cli.training.config import TrainingConfig
 from cai_cli.training.memory import Workload
@@ -79,7 +79,7 @@ class DefaultRates:
         return f"Peak learning rate of AdamW; by default {self.full:g}, or {self.lora:g} with --lora."
 
 
-class TrainerOptions(RunOptions, RowInputOptions, SeedOptions):
+class TrainerOptions(RunOptions, RowInputOptions, SeedOptions, ChatTemplateOptions):
     """Options of every trainer."""
 
     output: str = option(

@@ -52,7 +52,12 @@ def message(role: str) -> st.SearchStrategy[list[dict[str, str]]]:
 
 kind = st.sampled_from([None, "red-team", "helpful"])
 prompt = {"id": names, "prompt": message("user"), "kind": kind, "source": optional}
-sample = prompt | {"sample_index": counts, "completion": message("assistant"), "finish_reason": optional}
+sample = prompt | {
+    "sample_index": counts,
+    "completion": message("assistant"),
+    "finish_reason": optional,
+    "thoughts": optional,
+}
 rounds = st.fixed_dictionaries(
     {
         "round": st.just(1),
@@ -60,6 +65,7 @@ rounds = st.fixed_dictionaries(
         "critique": optional,
         "response": texts,
         "finish_reason": optional,
+        "thoughts": optional,
     }
 )
 votes = st.lists(

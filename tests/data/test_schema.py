@@ -54,6 +54,7 @@ sample_fields = prompt_fields | {
     "sample_index": st.integers(0, 2**63 - 1),
     "completion": reply,
     "finish_reason": st.none() | anything,
+    "thoughts": st.none() | anything,
 }
 turn = st.fixed_dictionaries(
     {
@@ -62,6 +63,7 @@ turn = st.fixed_dictionaries(
         "critique": st.none() | anything,
         "response": anything,
         "finish_reason": st.none() | anything,
+        "thoughts": st.none() | anything,
     }
 )
 probability = st.floats(0, 1)
@@ -289,7 +291,7 @@ def test_a_rejected_row_holds_the_row_it_was_about_as_json_text() -> None:
     row = load_row(Sample, sample_row(1))
     again = load_row(Rejected, orjson.loads(dump_row(reject(row.key, "no", row))))
     assert (again.key, again.reason) == ("p1/0", "no")
-    assert orjson.loads(again.row) == sample_row(1)
+    assert orjson.loads(again.row) == sample_row(1) | {"thoughts": None}
 
 
 def test_a_human_labelled_pair_is_a_preference_without_votes() -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import Cai
 from helpers import manifest_of
+from thinking_models import CHANNELS, OPENED, thinking_model_dir
 from tiny import declare_only_end_of_text, tiny_model_dir
 
 from cai_cli.common.errors import CaiError, UsageError
@@ -196,3 +197,24 @@ def test_a_failure_of_vllm_is_one_line_with_the_setting_that_helps(model: Path, 
     assert (done.code, done.error) == (1, "engine-failed")
     assert "error: vLLM failed: max_model_len is larger than the KV cache\n" in done.stderr
     assert "max_model_len=N" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("template", "answer"),
+    [
+        (
+            CHANNELS,
+            "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>A pear.<|return|>",
+        ),
+        (OPENED, "Hm.\n</think>\n\nA pear.<|im_end|>"),
+    ],
+    ids=["channels", "opened"],
+)
+def test_thoughts_are_set_apart_though_vllm_drops_their_special_tokens(
+    template: str, answer: str, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thinking = thinking_model_dir(model.parent / "thinking", template)
+    monkeypatch.setattr(LLM, "forced", load_tokenizer(thinking)(answer, add_special_tokens=False)["input_ids"])
+    (reply,) = opened(thinking).generate([GenerationRequest(CHAT, 0)], Sampling(64, temperature=0))
+    assert isinstance(reply, Completion)
+    assert (reply.text, reply.thoughts, reply.finish_reason) == ("A pear.", "Hm.", "stop")

@@ -103,13 +103,19 @@ def test_a_partial_output_resumes_to_the_bytes_of_an_uninterrupted_run(
 
 
 @pytest.mark.parametrize("replaced", ["none", "finished/sample-2of2.jsonl"])
-def test_shards_merge_with_each_other_and_with_a_shard_of_this_version(replaced: str, cai: Cai, old: Path) -> None:
+def test_shards_merge_with_each_other_but_not_with_one_whose_version_writes_other_rows(
+    replaced: str, cai: Cai, old: Path
+) -> None:
     whole = next(c for c in FINISHED if "merge_of" in c)
     for path in old.glob(f"{replaced}*"):
         path.unlink()
     shard = next(c for c in FINISHED if c["name"] == "sample-shard-2")
     assert cai(*words_of(shard, "new")).code == 0
-    assert cai("merge", *whole["merge_of"], "-o", "merged.jsonl").code == 0
+    merged = cai("merge", *whole["merge_of"], "-o", "merged.jsonl")
+    if replaced != "none":
+        assert (merged.code, merged.error) == (1, "other-run")
+        return
+    assert merged.code == 0
     for ending in ("", ".rejected.jsonl"):
         assert (old / f"merged.jsonl{ending}").read_bytes() == (old / f"{whole['output']}{ending}").read_bytes()
     words = ["merged.jsonl" if word == whole["output"] else word for word in words_of(whole, "new")]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import rows_in
+from thinking_models import OPENED, thinking_model_dir
 from tiny import tiny_model_dir
 
 from cai_cli.data.schema import Message, Prompt
@@ -15,7 +16,7 @@ from cai_cli.engines.local import engine
 from cai_cli.models.loading import load_reward_model, load_tokenizer
 from cai_cli.phase2_feedback.rl import RlInputs, rl
 from cai_cli.phase2_feedback.rl_config import RlConfig
-from cai_cli.phase2_feedback.rl_trainer import SamplingDifference
+from cai_cli.phase2_feedback.rl_trainer import SamplingDifference, preference_reward
 from cai_cli.reward.scorer import Scorer
 
 
@@ -76,3 +77,19 @@ def test_the_difference_shows_what_the_mean_of_the_ratios_hides() -> None:
     difference = SamplingDifference()
     difference.add(trained, sampled, torch.ones_like(sampled))
     assert difference.take()["sampling_logp_difference"] > 0.5
+
+
+@pytest.mark.parametrize(("answer", "scored"), [("Hm.\n</think>\n\nA pear.<|im_end|>", "A pear."), ("Hm.", "")])
+def test_the_reward_is_that_of_the_reply_without_its_thoughts(tmp_path: Path, answer: str, scored: str) -> None:
+    tokenizer = load_tokenizer(thinking_model_dir(tmp_path / "m", OPENED))
+    seen: list[str] = []
+
+    def score(prompts: Any, replies: list[str], *_: Any) -> list[float]:
+        seen.extend(replies)
+        return [0.0] * len(replies)
+
+    ends = frozenset({tokenizer.eos_token_id})
+    reward = preference_reward(score, lambda value: value, tokenizer, ends, cutoff_penalty=0.0)
+    ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    reward([[{"role": "user", "content": "Name a fruit."}]], [ids], log_metric=lambda *_: None)
+    assert [text.strip() for text in seen] == [scored]

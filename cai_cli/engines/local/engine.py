@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from cai_cli.common import console
 from cai_cli.common.errors import RowError, UsageError
-from cai_cli.engines.base import Completion, Engine, GenerationRequest, LogprobRequest, RequestFailure, Sampling, Text
+from cai_cli.engines.base import (
+    ChatOptions,
+    Completion,
+    Engine,
+    GenerationRequest,
+    LogprobRequest,
+    RequestFailure,
+    Sampling,
+)
 from cai_cli.engines.local.kv_cache import KVCache
 from cai_cli.engines.local.onednn import pack_linears
 from cai_cli.engines.local.prefix_cache import (
@@ -34,7 +42,9 @@ from cai_cli.engines.local.sampling import (
     record_logprobs,
     uniforms,
 )
-from cai_cli.engines.tokenization import encode_chat, encode_text, end_of_turn_ids
+from cai_cli.engines.thoughts import without_thoughts
+from cai_cli.engines.tokenization import PromptEncoder, end_of_turn_ids
+from cai_cli.models.chat_template import recorded_template, use_chat_template
 from cai_cli.models.fingerprint import fingerprint
 from cai_cli.models.loading import context_window, load_causal_lm, load_tokenizer
 from cai_cli.models.names import resolve
@@ -50,7 +60,9 @@ DTYPES = ("auto", "float32", "bfloat16", "int8")
 class LocalEngine(Engine):
     """Implements `Engine`. A request gets the same text in every batch, except for rounding at near-ties."""
 
-    def __init__(self, model: str, *, batch_size: int | None, device: str, dtype: str) -> None:
+    def __init__(
+        self, model: str, *, batch_size: int | None, device: str, dtype: str, chat: ChatOptions | None = None
+    ) -> None:
         """Check the options; nothing is loaded.
 
         Args:
@@ -58,6 +70,7 @@ class LocalEngine(Engine):
             batch_size: The most rows at once; None takes the default for the device.
             device: "cpu", "cuda" or "auto" (cuda if available).
             dtype: "float32", "bfloat16", "int8" (on CPUs only) or "auto" (float32 on the CPU, bfloat16 on cuda).
+            chat: How chats are rendered.
 
         Raises:
             UsageError: `device` or `dtype` has another value, or this machine cannot run int8 weights.
@@ -67,6 +80,7 @@ class LocalEngine(Engine):
         if dtype not in DTYPES:
             raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype!r}", code="invalid-option")
         self._name, self._device_option, self._dtype_option = model, device, dtype
+        self.chat = chat or ChatOptions()
         if dtype == "int8":
             check_int8(self.device)
         self.batch_size: int = batch_size or (512 if self.device == "cuda" else 64)
@@ -92,7 +106,7 @@ class LocalEngine(Engine):
     @cached_property
     def path(self) -> Path:
         """The directory of the model, which is fetched first if necessary."""
-        return resolve(self._name)
+        return use_chat_template(resolve(self._name), self.chat.template)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -156,18 +170,18 @@ class LocalEngine(Engine):
         return int(room // bytes_per_token)
 
     def identity(self) -> dict[str, Any]:
-        more = recorded_date(self.path) | ({"activations": "float32"} if self.reduces_weights else {})
+        more = recorded_date(self.path) | recorded_template(self.path) | self.chat.recorded()
+        if self.reduces_weights:
+            more["activations"] = "float32"
         return {"engine": "local", "fingerprint": fingerprint(self.path), "dtype": self.dtype, **more}
 
     def supports_chat(self) -> bool:
         return self.tokenizer.chat_template is not None
 
-    def _encode(self, text: Text, continuation: str) -> list[int]:
-        """The token ids of `text` followed by `continuation`. Raises RowError and CaiError as `encode_chat`."""
-        if isinstance(text, str):
-            return encode_text(self.tokenizer, text + continuation)
-        ids = encode_chat(self.tokenizer, text, add_generation_prompt=True)
-        return ids + encode_text(self.tokenizer, continuation, start=False)
+    @cached_property
+    def encoder(self) -> PromptEncoder:
+        """Encodes the requests."""
+        return PromptEncoder(self.tokenizer, self.chat)
 
     def _check_fits(self, prompt: int, new: int) -> None:
         if prompt == 0:
@@ -206,19 +220,31 @@ class LocalEngine(Engine):
             CaiError: The model's logits are not finite (`not-finite`), or it has no chat template for a chat
                 (`no-chat-template`).
         """
+        return [
+            completion
+            if isinstance(completion, RequestFailure)
+            else without_thoughts(completion, self.encoder.opened_in(request))
+            for request, completion in zip(requests, self.generate_whole(requests, sampling), strict=True)
+        ]
+
+    def generate_whole(
+        self, requests: Sequence[GenerationRequest], sampling: Sampling
+    ) -> list[Completion | RequestFailure]:
+        """As `generate`, with the thoughts in the text. Raises CaiError as `generate`."""
         import torch
 
         results: dict[int, Completion | RequestFailure] = {}
         rows: list[ActiveSequence] = []
         for index, request in enumerate(requests):
             try:
-                ids = self._encode(request.text, request.prefill)
+                opened = self.encoder.opened_in(request)
+                ids = self.encoder.encode(request.text, request.prefill, thinks=bool(opened))
                 self._check_fits(len(ids), sampling.max_new_tokens)
             except RowError as error:
                 results[index] = RequestFailure(error.message)
             else:
                 noise = uniforms(request.seed, sampling.max_new_tokens)
-                rows.append(ActiveSequence(index, request, tuple(ids), noise))
+                rows.append(ActiveSequence(index, request, tuple(ids), noise, opened=opened))
         with torch.inference_mode():
             results |= self._decode(rows, sampling) if rows else {}
         return [results[index] for index in range(len(requests))]
@@ -358,8 +384,8 @@ class LocalEngine(Engine):
 
     def _encode_options(self, index: int, request: LogprobRequest) -> list[tuple[TokenIds, "OptionTokens"]]:
         """For each option the context to run the model on, and the option's tokens at its end."""
-        prompt = self._encode(request.text, request.prefill)
-        wholes = [self._encode(request.text, request.prefill + option) for option in request.options]
+        prompt = self.encoder.encode(request.text, request.prefill)
+        wholes = [self.encoder.encode(request.text, request.prefill + option) for option in request.options]
         start = min(common_prefix_length(prompt, whole) for whole in wholes)
         self._check_fits(start, max(len(whole) for whole in wholes) - start)
         return [

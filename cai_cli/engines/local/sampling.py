@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from cai_cli.common.errors import CaiError
 from cai_cli.engines.base import Completion, GenerationRequest, Sampling, drop_broken_end
+from cai_cli.engines.thoughts import separate
 from cai_cli.engines.tokenization import decode, decode_reply
 
 if TYPE_CHECKING:
@@ -109,8 +110,9 @@ class ActiveSequence:
         prompt: The token ids of the prompt.
         noise: Uniform random numbers; `noise[i]` draws `new[i]`.
         new: The token ids generated so far.
-        completion: The result, once the row has ended.
+        completion: The result, once the row has ended; its text holds the thoughts.
         logprobs: The log-probability with which each token of `new` was drawn; None where it is not wanted.
+        opened: The opening of thoughts at the end of the prompt.
     """
 
     index: int
@@ -120,6 +122,7 @@ class ActiveSequence:
     new: list[int] = field(default_factory=list)
     completion: Completion | None = None
     logprobs: list[float] | None = None
+    opened: str = ""
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -171,5 +174,9 @@ class CompletionBuilder:
         if not any(stop in tail for stop in stops):
             return None
         text = decode(self.tokenizer, row.new)
-        starts = [start for stop in stops if (start := text.find(stop)) >= 0]
+        reply = separate(text, row.opened)[1]
+        if reply is None:  # stop strings do not end thoughts
+            return None
+        after = len(text) - len(reply)
+        starts = [start for stop in stops if (start := text.find(stop, after)) >= 0]
         return text[: min(starts)] if starts else None
