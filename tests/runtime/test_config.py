@@ -29,7 +29,17 @@ CONTENT_OPTIONS = frozenset(
     [
         *("n", "kind", "topics", "num_examples", "start_words", "similarity", "rounds", "critique", "method"),
         *("both_orders", "pairs", "principles_per_pair", "cot_samples", "clamp", "calibrate", "min_confidence"),
-        *("principles", "max_principles", "max_new_tokens", "temperature", "top_p", "prompt_format", "seed", "limit"),
+        *(
+            "keep_adapter",
+            "principles",
+            "max_principles",
+            "max_new_tokens",
+            "temperature",
+            "top_p",
+            "prompt_format",
+            "seed",
+            "limit",
+        ),
         *(
             "shard",
             "dtype",
