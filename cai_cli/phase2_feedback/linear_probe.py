@@ -102,7 +102,7 @@ def save_head(model: "PreTrainedModel", base: Path, directory: Path) -> None:
     from peft import LoraConfig, get_peft_model
     from peft.utils.constants import DUMMY_TARGET_MODULES
 
-    config = LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=["score"], task_type="SEQ_CLS")
+    config = LoraConfig(target_modules=DUMMY_TARGET_MODULES, task_type="SEQ_CLS")  # which saves the head
     save_adapter(get_peft_model(model, config), directory)
     record_place(directory, weights_digest(base))
 

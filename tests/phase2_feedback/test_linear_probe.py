@@ -68,9 +68,7 @@ def test_a_head_alone_is_written_as_an_adapter_of_its_model(model: Path, tmp_pat
     assert place_of(resolve(f"{model}+{adapter}")) is ReadAt.END_OF_TURN
 
 
-def test_a_head_of_another_model_is_refused(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_head_of_another_model_is_refused(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = write_rows(tmp_path / "prefs.jsonl", [preference(i, 0.8) for i in range(30)])
     run = {"model": str(model), "fit_head": True, "keep_adapter": True, **QUICK}
     command(rows, tmp_path / "pm", epochs=0, **run)

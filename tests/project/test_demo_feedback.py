@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from cai_cli.common.near_duplicates import NearDuplicates
 from cai_cli.constitution.schema import CritiqueConstitution, PreferenceConstitution, open_constitution
 from cai_cli.data.schema import Preference, Prompt, Revision, Row, Sample, load_row
 from cai_cli.metrics.reply_habits import evasive_opening
+from cai_cli.models.fetch import adapter_base
+from cai_cli.models.reading import recorded_base
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FEEDBACK = EXAMPLES / "feedback"
@@ -83,3 +86,12 @@ def test_replies_are_short_and_whole_and_only_red_team_prompts_are_declined() ->
     assert all(row.kind == "red-team" and row.history[0].critique and row.reply for row in REVISIONS)
     assert len({" ".join(row.reply.split()[:6]) for row in REVISIONS}) > 0.8 * len(REVISIONS)
     assert not [row.id for row in HELPFUL if evasive_opening(row.reply)]
+
+
+def test_the_shipped_head_is_576_numbers_bound_to_the_demo_s_model() -> None:
+    probe = FEEDBACK / "harmless_probe"
+    weights = load_file(probe / "adapter_model.safetensors")
+    assert [tuple(weight.shape) for weight in weights.values()] == [(1, 576)]
+    assert adapter_base(probe) == "smollm2-135m"
+    assert len(recorded_base(probe) or "") == 64
+    assert "MIT License" in (probe / "LICENSE").read_text(encoding="utf-8")
