@@ -23,9 +23,9 @@ from cai_cli.models.fetch import (
     loading,
     published_name,
 )
-from cai_cli.models.fingerprint import FINGERPRINTED, files_digest, fingerprint
+from cai_cli.models.fingerprint import FINGERPRINTED, files_digest, fingerprint, weights_digest
 from cai_cli.models.loading import is_classifier, load_causal_lm, load_reward_model, load_tokenizer
-from cai_cli.models.reading import RECORD
+from cai_cli.models.reading import RECORD, recorded_base
 from cai_cli.models.source import stated_license
 
 HEADS = ("score", "classifier")
@@ -69,7 +69,7 @@ def merge(base: Path, adapter: Path, output: Path) -> None:
             is that of a preference model and its head is missing (`wrong-model-kind`).
     """
     check_adapter_dir(adapter)
-    _warn_of_another_base(base, adapter)
+    _check_base(base, adapter)
     tokenizer = load_tokenizer(adapter if (adapter / "tokenizer_config.json").is_file() else base)
     with warnings.catch_warnings(action="ignore"):
         model = _adapted(base, adapter)
@@ -111,10 +111,27 @@ def check_adapter_dir(path: Path) -> None:
     raise CaiError(f"{path}: no weights ({ADAPTER_WEIGHTS} is missing)", code="invalid-model")
 
 
-def _warn_of_another_base(base: Path, adapter: Path) -> None:
-    """Warn where the adapter's file names a model of another name, which shapes alone cannot tell."""
+def _check_base(base: Path, adapter: Path) -> None:
+    """Warn where the adapter's file names a model of another name, which shapes alone cannot tell.
+
+    A head alone reads nothing in the hidden states of other weights, so it is refused there. A copy of the same name,
+    such as one in another precision, gets a warning only.
+
+    Raises:
+        CaiError: The adapter is the head of another model (`invalid-model`).
+    """
     recorded = adapter_base(adapter)
-    if recorded and Path(recorded).name != Path(published_name(base)).name:
+    is_other = bool(recorded) and Path(str(recorded)).name != Path(published_name(base)).name
+    fitted_to = recorded_base(adapter)
+    if fitted_to and fitted_to != weights_digest(base):
+        if is_other or not recorded:
+            raise CaiError(
+                f"{adapter}: a head that was fitted to the weights of {recorded or 'another model'}, not of {base}",
+                hint="`cai train-pm --fit-head --epochs 0 --keep-adapter` fits one to this model",
+                code="invalid-model",
+            )
+        console.warn(f"{adapter}: was fitted to another copy of {recorded}; its scores may differ from those published")
+    elif is_other:
         console.warn(f"{adapter}: its {ADAPTER_CONFIG} says that it was trained on {recorded!r}, not on {base}")
 
 

@@ -45,6 +45,15 @@ def fingerprint(path: Path) -> str:
     return files_digest(path, FINGERPRINTED)
 
 
+def weights_digest(path: Path) -> str:
+    """The SHA-256 (hex) of a model's weights alone, which another version of transformers writes alike.
+
+    Raises:
+        CaiError: As for `files_digest`.
+    """
+    return files_digest(path, ("*.safetensors", "*.safetensors.index.json"))
+
+
 def files_digest(path: Path, patterns: Iterable[str]) -> str:
     """The SHA-256 (hex) of the names and contents of the files in a directory that match one of the patterns.
 

@@ -8,6 +8,7 @@ padding. So did `cai train-pm` 0.1.0, which left no record.
 
 import json
 import types
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -63,10 +64,25 @@ def place_of(path: Path) -> ReadAt:
     return ReadAt.LAST_UNPADDED if _made_by_train_pm(path) else ReadAt.WHOLE_TEMPLATE
 
 
-def record_place(path: Path) -> None:
-    """Record in a model's directory that it was trained to be read at the end of the turn."""
+def record_place(path: Path, base_weights: str | None = None) -> None:
+    """Record in a model's directory that it was trained to be read at the end of the turn.
+
+    Args:
+        path: The directory.
+        base_weights: The hash of the weights that a head alone was fitted to (`weights_digest`).
+    """
     record = {"read_at": ReadAt.END_OF_TURN.value, "trained_by": f"cai train-pm {__version__}"}
+    record |= {"base_weights": base_weights} if base_weights else {}
     write_atomically(path / RECORD, [json.dumps(record, indent=2).encode() + b"\n"])
+
+
+def recorded_base(path: Path) -> str | None:
+    """The hash of the weights that the head in a directory was fitted to; None where none is recorded."""
+    with suppress(OSError, ValueError):
+        record = json.loads((path / RECORD).read_bytes())
+        base = record.get("base_weights") if isinstance(record, dict) else None
+        return base if isinstance(base, str) else None
+    return None
 
 
 def _made_by_train_pm(path: Path) -> bool:

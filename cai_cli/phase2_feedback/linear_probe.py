@@ -7,10 +7,14 @@ al. 2022, arXiv 2202.10054).
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cai_cli.common.errors import CaiError
 from cai_cli.metrics.intervals import clustered_share
+from cai_cli.models.adapters import save_adapter
+from cai_cli.models.fingerprint import weights_digest
+from cai_cli.models.reading import record_place
 from cai_cli.reward.packed_pairs import head_outputs
 
 if TYPE_CHECKING:
@@ -85,6 +89,22 @@ def fit_head(
     right = np.bincount(of_prompt, weights=decided & (margins[best] > 0)).astype(np.float64)
     of_pairs = np.bincount(of_prompt, weights=decided).astype(np.float64)
     return {"head_loss": float(losses[best]), "head_accuracy": clustered_share(right, of_pairs)}
+
+
+def save_head(model: "PreTrainedModel", base: Path, directory: Path) -> None:
+    """Write the head of a preference model alone, as an adapter of PEFT that `BASE+ADAPTER` names.
+
+    Args:
+        model: The preference model; its other weights are those of `base`.
+        base: The directory of the model that the head was fitted to, whose weights are recorded by their hash.
+        directory: Where the files are written.
+    """
+    from peft import LoraConfig, get_peft_model
+    from peft.utils.constants import DUMMY_TARGET_MODULES
+
+    config = LoraConfig(target_modules=DUMMY_TARGET_MODULES, task_type="SEQ_CLS")  # which saves the head
+    save_adapter(get_peft_model(model, config), directory)
+    record_place(directory, weights_digest(base))
 
 
 def regress(x: "NDArray[Any]", p: "NDArray[Any]", strength: float) -> "NDArray[Any]":

@@ -20,7 +20,7 @@ from cai_cli.metrics.preference_model import held_out_metrics
 from cai_cli.models.loading import load_reward_model
 from cai_cli.models.reading import record_place
 from cai_cli.models.source import ModelSource
-from cai_cli.phase2_feedback.linear_probe import fit_head
+from cai_cli.phase2_feedback.linear_probe import fit_head, save_head
 from cai_cli.phase2_feedback.pm_pairs import EncodedPair, encode_pair, score_held_out
 from cai_cli.phase2_feedback.pm_trainer import soft_reward_trainer
 from cai_cli.phase2_feedback.preference_data import PairOptions, read_pairs
@@ -66,6 +66,13 @@ class TrainPmConfig(PairOptions):
     dtype: DType = redefine(
         EngineOptions, "dtype", DType.AUTO, "Precision of the passes; auto is float32 on a CPU, bfloat16 on a GPU."
     )
+    keep_adapter: bool = redefine(
+        PairOptions,
+        "keep_adapter",
+        False,
+        "With --lora: write the adapter to OUT/adapter too, beside the merged weights. With --fit-head --epochs 0: "
+        "write the head alone there, a few kilobytes.",
+    )
     fit_head: bool = option(
         False,
         "Fit the head to the labels on the frozen model before training, or start from a random head; with --epochs 0 "
@@ -75,6 +82,10 @@ class TrainPmConfig(PairOptions):
 
     def workload(self, length: int) -> Workload:
         return Workload(length, sequences=2)
+
+    @property
+    def has_adapter(self) -> bool:
+        return self.lora or (self.fit_head and not (self.epochs or self.max_steps))
 
     def check(self) -> None:
         super().check()
@@ -137,10 +148,12 @@ def train_pm(
         steps, throughput = fine_tune(model, tokenizer, train, training, work, metrics, share_prompts=share)
     elif distributed.is_rank_zero():
         save_model(model, tokenizer, work / "model")
+        if training.keep_adapter:
+            save_head(model, base, work / "model" / ADAPTER)
     if not distributed.is_rank_zero():
         return {}
     record_place(work / "model")
-    if (work / "model" / ADAPTER).is_dir():
+    if training.trains and (work / "model" / ADAPTER).is_dir():
         record_place(work / "model" / ADAPTER)
     if evaluation:
         scored = evaluation.after

@@ -151,13 +151,18 @@ class TrainerOptions(RunOptions, RowInputOptions, SeedOptions, ChatTemplateOptio
             return self.learning_rate
         return self.default_rates.lora if self.lora else self.default_rates.full
 
+    @property
+    def has_adapter(self) -> bool:
+        """Whether what is trained can be written as an adapter of PEFT."""
+        return self.lora
+
     def check(self) -> None:
         super().check()
         if self.quantize and not self.lora:
             raise UsageError(
                 "--quantize needs --lora, because quantised weights cannot be trained", code="option-conflict"
             )
-        if self.keep_adapter and not self.lora:
+        if self.keep_adapter and not self.has_adapter:
             raise UsageError("--keep-adapter needs --lora", code="option-conflict")
         _need_package("bitsandbytes", f"--quantize {self.quantize}" if self.quantize else "", extra="quantize")
         eight_bit = self.optimizer is not Optimizer.ADAMW

@@ -10,9 +10,13 @@ from helpers import (
     weights,
     write_rows,
 )
+from safetensors.torch import load_file
 from tiny import tiny_model_dir
 
+from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.metrics.intervals import SHARE, mean_estimate
+from cai_cli.models.names import resolve
+from cai_cli.models.reading import ReadAt, place_of
 from cai_cli.phase2_feedback.linear_probe import regress
 
 command = stage("train-pm")
@@ -50,3 +54,35 @@ def test_a_fitted_head_gives_the_probabilities_of_its_labels() -> None:
     assert np.abs(regress(x, p, strength=10.0) - truth).max() < 0.02
     swapped = regress(-x, 1 - p, strength=10.0)  # the same pairs with chosen and rejected exchanged
     assert np.abs(swapped - regress(x, p, strength=10.0)).max() < 1e-4
+
+
+def test_a_head_alone_is_written_as_an_adapter_of_its_model(model: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "prefs.jsonl", [preference(i, 0.8) for i in range(30)])
+    run = {"model": str(model), "fit_head": True, "keep_adapter": True, **QUICK}
+    command(rows, tmp_path / "pm", epochs=0, **run)
+    adapter = tmp_path / "pm/adapter"
+    assert [list(each.shape) for each in load_file(adapter / "adapter_model.safetensors").values()] == [[1, 32]]
+    merged, whole = weights(resolve(f"{model}+{adapter}")), weights(tmp_path / "pm")
+    assert merged.keys() == whole.keys()
+    assert all(bool((merged[name] == whole[name]).all()) for name in whole)
+    assert place_of(resolve(f"{model}+{adapter}")) is ReadAt.END_OF_TURN
+
+
+def test_a_head_of_another_model_is_refused(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = write_rows(tmp_path / "prefs.jsonl", [preference(i, 0.8) for i in range(30)])
+    run = {"model": str(model), "fit_head": True, "keep_adapter": True, **QUICK}
+    command(rows, tmp_path / "pm", epochs=0, **run)
+    other = tiny_model_dir(tmp_path / "other", seed=1)
+    with pytest.raises(CaiError) as refused:
+        resolve(f"{other}+{tmp_path / 'pm/adapter'}")
+    assert refused.value.code == "invalid-model"
+    copy = tiny_model_dir(tmp_path / "copy" / model.name, seed=1)
+    resolve(f"{copy}+{tmp_path / 'pm/adapter'}")
+    assert "another copy" in capsys.readouterr().err
+
+
+def test_only_a_head_that_is_not_trained_further_is_kept_alone(model: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "prefs.jsonl", [preference(i, 0.8) for i in range(30)])
+    with pytest.raises(UsageError) as refused:
+        command(rows, tmp_path / "pm", model=str(model), fit_head=True, keep_adapter=True, epochs=1.0, **QUICK)
+    assert refused.value.code == "option-conflict"
