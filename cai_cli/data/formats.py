@@ -25,6 +25,7 @@ from cai_cli.data.schema import (
     Rejected,
     Revision,
     Row,
+    RubricPrompt,
     Sample,
     Scored,
     WorkItemRecord,
@@ -115,6 +116,17 @@ def row_key(value: Mapping[str, Any]) -> str:
 
 
 # --- prompts ------------------------------------------------------------------------------------------------------
+
+
+def parse_prompt_with_rubric(
+    value: object, *, source: str, kind: Kind | None = None, dropped: Dropped | None = None
+) -> Prompt:
+    """As `parse_prompt`; a RubricPrompt where the row has a `rubric`."""
+    if not isinstance(value, dict) or value.get("rubric") is None:
+        return parse_prompt(value, source=source, kind=kind, dropped=dropped)
+    without = {name: inner for name, inner in value.items() if name != "rubric"}
+    prompt = parse_prompt(without, source=source, kind=kind, dropped=dropped)
+    return load_row(RubricPrompt, prompt.model_dump() | {"rubric": value["rubric"]})
 
 
 def parse_prompt(value: object, *, source: str, kind: Kind | None = None, dropped: Dropped | None = None) -> Prompt:

@@ -27,14 +27,15 @@ from cai_cli.data.formats import parse_prompt
 from cai_cli.data.schema import Message, PolicySample, Prompt, load_row
 from cai_cli.models.loading import load_causal_lm, load_reward_model, load_tokenizer
 from cai_cli.phase2_feedback import rl_monitor
-from cai_cli.phase2_feedback.rl_monitor import CHECK_COLUMNS, Monitor, logits_of
+from cai_cli.phase2_feedback.rl_monitor import REPLY_COLUMNS, Monitor, logits_of
+from cai_cli.phase2_feedback.rl_rewards import preference_source
 from cai_cli.reward.preference_model import score_conversations
 
 command = stage("rl")
 train_pm_stage = stage("train-pm")
 
 PHRASE = " racist"  # one token of the tiny tokenizer
-MEASURED = [name for name in CHECK_COLUMNS if name not in ("monitor_score", "goodhart")]
+MEASURED = [name for name in ("pm_score", *REPLY_COLUMNS) if name not in ("monitor_score", "goodhart")]
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +111,7 @@ def test_divergence_and_entropy_are_over_the_whole_vocabulary(model: Path, tmp_p
     monitor = Monitor(
         prompts,
         load_tokenizer(model),
-        lambda _, replies: [float(i) for i, _ in enumerate(replies)],
+        [preference_source(lambda _, replies: [float(i) for i, _ in enumerate(replies)])],
         None,
         tmp_path / "samples.jsonl",
         rl_monitor.Sampling(8, 0.7),
@@ -142,7 +143,7 @@ def test_one_score_for_every_reply_is_refused(model: Path, tmp_path: Path) -> No
     monitor = Monitor(
         prompts,
         load_tokenizer(model),
-        lambda _, replies: [1.5] * len(replies),
+        [preference_source(lambda _, replies: [1.5] * len(replies))],
         None,
         tmp_path / "samples.jsonl",
         rl_monitor.Sampling(4),
