@@ -231,7 +231,8 @@ class RewardFunction:
     def _log_judge(
         self, prompts: Sequence[Chat], judged: Scores, counts: JudgeCounts, log_metric: Callable[[str, float], None]
     ) -> None:
-        log_metric("judge_refused_share", counts.refused / counts.requests)
+        # `pairs` asks nothing where the replies to each prompt are equal.
+        log_metric("judge_refused_share", counts.refused / max(1, counts.requests))
         if counts.answers:
             log_metric("judge_alike_share", counts.alike / counts.answers)
         of_prompts = groupby(zip(prompts, judged, strict=True), key=lambda judged: judged[0])

@@ -189,7 +189,7 @@ def test_the_policy_that_is_kept_is_the_one_of_the_best_check(
 ) -> None:
     run = settings(models, lora=lora, save_steps=3)
     command(prompts, tmp_path / "four", **run | {"steps": 4})
-    monkeypatch.setattr(rl_monitor, "goodhart", lambda checks, total, reward: "planted" if len(checks) == 4 else None)
+    monkeypatch.setattr(rl_monitor, "goodhart", lambda checks, *_, **__: "planted" if len(checks) == 4 else None)
     with interrupted_after(6):
         command(prompts, tmp_path / "rl", stop_on_goodhart=True, **run | {"steps": 9})
     command(prompts, tmp_path / "rl", stop_on_goodhart=True, **run | {"steps": 9})
