@@ -13,6 +13,7 @@ from cai_cli.data.evaluation_schema import EvaluationQuestion, EvaluationResult,
 from cai_cli.data.foreign import scores
 from cai_cli.data.foreign.shapes import IDS, Conversation, ReplyPair, recognize, shape_of
 from cai_cli.data.foreign.turns import read_turns
+from cai_cli.data.reward_schema import JudgedReplies, RubricPrompt
 from cai_cli.data.schema import (
     Critique,
     JudgedPair,
@@ -25,7 +26,6 @@ from cai_cli.data.schema import (
     Rejected,
     Revision,
     Row,
-    RubricPrompt,
     Sample,
     Scored,
     WorkItemRecord,
@@ -42,6 +42,7 @@ _MARKS: Sequence[tuple[type[Row], frozenset[str]]] = (
     (ModelComparison, frozenset({"model_a", "model_b"})),
     (EvaluationQuestion, frozenset({"corrects", "incorrects"})),
     (EvaluationResult, frozenset({"askings"})),
+    (JudgedReplies, frozenset({"prompt_hash", "replies"})),
     (JudgedPair, frozenset({"chosen_score", "rejected_score", "chosen_tokens"})),
     (Critique, frozenset({"critique"})),
     (HarmScore, frozenset({"harm", "levels"})),

@@ -73,30 +73,6 @@ class Prompt(Identified):
         return self
 
 
-class RubricItem(Row):
-    """One requirement on the replies to a prompt.
-
-    Attributes:
-        text: The requirement, a statement that a reply meets or fails.
-        weight: Its weight in the reward; negative for what a reply should not do.
-    """
-
-    text: str = Field(min_length=1)
-    weight: float = Field(default=1.0, allow_inf_nan=False)
-
-
-class RubricPrompt(Prompt):
-    """A prompt whose replies are judged by requirements of its own (`cai rl --judge`)."""
-
-    rubric: list[RubricItem] = Field(min_length=1)
-
-    @model_validator(mode="after")
-    def _has_a_weight(self) -> Self:
-        if not any(item.weight for item in self.rubric):
-            raise ValueError("the weight of every item of the rubric is 0")
-        return self
-
-
 class Sample(Prompt):
     """A prompt with one reply of a model (TRL's prompt-completion format).
 

@@ -5,41 +5,12 @@ from hashlib import blake2b
 from pathlib import Path
 from threading import Lock
 
-from pydantic import Field
-
 from cai_cli.common.files import write_atomically
 from cai_cli.data.jsonl import AppendFile, cut_torn_tail, read_rows, rows_of
-from cai_cli.data.schema import Identified, Row, dump_row
+from cai_cli.data.reward_schema import JudgedReplies
+from cai_cli.data.schema import dump_row
 
 Sides = tuple[float, float]
-
-
-class CriterionAnswer(Row):
-    """The judge's answer about one principle or requirement.
-
-    Attributes:
-        criterion_id: The id of the principle, or `rubric-N`.
-        log_odds: Of Yes in the positive and in the negated phrasing; for two replies, of the first one in both orders.
-    """
-
-    criterion_id: str
-    log_odds: list[float] = Field(min_length=2, max_length=2)
-
-
-class JudgedReplies(Identified):
-    """What the judge answered about one reply to a prompt, or about two; `id` is the prompt's.
-
-    Attributes:
-        prompt_hash: The hash of the prompt's conversation.
-        replies: The texts.
-        answers: One for each criterion that was asked and answered.
-        ends_batch: Whether it is the last one of the requests that were made together.
-    """
-
-    prompt_hash: str
-    replies: list[str] = Field(min_length=1, max_length=2)
-    answers: list[CriterionAnswer]
-    ends_batch: bool
 
 
 class AnswerCache:

@@ -18,12 +18,13 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import StrEnum
-from itertools import combinations, groupby
+from itertools import groupby
 
 from cai_cli.constitution.schema import PreferencePrinciple
-from cai_cli.data.schema import Pair, Prompt, RubricPrompt, conversation_id
+from cai_cli.data.reward_schema import CriterionAnswer, JudgedReplies, RubricPrompt
+from cai_cli.data.schema import Pair, Prompt, conversation_id
 from cai_cli.engines.base import LogprobRequest, RequestFailure
-from cai_cli.judging.answer_cache import AnswerCache, CriterionAnswer, JudgedReplies, Sides
+from cai_cli.judging.answer_cache import AnswerCache, Sides
 from cai_cli.judging.base import FeedbackModel
 from cai_cli.prompting.base import assistant
 from cai_cli.prompting.criteria import YES_NO, Criterion, criteria_of, criterion_requests, rubric_criteria
@@ -230,11 +231,6 @@ class ConstitutionJudge:
             pair = found.get((conversation_id(prompts[i].prompt), texts), 0.0)
             of_reply[i].append(_oriented(pair, replies[i], texts))
         return [_mean(values) for values in of_reply.values()]
-
-
-def pairs_of(replies: int) -> int:
-    """The number of pairs of this many replies."""
-    return len(list(combinations(range(replies), 2)))
 
 
 def _oriented(found: float | RequestFailure, reply: str, sides: tuple[str, ...]) -> float | None:

@@ -268,11 +268,14 @@ def estimate(rows: RowFlow, config: RlConfig) -> StepCost:
     # The preference model and the start model read each reply too.
     readers = 1 + bool(config.pm)
     read, requests = replies * (rows.prompt_tokens + readers * whole), 0
-    groups = ((config.steps * config.prompts_per_step, config.samples_per_prompt),
-              ((1 + checks) * held_out, replies_per_prompt(held_out)))  # fmt: skip
-    for count, size in groups:
-        asked, tokens = config.judge_cost(count, size, rows.prompt_tokens, new)
-        requests, read = requests + asked, read + tokens
+    tokens, each = (rows.prompt_tokens, new), replies_per_prompt(held_out)
+    for prompts, sampled, later in (
+        (config.steps * config.prompts_per_step, config.samples_per_prompt, False),
+        (held_out, each, False),
+        ((checks - 1) * held_out, each, True),
+    ):
+        asked, judged = config.judge_cost(prompts, sampled, tokens, with_start=later)
+        requests, read = requests + asked, read + judged
     if config.monitor_pm:
         read += checks * checked * whole
     if config.monitor_judge:  # both orders; the first check needs no judge, because its replies are the start model's

@@ -169,6 +169,7 @@ class RlConfig(TrainerOptions, PreferenceModelOptions, JudgeRewardOptions):
         settings = super().settings(**resolved)
         unused = ["scale_rewards"] if self.algorithm is Algorithm.RLOO else []
         unused += [] if self.judge else JUDGE_SETTINGS
+        unused += [] if self.pm else ["pm_dtype"]
         unused += [] if self.judge and self.pm else ["judge_weight"]
         return {name: value for name, value in settings.items() if name not in unused}
 

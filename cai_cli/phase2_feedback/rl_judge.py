@@ -11,7 +11,7 @@ from cai_cli.engines import open_engine
 from cai_cli.engines.base import Sampling, Server
 from cai_cli.engines.choice import PREFIXES
 from cai_cli.judging.base import FeedbackModel
-from cai_cli.judging.constitution_judge import ConstitutionJudge, JudgeMethod, pairs_of
+from cai_cli.judging.constitution_judge import ConstitutionJudge, JudgeMethod
 from cai_cli.phase2_feedback.monitor_models import MonitorModel
 from cai_cli.prompting.base import resolve_prompt_format
 from cai_cli.prompting.criteria import criteria_of
@@ -98,27 +98,29 @@ class JudgeRewardOptions(StageConfig):
             return None
         return self.judge.removeprefix("local:").removeprefix("vllm:")
 
-    def judge_cost(self, groups: int, replies: int, prompt_tokens: float, reply_tokens: float) -> tuple[int, float]:
+    def judge_cost(
+        self, prompts: int, replies: int, tokens: tuple[float, float], *, with_start: bool = False
+    ) -> tuple[int, float]:
         """The requests to the judge, and the tokens that it reads.
 
         Args:
-            groups: Number of groups of replies to one prompt.
-            replies: Replies in a group.
-            prompt_tokens: Tokens of a prompt.
-            reply_tokens: Tokens of a reply.
+            prompts: Number of prompts.
+            replies: Replies to each.
+            tokens: Tokens of a prompt and of a reply.
+            with_start: Whether `pairs` compares the replies with those of the start model, not with one another.
         """
         if not self.judge:
             return 0, 0.0
         loaded = open_constitution(PreferenceConstitution, self.constitution, self.few_shot)
         criteria = criteria_of(select(loaded.principles, self.principles, self.max_principles))
-        asked = len(criteria) * 2 * groups
+        asked, (prompt, reply) = len(criteria) * 2 * prompts, tokens
         text = sum(len(c.text) for c in criteria) / len(criteria) / CHARACTERS_PER_TOKEN
         if self.judge_method is JudgeMethod.QUESTIONS:
             requests = asked * replies
-            return requests, requests * (prompt_tokens + reply_tokens + text)
+            return requests, requests * (prompt + reply + text)
         few_shot = sum(len(example.model_dump_json()) for example in loaded.examples) / CHARACTERS_PER_TOKEN
-        requests = asked * pairs_of(replies)
-        return requests, requests * (few_shot + prompt_tokens + 2 * reply_tokens + text)
+        requests = asked * replies * (replies - 1) // (1 if with_start else 2)
+        return requests, requests * (few_shot + prompt + 2 * reply + text)
 
 
 def judge_file(work: Path) -> Path:

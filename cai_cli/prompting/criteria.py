@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cai_cli.constitution.schema import PreferencePrinciple
-from cai_cli.data.schema import Message, RubricItem
+from cai_cli.data.reward_schema import RubricItem
+from cai_cli.data.schema import Message
 from cai_cli.data.transcripts import render_transcript
 from cai_cli.prompting.base import PromptFormat, Request, user
 from cai_cli.prompting.comparison import ANSWER, PREAMBLE, fence

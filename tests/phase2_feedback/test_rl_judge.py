@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
+from threading import Event
 from typing import Any
 
 import pytest
@@ -13,14 +14,19 @@ from helpers import interrupted_after, largest_difference, manifest_of, preferen
 from tiny import tiny_model_dir
 
 from cai_cli.common.errors import CaiError, UsageError
-from cai_cli.data.schema import Message
+from cai_cli.constitution.schema import PreferencePrinciple
+from cai_cli.data.schema import Message, Prompt
 from cai_cli.data.transcripts import render_transcript
 from cai_cli.engines import open_engine
-from cai_cli.engines.base import LogprobRequest, RequestFailure
+from cai_cli.engines.base import LogprobRequest, RequestFailure, Sampling, Usage
 from cai_cli.engines.scripted import ScriptedEngine
-from cai_cli.judging.base import sigmoid
+from cai_cli.judging.base import FeedbackModel, sigmoid
+from cai_cli.judging.constitution_judge import ConstitutionJudge
+from cai_cli.models.loading import load_tokenizer
+from cai_cli.phase2_feedback.reward_normalizer import RewardNormalizer
 from cai_cli.phase2_feedback.rl import estimate
 from cai_cli.phase2_feedback.rl_config import RlConfig
+from cai_cli.phase2_feedback.rl_rewards import RewardFunction, judge_source
 from cai_cli.runtime.cost import RowFlow
 
 command = stage("rl")
@@ -84,6 +90,9 @@ def likes_yes_first(text: str) -> float:
     return 2.0 + ("(A) [[[yes]]]" in text) - ("(B) [[[yes]]]" in text)
 
 
+OPINIONS = {"questions": likes_yes, "pairs": likes_yes_first}
+
+
 def log_odds_of_yes(directory: Path) -> float:
     """The mean of log p(yes) - log p(no) over the prompts."""
     engine = open_engine(str(directory), batch_size=None, device="cpu", dtype="float32")
@@ -92,22 +101,15 @@ def log_odds_of_yes(directory: Path) -> float:
     return fmean(answer[0] - answer[1] for answer in answers if isinstance(answer, list))
 
 
-SLOW = pytest.mark.slow
-
-
 @pytest.mark.parametrize(
-    ("method", "opinion", "worth", "beta"),
-    [
-        ("questions", likes_yes, 2.0, 0.5),
-        ("pairs", likes_yes_first, 8 / 7, 0.5),
-        pytest.param("questions", likes_yes, 2.0, 2.0, marks=SLOW),
-    ],
+    ("method", "worth", "beta"),
+    [("questions", 2.0, 0.5), ("pairs", 8 / 7, 0.5), pytest.param("questions", 2.0, 2.0, marks=pytest.mark.slow)],
 )
 def test_the_planted_reply_rises_to_the_share_that_its_reward_is_worth_in_kl_divergence(
-    method: str, opinion: Any, worth: float, beta: float, model: Path, prompts: str, constitution: str,
+    method: str, worth: float, beta: float, model: Path, prompts: str, constitution: str,
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    judge, out = Judge(monkeypatch, tmp_path, opinion), tmp_path / "rl"
+    judge, out = Judge(monkeypatch, tmp_path, OPINIONS[method]), tmp_path / "rl"
     run = QUICK | {"steps": 60, "prompts_per_step": 4, "samples_per_prompt": 8, "learning_rate": 3e-3}
     command(prompts, out, model=model, judge=judge.name, judge_method=method, constitution=constitution, beta=beta,
             cutoff_penalty=0.0, monitor_every=30, **run)  # fmt: skip
@@ -148,7 +150,7 @@ def test_a_judge_that_says_yes_to_everything_or_prefers_a_position_gives_no_rewa
 def test_an_interrupted_run_asks_nothing_twice_and_ends_with_the_same_parameters(
     method: str, model: Path, prompts: str, constitution: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judge = Judge(monkeypatch, tmp_path, likes_yes if method == "questions" else likes_yes_first)
+    judge = Judge(monkeypatch, tmp_path, OPINIONS[method])
     run = QUICK | {"model": model, "judge": judge.name, "judge_method": method, "constitution": constitution,
                    "steps": 6, "save_steps": 2, "monitor_every": 3, "temperature": 2.0}  # fmt: skip
     command(prompts, tmp_path / "whole", **run)
@@ -264,14 +266,44 @@ def test_the_judge_is_refused_as_the_monitor_under_another_name(model: Path, pro
     assert error.value.code == "option-conflict"
 
 
-@pytest.mark.parametrize(
-    ("method", "requests"), [("questions", 2 * 2 * (40 + 2 * 10)), ("pairs", 2 * 2 * (60 + 2 * 5))]
-)
+@pytest.mark.parametrize(("method", "requests"), [("questions", 40 + 25 + 25), ("pairs", 60 + 50 + 100)])
 def test_the_estimate_counts_the_requests_to_the_judge(method: str, requests: int) -> None:
-    given = {"input": "p", "output": "o", "judge": "scripted:j", "judge_method": method, "max_principles": 2,
-             "steps": 5, "prompts_per_step": 2, "held_out": 5, "monitor_every": 5}  # fmt: skip
+    # 10 prompts with 4 replies; and 5 held-out prompts with 5 replies each, of the start model and of one check.
+    given = {"input": "p", "output": "o", "steps": 5, "prompts_per_step": 2, "held_out": 5, "monitor_every": 5}
     flow = RowFlow(20, 1, 10, 0)
-    with_judge = estimate(flow, RlConfig.build(given | {"held_out": 16} | {"held_out": 5}))
-    without = estimate(flow, RlConfig.build({"input": "p", "output": "o", "pm": "pm", "steps": 5, "prompts_per_step": 2,
-                                             "held_out": 5, "monitor_every": 5}))  # fmt: skip
-    print(with_judge.requests - without.requests)
+    without = estimate(flow, RlConfig.build(given | {"pm": "pm"}))
+    judged = estimate(
+        flow, RlConfig.build(given | {"judge": "scripted:j", "judge_method": method, "max_principles": 2})
+    )
+    assert judged.requests - without.requests == requests * 2 * 2  # two principles, both phrasings or orders
+    assert judged.tokens.prompt_tokens > without.tokens.prompt_tokens
+
+
+class Server(ScriptedEngine):
+    """A scripted engine that looks like a server."""
+
+    usage = Usage("http://h")
+    workers = 3
+
+
+def test_a_server_is_asked_before_the_trainer_asks_for_the_rewards(model: Path, tmp_path: Path) -> None:
+    tokenizer, asked = load_tokenizer(model), Event()
+
+    class Listening(Server):
+        def option_logprobs(self, requests: Sequence[LogprobRequest]) -> list[list[float] | RequestFailure]:
+            asked.set()
+            return super().option_logprobs(requests)
+
+    engine = Listening(str(write_rows(tmp_path / "judge.jsonl", [{"scores": [-1.0, -2.0]}])))
+    principle = PreferencePrinciple(id="p", comparison="Choose the reply that says yes.")
+    judge = ConstitutionJudge(FeedbackModel(engine, "questions", [], "chat", 0, Sampling()), [principle])
+    prompt = Prompt(id="q", prompt=[Message(role="user", content="question")])
+    source, unit = judge_source(judge, 1.0), {"judge": RewardNormalizer(0.0, 1.0, 1.0)}
+    ends = frozenset({tokenizer.eos_token_id})
+    reward = RewardFunction([source], lambda: unit, tokenizer, ends, 0.0, None, judge, [prompt])
+    chats = [[{"role": "user", "content": "question"}]] * 2
+    ids = [tokenizer(text)["input_ids"] for text in ("yes<|im_end|>", "no<|im_end|>")]
+    reward.start(chats, ids)
+    assert asked.wait(30)
+    assert reward(chats, ids, log_metric=lambda *_: None) == [0.0, 0.0]
+    reward.close()

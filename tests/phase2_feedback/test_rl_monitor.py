@@ -310,14 +310,18 @@ def test_a_stored_sample_can_be_read_as_a_prompt(models: dict[str, str]) -> None
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("reward", ["pm", "judge"])
 def test_a_run_killed_with_sigkill_and_resumed_ends_with_the_parameters_of_one_that_was_not(
-    models: dict[str, str], prompts: str, tmp_path: Path
+    reward: str, models: dict[str, str], prompts: str, tmp_path: Path
 ) -> None:
-    options = "--steps 30 --prompts-per-step 2 --samples-per-prompt 4 --max-new-tokens 8 --learning-rate 1e-3"
+    judge = ["--judge", str(tiny_model_dir(tmp_path / "judge", seed=5, max_position_embeddings=1024))]
+    rewards = {"pm": ["--pm", models["pm"]], "judge": [*judge, "--max-principles", "1"]}
+    steps = {"pm": 30, "judge": 20}[reward]
+    options = f"--steps {steps} --prompts-per-step 2 --samples-per-prompt 4 --max-new-tokens 8 --learning-rate 1e-3"
     options += " --held-out 8 --monitor-every 4 --save-steps 5 --device cpu"
 
     def argv(out: str) -> list[str]:
-        given = ["--model", models["model"], "--pm", models["pm"], "--monitor-pm", models["monitor"]]
+        given = ["--model", models["model"], *rewards[reward], "--monitor-pm", models["monitor"]]
         return [sys.executable, "-m", "cai_cli", "rl", prompts, "-o", str(tmp_path / out), *given, *options.split()]
 
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -337,3 +341,8 @@ def test_a_run_killed_with_sigkill_and_resumed_ends_with_the_parameters_of_one_t
         assert rows_in(tmp_path / "whole" / name) == rows_in(tmp_path / "killed" / name)
     whole, killed = (manifest_of(tmp_path / out) for out in ("whole", "killed"))
     assert whole["metrics"] == killed["metrics"]
+    if reward == "judge":
+        answers = rows_in(tmp_path / "killed/judge.jsonl")
+        assert answers == rows_in(tmp_path / "whole/judge.jsonl")
+        asked = [(row["prompt_hash"], *row["replies"]) for row in answers]
+        assert len(asked) == len(set(asked)) > 100
