@@ -49,12 +49,18 @@ def model_card(manifest: Mapping[str, Any], models: Mapping[str, ModelSource]) -
             table(f"Principles: {p['constitution']}, drawn in {p['stage']}", _draws(p))
             for p in manifest["run"]["principles"]
         )
+        + (table("Judge of the reward", _judge(provenance)) if provenance.get("judge") else "")
         + table("Rows", {k: v for k, v in manifest["counts"].items() if not k.endswith("_reasons")})
         + table("Settings", provenance["settings"])
         + table("Metrics", {k: v for k, v in _flat(metrics).items() if k != "note"})
         + table("Training", manifest["run"]["training"])
         + table("Versions", manifest["run"]["versions"])
     )
+
+
+def _judge(provenance: Mapping[str, Any]) -> dict[str, str]:
+    """Return the rows about the judge of `cai rl --judge`: engine, fingerprint or name, and constitution."""
+    return {name: f"`{value}`" for name, value in provenance["judge"].items()}
 
 
 def _flat(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,9 @@ from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.constitution.draw import select
 from cai_cli.constitution.options import ConstitutionOptions
 from cai_cli.constitution.schema import PreferenceConstitution, open_constitution
+from cai_cli.engines.base import Sampling
+from cai_cli.judging.base import FeedbackModel
+from cai_cli.judging.constitution_judge import ConstitutionJudge, JudgeMethod
 from cai_cli.judging.constitution_reward import ConstitutionRewards
 from cai_cli.prompting.base import resolve_prompt_format
 from cai_cli.reward.preference_model_reward import PreferenceModelRewards
@@ -18,8 +21,8 @@ from cai_cli.runtime.shared_options import FormatOptions, RequestOptions, RunOpt
 class ServeRewardConfig(RequestOptions, FormatOptions):
     """Serve rewards over HTTP to `cai rl --pm-url`, OpenRLHF or verl, until SIGTERM or Ctrl-C.
 
-    With a preference model a reward is its score. With a constitution and a judge it is, averaged over the principles,
-    the judge's log-probability of the reply when told to follow the principle minus that when told to break it.
+    With a preference model a reward is its score. With a constitution and a judge it is that of `cai rl --judge`: the
+    judge's log-odds, in nats, that the principles would choose the reply, averaged by their weights.
     """
 
     source: str = option(
@@ -29,7 +32,7 @@ class ServeRewardConfig(RequestOptions, FormatOptions):
     )
     model: str | None = option(
         None,
-        "The judge, for a constitution: directory, Hub name, alias or vllm:NAME.",
+        "The judge, for a constitution: directory, Hub name, alias, vllm:NAME, or openai:NAME with --base-url.",
         Option(Effect.HASHED, Group.MODEL, flags=("--model", "-m")),
     )
     host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 lets other machines connect.")
@@ -54,12 +57,6 @@ class ServeRewardConfig(RequestOptions, FormatOptions):
             )
         if self.is_constitution and not self.model:
             raise UsageError("a constitution needs a judge", hint="--model NAME", code="missing-option")
-        if (self.model or "").startswith("openai:"):
-            raise UsageError(
-                "a server does not return the log-probability of a whole reply",
-                hint="--model DIRECTORY or vllm:NAME",
-                code="option-conflict",
-            )
 
 
 def open_model(config: ServeRewardConfig) -> RewardModel:
@@ -70,7 +67,8 @@ def open_model(config: ServeRewardConfig) -> RewardModel:
     engine = config.open_engine(str(config.model))
     principles = select(loaded.principles, config.principles, config.max_principles)
     form = resolve_prompt_format(config.prompt_format, engine)
-    return ConstitutionRewards(Path(config.source).stem, engine, principles, form)
+    model = FeedbackModel(engine, JudgeMethod.QUESTIONS, [], form, 0, Sampling())
+    return ConstitutionRewards(Path(config.source).stem, ConstitutionJudge(model, principles))
 
 
 def run(config: ServeRewardConfig) -> None:

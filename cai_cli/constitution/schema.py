@@ -41,6 +41,7 @@ class PreferencePrinciple(Row):
         comparison: The question that asks for the better reply.
         following: A system prompt for an assistant that follows the principle (`label-prefs --method contrast`).
         breaking: A system prompt for an assistant that breaks it.
+        weight: Its weight where replies are rewarded under all principles (`rl --judge`, `serve-reward`).
     """
 
     id: NonEmptyText
@@ -48,6 +49,7 @@ class PreferencePrinciple(Row):
     comparison: NonEmptyText
     following: NonEmptyText | None = None
     breaking: NonEmptyText | None = None
+    weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
 
 
 class CritiqueExample(Row):
@@ -113,7 +115,7 @@ class _File(BaseModel):
 
     def fingerprint(self) -> str:
         """The SHA-256 (hex) of everything that affects prompts, so without name, description and license."""
-        content = self.model_dump(exclude={"name", "license", "description"})
+        content = _without_default_weights(self.model_dump(exclude={"name", "license", "description"}))
         return sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
@@ -212,9 +214,15 @@ def open_constitution(model: type[C], source: str | None, few_shot: str | None) 
 
 def dump(constitution: AnyConstitution) -> str:
     """YAML text that `load` reads back as the same constitution."""
-    value = _without_nulls(constitution.model_dump())
+    value = _without_nulls(_without_default_weights(constitution.model_dump()))
     ordered = {"kind": value.pop("kind"), **value}
     return yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _without_default_weights(content: dict[str, Any]) -> dict[str, Any]:
+    """The content without weights of 1, which version 0.1.0 did not have: its fingerprints stay valid."""
+    principles = [{k: v for k, v in p.items() if (k, v) != ("weight", 1.0)} for p in content["principles"]]
+    return content | {"principles": principles}
 
 
 def _without_nulls(value: Any) -> Any:

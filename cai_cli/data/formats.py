@@ -13,6 +13,7 @@ from cai_cli.data.evaluation_schema import EvaluationQuestion, EvaluationResult,
 from cai_cli.data.foreign import scores
 from cai_cli.data.foreign.shapes import IDS, Conversation, ReplyPair, recognize, shape_of
 from cai_cli.data.foreign.turns import read_turns
+from cai_cli.data.reward_schema import JudgedReplies, RubricPrompt
 from cai_cli.data.schema import (
     Critique,
     JudgedPair,
@@ -41,6 +42,7 @@ _MARKS: Sequence[tuple[type[Row], frozenset[str]]] = (
     (ModelComparison, frozenset({"model_a", "model_b"})),
     (EvaluationQuestion, frozenset({"corrects", "incorrects"})),
     (EvaluationResult, frozenset({"askings"})),
+    (JudgedReplies, frozenset({"prompt_hash", "replies"})),
     (JudgedPair, frozenset({"chosen_score", "rejected_score", "chosen_tokens"})),
     (Critique, frozenset({"critique"})),
     (HarmScore, frozenset({"harm", "levels"})),
@@ -115,6 +117,17 @@ def row_key(value: Mapping[str, Any]) -> str:
 
 
 # --- prompts ------------------------------------------------------------------------------------------------------
+
+
+def parse_prompt_with_rubric(
+    value: object, *, source: str, kind: Kind | None = None, dropped: Dropped | None = None
+) -> Prompt:
+    """As `parse_prompt`; a RubricPrompt where the row has a `rubric`."""
+    if not isinstance(value, dict) or value.get("rubric") is None:
+        return parse_prompt(value, source=source, kind=kind, dropped=dropped)
+    without = {name: inner for name, inner in value.items() if name != "rubric"}
+    prompt = parse_prompt(without, source=source, kind=kind, dropped=dropped)
+    return load_row(RubricPrompt, prompt.model_dump() | {"rubric": value["rubric"]})
 
 
 def parse_prompt(value: object, *, source: str, kind: Kind | None = None, dropped: Dropped | None = None) -> Prompt:

@@ -15,7 +15,7 @@ import orjson
 
 from cai_cli.common.errors import CaiError, InvalidRow, RowError
 from cai_cli.data.dropped import Dropped
-from cai_cli.data.formats import parse_prompt, row_key, row_type_of
+from cai_cli.data.formats import parse_prompt, parse_prompt_with_rubric, row_key, row_type_of
 from cai_cli.data.lines import (
     COMPRESSED,
     MAX_LINE_BYTES,
@@ -104,6 +104,7 @@ def read_prompts(
     *,
     columns: Columns | None = None,
     dropped: Dropped | None = None,
+    rubrics: bool = False,
 ) -> Iterator[Numbered[Prompt]]:
     """(line number from 1, prompt) of every prompt in a file.
 
@@ -115,6 +116,7 @@ def read_prompts(
         on_invalid: As in `read_rows`.
         columns: As in `read_rows`.
         dropped: Counts the columns that are left out.
+        rubrics: Whether rows with a `rubric` become RubricPrompts; else it is a column that is left out.
 
     Raises:
         InvalidRow: From `on_invalid`.
@@ -122,7 +124,8 @@ def read_prompts(
     """
 
     def parse(value: object) -> Prompt:
-        return parse_prompt(value, source=name, kind=kind, dropped=dropped)
+        parser = parse_prompt_with_rubric if rubrics else parse_prompt
+        return parser(value, source=name, kind=kind, dropped=dropped)
 
     name = origin(source)
     yield from read_rows(source, parse, on_invalid, columns=columns, text=True)

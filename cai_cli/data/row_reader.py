@@ -92,10 +92,13 @@ class RowReader:
         self._start()
         return self._in_shard(islice(read_rows(source, parse, self.on_invalid, columns=self.columns), limit))
 
-    def prompts(self, source: str, kind: Kind | None = None, limit: int | None = None) -> Iterator[Numbered[Prompt]]:
-        """As `rows`, for prompts in any accepted format; `kind` is the kind of prompts that have none."""
+    def prompts(
+        self, source: str, kind: Kind | None = None, limit: int | None = None, *, rubrics: bool = False
+    ) -> Iterator[Numbered[Prompt]]:
+        """As `rows`, for prompts in any accepted format; `kind` is the kind of prompts that have none, and with
+        `rubrics` rows with a rubric become RubricPrompts."""
         self._start()
-        rows = read_prompts(source, kind, self.on_invalid, columns=self.columns, dropped=self.dropped)
+        rows = read_prompts(source, kind, self.on_invalid, columns=self.columns, dropped=self.dropped, rubrics=rubrics)
         return self._in_shard(islice(rows, limit))
 
     def digest_so_far(self) -> dict[str, Any]:

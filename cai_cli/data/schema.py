@@ -265,14 +265,17 @@ class Scored(Sample):
 class PolicySample(Scored):
     """A scored reply of the policy in `cai rl` or `cai dpo` to a held-out prompt.
 
-    Its score is that of the preference model, in `dpo` the implicit reward.
-
     Attributes:
+        score: That of the preference model, in `dpo` the implicit reward; null in `rl` without a preference model.
+        judge_score: The weighted mean of the log-odds that the judge of `rl --judge` gives, in nats; null without a
+            judge, and where it did not answer.
         step: The number of training steps before the reply was sampled; 0 is the policy before training.
         reply_tokens: The length of the reply in tokens.
         monitor_score: The score of the monitor model, which is not used as the reward; null without one.
     """
 
+    score: float | None  # type: ignore[assignment]
+    judge_score: float | None = None
     step: int = Field(ge=0)
     reply_tokens: int = Field(ge=0)
     monitor_score: float | None = Field(validation_alias=AliasChoices("monitor_score", *old_names("monitor_score")))

@@ -1,19 +1,12 @@
-"""A constitution as the reward of `cai serve-reward`, from a judge's log-probabilities of a single reply.
+"""A constitution as the reward of `cai serve-reward`: the questions of `constitution_judge` about a single reply."""
 
-Departure: the paper's reward is a preference model. Here, for each principle, the reward is the log-probability of the
-reply under "follow the principle" minus that under "break the principle" (the method `contrast`), averaged over the
-principles. It grows with the length of a reply, so training needs a KL term and a limit on length.
-"""
-
-import math
 from collections.abc import Sequence
 
 from cai_cli.common.errors import RowError
-from cai_cli.constitution.schema import PreferencePrinciple
-from cai_cli.data.schema import Message
-from cai_cli.engines.base import Engine, LogprobRequest, RequestFailure
-from cai_cli.prompting.base import PromptFormat
-from cai_cli.prompting.comparison import contrast_requests
+from cai_cli.data.schema import Message, Prompt, conversation_id
+from cai_cli.engines.base import RequestFailure
+from cai_cli.judging.answer_cache import AnswerCache
+from cai_cli.judging.constitution_judge import Asked, ConstitutionJudge
 from cai_cli.reward.server import Reward
 
 
@@ -22,44 +15,27 @@ class ConstitutionRewards:
 
     Args:
         name: Name of the constitution, for messages.
-        engine: The judge.
-        principles: The principles.
-        form: How prompts are built.
+        judge: The judge.
     """
 
-    def __init__(
-        self, name: str, engine: Engine, principles: Sequence[PreferencePrinciple], form: PromptFormat
-    ) -> None:
-        self.name, self.engine, self.principles, self.form = name, engine, principles, form
+    def __init__(self, name: str, judge: ConstitutionJudge) -> None:
+        self.name, self.judge = name, judge
 
-    def prepare(self, item: Sequence[Message] | list[int]) -> list[Message]:
-        """The conversation. Raises RowError for token ids and an empty reply."""
+    def prepare(self, item: Sequence[Message] | list[int]) -> Asked:
+        """The prompt and the reply. Raises RowError for token ids, an empty reply and a prompt no user ends."""
         messages = [message for message in item if isinstance(message, Message)]
         if len(messages) < len(item):
             raise RowError("a judge takes conversations, not token ids", code="invalid-row")
-        if len(messages) < 2 or not messages[-1].content.strip():
+        if len(messages) < 2 or not messages[-1].content.strip() or messages[-2].role != "user":
             raise RowError("a prompt and a reply with text are needed", code="invalid-row")
-        return messages
+        *conversation, reply = messages
+        prompt = Prompt(id=conversation_id(conversation), prompt=conversation)
+        return Asked(prompt, (reply.content.strip(),))
 
-    def rewards(self, prepared: Sequence[list[Message]]) -> list[Reward | RequestFailure]:
+    def rewards(self, prepared: Sequence[Asked]) -> list[Reward | RequestFailure]:
         """One reward for each conversation, in order; its parts are the log-odds under each principle."""
-        requests = [
-            LogprobRequest(prompt.text, (reply.content.strip(),), prompt.prefill)
-            for *conversation, reply in prepared
-            for principle in self.principles
-            for prompt in contrast_requests(conversation, principle, self.form)
+        self.judge.cache = AnswerCache()  # a server runs on, and seldom gets the same reply again
+        return [
+            parts if isinstance(parts, RequestFailure) else Reward(self.judge.mean(item.prompt, parts), parts)
+            for item, parts in zip(prepared, self.judge.parts(prepared), strict=True)
         ]
-        answers = iter(self.engine.option_logprobs(requests))
-        return [self._reward([(next(answers), next(answers)) for _ in self.principles]) for _ in prepared]
-
-    def _reward(
-        self, answers: Sequence[tuple[list[float] | RequestFailure, list[float] | RequestFailure]]
-    ) -> Reward | RequestFailure:
-        parts: dict[str, float] = {}
-        for principle, (following, breaking) in zip(self.principles, answers, strict=True):
-            if isinstance(following, RequestFailure):
-                return following
-            if isinstance(breaking, RequestFailure):
-                return breaking
-            parts[principle.id] = following[0] - breaking[0]
-        return Reward(math.fsum(parts.values()) / len(parts), parts)

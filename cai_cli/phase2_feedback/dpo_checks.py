@@ -105,7 +105,7 @@ def open_monitor(
     return Monitor(
         prompts,
         tokenizer,
-        None,
+        (),
         monitor_model.open() if monitor_model and distributed.is_rank_zero() else None,
         file,
         Sampling(config.max_new_tokens, config.temperature),

@@ -49,18 +49,21 @@ WEAK_ALARM = 3.0  # standard deviations of a prompt's change; there is a warning
 ROUNDING = 1e-9  # a smaller change, relative to the values, is none
 
 
-def goodhart(checks: Sequence[Check], total: int, *, reward: str = "pm_score") -> str | None:
+def goodhart(
+    checks: Sequence[Check], total: int, *, reward: str = "pm_score", measure: Measure = lambda row: row.score
+) -> str | None:
     """Return why the last check is flagged, or None.
 
     Args:
         checks: All checks in the order of their steps, starting with the start model's.
         total: The number of checks of the whole run, without the start model's.
         reward: The name of the score that training raises, for the reason.
+        measure: That score of a reply.
     """
     if len(checks) < 2:
         return None
     reasons = _runaways(checks[0], checks[-1], RUNAWAY_ALPHA / ((len(SHARES) + 2) * total))
-    monitor, pm = by_prompt(checks, lambda row: row.monitor_score), by_prompt(checks, lambda row: row.score)
+    monitor, pm = by_prompt(checks, lambda row: row.monitor_score), by_prompt(checks, measure)
     if fall := falling_monitor(monitor, pm, total):
         steps = [check[0].step for check in checks]
         since = f"since step {steps[fall.start]}"

@@ -1,4 +1,5 @@
-"""`cai rl`: train a policy by RL against a preference model (paper sections 4.1 and 4.2, the RL-CAI model).
+"""`cai rl`: train a policy by RL against a preference model (paper sections 4.1 and 4.2, the RL-CAI model), or against
+a constitution with a judge (`--judge`, see `rl_judge`).
 
 The objective is the paper's: the preference model's score of the reply minus beta times the KL divergence from the
 start model, on red-team prompts mixed with helpful ones. Departures: the paper uses PPO with a critic, which TRL no
@@ -23,43 +24,44 @@ Every `--monitor-every` steps the policy answers the held-out prompts: `rl_monit
 
 import shutil
 from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cai_cli.common import console
-from cai_cli.common.seeds import seed_for
 from cai_cli.data.schema import Prompt
-from cai_cli.data.splits import mixed
 from cai_cli.engines.base import Sampling
 from cai_cli.engines.choice import this_machine
 from cai_cli.engines.tokenization import declare_end_of_turn, end_of_turn_ids
 from cai_cli.engines.vllm import failures_of_vllm
+from cai_cli.judging.answer_cache import AnswerCache
+from cai_cli.judging.constitution_judge import ConstitutionJudge
 from cai_cli.models.source import ModelSource
 from cai_cli.phase2_feedback.goodhart import weak_alarm
 from cai_cli.phase2_feedback.monitor_models import (
     MonitorModel,
-    ReplyScorer,
     judged_tokens,
     pick_monitor_model,
     preference_score,
 )
-from cai_cli.phase2_feedback.reward_normalizer import RewardNormalizer, replies_per_prompt
+from cai_cli.phase2_feedback.reward_normalizer import replies_per_prompt
 from cai_cli.phase2_feedback.rl_config import Algorithm, RlConfig
-from cai_cli.phase2_feedback.rl_monitor import (
-    CHECK_COLUMNS,
-    Monitor,
-    PolicyChecks,
-    flagged,
-    reference_of,
+from cai_cli.phase2_feedback.rl_judge import judge_file, refuse_same_model
+from cai_cli.phase2_feedback.rl_metrics import manifest_metrics, step_columns
+from cai_cli.phase2_feedback.rl_monitor import Monitor, PolicyChecks, check_columns, reference_of
+from cai_cli.phase2_feedback.rl_prompts import RlPrompts, longest_prompt, prompt_order, read_rl_prompts
+from cai_cli.phase2_feedback.rl_rewards import (
+    RewardFunction,
+    RewardSource,
+    judge_source,
+    preference_source,
+    with_early_rewards,
 )
-from cai_cli.phase2_feedback.rl_prompts import fitting_prompts, hold_out, longest_prompt, prompt_order
 from cai_cli.phase2_feedback.rl_rollouts import Rollouts, pick_rollouts, rollout_facts, trl_arguments
-from cai_cli.phase2_feedback.rl_trainer import preference_reward, with_seeded_sampling, with_vllm_sampling
+from cai_cli.phase2_feedback.rl_trainer import with_seeded_sampling, with_vllm_sampling
 from cai_cli.reward.scorer import Scorer
 from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
-from cai_cli.runtime.counts import Counts
 from cai_cli.runtime.manifest import hash_input, provenance
 from cai_cli.runtime.shared_options import named_values
 from cai_cli.runtime.stage import Phase, Stage
@@ -73,23 +75,7 @@ from cai_cli.training.memory import Workload
 from cai_cli.training.memory_check import check_memory
 from cai_cli.training.metrics_log import Metrics
 from cai_cli.training.quiet import quiet_libraries
-from cai_cli.training.training_run import TrainingJob, rows_digest
-
-COLUMNS = {
-    "loss": "loss",
-    "learning_rate": "learning_rate",
-    "grad_norm": "grad_norm",
-    "reward": "score",
-    "reward_std": "score_std",
-    "shaped_reward": "reward",
-    "kl": "kl",
-    "entropy": "entropy",
-    "reply_tokens": "completions/mean_length",
-    "cut_off_share": "cut_off_share",
-    "sampling_logp_difference": "sampling_logp_difference",
-    "importance_ratio_max": "importance_ratio_max",
-    "importance_weight": "sampling/importance_sampling_ratio/mean",
-}
+from cai_cli.training.training_run import TrainingJob
 
 
 @dataclass(frozen=True)
@@ -98,19 +84,21 @@ class RlInputs:
 
     Attributes:
         base: Directory of the start model, which is the reference model too.
-        preference_model: The preference model of the reward.
+        preference_model: The preference model of the reward, or None.
         train: The prompts to train on.
         held_out: The prompts to check the policy on.
         monitor_model: The monitor model, or None.
         rollouts: The engine that samples the replies to train on; not `auto`.
+        judge: The judge of the reward, or None.
     """
 
     base: Path
-    preference_model: Scorer
+    preference_model: Scorer | None
     train: Sequence[Prompt]
     held_out: Sequence[Prompt]
     monitor_model: MonitorModel | None
     rollouts: Rollouts = Rollouts.LOCAL
+    judge: ConstitutionJudge | None = None
 
 
 def rl(inputs: RlInputs, config: RlConfig, training: TrainingConfig, work: Path) -> dict[str, Any]:
@@ -137,35 +125,58 @@ def rl(inputs: RlInputs, config: RlConfig, training: TrainingConfig, work: Path)
     if policy.config._name_or_path != str(base):
         raise AssertionError("TRL would load the reference model from another directory")
     ends = declare_end_of_turn(policy, tokenizer)  # TRL reads the config
-    score = preference_score(inputs.preference_model)
-    metrics = Metrics(work / "metrics.jsonl", [*COLUMNS, *CHECK_COLUMNS])
-    monitor = _open_monitor(inputs, config, training, tokenizer, score, work)
+    score = preference_score(inputs.preference_model) if inputs.preference_model else None
+    sources = [preference_source(score)] if score else []
+    if inputs.judge:
+        sources.append(judge_source(inputs.judge, config.judge_weight if score else 1.0))
+        if distributed.is_rank_zero():
+            inputs.judge.cache = AnswerCache(judge_file(work))
+    columns = step_columns(sources)
+    metrics = Metrics(work / "metrics.jsonl", [*columns, *check_columns(sources)])
+    monitor = _open_monitor(inputs, config, training, tokenizer, sources, work)
     checks: PolicyChecks
-
-    def normalize(score: float) -> float:  # by a normalizer that is known when training begins
-        return checks.normalizer(score)
-
-    with quiet_libraries(), closing(inputs.preference_model):
-        reward = preference_reward(score, normalize, tokenizer, ends, config.cutoff_penalty)
+    reward = RewardFunction(
+        sources,
+        lambda: checks.normalizers,  # which are known when training begins
+        tokenizer,
+        ends,
+        config.cutoff_penalty,
+        score,
+        inputs.judge,
+        inputs.train,
+    )
+    with ExitStack() as stack:
+        stack.enter_context(quiet_libraries())
+        for part in (reward, inputs.preference_model):
+            if part:
+                stack.enter_context(closing(part))
         trainer = _policy_trainer(inputs, config, training, work, policy, tokenizer, reward)
         reference = reference_of(trainer, base, training.frozen_dtype)
         checks = PolicyChecks(
             monitor, trainer, metrics, reference, every=config.monitor_every, stop=config.stop_on_goodhart
         )
         trainer.add_callback(checks.callback())
-        throughput = fit(trainer, metrics, COLUMNS, name="rl")
+        throughput = fit(trainer, metrics, columns, name="rl")
     kept = checks.kept if checks.kept is not None else int(trainer.state.global_step)
     if kept:
         save_finished(trainer, tokenizer, work / "model", keep_adapter=training.keep_adapter)
     elif distributed.is_rank_zero():
         save_model(load_causal_lm(base), tokenizer, work / "model")
     if distributed.is_rank_zero():
-        shutil.copyfile(work / "samples.jsonl", work / "model/samples.jsonl")
-    return {**manifest_metrics(metrics, checks.normalizer, kept), "throughput": throughput}
+        for file in (work / "samples.jsonl", judge_file(work)):
+            if file.exists():
+                shutil.copyfile(file, work / "model" / file.name)
+    asked = {"judge_answers": len(inputs.judge.cache)} if inputs.judge else {}
+    return {**manifest_metrics(metrics, checks.normalizers, kept), **asked, "throughput": throughput}
 
 
 def _open_monitor(
-    inputs: RlInputs, config: RlConfig, training: TrainingConfig, tokenizer: Any, score: ReplyScorer, work: Path
+    inputs: RlInputs,
+    config: RlConfig,
+    training: TrainingConfig,
+    tokenizer: Any,
+    sources: Sequence[RewardSource],
+    work: Path,
 ) -> Monitor:
     monitor_model = inputs.monitor_model
     if monitor_model and (warning := weak_alarm(len(inputs.held_out), config.checks)):
@@ -173,7 +184,7 @@ def _open_monitor(
     return Monitor(
         inputs.held_out,
         tokenizer,
-        score,
+        sources,
         monitor_model.open() if monitor_model and distributed.is_rank_zero() else None,
         work / "samples.jsonl",
         Sampling(config.max_new_tokens, config.temperature),
@@ -193,6 +204,8 @@ def _policy_trainer(
     assert training.max_steps  # noqa: S101
     order = prompt_order(len(inputs.train), training.max_steps, config.prompts_per_step, training.seed)
     trainer_class, args = _trainer_class_and_args(inputs, config, training, work, policy, tokenizer)
+    if inputs.judge:
+        trainer_class = with_early_rewards(trainer_class, reward.start)
     with failures_of_vllm() if inputs.rollouts is not Rollouts.LOCAL else nullcontext(), distributed.same_environment():
         trainer = trainer_class(
             model=policy,
@@ -243,86 +256,9 @@ def _trainer_class_and_args(
     return with_seeded_sampling(trainer_class, sampling, config.rollout_batch_size), args
 
 
-def manifest_metrics(metrics: Metrics, normalizer: RewardNormalizer, kept: int) -> dict[str, Any]:
-    """The metrics for the manifest, about the model that is kept.
-
-    Args:
-        metrics: The metrics of all steps and checks.
-        normalizer: The normalizer of the reward.
-        kept: The step whose weights are kept, 0 where no step was better than the start model.
-
-    Returns:
-        `kept_step` is `kept`; `score_mean` and `score_std`, the unit of `reward` and `pm_score`, are logits;
-        `kl` is in nats per token, as TRL logs it; `_before` marks the start model's.
-    """
-    trained = [row for row in metrics.rows if row["reward"] is not None]
-    last = [row for row in trained if row["step"] <= kept][-1:] or trained[:1]
-    checks = [row for row in metrics.rows if row["pm_score"] is not None]
-    kept_check = next((row for row in checks if row["step"] == kept), checks[-1])
-    flag = flagged(metrics)
-    return {
-        "steps": metrics.rows[-1]["step"],
-        "kept_step": kept,
-        "score_mean": normalizer.mean,
-        "score_std": normalizer.std,
-        "reward_before": trained[0]["reward"],
-        **{name: last[0][name] for name in ("reward", "kl", "cut_off_share", "reply_tokens")},
-        **{f"{name}_before": checks[0][name] for name in ("pm_score", "monitor_score")},
-        **{name: kept_check[name] for name in ("pm_score", "monitor_score")},
-        "goodhart": flag["goodhart"] if flag else None,
-        "goodhart_step": flag["step"] if flag else None,
-    }
-
-
-@dataclass(frozen=True)
-class RlPrompts:
-    """The prompts of a run.
-
-    Attributes:
-        train: The prompts to train on.
-        held_out: The prompts to check the policy on.
-        counts: What happened to the input rows.
-        rows: A digest of the rows that were read, for the manifest.
-    """
-
-    train: Sequence[Prompt]
-    held_out: Sequence[Prompt]
-    counts: Counts
-    rows: dict[str, Any]
-
-
-def read_rl_prompts(config: RlConfig, base: Path, preference_models: Sequence[Path]) -> RlPrompts:
-    """Read, mix and split the prompts. A prompt that does not fit a model is rejected.
-
-    Args:
-        config: The options of the stage.
-        base: Directory of the policy.
-        preference_models: Directories of the preference models, whose context windows limit the prompts too.
-
-    Raises:
-        CaiError: A file cannot be read, or too few prompts fit.
-    """
-    reader, helpful_reader = config.row_reader(), config.row_reader(of_input=False)
-    prompts = [prompt for _, prompt in reader.prompts(config.input, limit=config.limit)]
-    helpful = [prompt for _, prompt in helpful_reader.prompts(config.helpful, "helpful")] if config.helpful else []
-    counts = Counts.of_training(
-        [*reader.take_invalid(), *helpful_reader.take_invalid()], reader.dropped + helpful_reader.dropped
-    )
-    chosen = mixed(prompts, helpful, config.helpful_ratio, seed_for(config.seed, "rl", "helpful"))
-    if unused := len(prompts) + len(helpful) - len(chosen):
-        counts.skipped["beyond --helpful-ratio"] = unused
-    if config.helpful and len(helpful) < round(config.helpful_ratio * len(prompts)):
-        console.say(
-            f"rl: {config.helpful} has {len(helpful):,} prompts, fewer than --helpful-ratio requests; all are used"
-        )
-    fitting = fitting_prompts(chosen, base, preference_models, config.max_new_tokens, counts)
-    train, held_out = hold_out(fitting, config.held_out, config.seed)
-    counts.train, counts.held_out = len(train), len(held_out)
-    return RlPrompts(train, held_out, counts, rows_digest([*prompts, *helpful]))
-
-
 def estimate(rows: RowFlow, config: RlConfig) -> StepCost:
-    """The cost of all replies, of scoring them, and of training on them."""
+    """The cost of all replies, of scoring them, and of training on them. A prompt with a rubric counts as one that the
+    constitution judges."""
     trained = config.steps * config.replies
     checks = 1 + config.checks
     held_out = max(1, min(config.held_out, rows.rows // 2))
@@ -330,12 +266,22 @@ def estimate(rows: RowFlow, config: RlConfig) -> StepCost:
     replies, new = trained + checks * checked, config.max_new_tokens
     whole = rows.prompt_tokens + new
     # The preference model and the start model read each reply too.
-    read, requests = replies * (rows.prompt_tokens + 2 * whole), 0
+    readers = 1 + bool(config.pm)
+    read, requests = replies * (rows.prompt_tokens + readers * whole), 0
+    tokens, each = (rows.prompt_tokens, new), replies_per_prompt(held_out)
+    for prompts, sampled, later in (
+        (config.steps * config.prompts_per_step, config.samples_per_prompt, False),
+        (held_out, each, False),
+        ((checks - 1) * held_out, each, True),
+    ):
+        asked, judged = config.judge_cost(prompts, sampled, tokens, with_start=later)
+        requests, read = requests + asked, read + judged
     if config.monitor_pm:
         read += checks * checked * whole
     if config.monitor_judge:  # both orders; the first check needs no judge, because its replies are the start model's
-        requests = 2 * (checks - 1) * checked
-        read += requests * judged_tokens(rows.prompt_tokens, new)
+        compared = 2 * (checks - 1) * checked
+        requests += compared
+        read += compared * judged_tokens(rows.prompt_tokens, new)
     return StepCost(rows.rows, replies + requests, TokenCounts(read, replies * new, trained * whole), rows)
 
 
@@ -354,33 +300,38 @@ def run(config: RlConfig) -> dict[str, Any]:
     training = config.training_config()
     pm = config.reward_scorer(training)
     policy = ModelSource.resolve(config.model, config.chat_template)
-    models = {"model": policy} | ({"pm": pm.source} if pm.source else {})
+    judge = config.open_judge(config.seed)
+    models = {"model": policy} | ({"pm": pm.source} if pm and pm.source else {})
+    if config.local_judge:
+        models["judge"] = ModelSource.resolve(config.local_judge)
     base = policy.path
     monitor_model = pick_monitor_model(
         config.monitor_pm,
         config.monitor_judge,
         config.base_url,
-        pm.source,
-        device=pm.device,
+        pm.source if pm else None,
+        device=pm.device if pm else training.device,
         dtype=config.pm_dtype.value,
         seed=config.seed,
     )
+    refuse_same_model(judge, monitor_model)
     inputs = {"prompts": hash_input(config.input)}
     if config.helpful:
         inputs["helpful"] = hash_input(config.helpful)
-    preference_models = [path for path in (pm.path, monitor_model and monitor_model.path) if path]
+    preference_models = [path for path in (pm and pm.path, monitor_model and monitor_model.path) if path]
     prompts = read_rl_prompts(config, base, preference_models)
     rollouts = pick_rollouts(config.rollouts, base, this_machine(training.device))
-    rl_inputs = RlInputs(base, pm, prompts.train, prompts.held_out, monitor_model, rollouts)
+    rl_inputs = RlInputs(base, pm, prompts.train, prompts.held_out, monitor_model, rollouts, judge)
     return TrainingJob(
         provenance=provenance(
             "rl",
             inputs=inputs,
             settings=training.settings(
-                config, pm_dtype=pm.dtype, reference_weights=training.frozen_dtype, rollouts=rollouts.value
+                config, pm_dtype=pm and pm.dtype, reference_weights=training.frozen_dtype, rollouts=rollouts.value
             ),
             model=policy.identity(),
-            pm=pm.identity(),
+            pm=pm and pm.identity(),
+            judge=config.judge_identity(judge),
             monitor=monitor_model.identity if monitor_model else None,
             rows=prompts.rows,
         ),

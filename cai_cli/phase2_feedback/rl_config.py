@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from cai_cli.common.errors import UsageError
 from cai_cli.models.loading import pick_device
 from cai_cli.phase2_feedback import rl_rollouts
+from cai_cli.phase2_feedback.rl_judge import JUDGE_SETTINGS, JudgeRewardOptions, refuse_judge_as_monitor
 from cai_cli.phase2_feedback.rl_rollouts import Rollouts
 from cai_cli.reward.scorer import PreferenceModelOptions, Scorer, check_device
 from cai_cli.runtime.config import Effect, Group, Option, option, redefine
@@ -40,13 +41,19 @@ class ScaleRewards(StrEnum):
     BATCH = "batch"
 
 
-class RlConfig(TrainerOptions, PreferenceModelOptions):
-    """Train a policy by RL against a preference model.
+class RlConfig(TrainerOptions, PreferenceModelOptions, JudgeRewardOptions):
+    """Train a policy by RL against a preference model, a constitution with a judge (--judge), or both.
 
     INPUT: prompts in any format that `cai sample` takes. Writes a model directory.
     """
 
     model: str = option(DEFAULT_MODEL, MODEL_TO_TRAIN_HELP, Option(Effect.HASHED, Group.MODEL, flags=("--model", "-m")))
+    pm: str | None = option(  # type: ignore[assignment]
+        None,
+        "Preference model of the reward, from `cai train-pm`; with --pm-url also server:NAME, a model that only the "
+        "server has. --judge may take its place.",
+        Option(Effect.HASHED, Group.MODEL),
+    )
     pm_device: str = option(
         "auto",
         "Device of the preference model: cpu, cuda or cuda:N; auto is the device of training.",
@@ -160,13 +167,24 @@ class RlConfig(TrainerOptions, PreferenceModelOptions):
     def settings(self, **resolved: Any) -> dict[str, Any]:
         """The options that decide the output. Those that the algorithm does not use are left out."""
         settings = super().settings(**resolved)
-        if self.algorithm is Algorithm.RLOO:
-            settings.pop("scale_rewards")
-        return settings
+        unused = ["scale_rewards"] if self.algorithm is Algorithm.RLOO else []
+        unused += [] if self.judge else JUDGE_SETTINGS
+        unused += [] if self.pm else ["pm_dtype"]
+        unused += [] if self.judge and self.pm else ["judge_weight"]
+        return {name: value for name, value in settings.items() if name not in unused}
 
     def check(self) -> None:
         super().check()
         check_device(self.pm_device)
+        if not self.pm and not self.judge:
+            raise UsageError(
+                "the reward is missing: a preference model or a judge",
+                hint="--pm MODEL, or --judge MODEL with a constitution",
+                code="missing-option",
+            )
+        if self.pm_url and not self.pm:
+            raise UsageError("--pm-url is the address of --pm, and there is none", code="option-conflict")
+        refuse_judge_as_monitor(self.judge, self.monitor_judge)
         if self.pm_url and self.pm_device != "auto":
             raise UsageError("--pm-url excludes --pm-device: the model runs on the server", code="option-conflict")
         if self.algorithm is Algorithm.RLOO and self.scale_rewards is not ScaleRewards.NONE:
@@ -177,16 +195,19 @@ class RlConfig(TrainerOptions, PreferenceModelOptions):
             self.rollouts, self.rollout_batch_size, self.rollout_url, named_values(self.engine_arg)
         )
 
-    def reward_scorer(self, training: TrainingConfig) -> Scorer:
-        """The preference model of the reward. Raises UsageError, CaiError."""
+    def reward_scorer(self, training: TrainingConfig) -> Scorer | None:
+        """The preference model of the reward, or None. Raises UsageError, CaiError."""
+        if not self.pm:
+            return None
         return self.open_scorer(training.batch_size, training.device if self.pm_device == "auto" else self.pm_device)
 
     @property
     def scorers(self) -> list[str]:
-        """The names of the preference models on the device that trains."""
+        """The names of the preference models and of the judge of the reward on the device that trains."""
+        judges = [self.local_judge] if self.local_judge else []
         if self.pm_url or self.pm_device not in ("auto", "cuda"):
-            return []
-        return [self.pm, *([self.monitor_pm] if self.monitor_pm else [])]
+            return judges
+        return [name for name in (self.pm, self.monitor_pm) if name] + judges
 
     def workload(self, length: int, scorer_parameters: int = 0) -> Workload:
         """What training does with its model, as far as memory depends on it.

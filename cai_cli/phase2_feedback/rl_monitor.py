@@ -28,8 +28,9 @@ from cai_cli.engines.tokenization import PromptEncoder, encode_chat, encode_text
 from cai_cli.metrics.reply_habits import opening
 from cai_cli.models.adapters import is_adapted, without_adapter_wrapper
 from cai_cli.phase2_feedback.goodhart import SHARES, Check, best_check, goodhart, mean_of
-from cai_cli.phase2_feedback.monitor_models import MonitorScorer, ReplyScorer
-from cai_cli.phase2_feedback.reward_normalizer import RewardNormalizer, replies_per_prompt, reward_normalizer
+from cai_cli.phase2_feedback.monitor_models import MonitorScorer
+from cai_cli.phase2_feedback.reward_normalizer import RewardNormalizer, replies_per_prompt, silent_judge
+from cai_cli.phase2_feedback.rl_rewards import RewardSource, mean_rewards, reward_of
 from cai_cli.prompting.base import assistant, reply_request
 from cai_cli.training import distributed
 from cai_cli.training.checkpoints import verify
@@ -50,10 +51,16 @@ REPLY_COLUMNS = (
     "boilerplate_share",
     "goodhart",
 )
-CHECK_COLUMNS = ("pm_score", *REPLY_COLUMNS)
 IMPLICIT_COLUMNS = ("implicit_reward", *REPLY_COLUMNS)
 # Token ids (1, length) and a number of last positions -> the logits there (1, positions, vocabulary).
 Logits = Callable[["Tensor", int], "Tensor"]
+
+
+def check_columns(sources: Sequence[RewardSource]) -> tuple[str, ...]:
+    """The metrics of a check of `cai rl`, those of the parts of the reward first."""
+    names = [source.name for source in sources]
+    shares = ("held_out_no_reward_share",) if "judge" in names else ()
+    return (*(f"{name}_score" for name in names), *shares, *REPLY_COLUMNS)
 
 
 @dataclass
@@ -63,7 +70,7 @@ class Monitor:
     Attributes:
         prompts: The held-out prompts.
         tokenizer: The policy's tokenizer.
-        score: The preference model of the reward, or None where the reward is the implicit one of DPO.
+        sources: The parts of the reward; empty where the reward is the implicit one of DPO.
         monitor_scorer: The monitor model, or None.
         file: Where the replies of all checks are written.
         sampling: How tokens are sampled.
@@ -78,7 +85,7 @@ class Monitor:
 
     prompts: Sequence[Prompt]
     tokenizer: Any
-    score: ReplyScorer | None
+    sources: Sequence[RewardSource]
     monitor_scorer: MonitorScorer | None
     file: Path
     sampling: Sampling
@@ -101,18 +108,15 @@ class Monitor:
         return [list(rows) for _, rows in groupby(self.rows, key=lambda row: row.step)]
 
     @property
-    def columns(self) -> Sequence[str]:
-        """The names of the metrics of a check, that of the reward first."""
-        return CHECK_COLUMNS if self.score else IMPLICIT_COLUMNS
-
-    @property
-    def normalizer(self) -> RewardNormalizer:
-        """The normalizer of the reward. It depends on the start model's replies alone, so a resume does not change it.
+    def normalizers(self) -> dict[str, RewardNormalizer]:
+        """The normalizers of the parts of the reward. They depend on the start model's replies alone, so a resume does
+        not change them.
 
         Raises:
-            CaiError: The replies to each prompt have the same score (`cannot-distinguish`).
+            CaiError: A preference model scores the replies to each prompt alike (`cannot-distinguish`).
         """
-        return reward_normalizer([row for row in self.rows if row.step == 0])
+        starts = [row for row in self.rows if row.step == 0]
+        return {source.name: source.normalizer(starts) for source in self.sources}
 
     def drop_after(self, step: int) -> None:
         """Drop the checks after `step`, because they are repeated."""
@@ -130,8 +134,8 @@ class Monitor:
             reference: The model that training started from.
 
         Returns:
-            The metrics named in `columns`. `pm_score` is in the unit of the reward, `implicit_reward` in nats,
-            `held_out_kl` and `held_out_entropy` are in nats per token, `goodhart` is the reason of a flag or None.
+            `pm_score` and `judge_score` are in the unit of the reward, `implicit_reward` is in nats, `held_out_kl` and
+            `held_out_entropy` are in nats per token, `goodhart` is the reason of a flag or None.
 
         Raises:
             CaiError: A prompt cannot be answered, or the preference model cannot tell the start model's replies apart.
@@ -148,9 +152,14 @@ class Monitor:
         file.append(rows)
         file.close()
         self.rows += rows
-        reward = fmean(row.score for row in rows)
+        normalizers = self.normalizers
+        name = " + ".join(f"{source.name}_score" for source in self.sources) or "implicit_reward"
+
+        def measure(row: PolicySample) -> float | None:
+            return reward_of(row, self.sources, normalizers) if self.sources else row.score
+
         return {
-            self.columns[0]: self.normalizer(reward) if self.score else reward,
+            **(mean_rewards(rows, self.sources, normalizers) or {"implicit_reward": mean_of(rows, measure)}),
             "monitor_score": mean_of(rows, lambda row: row.monitor_score),
             "held_out_kl": kl,
             "held_out_entropy": entropy,
@@ -159,12 +168,12 @@ class Monitor:
             "distinct_openings": len({opening(row.reply) for row in rows}) / len(rows),
             "evasive_share": mean_of(rows, SHARES["evasive_share"]),
             "boilerplate_share": mean_of(rows, SHARES["boilerplate_share"]),
-            "goodhart": goodhart(self.checks, self.total, reward=self.columns[0]),
+            "goodhart": goodhart(self.checks, self.total, reward=name, measure=measure),
         }
 
     def _replies(self, policy: Any) -> list[tuple[Prompt, int, Any]]:
         """(prompt, sample index, reply with its thoughts), those to the same prompt in succession."""
-        each = replies_per_prompt(len(self.prompts)) if self.score else 1  # the normalizer needs more
+        each = replies_per_prompt(len(self.prompts)) if self.sources else 1  # the normalizers need more
         requested = [(prompt, index) for prompt in self.prompts for index in range(each)]
         requests = [
             GenerationRequest(reply_request(prompt.prompt, "chat").text, seed_for(self.seed, "check", prompt.id, index))
@@ -192,10 +201,13 @@ class Monitor:
             console.warn(
                 f"{self.stage}: step {step:,}: the monitor gave no score to {missing:,} of {len(texts):,} replies"
             )
-        scores = self.score(prompts, texts) if self.score else [self.beta * ratio for ratio in log_ratios]
+        scores = {source.name: source.check(prompts, texts, start_replies) for source in self.sources}
+        if not self.sources:
+            scores["pm"] = [self.beta * ratio for ratio in log_ratios]
+        none = [None] * len(texts)
         return [
             PolicySample(
-                **dict(prompt),
+                **{name: getattr(prompt, name) for name in Prompt.model_fields},  # without a rubric
                 sample_index=index,
                 completion=[assistant(text or "")],
                 thoughts=thoughts,
@@ -203,10 +215,11 @@ class Monitor:
                 step=step,
                 reply_tokens=reply.new_tokens,
                 score=score,
+                judge_score=judge_score,
                 monitor_score=monitor_score,
             )
-            for (prompt, index, reply), (thoughts, text), score, monitor_score in zip(
-                replies, separated, scores, monitor_scores, strict=True
+            for (prompt, index, reply), (thoughts, text), score, judge_score, monitor_score in zip(
+                replies, separated, scores.get("pm", none), scores.get("judge", none), monitor_scores, strict=True
             )
         ]
 
@@ -298,7 +311,7 @@ class PolicyChecks:
     reference: Logits
     every: int
     stop: bool
-    _normalizer: RewardNormalizer | None = None
+    _normalizers: dict[str, RewardNormalizer] = field(default_factory=dict)
     kept: int | None = None
 
     def callback(self) -> Any:
@@ -322,16 +335,17 @@ class PolicyChecks:
         self.monitor.drop_after(state.global_step)
         if not self.metrics.at(0):
             self.metrics.put(0, self._check(0)[0])
-        if self.monitor.score:
-            self._normalizer = distributed.from_rank_zero(lambda: self.monitor.normalizer)
+        if self.monitor.sources:
+            self._normalizers = distributed.from_rank_zero(lambda: self.monitor.normalizers)
+        if warning := silent_judge(self._normalizers):
+            console.warn(warning)
         if state.global_step == 0 and distributed.is_rank_zero():
-            self._log({name: self.metrics.rows[0][name] for name in self.monitor.columns})
+            self._log(self.metrics.rows[0])
 
     @property
-    def normalizer(self) -> RewardNormalizer:
-        """The normalizer of the reward, on every rank. It is known when training has begun."""
-        assert self._normalizer  # noqa: S101
-        return self._normalizer
+    def normalizers(self) -> dict[str, RewardNormalizer]:
+        """The normalizers of the parts of the reward, on every rank. They are known when training has begun."""
+        return self._normalizers
 
     def check(self, args: Any, state: Any, control: Any) -> None:
         """Check the policy after this step, log the metrics, and warn at the first flagged check."""

@@ -2,19 +2,22 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cai_cli.common import console
 from cai_cli.common.errors import CaiError, RowError
 from cai_cli.common.seeds import seed_for
 from cai_cli.data.schema import Prompt, conversation_id, reject
-from cai_cli.data.splits import pick_keys
+from cai_cli.data.splits import mixed, pick_keys
 from cai_cli.engines.tokenization import encode_chat
 from cai_cli.models.loading import reading_of, tokenizer_and_window
+from cai_cli.phase2_feedback.rl_config import RlConfig
 from cai_cli.prompting.base import assistant
 from cai_cli.reward.preference_model import encode_conversation
 from cai_cli.runtime.counts import Counts
+from cai_cli.training.training_run import rows_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,3 +94,53 @@ def hold_out(prompts: Sequence[Prompt], count: int, seed: int) -> tuple[list[Pro
     held = pick_keys(keys, count, seed)
     train = [prompt for prompt, key in zip(prompts, keys, strict=True) if key not in held]
     return train, [prompt for prompt, key in zip(prompts, keys, strict=True) if key in held]
+
+
+@dataclass(frozen=True)
+class RlPrompts:
+    """The prompts of a run.
+
+    Attributes:
+        train: The prompts to train on.
+        held_out: The prompts to check the policy on.
+        counts: What happened to the input rows.
+        rows: A digest of the rows that were read, for the manifest.
+    """
+
+    train: Sequence[Prompt]
+    held_out: Sequence[Prompt]
+    counts: Counts
+    rows: dict[str, Any]
+
+
+def read_rl_prompts(config: RlConfig, base: Path, preference_models: Sequence[Path]) -> RlPrompts:
+    """Read, mix and split the prompts. A prompt that does not fit a model is rejected.
+
+    Args:
+        config: The options of the stage.
+        base: Directory of the policy.
+        preference_models: Directories of the preference models, whose context windows limit the prompts too.
+
+    Raises:
+        CaiError: A file cannot be read, or too few prompts fit.
+    """
+    rubrics = config.judge is not None
+    reader, helpful_reader = config.row_reader(), config.row_reader(of_input=False)
+    prompts = [prompt for _, prompt in reader.prompts(config.input, limit=config.limit, rubrics=rubrics)]
+    helpful: list[Prompt] = []
+    if config.helpful:
+        helpful += [prompt for _, prompt in helpful_reader.prompts(config.helpful, "helpful", rubrics=rubrics)]
+    counts = Counts.of_training(
+        [*reader.take_invalid(), *helpful_reader.take_invalid()], reader.dropped + helpful_reader.dropped
+    )
+    chosen = mixed(prompts, helpful, config.helpful_ratio, seed_for(config.seed, "rl", "helpful"))
+    if unused := len(prompts) + len(helpful) - len(chosen):
+        counts.skipped["beyond --helpful-ratio"] = unused
+    if config.helpful and len(helpful) < round(config.helpful_ratio * len(prompts)):
+        console.say(
+            f"rl: {config.helpful} has {len(helpful):,} prompts, fewer than --helpful-ratio requests; all are used"
+        )
+    fitting = fitting_prompts(chosen, base, preference_models, config.max_new_tokens, counts)
+    train, held_out = hold_out(fitting, config.held_out, config.seed)
+    counts.train, counts.held_out = len(train), len(held_out)
+    return RlPrompts(train, held_out, counts, rows_digest([*prompts, *helpful]))

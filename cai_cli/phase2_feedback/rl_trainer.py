@@ -1,74 +1,20 @@
-"""Changes to TRL's RLOO and GRPO trainers for `cai rl`: the reward, the encoding of prompts and the sampling of
-replies."""
+"""Changes to TRL's RLOO and GRPO trainers for `cai rl`: the encoding of prompts and the sampling of replies."""
 
 import math
-from collections.abc import Callable
 from functools import cached_property
-from statistics import fmean, pstdev
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cai_cli.common.seeds import seed_for
-from cai_cli.data.reply_ends import CUT_OFF
-from cai_cli.data.schema import Message, Prompt
 from cai_cli.engines.base import Sampling
 from cai_cli.engines.local.engine import engine_around
-from cai_cli.engines.thoughts import reply_of
-from cai_cli.engines.tokenization import PromptEncoder, decode_reply, encode_chat
+from cai_cli.engines.tokenization import encode_chat
 from cai_cli.engines.vllm import failures_of_vllm
 from cai_cli.models.adapters import without_adapter_wrapper
-from cai_cli.phase2_feedback.monitor_models import ReplyScorer
+from cai_cli.phase2_feedback.rl_rewards import Chat, messages_of
 from cai_cli.training import distributed
 from cai_cli.training.sharding import whole_weights
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-Chat = list[dict[str, str]]
 _SAMPLING = "cai_sampling_logprobs"  # in the inputs of the loss
-
-
-def preference_reward(
-    score: ReplyScorer,
-    normalizer: Callable[[float], float],
-    tokenizer: "PreTrainedTokenizerBase",
-    ends: frozenset[int],
-    cutoff_penalty: float,
-) -> Callable[..., list[float]]:
-    """The reward function for TRL's trainers (paper section 4.1). Thoughts are trained, but not scored.
-
-    Args:
-        score: The preference model.
-        normalizer: Standardises its scores, such as `RewardNormalizer`.
-        tokenizer: The policy's tokenizer.
-        ends: Token ids that end a reply; a reply that ends otherwise was cut off.
-        cutoff_penalty: Subtracted from the standardised score of a reply that was cut off.
-    """
-
-    opened = PromptEncoder(tokenizer).opened
-
-    def reward(
-        prompts: list[Chat],
-        completion_ids: list[list[int]],
-        log_metric: Callable[[str, float], None],
-        **_: Any,
-    ) -> list[float]:
-        rows = [Prompt(id="-", prompt=messages_of(prompt)) for prompt in prompts]
-        # Decoded as in `cai sample`; TRL's own texts keep an end of turn that is not a special token.
-        replies = [decode_reply(tokenizer, ids, ends) for ids in completion_ids]
-        scores = [normalizer(value) for value in score(rows, [reply_of(text, opened) for text, _ in replies])]
-        cut = [reason == CUT_OFF for _, reason in replies]
-        of_all = distributed.gathered(list(zip(scores, cut, strict=True)))
-        log_metric("score", fmean(score for score, _ in of_all))
-        log_metric("score_std", pstdev(score for score, _ in of_all))
-        log_metric("cut_off_share", fmean(was_cut for _, was_cut in of_all))
-        return [score - cutoff_penalty * was_cut for score, was_cut in zip(scores, cut, strict=True)]
-
-    return reward
-
-
-def messages_of(chat: Chat) -> list[Message]:
-    """The messages of a chat as TRL passes it."""
-    return [Message.model_validate(message) for message in chat]
 
 
 class SamplingDifference:

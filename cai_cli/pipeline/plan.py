@@ -133,7 +133,7 @@ def _plan_step(name: str, given: Mapping[str, Any], steps: Mapping[str, Step], p
     for shared in ("model", "seed"):
         if shared in stage.config.option_names():
             settings.setdefault(shared, getattr(place.run, shared))
-    for address in ("base-url", "pm-url"):
+    for address in ("base-url", "pm-url", "judge-url"):
         _check_urls(settings.get(address), f"--{address}")
     needs: list[Step] = []
     files: dict[str, str | None] = {}

@@ -8,8 +8,15 @@ from cai_cli.report.collect import StepFiles
 
 # Meaning and unit of the columns, in the order of the page; other columns follow under their own names.
 TITLES = {
-    "reward": "Preference model score (standard deviations of the start model's scores within a prompt)",
+    "reward": "Reward (standard deviations of the start model's scores within a prompt)",
+    "pm_reward": "Reward of the preference model (in the same unit)",
+    "judge_reward": "Reward of the judge (in the same unit)",
     "pm_score": "Preference model score on held-out prompts (in the same unit)",
+    "judge_score": "Score of the judge on held-out prompts (in the same unit)",
+    "judge_spread": "Standard deviation of the judge's scores within a prompt (nats)",
+    "judge_refused_share": "Share of requests that the judge refused",
+    "no_reward_share": "Share of replies without a reward",
+    "judge_alike_share": "Share of questions to which the judge said the same in both phrasings or orders",
     "monitor_score": "Score of the monitor model, which is not used for training",
     "implicit_reward": "Implicit reward of the replies to held-out prompts",
     "kl": "KL divergence from the start model (nats per token)",
@@ -34,7 +41,7 @@ TITLES = {
     "epoch": "Epoch",
 }
 # Columns that share the chart of another column with the same unit.
-HELD_OUT = ("loss", "accuracy", "margin", "kl", "entropy", "reply_tokens", "cut_off_share")
+HELD_OUT = ("loss", "accuracy", "margin", "kl", "entropy", "reply_tokens", "cut_off_share", "no_reward_share")
 TOGETHER = {f"held_out_{name}": name for name in HELD_OUT}
 TOGETHER |= {"shaped_reward": "reward", "rejected_reward": "chosen_reward"}
 NAMES = {

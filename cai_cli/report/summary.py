@@ -100,11 +100,13 @@ def _model_metrics(run: RunFiles) -> Iterator[KeyMetric]:
             yield KeyMetric(f"held-out accuracy of {step.name}", step.metrics["accuracy"])
     for step in run.steps_of("rl"):
         metrics = step.metrics
-        if metrics.get("pm_score_before") is not None and metrics.get("pm_score") is not None:
-            change = f"{metrics['pm_score_before']:.3g} before training, on held-out prompts"
+        for name, of in (("pm_score", "preference model"), ("judge_score", "judge's")):
+            if metrics.get(f"{name}_before") is None or metrics.get(name) is None:
+                continue
+            change = f"{metrics[f'{name}_before']:.3g} before training, on held-out prompts"
             if metrics.get("kept_step", metrics["steps"]) != metrics["steps"]:
                 change += f"; measured at step {metrics['kept_step']:,}, the step that was kept"
-            yield KeyMetric(f"preference model score of {step.name}", metrics["pm_score"], change)
+            yield KeyMetric(f"{of} score of {step.name}", metrics[name], change)
 
 
 def constitutions(run: RunFiles) -> list[tuple[StepFiles, PrincipleDraws]]:

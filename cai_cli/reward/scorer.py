@@ -48,7 +48,7 @@ class PreferenceModelOptions(StageConfig):
 
     def check(self) -> None:
         super().check()
-        if self.pm.startswith(SERVER_PREFIX) and not self.pm_url:
+        if (self.pm or "").startswith(SERVER_PREFIX) and not self.pm_url:
             raise UsageError(f"--pm {self.pm} needs the address of the server", "--pm-url URL", code="missing-option")
         if self.pm_url and self.pm_dtype is not DType.AUTO:
             raise UsageError("--pm-url excludes --pm-dtype: the server chooses it", code="option-conflict")

@@ -110,3 +110,15 @@ def test_a_file_of_the_other_kind_or_without_principles_is_refused(small: Path) 
     with pytest.raises(CaiError) as error:
         con.open_constitution(con.CritiqueConstitution, str(small), None)
     assert error.value.code == "invalid-constitution"
+
+
+def test_a_weight_of_one_changes_neither_the_fingerprint_nor_the_file() -> None:
+    def with_weight(**weight: float) -> con.PreferenceConstitution:
+        principle = {"id": "kind", "comparison": "Choose the kinder reply."}
+        return con.PreferenceConstitution.model_validate(
+            {"kind": "preference", "name": "one", "principles": [principle | weight]}
+        )
+
+    assert with_weight().fingerprint() == with_weight(weight=1).fingerprint() != with_weight(weight=2).fingerprint()
+    assert "weight" not in con.dump(with_weight())
+    assert "weight: 2.0" in con.dump(with_weight(weight=2))

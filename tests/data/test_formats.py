@@ -11,9 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cai_cli.common.errors import RowError
-from cai_cli.data import evaluation_schema, formats, schema
+from cai_cli.data import evaluation_schema, formats, reward_schema, schema
+from cai_cli.data.dropped import Dropped
 from cai_cli.data.evaluation_schema import EvaluationQuestion, EvaluationResult, HarmScore, ModelComparison
-from cai_cli.data.formats import has_key, parse_prompt, parse_row, row_key, row_type_of, sample_or_revision
+from cai_cli.data.formats import (
+    has_key,
+    parse_prompt,
+    parse_prompt_with_rubric,
+    parse_row,
+    row_key,
+    row_type_of,
+    sample_or_revision,
+)
+from cai_cli.data.reward_schema import JudgedReplies, RubricPrompt
 from cai_cli.data.schema import (
     Critique,
     Identified,
@@ -36,7 +46,8 @@ from cai_cli.data.schema import (
 
 PACKAGE = Path(formats.__file__).parents[1]
 # Rows inside other rows: no file consists of them.
-NESTED = {Message, RevisionRound, Vote, evaluation_schema.OptionScores}
+NESTED = {Message, RevisionRound, Vote, evaluation_schema.OptionScores, reward_schema.CriterionAnswer}
+NESTED |= {reward_schema.RubricItem, RubricPrompt}  # the latter is an input only
 
 texts = st.text(st.characters(codec="utf-8"), max_size=9)
 names = texts.filter(bool)
@@ -90,8 +101,23 @@ FIELDS: dict[type[Row], dict[str, st.SearchStrategy[Any]]] = {
     Revision: sample | {"history": st.lists(rounds, min_size=1, max_size=2)},
     Scored: sample | {"score": number},
     PolicySample: sample
-    | {"score": number, "step": counts, "reply_tokens": counts, "monitor_score": st.none() | number},
+    | {
+        "score": st.none() | number,
+        "judge_score": st.none() | number,
+        "step": counts,
+        "reply_tokens": counts,
+        "monitor_score": st.none() | number,
+    },
     HarmScore: sample | {"harm": st.floats(0, 4), "levels": st.lists(share, min_size=5, max_size=5)},
+    JudgedReplies: {
+        "id": names,
+        "prompt_hash": texts,
+        "replies": st.lists(texts, min_size=1, max_size=2),
+        "answers": st.lists(
+            st.builds(dict, criterion_id=texts, log_odds=st.lists(number, min_size=2, max_size=2)), max_size=2
+        ),
+        "ends_batch": st.booleans(),
+    },
     Pair: {
         "id": names,
         "prompt": message("user"),
@@ -162,7 +188,7 @@ FIELDS: dict[type[Row], dict[str, st.SearchStrategy[Any]]] = {
 
 
 def row_types() -> set[type[Row]]:
-    values = [*vars(schema).values(), *vars(evaluation_schema).values()]
+    values = [*vars(schema).values(), *vars(evaluation_schema).values(), *vars(reward_schema).values()]
     return {t for t in values if isinstance(t, type) and issubclass(t, Row)} - {Row, Identified} - NESTED
 
 
@@ -241,3 +267,16 @@ def test_no_other_module_tells_rows_apart_by_their_fields() -> None:
     guess = re.compile(rf'"(?:{"|".join(marks)})" (?:not )?in (?:value|row|left|fields|first)\b|<= fields\b')
     files = [file for file in PACKAGE.rglob("*.py") if file.name != "formats.py"]
     assert [str(file) for file in files if guess.search(file.read_text(encoding="utf-8"))] == []
+
+
+def test_a_rubric_is_read_where_it_is_wanted_and_else_a_column_that_is_left_out() -> None:
+    row = {"id": "p", "prompt": "What is a prime?", "rubric": [{"text": "Names 2.", "weight": 2}]}
+    prompt = parse_prompt_with_rubric(row, source="x")
+    assert isinstance(prompt, RubricPrompt)
+    assert (prompt.id, prompt.rubric[0].weight) == ("p", 2)
+    dropped = Dropped()
+    assert type(parse_prompt(row, source="x", dropped=dropped)) is Prompt
+    assert dropped.as_json() == {"rubric": 1}
+    for broken in ([], [{"text": ""}], [{"text": "x", "weight": 0}], "Names 2."):
+        with pytest.raises(RowError):
+            parse_prompt_with_rubric(row | {"rubric": broken}, source="x")

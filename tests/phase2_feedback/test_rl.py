@@ -22,7 +22,7 @@ from cai_cli.phase2_feedback import pm_pairs
 from cai_cli.phase2_feedback.monitor_models import preference_score
 from cai_cli.phase2_feedback.reward_normalizer import RewardNormalizer
 from cai_cli.phase2_feedback.rl_config import RlConfig
-from cai_cli.phase2_feedback.rl_trainer import messages_of, preference_reward
+from cai_cli.phase2_feedback.rl_rewards import RewardFunction, messages_of, preference_source
 from cai_cli.reward import scorer
 from cai_cli.reward.preference_model import score_conversations
 from cai_cli.reward.scorer import Scorer
@@ -164,9 +164,9 @@ def test_a_reply_cut_off_at_the_limit_gets_the_penalty_and_is_counted(model: Pat
     prompts = [[{"role": "user", "content": "question"}]] * 2
     replies = [[{"role": "assistant", "content": "helpful"}]] * 2
     helpful, part = (tokenizer(text)["input_ids"] for text in ("helpful", "\u68a8"))
-    reward = preference_reward(
-        preference_score(Scorer(pm, None, "cpu")), RewardNormalizer(-1.0, 0.5), tokenizer, ends, 1.5
-    )
+    score = preference_score(Scorer(pm, None, "cpu"))
+    unit = {"pm": RewardNormalizer(-1.0, 0.5, 0.5)}
+    reward = RewardFunction([preference_source(score)], lambda: unit, tokenizer, ends, 1.5, score)
     rewards = reward(
         prompts=prompts,
         completion_ids=[[*helpful, tokenizer.eos_token_id], [*helpful, *part[:-1]]],  # cut inside a character

@@ -27,14 +27,15 @@ from cai_cli.data.formats import parse_prompt
 from cai_cli.data.schema import Message, PolicySample, Prompt, load_row
 from cai_cli.models.loading import load_causal_lm, load_reward_model, load_tokenizer
 from cai_cli.phase2_feedback import rl_monitor
-from cai_cli.phase2_feedback.rl_monitor import CHECK_COLUMNS, Monitor, logits_of
+from cai_cli.phase2_feedback.rl_monitor import REPLY_COLUMNS, Monitor, logits_of
+from cai_cli.phase2_feedback.rl_rewards import preference_source
 from cai_cli.reward.preference_model import score_conversations
 
 command = stage("rl")
 train_pm_stage = stage("train-pm")
 
 PHRASE = " racist"  # one token of the tiny tokenizer
-MEASURED = [name for name in CHECK_COLUMNS if name not in ("monitor_score", "goodhart")]
+MEASURED = [name for name in ("pm_score", *REPLY_COLUMNS) if name not in ("monitor_score", "goodhart")]
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +111,7 @@ def test_divergence_and_entropy_are_over_the_whole_vocabulary(model: Path, tmp_p
     monitor = Monitor(
         prompts,
         load_tokenizer(model),
-        lambda _, replies: [float(i) for i, _ in enumerate(replies)],
+        [preference_source(lambda _, replies: [float(i) for i, _ in enumerate(replies)])],
         None,
         tmp_path / "samples.jsonl",
         rl_monitor.Sampling(8, 0.7),
@@ -142,7 +143,7 @@ def test_one_score_for_every_reply_is_refused(model: Path, tmp_path: Path) -> No
     monitor = Monitor(
         prompts,
         load_tokenizer(model),
-        lambda _, replies: [1.5] * len(replies),
+        [preference_source(lambda _, replies: [1.5] * len(replies))],
         None,
         tmp_path / "samples.jsonl",
         rl_monitor.Sampling(4),
@@ -188,7 +189,7 @@ def test_the_policy_that_is_kept_is_the_one_of_the_best_check(
 ) -> None:
     run = settings(models, lora=lora, save_steps=3)
     command(prompts, tmp_path / "four", **run | {"steps": 4})
-    monkeypatch.setattr(rl_monitor, "goodhart", lambda checks, total, reward: "planted" if len(checks) == 4 else None)
+    monkeypatch.setattr(rl_monitor, "goodhart", lambda checks, *_, **__: "planted" if len(checks) == 4 else None)
     with interrupted_after(6):
         command(prompts, tmp_path / "rl", stop_on_goodhart=True, **run | {"steps": 9})
     command(prompts, tmp_path / "rl", stop_on_goodhart=True, **run | {"steps": 9})
@@ -309,14 +310,18 @@ def test_a_stored_sample_can_be_read_as_a_prompt(models: dict[str, str]) -> None
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("reward", ["pm", "judge"])
 def test_a_run_killed_with_sigkill_and_resumed_ends_with_the_parameters_of_one_that_was_not(
-    models: dict[str, str], prompts: str, tmp_path: Path
+    reward: str, models: dict[str, str], prompts: str, tmp_path: Path
 ) -> None:
-    options = "--steps 30 --prompts-per-step 2 --samples-per-prompt 4 --max-new-tokens 8 --learning-rate 1e-3"
+    judge = ["--judge", str(tiny_model_dir(tmp_path / "judge", seed=5, max_position_embeddings=1024))]
+    rewards = {"pm": ["--pm", models["pm"]], "judge": [*judge, "--max-principles", "1"]}
+    steps = {"pm": 30, "judge": 20}[reward]
+    options = f"--steps {steps} --prompts-per-step 2 --samples-per-prompt 4 --max-new-tokens 8 --learning-rate 1e-3"
     options += " --held-out 8 --monitor-every 4 --save-steps 5 --device cpu"
 
     def argv(out: str) -> list[str]:
-        given = ["--model", models["model"], "--pm", models["pm"], "--monitor-pm", models["monitor"]]
+        given = ["--model", models["model"], *rewards[reward], "--monitor-pm", models["monitor"]]
         return [sys.executable, "-m", "cai_cli", "rl", prompts, "-o", str(tmp_path / out), *given, *options.split()]
 
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -336,3 +341,8 @@ def test_a_run_killed_with_sigkill_and_resumed_ends_with_the_parameters_of_one_t
         assert rows_in(tmp_path / "whole" / name) == rows_in(tmp_path / "killed" / name)
     whole, killed = (manifest_of(tmp_path / out) for out in ("whole", "killed"))
     assert whole["metrics"] == killed["metrics"]
+    if reward == "judge":
+        answers = rows_in(tmp_path / "killed/judge.jsonl")
+        assert answers == rows_in(tmp_path / "whole/judge.jsonl")
+        asked = [(row["prompt_hash"], *row["replies"]) for row in answers]
+        assert len(asked) == len(set(asked)) > 100

@@ -14,9 +14,11 @@ from tiny import tiny_model_dir
 from cai_cli.data.schema import Message, Prompt
 from cai_cli.engines.local import engine
 from cai_cli.models.loading import load_reward_model, load_tokenizer
+from cai_cli.phase2_feedback.reward_normalizer import RewardNormalizer
 from cai_cli.phase2_feedback.rl import RlInputs, rl
 from cai_cli.phase2_feedback.rl_config import RlConfig
-from cai_cli.phase2_feedback.rl_trainer import SamplingDifference, preference_reward
+from cai_cli.phase2_feedback.rl_rewards import RewardFunction, preference_source
+from cai_cli.phase2_feedback.rl_trainer import SamplingDifference
 from cai_cli.reward.scorer import Scorer
 
 
@@ -89,7 +91,8 @@ def test_the_reward_is_that_of_the_reply_without_its_thoughts(tmp_path: Path, an
         return [0.0] * len(replies)
 
     ends = frozenset({tokenizer.eos_token_id})
-    reward = preference_reward(score, lambda value: value, tokenizer, ends, cutoff_penalty=0.0)
+    unit = {"pm": RewardNormalizer(0.0, 1.0, 1.0)}
+    reward = RewardFunction([preference_source(score)], lambda: unit, tokenizer, ends, 0.0, score)
     ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
     reward([[{"role": "user", "content": "Name a fruit."}]], [ids], log_metric=lambda *_: None)
     assert [text.strip() for text in seen] == [scored]

@@ -147,13 +147,15 @@ kind: preference
 name: two
 principles:
   - {id: kind, comparison: "Which reply is kinder?"}
-  - {id: brief, comparison: "Which reply is briefer?"}
+  - {id: brief, comparison: "Which reply is briefer?", weight: 3}
 """
 
 
 def test_a_constitution_is_served_on_loopback_and_sigterm_ends_it_cleanly(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(CONSTITUTION)
-    (tmp_path / "script.jsonl").write_text('{"scores": [-1.5]}\n')
+    lines = ['{"contains": "turned down", "scores": [-3, -1]}', '{"contains": "kinder", "scores": [-1, -2]}',
+             '{"scores": [-1, -4]}']  # fmt: skip
+    (tmp_path / "script.jsonl").write_text("\n".join(lines))
     command = [
         sys.executable,
         "-m",
@@ -172,8 +174,9 @@ def test_a_constitution_is_served_on_loopback_and_sigterm_ends_it_cleanly(tmp_pa
         url = line.split()[-1]
         assert url.startswith("http://127.0.0.1:")
         status, answer = post(url, {"query": ["Hi<a>Hello."], "prompts": ["Hi<a>"], "labels": [json.dumps(ASKED)]})
-        assert (status, set(answer["extra_logs"])) == (200, {"kind", "brief"})
-        assert answer["rewards"] == [pytest.approx(sum(v[0] for v in answer["extra_logs"].values()) / 2)]
+        # Half the difference of the log-odds of Yes in the two phrasings; the mean by the weights of 1 and 3.
+        assert (status, answer["extra_logs"]) == (200, {"kind": [1.5], "brief": [2.5]})
+        assert answer["rewards"] == [pytest.approx((1.5 + 3 * 2.5) / 4)]
         assert post(url, {"input": [[1, 2]]})[0] == 400
     finally:
         server.send_signal(signal.SIGTERM)
@@ -185,7 +188,6 @@ def test_a_constitution_is_served_on_loopback_and_sigterm_ends_it_cleanly(tmp_pa
     ("words", "code"),
     [
         (("c.yaml",), "missing-option"),
-        (("c.yaml", "--model", "openai:m", "--base-url", "http://h/v1"), "option-conflict"),
         (("pm", "--model", "m"), "option-conflict"),
         (("no-such-model-here",), "unknown-model"),
     ],

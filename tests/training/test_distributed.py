@@ -28,6 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, a preference model, and rows for each stage in numbers that the effective batch of 8 divides."""
     made = tmp_path_factory.mktemp("ranks")
     tiny_model_dir(made / "tiny")
+    tiny_model_dir(made / "judge", seed=5, max_position_embeddings=1024)
     write_rows(made / "rev.jsonl", [revision(i, f"answer {i * 7}" + " more" * (i % 5)) for i in range(36)])
     pairs = [preference(i, 0.6 + i / 100, f"helpful {i}" + " x" * (i % 7), f"toxic {i}") for i in range(36)]
     write_rows(made / "prefs.jsonl", pairs)
@@ -39,9 +40,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def words(stage: str, output: Path, accumulation: int, *more: str) -> list[str]:
     """A command line of which one process with `accumulation` 2 and two with 1 take the same steps."""
     shared = ["-o", str(output), "--model", "tiny", "--learning-rate", "1e-3", "--save-steps", "2"]
-    if stage == "rl":
+    if stage in ("rl", "rl --judge"):
+        reward = ["--pm", "pm"] if stage == "rl" else ["--judge", "judge", "--max-principles", "1"]
         replies = ["--prompts-per-step", "2", "--samples-per-prompt", "4", "--max-new-tokens", "8"]
-        return ["rl", "prompts.txt", *shared, "--pm", "pm", "--steps", "5", "--monitor-every", "2", *replies, *more]
+        return ["rl", "prompts.txt", *shared, *reward, "--steps", "5", "--monitor-every", "2", *replies, *more]
     source = {"sft": "rev.jsonl"}.get(stage, "prefs.jsonl")
     rows = ["--batch-size", "4", "--gradient-accumulation", str(accumulation), "--eval-share", "0.112", "--epochs", "2"]
     of_stage = {"train-pm": ["--fit-head"], "dpo": ["--max-new-tokens", "8", "--monitor-every", "4"]}
@@ -73,7 +75,7 @@ def assert_same_curves(one: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["sft", "train-pm", "rl", "dpo"])
+@pytest.mark.parametrize("stage", ["sft", "train-pm", "rl", "rl --judge", "dpo"])
 def test_two_processes_take_the_steps_of_one_at_the_same_effective_batch(
     stage: str, folder: Path, tmp_path: Path
 ) -> None:
@@ -88,7 +90,10 @@ def test_two_processes_take_the_steps_of_one_at_the_same_effective_batch(
         dealt = manifest_of(tmp_path / name)["run"]["training"]
         assert (dealt["processes"], dealt["effective_batch"], dealt["repeated_rows"]) == (processes, 8, 0)
         assert dealt["tokens_per_second"] > 0
-    if stage in ("rl", "dpo"):
+    if stage == "rl --judge":  # rank 0 asks about the replies of both
+        asked = [rows_in(tmp_path / name / "judge.jsonl") for name in ("one", "two")]
+        assert [row["replies"] for row in asked[0]] == [row["replies"] for row in asked[1]]
+    if stage not in {"sft", "train-pm"}:
         replies = [[row["completion"] for row in rows_in(tmp_path / name / "samples.jsonl")] for name in ("one", "two")]
         assert replies[0] == replies[1]
 
