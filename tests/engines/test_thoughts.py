@@ -77,7 +77,7 @@ def test_thinking_is_switched_by_the_templates_argument_or_by_closing_what_it_op
     ]:
         model = thinking_model_dir(tmp_path / f"{abs(hash(template))}", template)
         engine = engine_of(model, thinking=thinking)
-        ids = engine.encoder.encode(CHAT, "", thinks=bool(engine.encoder.opened_in(GenerationRequest(CHAT, 0))))
+        ids = engine.encoder.encode(CHAT, "", thinks=engine.encoder.may_think(GenerationRequest(CHAT, 0)))
         assert engine.tokenizer.decode(ids).endswith(end)
         assert engine.identity()["thinking"] == thinking
 
