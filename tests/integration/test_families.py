@@ -27,9 +27,9 @@ STAGES: dict[str, tuple[str, ...]] = {
     "dpo": ("dpo", "labels", "-m", "m", *TRAIN, "--beta", "0.1"),
     "score": ("score", "samples.jsonl", "--pm", "pm"),
     "rl": ("rl", "prompts.txt", "-m", "m", "--pm", "pm", "--steps", "1", "--prompts-per-step", "2", "--samples-per-prompt", "2",
-           "--max-new-tokens", "24", "--held-out", "1", "--device", "cpu", "--learning-rate", "1e-6"),
+           "--max-new-tokens", "48", "--temperature", "0.1", "--held-out", "1", "--device", "cpu", "--learning-rate", "1e-6"),
 }  # fmt: skip
-MAY_REJECT_ALL = {"critique", "revise", "critique-revise"}  # a random model may write nothing that passes the checks
+MAY_REJECT_ALL = {"with-system", "critique", "revise", "critique-revise"}  # a random model may write nothing that passes the checks
 
 
 @pytest.fixture
@@ -67,8 +67,9 @@ def test_every_stage_keeps_thoughts_apart_and_saves_a_model_that_ends_its_turns(
     name: str, cai: Cai, tmp_path: Path, rendered: list[str]
 ) -> None:
     family = FAMILIES[name]
-    taught(family_model_dir(tmp_path / "m", family, max_position_embeddings=2048), FRUIT, family.answer)
-    (tmp_path / "prompts.txt").write_text(f"{FRUIT}\nName a town.\nName a river.\nName a tree.\n")
+    prompts = (FRUIT, "Name a town.", "Name a river.", "Name a tree.")
+    taught(family_model_dir(tmp_path / "m", family, max_position_embeddings=2048), prompts, family.answer)
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
     samples = [sample_row(i, j) | {"thoughts": WANT} for i in range(4) for j in range(2)]
     write_rows(tmp_path / "samples.jsonl", samples)
     asked = {"principle_id": "harmful-1", "round": 0, "critique": "It is short.", "history": []}
