@@ -1,6 +1,5 @@
 """Tiny models whose chat templates treat thoughts as published families do. The templates are in our own words."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from tiny import tiny_model_dir
@@ -61,24 +60,20 @@ def thinking_model_dir(path: Path, template: str) -> Path:
     return path
 
 
-def taught(path: Path, prompts: str | Sequence[str], answer: str) -> Path:
+def taught(path: Path, prompt: str, answer: str) -> Path:
     """The model in a directory, overfitted to write `answer`, control tokens included, after the generation prompt."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(path)
-    texts = [
-        tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)
-        for prompt in ([prompts] if isinstance(prompts, str) else prompts)
-    ]
-    batch = tokenizer([text + answer for text in texts], return_tensors="pt", add_special_tokens=False, padding=True)
-    ids, mask = batch["input_ids"], batch["attention_mask"]
-    labels = ids.masked_fill(mask == 0, -100)
+    start = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+    )
+    ids = tokenizer(start + answer, return_tensors="pt", add_special_tokens=False)["input_ids"]
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(60):
-        model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+        model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     model.save_pretrained(path)

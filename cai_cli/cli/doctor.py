@@ -135,7 +135,13 @@ def model_checks(name: str) -> list[Check]:
         CaiError: There is no such model, or it cannot be read.
     """
     from cai_cli.engines import thoughts
-    from cai_cli.engines.tokenization import SWITCHES, end_of_turn_ids, generation_prompt, reply_header, template_variables
+    from cai_cli.engines.tokenization import (
+        SWITCHES,
+        end_of_turn_ids,
+        generation_prompt,
+        reply_header,
+        template_variables,
+    )
     from cai_cli.models.loading import context_window, load_config, load_generation_config, load_tokenizer
     from cai_cli.models.names import resolve
 

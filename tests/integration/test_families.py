@@ -1,6 +1,5 @@
 """Every stage on a tiny model of each family of chat templates: thoughts stay apart, and saved models end their turns."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,14 @@ STAGES: dict[str, tuple[str, ...]] = {
     "dpo": ("dpo", "labels", "-m", "m", *TRAIN, "--beta", "0.1"),
     "score": ("score", "samples.jsonl", "--pm", "pm"),
     "rl": ("rl", "prompts.txt", "-m", "m", "--pm", "pm", "--steps", "1", "--prompts-per-step", "2", "--samples-per-prompt", "2",
-           "--max-new-tokens", "48", "--temperature", "0.1", "--held-out", "1", "--device", "cpu", "--learning-rate", "1e-6"),
+           "--max-new-tokens", "24", "--held-out", "1", "--device", "cpu", "--learning-rate", "1e-6"),
 }  # fmt: skip
-MAY_REJECT_ALL = {"with-system", "critique", "revise", "critique-revise"}  # a random model may write nothing that passes the checks
+MAY_REJECT_ALL = {
+    "with-system",
+    "critique",
+    "revise",
+    "critique-revise",
+}  # a random model may write nothing that passes the checks
 
 
 @pytest.fixture
@@ -49,8 +53,8 @@ def rendered(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-def generated(model: Path, family: Family) -> list[int]:
-    """What plain transformers generates for `FRUIT` with the files of a saved model."""
+def check_generation(model: Path, family: Family) -> None:
+    """Plain transformers, with the files of a saved model, writes the answer and ends at the end of its turn."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -59,7 +63,6 @@ def generated(model: Path, family: Family) -> list[int]:
     )
     out = AutoModelForCausalLM.from_pretrained(model).generate(**inputs, do_sample=False, max_new_tokens=60)
     assert tokenizer.decode(out[0, inputs["input_ids"].shape[1] :]) == family.answer
-    return list(out[0])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -67,9 +70,8 @@ def test_every_stage_keeps_thoughts_apart_and_saves_a_model_that_ends_its_turns(
     name: str, cai: Cai, tmp_path: Path, rendered: list[str]
 ) -> None:
     family = FAMILIES[name]
-    prompts = (FRUIT, "Name a town.", "Name a river.", "Name a tree.")
-    taught(family_model_dir(tmp_path / "m", family, max_position_embeddings=2048), prompts, family.answer)
-    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    taught(family_model_dir(tmp_path / "m", family, max_position_embeddings=2048), FRUIT, family.answer)
+    (tmp_path / "prompts.txt").write_text(f"{FRUIT}\nName a town.\nName a river.\nName a tree.\n")
     samples = [sample_row(i, j) | {"thoughts": WANT} for i in range(4) for j in range(2)]
     write_rows(tmp_path / "samples.jsonl", samples)
     asked = {"principle_id": "harmful-1", "round": 0, "critique": "It is short.", "history": []}
@@ -78,12 +80,15 @@ def test_every_stage_keeps_thoughts_apart_and_saves_a_model_that_ends_its_turns(
         done = cai(*words, "-o", out)
         assert done.code == 0 or (out in MAY_REJECT_ALL and done.code == 1), f"{out}: {done.stderr}"
         assert "Traceback" not in done.stderr
-        assert not [text for text in rendered if WANT in text], out
+        # In rl the model also samples texts that have thoughts in no form at all.
+        thoughts = family.answer.partition(PEAR)[0].strip() if out == "rl" and family.thinks else WANT
+        assert not [text for text in rendered if thoughts in text], out
     first = rows_in(tmp_path / "sample")[0]
     assert (first["completion"][0]["content"], first["finish_reason"]) == (PEAR, "stop")
     assert first["thoughts"] == (WANT if family.thinks else None)
     for saved in ("sft", "dpo", "rl"):
-        generated(tmp_path / saved, family)
+        check_generation(tmp_path / saved, family)
+    rendered.clear()
     chat = cai("chat", "sft", "--temperature", "0", stdin=f"{FRUIT}\nName a town.\n".encode())
     assert chat.stdout.splitlines()[0] == f"sft> {PEAR}"
     assert not [text for text in rendered if WANT in text]

@@ -45,7 +45,12 @@ def transcript(user: str, reply: str) -> str:
 
 def openai_result(number: int, reply: str) -> Made:
     body = {"choices": [{"index": 0, "message": {"role": "assistant", "content": reply}, "finish_reason": "stop"}]}
-    return {"id": f"b{number}", "custom_id": f"r{number}", "response": {"status_code": 200, "body": body}, "error": None}
+    return {
+        "id": f"b{number}",
+        "custom_id": f"r{number}",
+        "response": {"status_code": 200, "body": body},
+        "error": None,
+    }
 
 
 def anthropic_result(number: int, reply: str) -> Made:
@@ -59,7 +64,13 @@ REPLIES: dict[str, tuple[Callable[[int, str, str], Made], tuple[str, ...], dict[
     "ShareGPT": (lambda i, u, g: {"id": f"s{i}", "conversations": shared(u, g), "lang": "en"}, (), {"lang": 3}),
     "Alpaca": (lambda _, u, g: {"instruction": u, "input": "", "output": g, "text": f"{u} {g}"}, (), {"text": 3}),
     "LMSYS": (
-        lambda i, u, g: {"conversation_id": f"l{i}", "model": "m", "conversation": said(u, g), "turn": 1, "redacted": False},
+        lambda i, u, g: {
+            "conversation_id": f"l{i}",
+            "model": "m",
+            "conversation": said(u, g),
+            "turn": 1,
+            "redacted": False,
+        },
         (),
         {"model": 3, "turn": 3, "redacted": 3},
     ),
@@ -168,7 +179,8 @@ def test_trl_aligns_on_converted_pairs_and_trains_the_tokens_of_cai_dpo(cai: Cai
 
     data = converted(cai, tmp_path, PAIRS, count=3)
     talks = [
-        (said(question), *([{"role": "assistant", "content": text}] for text in replies)) for question, *replies in TALKS
+        (said(question), *([{"role": "assistant", "content": text}] for text in replies))
+        for question, *replies in TALKS
     ]
     assert [(row["prompt"], row["chosen"], row["rejected"]) for row in data] == talks * len(PAIRS)
     assert [row["p_chosen"] for row in data][3] == pytest.approx(0.9985, abs=1e-4)
