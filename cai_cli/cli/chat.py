@@ -16,17 +16,28 @@ from cai_cli.common.seeds import seed_for
 from cai_cli.data.reply_ends import CUT_OFF
 from cai_cli.data.schema import Message
 from cai_cli.engines import open_engine
-from cai_cli.engines.base import Completion, Engine, GenerationRequest, RequestFailure, Sampling, Server
+from cai_cli.engines.base import (
+    ChatOptions,
+    Completion,
+    Engine,
+    GenerationRequest,
+    RequestFailure,
+    Sampling,
+    Server,
+)
 from cai_cli.prompting.base import PromptFormat, assistant, reply_request, resolve_prompt_format, user
 from cai_cli.prompting.system import SystemOptions
 from cai_cli.runtime.config import Effect, Group, Option, option, redefine
 from cai_cli.runtime.shared_options import (
     DEFAULT_MODEL,
+    ChatTemplateOptions,
     Device,
     EngineDType,
     EngineOptions,
     RunOptions,
     SamplingOptions,
+    Thinking,
+    named_values,
 )
 
 HELP = "/reset starts a new conversation, /quit (or end of input) ends the chat"
@@ -116,7 +127,7 @@ def show_answers(sessions: Sequence[ChatSession], answers: Sequence[Completion |
         print(f"{name}> {text}", flush=True)
 
 
-class ChatConfig(SystemOptions, SamplingOptions):
+class ChatConfig(SystemOptions, SamplingOptions, ChatTemplateOptions):
     """Chat with one model, or with two side by side.
 
     Each line is one turn. /reset starts a new conversation, /quit ends the chat.
@@ -136,12 +147,16 @@ class ChatConfig(SystemOptions, SamplingOptions):
     base_url: list[str] | None = redefine(EngineOptions, "base_url", None)
     device: Device = redefine(EngineOptions, "device", Device.AUTO)
     dtype: EngineDType = redefine(EngineOptions, "dtype", EngineDType.AUTO)
+    thinking: Thinking = redefine(EngineOptions, "thinking", Thinking.AUTO)
+    template_arg: list[str] | None = redefine(EngineOptions, "template_arg", None)
     quiet: bool = redefine(RunOptions, "quiet", False)
 
 
 def open_sessions(config: ChatConfig) -> list[ChatSession]:
     """Open the models, each with an empty conversation. Raises UsageError, CaiError."""
     sessions = []
+    arguments = named_values(config.template_arg, "--template-arg")
+    chat = ChatOptions(config.thinking.value, arguments, config.chat_template)
     system = config.system_prompt()
     opening = [] if system is None else [Message(role="system", content=system)]
     names = [config.model] if config.second is None else [config.model, config.second]
@@ -149,7 +164,7 @@ def open_sessions(config: ChatConfig) -> list[ChatSession]:
     for name, label in zip(names, labels(names), strict=True):
         server = Server(config.base_url) if name in server_models or not server_models else None
         size = None if name in server_models else 1
-        engine = open_engine(name, batch_size=size, device=config.device, dtype=config.dtype, server=server)
+        engine = open_engine(name, batch_size=size, device=config.device, dtype=config.dtype, server=server, chat=chat)
         sessions.append(ChatSession(label, engine, resolve_prompt_format(config.prompt_format, engine), opening))
     return sessions
 

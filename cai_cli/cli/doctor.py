@@ -135,7 +135,13 @@ def model_checks(name: str) -> list[Check]:
         CaiError: There is no such model, or it cannot be read.
     """
     from cai_cli.engines import thoughts
-    from cai_cli.engines.tokenization import SWITCHES, end_of_turn_ids, generation_prompt, template_variables
+    from cai_cli.engines.tokenization import (
+        SWITCHES,
+        end_of_turn_ids,
+        generation_prompt,
+        reply_header,
+        template_variables,
+    )
     from cai_cli.models.loading import context_window, load_config, load_generation_config, load_tokenizer
     from cai_cli.models.names import resolve
 
@@ -150,7 +156,7 @@ def model_checks(name: str) -> list[Check]:
         switches = sorted(template_variables(tokenizer).intersection(SWITCHES))
         opened = thoughts.unclosed(generation_prompt(tokenizer))
         form = opened.strip() or thoughts.form_in(tokenizer.get_chat_template(), tokenizer.added_tokens_encoder)
-        found = _thinking(form, switches, bool(opened))
+        found = _thinking(form, switches, bool(opened), bool(reply_header(tokenizer)))
     ends = sorted(end_of_turn_ids(tokenizer, load_generation_config(path)))
     return [
         _check("model", True, f"{path}: {kind}"),
@@ -162,7 +168,7 @@ def model_checks(name: str) -> list[Check]:
     ]
 
 
-def _thinking(form: str | None, switches: Sequence[str], opens: bool) -> str:
+def _thinking(form: str | None, switches: Sequence[str], opens: bool, heads: bool) -> str:
     """What `cai doctor` says of the thoughts of a model with a chat template."""
     if form is None and not switches:
         return "the chat template shows none"
@@ -171,6 +177,8 @@ def _thinking(form: str | None, switches: Sequence[str], opens: bool) -> str:
         return f"{how}; --thinking on|off sets {' and '.join(switches)}"
     if opens:
         return f"{how}; there is no switch, --thinking off closes them at once"
+    if heads:
+        return f"{how}; there is no switch, --thinking off starts with the reply"
     return f"{how}; there is no switch, they are set apart from the reply"
 
 

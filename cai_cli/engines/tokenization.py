@@ -84,9 +84,13 @@ def _takes_system(tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 
 def _renders_system(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether a system message is rendered in the prompt and in the finished conversation: some templates write it into
+    the last user turn, and only where no reply follows."""
     marker, user = "cai-system-marker", {"role": "user", "content": "a"}
+    prompt = [{"role": "system", "content": marker}, user]
+    chats = [prompt, [*prompt, {"role": "assistant", "content": "b"}]]
     try:
-        return marker in tokenizer.apply_chat_template([{"role": "system", "content": marker}, user], tokenize=False)
+        return all(marker in tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats)
     except Exception:  # whatever the template raises
         return False
 
@@ -123,10 +127,27 @@ def generation_prompt(tokenizer: "PreTrainedTokenizerBase", arguments: Mapping[s
     return rendered.rpartition(marker)[2]
 
 
-def closing_ids(tokenizer: "PreTrainedTokenizerBase", opened: str) -> list[int]:
-    """The token ids that end the thoughts which a generation prompt left open (`thoughts.closing_of`)."""
-    closing = thoughts.closing_of(opened)
-    ids: list[int] = tokenizer(closing, add_special_tokens=False)["input_ids"] if closing else []
+def reply_header(tokenizer: "PreTrainedTokenizerBase", arguments: Mapping[str, Any] | None = None) -> str:
+    """What the chat template writes between its generation prompt and the reply of a finished turn.
+
+    It is the header of a channel, or empty thoughts; empty where there is nothing but white space, or where a finished
+    turn does not begin with the generation prompt.
+    """
+    marker, reply = "cai-last-turn-marker", "cai-reply-marker"
+    chat = [{"role": "user", "content": marker}, {"role": "assistant", "content": reply}]
+    try:
+        rendered: str = tokenizer.apply_chat_template(chat, tokenize=False, **(arguments or {}))
+    except Exception:  # `encode_chat` reports it for each row
+        return ""
+    start = generation_prompt(tokenizer, arguments)
+    before = rendered.rpartition(marker)[2].partition(reply)[0]
+    header = before.removeprefix(start)
+    return header if before.startswith(start) and header.strip() else ""
+
+
+def control_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    """The token ids of text of a chat template, whose control tokens are encoded as such."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
     return ids
 
 
@@ -176,10 +197,20 @@ class PromptEncoder:
         """The opening of thoughts with which the template starts an answer; empty without one."""
         return thoughts.unclosed(generation_prompt(self.tokenizer, self.arguments))
 
+    @cached_property
+    def reply_start(self) -> list[int]:
+        """The token ids between the generation prompt and a reply without thoughts: the end of thoughts that the
+        template opens, the header of the reply's channel, or empty thoughts."""
+        start = thoughts.closing_of(self.opened) or reply_header(self.tokenizer, self.arguments)
+        return control_ids(self.tokenizer, start)
+
+    def may_think(self, request: GenerationRequest) -> bool:
+        """Whether the answer to a request may begin with thoughts: in a chat that has no start of its answer."""
+        return not isinstance(request.text, str) and not request.prefill and self.chat.thinking != "off"
+
     def opened_in(self, request: GenerationRequest) -> str:
-        """`opened`, where the answer to a request starts within thoughts: in a chat that has no start of its answer."""
-        thinks = not isinstance(request.text, str) and not request.prefill and self.chat.thinking != "off"
-        return self.opened if thinks else ""
+        """`opened`, where the answer to a request starts within thoughts."""
+        return self.opened if self.may_think(request) else ""
 
     def encode(self, text: Text, continuation: str, *, thinks: bool = False) -> list[int]:
         """The token ids of `text` followed by `continuation`.
@@ -187,8 +218,8 @@ class PromptEncoder:
         Args:
             text: A chat, or raw text.
             continuation: The start of the answer.
-            thinks: Whether thoughts that the template opens stay open. Otherwise they are closed, empty, so that the
-                continuation belongs to the reply.
+            thinks: Whether the answer may begin with thoughts. Otherwise `reply_start` stands before the continuation,
+                so that it belongs to the reply.
 
         Raises:
             RowError: As `encode_chat`, like CaiError.
@@ -196,8 +227,8 @@ class PromptEncoder:
         if isinstance(text, str):
             return encode_text(self.tokenizer, text + continuation)
         ids = encode_chat(self.tokenizer, text, add_generation_prompt=True, arguments=self.arguments)
-        closing = [] if thinks else closing_ids(self.tokenizer, self.opened)
-        return [*ids, *closing, *encode_text(self.tokenizer, continuation, start=False)]
+        start = [] if thinks else self.reply_start
+        return [*ids, *start, *encode_text(self.tokenizer, continuation, start=False)]
 
 
 def _spells_a_token(tokenizer: "PreTrainedTokenizerBase", contents: Sequence[str]) -> bool:

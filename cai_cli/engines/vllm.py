@@ -166,7 +166,7 @@ class VllmEngine(Engine):
         prompts: dict[int, list[int]] = {}
         for index, request in enumerate(requests):
             try:
-                thinks = bool(self.encoder.opened_in(request))
+                thinks = self.encoder.may_think(request)
                 prompts[index] = self._encode(request.text, request.prefill, sampling.max_new_tokens, thinks=thinks)
             except RowError as error:
                 results[index] = RequestFailure(error.message)

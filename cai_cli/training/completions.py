@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from cai_cli.common.errors import RowError
 from cai_cli.data.schema import Message
-from cai_cli.engines.thoughts import unclosed
-from cai_cli.engines.tokenization import closing_ids, encode_chat, generation_prompt
+from cai_cli.engines.thoughts import closing_of, unclosed
+from cai_cli.engines.tokenization import control_ids, encode_chat, generation_prompt
 from cai_cli.prompting.base import assistant
 
 if TYPE_CHECKING:
@@ -68,5 +68,5 @@ def _after_empty_thoughts(
     for length in range(1, min(len(start), len(opened)) + 1):
         before = len(start) - length
         if tokenizer.decode(start[before:]).strip() == opened.strip() and ids[:before] == start[:before]:
-            return [*start, *closing_ids(tokenizer, opened), *ids[before:]]
+            return [*start, *control_ids(tokenizer, closing_of(opened)), *ids[before:]]
     return ids

@@ -10,6 +10,7 @@ import pytest
 from conftest import Cai
 from helpers import write_rows
 from loopback import Loopback, good
+from thinking_models import OPENED, taught, thinking_model_dir
 
 
 @pytest.fixture
@@ -98,3 +99,17 @@ def test_a_system_prompt_opens_every_conversation(cai: Cai, tmp_path: Path) -> N
     write_rows(tmp_path / "s.jsonl", [{"contains": "Be kind.", "replies": ["kindly"]}, {"replies": ["hello"]}])
     done = cai("chat", "scripted:s.jsonl", "--system", "Be kind.", stdin=b"hi\n/reset\nhi\n")
     assert [line.partition("> ")[2] for line in done.stdout.splitlines()] == ["kindly", "kindly"]
+
+
+def test_thinking_and_the_chat_template_and_its_arguments_are_options_of_a_chat(cai: Cai, tmp_path: Path) -> None:
+    taught(thinking_model_dir(tmp_path / "m", OPENED), "Name a fruit.", "They want one.\n</think>\n\nA pear.<|im_end|>")
+    (tmp_path / "plain.jinja").write_text(OPENED.replace("<think>\n", ""))
+    chat = ["chat", "m", "--temperature", "0", "--max-new-tokens", "24"]
+    answers = {
+        words: cai(*chat, *words, stdin=b"Name a fruit.\n").stdout
+        for words in ((), ("--thinking", "off"), ("--chat-template", "plain.jinja"))
+    }
+    assert answers[()] == "m> A pear.\n"
+    assert len(set(answers.values())) > 1
+    refused = cai(*chat, "--template-arg", "mood=kind", stdin=b"Name a fruit.\n")
+    assert (refused.code, refused.error) == (2, "invalid-option")

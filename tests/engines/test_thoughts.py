@@ -74,10 +74,11 @@ def test_thinking_is_switched_by_the_templates_argument_or_by_closing_what_it_op
         (SWITCHED, "on", "assistant\n"),
         (OPENED, "off", f"assistant\n{empty}"),
         (CHANNEL_TAGS, "on", "assistant\n"),
+        (CHANNELS, "off", "assistant<|channel|>final<|message|>"),
     ]:
         model = thinking_model_dir(tmp_path / f"{abs(hash(template))}", template)
         engine = engine_of(model, thinking=thinking)
-        ids = engine.encoder.encode(CHAT, "", thinks=bool(engine.encoder.opened_in(GenerationRequest(CHAT, 0))))
+        ids = engine.encoder.encode(CHAT, "", thinks=engine.encoder.may_think(GenerationRequest(CHAT, 0)))
         assert engine.tokenizer.decode(ids).endswith(end)
         assert engine.identity()["thinking"] == thinking
 
@@ -186,7 +187,7 @@ def test_doctor_says_how_a_model_thinks(cai: Cai, tmp_path: Path) -> None:
     for template, words in {
         SWITCHED: "written as <think>; --thinking on|off sets enable_thinking",
         OPENED: "opens them with <think>; there is no switch, --thinking off closes them",
-        CHANNELS: "written as <|channel|>analysis; there is no switch",
+        CHANNELS: "written as <|channel|>analysis; there is no switch, --thinking off starts with the reply",
     }.items():
         thinking_model_dir(tmp_path / "m", template)
         checks = {c["name"]: c["found"] for c in json.loads(cai("doctor", "--model", "m", "--json").stdout)["checks"]}

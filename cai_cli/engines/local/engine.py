@@ -238,7 +238,8 @@ class LocalEngine(Engine):
         for index, request in enumerate(requests):
             try:
                 opened = self.encoder.opened_in(request)
-                ids = self.encoder.encode(request.text, request.prefill, thinks=bool(opened))
+                thinks = self.encoder.may_think(request)
+                ids = self.encoder.encode(request.text, request.prefill, thinks=thinks)
                 self._check_fits(len(ids), sampling.max_new_tokens)
             except RowError as error:
                 results[index] = RequestFailure(error.message)
