@@ -183,7 +183,7 @@ def _plain(file: TextIO) -> Console:
 
 def command(
     input: options.Input,
-    n: Annotated[int | None, typer.Option("--n", "-n", min=1, help="Stop after N rows.")] = None,
+    n: Annotated[int | None, typer.Option("--n", "-n", "--limit", min=1, help="Stop after N rows.")] = None,
     grep: Annotated[str | None, typer.Option(help="Only rows that match this regular expression.")] = None,
     id: Annotated[
         str | None, typer.Option("--id", help="Only rows with this id, or of the prompt with this id.")
