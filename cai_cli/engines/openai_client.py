@@ -319,7 +319,9 @@ class Client:
         if status in ROW_STATUSES:
             return Refused(f"refused by the server, HTTP {status}: {text}", reason)
         hint = self.hints.get(status, RESUME_HINT)
-        if status in (401, 403, 404) and len(self.pool.servers) > 1:  # a setting is at fault, so the run ends all the same
+        if (
+            status in (401, 403, 404) and len(self.pool.servers) > 1
+        ):  # a setting is at fault, so the run ends all the same
             hint = f"{hint}; all servers get the same key and model name: correct them, or leave this server out"
         transient = status in (408, 409) or status >= 500
         failure = Failure(

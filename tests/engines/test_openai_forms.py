@@ -62,7 +62,9 @@ def test_a_judge_without_log_probabilities_ends_the_run_after_a_few_requests(cai
         assert (done.code, done.error) == (1, "wrong-answer")
         assert "--method verdict" in done.stderr
         assert len(server.requests) < 50
-        again = cai("label-prefs", "samples.jsonl", *words(server, "claude-x-latest", "--method", "verdict", "--overwrite"))
+        again = cai(
+            "label-prefs", "samples.jsonl", *words(server, "claude-x-latest", "--method", "verdict", "--overwrite")
+        )
     assert again.code == 0, again.stderr
     assert len(rows_in(inputs / "out.jsonl")) == 100
 

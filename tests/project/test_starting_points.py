@@ -45,9 +45,7 @@ def write_models(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_the_commands_of_the_page_run_in_their_order(
-    cai: Cai, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_commands_of_the_page_run_in_their_order(cai: Cai, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CAI_CACHE", str(tmp_path / "cache"))
     write_inputs(tmp_path)
     write_models(tmp_path)
