@@ -63,6 +63,14 @@ class GroupedCommand(TyperCommand):
 
     old_flags: Mapping[str, str] = {}
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            if type(error).__name__ == "MissingParameter":  # typer's; its message says only that the option is missing
+                error.message = error.message or getattr(error.param, "help", None) or ""  # type: ignore[attr-defined]
+            raise
+
     def make_parser(self, ctx: Any) -> Any:
         parser = super().make_parser(ctx)
         for old, new in self.old_flags.items():

@@ -183,7 +183,7 @@ def _plain(file: TextIO) -> Console:
 
 def command(
     input: options.Input,
-    n: Annotated[int | None, typer.Option("--n", "-n", min=1, help="Stop after N rows.")] = None,
+    n: Annotated[int | None, typer.Option("--n", "-n", "--limit", min=1, help="Stop after N rows.")] = None,
     grep: Annotated[str | None, typer.Option(help="Only rows that match this regular expression.")] = None,
     id: Annotated[
         str | None, typer.Option("--id", help="Only rows with this id, or of the prompt with this id.")
@@ -192,7 +192,7 @@ def command(
 ) -> None:
     """Page through the rows of a JSONL file in readable form.
 
-    INPUT: rows of any kind that cai writes, including rejected rows and metrics.
+    INPUT: rows of any kind that cai writes, including rejected rows and metrics, or the run.json of `cai run`.
     """
     try:
         pattern = re.compile(grep, re.IGNORECASE) if grep else None
@@ -230,7 +230,20 @@ def _rows(source: str) -> Iterator[Numbered[Json]]:
     for numbered in read_rows(source, lambda value: value, stop_unless_last):
         if torn:
             raise torn[0]
+        yield from _steps(numbered)
+
+
+def _steps(numbered: Numbered[Json]) -> Iterator[Numbered[Json]]:
+    """The steps in the record of a `cai run` (run.json), each as a row; any other row as it is."""
+    line, row = numbered
+    steps = row.get("steps") if isinstance(row, dict) and "id" not in row else None
+    if not (isinstance(steps, dict) and all(isinstance(step, dict) and "argv" in step for step in steps.values())):
         yield numbered
+        return
+    planned = {name: {"argv": argv, "status": "not started"} for name, argv in (row.get("planned") or {}).items()}
+    for name, step in (planned | steps).items():
+        shown = {key: step.get(key) for key in ("status", "seconds", "labels")}
+        yield line, {"id": name, "command": shlex.join(["cai", *step["argv"]]), **shown}
 
 
 def _is_directory(path: Path) -> UsageError:

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from cai_cli.common.errors import RowError
+from cai_cli.common.errors import CaiError, RowError
 from cai_cli.data.schema import Message
 from cai_cli.engines.base import (
     ChatOptions,
@@ -34,7 +34,7 @@ from cai_cli.engines.base import (
     Text,
     drop_broken_end,
 )
-from cai_cli.engines.openai_client import Client
+from cai_cli.engines.openai_client import LOGPROBS_HINT, REFUSALS, Client
 from cai_cli.engines.openai_response import ServerResponse, TokenLogprob
 from cai_cli.engines.thoughts import never_left, without_thoughts
 
@@ -64,6 +64,8 @@ class OpenAIEngine(Engine):
         self.workers = self.client.concurrency
         self.usage = self.client.usage
         self._prefill_form: PrefillForm | None = None  # the form that the server accepts; None before the first answer
+        self._shows_logprobs = False  # whether an answer has held any
+        self._without_logprobs = 0  # requests for them without any in the answers
 
     def identity(self) -> dict[str, Any]:
         return {"engine": "openai", "name": self.name, **self.chat.recorded()}
@@ -181,13 +183,25 @@ class OpenAIEngine(Engine):
         except RowError as error:
             await self.client.reject(error)
             return RequestFailure(error.message)
+        if not self._shows_logprobs:
+            self._without_logprobs += 1
+            if self._without_logprobs >= REFUSALS:
+                raise self.client.end(self._no_logprobs())
         return RequestFailure("no vote: the server does not show the log-probability of every option")
+
+    def _no_logprobs(self) -> CaiError:
+        return CaiError(
+            f"{self.client.base_url}: the answers hold no log-probabilities, in {REFUSALS} of {REFUSALS} requests",
+            hint=LOGPROBS_HINT,
+            code="wrong-answer",
+        )
 
     async def _from_next_token(self, request: LogprobRequest) -> list[float] | None:
         """The scores from the tokens most likely to follow the raw text."""
         body = {"max_tokens": 1, "temperature": 0, "logprobs": TOP_LOGPROBS}
         response = await self._complete(request.text, request.prefill, body)
         logprobs = response.choices[0].logprobs
+        self._shows_logprobs |= logprobs is not None
         return None if logprobs is None else _option_sums(request.options, logprobs.likeliest())
 
     async def _from_echo(self, request: LogprobRequest) -> list[float] | None:
@@ -198,6 +212,7 @@ class OpenAIEngine(Engine):
             body = {"max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True}
             response = await self._complete(prompt, option, body)
             logprobs = response.choices[0].logprobs
+            self._shows_logprobs |= logprobs is not None
             # For a model without a start token llama-cpp-python omits the last token, and gives each token the value of
             # the one before it.
             if logprobs is None or len(logprobs.tokens) != response.tokens.total:
@@ -222,6 +237,7 @@ class OpenAIEngine(Engine):
         body = {"max_tokens": ANSWER_TOKENS, "temperature": 0, "logprobs": True, "top_logprobs": TOP_LOGPROBS}
         response = await self._complete(request.text, prefill, body)
         logprobs = response.choices[0].logprobs
+        self._shows_logprobs |= logprobs is not None and bool(logprobs.content)
         return None if logprobs is None else _answer_scores(logprobs.content or [], request.options, request.prefill)
 
 

@@ -39,6 +39,7 @@ REFUSALS = 8  # equal ones, before the first answer, that end the run
 HOLD = 0.5  # seconds for which a refusal before the first answer waits for others, so that no row is rejected for them
 ROW_STATUSES = (400, 413, 422)  # HTTP statuses that concern one request only
 RESUME_HINT = "finished rows are kept; run the same command again to resume"
+LOGPROBS_HINT = "log-probabilities are needed here, but not by label-prefs --method verdict (with --overwrite)"
 NO_CREDIT_HINT = "finished rows are kept; add credit or raise the limit of the account, then run the same command again"
 HINTS = {
     401: f"set {KEY_VARIABLE} to a key of this server",
@@ -133,9 +134,7 @@ class Client:
                     reason = f"no answer, though others have one: {failure.message}"
                     raise RowError(reason, code="request-failed") from failure
                 message = f"{failure.url or self.base_url}: {failure.message}"
-                self._fatal = self._fatal or CaiError(message, failure.hint, code=failure.code)
-                self._decided.set()
-                raise self._fatal from failure
+                raise self.end(CaiError(message, failure.hint, code=failure.code)) from failure
             self._count(response)
             self._decided.set()
             return response
@@ -150,18 +149,20 @@ class Client:
         if self._answered or not isinstance(error, Refused) or error.about_the_prompt:
             return
         self._refusals[error.kind] += 1
-        if self._refusals[error.kind] >= REFUSALS and self._fatal is None:
-            hint = "no row was answered; check the options"
-            if "logprob" in error.reason:
-                hint = "log-probabilities are needed here, but not by label-prefs --method verdict"
-            self._fatal = CaiError(
-                f"{self.base_url}: the first {REFUSALS} requests were {error.message}", hint, code="server-refused"
-            )
-            self._decided.set()
+        if self._refusals[error.kind] >= REFUSALS:
+            hint = LOGPROBS_HINT if "logprob" in error.reason else "no row was answered; check the options"
+            message = f"{self.base_url}: the first {REFUSALS} requests were {error.message}"
+            self.end(CaiError(message, hint, code="server-refused"))
         with suppress(TimeoutError):
             await asyncio.wait_for(self._decided.wait(), HOLD)
         if self._fatal:
             raise self._fatal
+
+    def end(self, error: CaiError) -> CaiError:
+        """The error that ends the run: the first one; every later request raises it."""
+        self._fatal = self._fatal or error
+        self._decided.set()
+        return self._fatal
 
     async def _adapted(self, path: str, body: dict[str, Any]) -> ServerResponse:
         """The response to one request, without the parameters that the server refuses. Raises Failure and RowError."""
@@ -318,6 +319,10 @@ class Client:
         if status in ROW_STATUSES:
             return Refused(f"refused by the server, HTTP {status}: {text}", reason)
         hint = self.hints.get(status, RESUME_HINT)
+        if (
+            status in (401, 403, 404) and len(self.pool.servers) > 1
+        ):  # a setting is at fault, so the run ends all the same
+            hint = f"{hint}; all servers get the same key and model name: correct them, or leave this server out"
         transient = status in (408, 409) or status >= 500
         failure = Failure(
             f"HTTP {status}: {text}", hint, code="server-refused", transient=transient, elsewhere=transient

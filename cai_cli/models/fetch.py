@@ -67,10 +67,11 @@ def _adapter_alone(path: Path) -> CaiError:
             code="invalid-model",
         )
     recorded = adapter_base(path)
-    of = f" (its {ADAPTER_CONFIG} names {recorded!r})" if recorded else ""
+    both = f"{recorded if recorded and '/' in recorded else 'BASE'}+{path}"  # a bare name is no place to find it at
+    of = f"; its {ADAPTER_CONFIG} names {recorded} as the base" if recorded else ""
     return CaiError(
         f"{path}: an adapter, not a complete model",
-        hint=f"name its base model too{of}: BASE+{path}; `cai models merge BASE+{path} -o DIR` writes a complete model",
+        hint=f"name both models, as {both}{of}; `cai models merge {both} -o DIR` writes a complete model",
         code="invalid-model",
     )
 

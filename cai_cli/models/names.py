@@ -9,6 +9,7 @@ from cai_cli.models.adapter_dirs import merged_model
 from cai_cli.models.aliases import ALIASES, cached_alias, fetch_alias
 from cai_cli.models.fetch import ADAPTER_CONFIG, check_model_dir, hub_snapshot
 
+ENGINES = ("openai", "vllm", "local", "scripted")  # before a colon, in the names that `open_engine` takes
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
@@ -36,6 +37,13 @@ def find_model(name: str, fetch: bool) -> Path:
         if cached is None:
             raise CaiError(f"{name}: not fetched yet", hint=f"cai models fetch {name}", code="unknown-model")
         return cached
+    engine, colon, _ = name.partition(":")
+    if colon and engine in ENGINES:
+        raise CaiError(
+            f"{name}: the name of an engine, where the files of a model are needed",
+            hint=f"name a directory, {', '.join(ALIASES)} or a Hub name org/name, without {engine}:",
+            code="unknown-model",
+        )
     if not HUB_NAME.fullmatch(name) or path.exists():
         known = ", ".join(ALIASES)
         hint = f"use a directory with config.json and *.safetensors, {known}, or a Hub name org/name"

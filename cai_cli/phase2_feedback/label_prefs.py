@@ -20,6 +20,7 @@ from enum import StrEnum
 from typing import Any
 
 from cai_cli.common import console
+from cai_cli.common.errors import CaiError
 from cai_cli.data.schema import TIE, UNSURE, Pair, Preference, Rejected, Revision, Sample, Scored, reject
 from cai_cli.engines.base import RequestFailure
 from cai_cli.judging.labeller import JudgeOptions, estimate_votes, labeller_settings, open_labeller
@@ -159,6 +160,9 @@ def run(config: LabelPrefsConfig) -> dict[str, Any]:
     ).complete(stream_sink(config.output, audit.add))
     summary = {**summary, "audit": audit.audit() if is_stream(config.output) else audit_file(config.output)}
     summary["missing_votes"] = missing_votes(summary, labeller.votes_per_pair)
+    nothing = _nothing_to_compare(summary, config)
+    if nothing:
+        summary["error"] = nothing.as_json()
     print_summary(summary, as_json=config.as_json, stdout_is_data=is_stdout(config.output))
     if missing := summary["missing_votes"]:
         asked = summary["audit"]["votes"] + missing
@@ -166,7 +170,22 @@ def run(config: LabelPrefsConfig) -> dict[str, Any]:
     if summary["out"] or summary["rejected"]:
         print_verdict(summary["audit"])
     refuse_all_rejected(summary)
+    if nothing:
+        raise nothing
     return summary
+
+
+def _nothing_to_compare(summary: Mapping[str, Any], config: LabelPrefsConfig) -> CaiError | None:
+    """The error of a run whose rows were all skipped; a shard of few prompts may have nothing to compare."""
+    if config.shard is not None or not summary["skipped"] or summary["out"] or summary["rejected"]:
+        return None
+    error = CaiError(
+        "label-prefs: no prompt has two different replies to compare",
+        hint="`cai sample --n 2` writes two replies to each prompt",
+        code="no-rows",
+    )
+    error.in_summary = True
+    return error
 
 
 def missing_votes(summary: Mapping[str, Any], votes_per_pair: int) -> int:

@@ -46,11 +46,12 @@ def execute(steps: Sequence[Step], out: Path, run_step: RunStep) -> list[dict[st
         CaiError: A step failed, or another `cai run` is writing to the folder.
     """
     record_path = out / "run.json"
-    with one_writer(record_path):
+    with one_writer(record_path, f"the run in {out}"):
         record = read_manifest(record_path) or {"steps": {}}
         for step in reversed(steps):  # the first step that recorded a date decides it for the steps to come
             reuse_recorded_date(str(step.output))
         template_date()  # held now, for all steps
+        record["planned"] = {step.name: step.argv for step in steps}  # for the report of a run that is not finished
         current: set[str] = set()  # steps recorded with the settings, files and earlier steps of this run
         for step in steps:
             previous = record["steps"].get(step.name)

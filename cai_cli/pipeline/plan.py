@@ -2,7 +2,8 @@
 
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -11,7 +12,7 @@ from typing import Any, get_args, get_origin
 
 import orjson
 
-from cai_cli.common.errors import UsageError
+from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.pipeline import registry
 from cai_cli.pipeline.run_file import RunFile
 from cai_cli.pipeline.sweep import Value, expand, split_name, split_reference
@@ -105,9 +106,22 @@ def plan(run: RunFile, file: Path, out: Path) -> list[Step]:
         UsageError: A step names an unknown command, option, step or value.
     """
     steps: dict[str, Step] = {}
-    for name, given in expand(run.steps, takes_many).items():
-        steps[name] = _plan_step(name, given, steps, _RunPaths(run, file, out))
+    with _named(f"{file}: "):
+        variants = expand(run.steps, takes_many)
+    for name, given in variants.items():
+        with _named(f"{file}: step {name!r}: "):
+            steps[name] = _plan_step(name, given, steps, _RunPaths(run, file, out))
     return list(steps.values())
+
+
+@contextmanager
+def _named(place: str) -> Iterator[None]:
+    """Put the place in the run file before the message of an error, which may come from any check of an option."""
+    try:
+        yield
+    except CaiError as error:
+        error.message = f"{place}{error.message}"
+        raise
 
 
 @dataclass(frozen=True)
@@ -120,16 +134,13 @@ class _RunPaths:
 
 
 def _plan_step(name: str, given: Mapping[str, Any], steps: Mapping[str, Step], place: _RunPaths) -> Step:
-    where = f"{place.file}: step {name!r}"
     stage = registry.STAGES.get(str(given.get("command")))
     if stage is None:
         known = ", ".join(sorted(registry.STAGES))
-        raise UsageError(
-            f"{where}: unknown command {given.get('command')!r}", hint=f"known: {known}", code="unknown-option"
-        )
+        raise UsageError(f"unknown command {given.get('command')!r}", hint=f"known: {known}", code="unknown-option")
     if not isinstance(given.get("input"), str | list) or not given["input"]:
-        raise UsageError(f"{where}: `input` is missing", code="missing-option")
-    settings = _with_current_names(given, stage, where)
+        raise UsageError("`input` is missing", code="missing-option")
+    settings = _with_current_names(given, stage)
     for shared in ("model", "seed"):
         if shared in stage.config.option_names():
             settings.setdefault(shared, getattr(place.run, shared))
@@ -140,7 +151,8 @@ def _plan_step(name: str, given: Mapping[str, Any], steps: Mapping[str, Step], p
     for option, value in settings.items():
         folder = place.file.parent if _reads_file(stage.config, option, value, place.file.parent) else None
         values = value if isinstance(value, list) else [value]
-        resolved = [_resolve(one, f"{where}: {option}", steps, folder) for one in values]
+        with _named(f"{option}: "):
+            resolved = [_resolve(one, steps, folder) for one in values]
         settings[option] = [v for v, _ in resolved] if isinstance(value, list) else resolved[0][0]
         needs += [source for _, source in resolved if isinstance(source, Step)]
         paths = [source for _, source in resolved if isinstance(source, str)]
@@ -150,11 +162,11 @@ def _plan_step(name: str, given: Mapping[str, Any], steps: Mapping[str, Step], p
         }
     output = place.out / (name if stage.trains else f"{name}.jsonl")
     by_field: dict[str, Any] = {stage.config.option_names()[k]: v for k, v in settings.items() if v is not None}
-    stage.config.build(by_field | {"output": str(output)}, where=f"{where}: ")
+    stage.config.build(by_field | {"output": str(output)})
     return Step(name, stage, output, settings, files, needs)
 
 
-def _with_current_names(given: Mapping[str, Any], stage: Stage, where: str) -> dict[str, Any]:
+def _with_current_names(given: Mapping[str, Any], stage: Stage) -> dict[str, Any]:
     """The settings of a step under the current names of options. Raises UsageError for an unknown one."""
     names, options = stage.config.option_names(), stage.config.options()
     present = {field: name for name, field in names.items() if name not in options[field][1].aliases}
@@ -165,14 +177,14 @@ def _with_current_names(given: Mapping[str, Any], stage: Stage, where: str) -> d
         if name not in names or name in SET_BY_RUN:
             known = sorted(set(present.values()) - SET_BY_RUN)
             raise UsageError(
-                f"{where}: `cai {stage.name}` has no option {name!r}",
+                f"`cai {stage.name}` has no option {name!r}",
                 hint=f"it has {', '.join(known)}",
                 code="unknown-option",
             )
         current = present[names[name]]
         if current in settings:
             raise UsageError(
-                f"{where}: {current!r} is given twice: {name!r} is the same option under another name",
+                f"{current!r} is given twice: {name!r} is the same option under another name",
                 hint="remove one of them",
                 code="option-conflict",
             )
@@ -193,18 +205,16 @@ def _reads_file(config: type[StageConfig], name: str, value: Value, folder: Path
     return declared.reads_file or (declared.text_or_file and os.path.isfile(os.path.join(folder, str(value))))
 
 
-def _resolve(
-    value: Value, where: str, steps: Mapping[str, Step], folder: Path | None
-) -> tuple[Value, Step | str | None]:
+def _resolve(value: Value, steps: Mapping[str, Step], folder: Path | None) -> tuple[Value, Step | str | None]:
     """A setting as the command receives it, and the step or file that it refers to. Files are relative to `folder`."""
     if isinstance(value, str) and "\0" in value:
         raise UsageError(
-            f"{where}: {value!r} contains a NUL character, which a command line cannot contain", code="invalid-option"
+            f"{value!r} contains a NUL character, which a command line cannot contain", code="invalid-option"
         )
     if reference := split_reference(value):
         name, step = reference
         if step not in steps:
-            raise UsageError(f"{where}: no earlier step {step!r}", code="unknown-step")
+            raise UsageError(f"no earlier step {step!r}", code="unknown-step")
         return f"{name}{steps[step].output}", steps[step]
     if folder is None or not isinstance(value, str) or value == "none" or value.startswith("hf://"):
         return value, None

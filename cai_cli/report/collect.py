@@ -25,7 +25,7 @@ R = TypeVar("R", bound=Row)
 T = TypeVar("T", bound="Result")
 TRAINING = ("sft", "train-pm", "rl", "dpo")
 FINAL, DRAFT = ".manifest.json", ".partial.manifest.json"
-Status = Literal["done", "unfinished", "missing"]
+Status = Literal["done", "unfinished", "missing", "planned"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class StepFiles:
     Attributes:
         name: Name of the step.
         stage: The command that it runs, such as "sft".
-        status: Whether it is done, unfinished, or has no output.
+        status: Whether it is done, unfinished, has no output, or has not started.
         output: Its JSONL file or model directory.
         manifest: The manifest beside the output; empty where there is none.
         recorded: The entry of the step in `run.json`; empty where there is none.
@@ -270,7 +270,8 @@ def read_run(folder: Path) -> RunFiles:
 
 def _steps(folder: Path, problems: list[str]) -> list[StepFiles]:
     record = _json(folder / "run.json", problems) or {}
-    recorded: dict[str, Any] = record.get("steps") or {}
+    planned = {name: {"argv": argv} for name, argv in (record.get("planned") or {}).items()}
+    recorded: dict[str, Any] = planned | (record.get("steps") or {})
     files = {p.name.removesuffix(FINAL).removesuffix(".partial") for p in folder.glob(f"*{FINAL}")}
     of_run = {Path(option(list(r.get("argv") or []), "-o") or name).name: name for name, r in recorded.items()}
     steps = []
@@ -300,7 +301,7 @@ def _step(folder: Path, file: str, name: str | None, recorded: Mapping[str, Any]
     if final.exists() and output.exists():
         status = "done"
     elif not output.exists() and not sidecar(output, "partial").exists():
-        status = "missing"
+        status = "planned" if name and "status" not in entry else "missing"
     stage = (manifest or {}).get("provenance", {}).get("stage") or next(iter(entry.get("argv", [])), "unknown")
     return StepFiles(
         name or file.removesuffix(".zst").removesuffix(".jsonl"), stage, status, output, manifest or {}, entry

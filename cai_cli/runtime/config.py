@@ -139,6 +139,9 @@ class StageConfig(BaseModel):
             name = str(first["loc"][0]) if first["loc"] else ""
             flag = cli_name(name, cls.options()[name][1]) if name in cls.options() else name
             message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+            if first["type"] == "missing":
+                help = cls.model_fields[name].description
+                raise UsageError(f"{where}{flag} is missing: {help}", code="missing-option") from None
             given = f", not {first['input']!r}" if "input" in first and "not" not in message else ""
             raise UsageError(f"{where}{flag}: {message}{given}", code="invalid-option") from None
         try:

@@ -24,7 +24,8 @@ from cai_cli.models.template_date import FIELD
 
 Json = Any
 NOT_LINES = (".parquet", ".json", ".csv", ".tsv")  # whose rows are not lines
-OBJECTS = frozenset({"provenance", "counts", "reply_ends", "run", "metrics", "steps"})  # in a manifest or run.json
+# In a manifest or run.json.
+OBJECTS = frozenset({"provenance", "counts", "reply_ends", "run", "metrics", "steps", "planned"})
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,10 @@ def sidecar(path: Path, ending: str) -> Path:
 
 
 @contextmanager
-def one_writer(path: Path) -> Iterator[None]:
+def one_writer(path: Path, name: str | None = None) -> Iterator[None]:
     """Hold `OUT.lock` while writing OUT. A second writer is refused at once; a killed writer releases the lock.
+
+    An interrupted writer (Ctrl-C, SIGTERM) says that the same command completes OUT, or what `name` says.
 
     Raises:
         CaiError: `output-locked` or `cannot-write`.
@@ -66,6 +68,10 @@ def one_writer(path: Path) -> Iterator[None]:
         ) from error
     try:
         yield
+    except (KeyboardInterrupt, SystemExit):
+        with suppress(OSError):  # a terminal that is gone must not change the exit code
+            console.say(f"interrupted: run the same command again to complete {name or path}")
+        raise
     finally:
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()

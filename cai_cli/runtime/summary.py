@@ -9,6 +9,7 @@ import orjson
 from cai_cli.common import console
 from cai_cli.common.errors import CaiError
 from cai_cli.data.reply_ends import cut_off_share
+from cai_cli.runtime.output_files import is_stream
 
 TRAINING_METRICS = {  # shown in the line, where a stage has them
     "loss": "training loss",
@@ -57,9 +58,13 @@ def refuse_all_rejected(summary: Mapping[str, Any]) -> None:
 def _all_rejected(summary: Mapping[str, Any]) -> CaiError | None:
     if not summary["rejected"] or summary.get("out", summary.get("used")):
         return None
+    output = str(summary["output"])
+    where = f"`cai show {output}.rejected.jsonl --limit 1` prints a row with its whole reason"
+    if is_stream(output):
+        where = "stderr has the rows"
     return CaiError(
         f"{summary['stage']}: all {summary['rejected']:,} rows were rejected and the output is empty",
-        hint="the summary counts the reasons; OUT.rejected.jsonl holds the rows",
+        hint=f"the summary counts the reasons; {where}",
         code="all-rejected",
     )
 

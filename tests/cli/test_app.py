@@ -69,6 +69,13 @@ def test_an_invalid_command_line_exits_with_two(words: list[str], cai: Cai, tmp_
     assert "Traceback" not in done.stderr
 
 
+def test_a_missing_option_is_named_with_what_it_is_for(cai: Cai) -> None:
+    done = cai("score", "in.jsonl", "-o", "out.jsonl", "--pm-url", "http://localhost:8000/classify")
+    assert done.code == 2
+    assert "'--pm'. Preference model" in done.stderr
+    assert "server:NAME" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -33,6 +33,16 @@ def test_an_unfinished_output_is_shown_up_to_its_torn_last_line(torn: bytes, cai
     assert cai("show", "o.jsonl.partial").code == bool(torn)  # a broken line before others is an error
 
 
+def test_the_record_of_a_run_is_shown_step_by_step(cai: Cai, tmp_path: Path) -> None:
+    step = {"key": "2:x", "argv": ["sample", "p.jsonl", "-o", "out/a.jsonl"], "status": "done", "seconds": 3.5}
+    planned = {"a": step["argv"], "b": ["sft", "out/a.jsonl", "-o", "out/b"]}
+    write_json(tmp_path / "run.json", {"steps": {"a": step}, "planned": planned})
+    done = cai("show", "run.json")
+    assert "cai sample p.jsonl -o out/a.jsonl" in done.stdout
+    assert "not started" in done.stdout
+    assert "1 rows; more follow" in cai("show", "run.json", "--limit", "1").stderr
+
+
 def test_a_revision_reads_from_the_prompt_to_the_last_revision(cai: Cai, tmp_path: Path) -> None:
     rows = [
         {**sample_row(1, reply="gladly"), "history": [TURN, {**TURN, "round": 2, "critique": None, "response": "no"}]}

@@ -7,7 +7,7 @@ import pytest
 from conftest import Cai
 from helpers import manifest_of, rows_in, sample_row, write_rows
 from loopback import Loopback, Request, completion, engine, error, http
-from server_forms import FORMS, LIKELIEST, anthropic, azure
+from server_forms import FORMS, LIKELIEST, anthropic, azure, vllm
 
 from cai_cli.data.schema import Message
 from cai_cli.engines import openai_client, server_pool
@@ -53,6 +53,32 @@ def test_a_server_judges_every_pair(form: Form, cai: Cai, inputs: Path) -> None:
     rows = rows_in(inputs / "out.jsonl")
     assert len(rows) == PAIRS
     assert all(row["p_chosen"] == pytest.approx(0.9089 if logprobs else 1.0, abs=1e-4) for row in rows)
+
+
+def test_a_judge_without_log_probabilities_ends_the_run_after_a_few_requests(cai: Cai, inputs: Path) -> None:
+    write_rows(inputs / "samples.jsonl", (sample_row(i, k) for i in range(100) for k in range(2)))
+    with Loopback(anthropic) as server:
+        done = cai("label-prefs", "samples.jsonl", *words(server, "claude-x-latest", "--concurrency", "4"))
+        assert (done.code, done.error) == (1, "wrong-answer")
+        assert "--method verdict" in done.stderr
+        assert len(server.requests) < 50
+        again = cai(
+            "label-prefs", "samples.jsonl", *words(server, "claude-x-latest", "--method", "verdict", "--overwrite")
+        )
+    assert again.code == 0, again.stderr
+    assert len(rows_in(inputs / "out.jsonl")) == 100
+
+
+def test_a_judge_that_shows_log_probabilities_may_leave_them_out_of_some_answers(cai: Cai, inputs: Path) -> None:
+    def seldom(request: Request) -> bytes:
+        return (vllm if request.number == 1 else anthropic)(request)
+
+    write_rows(inputs / "samples.jsonl", (sample_row(i, k) for i in range(20) for k in range(2)))
+    with Loopback(seldom) as server:
+        more = ("--one-order", "--concurrency", "1", "--served-as", "claude-x-20260101")
+        done = cai("label-prefs", "samples.jsonl", *words(server, "m", *more))
+    assert done.code == 0, done.stderr
+    assert manifest_of(inputs / "out.jsonl")["counts"]["rejected"] == 19
 
 
 # --- what a server refuses ----------------------------------------------------------------------------------------

@@ -66,6 +66,7 @@ def test_a_wrong_key_at_one_server_ends_the_run() -> None:
     with Loopback() as one, Loopback(lambda _: error(401)) as other, pytest.raises(CaiError) as refused:
         answers(one, other)
     assert (refused.value.code, other.url in refused.value.message) == ("server-refused", True)
+    assert "leave this server out" in str(refused.value.hint)
 
 
 def test_requests_that_fail_together_count_as_one_failure() -> None:

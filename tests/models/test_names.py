@@ -26,6 +26,17 @@ def test_an_adapter_is_refused_as_it_would_load_its_base_model_from_elsewhere(mo
     with pytest.raises(CaiError) as error:
         names.resolve(str(model_dir))
     assert error.value.code == "invalid-model"
+    (model_dir / "model.safetensors").rename(model_dir / "adapter_model.safetensors")
+    with pytest.raises(CaiError, match="not a complete model") as alone:
+        names.resolve(str(model_dir))
+    assert f"some/where+{model_dir}" in str(alone.value.hint)
+
+
+@pytest.mark.parametrize("engine", names.ENGINES)
+def test_an_engine_is_no_model_to_train(engine: str) -> None:
+    with pytest.raises(CaiError) as error:
+        names.resolve(f"{engine}:m")
+    assert (error.value.code, f"without {engine}:" in str(error.value.hint)) == ("unknown-model", True)
 
 
 def test_an_unknown_name_is_refused_with_the_names_that_are_known(tmp_path: Path) -> None:

@@ -25,6 +25,15 @@ def test_by_default_a_constant_judge_gives_ties_which_are_kept_with_the_first_sa
 # --- methods, ensembles, and where pairs come from --------------------------------------------------------------------
 
 
+def test_a_file_without_two_replies_to_a_prompt_is_an_error(cai: Cai, tmp_path: Path) -> None:
+    write_rows(tmp_path / "script.jsonl", [{"scores": [-0.1, -3.0]}])
+    write_rows(tmp_path / "single.jsonl", (sample_row(i) for i in range(3)))
+    done = cai("label-prefs", "single.jsonl", "-o", "out.jsonl", "--model", "scripted:script.jsonl", "--json")
+    assert (done.code, done.error) == (1, "no-rows")
+    summary = json.loads(done.stdout)
+    assert (summary["skipped"], summary["error"]["code"]) == (3, "no-rows")
+
+
 def test_pairs_below_the_minimum_confidence_are_counted_and_can_be_judged_again(cai: Cai, tmp_path: Path) -> None:
     counts = run(cai, tmp_path, [human(i) for i in range(3)], "--min-confidence", "0.6")
     assert counts["rejected_reasons"] == {"tie": 3}

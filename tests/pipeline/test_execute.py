@@ -144,6 +144,7 @@ def test_a_failing_step_stops_the_run_and_is_named(folder: Path) -> None:
     done = run(folder)
     assert done.returncode == 1
     assert ran(done) == ["samples", "revisions"]
+    assert list(json.loads((folder / "out/run.json").read_text())["planned"]) == STEPS
     assert "no principle 'nonsense'" in done.stderr
     assert "step 'revisions' ended with exit code 1: cai critique-revise out/samples.jsonl" in done.stderr
     edit(folder, ", principles: nonsense", "")

@@ -43,6 +43,17 @@ def test_an_unfinished_run_is_reported_with_what_is_there(tmp_path: Path) -> Non
     assert "could not be read" not in text
 
 
+def test_the_steps_that_a_run_has_not_begun_are_counted(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "made")
+    record = json.loads((folder / "run.json").read_text())
+    planned = {name: step["argv"] for name, step in record["steps"].items()}
+    planned["better"] = ["dpo", "x", "-o", str(folder / "better")]
+    (folder / "run.json").write_text(json.dumps(record | {"planned": planned}))
+    text = squeezed(drawn(folder)[1].text)
+    assert "7 of 8 steps done" in text
+    assert "better dpo · not started" in text
+
+
 def test_commands_run_by_hand_leave_no_run_file_and_are_reported_too(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "made")
     (folder / "run.json").unlink()

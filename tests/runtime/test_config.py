@@ -53,7 +53,7 @@ CONTENT_OPTIONS = frozenset(
         ),
         *("max_length", "lora", "lora_rank", "eval_share", "mix_ratio", "targets", "fit_head", "algorithm", "beta"),
         *("steps", "prompts_per_step", "samples_per_prompt", "cutoff_penalty", "held_out", "monitor_every"),
-        *("stop_on_goodhart", "scale_rewards", "column", "soft_from"),
+        *("stop_on_goodhart", "scale_rewards", "column", "soft_from", "keep_adapter"),
         *("weights", "quantize", "optimizer", "packing", "pm_dtype", "rollouts", "system"),
         *("loss", "label_smoothing", "nll", "monitor_prompts"),
     ]

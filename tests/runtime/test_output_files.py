@@ -12,6 +12,17 @@ from stage_cases import WORDS
 
 from cai_cli.common.errors import CaiError
 from cai_cli.data.jsonl import read_prompts, read_values
+from cai_cli.runtime.output_files import one_writer
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit(143)])
+def test_an_interrupted_writer_says_how_it_goes_on(
+    stop: BaseException | type[BaseException], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises((KeyboardInterrupt, SystemExit)), one_writer(tmp_path / "out.jsonl"):
+        raise stop
+    assert "run the same command again to complete" in capsys.readouterr().err
+    assert not (tmp_path / "out.jsonl.lock").exists()
 
 
 @pytest.mark.parametrize("moment", ["before the output is renamed", "before the manifest is renamed"])

@@ -151,9 +151,9 @@ def test_a_run_that_rejects_every_row_fails_after_its_summary_and_fails_again(
     assert (tmp_path / "out.jsonl.rejected.jsonl").exists() == (output == "out.jsonl")
 
 
-def test_a_run_that_skips_every_row_is_done(cai: Cai, inputs: Path) -> None:
+def test_a_shard_that_skips_every_row_is_done(cai: Cai, inputs: Path) -> None:
     write_rows(inputs / "alone.jsonl", [sample_row(1)])
-    done = cai("label-prefs", "alone.jsonl", *ALL, "-o", "out.jsonl")
+    done = cai("label-prefs", "alone.jsonl", *ALL, "-o", "out.jsonl", "--shard", "1/1")
     assert (done.code, "all 1 rows were skipped" in done.stderr) == (0, True)
 
 
