@@ -18,7 +18,7 @@ class KVCache:
 
     def __init__(self, model: Any, pad_id: int) -> None:
         self.model, self.pad_id = model, pad_id
-        self.accepted = signature(model.forward).parameters
+        self.accepted = signature(type(model).forward).parameters  # training wraps the method of the object
 
     def add(self, rows: Sequence[Sequence[int]], keeps: Sequence[int]) -> Iterator["Tensor"]:
         """Run the model on `rows`, which become the rows of the cache.
