@@ -7,9 +7,10 @@ import pytest
 from conftest import Cai
 from helpers import manifest_of, rows_in, write_rows
 
+from cai_cli.common.errors import InvalidRow
 from cai_cli.data.schema import ContrastSample, Preference, load_row
 from cai_cli.metrics.label_audit import audit
-from cai_cli.phase2_feedback.pairs import PairsConfig, reply_problem
+from cai_cli.phase2_feedback.pairs import PairsConfig, pair_items, reply_problem
 
 
 def reply(text: str, contrast: str | None = None, **fields: Any) -> dict[str, Any]:
@@ -84,6 +85,10 @@ def test_without_filters_only_empty_and_identical_replies_make_no_pair() -> None
         reply("No.", "breaking", prompt=[{"role": "user", "content": "another"}]),
     ],
 )
-def test_replies_that_do_not_belong_together_are_refused(cai: Cai, tmp_path: Path, second: dict[str, Any]) -> None:
-    ran = paired(cai, tmp_path, [reply("Yes.", "following")], [second])
-    assert (ran.code, "invalid-row" in ran.stderr) == (1, True)
+def test_replies_that_do_not_belong_together_are_refused(tmp_path: Path, second: dict[str, Any]) -> None:
+    files = [
+        str(write_rows(tmp_path / f"{n}.jsonl", [row])) for n, row in enumerate((reply("Yes.", "following"), second))
+    ]
+    with pytest.raises(InvalidRow) as error:
+        list(pair_items(PairsConfig(input=files, output="o")))
+    assert (error.value.code, error.value.line) == ("invalid-row", 1)
