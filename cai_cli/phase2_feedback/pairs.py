@@ -1,10 +1,10 @@
 """Makes preferences of replies that were asked for differently (`cai pairs`).
 
-The label of a pair comes from how its replies were sampled: those of the first file are preferred. With replies of `cai
-sample --contrast following` and `--contrast breaking` this is RLCD (Yang et al. 2023, arXiv 2307.12950), for models that
-are too small to judge. With those of a teacher that reads a constitution (`sample --system-from`) and of the model
-itself it is the preference data of character training. Departure: the paper has neither; its labels come from a judge
-(`cai label-prefs`).
+The label of a pair comes from how its replies were sampled: those of the first file are preferred. With replies of
+`cai sample --contrast following` and `--contrast breaking` this is RLCD (Yang et al. 2023, arXiv 2307.12950), for
+models that are too small to judge. With those of a teacher that reads a constitution (`sample --system-from`) and of
+the model itself it is the preference data of character training. Departure: the paper has neither; its labels come
+from a judge (`cai label-prefs`).
 
 No judge compared the replies, so nothing but human labels can show that the labels are right, and the audit says so.
 """
