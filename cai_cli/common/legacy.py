@@ -65,6 +65,7 @@ CHANGED_STAGES: dict[str, frozenset[str]] = {
 # Setting that an earlier version did not have -> the value that gives the behaviour of that version.
 ADDED_SETTINGS: dict[str, Any] = {
     "cut_off": "whole",
+    "drop_system": False,
     "scale_rewards": "group",
     "weights": "float32",
     "optimizer": "adamw",

@@ -46,6 +46,15 @@ class NearDuplicates:
         return (name, similarity) if similarity >= self.threshold else None
 
 
+def similarity(one: str, other: str) -> float:
+    """The Jaccard similarity of two texts, from 0 to 1.
+
+    >>> similarity("Lock the door.", "lock the door!"), similarity("Lock the door.", "Say nothing.")
+    (1.0, 0.0)
+    """
+    return _jaccard(shingles(one), shingles(other))
+
+
 def _signature(items: frozenset[str]) -> Any:
     from datasketch import MinHash
 

@@ -16,10 +16,12 @@ from cai_cli.constitution.schema import (
     open_constitution,
 )
 from cai_cli.data.jsonl import read_rows, rows_of
-from cai_cli.data.schema import Critique, Preference, Revision, Row
+from cai_cli.data.schema import ContrastSample, Critique, Preference, Revision, Row
 from cai_cli.runtime.manifest import read_manifest
 from cai_cli.runtime.output_files import sidecar
 
+# Stages that draw preference principles -> the rows that they write.
+ROW_TYPES: Mapping[str, type[Row]] = {"label-prefs": Preference, "pairs": Preference, "sample": ContrastSample}
 AnyPrinciple = CritiquePrinciple | PreferencePrinciple
 
 
@@ -56,6 +58,8 @@ def principles_drawn_for(row: Row) -> list[str]:
     """The principle ids drawn for a row: one for each round, or one for each comparison (both orders count as one)."""
     if isinstance(row, Preference):
         return list(dict.fromkeys(vote.principle_id for vote in row.votes))
+    if isinstance(row, ContrastSample):
+        return [row.principle_id]
     rounds = [past.principle_id for past in row.history] if isinstance(row, Critique | Revision) else []
     return [*rounds, row.principle_id] if isinstance(row, Critique) else rounds
 
@@ -95,17 +99,23 @@ def recorded_principles(sources: Iterable[Path]) -> list[dict[str, Any]]:
         manifest = read_manifest(sidecar(source, "manifest.json")) or {}
         used = list(manifest.get("run", {}).get("principles", []))
         if not used and "constitution" in manifest.get("provenance", {}):
-            row_type: type[Row] = Preference if manifest["provenance"]["stage"] == "label-prefs" else Revision
+            row_type = ROW_TYPES.get(manifest["provenance"]["stage"], Revision)
             draws = count_draws((row for _, row in read_rows(str(source), rows_of(row_type))), manifest)
             used = [draws.recorded()] if draws else []
         entries += [entry for entry in used if entry not in entries]
     return entries
 
 
+def provenance_of(source: str, *parts: str) -> dict[str, Any]:
+    """Those parts of the provenance of a file that its manifest has, for an output that is made from it."""
+    recorded = (read_manifest(sidecar(Path(source), "manifest.json")) or {}).get("provenance", {})
+    return {part: recorded[part] for part in parts if part in recorded}
+
+
 def principles_behind(manifest: Mapping[str, Any]) -> Sequence[AnyPrinciple]:
     """The principles that could be drawn for a file; empty if the constitution is missing or has changed since."""
     provenance, argv = manifest["provenance"], list(manifest.get("run", {}).get("argv", []))
-    model: Any = PreferenceConstitution if provenance["stage"] == "label-prefs" else CritiqueConstitution
+    model: Any = PreferenceConstitution if provenance["stage"] in ROW_TYPES else CritiqueConstitution
     settings = provenance.get("settings", {})
     try:
         loaded: Any = open_constitution(model, option(argv, "--constitution"), option(argv, "--few-shot"))

@@ -15,6 +15,7 @@ from cai_cli.data.foreign.shapes import IDS, Conversation, ReplyPair, recognize,
 from cai_cli.data.foreign.turns import read_turns
 from cai_cli.data.reward_schema import JudgedReplies, RubricPrompt
 from cai_cli.data.schema import (
+    ContrastSample,
     Critique,
     JudgedPair,
     Kind,
@@ -45,6 +46,7 @@ _MARKS: Sequence[tuple[type[Row], frozenset[str]]] = (
     (JudgedReplies, frozenset({"prompt_hash", "replies"})),
     (JudgedPair, frozenset({"chosen_score", "rejected_score", "chosen_tokens"})),
     (Critique, frozenset({"critique"})),
+    (ContrastSample, frozenset({"sample_index", "contrast"})),
     (HarmScore, frozenset({"harm", "levels"})),
     (PolicySample, frozenset({"score", "monitor_score"})),
     (PolicySample, frozenset({"score", "watch_score"})),  # of version 0.1.0
@@ -61,7 +63,7 @@ _MARKS: Sequence[tuple[type[Row], frozenset[str]]] = (
 # Rows made from a sample that are accepted where a prompt is.
 _ENDS = ("chosen_finish_reason", "rejected_finish_reason")
 _PROMPT_FIELDS = frozenset({"id", "prompt", "kind", "source"})
-_MADE_FROM_SAMPLES: Sequence[type[Sample]] = (Critique, Revision, Scored, PolicySample)
+_MADE_FROM_SAMPLES: Sequence[type[Sample]] = (ContrastSample, Critique, Revision, Scored, PolicySample)
 
 
 # --- row types ----------------------------------------------------------------------------------------------------
@@ -263,7 +265,7 @@ def completed_row(value: object, *, source: str = "given", dropped: Dropped | No
             code="wrong-row-type",
         )
     if isinstance(value, dict) and "sample_index" in value:
-        return load_row(Revision if row_type is Revision else Sample, value)
+        return load_row(_with_reply(row_type), value)
     if not isinstance(value, dict | list):
         raise RowError("no completion in this row", 'a row has "prompt" and "completion"', code="invalid-row")
     found = recognize(value, dropped or Dropped(), frozenset({"finish_reason"}))
@@ -293,7 +295,12 @@ def sample_or_revision(value: object) -> Sample:
     if isinstance(value, dict) and "sample_index" not in value and (shape := shape_of(value)):
         hint = "`cai convert FILE -o OUT` makes Sample rows of conversations"
         raise RowError(f"not a Sample row, but one of another format: {shape.name}", hint, code="invalid-row")
-    return load_row(Revision if row_type is Revision else Sample, value)
+    return load_row(_with_reply(row_type), value)
+
+
+def _with_reply(row_type: type[Row] | None) -> type[Sample]:
+    """The type as which a row with a sample index is read where a prompt and its reply are needed."""
+    return next((known for known in (ContrastSample, Revision) if known is row_type), Sample)
 
 
 def scorable(value: object, source: str, dropped: Dropped | None = None) -> Sample | Preference:

@@ -130,6 +130,20 @@ class RevisionRound(Row):
     thoughts: str | None = Field(default=None, repr=False)
 
 
+class ContrastSample(Sample):
+    """A reply of a character that follows or breaks a principle (`cai sample --contrast`).
+
+    The prompt begins with the character as its system prompt.
+
+    Attributes:
+        principle_id: The principle drawn for the reply.
+        contrast: Whether the character follows the principle or breaks it.
+    """
+
+    principle_id: str
+    contrast: Literal["following", "breaking"]
+
+
 class Critique(Sample):
     """A sample and a critique of its reply, which is not revised yet.
 
@@ -161,7 +175,7 @@ class Vote(Row):
 
     Attributes:
         principle_id: The principle by which the replies were compared.
-        method: The judging method (`label-prefs --method`).
+        method: The judging method (`label-prefs --method`); "asked" in rows of `cai pairs`, which no judge compared.
         order: "ab" if the judge saw `chosen` (or model a's reply) first, "ba" if it saw it second.
         p_first: Probability that the reply shown first is the better one. A judge with a first-position bias gives
             high values in both orders.

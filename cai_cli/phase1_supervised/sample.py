@@ -2,18 +2,29 @@
 
 The defaults are those of the paper, temperature 1 without nucleus sampling. Every (prompt, sample_index) has its own
 seed.
+
+`--contrast` samples as a character that follows a drawn principle, or breaks it; `cai pairs` makes labelled pairs of
+both (RLCD, Yang et al. 2023, arXiv 2307.12950). Departure: the paper does not have it. RLCD puts its prompts around the
+turns; here they are system prompts, written per principle in the YAML file.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Literal
 
+from cai_cli.common.errors import UsageError
 from cai_cli.common.seeds import seed_for
+from cai_cli.constitution.draw import draw, select
+from cai_cli.constitution.options import ConstitutionOptions
+from cai_cli.constitution.schema import PreferenceConstitution, PreferencePrinciple, open_constitution
 from cai_cli.data.jsonl import Numbered
-from cai_cli.data.schema import Kind, Prompt, Rejected, Sample, conversation_id, reject
+from cai_cli.data.schema import ContrastSample, Kind, Prompt, Rejected, Sample, conversation_id, reject
 from cai_cli.engines.base import Engine, GenerationRequest, RequestFailure, Sampling
 from cai_cli.prompting.base import PromptFormat, assistant, reply_request, resolve_prompt_format
+from cai_cli.prompting.comparison import characters
 from cai_cli.prompting.system import SystemOptions, with_system
-from cai_cli.runtime.config import Option, option
+from cai_cli.runtime.config import Group, Option, StageConfig, option, redefine
 from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
 from cai_cli.runtime.manifest import hash_input, provenance
 from cai_cli.runtime.shared_options import EngineOptions, OutputOptions, SamplingOptions, ShardOptions
@@ -23,16 +34,84 @@ from cai_cli.runtime.stage_run import StageRun, WorkItem, WorkItems, expected_it
 SampleRequest = tuple[Prompt, int]  # a prompt and the index of the reply to sample
 
 
-class SampleConfig(OutputOptions, ShardOptions, EngineOptions, SystemOptions, SamplingOptions):
+class Side(StrEnum):
+    """Whether a character follows its principle or breaks it."""
+
+    FOLLOWING = "following"
+    BREAKING = "breaking"
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Characters that follow or break principles.
+
+    Attributes:
+        side: Whether they follow or break them.
+        principles: The principles to draw from.
+        seed: Random seed of the run. The draw does not depend on the side.
+    """
+
+    side: Literal["following", "breaking"]
+    principles: Sequence[PreferencePrinciple]
+    seed: int
+
+    def principle(self, prompt: str, index: int) -> PreferencePrinciple:
+        """The principle of one reply to the prompt with this id."""
+        return draw(self.principles, self.seed, "contrast", prompt, index)
+
+    def system(self, prompt: str, index: int) -> str:
+        """The system prompt of one reply."""
+        following, breaking = characters(self.principle(prompt, index))
+        return following if self.side == "following" else breaking
+
+    def marked(self, row: Sample | Rejected) -> Sample | Rejected:
+        """A reply with its side and its principle."""
+        if isinstance(row, Rejected):
+            return row
+        drawn = self.principle(row.id, row.sample_index)
+        return ContrastSample(**row.sample_fields(), principle_id=drawn.id, contrast=self.side)
+
+
+class ContrastOptions(StageConfig):
+    """Replies that follow or break a principle."""
+
+    contrast: Side | None = option(
+        None,
+        "Reply as a character that follows a drawn principle, or as one that breaks it (the `following` and `breaking` "
+        "of the YAML file); `cai pairs` makes preferences of both.",
+        Option(group=Group.PRINCIPLES),
+    )
+    constitution: str | None = redefine(
+        ConstitutionOptions, "constitution", None, "YAML file of principles for --contrast; by default the shipped one."
+    )
+    principles: str | None = redefine(ConstitutionOptions, "principles", None)
+
+
+class SampleConfig(OutputOptions, ShardOptions, EngineOptions, ContrastOptions, SystemOptions, SamplingOptions):
     """Sample replies to prompts.
 
     INPUT: Prompt rows, conversations and pairs in any format that `cai convert` reads, of which the last turn of the
-    assistant is left out, or plain text (one prompt a line). Writes Sample rows. A system prompt (--system) becomes the
-    first turn of each row's prompt.
+    assistant is left out, or plain text (one prompt a line). Writes Sample rows. A system prompt (--system, --contrast)
+    becomes the first turn of each row's prompt.
     """
 
     n: int = option(1, "Replies to each prompt.", Option(flags=("--n", "-n")), ge=1)
     kind: Kind | None = option(None, "Kind of the prompts that have no `kind`.")
+
+    def check(self) -> None:
+        super().check()
+        if self.contrast is None and (self.constitution is not None or self.principles is not None):
+            raise UsageError("--constitution and --principles need --contrast", code="option-conflict")
+        if self.contrast is not None and (self.system is not None or self.system_from is not None):
+            raise UsageError("--contrast has its own system prompts, so it excludes --system", code="option-conflict")
+
+    def open_contrast(self) -> tuple[Contrast | None, dict[str, Any]]:
+        """The characters of --contrast, if any, and the part of the provenance that describes them. Raises CaiError."""
+        if self.contrast is None:
+            return None, {}
+        loaded = open_constitution(PreferenceConstitution, self.constitution, None)
+        contrast = Contrast(self.contrast.value, select(loaded.principles, self.principles, None), self.seed)
+        return contrast, {"constitution": {"name": loaded.name, "fingerprint": loaded.fingerprint()}}
 
 
 def sample(
@@ -72,18 +151,24 @@ def sample(
             )
 
 
-def prompt_items(prompts: Iterable[Numbered[Prompt]], n: int, system: str | None = None) -> WorkItems[SampleRequest]:
+def prompt_items(
+    prompts: Iterable[Numbered[Prompt]], n: int, system: str | None = None, contrast: Contrast | None = None
+) -> WorkItems[SampleRequest]:
     """Each prompt `n` times, with sample indices from 0.
 
     Args:
         prompts: The prompts.
         n: How many replies to each.
         system: A system prompt for all. A prompt keeps its id, so that replies with and without it can be compared.
+        contrast: Characters whose system prompts differ from reply to reply.
     """
     for line, prompt in prompts:
         hashed = prompt.id == conversation_id(prompt.prompt)
-        opened = prompt if system is None else prompt.model_copy(update={"prompt": with_system(prompt.prompt, system)})
         for index in range(n):
+            opening = contrast.system(prompt.id, index) if contrast else system
+            opened = prompt
+            if opening is not None:
+                opened = prompt.model_copy(update={"prompt": with_system(prompt.prompt, opening)})
             yield WorkItem(f"{prompt.id}/{index}", line, (opened, index), hashed_id=hashed)
 
 
@@ -101,19 +186,26 @@ def run(config: SampleConfig) -> dict[str, Any]:
     inputs = {"prompts": hash_input(config.input)}
     form = resolve_prompt_format(config.prompt_format, engine)
     system = config.system_prompt()
+    contrast, constitution = config.open_contrast()
+
+    def work(requested: Sequence[SampleRequest]) -> Iterator[Sample | Rejected]:
+        replies = sample(requested, engine, sampling=config.sampling(), form=form, seed=config.seed)
+        return map(contrast.marked, replies) if contrast else replies
+
     return StageRun(
         provenance=provenance(
             "sample",
             inputs=inputs,
             settings=config.settings(prompt_format=form, system=system),
             model=engine.identity(),
+            **constitution,
         ),
         inputs=inputs,
         output=config.output,
         overwrite=config.overwrite,
         reader=reader,
-        items=lambda: prompt_items(reader.prompts(config.input, config.kind, config.limit), config.n, system),
-        work=lambda requested: sample(requested, engine, sampling=config.sampling(), form=form, seed=config.seed),
+        items=lambda: prompt_items(reader.prompts(config.input, config.kind, config.limit), config.n, system, contrast),
+        work=work,
         batch_size=engine.batch_size,
         grows=True,
         engine=engine,

@@ -4,9 +4,10 @@ As in the paper, every revision of every round is an example (`--revisions all`)
 mixed in (`--helpful`), and training is one epoch. Departures: the loss covers the reply only, and of a reply that was
 cut off at the length limit not its end of turn (`--cut-off`), which the model did not write; the paper starts from a
 pretrained model, this stage from `--model`; the paper's learning rate, half that of pretraining, does not carry over to
-other models, so it is an option; it falls linearly to zero, where the paper's is constant, because runs here have few
-steps, of fewer rows than the paper's 1,024; the helpful share is a ratio (the paper has 2 replies to each of 135k
-helpful prompts for 4 revisions of each of 183k red-team prompts).
+other models, so it is an option; `--drop-system` trains on the replies of a teacher with a system prompt as if it had
+none (context distillation, Askell et al. 2021, arXiv 2112.00861); it falls linearly to zero, where the paper's is
+constant, because runs here have few steps, of fewer rows than the paper's 1,024; the helpful share is a ratio (the
+paper has 2 replies to each of 135k helpful prompts for 4 revisions of each of 183k red-team prompts).
 """
 
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from cai_cli.data.splits import held_out_keys, mixed, too_long_for
 from cai_cli.models.loading import tokenizer_and_window
 from cai_cli.models.source import ModelSource
 from cai_cli.phase1_supervised.packing import check_packing, pack, with_padded_evaluation
+from cai_cli.prompting.system import without_system
 from cai_cli.runtime.config import Effect, Group, Option, option
 from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
 from cai_cli.runtime.counts import Counts
@@ -93,6 +95,11 @@ class SftConfig(EpochOptions):
         CutOff.OPEN,
         "Replies that were cut off at the length limit: train on them without an end of turn (open), leave them out "
         "(skip), or train on them as if they were whole (whole).",
+    )
+    drop_system: bool = option(
+        False,
+        "Train without the system prompts that the replies were sampled with (context distillation).",
+        Option(flags=("--drop-system",)),
     )
     packing: bool = option(
         False,
@@ -328,9 +335,10 @@ def read_examples(config: SftConfig, base: Path) -> SftData:
         return lambda value: completed_row(value, dropped=of.dropped)
 
     rows = [row for _, row in reader.rows(config.input, completed(reader), config.limit)]
+    used = _without_systems(rows, reader) if config.drop_system else rows
     helpful_file = helpful_reader.rows(config.helpful, completed(helpful_reader)) if config.helpful else ()
     helpful_rows = [row for _, row in helpful_file]
-    revisions = [example for row in rows for example in examples_of(row, config.revisions.value)]
+    revisions = [example for row in used for example in examples_of(row, config.revisions.value)]
     helpful = [example for row in helpful_rows for example in examples_of(row, "last")]
     chosen = mixed(revisions, helpful, config.helpful_ratio, seed_for(config.seed, "sft", "helpful"))
     counts = Counts.of_training(
@@ -351,6 +359,15 @@ def read_examples(config: SftConfig, base: Path) -> SftData:
     held_out = [encoded for (_, encoded), prompt in zip(fitting, prompts, strict=True) if prompt in held_out_prompts]
     counts.train, counts.held_out = len(train), len(held_out)
     return SftData(train, held_out, tokenizer, counts, rows_digest([*rows, *helpful_rows]))
+
+
+def _without_systems(rows: Sequence[Sample], reader: RowReader) -> list[Sample]:
+    """The rows without their system prompts, which the reader counts as left out."""
+    used = [row.model_copy(update={"prompt": without_system(row.prompt)}) for row in rows]
+    dropped = sum(one.prompt != row.prompt for one, row in zip(used, rows, strict=True))
+    reader.dropped.counts["system prompt"] += dropped
+    console.say(f"sft: {dropped:,} of {len(rows):,} rows are trained on without their system prompt")
+    return used
 
 
 def _report_cut_off(counts: Counts, cut_off: CutOff) -> None:

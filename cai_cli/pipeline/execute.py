@@ -121,7 +121,7 @@ def _run_and_record(
 
 def _label_trust(step: Step) -> dict[str, Any]:
     """For a step that labels: whether its labels can be trusted (true, false, or null for unknown) and why."""
-    if step.command != "label-prefs":
+    if step.command not in ("label-prefs", "pairs"):
         return {}
     from cai_cli.metrics.label_audit import audit_file
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 
 from cai_cli.evaluate import compare, harm, hhh
 from cai_cli.phase1_supervised import critique, critique_revise, red_team, revise, sample, sft
-from cai_cli.phase2_feedback import dpo, label_prefs, rl, score, train_pm
+from cai_cli.phase2_feedback import dpo, label_prefs, pairs, rl, score, train_pm
 from cai_cli.runtime.stage import Stage
 
 
@@ -22,6 +22,7 @@ STAGES = by_name(
         critique_revise.STAGE,
         sft.STAGE,
         label_prefs.STAGE,
+        pairs.STAGE,
         train_pm.STAGE,
         score.STAGE,
         rl.STAGE,

@@ -101,12 +101,21 @@ def verdict_request(
     return Request([*earlier, user(instruction)])
 
 
+def characters(principle: PreferencePrinciple) -> tuple[str, str]:
+    """System prompts of an assistant that follows the principle and of one that breaks it.
+
+    They are those of the constitution; a principle without them gets a general description.
+    """
+    following = principle.following or f"You give the replies that win by this rule: {principle.comparison}"
+    breaking = principle.breaking or f"You give the replies that lose by this rule: {principle.comparison}"
+    return following, breaking
+
+
 def contrast_requests(
     conversation: Sequence[Message], principle: PreferencePrinciple, form: PromptFormat
 ) -> tuple[Request, Request]:
     """Requests to continue a conversation as an assistant that follows the principle, and as one that breaks it."""
-    following = principle.following or f"You give the replies that win by this rule: {principle.comparison}"
-    breaking = principle.breaking or f"You give the replies that lose by this rule: {principle.comparison}"
+    following, breaking = characters(principle)
     return _spoken_by(following, conversation, form), _spoken_by(breaking, conversation, form)
 
 

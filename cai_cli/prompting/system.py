@@ -36,6 +36,11 @@ def with_system(conversation: Sequence[Message], system: str) -> list[Message]:
     return [Message(role="system", content=system), *conversation]
 
 
+def without_system(conversation: Sequence[Message]) -> list[Message]:
+    """The conversation without its system prompt, if it has one."""
+    return [message for message in conversation if message.role != "system"]
+
+
 class SystemOptions(StageConfig):
     """The system prompt that every conversation begins with."""
 

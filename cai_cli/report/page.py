@@ -65,7 +65,7 @@ def _finalize(value: object) -> object:
 
 def _sections(run: RunFiles) -> dict[str, Any]:
     """Return the variables of the template. Every file is read in one pass; `run.problems` is complete afterwards."""
-    labelled = [(step, labels.LabelCharts()) for step in run.steps_of("label-prefs")]
+    labelled = [(step, labels.LabelCharts()) for step in run.steps_of("label-prefs", "pairs")]
     compared = examples.comparisons(
         chain.from_iterable(_observed(run, step, label_charts) for step, label_charts in labelled),
         examples.Budget(COMPARISON_BYTES),

@@ -14,7 +14,7 @@ COMPLETE_RUN = {
     ("sample",): "sampled replies (`cai sample`)",
     ("revise", "critique-revise"): "revisions (`cai critique-revise`)",
     ("sft",): "a fine-tuned model (`cai sft`)",
-    ("label-prefs",): "AI preference labels (`cai label-prefs`)",
+    ("label-prefs", "pairs"): "AI preference labels (`cai label-prefs`)",
     ("train-pm",): "a preference model (`cai train-pm`)",
     ("rl", "dpo"): "RL (`cai rl`) or DPO (`cai dpo`)",
 }
@@ -76,7 +76,7 @@ def _row_metrics(run: RunFiles) -> Iterator[KeyMetric]:
     revised = [row_counts(step) for step in last_revisions(run) if step.status == "done"]
     if revised:
         yield KeyMetric("replies revised", sum(counts.out for counts in revised if counts))
-    labelled = [row_counts(step) for step in run.steps_of("label-prefs") if step.status == "done"]
+    labelled = [row_counts(step) for step in run.steps_of("label-prefs", "pairs") if step.status == "done"]
     if labelled:
         # Several steps may have labelled the same pairs.
         several = len(labelled) > 1
@@ -114,7 +114,7 @@ def constitutions(run: RunFiles) -> list[tuple[StepFiles, PrincipleDraws]]:
     kinds: list[tuple[list[StepFiles], type[Row]]] = [
         (last_revisions(run), Revision),
         ([] if run.steps_of("revise", "critique-revise") else run.steps_of("critique"), Critique),
-        (run.steps_of("label-prefs"), Preference),
+        (run.steps_of("label-prefs", "pairs"), Preference),
     ]
     used = [(step, count_draws(run.rows(step, kind), step.manifest)) for steps, kind in kinds for step in steps]
     return [(step, d) for step, d in used if d]

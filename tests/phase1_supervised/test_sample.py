@@ -90,3 +90,39 @@ def test_a_run_file_finds_the_file_of_a_system_prompt_beside_itself(cai: Cai, in
     (inputs / "there" / "run.yaml").write_text(json.dumps(run))
     assert cai("run", "there/run.yaml", "--out", "out").code == 0
     assert rows_in(inputs / "out" / "file.jsonl") == rows_in(inputs / "out" / "text.jsonl")
+
+
+CONTRAST = """
+kind: preference
+name: two
+principles:
+  - {id: kind, comparison: Choose the kinder one., following: You are kind., breaking: You are cruel.}
+  - {id: honest, comparison: Choose the more honest one.}
+"""
+
+
+def test_both_sides_of_a_contrast_draw_the_same_principle_and_each_row_records_it(cai: Cai, inputs: Path) -> None:
+    (inputs / "two.yaml").write_text(CONTRAST)
+    write_rows(inputs / "p.jsonl", [{"prompt": str(n)} for n in range(8)])
+    words = ("sample", "p.jsonl", "--model", "scripted:script.jsonl", "--constitution", "two.yaml", "-n", "2")
+    sides = {}
+    for side in ("following", "breaking"):
+        assert cai(*words, "--contrast", side, "-o", f"{side}.jsonl").code == 0
+        sides[side] = rows_in(inputs / f"{side}.jsonl")
+        assert {row["contrast"] for row in sides[side]} == {side}
+    drawn = [row["principle_id"] for row in sides["following"]]
+    assert drawn == [row["principle_id"] for row in sides["breaking"]]
+    assert set(drawn) == {"kind", "honest"}
+    texts = {(row["principle_id"], row["prompt"][0]["content"]) for rows in sides.values() for row in rows}
+    assert {text for name, text in texts if name == "kind"} == {"You are kind.", "You are cruel."}
+    assert len(texts) == 4
+    assert manifest_of(inputs / "following.jsonl")["provenance"]["constitution"]["name"] == "two"
+    assert cai("pairs", "following.jsonl", "breaking.jsonl", "-o", "none.jsonl").code == 0  # the script says the same
+    assert cai("critique", "following.jsonl", "--model", "scripted:script.jsonl", "-o", "c.jsonl").code == 0
+
+
+def test_a_constitution_without_contrast_and_two_system_prompts_are_refused(cai: Cai, inputs: Path) -> None:
+    write_rows(inputs / "p.jsonl", [{"prompt": "a"}])
+    words = ("sample", "p.jsonl", "--model", "scripted:script.jsonl", "-o", "s.jsonl")
+    assert cai(*words, "--principles", "kind").code == 2
+    assert cai(*words, "--contrast", "following", "--system", "Be kind.").code == 2

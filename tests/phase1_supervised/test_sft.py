@@ -22,7 +22,7 @@ from cai_cli.common.errors import CaiError, InvalidRow, RowError
 from cai_cli.data.formats import completed_row
 from cai_cli.data.schema import Message, Revision, Sample, load_row
 from cai_cli.models.loading import load_generation_config, load_tokenizer
-from cai_cli.phase1_supervised.sft import CutOff, encode_all, examples_of
+from cai_cli.phase1_supervised.sft import CutOff, SftConfig, encode_all, examples_of, read_examples
 from cai_cli.runtime.counts import Counts
 from cai_cli.training.checkpoints import SEAL
 from cai_cli.training.completions import encode
@@ -277,3 +277,15 @@ def test_the_finished_model_ends_its_turn_in_plain_transformers(tmp_path: Path) 
     assert tokenizer.decode(new) == "A pear.<|im_end|>"
     command(tmp_path / "pair.jsonl", tmp_path / "lora", model=str(base), **options | {"lora": True, "max_steps": 1})
     assert load_generation_config(tmp_path / "lora").eos_token_id == [0, 2]
+
+
+def test_a_student_is_trained_without_the_system_prompt_of_its_teacher(model: Path, tmp_path: Path) -> None:
+    with_system = [{"role": "system", "content": "Be warm."}, {"role": "user", "content": "question 1"}]
+    plain = [revision(i) for i in range(8)]
+    rows = write_rows(tmp_path / "taught.jsonl", [plain[0], *(row | {"prompt": with_system} for row in plain[1:])])
+    config = SftConfig(input=str(rows), output=str(tmp_path / "out"), model=str(model), drop_system=True, eval_share=0)
+    data = read_examples(config, model)
+    kept = read_examples(config.model_copy(update={"drop_system": False}), model)
+    assert "Be warm." in data.tokenizer.decode(kept.train[-1].ids)
+    assert not any("Be warm." in data.tokenizer.decode(one.ids) for one in data.train)
+    assert (len(data.train), data.counts.as_json()["dropped"]) == (len(kept.train), {"system prompt": 7})

@@ -20,6 +20,7 @@ from cli_docs import render
 from cai_cli import __version__
 from cai_cli.cli.app import build_app
 from cai_cli.metrics.intervals import wilson
+from cai_cli.pipeline.estimate import estimate
 from cai_cli.pipeline.plan import plan
 from cai_cli.pipeline.registry import STAGES
 from cai_cli.pipeline.run_file import load_run
@@ -95,6 +96,16 @@ def test_the_shell_quickstart_is_the_yaml_quickstart(monkeypatch: pytest.MonkeyP
     steps = plan(load_run(file), file, Path("runs/quickstart"))
     script = Path("examples/quickstart.sh").read_text().splitlines()
     assert [line for line in script if line.startswith("cai ")] == [step.shell for step in steps]
+
+
+@pytest.mark.parametrize("name", ["contrast", "character"])
+def test_an_example_without_a_judge_is_planned_and_estimated(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(ROOT)
+    file = Path(f"examples/{name}.yaml")
+    rows = {each.step: each.rows for each in estimate(plan(load_run(file), file, tmp_path))}
+    assert rows["preferences"] == {"contrast": 256, "character": 64}[name]
 
 
 def test_the_make_targets_of_the_pages_exist() -> None:
