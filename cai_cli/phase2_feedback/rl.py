@@ -23,19 +23,19 @@ Every `--monitor-every` steps the policy answers the held-out prompts: `rl_monit
 
 import shutil
 from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cai_cli.common import console
+from cai_cli.common.library_errors import library_failures
 from cai_cli.common.seeds import seed_for
 from cai_cli.data.schema import Prompt
 from cai_cli.data.splits import mixed
 from cai_cli.engines.base import Sampling
 from cai_cli.engines.choice import this_machine
 from cai_cli.engines.tokenization import declare_end_of_turn, end_of_turn_ids
-from cai_cli.engines.vllm import failures_of_vllm
 from cai_cli.models.source import ModelSource
 from cai_cli.phase2_feedback.goodhart import weak_alarm
 from cai_cli.phase2_feedback.monitor_models import (
@@ -193,7 +193,7 @@ def _policy_trainer(
     assert training.max_steps  # noqa: S101
     order = prompt_order(len(inputs.train), training.max_steps, config.prompts_per_step, training.seed)
     trainer_class, args = _trainer_class_and_args(inputs, config, training, work, policy, tokenizer)
-    with failures_of_vllm() if inputs.rollouts is not Rollouts.LOCAL else nullcontext(), distributed.same_environment():
+    with library_failures(), distributed.same_environment():
         trainer = trainer_class(
             model=policy,
             processing_class=tokenizer,
