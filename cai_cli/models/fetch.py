@@ -179,6 +179,9 @@ def hub_snapshot(name: str, revision: str | None = None, into: Path | None = Non
             return path
     except Exception as error:  # the Hub's client lets through the errors of its HTTP library
         why = why or first_line(error)
+        failure = library_failure(error, "huggingface_hub")
+        if failure and failure.code == "cannot-write":
+            raise Unavailable(f"{name}: {failure.message}", failure.hint, code=failure.code) from error
     if cached_only:
         raise Unavailable(
             f"{name}: no such directory, and not fetched yet", hint=f"cai models fetch {name}", code="unknown-model"
