@@ -77,6 +77,12 @@ def submit(stage: Stage, config: StageConfig, provider: Provider, folder: Path |
         raise UsageError(f"{stage.name} sends no requests to a model", code="invalid-option")
     if not output or is_stream(output):
         raise UsageError("a batch needs a file to write to", hint="-o FILE", code="missing-option")
+    given = getattr(config, "input", None)
+    for name in map(str, given if isinstance(given, list) else [given]):
+        if name == "-" or Path(name).is_fifo() or Path(name).is_char_device():
+            raise UsageError(
+                f"{name} is a stream; each `cai batch collect` reads the input again", code="invalid-option"
+            )
     folder = folder or sidecar(Path(output), "batch")
     if (folder / SETTINGS).exists() and (other := _read_settings(folder)["for"]) != provider:
         hint = "--batch-dir names another folder"
