@@ -18,7 +18,20 @@ import typer
 from typer.core import TyperGroup
 
 from cai_cli import __version__
-from cai_cli.cli import agreement, chat, doctor, files, models, principles, publish, report, run, serve_reward, show
+from cai_cli.cli import (
+    agreement,
+    batch,
+    chat,
+    doctor,
+    files,
+    models,
+    principles,
+    publish,
+    report,
+    run,
+    serve_reward,
+    show,
+)
 from cai_cli.cli.expand import GroupedCommand, command_class, command_from, stage_command
 from cai_cli.common import console, threads
 from cai_cli.common.errors import CaiError, UsageError
@@ -103,7 +116,7 @@ def build_app() -> typer.Typer:
 _HELP = "Constitutional AI from the shell: one subcommand per stage, JSONL in, JSONL out."
 _EVAL_HELP = "Evaluate labels and models: agreement, hhh, compare, harm."
 _OTHERS: dict[Heading, dict[str, Callable[..., None] | typer.Typer]] = {
-    Heading.PIPELINE: {"run": command_from(run.RunConfig, run.run), "report": report.command},
+    Heading.PIPELINE: {"run": command_from(run.RunConfig, run.run), "batch": batch.app, "report": report.command},
     Heading.FILES: {
         "convert": command_from(convert.ConvertConfig, convert.run, writes_rows=True),
         "show": show.command,
