@@ -15,8 +15,8 @@ Rounds become ordinary steps when the file is read: `pairs@1`, `preferences@1`, 
 the step of the same round and `@step@last` that of the round before. After the block `@step` is the step of the round
 whose model is kept, and `@step@*` those of all rounds, for an option that takes several values.
 
-Data stages of round k use the seed of the run plus k - 1, so that a policy that has not changed gives new replies. The
-trainers keep the seed, because it decides which prompts are held out, and a prompt that one round trains on must not be
+Data stages of round k that set no seed use that of the run plus k - 1, so that a policy that has not changed gives new
+replies. The trainers keep the seed, because it decides which prompts are held out, and a prompt that one round trains on must not be
 held out by the next.
 """
 
@@ -184,9 +184,8 @@ def _of_round(step: str, given: Given, block: Repeat, number: int, seed: int, se
     if stage is None or number == 1:
         return settings
     options = stage.config.option_names()
-    own = settings.get("seed", seed)
-    if "seed" in options and not stage.trains and stage.phase is not Phase.EVALUATION and type(own) is int:
-        settings["seed"] = own + number - 1
+    if "seed" in options and not stage.trains and stage.phase is not Phase.EVALUATION:
+        settings.setdefault("seed", seed + number - 1)
     source = str(given.get("input"))
     if "also" in options and block.carry is Carry.ALL and source.removeprefix("@") in block.steps:
         earlier = [f"{source}@{before}" for before in range(1, number)]

@@ -42,7 +42,7 @@ def replies(step: int, score: float | None) -> list[Json]:
     """The monitor's rows of one check, whose scores have this mean."""
     return [
         {"id": f"p{n}", "prompt": user("why?"), "sample_index": 0, "completion": assistant("so"), "step": step,
-         "reply_tokens": 1, "score": 0.0, "monitor_score": None if score is None else score + (n % 3 - 1) * (0.1 + step)}
+         "reply_tokens": 1, "score": 0.0, "finish_reason": "stop", "monitor_score": None if score is None else score + (n % 3 - 1) * (0.1 + step)}
         for n in range(PROMPTS)
     ]  # fmt: skip
 
