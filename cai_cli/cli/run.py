@@ -85,7 +85,12 @@ def run(config: RunConfig) -> None:
     write_curves(step.output for step in steps if step.command == "eval compare")
     report = report_finished_run(folder)
     if config.as_json:
-        summary = {"run": loaded.name, "folder": str(folder), "report": report and str(report), "steps": done}
+        summary: dict[str, Any] = {
+            "run": loaded.name,
+            "folder": str(folder),
+            "report": report and str(report),
+            "steps": done,
+        }
         summary |= {"rounds": rounds.reports} if rounds.reports else {}
         print(orjson.dumps(summary).decode())
     for step in done:

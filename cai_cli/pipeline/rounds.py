@@ -16,8 +16,8 @@ the step of the same round and `@step@last` that of the round before. After the 
 whose model is kept, and `@step@*` those of all rounds, for an option that takes several values.
 
 Data stages of round k that set no seed use that of the run plus k - 1, so that a policy that has not changed gives new
-replies. The trainers keep the seed, because it decides which prompts are held out, and a prompt that one round trains on must not be
-held out by the next.
+replies. The trainers keep the seed, because it decides which prompts are held out, and a prompt that one round trains
+on must not be held out by the next.
 """
 
 from collections.abc import Callable, Mapping
@@ -59,9 +59,9 @@ class Stop(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     monitor: str | None = None
-    tokens: float | None = Field(None, gt=0)
-    money: float | None = Field(None, gt=0)
-    hours: float | None = Field(None, gt=0)
+    tokens: float | None = Field(default=None, gt=0)
+    money: float | None = Field(default=None, gt=0)
+    hours: float | None = Field(default=None, gt=0)
 
     @property
     def budgets(self) -> dict[str, float]:
