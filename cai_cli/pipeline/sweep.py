@@ -76,13 +76,7 @@ def expand(steps: Mapping[str, Given], takes_many: TakesMany, shared: Given | No
             for values in _choices(own, _references(settings), known):
                 choice = {axis: values[axis] for axis in axes if axis in values}
                 variant = Variant(step + _suffix(choice, swept), choice)
-                if variant.name in flat or len(variant.name) > LONGEST_NAME:
-                    problem = "would be the name of two steps" if variant.name in flat else "is too long for a file"
-                    raise UsageError(
-                        f"step {step!r}: {variant.name!r} {problem}",
-                        hint="use other or fewer values",
-                        code="invalid-run-file",
-                    )
+                _check_name(step, variant.name, flat)
                 flat[variant.name] = {o: _resolved(value, choice, known) for o, value in settings.items()}
                 variants.append(variant)
                 if len(flat) > MAX_STEPS:
@@ -95,6 +89,15 @@ def expand(steps: Mapping[str, Given], takes_many: TakesMany, shared: Given | No
             _reuse_votes(axis_of(step, "clamp"), variants, flat)
         known[step] = variants
     return flat
+
+
+def _check_name(step: str, name: str, flat: Mapping[str, Any]) -> None:
+    """Raises UsageError where the name of a variant is taken or too long."""
+    if name in flat or len(name) > LONGEST_NAME:
+        problem = "would be the name of two steps" if name in flat else "is too long for a file"
+        raise UsageError(
+            f"step {step!r}: {name!r} {problem}", hint="use other or fewer values", code="invalid-run-file"
+        )
 
 
 def _lists(given: Given, takes_many: TakesMany) -> dict[str, list[Value]]:
