@@ -135,7 +135,8 @@ def _with_constitution(given: Mapping[str, Any], constitution: Any) -> dict[str,
     """The settings of a step, with the constitution of the run where the step asks a model about principles."""
     stage = registry.STAGES.get(str(given.get("command")))
     names = stage.config.option_names() if stage else {}
-    asks = "constitution" in names and ("judge" not in names or given.get("judge"))
+    # Optional in some stages: `rl` needs a judge for it, `sample` a contrast.
+    asks = "constitution" in names and all(given.get(name) for name in ("judge", "contrast") if name in names)
     return {**({"constitution": constitution} if asks and constitution else {}), **given}
 
 
