@@ -15,7 +15,11 @@ STEP, ROUNDS = "(step)", "(rounds)"  # how pydantic tells the two apart; no name
 
 
 def _kind(value: Any) -> str:
-    return ROUNDS if isinstance(value, Repeat) or (isinstance(value, dict) and "repeat" in value and "command" not in value) else STEP
+    return (
+        ROUNDS
+        if isinstance(value, Repeat) or (isinstance(value, dict) and "repeat" in value and "command" not in value)
+        else STEP
+    )
 
 
 Entry = Annotated[
