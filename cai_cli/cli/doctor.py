@@ -169,10 +169,21 @@ def model_checks(name: str) -> list[Check]:
 
 
 def _thinking(form: str | None, switches: Sequence[str], opens: bool, heads: bool) -> str:
-    """What `cai doctor` says of the thoughts of a model with a chat template."""
+    """What `cai doctor` says of the thoughts of a model with a chat template.
+
+    Args:
+        form: What opens the thoughts, if known.
+        switches: The arguments of the template that switch them.
+        opens: Whether the template opens the thoughts itself.
+        heads: Whether the template writes a header before the reply.
+    """
     if form is None and not switches:
-        return "the chat template shows none"
-    how = f"the chat template opens them with {form}" if opens else f"written as {form or 'the model likes'}"
+        return "none found in the chat template or the tokens"
+    how = (
+        f"the chat template opens them with {form}"
+        if opens
+        else f"{f'written as {form}' if form else 'written in an unknown form'}"
+    )
     if switches:
         return f"{how}; --thinking on|off sets {' and '.join(switches)}"
     if opens:
@@ -184,7 +195,12 @@ def _thinking(form: str | None, switches: Sequence[str], opens: bool, heads: boo
 
 def command(
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Say what this model is and does, instead of this machine.")
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="Check this model instead of the machine: size, context window, chat template, thoughts, end of turn.",
+        ),
     ] = None,
     json: options.Json = False,
 ) -> None:

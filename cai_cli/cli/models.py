@@ -47,15 +47,22 @@ def fetch(name: Annotated[str, typer.Argument(help="An alias or a Hub name org/n
 
 @app.command("merge")
 def merge_adapter(
-    name: Annotated[str, typer.Argument(metavar="BASE+ADAPTER", help="A model, and the directory of a LoRA adapter.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the complete model.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="BASE+ADAPTER", help="A base model and a LoRA adapter (a directory or a Hub name), joined by +."
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="New directory for the merged model.")],
 ) -> None:
     """Merge a LoRA adapter into its base model, in float32."""
     from cai_cli.models.adapter_dirs import merge
 
     parts = split_adapter(name)
     if parts is None:
-        raise UsageError(f"{name!r} does not name a base model and an adapter", "BASE+ADAPTER", code="invalid-option")
+        raise UsageError(
+            f"{name!r} does not name a base model and an adapter", "write BASE+ADAPTER", code="invalid-option"
+        )
     if output.exists():
         raise CaiError(f"{output} exists", hint="choose another -o", code="output-exists")
     merge(resolve(parts[0]), find_adapter(parts[1], fetch=True), output)

@@ -47,7 +47,7 @@ class NearDuplicates:
 
 
 def similarity(one: str, other: str) -> float:
-    """The Jaccard similarity of two texts, from 0 to 1.
+    """The Jaccard similarity of the character 5-grams of two texts, from 0 to 1.
 
     >>> similarity("Lock the door.", "lock the door!"), similarity("Lock the door.", "Say nothing.")
     (1.0, 0.0)

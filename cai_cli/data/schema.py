@@ -81,8 +81,8 @@ class Sample(Prompt):
         completion: The reply as one assistant message.
         finish_reason: "stop" (end of turn), "length" (cut off at the token limit, or inside a character), or null if
             unknown.
-        thoughts: What a reasoning model wrote before the reply, without its tags; null without thoughts. No stage shows
-            it to a model, or trains on it.
+        thoughts: What a reasoning model wrote before the reply, without its tags; null without thoughts. No
+            stage shows it to another model, and only `rl` trains on it.
     """
 
     sample_index: int = Field(ge=0)
@@ -175,7 +175,7 @@ class Vote(Row):
 
     Attributes:
         principle_id: The principle by which the replies were compared.
-        method: The judging method (`label-prefs --method`); "asked" in rows of `cai pairs`, which no judge compared.
+        method: The judging method (`label-prefs --method`); "unjudged" in rows of `cai pairs`, which no judge compared.
         order: "ab" if the judge saw `chosen` (or model a's reply) first, "ba" if it saw it second.
         p_first: Probability that the reply shown first is the better one. A judge with a first-position bias gives
             high values in both orders.

@@ -39,12 +39,7 @@ def open_engine(
     server, chat = server or Server(), chat or ChatOptions()
     if session := batch.active.get():
         return session.open(model, server, chat)
-    if chat.template and model.startswith(("openai:", "scripted:")):
-        raise UsageError("--chat-template is for models that run here", code="option-conflict")
-    if chat.recorded() and model.startswith("scripted:"):
-        raise UsageError("a script has no chat template to switch thoughts", code="option-conflict")
-    if engine_args and not model.startswith("vllm:"):
-        raise UsageError("--engine-arg is for vLLM", hint="use a vllm:NAME model", code="option-conflict")
+    _refuse_other_options(model, server, engine_args, chat)
     if model.startswith("openai:"):
         if (batch_size, device, dtype) != (None, "auto", "auto"):
             raise UsageError(
@@ -55,10 +50,6 @@ def open_engine(
         from cai_cli.engines.openai import OpenAIEngine
 
         return OpenAIEngine(model.removeprefix("openai:"), server, chat)
-    if given := [name for name, value in asdict(server).items() if value is not None]:
-        raise UsageError(
-            f"--{given[0].replace('_', '-')} is for a server", hint="use an openai:NAME model", code="option-conflict"
-        )
     if model.startswith("scripted:"):
         from cai_cli.engines.scripted import ScriptedEngine
 
@@ -83,3 +74,18 @@ def open_engine(
     from cai_cli.engines.local.engine import LocalEngine
 
     return LocalEngine(model.removeprefix("local:"), batch_size=batch_size, device=device, dtype=dtype, chat=chat)
+
+
+def _refuse_other_options(model: str, server: Server, engine_args: Mapping[str, Any] | None, chat: ChatOptions) -> None:
+    """Raise UsageError for an option that is for another engine than that of the model."""
+    if chat.template and model.startswith(("openai:", "scripted:")):
+        raise UsageError("--chat-template is for models that run here", code="option-conflict")
+    if chat.recorded() and model.startswith("scripted:"):
+        raise UsageError("a script has no chat template to switch thoughts", code="option-conflict")
+    if engine_args and not model.startswith("vllm:"):
+        raise UsageError("--engine-arg is for vLLM", hint="use a vllm:NAME model", code="option-conflict")
+    given = [name for name, value in asdict(server).items() if value is not None]
+    if given and not model.startswith("openai:"):
+        raise UsageError(
+            f"--{given[0].replace('_', '-')} is for a server", hint="use an openai:NAME model", code="option-conflict"
+        )

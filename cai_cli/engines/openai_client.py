@@ -39,7 +39,7 @@ REFUSALS = 8  # equal ones, before the first answer, that end the run
 HOLD = 0.5  # seconds for which a refusal before the first answer waits for others, so that no row is rejected for them
 ROW_STATUSES = (400, 413, 422)  # HTTP statuses that concern one request only
 RESUME_HINT = "finished rows are kept; run the same command again to resume"
-LOGPROBS_HINT = "log-probabilities are needed here, but not by label-prefs --method verdict (with --overwrite)"
+LOGPROBS_HINT = "use a server that returns log-probabilities; `cai label-prefs --method verdict --overwrite` needs none"
 NO_CREDIT_HINT = "finished rows are kept; add credit or raise the limit of the account, then run the same command again"
 HINTS = {
     401: f"set {KEY_VARIABLE} to a key of this server",

@@ -10,7 +10,7 @@ from cai_cli.data.jsonl import AppendFile, cut_torn_tail, read_rows, rows_of
 from cai_cli.data.reward_schema import JudgedReplies
 from cai_cli.data.schema import dump_row
 
-Sides = tuple[float, float]
+LogOddsPair = tuple[float, float]  # nats; in both phrasings, or in both orders of two replies
 
 
 class AnswerCache:
@@ -24,7 +24,7 @@ class AnswerCache:
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        self._known: dict[bytes, Sides] = {}
+        self._known: dict[bytes, LogOddsPair] = {}
         self._file, self._lock = AppendFile(path) if path else None, Lock()
         if path and path.exists():
             cut_torn_tail(path)
@@ -39,7 +39,7 @@ class AnswerCache:
         """The number of answers."""
         return len(self._known)
 
-    def answer(self, criterion_id: str, prompt_hash: str, replies: Sequence[str]) -> Sides | None:
+    def answer(self, criterion_id: str, prompt_hash: str, replies: Sequence[str]) -> LogOddsPair | None:
         """The log-odds that the judge gave, or None where it has not answered yet."""
         return self._known.get(_key(criterion_id, prompt_hash, replies))
 

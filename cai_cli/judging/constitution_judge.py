@@ -24,7 +24,7 @@ from cai_cli.constitution.schema import PreferencePrinciple
 from cai_cli.data.reward_schema import CriterionAnswer, JudgedReplies, RubricPrompt
 from cai_cli.data.schema import Pair, Prompt, conversation_id
 from cai_cli.engines.base import LogprobRequest, RequestFailure
-from cai_cli.judging.answer_cache import AnswerCache, Sides
+from cai_cli.judging.answer_cache import AnswerCache, LogOddsPair
 from cai_cli.judging.base import FeedbackModel
 from cai_cli.prompting.base import assistant
 from cai_cli.prompting.criteria import YES_NO, Criterion, criteria_of, criterion_requests, rubric_criteria
@@ -39,7 +39,7 @@ class JudgeMethod(StrEnum):
 
 
 @dataclass(frozen=True)
-class Asked:
+class JudgedItem:
     """One reply to a prompt, or two to compare."""
 
     prompt: Prompt
@@ -52,14 +52,14 @@ class JudgeCounts:
 
     Attributes:
         requests: Number of requests, two for each criterion.
-        refused: Those that got no answer.
+        failed: Those that got no answer.
         answers: Criteria with an answer to both requests.
         alike: Those where the judge said the same to both phrasings, or chose the same position in both orders.
-        reason: Why the first of the refused requests got no answer.
+        reason: Why the first of the failed requests got no answer.
     """
 
     requests: int = 0
-    refused: int = 0
+    failed: int = 0
     answers: int = 0
     alike: int = 0
     reason: str = ""
@@ -92,7 +92,7 @@ class ConstitutionJudge:
     def rewards(
         self, prompts: Sequence[Prompt], replies: Sequence[str], others: Sequence[str] | None = None
     ) -> list[float | None]:
-        """The reward of each reply in nats; None where the judge refused a request that it depends on.
+        """The reward of each reply in nats; None where a request that it depends on failed.
 
         Args:
             prompts: The prompts; equal ones in succession form a group.
@@ -102,11 +102,11 @@ class ConstitutionJudge:
         """
         self.counts = JudgeCounts()
         if self.method is JudgeMethod.QUESTIONS:
-            asked = [Asked(prompt, (reply,)) for prompt, reply in zip(prompts, replies, strict=True)]
+            asked = [JudgedItem(prompt, (reply,)) for prompt, reply in zip(prompts, replies, strict=True)]
             return [None if isinstance(found, RequestFailure) else found for found in self.log_odds(asked)]
         return self._paired(prompts, replies, replies if others is None else others)
 
-    def log_odds(self, asked: Sequence[Asked]) -> list[float | RequestFailure]:
+    def log_odds(self, asked: Sequence[JudgedItem]) -> list[float | RequestFailure]:
         """The weighted mean of the log-odds over the criteria of each item; the first failure where one is missing."""
         return [
             parts if isinstance(parts, RequestFailure) else self.mean(item.prompt, parts)
@@ -119,7 +119,7 @@ class ConstitutionJudge:
         weights = math.fsum(abs(criterion.weight) for criterion in criteria)
         return math.fsum(criterion.weight * parts[criterion.id] for criterion in criteria) / weights
 
-    def parts(self, asked: Sequence[Asked]) -> list[dict[str, float] | RequestFailure]:
+    def parts(self, asked: Sequence[JudgedItem]) -> list[dict[str, float] | RequestFailure]:
         """The log-odds of each item by criterion; the first failure where one is missing. Known answers are reused."""
         unknown = list(dict.fromkeys(_identity(item) for item in asked if self._missing(item)))
         by_identity = {_identity(item): item for item in asked}
@@ -131,12 +131,12 @@ class ConstitutionJudge:
         self.model.engine.close()
         self.cache.close()
 
-    def _parts(self, item: Asked, failures: dict[str, list[RequestFailure]]) -> dict[str, float] | RequestFailure:
+    def _parts(self, item: JudgedItem, failures: dict[str, list[RequestFailure]]) -> dict[str, float] | RequestFailure:
         parts, failed = {}, None
         for criterion in self.criteria(item.prompt):
             self.counts.requests += 2
             if (sides := self._known(criterion, item)) is None:
-                self.counts.refused += len(failures[criterion.id])
+                self.counts.failed += len(failures[criterion.id])
                 failed = failed or failures[criterion.id][0]
                 self.counts.reason = self.counts.reason or failed.reason
                 continue
@@ -145,13 +145,13 @@ class ConstitutionJudge:
             parts[criterion.id] = (sides[0] - sides[1]) / 2
         return failed or parts
 
-    def _known(self, criterion: Criterion, item: Asked) -> Sides | None:
+    def _known(self, criterion: Criterion, item: JudgedItem) -> LogOddsPair | None:
         return self.cache.answer(criterion.id, conversation_id(item.prompt.prompt), item.replies)
 
-    def _missing(self, item: Asked) -> list[Criterion]:
+    def _missing(self, item: JudgedItem) -> list[Criterion]:
         return [criterion for criterion in self.criteria(item.prompt) if self._known(criterion, item) is None]
 
-    def _ask_all(self, items: Sequence[Asked]) -> dict[tuple[str, ...], dict[str, list[RequestFailure]]]:
+    def _ask_all(self, items: Sequence[JudgedItem]) -> dict[tuple[str, ...], dict[str, list[RequestFailure]]]:
         """Ask what is missing, and keep the answers; returns the failures of each item by criterion."""
         engine = self.model.engine
         size = engine.batch_size
@@ -164,7 +164,7 @@ class ConstitutionJudge:
         found = [failed for of_batch in failures for failed in of_batch]
         return {_identity(item): failed for item, failed in zip(items, found, strict=True)}
 
-    def _ask(self, items: Sequence[Asked]) -> list[dict[str, list[RequestFailure]]]:
+    def _ask(self, items: Sequence[JudgedItem]) -> list[dict[str, list[RequestFailure]]]:
         missing = [self._missing(item) for item in items]
         requests = [
             request
@@ -200,7 +200,7 @@ class ConstitutionJudge:
         )
         return failures
 
-    def _requests(self, item: Asked, criterion: Criterion) -> list[LogprobRequest]:
+    def _requests(self, item: JudgedItem, criterion: Criterion) -> list[LogprobRequest]:
         """The two requests about an item: in both phrasings, or in both orders."""
         prompt = item.prompt
         if len(item.replies) == 1:
@@ -221,7 +221,7 @@ class ConstitutionJudge:
         pairs = [(i, j) for group in groups for i in group for j in group if i != j]
         sides = {(i, j): tuple(sorted((replies[i], others[j]))) for i, j in pairs}
         asked = {
-            (conversation_id(prompts[i].prompt), texts): Asked(prompts[i], texts)
+            (conversation_id(prompts[i].prompt), texts): JudgedItem(prompts[i], texts)
             for (i, _), texts in sides.items()
             if texts[0] != texts[1]
         }
@@ -246,7 +246,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return math.fsum(known) / len(known) if known and len(known) == len(values) else None
 
 
-def _identity(item: Asked) -> tuple[str, ...]:
+def _identity(item: JudgedItem) -> tuple[str, ...]:
     return (conversation_id(item.prompt.prompt), *item.replies)
 
 

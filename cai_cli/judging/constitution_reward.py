@@ -6,7 +6,7 @@ from cai_cli.common.errors import RowError
 from cai_cli.data.schema import Message, Prompt, conversation_id
 from cai_cli.engines.base import RequestFailure
 from cai_cli.judging.answer_cache import AnswerCache
-from cai_cli.judging.constitution_judge import Asked, ConstitutionJudge
+from cai_cli.judging.constitution_judge import ConstitutionJudge, JudgedItem
 from cai_cli.reward.server import Reward
 
 
@@ -21,8 +21,12 @@ class ConstitutionRewards:
     def __init__(self, name: str, judge: ConstitutionJudge) -> None:
         self.name, self.judge = name, judge
 
-    def prepare(self, item: Sequence[Message] | list[int]) -> Asked:
-        """The prompt and the reply. Raises RowError for token ids, an empty reply and a prompt no user ends."""
+    def prepare(self, item: Sequence[Message] | list[int]) -> JudgedItem:
+        """The prompt and the reply.
+
+        Raises:
+            RowError: Token ids, an empty reply, or a prompt that does not end with a user turn.
+        """
         messages = [message for message in item if isinstance(message, Message)]
         if len(messages) < len(item):
             raise RowError("a judge takes conversations, not token ids", code="invalid-row")
@@ -30,9 +34,9 @@ class ConstitutionRewards:
             raise RowError("a prompt and a reply with text are needed", code="invalid-row")
         *conversation, reply = messages
         prompt = Prompt(id=conversation_id(conversation), prompt=conversation)
-        return Asked(prompt, (reply.content.strip(),))
+        return JudgedItem(prompt, (reply.content.strip(),))
 
-    def rewards(self, prepared: Sequence[Asked]) -> list[Reward | RequestFailure]:
+    def rewards(self, prepared: Sequence[JudgedItem]) -> list[Reward | RequestFailure]:
         """One reward for each conversation, in order; its parts are the log-odds under each principle."""
         self.judge.cache = AnswerCache()  # a server runs on, and seldom gets the same reply again
         return [

@@ -102,7 +102,7 @@ class LabelAudit:
         self.pairs, self.votes = ClusterBootstrap(PAIR_SUMS), ClusterBootstrap(VOTE_SUMS)
         self.principles: dict[str, ClusterBootstrap[Sum]] = {}
         self.human_only = 0
-        self.asked = 0
+        self.unjudged = 0
         self.reasons: Counter[str] = Counter()
 
     def _prompt(self, row: Preference) -> int:
@@ -121,7 +121,7 @@ class LabelAudit:
 
     def _add_label(self, row: Preference) -> None:
         prompt = self._prompt(row)
-        self.asked += all(vote.method == "asked" for vote in row.votes)
+        self.unjudged += all(vote.method == "unjudged" for vote in row.votes)
         by_principle = self._add_votes(prompt, row)
         agreement = _principle_agreement_sums(by_principle.values())
         tie = row.p_chosen == 0.5
@@ -160,7 +160,7 @@ class LabelAudit:
             "pairs": round(pairs.total("pairs")),
             "votes": round(votes.total("votes")),
             "human_only": self.human_only,
-            "asked": self.asked,
+            "unjudged": self.unjudged,
             "repeated": self.rows - self.ids.size,
             "ties": round(pairs.total("ties")) + self.reasons[TIE],
             "tied_labels": round(pairs.total("ties")),
@@ -237,8 +237,8 @@ def _win_or_half(p: float) -> float:
 
 def _vote_sums(votes: Sequence[Vote]) -> dict[Sum, float]:
     """Return the sums of one principle's votes on one pair; votes of one order (sampled rationales) are averaged."""
-    # Replies that are scored alone (contrast), or that nobody compared (asked), have no position to prefer.
-    decided = [vote.p_first for vote in votes if vote.p_first != 0.5 and vote.method not in ("contrast", "asked")]
+    # Replies that are scored alone (contrast), or that no judge compared (unjudged), have no position to prefer.
+    decided = [vote.p_first for vote in votes if vote.p_first != 0.5 and vote.method not in ("contrast", "unjudged")]
     sums: dict[Sum, float] = {
         "votes": len(votes),
         "p_first": math.fsum(vote.p_first for vote in votes),

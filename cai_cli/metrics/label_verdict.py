@@ -62,8 +62,8 @@ def reads_replies(metrics: dict[str, Any]) -> tuple[bool | None, str]:
     first_picks = metrics["first_picks"]
     if first_picks and _is_biased(first_picks):
         return False, f"the judge saw one order only, and picks the first reply in {percent(first_picks)} of votes"
-    if metrics["asked"]:
-        return None, "no judge compared the replies: the labels say how each was asked for"
+    if metrics["unjudged"]:
+        return None, "no judge compared the replies: the labels follow from how the replies were sampled"
     return None, "the judge saw one order only"
 
 

@@ -1,4 +1,4 @@
-"""Makes preferences of replies that were asked for differently (`cai pairs`).
+"""Makes preferences of replies that were sampled under different system prompts (`cai pairs`).
 
 The label of a pair comes from how its replies were sampled: those of the first file are preferred. With replies of
 `cai sample --contrast following` and `--contrast breaking` this is RLCD (Yang et al. 2023, arXiv 2307.12950), for
@@ -40,7 +40,7 @@ PREFERRED = "constitution"  # the principle of a vote for replies that no single
 
 
 class PairsConfig(OutputOptions):
-    """Make preferences of replies that were asked for differently.
+    """Make preference pairs from replies that were sampled under different system prompts.
 
     SAMPLES: two files of Sample rows, joined by id and sample index: the preferred replies, then the others, such as
     those of `cai sample --contrast following` and `--contrast breaking`. Writes Preference rows, without the system
@@ -55,7 +55,10 @@ class PairsConfig(OutputOptions):
     limit: int | None = redefine(InputOptions, "limit", None, "Read only the first N rows of each file.")
     p_chosen: float = option(1.0, "The label: the probability that the preferred reply is better.", ge=0.5, le=1.0)
     max_similarity: float = option(
-        1.0, "Skip pairs whose replies have more than this share of their 5-grams in common.", ge=0.0, le=1.0
+        1.0,
+        "Skip pairs whose replies are more alike than this: the Jaccard similarity of their sets of character 5-grams.",
+        ge=0.0,
+        le=1.0,
     )
     skip_cut_off: bool = option(
         False, "Skip pairs with a reply that was cut off at the length limit.", Option(flags=("--skip-cut-off",))
@@ -68,7 +71,7 @@ class PairsConfig(OutputOptions):
 
 
 def reply_problem(chosen: Sample, rejected: Sample, config: PairsConfig) -> str | None:
-    """The reason for which two replies make no pair; None where they do."""
+    """Why two replies make no pair; None where they do."""
     if problem := pair_problem(chosen.completion, rejected.completion):
         return problem
     if config.skip_cut_off and CUT_OFF in (chosen.finish_reason, rejected.finish_reason):
@@ -79,7 +82,7 @@ def reply_problem(chosen: Sample, rejected: Sample, config: PairsConfig) -> str 
 
 
 def preference(chosen: Sample, rejected: Sample, p_chosen: float) -> Preference:
-    """The preference for the reply that was asked for better, under the prompt without the sampling's system prompt."""
+    """The preference of `chosen` over `rejected`, under the prompt without the system prompt of a character."""
     drawn = chosen.principle_id if isinstance(chosen, ContrastSample) else PREFERRED
     return Preference(
         id=chosen.key,
@@ -87,7 +90,7 @@ def preference(chosen: Sample, rejected: Sample, p_chosen: float) -> Preference:
         chosen=chosen.completion,
         rejected=rejected.completion,
         p_chosen=p_chosen,
-        votes=[Vote(principle_id=drawn, method="asked", order="ab", p_first=p_chosen, rationale=None)],
+        votes=[Vote(principle_id=drawn, method="unjudged", order="ab", p_first=p_chosen, rationale=None)],
         human=None,
         source=chosen.source,
         chosen_finish_reason=chosen.finish_reason,

@@ -77,9 +77,9 @@ def silent_judge(normalizers: Mapping[str, RewardNormalizer]) -> str | None:
     if judge is None or judge.spread > NO_SIGNAL:
         return None
     return (
-        f"rl: the judge gives no reward signal: its rewards of the start model's replies to the same prompt have a "
-        f"standard deviation of {judge.spread:.4f} nats, after both phrasings or orders; a yes-bias or a position bias "
-        "is all that it shows"
+        f"rl: the judge gives no reward signal: its scores of the start model's replies to one prompt have a "
+        f"standard deviation of {judge.spread:.4f} nats; "
+        "its answers depend on the phrasing or the order, not on the reply"
     )
 
 

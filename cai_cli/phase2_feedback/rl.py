@@ -41,6 +41,7 @@ from cai_cli.models.source import ModelSource
 from cai_cli.phase2_feedback.goodhart import weak_alarm
 from cai_cli.phase2_feedback.monitor_models import (
     MonitorModel,
+    ReplyScorer,
     judged_tokens,
     pick_monitor_model,
     preference_score,
@@ -102,7 +103,7 @@ class RlInputs:
 
 
 def rl(inputs: RlInputs, config: RlConfig, training: TrainingConfig, work: Path) -> dict[str, Any]:
-    """Train the policy against the preference model (paper sections 4.1 and 4.2).
+    """Train the policy against a preference model (paper sections 4.1 and 4.2), a judge, or both.
 
     Args:
         inputs: Models and prompts. The reference model is loaded from `inputs.base` too, which must hold exactly the
@@ -126,11 +127,9 @@ def rl(inputs: RlInputs, config: RlConfig, training: TrainingConfig, work: Path)
         raise AssertionError("TRL would load the reference model from another directory")
     ends = declare_end_of_turn(policy, tokenizer)  # TRL reads the config
     score = preference_score(inputs.preference_model) if inputs.preference_model else None
-    sources = [preference_source(score)] if score else []
-    if inputs.judge:
-        sources.append(judge_source(inputs.judge, config.judge_weight if score else 1.0))
-        if distributed.is_rank_zero():
-            inputs.judge.cache = AnswerCache(judge_file(work))
+    sources = _reward_sources(score, inputs.judge, config.judge_weight)
+    if inputs.judge and distributed.is_rank_zero():
+        inputs.judge.cache = AnswerCache(judge_file(work))
     columns = step_columns(sources)
     metrics = Metrics(work / "metrics.jsonl", [*columns, *check_columns(sources)])
     monitor = _open_monitor(inputs, config, training, tokenizer, sources, work)
@@ -166,8 +165,18 @@ def rl(inputs: RlInputs, config: RlConfig, training: TrainingConfig, work: Path)
         for file in (work / "samples.jsonl", judge_file(work)):
             if file.exists():
                 shutil.copyfile(file, work / "model" / file.name)
-    asked = {"judge_answers": len(inputs.judge.cache)} if inputs.judge else {}
-    return {**manifest_metrics(metrics, checks.normalizers, kept), **asked, "throughput": throughput}
+    answers = {"judge_answers": len(inputs.judge.cache)} if inputs.judge else {}
+    return {**manifest_metrics(metrics, checks.normalizers, kept), **answers, "throughput": throughput}
+
+
+def _reward_sources(
+    score: ReplyScorer | None, judge: ConstitutionJudge | None, judge_weight: float
+) -> list[RewardSource]:
+    """The parts of the reward. A judge without a preference model beside it has weight 1."""
+    sources = [preference_source(score)] if score else []
+    if judge:
+        sources.append(judge_source(judge, judge_weight if score else 1.0))
+    return sources
 
 
 def _open_monitor(

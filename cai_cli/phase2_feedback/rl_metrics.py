@@ -25,7 +25,7 @@ COLUMNS = {
     "importance_weight": "sampling/importance_sampling_ratio/mean",
 }
 # Logged with a judge.
-JUDGE_COLUMNS = ("no_reward_share", "judge_refused_share", "judge_alike_share", "judge_spread")
+JUDGE_COLUMNS = ("no_reward_share", "judge_failed_share", "judge_alike_share", "judge_spread")
 
 
 def step_columns(sources: Sequence[RewardSource]) -> dict[str, str]:
@@ -84,7 +84,7 @@ def _judge_shares(
     if "judge" not in normalizers:
         return {}
     means = {}
-    for name in ("judge_refused_share", "no_reward_share", "judge_alike_share"):
+    for name in ("judge_failed_share", "no_reward_share", "judge_alike_share"):
         values = [row[name] for row in trained if row[name] is not None]
         means[name] = fmean(values) if values else None
     return means | {"judge_spread": normalizers["judge"].spread}

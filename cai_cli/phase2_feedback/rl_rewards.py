@@ -1,8 +1,8 @@
 """The reward of `cai rl`: the score of a preference model (paper section 4.1), of a judge (`rl_judge`), or of both.
 
 Each is standardised by its own scores of the start model's replies (`reward_normalizer`), and their weighted sum is the
-reward. A reply for which one of them is missing, because the judge refused a request, has no reward: TRL leaves it out
-of the baseline of its prompt and sets its advantage to 0, so a refusal is never a number.
+reward. A reply for which one of them is missing, because a request to the judge failed, has no reward: TRL leaves it
+out of the baseline of its prompt and sets its advantage to 0, so a failed request never becomes a number.
 
 A judge runs in rank 0, so that its answers are in one file and the replies to a prompt are together. A server is asked
 as soon as the replies are sampled, while the trainer computes their log-probabilities and the preference model scores
@@ -69,21 +69,21 @@ def preference_source(score: ReplyScorer) -> RewardSource:
 
 
 def judge_source(judge: ConstitutionJudge, weight: float) -> RewardSource:
-    """A judge as a part of the reward. Raises CaiError at a check where it refuses every request."""
+    """A judge as a part of the reward. Raises CaiError at a check where every request fails."""
 
     def check(prompts: Sequence[Prompt], replies: Sequence[str], starts: Sequence[str]) -> Scores:
         found = judge.rewards(prompts, [reply.strip() for reply in replies], [start.strip() for start in starts])
-        refuse_silence(judge.counts)
+        raise_if_all_failed(judge.counts)
         return found
 
     return RewardSource("judge", check, weight)
 
 
-def refuse_silence(counts: JudgeCounts) -> None:
-    """Raise CaiError where the judge refused every request."""
-    if counts.requests and counts.refused == counts.requests:
+def raise_if_all_failed(counts: JudgeCounts) -> None:
+    """Raise CaiError where every request to the judge failed."""
+    if counts.requests and counts.failed == counts.requests:
         raise CaiError(
-            f"rl: the judge refused all {counts.requests:,} requests: {counts.reason}",
+            f"rl: all {counts.requests:,} requests to the judge failed: {counts.reason}",
             hint="its answers so far are kept; run the same command again to resume",
             code="request-failed",
         )
@@ -219,7 +219,7 @@ class RewardFunction:
         started, self._started = self._started, None
         everything = [] if started else distributed.gathered(list(zip(prompts, completion_ids, strict=True)))
         found = distributed.from_rank_zero(lambda: started.result() if started else self._ask(everything))
-        refuse_silence(found[1])
+        raise_if_all_failed(found[1])
         return found
 
     def _ask(self, replies: list[tuple[Chat, list[int]]]) -> tuple[list[float | None], JudgeCounts]:
@@ -232,7 +232,7 @@ class RewardFunction:
         self, prompts: Sequence[Chat], judged: Scores, counts: JudgeCounts, log_metric: Callable[[str, float], None]
     ) -> None:
         # `pairs` asks nothing where the replies to each prompt are equal.
-        log_metric("judge_refused_share", counts.refused / max(1, counts.requests))
+        log_metric("judge_failed_share", counts.failed / max(1, counts.requests))
         if counts.answers:
             log_metric("judge_alike_share", counts.alike / counts.answers)
         of_prompts = groupby(zip(prompts, judged, strict=True), key=lambda judged: judged[0])

@@ -14,7 +14,7 @@ TITLES = {
     "pm_score": "Preference model score on held-out prompts (in the same unit)",
     "judge_score": "Score of the judge on held-out prompts (in the same unit)",
     "judge_spread": "Standard deviation of the judge's scores within a prompt (nats)",
-    "judge_refused_share": "Share of requests that the judge refused",
+    "judge_failed_share": "Share of requests to the judge that failed",
     "no_reward_share": "Share of replies without a reward",
     "judge_alike_share": "Share of questions to which the judge said the same in both phrasings or orders",
     "monitor_score": "Score of the monitor model, which is not used for training",

@@ -200,8 +200,8 @@ class RequestOptions(DeviceOptions):
     # An engine's identity records these two where they are given.
     thinking: Thinking = option(
         Thinking.AUTO,
-        "Whether a reasoning model thinks before it answers, as far as its chat template has a switch or opens the "
-        "thoughts; `cai doctor --model` says so. Thoughts are stored apart from replies.",
+        "Whether a reasoning model thinks before it answers; auto leaves it to the chat template. `cai doctor --model "
+        "NAME` tells whether it can be switched. Thoughts are stored apart from replies.",
         Option(Effect.HASHED, Group.MODEL),
     )
     template_arg: list[str] | None = option(
@@ -243,9 +243,7 @@ def _named_value(text: str, flag: str) -> tuple[str, Any]:
     return name, parse_yaml(value, f"{flag} {name}")
 
 
-CHAT_TEMPLATE_HELP = (
-    "File of a chat template (Jinja) for the model, in place of its own or where it has none, as base models do."
-)
+CHAT_TEMPLATE_HELP = "File of a chat template (Jinja) that replaces that of the model, or gives a base model one."
 
 
 class ChatTemplateOptions(StageConfig):

@@ -19,7 +19,7 @@ TRAINING_METRICS = {  # shown in the line, where a stage has them
     "pm_score": "held-out score",
     "judge_score": "held-out score of the judge",
     "judge_spread": "spread of the judge's scores within a prompt (nats)",
-    "judge_refused_share": "requests that the judge refused",
+    "judge_failed_share": "requests to the judge that failed",
     "no_reward_share": "replies without a reward",
 }
 SHOWN_COLUMNS = 12  # of those that were left out

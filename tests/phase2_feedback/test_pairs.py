@@ -40,9 +40,9 @@ def test_the_character_that_follows_wins_and_the_prompt_has_no_character(cai: Ca
     assert ran.code == 0
     (row,) = rows_in(tmp_path / "prefs.jsonl")
     assert [m["content"] for m in (*row["prompt"], *row["chosen"], *row["rejected"])] == ["q", "Gladly.", "Go away."]
-    assert (row["p_chosen"], row["votes"][0]["principle_id"], row["votes"][0]["method"]) == (0.8, "kind", "asked")
+    assert (row["p_chosen"], row["votes"][0]["principle_id"], row["votes"][0]["method"]) == (0.8, "kind", "unjudged")
     found = audit([load_row(Preference, row)])
-    assert (found["trusted"], found["asked"], found["first_picks"], found["between_orders"]) == (None, 1, None, None)
+    assert (found["trusted"], found["unjudged"], found["first_picks"], found["between_orders"]) == (None, 1, None, None)
     assert "no judge compared" in found["reason"]
 
 

@@ -167,7 +167,7 @@ def test_an_interrupted_run_asks_nothing_twice_and_ends_with_the_same_parameters
     assert rows_in(tmp_path / "whole/judge.jsonl") == rows_in(tmp_path / "killed/judge.jsonl")
 
 
-def test_a_refused_request_gives_no_reward_and_is_counted(
+def test_a_failed_request_gives_no_reward_and_is_counted(
     model: Path, prompts: str, constitution: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -187,11 +187,11 @@ def test_a_refused_request_gives_no_reward_and_is_counted(
     assert all(row["score"] is None for row in replies)
 
 
-def test_a_judge_that_refuses_everything_stops_the_run(
+def test_a_judge_that_answers_nothing_stops_the_run(
     model: Path, prompts: str, constitution: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judge = Judge(monkeypatch, tmp_path, lambda text: None)
-    with pytest.raises(CaiError, match="refused all") as error:
+    with pytest.raises(CaiError, match="requests to the judge failed") as error:
         command(prompts, tmp_path / "rl", model=model, judge=judge.name, constitution=constitution, **QUICK)
     assert error.value.code == "request-failed"
 
