@@ -175,7 +175,7 @@ class Vote(Row):
 
     Attributes:
         principle_id: The principle by which the replies were compared.
-        method: The judging method (`label-prefs --method`); "unjudged" in rows of `cai pairs`, which no judge compared.
+        method: The judging method (`label-prefs --method`); "unjudged" in rows that no judge compared (`cai pairs`).
         order: "ab" if the judge saw `chosen` (or model a's reply) first, "ba" if it saw it second.
         p_first: Probability that the reply shown first is the better one. A judge with a first-position bias gives
             high values in both orders.

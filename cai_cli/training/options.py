@@ -163,7 +163,7 @@ class TrainerOptions(RunOptions, RowInputOptions, SeedOptions, ChatTemplateOptio
                 "--quantize needs --lora, because quantised weights cannot be trained", code="option-conflict"
             )
         if self.keep_adapter and not self.has_adapter:
-            raise UsageError("--keep-adapter needs --lora", code="option-conflict")
+            raise UsageError("--keep-adapter needs an adapter: --lora", code="option-conflict")
         _need_package("bitsandbytes", f"--quantize {self.quantize}" if self.quantize else "", extra="quantize")
         eight_bit = self.optimizer is not Optimizer.ADAMW
         _need_package("bitsandbytes", f"--optimizer {self.optimizer}" if eight_bit else "", extra="quantize")
