@@ -118,7 +118,9 @@ def loading(path: Path) -> Iterator[None]:
                 hint="use a model of a class that is part of transformers",
                 code="unsafe-model",
             ) from error
-        raise CaiError(f"{path}: cannot be loaded: {first_line(error)}", code="invalid-model") from error
+        # A KeyError's text is the key alone.
+        reason = f"unknown or missing {error}" if isinstance(error, KeyError) else first_line(error)
+        raise CaiError(f"{path}: cannot be loaded: {reason}", code="invalid-model") from error
     finally:
         logging.set_verbosity(verbosity)
         if bars:
