@@ -115,6 +115,7 @@ def sample(number: int, reply: str, prompt: str | None = None) -> Json:
     return {
         "id": f"p{number}", "prompt": message("user", prompt or f"Question {number}, asked plainly?"), "kind": "red-team",
         "source": "made", "sample_index": 0, "completion": message("assistant", reply), "finish_reason": "stop",
+        "thoughts": None,
     }  # fmt: skip
 
 
@@ -124,7 +125,7 @@ def revision(number: int, ids: list[str], rng: random.Random, texts: list[str]) 
     second = " ".join(rng.choice(WORDS) if rng.random() < 0.3 else w for w in words)
     third = f"{second} {sentence(rng, 6)}"
     turns = [
-        {"round": r, "principle_id": rng.choice(ids), "critique": texts[(number + r) % len(texts)] if texts else sentence(rng, 12), "response": said, "finish_reason": "stop"}
+        {"round": r, "principle_id": rng.choice(ids), "critique": texts[(number + r) % len(texts)] if texts else sentence(rng, 12), "response": said, "finish_reason": "stop", "thoughts": None}
         for r, said in ((1, first), (2, second))
     ]  # fmt: skip
     return {**sample(number, third, texts[number % len(texts)] if texts else None), "history": turns}

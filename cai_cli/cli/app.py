@@ -18,10 +18,24 @@ import typer
 from typer.core import TyperGroup
 
 from cai_cli import __version__
-from cai_cli.cli import agreement, chat, doctor, files, models, principles, publish, report, run, serve_reward, show
+from cai_cli.cli import (
+    agreement,
+    batch,
+    chat,
+    doctor,
+    files,
+    models,
+    principles,
+    publish,
+    report,
+    run,
+    serve_reward,
+    show,
+)
 from cai_cli.cli.expand import GroupedCommand, command_class, command_from, stage_command
 from cai_cli.common import console, threads
 from cai_cli.common.errors import CaiError, UsageError
+from cai_cli.common.library_errors import is_of_a_file, library_failure
 from cai_cli.pipeline import registry
 from cai_cli.runtime import convert
 from cai_cli.runtime.stage import Phase
@@ -102,7 +116,7 @@ def build_app() -> typer.Typer:
 _HELP = "Constitutional AI from the shell: one subcommand per stage, JSONL in, JSONL out."
 _EVAL_HELP = "Evaluate labels and models: agreement, hhh, compare, harm."
 _OTHERS: dict[Heading, dict[str, Callable[..., None] | typer.Typer]] = {
-    Heading.PIPELINE: {"run": command_from(run.RunConfig, run.run), "report": report.command},
+    Heading.PIPELINE: {"run": command_from(run.RunConfig, run.run), "batch": batch.app, "report": report.command},
     Heading.FILES: {
         "convert": command_from(convert.ConvertConfig, convert.run, writes_rows=True),
         "show": show.command,
@@ -141,10 +155,22 @@ def main() -> NoReturn:
         code = error.exit_code
     except KeyboardInterrupt:
         code = 130
-    except BrokenPipeError:
+    except SystemExit as stop:
+        code = stop.code
+    except Exception as error:
+        code = _report(error)
+    if distributed.world_size() > 1:
+        distributed.leave(int(code or 0))
+    sys.exit(code)
+
+
+def _report(error: Exception) -> int:
+    """Print an error that is not a CaiError, and return the exit code."""
+    failure = library_failure(error)
+    if isinstance(error, BrokenPipeError) and failure is None:
         _abandon_stdout()
-        code = 141
-    except OSError as error:
+        return 141
+    if isinstance(error, OSError) and (failure is None or is_of_a_file(error)):
         where = f"{error.filename}: " if error.filename else ""
         failure = CaiError(
             f"{where}{error.strerror or error}",
@@ -155,16 +181,13 @@ def main() -> NoReturn:
         with suppress(OSError):  # stdout may be what failed
             _print_json(failure)
         _abandon_stdout()
-        code = 1
-    except SystemExit as stop:
-        code = stop.code
-    except Exception as error:
-        console.bug(traceback.format_exc())
+    elif failure:
+        console.error(failure.message, failure.hint)
+        _print_json(failure)
+    else:
+        console.bug("".join(traceback.format_exception(error)))
         _print_json(CaiError(f"{type(error).__name__}: {error}", "please report this bug in cai", code="bug"))
-        code = 1
-    if distributed.world_size() > 1:
-        distributed.leave(int(code or 0))
-    sys.exit(code)
+    return 1
 
 
 def _run() -> Any:

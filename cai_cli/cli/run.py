@@ -9,9 +9,11 @@ import orjson
 
 from cai_cli.common import console
 from cai_cli.common.errors import UsageError
-from cai_cli.pipeline.execute import execute, run_as_child
+from cai_cli.pipeline.execute import Revise, execute, run_as_child
 from cai_cli.pipeline.plan import Step, plan
+from cai_cli.pipeline.rounds import Repeat
 from cai_cli.pipeline.run_file import load_run
+from cai_cli.pipeline.stop_rounds import Rounds, check_stops, early_ends
 from cai_cli.pipeline.sweep import write_curves
 from cai_cli.report.command import report_finished_run
 from cai_cli.runtime.config import Effect, Group, Option, StageConfig, option, redefine
@@ -67,21 +69,29 @@ def run(config: RunConfig) -> None:
     loaded = load_run(config.file)
     folder = config.out or Path("runs") / loaded.name
     steps = plan(loaded, config.file, folder)
-    if len(steps) > len(loaded.steps):
-        console.say(
-            f"run {loaded.name}: the lists of {config.file} expand its {len(loaded.steps)} steps to {len(steps)}"
-        )
+    check_stops(loaded, steps)
+    written = sum(len(given.steps) if isinstance(given, Repeat) else 1 for given in loaded.steps.values())
+    if len(steps) > written:
+        why = "rounds and lists" if loaded.blocks else "lists"
+        console.say(f"run {loaded.name}: the {why} of {config.file} expand its {written} steps to {len(steps)}")
     if config.dry_run:
         from cai_cli.pipeline.estimate import print_estimate
 
-        print_estimate(steps, as_json=config.as_json)
+        print_estimate(steps, as_json=config.as_json, may_end=early_ends(loaded, steps))
         return
     stopwatch = console.Stopwatch()
-    done = _execute(config, steps, folder)
+    rounds = Rounds(loaded, steps, lambda endings: plan(loaded, config.file, folder, endings))
+    done = _execute(config, steps, folder, rounds.after)
     write_curves(step.output for step in steps if step.command == "eval compare")
     report = report_finished_run(folder)
     if config.as_json:
-        summary = {"run": loaded.name, "folder": str(folder), "report": report and str(report), "steps": done}
+        summary: dict[str, Any] = {
+            "run": loaded.name,
+            "folder": str(folder),
+            "report": report and str(report),
+            "steps": done,
+        }
+        summary |= {"rounds": rounds.reports} if rounds.reports else {}
         print(orjson.dumps(summary).decode())
     for step in done:
         if step.get("labels", {}).get("trusted") is False:
@@ -89,11 +99,11 @@ def run(config: RunConfig) -> None:
     console.say(f"run {loaded.name}: {len(done)} steps in {stopwatch.seconds:,.0f} s -> {folder}")
 
 
-def _execute(config: RunConfig, steps: list[Step], folder: Path) -> list[dict[str, Any]]:
+def _execute(config: RunConfig, steps: list[Step], folder: Path, revise: Revise) -> list[dict[str, Any]]:
     if config.executor is Executor.LOCAL:
-        return execute(steps, folder, partial(run_as_child, quiet=config.quiet))
+        return execute(steps, folder, partial(run_as_child, quiet=config.quiet), revise)
     from cai_cli.pipeline.ray_executor import RayExecutor, RayOptions
 
     ray_options = RayOptions(config.address, config.shards, config.task_cpus or 1, config.task_gpus)
     with RayExecutor(ray_options, folder) as cluster:
-        return execute(steps, folder, cluster.run)
+        return execute(steps, folder, cluster.run, revise)

@@ -6,6 +6,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from cai_cli.common.errors import CaiError, UsageError
+from cai_cli.common.library_errors import library_failure
 from cai_cli.data.lines import Numbered
 
 PREFIX = "hf://datasets/"
@@ -107,4 +108,6 @@ def _not_there(source: str, what: str, given: str | None, known: list[str]) -> C
 
 def _cannot_read(source: str, error: Exception) -> CaiError:
     message = f"cannot read {source}: {' '.join(str(error).split())}"
-    return CaiError(message, hint="is the Hub reachable, and the name right?", code="cannot-read")
+    known = library_failure(error, "datasets")
+    hint = known.hint if known and known.code != "engine-failed" else "is the Hub reachable, and the name right?"
+    return CaiError(message, hint, code="cannot-read")

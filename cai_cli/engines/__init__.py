@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from cai_cli.common.errors import UsageError
+from cai_cli.engines import batch
 from cai_cli.engines.base import ChatOptions, Engine, Server
 
 
@@ -32,8 +33,12 @@ def open_engine(
 
     Raises:
         UsageError: An option that this engine does not have (`option-conflict`), or an invalid value.
+
+    In `cai batch` the batch opens the engine.
     """
     server, chat = server or Server(), chat or ChatOptions()
+    if session := batch.active.get():
+        return session.open(model, server, chat)
     if chat.template and model.startswith(("openai:", "scripted:")):
         raise UsageError("--chat-template is for models that run here", code="option-conflict")
     if chat.recorded() and model.startswith("scripted:"):

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
+from cai_cli.common.errors import CaiError
 from cai_cli.data.schema import Message
 
 # A chat, or raw text for base models. In both forms `prefill` is the start of the answer.
@@ -211,6 +212,13 @@ class Usage:
         return asdict(self) | {"cost": self.cost}
 
 
+class UnansweredRequests(CaiError):
+    """A stage that needs answers which are not in the results of its batch yet; what precedes them is written."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(f"{count:,} requests have no answer yet", hint="cai batch collect", code="unanswered-requests")
+
+
 class Engine(Protocol):
     """A model backend.
 
@@ -226,6 +234,9 @@ class Engine(Protocol):
 
     usage: Usage | None = None
     """What a server has used so far; None for engines without a server."""
+
+    unanswered: int = 0
+    """How many requests wait for a batch's results. While there are any, the outcomes of a stage are not final."""
 
     def close(self) -> None:
         """Cancel the requests in flight and release the engine's resources. The engine cannot be used afterwards."""

@@ -7,13 +7,13 @@ vLLM's own settings, such as `tensor_parallel_size`. For many nodes use `vllm se
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from cai_cli.common.errors import CaiError, RowError, UsageError
+from cai_cli.common.library_errors import library_failures
 from cai_cli.data.reply_ends import CUT_OFF
 from cai_cli.engines.base import (
     ChatOptions,
@@ -43,14 +43,6 @@ PLACEMENT = frozenset(
     {"tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "gpu_memory_utilization", "enforce_eager",
      "max_num_seqs", "max_num_batched_tokens", "swap_space", "cpu_offload_gb", "distributed_executor_backend"}
 )  # fmt: skip
-# A word of vLLM's message -> the setting that helps.
-HELP = {
-    "kv cache": "--engine-arg max_model_len=N with a smaller window, or --engine-arg gpu_memory_utilization=0.95",
-    "out of memory": "--engine-arg gpu_memory_utilization=X, tensor_parallel_size=N, or a smaller model",
-    "head size": "--engine-arg attention_backend=NAME with a backend that takes it, or local:NAME",
-    "not supported": "use it as a local model, local:NAME",
-    "be reached": "start the server as docs/scale.md describes, or check the address",
-}
 
 
 class VllmEngine(Engine):
@@ -102,7 +94,7 @@ class VllmEngine(Engine):
             raise CaiError(
                 "vLLM is not installed", hint="pip install '.[vllm]' (needs a GPU)", code="missing-dependency"
             ) from error
-        with failures_of_vllm():
+        with library_failures("vllm"):
             return LLM(
                 model=str(self.path),
                 dtype=self._dtype,
@@ -152,7 +144,7 @@ class VllmEngine(Engine):
 
         token_prompts = [TokensPrompt(prompt_token_ids=list(ids)) for ids in prompts]
         llm = self.llm
-        with failures_of_vllm():
+        with library_failures("vllm"):
             outputs: list[Any] = llm.generate(token_prompts, [SamplingParams(**p) for p in params], use_tqdm=False)
         return outputs
 
@@ -234,23 +226,6 @@ class VllmEngine(Engine):
         for index in remaining:
             results[index] = [_summed(next(outputs).prompt_logprobs, option) for option in ends[index]]
         return [results[index] for index in range(len(requests))]
-
-
-@contextmanager
-def failures_of_vllm() -> Iterator[None]:
-    """A context that raises what fails inside vLLM as one CaiError `engine-failed`, with the setting that helps."""
-    try:
-        yield
-    except CaiError:
-        raise
-    except Exception as error:
-        message = str(error).strip() or type(error).__name__
-        helpful = next((hint for word, hint in HELP.items() if word in message.lower()), None)
-        raise CaiError(
-            f"vLLM failed: {message.splitlines()[0]}",
-            hint=helpful or "its own messages are above; --engine-arg NAME=VALUE sets its settings",
-            code="engine-failed",
-        ) from error
 
 
 def _summed(positions: Sequence[Mapping[int, Any] | None], option: Sequence[int]) -> float:

@@ -44,6 +44,7 @@ def merged_model(base: Path, adapter: Path) -> Path:
     from filelock import FileLock
 
     check_adapter_dir(adapter)
+    _check_base(base, adapter)  # also where the merged model is in the cache
     content = sha256(f"{fingerprint(base)}\n{files_digest(adapter, ADAPTER_FILES)}\n".encode()).hexdigest()
     final = cache_dir() / "merged" / content[:32]
     try:
@@ -51,7 +52,7 @@ def merged_model(base: Path, adapter: Path) -> Path:
         with FileLock(final.with_name(f"{final.name}.lock")):
             if not final.is_dir():
                 console.say(f"merging {adapter} into {base}: kept in {final}")
-                merge(base, adapter, final)
+                _merge(base, adapter, final)
     except OSError as error:
         raise CaiError(
             f"{final.parent}: cannot be written: {error}",
@@ -73,6 +74,10 @@ def merge(base: Path, adapter: Path, output: Path) -> None:
     """
     check_adapter_dir(adapter)
     _check_base(base, adapter)
+    _merge(base, adapter, output)
+
+
+def _merge(base: Path, adapter: Path, output: Path) -> None:
     work = output.with_name(f"{output.name}.tmp-{os.getpid()}")
     with _writing(output):
         work.mkdir(parents=True)

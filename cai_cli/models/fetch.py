@@ -13,6 +13,7 @@ from typing import Any
 
 from cai_cli.common import console
 from cai_cli.common.errors import CaiError
+from cai_cli.common.library_errors import library_failure
 
 COMPLETE_HINT = "name the directory of a complete model"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -118,6 +119,8 @@ def loading(path: Path) -> Iterator[None]:
                 hint="use a model of a class that is part of transformers",
                 code="unsafe-model",
             ) from error
+        if (failure := library_failure(error, "transformers")) and failure.code != "engine-failed":
+            raise CaiError(f"{path}: {failure.message}", failure.hint, code=failure.code) from error
         # A KeyError's text is the key alone.
         reason = f"unknown or missing {error}" if isinstance(error, KeyError) else first_line(error)
         raise CaiError(f"{path}: cannot be loaded: {reason}", code="invalid-model") from error
@@ -179,6 +182,9 @@ def hub_snapshot(name: str, revision: str | None = None, into: Path | None = Non
             return path
     except Exception as error:  # the Hub's client lets through the errors of its HTTP library
         why = why or first_line(error)
+        failure = library_failure(error, "huggingface_hub")
+        if failure and failure.code == "cannot-write":
+            raise Unavailable(f"{name}: {failure.message}", failure.hint, code=failure.code) from error
     if cached_only:
         raise Unavailable(
             f"{name}: no such directory, and not fetched yet", hint=f"cai models fetch {name}", code="unknown-model"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cai_cli.common.errors import CaiError, UsageError
+from cai_cli.common.library_errors import library_failure
 from cai_cli.models.chat_template import apply_given_template
 from cai_cli.models.fetch import check_model_dir, loading
 from cai_cli.models.reading import ReadAt, Reading, place_of, read_last_token
@@ -154,6 +155,7 @@ def load_reward_model(
     import torch
 
     check_model_dir(path)
+    check_one_output(path)
     tokenizer = load_tokenizer(path)
     with torch.random.fork_rng(devices=[], enabled=new_head_seed is not None):
         if new_head_seed is not None:
@@ -176,6 +178,30 @@ def load_reward_model(
     if reads_last:
         model.score.float()
     return model
+
+
+def check_one_output(path: Path) -> None:
+    """Check that the model in a directory is not a classifier of several labels, such as safe and unsafe.
+
+    None of its outputs alone is a score, and nothing says which of its labels is the better one.
+
+    Raises:
+        CaiError: It is one (`wrong-model-kind`), or its config cannot be read.
+    """
+    if not (path / "config.json").is_file() or not is_classifier(path):
+        return
+    config = json.loads((path / "config.json").read_bytes())
+    names = config.get("id2label")
+    labels = list(names.values()) if isinstance(names, dict) else []
+    count = len(labels) or config.get("num_labels") or 1
+    if count == 1:
+        return
+    named = f" ({', '.join(map(str, labels[:6]))}{', ...' if count > 6 else ''})" if labels else ""
+    raise CaiError(
+        f"{path}: a classifier of {count} labels{named}, not a preference model, which has one output",
+        hint="use a reward model with one output (num_labels 1), or train one with `cai train-pm`",
+        code="wrong-model-kind",
+    )
 
 
 def load_float32_copy(model: "PreTrainedModel") -> "PreTrainedModel":
@@ -303,6 +329,8 @@ def _load(
     try:
         return model if quantized or sharded else model.to(device), set(info["missing_keys"])
     except (RuntimeError, AssertionError) as error:  # no such device, or not enough memory on it
+        if (failure := library_failure(error)) and failure.code == "not-enough-memory":
+            raise CaiError(f"{path}: {failure.message}", failure.hint, code=failure.code) from error
         raise CaiError(
             f"{path}: cannot be put on device {device!r}: {str(error).splitlines()[0]}",
             hint="`cai doctor` lists this machine's devices",

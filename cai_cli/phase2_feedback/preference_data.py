@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic
 
@@ -42,6 +43,11 @@ class PairOptions(EpochOptions):
         Option(Effect.HASHED, reads_file=True),
     )
     mix_ratio: float = option(1.0, "Pairs of --mix for each pair of INPUT.", ge=0.0)
+    also: list[str] | None = option(
+        None,
+        "JSONL of more comparisons, such as those of an earlier round, which count as part of INPUT; repeatable.",
+        Option(Effect.HASHED, metavar="FILE", reads_file=True),
+    )
     soft_from: str | None = option(
         None,
         "Labels from the scores of a published set: `score` reads score_chosen and score_rejected (p_chosen is the "
@@ -63,6 +69,7 @@ class PairOptions(EpochOptions):
     def hash_inputs(self) -> dict[str, InputFile]:
         """The input files by role. Raises CaiError."""
         files = {"preferences": hash_input(self.input)}
+        files |= {f"also {number}": hash_input(file) for number, file in enumerate(self.also or (), 1)}
         return files | ({"mix": hash_input(self.mix)} if self.mix else {})
 
 
@@ -107,12 +114,19 @@ def read_pairs(
     Raises:
         CaiError: A file cannot be read, or a line is invalid.
     """
-    reader, mix_reader = config.row_reader(), config.row_reader(of_input=False)
-    main = read_preferences(reader, config.input, config.limit, config.soft_from)
-    mix = read_preferences(mix_reader, config.mix, None, config.soft_from) if config.mix else []
+    readers = [config.row_reader()]
+
+    def read_whole(file: str) -> list[Preference]:
+        readers.append(config.row_reader(of_input=False))
+        return read_preferences(readers[-1], file, None, config.soft_from)
+
+    main = read_preferences(readers[0], config.input, config.limit, config.soft_from)
+    main += [row for file in config.also or () for row in read_whole(file)]
+    mix = read_whole(config.mix) if config.mix else []
     rows = mixed(main, mix, config.mix_ratio, seed_for(config.seed, stage, "mix"))
     counts = Counts.of_training(
-        [*reader.take_invalid(), *mix_reader.take_invalid()], reader.dropped + mix_reader.dropped
+        [row for reader in readers for row in reader.take_invalid()],
+        reduce(add, (reader.dropped for reader in readers)),
     )
     if unused := len(main) + len(mix) - len(rows):
         counts.skipped["beyond --mix-ratio"] = unused

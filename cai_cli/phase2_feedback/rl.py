@@ -24,17 +24,17 @@ Every `--monitor-every` steps the policy answers the held-out prompts: `rl_monit
 
 import shutil
 from collections.abc import Sequence
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cai_cli.common import console
+from cai_cli.common.library_errors import library_failures
 from cai_cli.data.schema import Prompt
 from cai_cli.engines.base import Sampling
 from cai_cli.engines.choice import this_machine
 from cai_cli.engines.tokenization import declare_end_of_turn, end_of_turn_ids
-from cai_cli.engines.vllm import failures_of_vllm
 from cai_cli.judging.answer_cache import AnswerCache
 from cai_cli.judging.constitution_judge import ConstitutionJudge
 from cai_cli.models.source import ModelSource
@@ -206,7 +206,7 @@ def _policy_trainer(
     trainer_class, args = _trainer_class_and_args(inputs, config, training, work, policy, tokenizer)
     if inputs.judge:
         trainer_class = with_early_rewards(trainer_class, reward.start)
-    with failures_of_vllm() if inputs.rollouts is not Rollouts.LOCAL else nullcontext(), distributed.same_environment():
+    with library_failures(), distributed.same_environment():
         trainer = trainer_class(
             model=policy,
             processing_class=tokenizer,

@@ -4,11 +4,11 @@ import math
 from functools import cached_property
 from typing import Any
 
+from cai_cli.common.library_errors import library_failures
 from cai_cli.common.seeds import seed_for
 from cai_cli.engines.base import Sampling
 from cai_cli.engines.local.engine import engine_around
 from cai_cli.engines.tokenization import encode_chat
-from cai_cli.engines.vllm import failures_of_vllm
 from cai_cli.models.adapters import without_adapter_wrapper
 from cai_cli.phase2_feedback.rl_rewards import Chat, messages_of
 from cai_cli.training import distributed
@@ -108,7 +108,7 @@ def with_vllm_sampling(trainer_class: Any) -> Any:
         _last_loaded_step: int  # TRL's: the step whose weights vLLM has
 
         def _generate_single_turn(self, prompt_ids: list[list[int]], *_: Any) -> Any:
-            with failures_of_vllm():
+            with library_failures("vllm"):
                 if self.state.global_step != self._last_loaded_step:
                     self.vllm_generation.sync_weights()
                     self._last_loaded_step = self.state.global_step

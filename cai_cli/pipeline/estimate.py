@@ -40,6 +40,7 @@ class StepEstimate:
         command: Its command line.
         learning_rate: The learning rate that it trains with; None where it trains nothing.
         memory: What training holds on each device; None where it trains nothing or its models are not on this machine.
+        may_end: Why the rounds may end after this step; None where they do not.
     """
 
     step: str
@@ -50,6 +51,7 @@ class StepEstimate:
     command: str
     learning_rate: float | None
     memory: Setting | None = None
+    may_end: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The estimate as `--json` prints it."""
@@ -65,6 +67,7 @@ class StepEstimate:
             "command": self.command,
             "learning_rate": self.learning_rate,
             "memory": self.memory and self.memory.as_json(),
+            "may_end": self.may_end,
         }
 
 
@@ -83,6 +86,9 @@ def estimate(steps: Sequence[Step]) -> list[StepEstimate]:
         rows = min(read, key=lambda one: one.rows)  # several are joined by prompt
         if config.limit:
             rows = replace(rows, rows=min(rows.rows, config.limit))
+        also = [_file(source, flows) for source in getattr(config, "also", None) or ()]
+        more = [flows.get(file) or _flow_of_file(file, skip_invalid, None) for file in also]
+        rows = replace(rows, rows=rows.rows + sum(flow.rows for flow in more))
         step_estimate, after = estimate_step(step.name, step.stage, rows, config, step.shell)
         if not step.stage.trains:
             flows[str(step.output)] = after
@@ -122,13 +128,18 @@ def _flow_of_file(source: str, skip_invalid: bool, columns: Columns | None) -> R
     return RowFlow(len(lengths), 1, sum(lengths) / max(1, len(lengths)), 0.0)
 
 
-def print_estimate(steps: Sequence[Step], *, as_json: bool) -> None:
+def print_estimate(steps: Sequence[Step], *, as_json: bool, may_end: Mapping[str, str]) -> None:
     """Print the estimates on stdout: for each step a line of numbers and its command, or one JSON array.
+
+    Args:
+        steps: The steps of the run, with those of all rounds.
+        as_json: Whether to print JSON.
+        may_end: Step after which rounds may end early -> why.
 
     Raises:
         CaiError: A step does not fit the memory of its device (`not-enough-memory`).
     """
-    estimates = estimate(steps)
+    estimates = [replace(e, may_end=may_end.get(e.step)) for e in estimate(steps)]
     if as_json:
         print(orjson.dumps([e.as_json() for e in estimates]).decode())
         _refuse_impossible(estimates)
@@ -149,6 +160,8 @@ def print_estimate(steps: Sequence[Step], *, as_json: bool) -> None:
             print(f"  # learning rate {e.learning_rate:g}")
         if e.memory is not None:
             print(f"  # memory {e.memory.arithmetic}")
+        if e.may_end:
+            print(f"  # may end here: {e.may_end}")
     print(line("total", "", f"{sum(e.requests for e in estimates):,}", cost.total([e.tokens for e in estimates])))
     print(f"GPU-h: {cost.ASSUMPTIONS}.")
     _refuse_impossible(estimates)

@@ -29,15 +29,21 @@ from cai_cli.runtime.manifest import differences, read_manifest, write_json
 from cai_cli.runtime.output_files import one_writer, reuse_recorded_date, sidecar
 
 RunStep = Callable[[Step, bool], None]  # runs a step, with or without --overwrite; raises CaiError if it fails
+# Given a step that is done and the record of the run, which it may add to: the steps of the run from now on, which
+# begin with those that are done, or None where they stay the same.
+Revise = Callable[[Step, dict[str, Any]], Sequence[Step] | None]
 
 
-def execute(steps: Sequence[Step], out: Path, run_step: RunStep) -> list[dict[str, Any]]:
+def execute(
+    steps: Sequence[Step], out: Path, run_step: RunStep, revise: Revise = lambda step, record: None
+) -> list[dict[str, Any]]:
     """Run the steps that are not done, in order, and record each in `OUT/run.json`.
 
     Args:
         steps: The steps of the run.
         out: The run folder.
         run_step: Runs a step (`run_as_child`, or an executor's).
+        revise: Called after each step, also after one that was done before.
 
     Returns:
         One record per step: its name, output, command line, settings, status and seconds.
@@ -48,22 +54,29 @@ def execute(steps: Sequence[Step], out: Path, run_step: RunStep) -> list[dict[st
     record_path = out / "run.json"
     with one_writer(record_path, f"the run in {out}"):
         record = read_manifest(record_path) or {"steps": {}}
+        record.pop("rounds", None)  # decided again
         for step in reversed(steps):  # the first step that recorded a date decides it for the steps to come
             reuse_recorded_date(str(step.output))
         template_date()  # held now, for all steps
         record["planned"] = {step.name: step.argv for step in steps}  # for the report of a run that is not finished
         current: set[str] = set()  # steps recorded with the settings, files and earlier steps of this run
-        for step in steps:
+        place = 0
+        while place < len(steps):
+            step = steps[place]
             previous = record["steps"].get(step.name)
             if previous and _is_current(step, previous, current):
                 current.add(step.name)
                 previous["key"] = step.key
             if previous and step.name in current and previous["status"] == "done" and step.output.exists():
                 console.say(f"[{step.name}] already done: {step.output}")
-                continue
-            _run_and_record(step, previous, steps, record, record_path, run_step)
-            if previous is None or previous["key"] == step.key:
-                current.add(step.name)
+            else:
+                _run_and_record(step, previous, steps, record, record_path, run_step)
+                if previous is None or previous["key"] == step.key:
+                    current.add(step.name)
+            known = record.get("rounds")
+            steps, place = revise(step, record) or steps, place + 1
+            if record.get("rounds") is not known:
+                write_json(record_path, record)
         return [{"step": s.name, "output": str(s.output), **record["steps"][s.name]} for s in steps]
 
 

@@ -39,7 +39,8 @@ def paper_run() -> list[StepEstimate]:
     step("preference model, with human labels", "train-pm", replace(labels, rows=labels.rows + HELPFUL))
     step("more prompts for RL", "red-team", given, n=prompts, max_new_tokens=PROMPT)
     steps = -(-prompts // RL_BATCH)
-    step("RL-CAI", "rl", rl_prompts, steps=steps, prompts_per_step=RL_BATCH, samples_per_prompt=4, **reply)
+    rl = {"pm": "-", "steps": steps, "prompts_per_step": RL_BATCH, "samples_per_prompt": 4}
+    step("RL-CAI", "rl", rl_prompts, **rl, **reply)
     return estimates
 
 

@@ -9,12 +9,16 @@ from enum import StrEnum
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import orjson
 
 from cai_cli.common.errors import CaiError, UsageError
+from cai_cli.constitution.schema import SHIPPED
+from cai_cli.judging.labeller import JudgeOptions
 from cai_cli.pipeline import registry
+from cai_cli.pipeline.registry import takes_many
+from cai_cli.pipeline.rounds import Ending, expand_rounds
 from cai_cli.pipeline.run_file import RunFile
 from cai_cli.pipeline.sweep import Value, expand, split_name, split_reference
 from cai_cli.runtime.config import StageConfig
@@ -92,13 +96,14 @@ class Step:
         return KEY_FORMAT + sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
-def plan(run: RunFile, file: Path, out: Path) -> list[Step]:
+def plan(run: RunFile, file: Path, out: Path, endings: Mapping[str, Ending] | None = None) -> list[Step]:
     """The steps of a run.
 
     Args:
         run: The run file.
         file: Where it was read from; files in it are relative to it.
         out: The run folder.
+        endings: Where the blocks of rounds end that have ended early, by name.
 
     Returns:
         The steps in order.
@@ -108,7 +113,9 @@ def plan(run: RunFile, file: Path, out: Path) -> list[Step]:
     """
     steps: dict[str, Step] = {}
     with _named(f"{file}: "):
-        variants = expand(run.steps, takes_many)
+        rounds = expand_rounds(run.steps, run.model, run.seed, endings or {})
+        with_constitution = {name: _with_constitution(given, run.constitution) for name, given in rounds.items()}
+        variants = expand(with_constitution, takes_many, {"constitution": run.constitution})
     for name, given in variants.items():
         with _named(f"{file}: step {name!r}: "):
             steps[name] = _plan_step(name, given, steps, _RunPaths(run, file, out))
@@ -123,6 +130,15 @@ def _named(place: str) -> Iterator[None]:
     except CaiError as error:
         error.message = f"{place}{error.message}"
         raise
+
+
+def _with_constitution(given: Mapping[str, Any], constitution: Any) -> dict[str, Any]:
+    """The settings of a step, with the constitution of the run where the step asks a model about principles."""
+    stage = registry.STAGES.get(str(given.get("command")))
+    names = stage.config.option_names() if stage else {}
+    # Optional in some stages: `rl` needs a judge for it, `sample` a contrast.
+    asks = "constitution" in names and all(given.get(name) for name in ("judge", "contrast") if name in names)
+    return {**({"constitution": constitution} if asks and constitution else {}), **given}
 
 
 @dataclass(frozen=True)
@@ -152,6 +168,8 @@ def _plan_step(name: str, given: Mapping[str, Any], steps: Mapping[str, Step], p
     for option, value in settings.items():
         folder = place.file.parent if _reads_file(stage.config, option, value, place.file.parent) else None
         values = value if isinstance(value, list) else [value]
+        if option == "constitution" and isinstance(value, str) and (place.file.parent / value).is_dir():
+            values = [f"{value}/{SHIPPED[constitution_kind(stage)]}"]
         with _named(f"{option}: "):
             resolved = [_resolve(one, steps, folder) for one in values]
         settings[option] = [v for v, _ in resolved] if isinstance(value, list) else resolved[0][0]
@@ -200,6 +218,11 @@ def _word(value: Any, choice: Any) -> Any:
     return value
 
 
+def constitution_kind(stage: Stage) -> str:
+    """The kind of constitution that a stage reads, which decides the file that it reads in a directory with both."""
+    return "preference" if issubclass(stage.config, JudgeOptions) else "critique-revision"
+
+
 def _check_urls(urls: Any, option: str) -> None:
     """Raises UsageError where an address contains a key or password, which run.json must not record."""
     from cai_cli.engines.server_address import checked_url
@@ -235,18 +258,3 @@ def _resolve(value: Value, steps: Mapping[str, Step], folder: Path | None) -> tu
     name, path = ("", value) if (folder / value).exists() else split_name(value)
     path = os.path.relpath(folder / path)
     return f"{name}{path}", path
-
-
-def takes_many(command: object) -> frozenset[str]:
-    """The options of a command that take several values, so that a list for them is not a sweep."""
-    stage = registry.STAGES.get(str(command))
-    if stage is None:
-        return frozenset()
-    options = stage.config.options()
-    lists = {name for name, (field, _) in options.items() if list in _origins(field.annotation)}
-    return frozenset(option for option, name in stage.config.option_names().items() if name in lists)
-
-
-def _origins(annotation: Any) -> set[Any]:
-    """The types that an annotation names, without their parameters: {list, NoneType} for `list[str] | None`."""
-    return {get_origin(one) or one for one in (annotation, *get_args(annotation))}

@@ -1,6 +1,7 @@
 """Every stage, listed once. The command line, run files, estimates and docs/cli.md read this list."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any, get_args, get_origin
 
 from cai_cli.evaluate import compare, harm, hhh
 from cai_cli.phase1_supervised import critique, critique_revise, red_team, revise, sample, sft
@@ -32,3 +33,18 @@ STAGES = by_name(
         harm.STAGE,
     )
 )
+
+
+def takes_many(command: object) -> frozenset[str]:
+    """The options of a command that take several values, so that a list for them is not a sweep."""
+    stage = STAGES.get(str(command))
+    if stage is None:
+        return frozenset()
+    options = stage.config.options()
+    lists = {name for name, (field, _) in options.items() if list in _origins(field.annotation)}
+    return frozenset(option for option, name in stage.config.option_names().items() if name in lists)
+
+
+def _origins(annotation: Any) -> set[Any]:
+    """The types that an annotation names, without their parameters: {list, NoneType} for `list[str] | None`."""
+    return {get_origin(one) or one for one in (annotation, *get_args(annotation))}

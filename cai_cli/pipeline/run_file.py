@@ -1,16 +1,30 @@
 """The run file of `cai run`: its fields and how it is read."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from cai_cli.common.errors import CaiError
 from cai_cli.common.yaml import load_yaml
+from cai_cli.pipeline.rounds import NAME, Repeat, StepName
 from cai_cli.pipeline.sweep import LONGEST_NAME, Value
 from cai_cli.runtime.shared_options import DEFAULT_MODEL
 
-NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"  # of a run or a step, because it becomes a file name
+STEP, ROUNDS = "(step)", "(rounds)"  # how pydantic tells the two apart; no name of a step
+
+
+def _kind(value: Any) -> str:
+    return (
+        ROUNDS
+        if isinstance(value, Repeat) or (isinstance(value, dict) and "repeat" in value and "command" not in value)
+        else STEP
+    )
+
+
+Entry = Annotated[
+    Annotated[dict[str, Value | list[Value]], Tag(STEP)] | Annotated[Repeat, Tag(ROUNDS)], Discriminator(_kind)
+]
 
 
 class RunFile(BaseModel):
@@ -20,7 +34,9 @@ class RunFile(BaseModel):
         name: Name of the run, and of its folder under runs/.
         model: Default model of the steps.
         seed: Default random seed of the steps.
-        steps: Step name -> its command, its input and its options.
+        constitution: Constitution of the steps that ask about principles: a YAML file, or a directory with one for
+            critiques and one for preferences. A list runs these steps, and those that depend on them, once for each.
+        steps: Step name -> its command, its input and its options; or steps that are repeated in rounds.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -28,7 +44,13 @@ class RunFile(BaseModel):
     name: str = Field(pattern=NAME, max_length=LONGEST_NAME)
     model: str = DEFAULT_MODEL
     seed: int = 0
-    steps: dict[Annotated[str, Field(pattern=NAME)], dict[str, Value | list[Value]]] = Field(min_length=1)
+    constitution: str | Annotated[list[str], Field(min_length=1)] | None = None
+    steps: dict[StepName, Entry] = Field(min_length=1)
+
+    @property
+    def blocks(self) -> dict[str, Repeat]:
+        """The steps that are repeated in rounds, by the name of the block."""
+        return {name: given for name, given in self.steps.items() if isinstance(given, Repeat)}
 
 
 def load_run(path: Path) -> RunFile:
@@ -44,5 +66,5 @@ def load_run(path: Path) -> RunFile:
         return RunFile.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = ".".join(str(part) for part in first["loc"] if part not in (STEP, ROUNDS))
         raise CaiError(f"{path}: {where}: {first['msg']}", code="invalid-run-file") from None

@@ -39,12 +39,13 @@ class Variant:
     choice: Choice
 
 
-def expand(steps: Mapping[str, Given], takes_many: TakesMany) -> dict[str, dict[str, Any]]:
+def expand(steps: Mapping[str, Given], takes_many: TakesMany, shared: Given | None = None) -> dict[str, dict[str, Any]]:
     """Replace each swept step by its variants.
 
     Args:
         steps: The steps of the run file by name.
         takes_many: The options of a command for which a list is one value.
+        shared: Settings with a list of the run: all steps that have this list take the same value of it.
 
     Returns:
         The steps without sweeps in order, by their new names such as `sl-cai@rounds=2`.
@@ -52,8 +53,16 @@ def expand(steps: Mapping[str, Given], takes_many: TakesMany) -> dict[str, dict[
     Raises:
         UsageError: A list is empty or has equal values, two names collide, or there are too many steps.
     """
-    axes = [(step, setting) for step, given in steps.items() for setting in _lists(given, takes_many)]
-    swept = Counter(setting for _, setting in axes)
+
+    def axis_of(step: str, setting: str) -> str:
+        """The rounds of a step have one axis, so that a variant takes the same value in every round."""
+        is_shared = shared is not None and steps[step].get(setting, ()) == shared.get(setting)
+        return setting if is_shared else f"{step.partition('@')[0]}.{setting}"
+
+    axes = list(
+        dict.fromkeys(axis_of(step, setting) for step, given in steps.items() for setting in _lists(given, takes_many))
+    )
+    swept = Counter(axis.rpartition(".")[2] for axis in axes)
     known: dict[str, list[Variant]] = {}
     flat: dict[str, dict[str, Any]] = {}
     for step, given in steps.items():
@@ -63,17 +72,11 @@ def expand(steps: Mapping[str, Given], takes_many: TakesMany) -> dict[str, dict[
         for picked in product(*lists.values()):
             settings = dict(given) | dict(zip(lists, picked, strict=True))
             settings |= {o: _gathered(settings[o], known) for o in many & settings.keys()}
-            own = {f"{step}.{setting}": value for setting, value in zip(lists, picked, strict=True)}
+            own = {axis_of(step, setting): value for setting, value in zip(lists, picked, strict=True)}
             for values in _choices(own, _references(settings), known):
-                choice = {axis: values[axis] for axis in (f"{s}.{setting}" for s, setting in axes) if axis in values}
+                choice = {axis: values[axis] for axis in axes if axis in values}
                 variant = Variant(step + _suffix(choice, swept), choice)
-                if variant.name in flat or len(variant.name) > LONGEST_NAME:
-                    problem = "would be the name of two steps" if variant.name in flat else "is too long for a file"
-                    raise UsageError(
-                        f"step {step!r}: {variant.name!r} {problem}",
-                        hint="use other or fewer values",
-                        code="invalid-run-file",
-                    )
+                _check_name(step, variant.name, flat)
                 flat[variant.name] = {o: _resolved(value, choice, known) for o, value in settings.items()}
                 variants.append(variant)
                 if len(flat) > MAX_STEPS:
@@ -81,11 +84,20 @@ def expand(steps: Mapping[str, Given], takes_many: TakesMany) -> dict[str, dict[
                         f"step {step!r}: the lists expand to more than {MAX_STEPS} steps", code="invalid-run-file"
                     )
         if given.get("command") == "critique-revise" and _whole_numbers(lists.get("rounds", [None])):
-            _continue_rounds(f"{step}.rounds", variants, flat)
+            _continue_rounds(axis_of(step, "rounds"), variants, flat)
         if given.get("command") == "label-prefs" and "clamp" in lists and "votes" not in given:
-            _reuse_votes(f"{step}.clamp", variants, flat)
+            _reuse_votes(axis_of(step, "clamp"), variants, flat)
         known[step] = variants
     return flat
+
+
+def _check_name(step: str, name: str, flat: Mapping[str, Any]) -> None:
+    """Raises UsageError where the name of a variant is taken or too long."""
+    if name in flat or len(name) > LONGEST_NAME:
+        problem = "would be the name of two steps" if name in flat else "is too long for a file"
+        raise UsageError(
+            f"step {step!r}: {name!r} {problem}", hint="use other or fewer values", code="invalid-run-file"
+        )
 
 
 def _lists(given: Given, takes_many: TakesMany) -> dict[str, list[Value]]:
@@ -151,6 +163,12 @@ def split_reference(value: object) -> tuple[str, str] | None:
     """`@step` -> ("", "step"), `NAME=@step` -> ("NAME=", "step"); None for a value that refers to no step."""
     name, rest = split_name(value) if isinstance(value, str) else ("", "")
     return (name, rest[1:]) if rest.startswith("@") else None
+
+
+def map_references(value: Any, seen: Callable[[str], Iterable[str]]) -> list[Any]:
+    """The values that `value` stands for: itself, or for a reference those that `seen` gives for its step."""
+    reference = split_reference(value)
+    return [f"{reference[0]}{one}" for one in seen(reference[1])] if reference else [value]
 
 
 def _references(settings: Given) -> list[str]:

@@ -173,6 +173,27 @@ class Sweep(Result):
     simultaneous: int = 1
 
 
+class RoundResult(Result):
+    """One round: the monitor's mean score and its rise, None without a monitor, and what the round used."""
+
+    round: int
+    monitor: ReportedEstimate | None = None
+    rise: ReportedEstimate | None = None
+    tokens: int
+    money: float
+    hours: float
+
+
+class RoundsResult(Result):
+    """A block of rounds: how many were run, the round of the result, and why they ended early."""
+
+    repeat: int
+    ran: int
+    result: int
+    reason: str | None
+    rounds: list[RoundResult]
+
+
 @dataclass(frozen=True)
 class RunFiles:
     """Everything that the report shows.
@@ -184,6 +205,7 @@ class RunFiles:
         sweeps: File name -> sweep of a setting.
         evaluations: File name -> dotted name -> number or estimate, for all other JSON files.
         problems: What could not be read, in sentences.
+        rounds: Block of rounds -> where and why it ended, from `run.json`.
     """
 
     folder: Path
@@ -192,6 +214,7 @@ class RunFiles:
     sweeps: Mapping[str, Sweep]
     evaluations: Mapping[str, Mapping[str, Any]]
     problems: list[str] = field(default_factory=list)
+    rounds: Mapping[str, "RoundsResult"] = field(default_factory=dict)
 
     def steps_of(self, *stages: str) -> list[StepFiles]:
         """Return the steps that ran these commands, in order."""
@@ -265,7 +288,17 @@ def read_run(folder: Path) -> RunFiles:
         _results(swept, Sweep, problems),
         {name: metrics for name, path in rest.items() if (metrics := _metrics(path, problems))},
         problems,
+        _rounds(folder / "run.json", problems),
     )
+
+
+def _rounds(record: Path, problems: list[str]) -> dict[str, RoundsResult]:
+    recorded = (_json(record, []) or {}).get("rounds") or {}
+    try:
+        return {name: RoundsResult.model_validate(one) for name, one in recorded.items()}
+    except (ValidationError, AttributeError):
+        problems.append(f"{record}: `rounds` is not what `cai run` writes")
+        return {}
 
 
 def _steps(folder: Path, problems: list[str]) -> list[StepFiles]:

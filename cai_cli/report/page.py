@@ -19,7 +19,7 @@ from markupsafe import Markup
 from cai_cli import __version__
 from cai_cli.common.console import safe
 from cai_cli.data.schema import Preference
-from cai_cli.report import charts, curves, examples, labels, summary
+from cai_cli.report import by_round, charts, curves, examples, labels, summary
 from cai_cli.report.charts import Chart
 from cai_cli.report.collect import TRAINING, RunFiles, StepFiles, is_estimate
 
@@ -86,6 +86,10 @@ def _sections(run: RunFiles) -> dict[str, Any]:
         "scatters": _scatters(run),
         "wins": _win_rates(run),
         "sweeps": _sweeps(run),
+        "by_round": by_round.steps_by_round(
+            run, {step.name: charts.label_audit.audit() for step, charts in labelled if charts.label_audit.rows}
+        ),
+        "matrices": by_round.matrices(run.comparisons),
         "evaluations": {name: summary.metric_rows(metrics) for name, metrics in run.evaluations.items()},
         "forests": _forests(run),
         "samples": examples.side_by_side(run, examples.Budget(SAMPLE_BYTES)),

@@ -45,6 +45,11 @@ class ScoreResponse(ServerResponse):
     scores: list[Score] | None = None
     data: list[ClassProbabilities] | None = None
 
+    @property
+    def classes(self) -> int:
+        """The most numbers that vLLM sends for one item: 1 for a preference model, 0 where it sends none."""
+        return max((len(item.probs) for item in self.data or []), default=0)
+
     def values(self, count: int) -> list[float] | None:
         """One score for each of `count` items, in their order, or None where the answer has others."""
         if self.scores is not None:
@@ -99,6 +104,13 @@ class ScoreClient(Client):
                 return [error]
             return [(await self._scores([item]))[0] for item in items]
         values = response.values(len(items)) if isinstance(response, ScoreResponse) else None
+        if isinstance(response, ScoreResponse) and response.classes > 1:
+            raise CaiError(
+                f"{self.base_url}: the model is a classifier of {response.classes} labels, not a preference model, "
+                "which has one output",
+                hint="serve a reward model with one output (num_labels 1)",
+                code="wrong-model-kind",
+            )
         if values is None:
             raise CaiError(
                 f"{self.base_url}: the answer does not have one score for each of the {len(items):,} conversations",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from cai_cli.common.errors import CaiError, RowError, UsageError
 from cai_cli.data.schema import Message, Rejected, Sample, Scored, reject
-from cai_cli.models.loading import context_window, pick_device, reading_of, tokenizer_and_window
+from cai_cli.models.loading import check_one_output, context_window, pick_device, reading_of, tokenizer_and_window
 from cai_cli.models.source import ModelSource
 from cai_cli.reward.preference_model import encode_conversation, open_for_scores, preference_model_identity, score_ids
 from cai_cli.reward.score_client import ScoreClient
@@ -93,6 +93,8 @@ class Scorer:
         self.batch_size, self._device, self._dtype = batch_size or BATCH_SIZE, device, dtype
         self._server_name = name.removeprefix(SERVER_PREFIX)
         self.source = None if name.startswith(SERVER_PREFIX) else ModelSource.resolve(name)
+        if self.source:
+            check_one_output(self.source.path)  # before hours of training, at the end of which it may be loaded
         self._client = ScoreClient(self._server_name, url, self.batch_size) if url else None
 
     @property

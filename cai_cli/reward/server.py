@@ -19,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from cai_cli.common import console
 from cai_cli.common.errors import CaiError, RowError
+from cai_cli.common.library_errors import library_failure
 from cai_cli.data.schema import Message
 from cai_cli.engines.base import RequestFailure
 
@@ -156,8 +157,10 @@ class _Handler(BaseHTTPRequestHandler):
         except OSError:
             return  # the sender is gone
         except Exception as error:
-            console.warn(f"a request was not answered: {type(error).__name__}: {error}")
-            self._send(500, _error(type(error).__name__))
+            failure = library_failure(error)
+            what = failure.message if failure else f"a bug in cai: {type(error).__name__}: {error}"
+            console.warn(f"a request was not answered: {what}" + (f" ({failure.hint})" if failure else ""))
+            self._send(500, _error(failure.message if failure else type(error).__name__))
 
     def _body(self) -> dict[str, Any]:
         length = self.headers.get("Content-Length", "")

@@ -19,7 +19,7 @@ from cai_cli.common.hash_index import KeyTable
 from cai_cli.data.jsonl import display_name
 from cai_cli.data.row_reader import ChangedRows, RowReader
 from cai_cli.data.schema import Rejected
-from cai_cli.engines.base import Engine
+from cai_cli.engines.base import Engine, UnansweredRequests
 from cai_cli.runtime.counts import Counts
 from cai_cli.runtime.growth import expected_rows, growth_of
 from cai_cli.runtime.manifest import InputFile, read_manifest, run_facts
@@ -180,6 +180,10 @@ class StageRun(Generic[T]):
         recorded = (read_manifest(sidecar(path, "manifest.json")) or {})["rows"]
         refuse_other_run(path, {"rows": recorded}, {"rows": self.reader.digest_so_far()})
 
+    @property
+    def _unanswered(self) -> int:
+        return self.engine.unanswered if self.engine else 0
+
     # --- the three parts of a run -----------------------------------------------------------------------------------
 
     def _run_items(self, sink: Sink) -> dict[str, Any]:
@@ -199,7 +203,12 @@ class StageRun(Generic[T]):
 
     def _process(self, sink: Sink, counts: Counts, resumed: _Resumed) -> int:
         """Process all batches; returns how many items earlier runs had finished. On an error `sink` keeps the outcomes
-        that were finished out of order, and the usage."""
+        that were finished out of order, and the usage.
+
+        Raises:
+            UnansweredRequests: An engine that reads the results of a batch lacks answers. The outcomes before the first
+                such batch of items are written; the others are processed all the same, for their requests.
+        """
         shards = self.reader.shard.count if self.reader.shard else 1
         out_of_order, matched = list[_Batch](), 0
         groups = in_order(
@@ -212,9 +221,14 @@ class StageRun(Generic[T]):
         try:
             with console.track(self.total and self.total / shards, self.stage) as advance, closing(groups):
                 for group in groups:
-                    sink.write([outcome for batch in group for outcome in batch.outcomes])
+                    if not self._unanswered:
+                        sink.write([outcome for batch in group for outcome in batch.outcomes])
+                    elif self.one_by_one:
+                        break
                     matched += sum(batch.finished for batch in group)
                     advance(sum(batch.size for batch in group))
+            if self._unanswered:
+                raise UnansweredRequests(self._unanswered)
         except BaseException:
             usage = self.engine.usage if self.engine else None
             outcomes = [outcome for batch in out_of_order for outcome in batch.outcomes]

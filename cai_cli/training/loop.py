@@ -9,6 +9,7 @@ from typing import Any
 
 from cai_cli.common import console
 from cai_cli.common.errors import CaiError
+from cai_cli.common.library_errors import cannot_write
 from cai_cli.common.seeds import seed_for
 from cai_cli.training import distributed, trackers
 from cai_cli.training.checkpoints import newest_checkpoint, seal, try_saving
@@ -50,6 +51,8 @@ def fit(trainer: Any, metrics: Metrics, columns: Mapping[str, str], *, name: str
             code="invalid-checkpoint",
         ) from error
     except OSError as error:
+        if not cannot_write(error, Path(trainer.args.output_dir)):
+            raise  # of a tracker, say
         raise CaiError(
             f"cannot write {trainer.args.output_dir}: {error.strerror or error}",
             hint="earlier checkpoints are kept; run the same command again to resume",

@@ -18,6 +18,7 @@ from typing import Any
 from cai_cli.cards.model_card import model_card
 from cai_cli.common import console
 from cai_cli.common.errors import CaiError, UsageError
+from cai_cli.common.library_errors import cannot_write
 from cai_cli.constitution.usage import recorded_principles
 from cai_cli.data.jsonl import AppendFile, sync_directory
 from cai_cli.data.schema import Row, dump_row
@@ -126,6 +127,8 @@ class TrainingJob:
                 metrics = self.train(work)
             return distributed.from_rank_zero(finish)
         except OSError as error:
+            if not cannot_write(error, work):
+                raise
             raise CaiError(
                 f"cannot write {work}: {error.strerror}",
                 hint="run the same command again to resume",

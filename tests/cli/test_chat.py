@@ -103,13 +103,12 @@ def test_a_system_prompt_opens_every_conversation(cai: Cai, tmp_path: Path) -> N
 
 def test_thinking_and_the_chat_template_and_its_arguments_are_options_of_a_chat(cai: Cai, tmp_path: Path) -> None:
     taught(thinking_model_dir(tmp_path / "m", OPENED), "Name a fruit.", "They want one.\n</think>\n\nA pear.<|im_end|>")
-    (tmp_path / "plain.jinja").write_text(OPENED.replace("<think>\n", ""))
+    switched = "{% if enable_thinking is defined %}{{ raise_exception('thinking: ' ~ enable_thinking) }}{% endif %}"
+    (tmp_path / "switched.jinja").write_text(switched + OPENED)
     chat = ["chat", "m", "--temperature", "0", "--max-new-tokens", "24"]
-    answers = {
-        words: cai(*chat, *words, stdin=b"Name a fruit.\n").stdout
-        for words in ((), ("--thinking", "off"), ("--chat-template", "plain.jinja"))
-    }
-    assert answers[()] == "m> A pear.\n"
-    assert len(set(answers.values())) > 1
+    given = [*chat, "--chat-template", "switched.jinja"]
+    assert cai(*chat, stdin=b"Name a fruit.\n").stdout == "m> A pear.\n"
+    assert cai(*given, stdin=b"Name a fruit.\n").stdout == "m> A pear.\n"
+    assert "thinking: False" in cai(*given, "--thinking", "off", stdin=b"Name a fruit.\n").stderr
     refused = cai(*chat, "--template-arg", "mood=kind", stdin=b"Name a fruit.\n")
     assert (refused.code, refused.error) == (2, "invalid-option")

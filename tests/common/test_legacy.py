@@ -47,6 +47,7 @@ def test_a_stage_that_changed_its_rows_recognises_old_outputs_and_does_not_resum
 ) -> None:
     recorded = (read_manifest(DATA / "finished/sample.jsonl.manifest.json") or {})["provenance"]
     current = {**recorded, "cai": "0.2.0"}
+    monkeypatch.setattr(legacy, "CHANGED_STAGES", {})
     refuse_to_resume_other_run(Path("out"), recorded, current)
     monkeypatch.setattr(legacy, "CHANGED_STAGES", {"0.2.0": frozenset({"sample"})})
     assert differences(recorded, current) == []

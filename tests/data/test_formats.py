@@ -25,6 +25,7 @@ from cai_cli.data.formats import (
 )
 from cai_cli.data.reward_schema import JudgedReplies, RubricPrompt
 from cai_cli.data.schema import (
+    ContrastSample,
     Critique,
     Identified,
     JudgedPair,
@@ -96,6 +97,7 @@ asking = {"options": st.lists(texts), "correct": st.lists(st.booleans()), "p": s
 FIELDS: dict[type[Row], dict[str, st.SearchStrategy[Any]]] = {
     Prompt: prompt,
     Sample: sample,
+    ContrastSample: sample | {"principle_id": texts, "contrast": st.sampled_from(["following", "breaking"])},
     Critique: sample
     | {"history": st.lists(rounds, max_size=2), "round": st.just(1), "principle_id": texts, "critique": texts},
     Revision: sample | {"history": st.lists(rounds, min_size=1, max_size=2)},

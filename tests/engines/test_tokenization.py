@@ -129,7 +129,7 @@ def test_a_model_without_chat_template_is_an_error_with_a_way_out() -> None:
     with pytest.raises(CaiError) as caught:
         encode_chat(tokenizer(None), said("hi"), add_generation_prompt=True)
     assert caught.value.code == "no-chat-template"
-    assert "training and scoring need a chat template" in str(caught.value.hint)
+    assert "--chat-template FILE" in str(caught.value.hint)
 
 
 def test_a_template_that_refuses_a_role_refuses_the_row() -> None:

@@ -170,3 +170,35 @@ def test_some_token_pads_where_the_tokenizer_has_none_or_one_that_the_model_does
     tokenizer = loading.load_tokenizer(model_dir)
     assert len(tokenizer) > loading.load_causal_lm(model_dir).config.vocab_size
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
+
+
+def test_a_classifier_of_several_labels_is_no_preference_model_and_its_labels_are_named(
+    model_dir: Path, cai: Any, tmp_path: Path
+) -> None:
+    from helpers import preference, write_rows
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    judge = tmp_path / "safety"
+    AutoModelForSequenceClassification.from_pretrained(
+        model_dir, num_labels=2, id2label={0: "safe", 1: "unsafe"}, label2id={"safe": 0, "unsafe": 1}
+    ).save_pretrained(judge)
+    AutoTokenizer.from_pretrained(model_dir).save_pretrained(judge)
+    write_rows(tmp_path / "pairs.jsonl", [preference(i) for i in range(2)])
+    write_rows(
+        tmp_path / "questions.jsonl",
+        [{"id": "a", "prompt": "Name a fruit.", "options": ["A pear.", "A stone."], "label": 0}],
+    )
+    (tmp_path / "prompts.txt").write_text("".join(f"Name fruit {i}.\n" for i in range(8)))
+    rl = ["rl", "prompts.txt", "-m", str(model_dir), "-o", "policy", "--steps", "1", "--device", "cpu"]
+    for words in (
+        ["score", "pairs.jsonl", "--pm", "safety", "-o", "s.jsonl"],
+        ["score", "pairs.jsonl", "--pm", "safety", "--pm-url", "http://127.0.0.1:9/classify", "-o", "s.jsonl"],
+        [*rl, "--pm", "safety"],
+        ["dpo", "pairs.jsonl", "-m", str(model_dir), "--monitor-pm", "safety", "-o", "d", "--device", "cpu"],
+        ["train-pm", "pairs.jsonl", "-m", "safety", "-o", "pm", "--device", "cpu"],
+        ["eval", "compare", "a=pairs.jsonl", "b=pairs.jsonl", "--pm", "safety", "-o", "c.jsonl"],
+        ["serve-reward", "safety", "--port", "0"],
+    ):
+        done = cai(*words)
+        assert (done.code, done.error) == (1, "wrong-model-kind"), (words, done.stderr)
+        assert "a classifier of 2 labels (safe, unsafe)" in done.stderr

@@ -29,6 +29,7 @@ def test_critique_and_revision_use_the_same_drawn_principle() -> None:
             "critique": "too short",
             "response": "reply 0 to 1",
             "finish_reason": "stop",
+            "thoughts": None,
         }
     ]
     talk = [user("question 1"), assistant("reply 0 to 1"), user(principle.critique)]

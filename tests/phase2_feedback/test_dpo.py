@@ -193,7 +193,7 @@ def test_the_policy_that_is_kept_is_the_one_of_the_best_check(
         monkeypatch.setattr(
             rl_monitor,
             "goodhart",
-            lambda checks, total, reward, at=flagged_at: "planted" if len(checks) == at else None,
+            lambda checks, total, at=flagged_at, **_: "planted" if len(checks) == at else None,
         )
         # The judge scores the replies of the start model 0.5, as all others: the last check is kept, or an earlier one.
         monkeypatch.setattr(rl_monitor, "best_check", lambda checks: len(checks) - 1)

@@ -9,7 +9,8 @@ from conftest import Cai, Done
 from helpers import Json, manifest_of, rows_in, sample_row, write_rows
 
 from cai_cli.common.errors import UsageError
-from cai_cli.pipeline.plan import plan, takes_many
+from cai_cli.pipeline.plan import plan
+from cai_cli.pipeline.registry import takes_many
 from cai_cli.pipeline.run_file import load_run
 from cai_cli.pipeline.sweep import MAX_STEPS, expand, write_curves
 

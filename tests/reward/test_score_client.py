@@ -135,7 +135,6 @@ BROKEN = {
     "no numbers": {"scores": [True, "0.1"]},
     "beyond float32": {"scores": [1e308, 1e308]},
     "no field": {"choices": []},
-    "two classes": {"data": [{"index": i, "probs": [0.5, 0.5]} for i in range(2)]},
     "the same index": {"data": [{"index": 0, "probs": [0.5]} for _ in range(2)]},
 }
 
@@ -146,6 +145,14 @@ def test_an_answer_without_one_finite_score_for_each_item_ends_the_run(body: Any
         opened.scores([[1], [2]])
     assert failure.value.code == "wrong-answer"
     assert "\n" not in failure.value.message
+
+
+def test_a_server_of_a_classifier_with_two_labels_is_named_as_what_it_is() -> None:
+    body = {"data": [{"index": i, "probs": [0.5, -0.5], "num_classes": 2} for i in range(2)]}
+    with client(lambda _: http(body)) as (opened, _), pytest.raises(CaiError) as failure:
+        opened.scores([[1], [2]])
+    assert failure.value.code == "wrong-model-kind"
+    assert "a classifier of 2 labels" in failure.value.message
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,10 @@ from cai_cli.runtime.stage import Phase
 
 @pytest.mark.parametrize("stage", WORDS)
 def test_every_option_that_decides_the_output_is_recorded(stage: str, cai: Cai, inputs: Path) -> None:
-    # score has no script to answer for its model, and red-team makes rows instead of taking them: see their tests.
+    # score has no script to answer for its model, red-team makes rows instead of taking them, and pairs takes two
+    # files: see their tests.
     data = {name for name, s in STAGES.items() if not s.trains and s.phase is not Phase.EVALUATION}
-    assert set(WORDS) == data - {"score", "red-team"}
+    assert set(WORDS) == data - {"score", "red-team", "pairs"}
     cai(*prepare(stage, cai), "-o", "out.jsonl")
     recorded = set(manifest_of(inputs / "out.jsonl")["provenance"]["settings"])
     assert recorded == options_that(stage, Effect.DECIDES)
@@ -55,7 +56,8 @@ CONTENT_OPTIONS = frozenset(
         *("steps", "prompts_per_step", "samples_per_prompt", "cutoff_penalty", "held_out", "monitor_every"),
         *("stop_on_goodhart", "scale_rewards", "column", "soft_from", "keep_adapter"),
         *("weights", "quantize", "optimizer", "packing", "pm_dtype", "rollouts", "system"),
-        *("loss", "label_smoothing", "nll", "monitor_prompts"),
+        *("loss", "label_smoothing", "nll", "monitor_prompts", "judge_weight", "judge_method"),
+        *("contrast", "p_chosen", "max_similarity", "skip_cut_off", "drop_system"),
     ]
 )
 

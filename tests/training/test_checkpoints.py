@@ -4,6 +4,7 @@ import json
 import warnings
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,7 +34,8 @@ def test_a_warning_of_a_library_that_merges_adapters_is_not_shown(
     monkeypatch.setattr(checkpoints, "save_model", lambda *_: None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        checkpoints.save_finished(None, None, tmp_path)  # type: ignore[arg-type]
+        trainer = SimpleNamespace(model=None, accelerator=SimpleNamespace(unwrap_model=lambda model: model))
+        checkpoints.save_finished(trainer, None, tmp_path)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["sft", "train-pm", "dpo"])

@@ -2,8 +2,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from local_models import model_dir
 from tiny import tiny_model_dir
 
+from cai_cli.engines.base import Sampling
+from cai_cli.engines.local.engine import LocalEngine
 from cai_cli.models.loading import load_causal_lm
 from cai_cli.training.cpu_logprobs import use_unfused_head
 
@@ -13,7 +17,6 @@ from cai_cli.training.cpu_logprobs import use_unfused_head
 def test_the_plain_head_gives_what_trls_head_gives_values_and_gradients(
     tmp_path: Path, temperature: float, labelled: str
 ) -> None:
-    import torch
     from trl.trainer.utils import add_fused_lm_head
 
     generator = torch.Generator().manual_seed(0)
@@ -41,3 +44,16 @@ def test_the_plain_head_gives_what_trls_head_gives_values_and_gradients(
     torch.testing.assert_close(our_gradient, trl_gradient, atol=1e-4, rtol=1e-4)
     assert bool(trls.log_probs.any()) == (labelled == "replies")
     torch.testing.assert_close(model(input_ids=ids).logits, load_causal_lm(tmp_path)(input_ids=ids).logits)
+
+
+def test_a_model_with_the_plain_head_still_takes_its_cache_when_it_samples() -> None:
+    from trl.trainer.utils import add_fused_lm_head
+
+    prompts, sampling = [[5, 6, 7, 8], [9, 10, 11]], Sampling(temperature=0.0, max_new_tokens=6)
+    path = str(model_dir("gpt2"))
+    engines = [LocalEngine(path, batch_size=2, device="cpu", dtype="float32") for _ in range(2)]
+    trained = engines[1].model
+    add_fused_lm_head(trained, temperature=1.0, outputs=("log_probs", "entropy", "is_top1"))
+    use_unfused_head(SimpleNamespace(model=trained, args=SimpleNamespace(device=torch.device("cpu"))))
+    plain, patched = (engine.generate_ids(prompts, (1, 2), sampling) for engine in engines)
+    assert plain == patched
