@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from cai_cli.common.errors import CaiError
 from cai_cli.common.yaml import load_yaml
+from cai_cli.data.reward_schema import MAX_WEIGHT
 from cai_cli.data.schema import Message, Row
 
 SHIPPED = {"critique-revision": "critique_revision.yaml", "preference": "preference.yaml"}
@@ -49,7 +50,7 @@ class PreferencePrinciple(Row):
     comparison: NonEmptyText
     following: NonEmptyText | None = None
     breaking: NonEmptyText | None = None
-    weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    weight: float = Field(default=1.0, ge=0, le=MAX_WEIGHT, allow_inf_nan=False)
 
 
 class CritiqueExample(Row):

@@ -6,6 +6,8 @@ from pydantic import Field, model_validator
 
 from cai_cli.data.schema import Identified, Prompt, Row
 
+MAX_WEIGHT = 1e6  # far beyond use, and sums of such weights stay finite
+
 
 class RubricItem(Row):
     """One requirement on the replies to a prompt.
@@ -15,8 +17,8 @@ class RubricItem(Row):
         weight: Its weight in the reward; negative for what a reply should not do.
     """
 
-    text: str = Field(min_length=1)
-    weight: float = Field(default=1.0, allow_inf_nan=False)
+    text: str = Field(pattern=r"\S")
+    weight: float = Field(default=1.0, ge=-MAX_WEIGHT, le=MAX_WEIGHT, allow_inf_nan=False)
 
 
 class RubricPrompt(Prompt):

@@ -138,10 +138,12 @@ class ContrastSample(Sample):
     Attributes:
         principle_id: The principle drawn for the reply.
         contrast: Whether the character follows the principle or breaks it.
+        own_system: The system prompt that the prompt had before, which stands behind the character; null without one.
     """
 
     principle_id: str
     contrast: Literal["following", "breaking"]
+    own_system: str | None = None
 
 
 class Critique(Sample):

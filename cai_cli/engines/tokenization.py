@@ -153,6 +153,8 @@ def control_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
 
 # The arguments by which chat templates switch thoughts.
 SWITCHES = ("enable_thinking", "thinking")
+# Variables of chat templates that are no arguments: they are those of each request.
+NO_ARGUMENTS = frozenset({"messages", "add_generation_prompt"})
 
 
 def template_variables(tokenizer: "PreTrainedTokenizerBase") -> set[str]:
@@ -184,7 +186,7 @@ class PromptEncoder:
     @cached_property
     def arguments(self) -> dict[str, Any]:
         """The arguments of the chat template. `thinking` sets the switches that the template has."""
-        variables = template_variables(self.tokenizer)
+        variables = template_variables(self.tokenizer) - NO_ARGUMENTS
         if unknown := sorted(self.chat.template_args.keys() - variables):
             raise UsageError(
                 f"--template-arg {unknown[0]}: the model's chat template has no such argument", code="invalid-option"

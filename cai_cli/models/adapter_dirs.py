@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -67,7 +69,8 @@ def merge(base: Path, adapter: Path, output: Path) -> None:
 
     Raises:
         CaiError: The directory is not that of an adapter, the adapter does not fit the model (`invalid-model`), or it
-            is that of a preference model and its head is missing (`wrong-model-kind`).
+            is that of a preference model and its head is missing (`wrong-model-kind`), or the output cannot be written
+            (`cannot-write`).
     """
     check_adapter_dir(adapter)
     _check_base(base, adapter)
@@ -75,25 +78,40 @@ def merge(base: Path, adapter: Path, output: Path) -> None:
 
 
 def _merge(base: Path, adapter: Path, output: Path) -> None:
+    work = output.with_name(f"{output.name}.tmp-{os.getpid()}")
+    with _writing(output):
+        work.mkdir(parents=True)
+    try:
+        _write_merged(base, adapter, work)
+        with _writing(output):
+            work.rename(output)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CaiError(f"{output}: cannot be written: {error.strerror or error}", code="cannot-write") from error
+
+
+def _write_merged(base: Path, adapter: Path, work: Path) -> None:
     tokenizer = load_tokenizer(adapter if (adapter / "tokenizer_config.json").is_file() else base)
     with warnings.catch_warnings(action="ignore"):
         model = _adapted(base, adapter)
-    work = output.with_name(f"{output.name}.tmp-{os.getpid()}")
-    try:
-        with loading(base):
-            model.save_pretrained(work)
-            tokenizer.save_pretrained(work)
-        for file in [file for pattern in NOTICES for file in base.glob(pattern)]:
-            shutil.copyfile(file, work / file.name)
-        if (adapter / RECORD).is_file():
-            shutil.copyfile(adapter / RECORD, work / RECORD)
-        source = {"base": fingerprint(base), "adapter": files_digest(adapter, ADAPTER_FILES)}
-        source |= {"license": stated} if (stated := stated_license(base)) else {}
-        (work / "source.json").write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
-        check_model_dir(work)
-        work.rename(output)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    with loading(base), _writing(work):
+        model.save_pretrained(work)
+        tokenizer.save_pretrained(work)
+    for file in [file for pattern in NOTICES for file in base.glob(pattern)]:
+        shutil.copyfile(file, work / file.name)
+    if (adapter / RECORD).is_file():
+        shutil.copyfile(adapter / RECORD, work / RECORD)
+    source = {"base": fingerprint(base), "adapter": files_digest(adapter, ADAPTER_FILES)}
+    source |= {"license": stated} if (stated := stated_license(base)) else {}
+    (work / "source.json").write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
+    check_model_dir(work)
 
 
 def check_adapter_dir(path: Path) -> None:

@@ -13,6 +13,7 @@ from cai_cli.common.errors import UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+MAX_TEMPLATE = 1 << 20  # characters; published templates have some thousands
 _GIVEN: dict[Path, str] = {}  # directory of a model -> its template
 
 
@@ -20,14 +21,20 @@ def use_chat_template(path: Path, file: str | None) -> Path:
     """`path`, whose tokenizers are loaded with the template in `file` from now on; with None as they are.
 
     Raises:
-        UsageError: The file cannot be read, or holds no text (`invalid-option`).
+        UsageError: The file cannot be read, is too long or holds no text (`invalid-option`).
     """
     if file is None:
         return path
     try:
-        template = Path(file).read_text(encoding="utf-8")
+        with open(file, encoding="utf-8") as opened:
+            template = opened.read(MAX_TEMPLATE + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--chat-template {file}: cannot be read: {error}", code="invalid-option") from error
+    if len(template) > MAX_TEMPLATE:
+        raise UsageError(
+            f"--chat-template {file}: longer than {MAX_TEMPLATE:,} characters, not a chat template",
+            code="invalid-option",
+        )
     if not template.strip():
         raise UsageError(f"--chat-template {file}: the file is empty", code="invalid-option")
     _GIVEN[path.resolve()] = template
@@ -62,6 +69,12 @@ def apply_given_template(path: Path, tokenizer: "PreTrainedTokenizerBase") -> No
         rendered: str = tokenizer.apply_chat_template(chat, tokenize=False)
     except Exception as error:  # a template is a program and may raise anything
         raise UsageError(f"--chat-template: the template fails: {error}", code="invalid-option") from error
+    if marker not in rendered:
+        raise UsageError(
+            "--chat-template: the template does not write an assistant's turn as it is",
+            hint="let it write message['content'] of every role, without changes",
+            code="invalid-option",
+        )
     if not set(tokenizer(rendered.partition(marker)[2], add_special_tokens=False)["input_ids"]) & set(
         tokenizer.added_tokens_decoder
     ):

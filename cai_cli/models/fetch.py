@@ -121,7 +121,9 @@ def loading(path: Path) -> Iterator[None]:
             ) from error
         if (failure := library_failure(error, "transformers")) and failure.code != "engine-failed":
             raise CaiError(f"{path}: {failure.message}", failure.hint, code=failure.code) from error
-        raise CaiError(f"{path}: cannot be loaded: {first_line(error)}", code="invalid-model") from error
+        # A KeyError's text is the key alone.
+        reason = f"unknown or missing {error}" if isinstance(error, KeyError) else first_line(error)
+        raise CaiError(f"{path}: cannot be loaded: {reason}", code="invalid-model") from error
     finally:
         logging.set_verbosity(verbosity)
         if bars:

@@ -23,7 +23,7 @@ from cai_cli.data.schema import ContrastSample, Kind, Prompt, Rejected, Sample, 
 from cai_cli.engines.base import Engine, GenerationRequest, RequestFailure, Sampling
 from cai_cli.prompting.base import PromptFormat, assistant, reply_request, resolve_prompt_format
 from cai_cli.prompting.comparison import characters
-from cai_cli.prompting.system import SystemOptions, with_system
+from cai_cli.prompting.system import SystemOptions, own_system, with_system
 from cai_cli.runtime.config import Group, Option, StageConfig, option, redefine
 from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
 from cai_cli.runtime.manifest import hash_input, provenance
@@ -69,7 +69,8 @@ class Contrast:
         if isinstance(row, Rejected):
             return row
         drawn = self.principle(row.id, row.sample_index)
-        return ContrastSample(**row.sample_fields(), principle_id=drawn.id, contrast=self.side)
+        own = own_system(row.prompt, self.system(row.id, row.sample_index))
+        return ContrastSample(**row.sample_fields(), principle_id=drawn.id, contrast=self.side, own_system=own)
 
 
 class ContrastOptions(StageConfig):

@@ -19,11 +19,11 @@ from cai_cli.constitution.usage import provenance_of
 from cai_cli.data.formats import completed_row
 from cai_cli.data.jsonl import Numbered, display_name, read_rows
 from cai_cli.data.reply_ends import CUT_OFF
-from cai_cli.data.schema import ContrastSample, Preference, Sample, Vote
+from cai_cli.data.schema import ContrastSample, Message, Preference, Sample, Vote
 from cai_cli.data.splits import pair_problem
 from cai_cli.metrics.label_audit import LabelAudit, audit_file
 from cai_cli.metrics.label_verdict import print_verdict
-from cai_cli.prompting.system import without_system
+from cai_cli.prompting.system import with_system, without_system
 from cai_cli.runtime.config import Effect, Group, Option, option, redefine
 from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
 from cai_cli.runtime.manifest import hash_input, provenance
@@ -98,8 +98,11 @@ def preference(chosen: Sample, rejected: Sample, p_chosen: float) -> Preference:
     )
 
 
-def _prompt(rejected: Sample) -> Any:
-    return without_system(rejected.prompt) if isinstance(rejected, ContrastSample) else rejected.prompt
+def _prompt(rejected: Sample) -> list[Message]:
+    if not isinstance(rejected, ContrastSample):
+        return rejected.prompt
+    prompt = without_system(rejected.prompt)
+    return with_system(prompt, rejected.own_system) if rejected.own_system else prompt
 
 
 def pair_items(config: PairsConfig) -> WorkItems[Preference]:
@@ -129,6 +132,8 @@ def _mismatch(chosen: Sample, rejected: Sample) -> str | None:
         return f"id {chosen.id!r} has a different prompt in the other file"
     if not isinstance(chosen, ContrastSample) and not isinstance(rejected, ContrastSample):
         return None
+    if getattr(chosen, "own_system", None) != getattr(rejected, "own_system", None):
+        return f"id {chosen.id!r} has a different system prompt in the other file"
     sides = [getattr(row, "contrast", "no contrast") for row in (chosen, rejected)]
     if sides != ["following", "breaking"]:
         return f"the files must hold replies of following and breaking, not of {' and '.join(sides)}"

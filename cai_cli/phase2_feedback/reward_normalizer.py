@@ -64,11 +64,20 @@ def judge_normalizer(rows: Sequence[PolicySample], measure: Measure) -> RewardNo
 
     A judge that does not tell the replies to a prompt apart keeps its unit of nats (`std` is 1): standardised, rounding
     would be a reward.
+
+    Raises:
+        CaiError: No reply has a score (`request-failed`).
     """
     scores = _by_prompt(rows, measure)
+    everything = [score for of_prompt in scores for score in of_prompt]
+    if not everything:
+        raise CaiError(
+            f"rl: the judge refused requests about each of the {len(rows)} held-out replies, so that none has a reward",
+            hint="use another judge, or fewer principles; run the same command again to ask once more what was refused",
+            code="request-failed",
+        )
     spread = spread_of(scores) or 0.0
-    mean = fmean(score for of_prompt in scores for score in of_prompt)
-    return RewardNormalizer(mean, spread if spread > NO_SIGNAL else 1.0, spread)
+    return RewardNormalizer(fmean(everything), spread if spread > NO_SIGNAL else 1.0, spread)
 
 
 def silent_judge(normalizers: Mapping[str, RewardNormalizer]) -> str | None:

@@ -184,6 +184,8 @@ class RlConfig(TrainerOptions, PreferenceModelOptions, JudgeRewardOptions):
             )
         if self.pm_url and not self.pm:
             raise UsageError("--pm-url is the address of --pm, and there is none", code="option-conflict")
+        if self.judge_weight != 1 and not (self.pm and self.judge):
+            raise UsageError("--judge-weight is for --judge and --pm together", code="option-conflict")
         refuse_judge_as_monitor(self.judge, self.monitor_judge)
         if self.pm_url and self.pm_device != "auto":
             raise UsageError("--pm-url excludes --pm-device: the model runs on the server", code="option-conflict")

@@ -79,7 +79,12 @@ class JudgeRewardOptions(StageConfig):
                 hint="give one of them a weight",
                 code="invalid-constitution",
             )
-        engine = open_engine(self.judge, batch_size=None, device="auto", dtype="auto", server=Server(self.judge_url))
+        try:
+            server = Server(self.judge_url)
+            engine = open_engine(self.judge, batch_size=None, device="auto", dtype="auto", server=server)
+        except UsageError as error:  # the address has another name here
+            message = error.message.replace("--base-url", "--judge-url")
+            raise UsageError(message, error.hint, code=error.code) from error
         form = resolve_prompt_format("auto", engine)
         model = FeedbackModel(engine, self.judge_method, loaded.examples, form, seed, Sampling(), principles=principles)
         return ConstitutionJudge(model, principles, self.judge_method)

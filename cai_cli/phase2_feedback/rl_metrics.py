@@ -49,8 +49,9 @@ def manifest_metrics(metrics: Metrics, normalizers: Mapping[str, RewardNormalize
         of the judge nats; shares are means over the steps; `kl` is in nats per token, as TRL logs it; `_before` marks
         the start model's.
     """
-    trained = [row for row in metrics.rows if row["reward"] is not None]
-    last = [row for row in trained if row["step"] <= kept][-1:] or trained[:1]
+    trained = [row for row in metrics.rows if row["loss"] is not None]
+    rewarded = [row for row in trained if row["reward"] is not None] or trained  # a judge may refuse in a whole step
+    last = [row for row in rewarded if row["step"] <= kept][-1:] or rewarded[:1]
     checks = [row for row in metrics.rows if row["held_out_kl"] is not None]
     scores = [f"{name}_score" for name in normalizers]
     kept_check = next((row for row in checks if row["step"] == kept), checks[-1])
@@ -60,7 +61,7 @@ def manifest_metrics(metrics: Metrics, normalizers: Mapping[str, RewardNormalize
         "kept_step": kept,
         **_units(normalizers),
         **_judge_shares(trained, normalizers),
-        "reward_before": trained[0]["reward"],
+        "reward_before": rewarded[0]["reward"],
         **{name: last[0][name] for name in ("reward", "kl", "cut_off_share", "reply_tokens")},
         **{f"{name}_before": checks[0][name] for name in (*scores, "monitor_score")},
         **{name: kept_check[name] for name in (*scores, "monitor_score")},

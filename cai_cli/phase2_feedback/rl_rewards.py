@@ -174,7 +174,8 @@ class RewardFunction:
         if len(self.sources) > 1:
             for name, values in raw.items():
                 standardised = [normalizers[name](value) for value in distributed.gathered(values) if value is not None]
-                log_metric(f"{name}_reward", fmean(standardised))
+                if standardised:
+                    log_metric(f"{name}_reward", fmean(standardised))
         _log_scores(distributed.gathered(list(zip(scores, cut, strict=True))), log_metric)
         return [
             None if score is None else score - self.cutoff_penalty * was_cut

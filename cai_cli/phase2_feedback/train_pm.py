@@ -32,7 +32,7 @@ from cai_cli.runtime.manifest import provenance
 from cai_cli.runtime.shared_options import DType, EngineOptions
 from cai_cli.runtime.stage import Phase, Stage
 from cai_cli.training import distributed, sharding
-from cai_cli.training.checkpoints import ADAPTER, save_finished, save_model
+from cai_cli.training.checkpoints import ADAPTER, save_finished, save_given_template, save_model
 from cai_cli.training.config import TrainingConfig
 from cai_cli.training.loop import fit, without_printer
 from cai_cli.training.memory import Workload
@@ -86,6 +86,10 @@ class TrainPmConfig(PairOptions):
     @property
     def has_adapter(self) -> bool:
         return self.lora or (self.fit_head and not (self.epochs or self.max_steps))
+
+    @property
+    def adapter_needs(self) -> str:
+        return "--lora, or --fit-head with --epochs 0"
 
     def check(self) -> None:
         super().check()
@@ -150,6 +154,7 @@ def train_pm(
         save_model(model, tokenizer, work / "model")
         if training.keep_adapter:
             save_head(model, base, work / "model" / ADAPTER)
+            save_given_template(model, tokenizer, work / "model" / ADAPTER)
     if not distributed.is_rank_zero():
         return {}
     record_place(work / "model")

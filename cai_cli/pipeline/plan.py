@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -206,8 +207,15 @@ def _with_current_names(given: Mapping[str, Any], stage: Stage) -> dict[str, Any
                 hint="remove one of them",
                 code="option-conflict",
             )
-        settings[current] = value
+        settings[current] = _word(value, stage.config.model_fields[names[name]].annotation)
     return settings
+
+
+def _word(value: Any, choice: Any) -> Any:
+    """`value`, or "on" or "off" where YAML read these words as true and false and they are values of the option."""
+    if isinstance(value, bool) and isinstance(choice, type) and issubclass(choice, StrEnum) and "off" in set(choice):
+        return "on" if value else "off"
+    return value
 
 
 def constitution_kind(stage: Stage) -> str:
@@ -233,6 +241,12 @@ def _resolve(value: Value, steps: Mapping[str, Step], folder: Path | None) -> tu
     if isinstance(value, str) and "\0" in value:
         raise UsageError(
             f"{value!r} contains a NUL character, which a command line cannot contain", code="invalid-option"
+        )
+    if isinstance(value, str) and value.partition("+@")[2].partition("/")[0] in steps:  # BASE+ADAPTER
+        raise UsageError(
+            f"{value!r}: a step is referred to by the whole value",
+            hint="the model of a training step is the complete one: '@STEP'",
+            code="invalid-option",
         )
     if reference := split_reference(value):
         name, step = reference

@@ -60,7 +60,10 @@ def load_run(path: Path) -> RunFile:
         CaiError: It is not YAML, or a field is invalid; the message names the first one.
     """
     try:
-        return RunFile.model_validate(load_yaml(path))
+        content = load_yaml(path)
+        if not isinstance(content, dict):
+            raise CaiError(f"{path}: not a run file: it has no `name` and `steps`", code="invalid-run-file")
+        return RunFile.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"] if part not in (STEP, ROUNDS))

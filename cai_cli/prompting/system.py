@@ -36,6 +36,11 @@ def with_system(conversation: Sequence[Message], system: str) -> list[Message]:
     return [Message(role="system", content=system), *conversation]
 
 
+def own_system(conversation: Sequence[Message], added: str) -> str | None:
+    """The system prompt that a conversation had before `with_system` added one; None where it had none."""
+    return conversation[0].content.removeprefix(added).removeprefix("\n\n") or None
+
+
 def without_system(conversation: Sequence[Message]) -> list[Message]:
     """The conversation without its system prompt, if it has one."""
     return [message for message in conversation if message.role != "system"]

@@ -4,6 +4,8 @@ from dataclasses import fields, replace
 from enum import StrEnum
 from typing import Any
 
+import orjson
+
 from cai_cli.common.errors import UsageError
 from cai_cli.common.yaml import parse_yaml
 from cai_cli.data.row_reader import RowReader
@@ -210,6 +212,11 @@ class RequestOptions(DeviceOptions):
         Option(Effect.HASHED, Group.MODEL, metavar="NAME=VALUE"),
     )
 
+    def check(self) -> None:
+        super().check()
+        named_values(self.template_arg, "--template-arg")
+        named_values(self.engine_arg)
+
     def chat_options(self) -> ChatOptions:
         """How chats are rendered. Raises UsageError."""
         return ChatOptions(self.thinking.value, named_values(self.template_arg, "--template-arg"))
@@ -236,11 +243,26 @@ def named_values(given: list[str] | None, flag: str = "--engine-arg") -> dict[st
 
 
 def _named_value(text: str, flag: str) -> tuple[str, Any]:
-    """The name and the value, read as YAML, of a NAME=VALUE. Raises UsageError."""
+    """The name and the value, read as YAML, of a NAME=VALUE. Raises UsageError, CaiError."""
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise UsageError(f"{flag} {text}: not NAME=VALUE", code="invalid-option")
-    return name, parse_yaml(value, f"{flag} {name}")
+    parsed = parse_yaml(value, f"{flag} {name}")
+    if not _is_plain(parsed):  # a manifest could not record it, so the run could not be resumed
+        raise UsageError(
+            f"{flag} {text}: dates, sets, NaN, infinite or huge numbers and keys that are not text cannot be recorded",
+            hint="quote it where it is text: NAME='\"VALUE\"'",
+            code="invalid-option",
+        )
+    return name, parsed
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is the same after it was written as JSON and read again."""
+    try:
+        return bool(orjson.loads(orjson.dumps(value)) == value)
+    except (TypeError, ValueError):  # orjson's errors are both
+        return False
 
 
 CHAT_TEMPLATE_HELP = "File of a chat template (Jinja) that replaces that of the model, or gives a base model one."

@@ -19,6 +19,7 @@ from cai_cli.common.files import write_atomically
 from cai_cli.data.jsonl import sync_directory
 from cai_cli.engines.tokenization import declare_end_of_turn
 from cai_cli.models.adapters import finished_model, is_adapted, merged_copy, save_adapter, without_adapter_wrapper
+from cai_cli.models.chat_template import given_template
 from cai_cli.models.loading import context_window
 from cai_cli.training import distributed
 from cai_cli.training.quiet import quiet_libraries
@@ -46,6 +47,7 @@ def save_finished(
         if distributed.is_rank_zero():
             if keep_adapter:
                 save_adapter(model, directory / ADAPTER)
+                save_given_template(model.get_base_model(), tokenizer, directory / ADAPTER)
             with quiet_libraries():  # adapters are merged here
                 finished = finished_model(trainer)
             save_model(finished, tokenizer, directory)
@@ -54,12 +56,21 @@ def save_finished(
     if distributed.is_rank_zero():
         if keep_adapter:
             save_adapter(model, directory / ADAPTER, weights)
+            save_given_template(model.get_base_model(), tokenizer, directory / ADAPTER)
         if is_adapted(model):
             with quiet_libraries():
                 model = merged_copy(model, weights)
             save_model(model, tokenizer, directory)
         else:
             save_model(model, tokenizer, directory, weights)
+
+
+def save_given_template(base: Any, tokenizer: "PreTrainedTokenizerBase", directory: Path) -> None:
+    """Write the tokenizer beside an adapter where its chat template is not that of the base model (`--chat-template`),
+    so that BASE+ADAPTER renders chats as in training."""
+    if given_template(Path(base.config._name_or_path)) is not None:
+        with quiet_libraries():
+            tokenizer.save_pretrained(directory)
 
 
 def save_model(

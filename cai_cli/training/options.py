@@ -156,6 +156,11 @@ class TrainerOptions(RunOptions, RowInputOptions, SeedOptions, ChatTemplateOptio
         """Whether what is trained can be written as an adapter of PEFT."""
         return self.lora
 
+    @property
+    def adapter_needs(self) -> str:
+        """The options with which `has_adapter` holds, for messages."""
+        return "--lora"
+
     def check(self) -> None:
         super().check()
         if self.quantize and not self.lora:
@@ -163,7 +168,7 @@ class TrainerOptions(RunOptions, RowInputOptions, SeedOptions, ChatTemplateOptio
                 "--quantize needs --lora, because quantised weights cannot be trained", code="option-conflict"
             )
         if self.keep_adapter and not self.has_adapter:
-            raise UsageError("--keep-adapter needs an adapter: --lora", code="option-conflict")
+            raise UsageError(f"--keep-adapter needs {self.adapter_needs}", code="option-conflict")
         _need_package("bitsandbytes", f"--quantize {self.quantize}" if self.quantize else "", extra="quantize")
         eight_bit = self.optimizer is not Optimizer.ADAMW
         _need_package("bitsandbytes", f"--optimizer {self.optimizer}" if eight_bit else "", extra="quantize")

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_model_dir
 
 from cai_cli.common.errors import CaiError
+from cai_cli.models.adapter_dirs import merge
 from cai_cli.models.loading import load_causal_lm, load_reward_model, load_tokenizer
 from cai_cli.models.names import public_name, resolve, split_adapter
 
@@ -121,3 +123,19 @@ def test_a_directory_whose_name_has_a_plus_is_one_model(tmp_path: Path) -> None:
     assert resolve(str(path)) == path
     assert split_adapter(f"{path}+lora") == (str(path), "lora")
     assert public_name(f"{path}+lora") == "a+b+lora"
+
+
+def test_a_directory_that_cannot_be_written_is_said_before_the_model_is_loaded(base: Path, tmp_path: Path) -> None:
+    path, _ = adapter(base, tmp_path / "lora")
+    (tmp_path / "file").write_text("")
+    with patch("cai_cli.models.adapter_dirs.load_tokenizer", side_effect=AssertionError), pytest.raises(CaiError) as no:
+        merge(base, path, tmp_path / "file/merged")
+    assert no.value.code == "cannot-write"
+
+
+def test_an_adapter_of_an_unknown_type_is_named_so(base: Path, tmp_path: Path) -> None:
+    path, _ = adapter(base, tmp_path / "lora")
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "WHAT"}))
+    error = refused(f"{base}+{path}")
+    assert (error.code, error.message) == ("invalid-model", f"{path}: cannot be loaded: unknown or missing 'WHAT'")

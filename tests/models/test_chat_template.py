@@ -8,6 +8,7 @@ from helpers import manifest_of
 from tiny import CHATML, tiny_model_dir
 
 from cai_cli.models.loading import load_tokenizer
+from cai_cli.models.names import resolve
 
 PEAR, STONE = ([{"role": "assistant", "content": text}] for text in ("A pear.", "A stone."))
 ROWS = [
@@ -51,3 +52,52 @@ def test_a_template_whose_turns_no_token_of_the_model_ends_is_refused(cai: Cai, 
     refused = cai("sft", "sft.jsonl", "-o", "m", *TRAIN, "--chat-template", "foreign.jinja")
     assert (refused.code, refused.error) == (2, "invalid-option")
     assert "{{ eos_token }}" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (CHATML.replace("message['content']", "message['content'] | upper"), "without changes"),
+        ("{# a #}" * 200_000 + CHATML, "longer than"),
+    ],
+)
+def test_a_template_that_changes_replies_or_is_no_template_at_all_is_refused(
+    cai: Cai, base: Path, template: str, said: str
+) -> None:
+    (base.parent / "wrong.jinja").write_text(template)
+    refused = cai("sft", "sft.jsonl", "-o", "m", *TRAIN, "--chat-template", "wrong.jinja")
+    assert (refused.code, refused.error) == (2, "invalid-option")
+    assert said in refused.stderr
+
+
+def test_an_adapter_that_was_trained_with_a_given_template_carries_it(cai: Cai, base: Path) -> None:
+    given = ["--chat-template", "chat.jinja", "--keep-adapter"]
+    pair = {"chosen": PEAR, "rejected": STONE}
+    pairs = [{"prompt": [{"role": "user", "content": f"Name {i}."}]} | pair for i in range(10)]
+    (base.parent / "pm.jsonl").write_text("\n".join(json.dumps(row) for row in pairs))
+    for stage, rows, kind in (("sft", "sft.jsonl", ["--lora"]), ("train-pm", "pm.jsonl", ["--fit-head"])):
+        steps = TRAIN if stage == "sft" else ["--model", "base", "--epochs", "0", "--eval-share", "0"]
+        trained = cai(stage, rows, "-o", stage, *steps, *given, *kind)
+        assert trained.code == 0, trained.stderr
+        assert load_tokenizer(resolve(f"{base}+{base.parent / stage}/adapter")).chat_template == CHATML
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("messages=[]", "no such argument"),  # it is the template's, but each request has its own
+        ("add_generation_prompt=false", "no such argument"),
+        ("day=2026-01-01", "cannot be recorded"),
+        ("level=.nan", "cannot be recorded"),
+        ("map={1: 2}", "cannot be recorded"),
+        ("map=!!set {a}", "cannot be recorded"),
+    ],
+)
+def test_arguments_of_a_template_that_cannot_be_given_or_recorded_are_usage_errors(
+    cai: Cai, base: Path, argument: str, said: str
+) -> None:
+    (base.parent / "prompts.txt").write_text("Name a fruit.")
+    given = ["--chat-template", "chat.jinja", "--template-arg", argument]
+    refused = cai("sample", "prompts.txt", "-m", "base", "-o", "s.jsonl", *given)
+    assert (refused.code, refused.error) == (2, "invalid-option")
+    assert said in refused.stderr

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from conftest import Cai
 from helpers import manifest_of, rows_in, write_rows
+from tiny import tiny_model_dir
 
 from cai_cli.common.errors import InvalidRow
 from cai_cli.data.schema import ContrastSample, Preference, load_row
@@ -46,6 +47,21 @@ def test_the_character_that_follows_wins_and_the_prompt_has_no_character(cai: Ca
     assert "no judge compared" in found["reason"]
 
 
+def test_the_system_prompt_that_a_row_had_before_its_character_stays(cai: Cai, tmp_path: Path) -> None:
+    tiny_model_dir(tmp_path / "m")
+    rows = [{"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "q"}]}, {"prompt": "r"}]
+    write_rows(tmp_path / "p.jsonl", rows)
+    for side in ("following", "breaking"):
+        sampled = cai(
+            "sample", "p.jsonl", "-o", f"{side}.jsonl", "-m", "m", "--contrast", side, "--max-new-tokens", "4"
+        )
+        assert sampled.code == 0, sampled.stderr
+        assert [row["own_system"] for row in rows_in(tmp_path / f"{side}.jsonl")] == ["Be brief.", None]
+    assert cai("pairs", "following.jsonl", "breaking.jsonl", "-o", "prefs.jsonl").code == 0
+    prompts = [[m["content"] for m in row["prompt"]] for row in rows_in(tmp_path / "prefs.jsonl")]
+    assert prompts == [["Be brief.", "q"], ["r"]]
+
+
 def test_a_teacher_with_a_system_prompt_is_paired_with_the_model_without_one(cai: Cai, tmp_path: Path) -> None:
     system = {"role": "system", "content": "Be warm."}
     teacher = reply("Welcome!", prompt=[system, {"role": "user", "content": "q"}])
@@ -83,6 +99,7 @@ def test_without_filters_only_empty_and_identical_replies_make_no_pair() -> None
         reply("No."),
         reply("No.", "breaking", principle_id="honest"),
         reply("No.", "breaking", prompt=[{"role": "user", "content": "another"}]),
+        reply("No.", "breaking", own_system="Be brief."),
     ],
 )
 def test_replies_that_do_not_belong_together_are_refused(tmp_path: Path, second: dict[str, Any]) -> None:

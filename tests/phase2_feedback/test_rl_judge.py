@@ -11,17 +11,19 @@ from typing import Any
 
 import pytest
 from helpers import interrupted_after, largest_difference, manifest_of, preference, rows_in, stage, write_rows
+from pydantic import ValidationError
 from tiny import tiny_model_dir
 
 from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.constitution.schema import PreferencePrinciple
+from cai_cli.data.reward_schema import RubricItem
 from cai_cli.data.schema import Message, Prompt
 from cai_cli.data.transcripts import render_transcript
 from cai_cli.engines import open_engine
 from cai_cli.engines.base import LogprobRequest, RequestFailure, Sampling, Usage
 from cai_cli.engines.scripted import ScriptedEngine
 from cai_cli.judging.base import FeedbackModel, sigmoid
-from cai_cli.judging.constitution_judge import ConstitutionJudge
+from cai_cli.judging.constitution_judge import ConstitutionJudge, JudgeCounts
 from cai_cli.models.loading import load_tokenizer
 from cai_cli.phase2_feedback.reward_normalizer import RewardNormalizer
 from cai_cli.phase2_feedback.rl import estimate
@@ -196,6 +198,31 @@ def test_a_judge_that_answers_nothing_stops_the_run(
     assert error.value.code == "request-failed"
 
 
+def test_a_judge_that_refuses_a_part_of_every_reply_is_no_reward(
+    model: Path, prompts: str, constitution: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = Judge(monkeypatch, tmp_path, lambda text: None if "turned down" in text else 1.0)
+    with pytest.raises(CaiError, match="none has a reward") as error:
+        command(prompts, tmp_path / "rl", model=model, judge=judge.name, constitution=constitution, **QUICK)
+    assert error.value.code == "request-failed"
+
+
+@pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
+def test_steps_without_any_reward_are_counted_and_end_no_run(
+    model: Path, prompts: str, constitution: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str
+) -> None:
+    pairs = write_rows(tmp_path / "prefs.jsonl", [preference(i, 0.9, "no", "yes") for i in range(16)])
+    stage("train-pm")(pairs, tmp_path / "pm", model=model, fit_head=True, epochs=0.0, eval_share=0.0, quiet=True)
+    judge = Judge(monkeypatch, tmp_path, likes_yes)
+    monkeypatch.setattr(  # the checks have rewards, the steps none
+        RewardFunction, "_ask", lambda self, replies: ([None] * len(replies), JudgeCounts(requests=9, refused=5))
+    )
+    options = {"constitution": constitution, "algorithm": algorithm, "pm": str(tmp_path / "pm")}
+    command(prompts, tmp_path / "rl", model=model, judge=judge.name, **options, **QUICK)
+    metrics = manifest_of(tmp_path / "rl")["metrics"]
+    assert (metrics["no_reward_share"], metrics["reward"], metrics["reward_before"]) == (1.0, None, None)
+
+
 def test_two_rewards_are_standardised_apart_and_logged_apart(
     model: Path, prompts: str, constitution: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,6 +278,8 @@ OTHER = {"judge": "openai:m", "judge_url": ["http://h/v1"]}
         (OTHER | {"monitor_judge": "openai:m"}, "option-conflict"),
         ({"judge": "smollm2-135m", "monitor_judge": "local:smollm2-135m"}, "option-conflict"),
         (OTHER | {"pm_url": "http://h/v1"}, "option-conflict"),
+        (OTHER | {"judge_weight": 2.0}, "option-conflict"),
+        ({"pm": "pm", "judge_weight": 2.0}, "option-conflict"),
     ],
 )
 def test_options_of_the_judge_that_do_not_fit_are_usage_errors(options: dict[str, Any], code: str) -> None:
@@ -307,3 +336,19 @@ def test_a_server_is_asked_before_the_trainer_asks_for_the_rewards(model: Path, 
     assert asked.wait(30)
     assert reward(chats, ids, log_metric=lambda *_: None) == [0.0, 0.0]
     reward.close()
+
+
+@pytest.mark.parametrize(("name", "url"), [("openai:m", None), ("openai:m", ["ftp://h"]), ("here", ["http://h/v1"])])
+def test_the_address_of_the_judge_is_called_as_its_option_is(
+    name: str, url: list[str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    config = RlConfig.build({"input": "p", "output": "o", "judge": name, "judge_url": url})
+    with pytest.raises(UsageError, match="--judge-url"):
+        config.open_judge(0)
+
+
+@pytest.mark.parametrize("item", [{"text": " "}, {"text": "a", "weight": 1e308}, {"text": "a", "weight": -1e7}])
+def test_a_requirement_without_text_or_with_a_weight_beyond_use_is_refused(item: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        RubricItem.model_validate(item)

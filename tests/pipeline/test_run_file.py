@@ -10,6 +10,7 @@ from pipeline_cases import planned
 from cai_cli.cli.app import build_app
 from cai_cli.common.errors import CaiError
 from cai_cli.pipeline.registry import STAGES
+from cai_cli.pipeline.run_file import load_run
 
 
 def test_settings_become_the_command_line_and_shared_ones_fill_in(
@@ -51,6 +52,12 @@ def test_a_dataset_on_the_hub_is_not_a_relative_path(folder: Path) -> None:
         ("  a: {command: sample, input: prompts.jsonl, overwrite: true}\n", "has no option 'overwrite'"),
         ("  a: {command: sample, input: '@b'}\n  b: {command: sample, input: prompts.jsonl}\n", "no earlier step 'b'"),
         ("  a: {command: sample, input: '@a'}\n", "no earlier step 'a'"),
+        (
+            "  a: {command: sft, input: prompts.jsonl}\n  b: {command: sample, input: prompts.jsonl, model: 'm+@a'}\n",
+            "step 'b': model: 'm+@a': a step is referred to by the whole value",
+        ),
+        ("  a: {command: sample, input: prompts.jsonl, template-arg: [3]}\n", "step 'a': --template-arg 3: not NAME"),
+        ("  a: {command: train-pm, input: prompts.jsonl, keep-adapter: true}\n", "or --fit-head with --epochs 0"),
         ("  a: {command: sample, input: none.jsonl}\n", "step 'a': cannot read"),
         ("  a: {command: sample, input: prompts.jsonl, base-url: 'ftp://x'}\n", "step 'a': --base-url must be http"),
         ("  a: {command: sample, input: prompts.jsonl, n: [1, 1]}\n", "step 'a': n: a list needs one or more distinct"),
@@ -77,6 +84,22 @@ def test_a_file_that_cannot_be_run_is_refused_before_anything_runs(steps: str, r
     assert reason in error.value.message
     assert error.value.message.startswith(str(folder / "run.yaml"))
     assert "\n" not in error.value.message
+
+
+@pytest.mark.parametrize(("word", "value"), [("off", "off"), ("on", "on"), ("'off'", "off"), ("auto", "auto")])
+def test_words_that_yaml_reads_as_truth_values_are_values_of_an_option_that_has_them(
+    word: str, value: str, folder: Path
+) -> None:
+    (step,) = planned(folder, f"  a: {{command: sample, input: prompts.jsonl, thinking: {word}}}\n")
+    assert step.settings["thinking"] == value
+
+
+@pytest.mark.parametrize("content", ["", "[]", "3", "text"])
+def test_a_file_without_fields_is_not_a_run_file(content: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(content)
+    with pytest.raises(CaiError, match="not a run file") as error:
+        load_run(tmp_path / "run.yaml")
+    assert error.value.code == "invalid-run-file"
 
 
 @pytest.mark.parametrize("head", ["name: n\nmore: 1\n", "name: ../n\n", "", "name: n\nseed: x\n"])
