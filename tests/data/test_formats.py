@@ -97,7 +97,8 @@ asking = {"options": st.lists(texts), "correct": st.lists(st.booleans()), "p": s
 FIELDS: dict[type[Row], dict[str, st.SearchStrategy[Any]]] = {
     Prompt: prompt,
     Sample: sample,
-    ContrastSample: sample | {"principle_id": texts, "contrast": st.sampled_from(["following", "breaking"])},
+    ContrastSample: sample
+    | {"principle_id": texts, "contrast": st.sampled_from(["following", "breaking"]), "own_system": optional},
     Critique: sample
     | {"history": st.lists(rounds, max_size=2), "round": st.just(1), "principle_id": texts, "critique": texts},
     Revision: sample | {"history": st.lists(rounds, min_size=1, max_size=2)},
