@@ -122,9 +122,12 @@ def test_the_planted_reply_rises_to_the_share_that_its_reward_is_worth_in_kl_div
     assert sigmoid(start) == pytest.approx(0.5, abs=0.1)
     assert sigmoid(end) == pytest.approx(sigmoid(best), abs=0.1)
     assert (sigmoid(end) > 0.9) == (beta == 0.5)
-    p, q = sigmoid(best), sigmoid(start)
-    divergence = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
-    assert checks[-1]["held_out_kl"] * checks[-1]["held_out_reply_tokens"] == pytest.approx(divergence, abs=0.2)
+    p, q = sigmoid(end), sigmoid(start)
+    yes, no = math.log(p / q), math.log((1 - p) / (1 - q))
+    checked = [row for row in rows_in(out / "samples.jsonl") if row["step"] == checks[-1]["step"]]
+    error = abs(yes - no) * math.sqrt(p * (1 - p) / len(checked))  # of a mean over sampled replies
+    kl = checks[-1]["held_out_kl"] * checks[-1]["held_out_reply_tokens"]
+    assert kl == pytest.approx(p * yes + (1 - p) * no, abs=0.1 + 3 * error)
     assert metrics["judge_alike_share"] == 1.0  # the bias is larger than the opinion, and still cancels
 
 
