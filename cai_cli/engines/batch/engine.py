@@ -97,6 +97,7 @@ class BatchEngine(OpenAIEngine):
         self.client = cast(Client, client)
         self.batch_size, self.workers, self.usage = BATCH_SIZE, 1, client.usage
         self._batch, self._prefill_form = client, client.form.prefill
+        self._shows_logprobs = True  # all answers are paid for: to end early at answers without any saves nothing
 
     def identity(self) -> dict[str, Any]:
         return super().identity() | {"batch": self._batch.provider.value}
