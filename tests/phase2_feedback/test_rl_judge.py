@@ -218,7 +218,7 @@ def test_steps_without_any_reward_are_counted_and_end_no_run(
     stage("train-pm")(pairs, tmp_path / "pm", model=model, fit_head=True, epochs=0.0, eval_share=0.0, quiet=True)
     judge = Judge(monkeypatch, tmp_path, likes_yes)
     monkeypatch.setattr(  # the checks have rewards, the steps none
-        RewardFunction, "_ask", lambda self, replies: ([None] * len(replies), JudgeCounts(requests=9, refused=5))
+        RewardFunction, "_ask", lambda self, replies: ([None] * len(replies), JudgeCounts(requests=9, failed=5))
     )
     options = {"constitution": constitution, "algorithm": algorithm, "pm": str(tmp_path / "pm")}
     command(prompts, tmp_path / "rl", model=model, judge=judge.name, **options, **QUICK)

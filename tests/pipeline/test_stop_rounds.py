@@ -215,4 +215,4 @@ def test_in_a_planted_world_two_rounds_move_the_policy_further_than_one_and_the_
     page = (tmp_path / "out/report.html").read_text()
     assert "The result is that of round 2" in page
     assert "chart-dpo-monitor_score-by-round" in page
-    assert "chart-labels-between_orders-by-round" in page
+    assert "chart-labels-length_correlation-by-round" in page
