@@ -12,8 +12,7 @@ from helpers import Json, manifest_of, rows_in, write_rows
 from tiny import tiny_model_dir
 
 from cai_cli.data.schema import Message
-from cai_cli.engines.local.engine import LocalEngine
-from cai_cli.engines.tokenization import encode_chat
+from cai_cli.engines.tokenization import PromptEncoder, encode_chat
 from cai_cli.models.reading import Reading
 from cai_cli.reward.preference_model import encode_conversation
 
@@ -66,13 +65,13 @@ LENGTHS = {"one less": -1, "exactly": 0, "one more": 1, "ten times": 9 * WINDOW}
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The ids of every text that the model is run over."""
     encoded: list[list[int]] = []
-    encode = LocalEngine._encode
+    encode = PromptEncoder.encode
 
-    def noted(self: LocalEngine, text: Any, continuation: str) -> list[int]:
-        encoded.append(encode(self, text, continuation))
+    def noted(self: PromptEncoder, text: Any, continuation: str, **how: Any) -> list[int]:
+        encoded.append(encode(self, text, continuation, **how))
         return encoded[-1]
 
-    monkeypatch.setattr(LocalEngine, "_encode", noted)
+    monkeypatch.setattr(PromptEncoder, "encode", noted)
     return encoded
 
 
