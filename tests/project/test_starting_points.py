@@ -24,7 +24,9 @@ def page_commands() -> list[str]:
 def write_inputs(folder: Path) -> None:
     turns = [{"from": "human", "value": PROMPT}, {"from": "gpt", "value": "A pear."}]
     (folder / "sharegpt.json").write_text(json.dumps([{"conversations": turns, "model": "other"}]))
-    (folder / "prompts.txt").write_text(f"{PROMPT}\n")
+    (folder / "prompts.txt").write_text(
+        f"{PROMPT}\nName a town.\n"
+    )  # the second is taught to no model: its replies differ
     chats = [[{"role": "user", "content": f"Name fruit {i}."}] for i in range(8)]
     replies = [[{"role": "assistant", "content": text}] for text in ("A pear.", "No.")]
     scores = {"score_chosen": 8.0, "score_rejected": 7.0}
@@ -55,7 +57,7 @@ def test_the_commands_of_the_page_run_in_their_order(cai: Cai, tmp_path: Path, m
             done = cai(*Template(line).substitute(names).split()[1:])
             revises = "critique-revise" in line  # a random model does not write what a revision must be
             assert done.error == "all-rejected" if revises and done.code else done.code == 0, f"{line}\n{done.stderr}"
-    assert {row["thoughts"] for row in rows_in(tmp_path / "samples.jsonl")} == {"A fruit, hm."}
+    assert "A fruit, hm." in {row["thoughts"] for row in rows_in(tmp_path / "samples.jsonl")}
     assert {round(row["p_chosen"], 3) for row in rows_in(tmp_path / "pairs.jsonl")} == {0.731}
     assert manifest_of(tmp_path / "trial.jsonl")["run"]["usage"]["cost"] > 0
     assert json.loads((tmp_path / "merged/config.json").read_text())["model_type"] == "llama"
