@@ -5,7 +5,6 @@ positions of the prompt too, and projects twice. Here the model's own forward pr
 reply token on, and autograd does the rest; the memory is that of the plain logits.
 """
 
-import functools
 import types
 from typing import Any
 
@@ -40,8 +39,6 @@ def _patch(model: Any, temperature: float, *, mean_logits: bool) -> None:
 
     trl_forward, plain_forward = model.forward, type(model).forward
 
-    # The engine that samples the replies reads from the signature what the model takes, its cache among it.
-    @functools.wraps(plain_forward)
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, labels: Any = None, **kwargs: Any) -> Any:
         if not fused_lm_head or labels is None or kwargs.get("output_router_logits"):
             return trl_forward(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)

@@ -64,7 +64,7 @@ def constitution(tmp_path: Path) -> str:
 
 
 class Judge:
-    """Stands in for the scripted engine: `opinion` gives the log-odds of the first option of a request."""
+    """Replaces the scripted engine: `opinion` gives the log-odds of the first option of a request."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, opinion: Any) -> None:
         self.requests: Counter[str] = Counter()

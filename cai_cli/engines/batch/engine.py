@@ -111,7 +111,7 @@ class BatchEngine(OpenAIEngine):
     def option_logprobs(self, requests: Sequence[LogprobRequest]) -> list[list[float] | RequestFailure]:
         """As `Engine.option_logprobs`.
 
-        As long as requests have no answer, equal values stand in for what is missing, so that a stage that needs every
+        As long as requests have no answer, missing scores are replaced by equal ones, so that a stage that needs every
         score goes on to its other requests. Outcomes are not written then.
 
         Raises:
