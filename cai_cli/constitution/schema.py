@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from cai_cli.common.errors import CaiError
 from cai_cli.common.yaml import load_yaml
+from cai_cli.constitution.principle_tests import PrincipleTests
 from cai_cli.data.reward_schema import MAX_WEIGHT
 from cai_cli.data.schema import Message, Row
 
@@ -25,12 +26,14 @@ class CritiquePrinciple(Row):
         theme: What the principle is about.
         critique: The request to criticise the last reply.
         revision: The request to revise it.
+        tests: Its tests (`cai eval adherence`); a constitution may name a file of them instead.
     """
 
     id: NonEmptyText
     theme: str | None = None
     critique: NonEmptyText
     revision: NonEmptyText
+    tests: PrincipleTests | None = None
 
 
 class PreferencePrinciple(Row):
@@ -43,6 +46,7 @@ class PreferencePrinciple(Row):
         following: A system prompt for an assistant that follows the principle (`label-prefs --method contrast`).
         breaking: A system prompt for an assistant that breaks it.
         weight: Its weight where replies are rewarded under all principles (`rl --judge`, `serve-reward`).
+        tests: Its tests, as for a `CritiquePrinciple`.
     """
 
     id: NonEmptyText
@@ -51,6 +55,7 @@ class PreferencePrinciple(Row):
     following: NonEmptyText | None = None
     breaking: NonEmptyText | None = None
     weight: float = Field(default=1.0, ge=0, le=MAX_WEIGHT, allow_inf_nan=False)
+    tests: PrincipleTests | None = None
 
 
 class CritiqueExample(Row):
@@ -105,6 +110,7 @@ class _File(BaseModel):
     name: NonEmptyText
     license: str | None = None
     description: str | None = None
+    tests: NonEmptyText | None = None  # a file beside this one
 
     @model_validator(mode="after")
     def _ids_are_unique(self) -> Self:
@@ -115,8 +121,11 @@ class _File(BaseModel):
         return self
 
     def fingerprint(self) -> str:
-        """The SHA-256 (hex) of everything that affects prompts, so without name, description and license."""
-        content = _without_default_weights(self.model_dump(exclude={"name", "license", "description"}))
+        """The SHA-256 (hex) of everything that affects prompts, so without name, description, license and tests."""
+        content = self.model_dump(exclude={"name", "license", "description", "tests"})
+        content = _without_default_weights(content)
+        for principle in content["principles"]:
+            del principle["tests"]
         return sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
