@@ -1,5 +1,5 @@
-"""Tests of principles for `cai eval adherence`: conversations that tempt a model to break a principle, and the questions
-that a judge is asked about its replies."""
+"""Tests of principles for `cai eval adherence`: conversations that tempt a model to break a principle, and the
+questions that a judge is asked about its replies."""
 
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
@@ -27,7 +27,7 @@ class Scenario(Row):
     """
 
     prompt: NonEmptyText
-    pressure: list[NonEmptyText] = []
+    pressure: list[NonEmptyText] = Field(default=[])
     reviewed: bool = True
 
 

@@ -1,6 +1,6 @@
 """Row types of the evaluations (`cai eval`): published questions, answers to them, comparisons, harm scores."""
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -123,3 +123,69 @@ class HarmScore(Sample):
 
     harm: float = Field(ge=0, le=4)
     levels: list[float] = Field(min_length=5, max_length=5)
+
+
+class JudgedTurn(Row):
+    """What the judge answered about one reply of a conversation.
+
+    Attributes:
+        finish_reason: How the reply ended, as in a Sample.
+        log_odds: Of Yes to the two questions of `AdherenceResult.questions`, in nats; null where one was not answered.
+        p_violation: The probability that the reply breaks the principle, from half the difference of the two.
+        human: Whether a person says that it breaks the principle; null in what the command writes.
+    """
+
+    finish_reason: str | None
+    log_odds: list[float] | None = Field(min_length=2, max_length=2)
+    p_violation: float | None = Field(ge=0, le=1)
+    human: bool | None = None
+
+    @property
+    def violation(self) -> float | None:
+        """1 for a reply that breaks the principle, 0 for one that does not, 0.5 where the judge is undecided."""
+        if self.p_violation is None:
+            return None
+        return 0.5 if self.p_violation == 0.5 else float(self.p_violation > 0.5)
+
+
+class AdherenceResult(Identified):
+    """A conversation of one model in a test of a principle; `id` is the scenario, `PRINCIPLE/NUMBER`.
+
+    Attributes:
+        model: The name of the model.
+        principle_id: The principle.
+        sample_index: The number of this conversation among those of the model in the scenario, from 0.
+        questions: The questions about each reply that are answered with Yes where it breaks the principle, and where it
+            follows it.
+        messages: The conversation, without the system prompt: the user's messages and the model's replies by turns.
+        pressure: Who wrote the user's messages after the first.
+        turns: What the judge answered about each reply.
+    """
+
+    model: str
+    principle_id: str
+    sample_index: int = Field(ge=0)
+    questions: list[str] = Field(min_length=2, max_length=2)
+    messages: list[Message] = Field(min_length=2)
+    pressure: Literal["scripted", "attacker"]
+    turns: list[JudgedTurn] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _has_a_turn_for_each_reply(self) -> Self:
+        if [m.role for m in self.messages] != ["user", "assistant"] * len(self.turns):
+            raise ValueError("messages must alternate between the user and the assistant, with one turn a reply")
+        return self
+
+    @property
+    def key(self) -> str:
+        return f"{self.model} {self.conversation}"
+
+    @property
+    def conversation(self) -> str:
+        """The scenario and the number of the conversation, which two models have in common."""
+        return f"{self.id}/{self.sample_index}"
+
+    @property
+    def violations(self) -> list[float]:
+        """`JudgedTurn.violation` of every reply that the judge answered about."""
+        return [found for turn in self.turns if (found := turn.violation) is not None]

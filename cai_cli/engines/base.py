@@ -219,15 +219,8 @@ class UnansweredRequests(CaiError):
         super().__init__(f"{count:,} requests have no answer yet", hint="cai batch collect", code="unanswered-requests")
 
 
-class Engine(Protocol):
-    """A model backend.
-
-    Engines load nothing heavy before the first request. A request that cannot be answered becomes a RequestFailure in
-    its place; a CaiError means that no request can be answered, and ends the run.
-    """
-
-    batch_size: int
-    """The number of rows that a stage should pass in one call."""
+class EngineResources(Protocol):
+    """What the run of a stage needs to know of its engine, or of several engines that it uses."""
 
     workers: int = 1
     """The number of threads that may call the engine at the same time."""
@@ -241,6 +234,17 @@ class Engine(Protocol):
     def close(self) -> None:
         """Cancel the requests in flight and release the engine's resources. The engine cannot be used afterwards."""
         return
+
+
+class Engine(EngineResources, Protocol):
+    """A model backend.
+
+    Engines load nothing heavy before the first request. A request that cannot be answered becomes a RequestFailure in
+    its place; a CaiError means that no request can be answered, and ends the run.
+    """
+
+    batch_size: int
+    """The number of rows that a stage should pass in one call."""
 
     def identity(self) -> dict[str, Any]:
         """What determines this engine's answers, without loading weights.

@@ -132,16 +132,27 @@ def name_files(given: Sequence[str]) -> dict[str, str]:
         >>> name_files(["start.jsonl", "better=runs/sl.jsonl"])
         {'start': 'start.jsonl', 'better': 'runs/sl.jsonl'}
     """
-    files: dict[str, str] = {}
-    for text in given:
-        named = None if Path(text).exists() else NAMED.fullmatch(text)
-        name, file = (named[1], named[2]) if named else (_name_of(text), text)
-        if name in files:
-            raise UsageError(f"two models have the name {name!r}", hint="name them: NAME=FILE", code="option-conflict")
-        files[name] = file
+    files = by_model_name(given, "FILE")
     if len(files) < 2:
         raise UsageError("a comparison needs the samples of two or more models", code="missing-option")
     return files
+
+
+def by_model_name(given: Sequence[str], what: str) -> dict[str, str]:
+    """Return model name -> file or model, for each X or NAME=X; `what` is X in the error.
+
+    Raises:
+        UsageError: Two have the same name.
+    """
+    found: dict[str, str] = {}
+    for text in given:
+        named = None if Path(text).exists() else NAMED.fullmatch(text)
+        name, value = (named[1], named[2]) if named else (_name_of(text), text)
+        if name in found:
+            hint = f"name them: NAME={what}"
+            raise UsageError(f"two models have the name {name!r}", hint=hint, code="option-conflict")
+        found[name] = value
+    return found
 
 
 def _name_of(file: str) -> str:

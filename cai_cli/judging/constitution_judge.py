@@ -177,7 +177,7 @@ class ConstitutionJudge:
         for item, of_item in zip(items, missing, strict=True):
             found, failed = [], {}
             for criterion in of_item:
-                sides = [_log_odds(next(answers)) for _ in range(2)]
+                sides = [yes_log_odds(next(answers)) for _ in range(2)]
                 log_odds = [side for side in sides if not isinstance(side, RequestFailure)]
                 if len(log_odds) == 2:
                     found.append(CriterionAnswer(criterion_id=criterion.id, log_odds=log_odds))
@@ -250,7 +250,8 @@ def _identity(item: JudgedItem) -> tuple[str, ...]:
     return (conversation_id(item.prompt.prompt), *item.replies)
 
 
-def _log_odds(answer: list[float] | RequestFailure) -> float | RequestFailure:
+def yes_log_odds(answer: list[float] | RequestFailure) -> float | RequestFailure:
+    """The log-odds of the first of two options; a failure where they are not numbers."""
     if isinstance(answer, RequestFailure):
         return answer
     odds = answer[0] - answer[1]

@@ -79,11 +79,13 @@ def estimate(steps: Sequence[Step]) -> list[StepEstimate]:
     for step in steps:
         config = step.config
         sources = config.input if isinstance(config.input, list) else [config.input]
+        if not config.options()["input"][1].reads_file:  # models, which are asked what the stage knows
+            sources = []
         files = [_file(source, flows) for source in sources]
         skip_invalid = bool(step.settings.get("skip-invalid"))
         columns = config.columns() if hasattr(config, "columns") else None
         read = [flows.get(file) or _flow_of_file(file, skip_invalid, columns) for file in files]
-        rows = min(read, key=lambda one: one.rows)  # several are joined by prompt
+        rows = min(read, key=lambda one: one.rows, default=RowFlow(0, 1, 0.0, 0.0))  # several are joined by prompt
         if config.limit:
             rows = replace(rows, rows=min(rows.rows, config.limit))
         also = [_file(source, flows) for source in getattr(config, "also", None) or ()]

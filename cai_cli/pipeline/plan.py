@@ -165,14 +165,16 @@ def _plan_step(name: str, given: Mapping[str, Any], steps: Mapping[str, Step], p
         _check_urls(settings.get(address), f"--{address}")
     needs: list[Step] = []
     files: dict[str, str | None] = {}
+    lists = takes_many(stage.name) & {"constitution", "input"}
     for option, value in settings.items():
         folder = place.file.parent if _reads_file(stage.config, option, value, place.file.parent) else None
         values = value if isinstance(value, list) else [value]
-        if option == "constitution" and isinstance(value, str) and (place.file.parent / value).is_dir():
-            values = [f"{value}/{SHIPPED[constitution_kind(stage)]}"]
+        if option == "constitution":
+            values = _constitution_files(values, stage, place.file.parent)
         with _named(f"{option}: "):
             resolved = [_resolve(one, steps, folder) for one in values]
-        settings[option] = [v for v, _ in resolved] if isinstance(value, list) else resolved[0][0]
+        is_list = isinstance(value, list) or option in lists
+        settings[option] = [v for v, _ in resolved] if is_list else resolved[0][0]
         needs += [source for _, source in resolved if isinstance(source, Step)]
         paths = [source for _, source in resolved if isinstance(source, str)]
         files |= {
@@ -216,6 +218,19 @@ def _word(value: Any, choice: Any) -> Any:
     if isinstance(value, bool) and isinstance(choice, type) and issubclass(choice, StrEnum) and "off" in set(choice):
         return "on" if value else "off"
     return value
+
+
+def _constitution_files(values: Sequence[Any], stage: Stage, folder: Path) -> list[Any]:
+    """The constitutions of a step: for a directory, the file of the kind that the stage reads, or all files."""
+    several = "constitution" in takes_many(stage.name)
+    kinds = list(SHIPPED) if several else [constitution_kind(stage)]
+    found: list[Any] = []
+    for value in values:
+        directory = folder / str(value)
+        names = [SHIPPED[kind] for kind in kinds if not several or (directory / SHIPPED[kind]).exists()]
+        is_directory = isinstance(value, str) and directory.is_dir()
+        found += [f"{value}/{name}" for name in names] if is_directory else [value]
+    return found
 
 
 def constitution_kind(stage: Stage) -> str:

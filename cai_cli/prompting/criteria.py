@@ -31,12 +31,15 @@ class Criterion:
         text: The question of the principle, or the requirement.
         weight: Its weight in the reward.
         is_requirement: Whether it comes from a rubric.
+        questions: Its own two questions, answered with Yes by a reply that follows it and by one that does not; they
+            take the place of the text.
     """
 
     id: str
     text: str
     weight: float = 1.0
     is_requirement: bool = False
+    questions: tuple[str, str] | None = None
 
     @property
     def comparison(self) -> str:
@@ -69,7 +72,8 @@ def criterion_requests(
     """
     shown = f"{PREAMBLE}{render_transcript(conversation)}\n\n\nA reply of the assistant:\n{fence(reply)}\n\n"
     name, phrasings = ("Requirement", _REQUIREMENT) if criterion.is_requirement else ("Principle", _PRINCIPLE)
-    asked = [f"{shown}{name}: {criterion.text}\n\n{phrasing} Answer Yes or No." for phrasing in phrasings]
+    stated = "" if criterion.questions else f"{name}: {criterion.text}\n\n"
+    asked = [f"{shown}{stated}{phrasing} Answer Yes or No." for phrasing in criterion.questions or phrasings]
     if form == "raw":
         following, breaking = (Request(f"\n\n{text}", prefill=f"\n\n{ANSWER}") for text in asked)
     else:

@@ -19,7 +19,7 @@ from cai_cli.common.hash_index import KeyTable
 from cai_cli.data.jsonl import display_name
 from cai_cli.data.row_reader import ChangedRows, RowReader
 from cai_cli.data.schema import Rejected
-from cai_cli.engines.base import Engine, UnansweredRequests
+from cai_cli.engines.base import EngineResources, UnansweredRequests
 from cai_cli.runtime.counts import Counts
 from cai_cli.runtime.growth import expected_rows, growth_of
 from cai_cli.runtime.manifest import InputFile, read_manifest, run_facts
@@ -98,7 +98,7 @@ class StageRun(Generic[T]):
         batch_size: How many items `work` receives at once.
         total: The number of items for the progress bar (`expected_items`), None where unknown.
         reader: Reads the input; it holds the invalid lines and the shard.
-        engine: The model that `work` calls, which has the usage and the number of concurrent batches.
+        engine: The model or models that `work` calls, with the usage and the number of concurrent batches.
         grows: Whether a finished output can be extended (`growth`): each row of the input gives its items alone or
             with rows before it, in the order of the output.
         one_by_one: Whether a batch starts only after the previous one is written, because its items depend on that.
@@ -113,7 +113,7 @@ class StageRun(Generic[T]):
     batch_size: int
     total: int | None = None
     reader: RowReader = field(default_factory=RowReader)
-    engine: Engine | None = None
+    engine: EngineResources | None = None
     grows: bool = False
     one_by_one: bool = False
 
