@@ -276,7 +276,7 @@ def read_run(folder: Path) -> RunFiles:
     other = {
         path.name: path
         for path in sorted(folder.glob("*.json"))
-        if path.name != "run.json" and not path.name.endswith(FINAL)
+        if path.name != "run.json" and not path.name.endswith((FINAL, ".adherence.json"))  # of report.adherence
     }
     compared = {n: p for n, p in other.items() if n.endswith(".compare.json")}
     swept = {n: p for n, p in other.items() if n.endswith(".sweep.json")}

@@ -19,12 +19,12 @@ from markupsafe import Markup
 from cai_cli import __version__
 from cai_cli.common.console import safe
 from cai_cli.data.schema import Preference
-from cai_cli.report import by_round, charts, curves, examples, labels, summary
+from cai_cli.report import adherence, by_round, charts, curves, examples, labels, summary
 from cai_cli.report.charts import Chart
 from cai_cli.report.collect import TRAINING, RunFiles, StepFiles, is_estimate
 
 # Size limit of each list, in bytes of HTML: with all lists full the page stays under 5 MB.
-CHAIN_BYTES, COMPARISON_BYTES, SAMPLE_BYTES = 1_600_000, 700_000, 900_000
+CHAIN_BYTES, COMPARISON_BYTES, SAMPLE_BYTES, ADHERENCE_BYTES = 1_600_000, 700_000, 900_000, 600_000
 USAGE = ("requests", "prompt_tokens", "new_tokens", "cost")
 HERE = Path(__file__).parent
 
@@ -89,6 +89,7 @@ def _sections(run: RunFiles) -> dict[str, Any]:
         "by_round": by_round.steps_by_round(
             run, {step.name: charts.label_audit.audit() for step, charts in labelled if charts.label_audit.rows}
         ),
+        "adherence": adherence.matrices(run, examples.Budget(ADHERENCE_BYTES)),
         "matrices": by_round.matrices(run.comparisons),
         "evaluations": {name: summary.metric_rows(metrics) for name, metrics in run.evaluations.items()},
         "forests": _forests(run),
