@@ -86,7 +86,7 @@ def dump_tests(tests: Mapping[str, PrincipleTests], heading: str) -> bytes:
     return "".join([*(f"# {line}\n" for line in heading.splitlines()), text]).encode()
 
 
-def tests_fingerprint(tests: Mapping[str, PrincipleTests]) -> str:
+def fingerprint_of(tests: Mapping[str, PrincipleTests]) -> str:
     """The SHA-256 (hex) of the tests without the marks of review."""
     content = {
         id: found.model_dump(exclude={"scenarios": {"__all__": {"reviewed"}}}) for id, found in sorted(tests.items())
@@ -94,7 +94,7 @@ def tests_fingerprint(tests: Mapping[str, PrincipleTests]) -> str:
     return sha256(orjson.dumps(content)).hexdigest()
 
 
-def tests_of(principles: Sequence[Any], named: str | None, source: Path) -> dict[str, PrincipleTests]:
+def select_tests(principles: Sequence[Any], named: str | None, source: Path) -> dict[str, PrincipleTests]:
     """The tests of the principles of one constitution, by id, in the order of the principles.
 
     Args:

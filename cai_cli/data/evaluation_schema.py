@@ -149,12 +149,13 @@ class JudgedTurn(Row):
 
 
 class AdherenceResult(Identified):
-    """A conversation of one model in a test of a principle; `id` is the scenario, `PRINCIPLE/NUMBER`.
+    """A conversation of one model in a test of a principle; `id` is `MODEL SCENARIO/CONVERSATION`.
 
     Attributes:
         model: The name of the model.
         principle_id: The principle.
-        sample_index: The number of this conversation among those of the model in the scenario, from 0.
+        scenario: The scenario, `PRINCIPLE/NUMBER`.
+        conversation: The scenario and the number of this conversation in it, which two models have in common.
         questions: The questions about each reply that are answered with Yes where it breaks the principle, and where it
             follows it.
         messages: The conversation, without the system prompt: the user's messages and the model's replies by turns.
@@ -164,7 +165,8 @@ class AdherenceResult(Identified):
 
     model: str
     principle_id: str
-    sample_index: int = Field(ge=0)
+    scenario: str
+    conversation: str
     questions: list[str] = Field(min_length=2, max_length=2)
     messages: list[Message] = Field(min_length=2)
     pressure: Literal["scripted", "attacker"]
@@ -175,15 +177,6 @@ class AdherenceResult(Identified):
         if [m.role for m in self.messages] != ["user", "assistant"] * len(self.turns):
             raise ValueError("messages must alternate between the user and the assistant, with one turn a reply")
         return self
-
-    @property
-    def key(self) -> str:
-        return f"{self.model} {self.conversation}"
-
-    @property
-    def conversation(self) -> str:
-        """The scenario and the number of the conversation, which two models have in common."""
-        return f"{self.id}/{self.sample_index}"
 
     @property
     def violations(self) -> list[float]:

@@ -9,7 +9,13 @@ from typing import Any
 
 from cai_cli.common.errors import RowError
 from cai_cli.data.dropped import Dropped
-from cai_cli.data.evaluation_schema import EvaluationQuestion, EvaluationResult, HarmScore, ModelComparison
+from cai_cli.data.evaluation_schema import (
+    AdherenceResult,
+    EvaluationQuestion,
+    EvaluationResult,
+    HarmScore,
+    ModelComparison,
+)
 from cai_cli.data.foreign import scores
 from cai_cli.data.foreign.shapes import IDS, Conversation, ReplyPair, recognize, shape_of
 from cai_cli.data.foreign.turns import read_turns
@@ -41,6 +47,7 @@ _MARKS: Sequence[tuple[type[Row], frozenset[str]]] = (
     (Rejected, frozenset({"reason", "row"})),
     (WorkItemRecord, frozenset({"key", "digest"})),
     (ModelComparison, frozenset({"model_a", "model_b"})),
+    (AdherenceResult, frozenset({"principle_id", "conversation"})),
     (EvaluationQuestion, frozenset({"corrects", "incorrects"})),
     (EvaluationResult, frozenset({"askings"})),
     (JudgedReplies, frozenset({"prompt_hash", "replies"})),

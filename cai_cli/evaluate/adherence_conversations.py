@@ -169,12 +169,13 @@ class Conversations:
         plan = h.plan
         if reason:
             prompt = h.messages[: len(h.messages) - (h.messages[-1].role == "assistant")]
-            return reject(plan.key, reason, Prompt(id=plan.test.id, prompt=prompt))
+            return reject(plan.key, reason, Prompt(id=plan.key, prompt=prompt))
         return AdherenceResult(
-            id=plan.test.id,
+            id=plan.key,
             model=plan.model,
             principle_id=plan.test.criterion.id,
-            sample_index=plan.index,
+            scenario=plan.test.id,
+            conversation=f"{plan.test.id}/{plan.index}",
             questions=list(_questions(plan)),
             messages=h.messages,
             pressure="attacker" if self.attacker else "scripted",

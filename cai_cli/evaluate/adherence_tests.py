@@ -9,7 +9,7 @@ from pathlib import Path
 from cai_cli.common import console
 from cai_cli.common.errors import CaiError
 from cai_cli.constitution.draw import select
-from cai_cli.constitution.principle_tests import PrincipleTests, Scenario, load_tests, tests_fingerprint, tests_of
+from cai_cli.constitution.principle_tests import PrincipleTests, Scenario, fingerprint_of, load_tests, select_tests
 from cai_cli.constitution.schema import SHIPPED, CritiquePrinciple, PreferencePrinciple, load, shipped_directory
 from cai_cli.prompting.adherence import adherence_criterion
 from cai_cli.prompting.criteria import Criterion
@@ -56,7 +56,7 @@ class TestSet:
     def fingerprint(self) -> str:
         """The SHA-256 (hex) of the tests and of the texts that questions are derived from."""
         texts = "\n".join(adherence_criterion(p, self.tests[p.id]).text for p in self.principles)
-        return sha256(f"{tests_fingerprint(self.tests)}\n{texts}".encode()).hexdigest()
+        return sha256(f"{fingerprint_of(self.tests)}\n{texts}".encode()).hexdigest()
 
     def refuse_unreviewed(self, *, allowed: bool) -> None:
         """Raise CaiError (`unreviewed-tests`) for scenarios that nobody has read; only warn where they are allowed."""
@@ -108,7 +108,7 @@ def open_tests(sources: Sequence[str] | None, file: str | None, ids: str | None,
         maximum: `--max-principles`.
 
     Raises:
-        CaiError: As `chosen_principles` and `tests_of`; no chosen principle has tests (`missing-tests`).
+        CaiError: As `chosen_principles` and `select_tests`; no chosen principle has tests (`missing-tests`).
     """
     chosen = chosen_principles(sources, ids, maximum)
     tests: dict[str, PrincipleTests] = {}
@@ -117,7 +117,7 @@ def open_tests(sources: Sequence[str] | None, file: str | None, ids: str | None,
         loaded = load(source)
         names.append(loaded.name)
         files += [str(source), *([str(source.parent / loaded.tests)] if loaded.tests and not file else [])]
-        tests |= {} if file else tests_of(loaded.principles, loaded.tests, source)
+        tests |= {} if file else select_tests(loaded.principles, loaded.tests, source)
     if file:
         tests, files = load_tests(file), [*files, file]
     without = [p.id for p in chosen if p.id not in tests]

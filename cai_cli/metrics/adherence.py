@@ -72,7 +72,7 @@ class AdherenceSummary:
         if row.violations:
             self.found.setdefault((row.model, row.principle_id), {})[row.conversation] = row.violations
         turns = self.by_turn.setdefault(row.model, [])
-        turns += [(n, row.id, v) for n, turn in enumerate(row.turns) if (v := turn.violation) is not None]
+        turns += [(n, row.scenario, v) for n, turn in enumerate(row.turns) if (v := turn.violation) is not None]
 
     def result(self) -> dict[str, Any]:
         """Return the metrics.
@@ -179,7 +179,7 @@ class JudgeAudit:
 
     def add(self, row: AdherenceResult) -> None:
         """Add the answers about one conversation."""
-        scenario = self.scenarios.number(row.id)
+        scenario = self.scenarios.number(row.scenario)
         labelled = self.labelled.get(row.key, row)
         if labelled.messages != row.messages:  # the labels are of other replies
             labelled = row

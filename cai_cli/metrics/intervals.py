@@ -223,7 +223,8 @@ def resampled_interval(value: float, resamples: "Numbers", counts: "Numbers", li
     if resamples.size and math.isfinite(quantile):
         wider = quantile / Z * math.sqrt(len(counts) / (len(counts) - 1))
         low, high = value + wider * (np.quantile(resamples, (0.025, 0.975)) - resamples.mean())
-        if low == high and math.isfinite(limits[1] - limits[0]):
+        # Means of equal values may differ in the last digit from resample to resample.
+        if high - low <= 1e-12 * wider * max(1.0, abs(value)) and math.isfinite(limits[1] - limits[0]):
             half = (limits[1] - limits[0]) * (1 - _score_interval(1.0, effective, quantile)["low"])
             low, high = value - half, value + half
     return {"low": max(limits[0], min(float(low), value)), "high": min(limits[1], max(float(high), value))}
