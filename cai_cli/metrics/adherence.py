@@ -104,7 +104,7 @@ class AdherenceSummary:
             "scenarios": len(scenarios),
             "rates": {model: _rate(found, list(found), rates) for model, found in by_conversation.items()},
             "differences": {
-                model: _difference(by_conversation[self.models[0]], by_conversation[model], differences)
+                model: difference(by_conversation[self.models[0]], by_conversation[model], differences)
                 for model in self.models[1:]
             },
         }
@@ -117,7 +117,7 @@ class AdherenceSummary:
         return {
             "rates": {m: _rate(of_model, [_scenario(key) for key in of_model]) for m, of_model in found.items()},
             "differences": {
-                model: _difference(found[self.models[0]], found[model], others, over_scenarios=True)
+                model: difference(found[self.models[0]], found[model], others, over_scenarios=True)
                 for model in self.models[1:]
             },
         }
@@ -143,7 +143,7 @@ def _rate(found: Mapping[str, Sequence[float]], clusters: Sequence[Hashable], am
     return mean_estimate([v for values in found.values() for v in values], SHARE, of_reply, among)
 
 
-def _difference(
+def difference(
     first: Mapping[str, Sequence[float]],
     other: Mapping[str, Sequence[float]],
     among: int,

@@ -113,7 +113,7 @@ def test_a_judge_is_audited_by_its_phrasings_and_by_people(cai: Cai, planted: tu
     assert judge["trusted"] is None  # it reads the replies; whether people agree is unknown
     assert judge["between_phrasings"]["low"] > 0.5
     assert judge["yes_share"]["value"] > 0.9  # so its answers to one phrasing alone would say nothing
-    assert judge["yes_bias"]["low"] < 3 < judge["yes_bias"]["high"]
+    assert judge["yes_bias"]["value"] == pytest.approx(3, abs=0.2)
     assert (judge["failed"], judge["agreement"]) == (0, None)
     rows = rows_in(tmp_path / "out.jsonl")
     for row in rows:
@@ -268,6 +268,7 @@ def test_a_run_tests_its_models_by_the_constitution_of_the_run(
     planned = json.loads(cai("run", "run.yaml", "--dry-run", "--json", "--out", "out").stdout)
     assert [(p["rows"], p["requests"]) for p in planned] == [(6, 36), (3, 18)]
     assert "both/preference.yaml" in planned[0]["command"]
-    done = cai("run", "run.yaml", "--out", "out", "--local") if False else cai(*planned[0]["command"].split()[1:])
+    (tmp_path / "out").mkdir()
+    done = cai(*planned[0]["command"].split()[1:])
     assert done.code == 0, done.stderr
     assert len(rows_in(tmp_path / "out" / "adherence.jsonl")) == 6
