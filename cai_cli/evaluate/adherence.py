@@ -109,7 +109,9 @@ class AdherenceConfig(OutputOptions, RequestOptions, ChatTemplateOptions, System
         Option(Effect.HARMLESS, reads_file=True),
     )
     unreviewed: bool = option(False, "Run drafts that nobody has reviewed.", Option(Effect.HARMLESS, Group.PRINCIPLES))
-    draft: bool = option(False, "Write tests for --constitution to OUT, a YAML file to review, with MODEL.")
+    draft: bool = option(
+        False, "Write tests for --constitution to OUT, a YAML file to review, with MODEL.", Option(Effect.HARMLESS)
+    )
 
     def check(self) -> None:
         super().check()
