@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from cai_cli.common.errors import RowError
 from cai_cli.data import evaluation_schema, formats, reward_schema, schema
 from cai_cli.data.dropped import Dropped
-from cai_cli.data.evaluation_schema import EvaluationQuestion, EvaluationResult, HarmScore, ModelComparison
+from cai_cli.data.evaluation_schema import (
+    AdherenceResult,
+    EvaluationQuestion,
+    EvaluationResult,
+    HarmScore,
+    JudgedTurn,
+    ModelComparison,
+)
 from cai_cli.data.formats import (
     has_key,
     parse_prompt,
@@ -47,7 +54,7 @@ from cai_cli.data.schema import (
 
 PACKAGE = Path(formats.__file__).parents[1]
 # Rows inside other rows: no file consists of them.
-NESTED = {Message, RevisionRound, Vote, evaluation_schema.OptionScores, reward_schema.CriterionAnswer}
+NESTED = {JudgedTurn, Message, RevisionRound, Vote, evaluation_schema.OptionScores, reward_schema.CriterionAnswer}
 NESTED |= {reward_schema.RubricItem, RubricPrompt}  # the latter is an input only
 
 texts = st.text(st.characters(codec="utf-8"), max_size=9)
@@ -167,6 +174,28 @@ FIELDS: dict[type[Row], dict[str, st.SearchStrategy[Any]]] = {
         "score_b": st.none() | number,
         "p_a": share,
         "votes": votes,
+    },
+    AdherenceResult: {
+        "id": names,
+        "model": texts,
+        "principle_id": texts,
+        "scenario": texts,
+        "conversation": texts,
+        "questions": st.lists(texts, min_size=2, max_size=2),
+        "messages": st.tuples(message("user"), message("assistant")).map(lambda turns: turns[0] + turns[1]),
+        "pressure": st.sampled_from(["scripted", "attacker"]),
+        "turns": st.lists(
+            st.fixed_dictionaries(
+                {
+                    "finish_reason": optional,
+                    "log_odds": st.none() | st.lists(number, min_size=2, max_size=2),
+                    "p_violation": st.none() | share,
+                    "human": st.none() | st.booleans(),
+                }
+            ),
+            min_size=1,
+            max_size=1,
+        ),
     },
     EvaluationQuestion: {
         "id": names,
