@@ -123,13 +123,14 @@ class PrincipleRanking:
         human, panel = self.references.of(row)
         for principle, cast in votes.items():
             others = [label for name, label in labels.items() if name != principle]
-            sums = {"pairs": 1.0, **winner_sums(cast), **_against("human", labels[principle], human, others)}
+            sums: dict[Any, float] = {"pairs": 1, **winner_sums(cast)}
+            sums |= _against("human", labels[principle], human, others)
             if self.judges:
                 sums |= _against("panel", labels[principle], panel, others)
             elif _without_position(cast):
                 steady = [labels[name] for name, of in votes.items() if name != principle and _without_position(of)]
                 sums |= _agreement("panel", labels[principle], _mean(steady))
-            self.principles.setdefault(principle, ClusterBootstrap(PRINCIPLE_SUMS)).add(prompt, sums)  # type: ignore[arg-type]
+            self.principles.setdefault(principle, ClusterBootstrap(PRINCIPLE_SUMS)).add(prompt, sums)
 
     def result(self) -> dict[str, Any]:
         """Return the ranking.

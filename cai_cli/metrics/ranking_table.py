@@ -39,15 +39,15 @@ def _cells(principle: Mapping[str, Any]) -> Iterator[str]:
 def _interval(estimate: Estimate | None, form: str) -> str:
     if estimate is None:
         return "-"
-    value, low, high = (form.format(estimate[key]) for key in ("value", "low", "high"))  # type: ignore[literal-required]
+    value, low, high = (form.format(number) for number in (estimate["value"], estimate["low"], estimate["high"]))
     return f"{value} ({low} to {high})"
 
 
 def _finding(principle: Mapping[str, Any]) -> str:
-    finding = principle["finding"]
+    finding = str(principle["finding"])
     if finding == "not shown":
         finding += f" ({principle['reason']})"
-    return finding + ("; the position decides" if principle["position_decides"] else "")
+    return finding + ("; single answers follow the position" if principle["position_decides"] else "")
 
 
 def _notes(ranking: Mapping[str, Any]) -> Iterator[str]:
