@@ -1,4 +1,4 @@
-"""`cai principles list|show|validate|import|rank`."""
+"""`cai principles list|show|validate|import|rank|learn`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,16 +8,18 @@ import orjson
 import typer
 
 from cai_cli.cli import options
-from cai_cli.cli.expand import GroupedCommand
+from cai_cli.cli.expand import GroupedCommand, command_class, command_from
 from cai_cli.common.console import safe, say
 from cai_cli.common.errors import CaiError
 from cai_cli.constitution import schema
 from cai_cli.metrics.principle_ranking import rank_files
 from cai_cli.metrics.ranking_table import ranking_lines
+from cai_cli.phase2_feedback.learn_principles import LearnConfig
+from cai_cli.phase2_feedback.learn_principles import run as run_learn
 from cai_cli.prompting.paper_import import import_published
 from cai_cli.runtime.manifest import write_json
 
-app = typer.Typer(no_args_is_help=True, help="List, show, validate, import and rank principles.")
+app = typer.Typer(no_args_is_help=True, help="List, show, validate, import, rank and learn principles.")
 Files = Annotated[list[str] | None, typer.Argument(help="YAML files; by default the shipped ones.", show_default=False)]
 
 
@@ -131,3 +133,6 @@ def rank(
         print(orjson.dumps(ranking).decode())
     else:
         print("\n".join(ranking_lines(ranking)))
+
+
+app.command("learn", cls=command_class(LearnConfig))(command_from(LearnConfig, run_learn))
