@@ -215,5 +215,5 @@ def export_file(input: str, output: Path, *, overwrite: bool, write: Writer = ex
 
 def is_dataset(directory: Path) -> bool:
     """Return whether a directory looks like an exported dataset."""
-    files = (file for ending in ("parquet", "jsonl") for file in directory.glob(f"data/*.{ending}"))
+    files = (file for ending in ("parquet", "jsonl", "json") for file in directory.glob(f"data/*.{ending}"))
     return (directory / "README.md").is_file() and any(files)

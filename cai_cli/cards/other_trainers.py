@@ -1,4 +1,5 @@
-"""Writes rows in the data formats of other RL trainers (`cai export FILE -o DIR --for openrlhf|verl`).
+"""Writes rows in the data formats of other RL trainers (`cai export FILE -o DIR --for openrlhf|verl`);
+`annotated_pairs` writes labels for Feedback Forensics.
 
 For training past one node, which is more than TRL does. The rewards come from `cai serve-reward`, which gets the
 messages of each prompt through the fields written here. The tests check the formats of OpenRLHF 0.11.2 and verl 0.9.1.
@@ -15,6 +16,7 @@ from typing import Any
 import orjson
 
 from cai_cli.cards import verl_reward
+from cai_cli.cards.annotated_pairs import export_annotated_pairs
 from cai_cli.cards.dataset_card import DatasetStats
 from cai_cli.cards.export import REJECTED, row_parser, usable_rows
 from cai_cli.data.jsonl import AppendFile, display_name
@@ -26,10 +28,11 @@ ROWS_PER_WRITE = 1000
 
 
 class Trainer(StrEnum):
-    """A trainer with a data format of its own."""
+    """A tool with a data format of its own."""
 
     OPENRLHF = "openrlhf"
     VERL = "verl"
+    FEEDBACK_FORENSICS = "feedback-forensics"
 
 
 def openrlhf_prompt(row: Prompt, _index: int) -> dict[str, Any]:
@@ -76,6 +79,8 @@ def export_for(source: str, work: Path, trainer: Trainer) -> dict[str, Any]:
     Raises:
         CaiError: As `export`.
     """
+    if trainer is Trainer.FEEDBACK_FORENSICS:
+        return export_annotated_pairs(source, work)
     file = hash_input(source)
     row_type, parse = row_parser(source)
     (work / "data").mkdir(parents=True)

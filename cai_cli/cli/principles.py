@@ -1,4 +1,4 @@
-"""`cai principles list|show|validate|import`."""
+"""`cai principles list|show|validate|import|rank|learn`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,12 +8,18 @@ import orjson
 import typer
 
 from cai_cli.cli import options
+from cai_cli.cli.expand import GroupedCommand, command_class, command_from
 from cai_cli.common.console import safe, say
 from cai_cli.common.errors import CaiError
 from cai_cli.constitution import schema
+from cai_cli.metrics.principle_ranking import rank_files
+from cai_cli.metrics.ranking_table import ranking_lines
+from cai_cli.phase2_feedback.learn_principles import LearnConfig
+from cai_cli.phase2_feedback.learn_principles import run as run_learn
 from cai_cli.prompting.paper_import import import_published
+from cai_cli.runtime.manifest import write_json
 
-app = typer.Typer(no_args_is_help=True, help="List, show, validate and import principles.")
+app = typer.Typer(no_args_is_help=True, help="List, show, validate, import, rank and learn principles.")
 Files = Annotated[list[str] | None, typer.Argument(help="YAML files; by default the shipped ones.", show_default=False)]
 
 
@@ -92,3 +98,41 @@ def import_command(
     if schema.load(output) != imported:
         raise AssertionError(f"{output} reads back as a different constitution")
     say(f"{output}: {imported.kind}, {len(imported.principles)} principles, {len(imported.examples)} examples")
+
+
+@app.command(cls=GroupedCommand)
+def rank(
+    labels: Annotated[
+        str, typer.Argument(metavar="LABELS", help="Preference rows with votes, or - for stdin.", show_default=False)
+    ],
+    human: Annotated[
+        str | None, typer.Option("--human", help="File of the same pairs with human labels, for rows without one.")
+    ] = None,
+    panel: Annotated[
+        list[str] | None,
+        typer.Option("--panel", help="File of the labels of another judge of the same pairs; can be repeated."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Also write the metrics to this JSON file.")
+    ] = None,
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Rank principles by what their votes contribute: agreement, order flips, information added.
+
+    LABELS: Preference rows of `cai label-prefs`, best with several principles on each pair (--principles-per-pair). The
+    rejected rows of the same run count too. Pairs are matched between files by their texts.
+    """
+    if output and output.exists() and not overwrite:
+        raise CaiError(f"{output} exists", hint="--overwrite replaces it", code="output-exists")
+    ranking = rank_files(labels, human, panel or ())
+    if output:
+        write_json(output, ranking)
+    if json:
+        print(orjson.dumps(ranking).decode())
+    else:
+        print("\n".join(ranking_lines(ranking)))
+
+
+app.command("learn", cls=command_class(LearnConfig))(command_from(LearnConfig, run_learn))

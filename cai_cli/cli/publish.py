@@ -18,13 +18,13 @@ def export_command(
     input: Annotated[str, typer.Argument(metavar="FILE", help="JSONL file of rows.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the dataset.", show_default=False)],
     trainer: Annotated[
-        Trainer | None, typer.Option("--for", help="Write the data format of another trainer; by default that of TRL.")
+        Trainer | None, typer.Option("--for", help="Write the data format of another tool; by default that of TRL.")
     ] = None,
     overwrite: options.Overwrite = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Write rows as a dataset with a card, ready for TRL, OpenRLHF or verl.
+    """Write rows as a dataset with a card, ready for TRL, OpenRLHF, verl or Feedback Forensics.
 
     FILE: Prompt, Sample, Critique, Revision or Preference rows, or rows in any format that `cai convert` reads.
     """

@@ -22,6 +22,7 @@ from cai_cli.runtime.output_files import sidecar
 
 # Stages that draw preference principles -> the rows that they write.
 ROW_TYPES: Mapping[str, type[Row]] = {"label-prefs": Preference, "pairs": Preference, "sample": ContrastSample}
+CANDIDATES = "candidates.yaml"  # in the directory of `principles learn`
 AnyPrinciple = CritiquePrinciple | PreferencePrinciple
 
 
@@ -118,7 +119,7 @@ def principles_behind(manifest: Mapping[str, Any]) -> Sequence[AnyPrinciple]:
     model: Any = PreferenceConstitution if provenance["stage"] in ROW_TYPES else CritiqueConstitution
     settings = provenance.get("settings", {})
     try:
-        loaded: Any = open_constitution(model, option(argv, "--constitution"), option(argv, "--few-shot"))
+        loaded: Any = open_constitution(model, *_constitution_options(argv))
         if loaded.fingerprint() != provenance["constitution"]["fingerprint"]:
             return []
         chosen: Sequence[AnyPrinciple] = select(
@@ -127,6 +128,13 @@ def principles_behind(manifest: Mapping[str, Any]) -> Sequence[AnyPrinciple]:
     except CaiError:
         return []
     return chosen
+
+
+def _constitution_options(argv: Sequence[str]) -> tuple[str | None, str | None]:
+    """`--constitution` and `--few-shot` of a command line; `principles learn` labels under its own candidates."""
+    if list(argv[1:3]) == ["principles", "learn"]:
+        return f"{option(argv, '-o', '--output')}/{CANDIDATES}", None
+    return option(argv, "--constitution"), option(argv, "--few-shot")
 
 
 def option(command: Sequence[str], *names: str) -> str | None:

@@ -241,6 +241,22 @@ class Preference(Identified):
     rejected_finish_reason: str | None = None
 
 
+class ProposedPrinciple(Identified):
+    """A principle that a model proposed to explain the preference of a pair (`cai principles learn`).
+
+    Attributes:
+        sample_index: The number of this proposal among those for the pair, from 0.
+        comparison: The principle, as a question of a constitution.
+    """
+
+    sample_index: int = Field(ge=0)
+    comparison: str = Field(min_length=1)
+
+    @property
+    def key(self) -> str:
+        return f"{self.id}/{self.sample_index}"
+
+
 class JudgedPair(Identified):
     """A held-out pair scored by a trained preference model, or by the implicit reward of a policy of `cai dpo`.
 

@@ -128,7 +128,7 @@ class LabelAudit:
         self.pairs.add(prompt, {"pairs": 1, "ties": tie, **_label_sums(row), **_length_sums(row), **agreement})
         for principle, p_chosen in by_principle.items():
             if row.human:
-                right = _win_or_half(p_chosen if row.human == "chosen" else 1 - p_chosen)
+                right = win_or_half(p_chosen if row.human == "chosen" else 1 - p_chosen)
                 self.principles[principle].add(prompt, {"human": 1, "right": right})
 
     def _add_rejected(self, rejected: Rejected) -> None:
@@ -139,13 +139,13 @@ class LabelAudit:
 
     def _add_votes(self, prompt: int, row: Preference) -> dict[str, float]:
         """Add the votes on one pair; return the mean probability of `chosen` by principle."""
-        by_principle = _by_principle(row.votes)
+        by_principle = votes_by_principle(row.votes)
         self.votes.add(prompt, dict[Sum, float](order_sums(by_principle.values()).items()))
         for principle, votes in by_principle.items():
-            sums = _vote_sums(votes)
+            sums = winner_sums(votes)
             self.votes.add(prompt, sums)
             self.principles.setdefault(principle, ClusterBootstrap(PRINCIPLE_SUMS)).add(prompt, {"pairs": 1, **sums})
-        return {principle: _p_chosen(votes) for principle, votes in by_principle.items()}
+        return {principle: mean_for_chosen(votes) for principle, votes in by_principle.items()}
 
     def audit(self) -> AuditMetrics:
         """Return the audit of the rows added so far, as the function `audit` does."""
@@ -198,7 +198,7 @@ def _mean(values: Iterable[float]) -> float:
     return math.fsum(numbers) / len(numbers)
 
 
-def _by_principle(votes: Iterable[Vote]) -> dict[str, list[Vote]]:
+def votes_by_principle(votes: Iterable[Vote]) -> dict[str, list[Vote]]:
     groups: dict[str, list[Vote]] = {}
     for vote in votes:
         groups.setdefault(vote.principle_id, []).append(vote)
@@ -217,11 +217,11 @@ def flips(votes: Iterable[Vote]) -> list[bool]:
         >>> flips([vote("ab", 0.9), vote("ba", 0.8)]), flips([vote("ab", 0.9), vote("ba", 0.2)])
         ([True], [False])
     """
-    sums = map(_vote_sums, _by_principle(votes).values())
+    sums = map(winner_sums, votes_by_principle(votes).values())
     return [bool(s["flips"]) for s in sums if "both_orders" in s]
 
 
-def _p_chosen(votes: Sequence[Vote]) -> float:
+def mean_for_chosen(votes: Sequence[Vote]) -> float:
     """Return the mean probability of `chosen`, each order weighted equally: one order may lack some rationales."""
     orders = ([_vote_for_chosen(v) for v in votes if v.order == order] for order in ("ab", "ba"))
     return _mean(_mean(order) for order in orders if order)
@@ -231,11 +231,11 @@ def _vote_for_chosen(vote: Vote) -> float:
     return vote.p_first if vote.order == "ab" else 1 - vote.p_first
 
 
-def _win_or_half(p: float) -> float:
+def win_or_half(p: float) -> float:
     return 0.5 if p == 0.5 else float(p > 0.5)
 
 
-def _vote_sums(votes: Sequence[Vote]) -> dict[Sum, float]:
+def winner_sums(votes: Sequence[Vote]) -> dict[Sum, float]:
     """Return the sums of one principle's votes on one pair; votes of one order (sampled rationales) are averaged."""
     # Replies that are scored alone (contrast), or that no judge compared (unjudged), have no position to prefer.
     decided = [vote.p_first for vote in votes if vote.p_first != 0.5 and vote.method not in ("contrast", "unjudged")]

@@ -126,8 +126,8 @@ def estimate(rows: RowFlow, config: LabelPrefsConfig) -> StepCost:
     return replace(cost, requests=0, tokens=TokenCounts()) if config.votes else cost
 
 
-def run(config: LabelPrefsConfig) -> dict[str, Any]:
-    """Label the pairs of a file, and audit the labels. Returns the summary. Raises CaiError."""
+def label_file(config: LabelPrefsConfig) -> dict[str, Any]:
+    """Label the pairs of a file, and audit the labels. Returns the summary, which is not printed. Raises CaiError."""
     reader = config.row_reader()
     labeller, loaded = open_labeller(
         config, config.model, both_orders=config.both_orders, min_confidence=config.min_confidence
@@ -159,7 +159,12 @@ def run(config: LabelPrefsConfig) -> dict[str, Any]:
         engine=engine,
     ).complete(stream_sink(config.output, audit.add))
     summary = {**summary, "audit": audit.audit() if is_stream(config.output) else audit_file(config.output)}
-    summary["missing_votes"] = missing_votes(summary, labeller.votes_per_pair)
+    return {**summary, "missing_votes": missing_votes(summary, labeller.votes_per_pair)}
+
+
+def run(config: LabelPrefsConfig) -> dict[str, Any]:
+    """Label the pairs of a file, and print the summary and the audit. Returns the summary. Raises CaiError."""
+    summary = label_file(config)
     nothing = _nothing_to_compare(summary, config)
     if nothing:
         summary["error"] = nothing.as_json()

@@ -41,6 +41,7 @@ from cai_cli.data.schema import (
     PolicySample,
     Preference,
     Prompt,
+    ProposedPrinciple,
     Rejected,
     Revision,
     RevisionRound,
@@ -150,6 +151,7 @@ FIELDS: dict[type[Row], dict[str, st.SearchStrategy[Any]]] = {
         "chosen_finish_reason": optional,
         "rejected_finish_reason": optional,
     },
+    ProposedPrinciple: {"id": names, "sample_index": counts, "comparison": names},
     JudgedPair: {
         "id": names,
         "prompt_id": names,
