@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from cai_cli.engines.base import Engine, Usage
+from cai_cli.engines.base import Completion, Engine, GenerationRequest, LogprobRequest, RequestFailure, Sampling, Usage
 
 
 class GroupUsage(Usage):
@@ -60,3 +60,12 @@ class EngineGroup(Engine):
 
     def identity(self) -> dict[str, Any]:
         return {name: engine.identity() for name, engine in self.engines.items()}
+
+    def supports_chat(self) -> bool:
+        raise AssertionError("a request goes to one engine of the group")
+
+    def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[Completion | RequestFailure]:
+        raise AssertionError("a request goes to one engine of the group")
+
+    def option_logprobs(self, requests: Sequence[LogprobRequest]) -> list[list[float] | RequestFailure]:
+        raise AssertionError("a request goes to one engine of the group")

@@ -1,8 +1,8 @@
 """Published sets of prompts by which models are compared, read by their own columns.
 
 Each reader gives the prompt as the set's authors send it, its id where the set has one, and the groups by which the
-authors report: HarmBench (arXiv 2402.04249), StrongREJECT (2402.10260), AdvBench (2307.15043), SORRY-Bench (2406.14598).
-RewardBench (2403.13787) is read as pairs by `shapes`; its groups are its subsets.
+authors report: HarmBench (arXiv 2402.04249), StrongREJECT (2402.10260), AdvBench (2307.15043), SORRY-Bench
+(2406.14598). RewardBench (2403.13787) is read as pairs by `shapes`; its groups are its subsets.
 """
 
 from collections.abc import Callable, Mapping
