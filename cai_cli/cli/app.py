@@ -24,6 +24,7 @@ from cai_cli.cli import (
     chat,
     doctor,
     files,
+    lm_eval,
     models,
     principles,
     publish,
@@ -103,6 +104,7 @@ def build_app() -> typer.Typer:
         panel = None if group else stage.phase.value
         target.command(name, cls=command_class(stage.config), rich_help_panel=panel)(stage_command(stage))
     evaluation.command("agreement", cls=GroupedCommand)(agreement.command)
+    evaluation.command("lm-eval", cls=GroupedCommand)(lm_eval.command)
     app.add_typer(evaluation, name="eval", rich_help_panel=Phase.EVALUATION.value)
     for heading, commands in _OTHERS.items():
         for name, command in commands.items():
