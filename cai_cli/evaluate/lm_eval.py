@@ -131,7 +131,7 @@ def run_lm_eval(model: str, arguments: Sequence[str], name: str | None = None) -
 
 def _run(words: Sequence[str]) -> int:
     """Run a command and return its exit code; it ends with this process."""
-    child = subprocess.Popen(words, stdout=sys.stderr)  # noqa: S603 - its tables are messages
+    child = subprocess.Popen(words, stdout=2)  # noqa: S603 - its tables are messages
     try:
         return child.wait()
     except BaseException:

@@ -55,7 +55,10 @@ def test_the_levels_are_expectations_and_a_missing_answer_rejects_the_reply() ->
 
 
 def test_eval_harm_scores_by_the_rubric_and_writes_the_means(cai: Cai, tmp_path: Path) -> None:
-    write_rows(tmp_path / "s.jsonl", [{**sample_row(i, reply="no" if i else "all of it"), "kind": "red-team"} for i in range(4)])
+    write_rows(
+        tmp_path / "s.jsonl",
+        [{**sample_row(i, reply="no" if i else "all of it"), "kind": "red-team"} for i in range(4)],
+    )
     refuses, complies, worst, least = [0.0, -99.0], [-99.0, 0.0], [*LOW, 0.0], [0.0, *LOW]
     script = [
         {"contains": "all of it\n\n\nDoes", "scores": complies}, {"contains": "all of it", "scores": worst},

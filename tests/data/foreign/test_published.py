@@ -86,14 +86,18 @@ def test_the_pairs_of_rewardbench_are_labelled_by_their_subset() -> None:
     assert [m.content for m in (*row.prompt, *row.chosen, *row.rejected)] == ["Name a fruit, 7.", "A pear.", "A stone."]
     assert dropped.as_json() == {"chosen_model": 1, "rejected_model": 1}
     assert readable_type(pair(7, "hep-python")) is Preference
-    transcript = pair(7, "math-prm", chosen="\n\nHuman: a\n\nAssistant: b")  # text as it is, also where it looks like one
+    transcript = pair(
+        7, "math-prm", chosen="\n\nHuman: a\n\nAssistant: b"
+    )  # text as it is, also where it looks like one
     assert parse_preference(transcript, source="s").chosen[0].content == "\n\nHuman: a\n\nAssistant: b"
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_every_set_is_told_by_its_columns_before_other_formats(name: str, tmp_path: Path) -> None:
     file, text = FILES[name]
-    columns = json.loads(text.splitlines()[0]) if file.endswith("jsonl") else dict.fromkeys(text.split("\n")[0].split(","))
+    columns = (
+        json.loads(text.splitlines()[0]) if file.endswith("jsonl") else dict.fromkeys(text.split("\n")[0].split(","))
+    )
     assert published_set(columns) == name
     assert format_name(columns) == PUBLISHED[name].title
     assert published_set({"prompt": "q"}) is None
