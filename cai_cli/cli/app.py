@@ -24,6 +24,7 @@ from cai_cli.cli import (
     chat,
     doctor,
     files,
+    lm_eval,
     models,
     principles,
     publish,
@@ -103,6 +104,7 @@ def build_app() -> typer.Typer:
         panel = None if group else stage.phase.value
         target.command(name, cls=command_class(stage.config), rich_help_panel=panel)(stage_command(stage))
     evaluation.command("agreement", cls=GroupedCommand)(agreement.command)
+    evaluation.command("lm-eval", cls=GroupedCommand)(lm_eval.command)
     app.add_typer(evaluation, name="eval", rich_help_panel=Phase.EVALUATION.value)
     for heading, commands in _OTHERS.items():
         for name, command in commands.items():
@@ -114,7 +116,7 @@ def build_app() -> typer.Typer:
 
 
 _HELP = "Constitutional AI from the shell: one subcommand per stage, JSONL in, JSONL out."
-_EVAL_HELP = "Evaluate labels and models: agreement, hhh, compare, harm, adherence."
+_EVAL_HELP = "Evaluate labels and models: agreement, hhh, compare, harm, adherence, bench, lm-eval."
 _OTHERS: dict[Heading, dict[str, Callable[..., None] | typer.Typer]] = {
     Heading.PIPELINE: {"run": command_from(run.RunConfig, run.run), "batch": batch.app, "report": report.command},
     Heading.FILES: {

@@ -74,6 +74,7 @@ ADDED_SETTINGS: dict[str, Any] = {
     "pm_dtype": "float32",
     "reference_weights": "float32",
     "keep_adapter": False,
+    "rubric": "scale",
 }
 MANIFEST = {"figures": "metrics"}
 PROVENANCE = {"watcher": "monitor"}

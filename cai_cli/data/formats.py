@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from cai_cli.common.errors import RowError
+from cai_cli.data.benchmark_schema import BenchmarkPair, BenchmarkReply, StrongRejectScore
 from cai_cli.data.dropped import Dropped
 from cai_cli.data.evaluation_schema import (
     AdherenceResult,
@@ -57,6 +58,9 @@ _MARKS: Sequence[tuple[type[Row], frozenset[str]]] = (
     (Critique, frozenset({"critique"})),
     (ContrastSample, frozenset({"sample_index", "contrast"})),
     (HarmScore, frozenset({"harm", "levels"})),
+    (StrongRejectScore, frozenset({"strongreject", "refused"})),
+    (BenchmarkReply, frozenset({"benchmark", "model", "answers"})),
+    (BenchmarkPair, frozenset({"benchmark", "model", "p_chosen"})),
     (PolicySample, frozenset({"score", "monitor_score"})),
     (PolicySample, frozenset({"score", "watch_score"})),  # of version 0.1.0
     (Scored, frozenset({"score"})),

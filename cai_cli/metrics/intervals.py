@@ -367,3 +367,26 @@ def paired_difference(
         0.25
     """
     return mean_estimate([x - y for x, y in zip(a, b, strict=True)], limits, clusters)
+
+
+def weighted_mean(parts: Sequence[tuple[float, Estimate]]) -> Estimate | None:
+    """Return the weighted mean of independent estimates with its interval, such as a score over strata.
+
+    The distances from the mean to its ends are those of the parts, each times its weight, added in squares (MOVER; Zou
+    and Donner 2008). Unlike a normal interval it keeps the width of a part whose observations all agree.
+
+    Args:
+        parts: Weight and estimate of each part; the weights need not sum to 1.
+
+    Examples:
+        >>> percent(weighted_mean([(1, wilson(8, 10)), (3, wilson(9, 10))]))
+        '87.5% (63.4% to 94.6%)'
+    """
+    total = math.fsum(weight for weight, _ in parts)
+    if total == 0:
+        return None
+    shares = [(weight / total, estimate) for weight, estimate in parts]
+    value = math.fsum(w * e["value"] for w, e in shares)
+    low = value - math.sqrt(math.fsum((w * (e["value"] - e["low"])) ** 2 for w, e in shares))
+    high = value + math.sqrt(math.fsum((w * (e["high"] - e["value"])) ** 2 for w, e in shares))
+    return {"value": value, "low": low, "high": high, "n": sum(e["n"] for _, e in shares)}

@@ -68,12 +68,14 @@ class Step:
 
     def command_line(self, output: Path) -> list[str]:
         """The command line after `cai`, with another output."""
-        source = self.settings["input"]
-        words = [*self.command.split(), *(map(str, source) if isinstance(source, list) else [str(source)])]
-        words += ["-o", str(output)]
         fields, options = self.stage.config.option_names(), self.stage.config.options()
+        arguments = [name for name, field in fields.items() if options[field][1].argument and name in self.settings]
+        words = self.command.split()
+        for value in (self.settings[name] for name in arguments):
+            words += map(str, value) if isinstance(value, list) else [str(value)]
+        words += ["-o", str(output)]
         for name, value in self.settings.items():
-            if name == "input" or value is None:
+            if name in arguments or value is None:
                 continue
             if isinstance(value, bool):
                 _, declared = options[fields[name]]

@@ -24,6 +24,7 @@ from cai_cli.runtime.output_files import sidecar
 R = TypeVar("R", bound=Row)
 T = TypeVar("T", bound="Result")
 TRAINING = ("sft", "train-pm", "rl", "dpo")
+DRAWN_APART = (".bench.json", ".lm-eval.json")  # by `report.benchmarks`
 FINAL, DRAFT = ".manifest.json", ".partial.manifest.json"
 Status = Literal["done", "unfinished", "missing", "planned"]
 
@@ -280,7 +281,7 @@ def read_run(folder: Path) -> RunFiles:
     }
     compared = {n: p for n, p in other.items() if n.endswith(".compare.json")}
     swept = {n: p for n, p in other.items() if n.endswith(".sweep.json")}
-    rest = {n: p for n, p in other.items() if n not in compared and n not in swept}
+    rest = {n: p for n, p in other.items() if n not in compared and n not in swept and not n.endswith(DRAWN_APART)}
     return RunFiles(
         folder,
         steps,

@@ -19,7 +19,7 @@ from markupsafe import Markup
 from cai_cli import __version__
 from cai_cli.common.console import safe
 from cai_cli.data.schema import Preference
-from cai_cli.report import adherence, by_round, charts, curves, examples, labels, summary
+from cai_cli.report import adherence, benchmarks, by_round, charts, curves, examples, labels, summary
 from cai_cli.report.charts import Chart
 from cai_cli.report.collect import TRAINING, RunFiles, StepFiles, is_estimate
 
@@ -90,6 +90,7 @@ def _sections(run: RunFiles) -> dict[str, Any]:
             run, {step.name: charts.label_audit.audit() for step, charts in labelled if charts.label_audit.rows}
         ),
         "adherence": adherence.matrices(run, examples.Budget(ADHERENCE_BYTES)),
+        "published": benchmarks.published(run),
         "matrices": by_round.matrices(run.comparisons),
         "evaluations": {name: summary.metric_rows(metrics) for name, metrics in run.evaluations.items()},
         "forests": _forests(run),

@@ -10,6 +10,7 @@ from typing import Any
 from cai_cli.common.errors import RowError, UnusableRow
 from cai_cli.data.dropped import Dropped
 from cai_cli.data.foreign import batches
+from cai_cli.data.foreign.published import PUBLISHED, PublishedSet
 from cai_cli.data.foreign.turns import is_conversation, is_transcript, read_turns, with_system
 from cai_cli.data.schema import Message, json_type
 from cai_cli.data.transcripts import joined_turns, parse_transcript
@@ -236,7 +237,30 @@ def _batch_result(row: Row, dropped: Dropped) -> tuple[Found, frozenset[str]]:
     )
 
 
+def _published(name: str, known: PublishedSet) -> Read:
+    """A prompt of a published set, whose source is the set with the prompt's last category."""
+    read_prompt = known.read
+    if read_prompt is None:
+        return _reward_bench
+
+    def read(row: Row, dropped: Dropped) -> tuple[Found, frozenset[str]]:
+        found = read_prompt(row)
+        fields = {"id": found.id, "kind": "red-team", "source": "/".join((name, *found.groups[-1:]))}
+        return Conversation([Message(role="user", content=found.text)], fields, has_reply=False), known.columns
+
+    return read
+
+
 # --- pairs --------------------------------------------------------------------------------------------------------
+
+
+def _reward_bench(row: Row, dropped: Dropped) -> tuple[Found, frozenset[str]]:
+    """A pair of RewardBench. Its prompt is text as it is, and its source names the subset."""
+    prompt, chosen, rejected = (_text(row, name) for name in ("prompt", "chosen", "rejected"))
+    turns = [[Message(role="user", content=prompt), Message(role="assistant", content=r)] for r in (chosen, rejected)]
+    fields = _fields(row) | {"source": f"rewardbench/{_text(row, 'subset')}"}
+    return ReplyPair(turns[0], turns[1], fields, row), PUBLISHED["rewardbench"].columns
+
 
 PROMPTS = ("prompt", "question", "instruction", "conversations", "messages")
 
@@ -310,6 +334,7 @@ def _up_to_reply(turns: Sequence[Message]) -> list[Message]:
 SHAPES: Sequence[Shape] = tuple(
     Shape(name, frozenset(marks), read)
     for name, marks, read in (
+        *((known.title, known.marks, _published(name, known)) for name, known in PUBLISHED.items()),
         ("pair", ("chosen", "rejected"), _pair),
         ("OpenAI batch result", ("custom_id", "response"), _batch_result),
         ("Anthropic batch result", ("custom_id", "result"), _batch_result),
