@@ -1,8 +1,8 @@
 """Writes rows as a log of Inspect (`cai export FILE -o DIR --for inspect`), which `inspect view` shows.
 
-The log is in the .eval format: a zip archive with one JSON file a sample, their summaries, and a header. The samples are
-written one by one, so a large file needs little memory, and inspect-ai need not be installed. The tests read the logs
-with inspect-ai 0.3.285.
+The log is in the .eval format: a zip archive with one JSON file a sample, their summaries, and a header. The samples
+are written one by one, so a large file needs little memory, and inspect-ai need not be installed. The tests read the
+logs with inspect-ai 0.3.285.
 """
 
 import math
@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from zipfile import ZIP_DEFLATED, ZipFile
 
 import orjson
@@ -38,18 +39,17 @@ MADE_REPLIES = frozenset({"sample", "critique-revise", "critique", "revise", "rl
 # --- one sample -----------------------------------------------------------------------------------------------------
 
 
-def logged(row: Row, model: str) -> Json:
+def logged(row: Sample | Preference | ModelComparison, model: str) -> Json:
     """Return an `EvalSample` of inspect-ai, without its epoch.
 
     Args:
-        row: A Sample or a row derived from it, a Preference, or a ModelComparison.
+        row: The row.
         model: The name of the model that wrote the replies.
     """
     if isinstance(row, Preference):
         return _preference(row, model)
     if isinstance(row, ModelComparison):
         return _comparison(row)
-    assert isinstance(row, Sample)
     return _sample(row, model)
 
 
@@ -218,7 +218,7 @@ def export_inspect(source: str, work: Path) -> Json:
     with closing(rejected), ZipFile(work / "data" / name, "w", ZIP_DEFLATED) as archive:
         log = LogFile(archive)
         for row in usable_rows(source, parse, stats, rejected, problem=lambda _: None):
-            log.add(logged(row, model))
+            log.add(logged(cast(Any, row), model))
         spec = _spec(source, manifest, task, created, file.sha256)
         spec |= {"model": model, "scorers": [{"name": scorer} for scorer in log.scored]}
         spec["dataset"]["samples"] = len(log.epochs)
@@ -313,7 +313,7 @@ def _lineage(source: str, manifest: Json) -> Iterator[Json]:
 def _named(manifest: Mapping[str, Any]) -> str | None:
     """Return the model that a command line names, without the directories of an absolute path; else its engine."""
     words = [part for word in manifest.get("run", {}).get("argv", []) for part in word.split("=", 1)]
-    for flag, value in zip(words, words[1:], strict=False):
+    for flag, value in pairwise(words):
         if flag in ("--model", "-m", "--judge", "--pm"):
             return Path(value).name if Path(value).is_absolute() else value
     model = manifest.get("provenance", {}).get("model") or {}
