@@ -45,7 +45,7 @@ def print_summary(summary: Mapping[str, Any], *, as_json: bool, stdout_is_data: 
 
 
 def refuse_all_rejected(summary: Mapping[str, Any]) -> None:
-    """Fail a run that rejected or skipped rows and kept none; called after everything is printed.
+    """Fail a run that rejected rows and kept none; called after everything is printed.
 
     Raises:
         CaiError: `all-rejected`.
@@ -56,16 +56,8 @@ def refuse_all_rejected(summary: Mapping[str, Any]) -> None:
 
 
 def _all_rejected(summary: Mapping[str, Any]) -> CaiError | None:
-    if summary.get("out", summary.get("used")):
+    if not summary["rejected"] or summary.get("out", summary.get("used")):
         return None
-    if not summary["rejected"]:
-        if not summary["skipped"]:
-            return None
-        return CaiError(
-            f"{summary['stage']}: all {summary['skipped']:,} rows were skipped and the output is empty",
-            hint="the summary counts the reasons",
-            code="all-rejected",
-        )
     output = str(summary["output"])
     where = f"`cai show {output}.rejected.jsonl --limit 1` prints a row with its whole reason"
     if is_stream(output):
