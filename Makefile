@@ -32,7 +32,7 @@ faults: setup
 soak: setup
 	CAI_SOAK_SECONDS=1800 $(BIN)/pytest -m '' tests/faults/test_soak.py
 
-# The model server that `pytest -m server` uses; it is compiled once, which takes some minutes.
+# The model server and inspect-ai, which `pytest -m server` uses; the server is compiled once, which takes some minutes.
 server-env: .server-venv/.installed
 
 .server-venv/.installed: tests/server_env.py tests/server_requirements.txt | $(STAMP)

@@ -1,5 +1,6 @@
 """Build .server-venv for tests/integration/test_llama_server.py: llama-cpp-python in a separate environment (its
-compilation takes some minutes, once) and the GGUF file of the embedded model.
+compilation takes some minutes, once) and the GGUF file of the embedded model. It holds inspect-ai too, which needs an
+older fsspec than constraints.txt has, for tests/integration/test_inspect.py.
 
     python tests/server_env.py    # or: make server-env
 """

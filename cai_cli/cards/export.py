@@ -32,8 +32,8 @@ from cai_cli.runtime.manifest import hash_input, read_manifest
 from cai_cli.runtime.output_files import one_writer, sidecar
 
 
-def row_parser(source: str) -> tuple[type[Row], Callable[[object], Row]]:
-    """Return the type of a file's rows, judged by its first row, and the parser of that type.
+def first_type(source: str) -> type[Row]:
+    """Return the type of a file's rows, judged by its first row.
 
     Raises:
         CaiError: The file has no rows, or holds rejected rows.
@@ -44,6 +44,12 @@ def row_parser(source: str) -> tuple[type[Row], Callable[[object], Row]]:
     if row_type is Rejected:
         hint = "export the output file that they belong to"
         raise CaiError(f"{source} holds rejected rows, which are not data", hint, code="wrong-row-type")
+    return row_type
+
+
+def row_parser(source: str) -> tuple[type[Row], Callable[[object], Row]]:
+    """Return the type of a file's rows, and the parser of that type. Raises as `first_type`."""
+    row_type = first_type(source)
     if row_type is Preference:
         return Preference, lambda value: parse_preference(value, source=origin(source))
     if row_type in (Critique, Revision):
@@ -98,9 +104,20 @@ def training_problem(row: Row) -> str | None:
 
 
 def usable_rows(
-    source: str, parse: Callable[[object], Row], stats: DatasetStats, rejected: AppendFile
+    source: str,
+    parse: Callable[[object], Row],
+    stats: DatasetStats,
+    rejected: AppendFile,
+    problem: Callable[[Row], str | None] = training_problem,
 ) -> Iterator[Row]:
-    """Yield the rows of `source` that a trainer can use; the others go to `rejected`. Both are counted in `stats`.
+    """Yield the rows of `source` that can be used; the others go to `rejected`. Both are counted in `stats`.
+
+    Args:
+        source: The file.
+        parse: Parses a row.
+        stats: Counts the rows.
+        rejected: The file of the rows that cannot be used.
+        problem: Why a row cannot be used, or None; by default whether a trainer can use it.
 
     Raises:
         CaiError: The file cannot be read, a row is not valid, or every row was rejected.
@@ -112,9 +129,9 @@ def usable_rows(
         rejected.append([Rejected(key=f"line {error.line}", reason=error.reason, row=raw.decode(errors="replace"))])
 
     for _, row in read_rows(source, parse, left_out):
-        if problem := training_problem(row):
-            stats.rejected[problem] += 1
-            rejected.append([reject(row.key, problem, row)])
+        if reason := problem(row):
+            stats.rejected[reason] += 1
+            rejected.append([reject(row.key, reason, row)])
         else:
             stats.add(row)
             yield row
@@ -214,6 +231,7 @@ def export_file(input: str, output: Path, *, overwrite: bool, write: Writer = ex
 
 
 def is_dataset(directory: Path) -> bool:
-    """Return whether a directory looks like an exported dataset."""
-    files = (file for ending in ("parquet", "jsonl", "json") for file in directory.glob(f"data/*.{ending}"))
+    """Return whether a directory looks like something that `export` wrote."""
+    kinds = ("data/*.parquet", "data/*.jsonl", "data/*.json", "data/*.eval", "dimensions/*.md")
+    files = (file for kind in kinds for file in directory.glob(kind))
     return (directory / "README.md").is_file() and any(files)

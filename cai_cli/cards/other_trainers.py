@@ -16,7 +16,6 @@ from typing import Any
 import orjson
 
 from cai_cli.cards import verl_reward
-from cai_cli.cards.annotated_pairs import export_annotated_pairs
 from cai_cli.cards.dataset_card import DatasetStats
 from cai_cli.cards.export import REJECTED, row_parser, usable_rows
 from cai_cli.data.jsonl import AppendFile, display_name
@@ -32,7 +31,6 @@ class Trainer(StrEnum):
 
     OPENRLHF = "openrlhf"
     VERL = "verl"
-    FEEDBACK_FORENSICS = "feedback-forensics"
 
 
 def openrlhf_prompt(row: Prompt, _index: int) -> dict[str, Any]:
@@ -79,8 +77,6 @@ def export_for(source: str, work: Path, trainer: Trainer) -> dict[str, Any]:
     Raises:
         CaiError: As `export`.
     """
-    if trainer is Trainer.FEEDBACK_FORENSICS:
-        return export_annotated_pairs(source, work)
     file = hash_input(source)
     row_type, parse = row_parser(source)
     (work / "data").mkdir(parents=True)

@@ -47,18 +47,12 @@ def merged_model(base: Path, adapter: Path) -> Path:
     _check_base(base, adapter)  # also where the merged model is in the cache
     content = sha256(f"{fingerprint(base)}\n{files_digest(adapter, ADAPTER_FILES)}\n".encode()).hexdigest()
     final = cache_dir() / "merged" / content[:32]
-    try:
+    with _writing(final.parent, hint="set CAI_CACHE to a directory with space"):
         final.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(final.with_name(f"{final.name}.lock")):
             if not final.is_dir():
                 console.say(f"merging {adapter} into {base}: kept in {final}")
                 _merge(base, adapter, final)
-    except OSError as error:
-        raise CaiError(
-            f"{final.parent}: cannot be written: {error}",
-            hint="set CAI_CACHE to a directory with space",
-            code="cannot-write",
-        ) from error
     return final
 
 
@@ -90,11 +84,11 @@ def _merge(base: Path, adapter: Path, output: Path) -> None:
 
 
 @contextmanager
-def _writing(output: Path) -> Iterator[None]:
+def _writing(output: Path, hint: str | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise CaiError(f"{output}: cannot be written: {error.strerror or error}", code="cannot-write") from error
+        raise CaiError(f"{output}: cannot be written: {error.strerror or error}", hint, code="cannot-write") from error
 
 
 def _write_merged(base: Path, adapter: Path, work: Path) -> None:

@@ -35,7 +35,7 @@ from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
 from cai_cli.runtime.manifest import provenance
 from cai_cli.runtime.stage import Phase, Stage
 from cai_cli.training import distributed, sharding
-from cai_cli.training.checkpoints import save_finished, save_model
+from cai_cli.training.checkpoints import save_finished, save_start_model
 from cai_cli.training.config import TrainingConfig
 from cai_cli.training.loop import fit, without_printer
 from cai_cli.training.memory_check import check_memory
@@ -137,12 +137,10 @@ def _policy_checks(
 
 def _save(trainer: Any, inputs: DpoInputs, directory: Path, *, start: bool, keep_adapter: bool) -> None:
     """Write the policy, or the start model where no step was better."""
-    from cai_cli.models.loading import load_causal_lm
-
-    if not start:
+    if start:
+        save_start_model(inputs.base, inputs.data.tokenizer, directory, keep_adapter=keep_adapter)
+    else:
         save_finished(trainer, inputs.data.tokenizer, directory, keep_adapter=keep_adapter)
-    elif distributed.is_rank_zero():
-        save_model(load_causal_lm(inputs.base), inputs.data.tokenizer, directory)
 
 
 def manifest_metrics(metrics: Metrics, judged: Sequence[JudgedPair], kept: int) -> dict[str, Any]:

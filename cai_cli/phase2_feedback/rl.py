@@ -68,7 +68,7 @@ from cai_cli.runtime.shared_options import named_values
 from cai_cli.runtime.stage import Phase, Stage
 from cai_cli.training import distributed, sharding
 from cai_cli.training.activations import shape_of_dir
-from cai_cli.training.checkpoints import save_finished, save_model
+from cai_cli.training.checkpoints import save_finished, save_start_model
 from cai_cli.training.config import TrainingConfig
 from cai_cli.training.cpu_logprobs import use_unfused_head
 from cai_cli.training.loop import fit, without_printer
@@ -159,8 +159,8 @@ def rl(inputs: RlInputs, config: RlConfig, training: TrainingConfig, work: Path)
     kept = checks.kept if checks.kept is not None else int(trainer.state.global_step)
     if kept:
         save_finished(trainer, tokenizer, work / "model", keep_adapter=training.keep_adapter)
-    elif distributed.is_rank_zero():
-        save_model(load_causal_lm(base), tokenizer, work / "model")
+    else:
+        save_start_model(base, tokenizer, work / "model", keep_adapter=training.keep_adapter)
     if distributed.is_rank_zero():
         for file in (work / "samples.jsonl", judge_file(work)):
             if file.exists():

@@ -37,13 +37,21 @@ def resolve_prompt_format(prompt_format: str, engine: Engine) -> PromptFormat:
     """The format for `--prompt-format`; "auto" is chat if the model has a chat template, else raw.
 
     Raises:
-        UsageError: `prompt_format` is not "auto", "chat" or "raw".
+        UsageError: `prompt_format` is not "auto", "chat" or "raw"; or prompts are raw and there are options of the chat
+            template (`option-conflict`).
     """
-    if prompt_format == "auto":
-        return "chat" if engine.supports_chat() else "raw"
-    if prompt_format not in get_args(PromptFormat):
+    if prompt_format not in ("auto", *get_args(PromptFormat)):
         raise UsageError(f"--prompt-format must be auto, chat or raw, not {prompt_format!r}", code="invalid-option")
-    return "chat" if prompt_format == "chat" else "raw"
+    if prompt_format == "chat" or (prompt_format == "auto" and engine.supports_chat()):
+        return "chat"
+    chat = getattr(engine, "chat", None)  # scripted engines have none
+    if chat and (chat.template or chat.recorded()):
+        raise UsageError(
+            "--thinking, --template-arg and --chat-template have no effect on raw prompts",
+            hint="leave them out, or use --prompt-format chat",
+            code="option-conflict",
+        )
+    return "raw"
 
 
 def user(content: str) -> Message:

@@ -9,7 +9,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from cai_cli.engines.openai_parameters import Parameters
 from cai_cli.runtime.config import StageConfig
 from cai_cli.runtime.cost import CHARACTERS_PER_TOKEN
 from cai_cli.runtime.manifest import write_json
-from cai_cli.runtime.output_files import is_stream, sidecar
+from cai_cli.runtime.output_files import is_stream, one_writer, sidecar
 from cai_cli.runtime.stage import Stage
 
 SETTINGS = "batch.json"
@@ -95,11 +95,8 @@ def submit(stage: Stage, config: StageConfig, provider: Provider, folder: Path |
     options = config.model_dump(mode="json") | {"overwrite": False}
     recorded = {"stage": stage.name, "for": provider.value, "directory": str(Path.cwd()), "options": options}
     write_json(folder / SETTINGS, recorded)
-    store = Store(folder / STORE)
-    try:
+    with _open_store(folder) as store:
         _run(Batch(stage, config, provider, folder), store)
-    finally:
-        store.close()
 
 
 def collect(folder: Path, files: Sequence[str], stages: Mapping[str, Stage], *, again: bool) -> None:
@@ -124,15 +121,19 @@ def collect(folder: Path, files: Sequence[str], stages: Mapping[str, Stage], *, 
     config = stage.config.build(recorded["options"], f"{folder / SETTINGS}: ")
     console.set_quiet(bool(recorded["options"]["quiet"]))
     found = Batch(stage, config, Provider(recorded["for"]), folder)
-    store = Store(folder / STORE)
-    try:
+    with _open_store(folder) as store:
         for name, path in named.items():
             _read_results(name, path, store, found.provider)
         if again:
             store.write_again()
         _run(found, store)
-    finally:
-        store.close()
+
+
+@contextmanager
+def _open_store(folder: Path) -> Iterator[Store]:
+    """The requests and answers of a batch, which one process at a time works on. Raises CaiError `output-locked`."""
+    with one_writer(folder / STORE, f"the batch in {folder}"), closing(Store(folder / STORE)) as store:
+        yield store
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:

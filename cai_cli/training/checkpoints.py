@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from cai_cli.common import console
 from cai_cli.common.errors import CaiError
 from cai_cli.common.files import write_atomically
 from cai_cli.data.jsonl import sync_directory
@@ -63,6 +64,19 @@ def save_finished(
             save_model(model, tokenizer, directory)
         else:
             save_model(model, tokenizer, directory, weights)
+
+
+def save_start_model(
+    base: Path, tokenizer: "PreTrainedTokenizerBase", directory: Path, *, keep_adapter: bool = False
+) -> None:
+    """Write the start model as the finished one, where no step was better. It has no adapter to keep. Called on every
+    rank."""
+    from cai_cli.models.loading import load_causal_lm
+
+    if distributed.is_rank_zero():
+        if keep_adapter:
+            console.warn(f"--keep-adapter: no {ADAPTER}/ is written, because the start model is kept")
+        save_model(load_causal_lm(base), tokenizer, directory)
 
 
 def save_given_template(base: Any, tokenizer: "PreTrainedTokenizerBase", directory: Path) -> None:

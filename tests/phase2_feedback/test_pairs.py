@@ -109,3 +109,9 @@ def test_replies_that_do_not_belong_together_are_refused(tmp_path: Path, second:
     with pytest.raises(InvalidRow) as error:
         list(pair_items(PairsConfig(input=files, output="o")))
     assert (error.value.code, error.value.line) == ("invalid-row", 1)
+
+
+def test_a_run_that_skips_every_row_is_done_and_says_so_as_in_other_stages(cai: Cai, tmp_path: Path) -> None:
+    done = paired(cai, tmp_path, [reply("Same.")], [reply("Same.")])
+    assert (done.code, "all 1 rows were skipped" in done.stderr) == (0, True)
+    assert manifest_of(tmp_path / "prefs.jsonl")["counts"]["skipped"] == 1

@@ -1,8 +1,12 @@
 """Prompt formats, transcripts and stop strings."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from cai_cli.common.errors import UsageError
+from cai_cli.engines.base import ChatOptions
 from cai_cli.engines.scripted import ScriptedEngine
 from cai_cli.prompting.base import (
     RAW_STOPS,
@@ -41,3 +45,15 @@ def test_the_auto_format_depends_on_the_engine_and_an_unknown_format_is_a_usage_
     with pytest.raises(UsageError) as error:
         resolve_prompt_format("html", engine)
     assert error.value.code == "invalid-option"
+
+
+def test_options_of_the_chat_template_are_refused_where_prompts_are_raw() -> None:
+    for options in (ChatOptions(thinking="on"), ChatOptions(template_args={"a": 1}), ChatOptions(template="f.jinja")):
+        for choice in ("raw", "auto"):
+            engine: Any = SimpleNamespace(chat=options, supports_chat=lambda: False)
+            with pytest.raises(UsageError) as caught:
+                resolve_prompt_format(choice, engine)
+            assert caught.value.code == "option-conflict"
+        assert resolve_prompt_format("chat", engine) == "chat"
+    plain: Any = SimpleNamespace(chat=ChatOptions(), supports_chat=lambda: False)
+    assert resolve_prompt_format("auto", plain) == "raw"

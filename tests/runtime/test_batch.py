@@ -24,6 +24,8 @@ from loopback import Behaviour, Loopback, good
 
 from cai_cli.cli import app
 from cai_cli.engines.batch.store import Store
+from cai_cli.runtime.batch import STORE
+from cai_cli.runtime.output_files import one_writer
 
 PROMPTS = "Name a fruit.\nSay something forbidden.\nThis prompt is too long.\nName a bird.\n"
 PAIRS = [
@@ -411,3 +413,12 @@ def test_ids_of_requests_are_those_that_every_provider_takes(cai: Cai, inputs: P
     ids = [row["custom_id"] for row in submitted(cai, "-n", "3")]
     assert len(set(ids)) == len(ids) == 12
     assert all(len(name) <= 64 and name.isalnum() for name in ids)
+
+
+def test_a_second_process_on_the_same_batch_is_refused_and_named(cai: Cai, inputs: Path) -> None:
+    rows = answered(submitted(cai))
+    with one_writer(inputs / "batch.jsonl.batch" / STORE):
+        done = collect(cai, *rows)
+    assert (done.code, done.error) == (1, "output-locked"), done.stderr
+    assert "bug" not in done.stderr
+    assert collect(cai, *rows).code == 0

@@ -72,3 +72,15 @@ def test_a_generation_config_that_transformers_would_not_save_is_mended(tmp_path
     stage("sft")(rows, tmp_path / "out", model=str(model), max_steps=1, eval_share=0.0)
     saved = json.loads((tmp_path / "out/generation_config.json").read_text())
     assert (saved["do_sample"], saved["temperature"]) == (True, 0.6)
+
+
+def test_a_start_model_that_is_kept_says_that_there_is_no_adapter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from cai_cli.models.loading import load_tokenizer
+
+    base = tiny_model_dir(tmp_path / "tiny")
+    for keep in (False, True):
+        checkpoints.save_start_model(base, load_tokenizer(base), tmp_path / f"model{keep}", keep_adapter=keep)
+        assert ("--keep-adapter" in capsys.readouterr().err) is keep
+        assert not (tmp_path / f"model{keep}/adapter").exists()
