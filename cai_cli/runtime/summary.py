@@ -39,15 +39,8 @@ def print_summary(summary: Mapping[str, Any], *, as_json: bool, stdout_is_data: 
         print(orjson.dumps(whole).decode(), file=sys.stderr if stdout_is_data else sys.stdout)
         return
     target = "" if stdout_is_data or not summary["output"] else f" -> {summary['output']}"
-    parts = [
-        counted(summary),
-        *_by_input(summary),
-        *_dropped(summary),
-        *_ends(summary),
-        *_usage(summary),
-        *_training(summary),
-    ]
-    details = "; ".join(parts)
+    parts = (_by_input, _dropped, _ends, _usage, _training)
+    details = "; ".join([counted(summary), *(text for part in parts for text in part(summary))])
     console.say(f"{summary['stage']}: {details} in {summary['seconds']:,.1f} s{target}")
 
 
