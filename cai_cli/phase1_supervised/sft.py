@@ -4,11 +4,12 @@ As in the paper, every revision of every round is an example (`--revisions all`)
 mixed in (`--helpful`), and training is one epoch. Revisions and replies of several files train one model (`--also`,
 `--also-helpful`), as those of a small model and of a larger one. Departures: the loss covers the reply only, and of a
 reply that was cut off at the length limit not its end of turn (`--cut-off`), which the model did not write; the paper
-starts from a pretrained model, this stage from `--model`; the paper's learning rate, half that of pretraining, does not carry over to
-other models, so it is an option; `--drop-system` trains on the replies of a teacher with a system prompt as if it had
-none (context distillation, Askell et al. 2021, arXiv 2112.00861); the learning rate falls linearly to zero, where the
-paper's is constant, because runs here have few steps, of fewer rows than the paper's 1,024; the helpful share is a
-ratio (the paper has 2 replies to each of 135k helpful prompts for 4 revisions of each of 183k red-team prompts).
+starts from a pretrained model, this stage from `--model`; the paper's learning rate, half that of pretraining, does not
+carry over to other models, so it is an option; `--drop-system` trains on the replies of a teacher with a system prompt
+as if it had none (context distillation, Askell et al. 2021, arXiv 2112.00861); the learning rate falls linearly to
+zero, where the paper's is constant, because runs here have few steps, of fewer rows than the paper's 1,024; the helpful
+share is a ratio (the paper has 2 replies to each of 135k helpful prompts for 4 revisions of each of 183k red-team
+prompts).
 """
 
 from collections.abc import Sequence
