@@ -3,7 +3,7 @@
 `cai run` computes it where the run file has an `outcome`, and records it in `run.json`. Every figure is an estimate
 with its 95% interval over prompts. A prompt that the run trained on is left out of all of them and counted.
 
-A reply is a refusal where it declines to engage by its wording (`metrics.refusals`), in full or in part.
+A refusal is a full or partial one by its wording (`metrics.refusals`).
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -13,7 +13,7 @@ from cai_cli.data.evaluation_schema import ModelComparison
 from cai_cli.data.reply_ends import CUT_OFF
 from cai_cli.data.schema import Kind, Sample, conversation_id
 from cai_cli.metrics.intervals import SHARE, Estimate, mean_estimate, paired_difference
-from cai_cli.metrics.reply_habits import evasive_opening
+from cai_cli.metrics.refusals import classify
 
 Replies = Mapping[str, Sample]  # key of the reply -> its row
 REFUSALS: Mapping[str, Kind] = {"refusals_red_team": "red-team", "refusals_helpful": "helpful"}
@@ -41,8 +41,8 @@ def win_rate(rows: Iterable[ModelComparison], start: str, final: str, seen: Coll
 
 
 def is_refusal(row: Sample) -> bool:
-    """Whether a reply declines to engage."""
-    return evasive_opening(row.reply)
+    """Whether a reply is a full or partial refusal."""
+    return classify(row.reply) != "compliance"
 
 
 def refusals(before: Replies, after: Replies, kind: Kind) -> dict[str, Estimate | None]:
