@@ -137,6 +137,16 @@ def _refusal_clause(outcome: Mapping[str, Any], name: str, kind: str) -> list[st
     return [f"no change in refusals of {kind} prompts is shown"]
 
 
+def points(change: Mapping[str, float]) -> str:
+    """The interval of a change of a share in percentage points.
+
+    >>> points({"value": 0.4, "low": -0.001, "high": 0.85})
+    '0 to +85 points'
+    """
+    low, high = (round(100 * change[end]) for end in ("low", "high"))
+    return f"{low and f'{low:+d}'} to {high and f'{high:+d}'} points"
+
+
 def lines(outcome: Mapping[str, Any]) -> list[str]:
     """The figures of an outcome with their intervals, one line each."""
     found = []
@@ -153,10 +163,10 @@ def lines(outcome: Mapping[str, Any]) -> list[str]:
             if e
         ]
         if change := parts.get("change"):
-            moved = f"{100 * change['low']:+.0f} to {100 * change['high']:+.0f} points"
+            moved = points(change)
             found.append(
                 f"refusals of {kind} prompts: {' -> '.join(shares)}, a change of {moved} on {change['n']:,} replies"
             )
     if seen := outcome.get("seen_in_training"):
-        found.append(f"{seen:,} prompts were trained on and are left out")
+        found.append(f"prompts that were trained on and are left out: {seen:,}")
     return found

@@ -19,6 +19,7 @@ from markupsafe import Markup
 from cai_cli import __version__
 from cai_cli.common.console import safe
 from cai_cli.data.schema import Preference
+from cai_cli.evaluate.outcome import points
 from cai_cli.report import by_round, charts, curves, examples, first_screen, labels, summary
 from cai_cli.report.charts import Chart
 from cai_cli.report.collect import TRAINING, RunFiles, StepFiles, is_estimate
@@ -233,16 +234,6 @@ def duration(seconds: float) -> str:
         ('42 s', '2.5 min')
     """
     return f"{seconds:.0f} s" if seconds < 59.5 else f"{seconds / 60:,.1f} min"
-
-
-def points(change: Any) -> str:
-    """Return the interval of a change of a share in percentage points.
-
-    Examples:
-        >>> points({"value": 0.4, "low": -0.05, "high": 0.85})
-        '-5 to +85 points'
-    """
-    return f"{100 * change['low']:+.0f} to {100 * change['high']:+.0f} points"
 
 
 def interval(estimate: Any) -> str:

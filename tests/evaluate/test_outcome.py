@@ -72,5 +72,5 @@ def test_every_figure_is_printed_with_its_interval() -> None:
     assert lines(outcome(0.6, 0.8, (0.3, 0.6)) | {"seen_in_training": 2}) == [
         "rl-cai wins 70% (60% to 80%) of 56 against start",
         "refusals of red-team prompts: 4% (0% to 8%) -> 50% (40% to 60%), a change of +30 to +60 points on 56 replies",
-        "2 prompts were trained on and are left out",
+        "prompts that were trained on and are left out: 2",
     ]

@@ -44,7 +44,7 @@ def test_the_first_screen_shows_the_outcome_with_its_intervals(tmp_path: Path) -
         "Decided by some/judge. A tie counts half. Replies have 22.5 words on average; those of start have 35.2" in text
     )
     assert "Red-team prompts +34 to +61 points start 2% 0% to 9%, n = 56 rl-cai 50% 37% to 63%, n = 56" in text
-    assert "1 prompts were trained on and are left out" in text
+    assert "Prompts that were trained on and are left out of these figures: 1." in text
 
 
 def test_three_prompts_are_shown_by_the_rule_that_the_page_states(tmp_path: Path) -> None:
