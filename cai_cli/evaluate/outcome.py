@@ -105,10 +105,7 @@ def headline(outcome: Mapping[str, Any]) -> str:
     Args:
         outcome: As `run.json` records it.
     """
-    clauses = [
-        *_win_clause(outcome),
-        *(c for name, kind in REFUSALS.items() for c in _refusal_clause(outcome, name, kind)),
-    ]
+    clauses = [*_win_clause(outcome), *_refusal_clauses(outcome)]
     if not clauses:
         return "The outcome has no figures."
     joined = clauses[0] if len(clauses) == 1 else f"{', '.join(clauses[:-1])}, and {clauses[-1]}"
@@ -127,14 +124,18 @@ def _win_clause(outcome: Mapping[str, Any]) -> list[str]:
     return [f"no difference in quality between {final} and {start} is shown"]
 
 
-def _refusal_clause(outcome: Mapping[str, Any], name: str, kind: str) -> list[str]:
-    found = outcome.get(name) or {}
-    before, after, change = (found.get(part) for part in ("before", "after", "change"))
-    if not (before and after and change):
-        return []
-    if change["low"] > 0 or change["high"] < 0:
-        return [f"{after['value']:.0%} of {kind} prompts are refused instead of {before['value']:.0%}"]
-    return [f"no change in refusals of {kind} prompts is shown"]
+def _refusal_clauses(outcome: Mapping[str, Any]) -> list[str]:
+    changed, unchanged = [], []
+    for name, kind in REFUSALS.items():
+        found = outcome.get(name) or {}
+        before, after, change = (found.get(part) for part in ("before", "after", "change"))
+        if not (before and after and change):
+            continue
+        if change["low"] > 0 or change["high"] < 0:
+            changed.append(f"{after['value']:.0%} of {kind} prompts are refused instead of {before['value']:.0%}")
+        else:
+            unchanged.append(kind)
+    return [*changed, *([f"no change in refusals of {' or '.join(unchanged)} prompts is shown"] if unchanged else [])]
 
 
 def points(change: Mapping[str, float]) -> str:

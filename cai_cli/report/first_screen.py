@@ -13,7 +13,7 @@ from cai_cli.data.jsonl import read_rows
 from cai_cli.data.reply_ends import CUT_OFF
 from cai_cli.data.schema import Sample
 from cai_cli.evaluate.outcome import REFUSALS, headline
-from cai_cli.report.collect import OutcomeResult, RunFiles
+from cai_cli.report.collect import OutcomeResult, RunFiles, StepFiles
 from cai_cli.report.examples import Budget, ModelReply, SideBySide, clip, messages_of, side_by_side
 
 SHOWN = 3
@@ -61,6 +61,12 @@ class FirstScreen:
     prompts: Sequence[SideBySide]
     cut_off: Mapping[str, tuple[int, int]]
     times: Sequence[StepTime]
+
+    @property
+    def judge(self) -> str:
+        """What decided the comparisons, with directories by their names alone."""
+        parts = str((self.outcome and self.outcome.judge) or "").split("+")
+        return "+".join(part.rstrip("/").rpartition("/")[2] for part in parts)
 
     @property
     def rule(self) -> str:
@@ -137,8 +143,14 @@ def in_turn(groups: Sequence[Sequence[T]]) -> list[T]:
     return [group[place] for place in range(longest) for group in groups if place < len(group)]
 
 
+def elapsed(step: StepFiles) -> float | None:
+    """The seconds of a step from start to end, where `cai run` measured them; else those of its command's own work."""
+    seconds = step.recorded.get("seconds")
+    return step.seconds if seconds is None else float(seconds)
+
+
 def step_times(run: RunFiles) -> list[StepTime]:
     """What each step took, in order; steps without a time are left out."""
-    timed = [(step, step.seconds) for step in run.steps if step.seconds is not None]
+    timed = [(step, seconds) for step in run.steps if (seconds := elapsed(step)) is not None]
     longest = max((seconds for _, seconds in timed), default=0.0) or 1.0
     return [StepTime(step.name, step.stage, seconds, seconds / longest) for step, seconds in timed]

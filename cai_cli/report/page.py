@@ -77,7 +77,7 @@ def _sections(run: RunFiles) -> dict[str, Any]:
     return {
         "first": first_screen.first_screen(run),
         "counts": [(step, summary.row_counts(step)) for step in run.steps],
-        "seconds": sum(step.seconds or 0 for step in run.steps),
+        "seconds": sum(first_screen.elapsed(step) or 0 for step in run.steps),
         "costs": _costs(run),
         "missing": summary.missing(run),
         "key_metrics": summary.key_metrics(run, audits[0]["metrics"] if compared.total and len(audits) == 1 else None),

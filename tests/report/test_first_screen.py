@@ -40,10 +40,8 @@ def test_the_first_screen_shows_the_outcome_with_its_intervals(tmp_path: Path) -
     )
     assert "no change in refusals of helpful prompts is shown" in text
     assert "71% 95%: 61% to 79%, n = 106" in text
-    assert (
-        "Decided by some/judge. A tie counts half. Replies have 22.5 words on average; those of start have 35.2" in text
-    )
-    assert "Red-team prompts +34 to +61 points start 2% 0% to 9%, n = 56 rl-cai 50% 37% to 63%, n = 56" in text
+    assert "Decided by judge . A tie counts half. Replies have 22.5 words on average; those of start have 35.2" in text
+    assert "Red-team prompts change: +34 to +61 points start 2% 0% to 9%, n = 56 rl-cai 50% 37% to 63%, n = 56" in text
     assert "Prompts that were trained on and are left out of these figures: 1." in text
 
 
@@ -66,7 +64,7 @@ def test_three_prompts_are_shown_by_the_rule_that_the_page_states(tmp_path: Path
 def test_a_run_without_an_outcome_shows_prompts_and_the_time_of_each_step(plain: tuple[str, Page]) -> None:
     text = overview(plain[1])
     assert "The same prompts before and after" in text
-    assert "What each step took 1.5 min in total samples sample 12 s" in text
+    assert "What each step took 1.5 min in total samples sample 13 s" in text
     assert "Win rate" not in text
     assert "win " not in text
 
