@@ -9,7 +9,9 @@ import orjson
 
 from cai_cli.common import console
 from cai_cli.common.errors import UsageError
+from cai_cli.evaluate.outcome import lines
 from cai_cli.pipeline.execute import Revise, execute, run_as_child
+from cai_cli.pipeline.outcome import check_outcome, record_outcome
 from cai_cli.pipeline.plan import Step, plan
 from cai_cli.pipeline.rounds import Repeat
 from cai_cli.pipeline.run_file import load_run
@@ -70,6 +72,7 @@ def run(config: RunConfig) -> None:
     folder = config.out or Path("runs") / loaded.name
     steps = plan(loaded, config.file, folder)
     check_stops(loaded, steps)
+    check_outcome(loaded.outcome, steps)
     written = sum(len(given.steps) if isinstance(given, Repeat) else 1 for given in loaded.steps.values())
     if len(steps) > written:
         why = "rounds and lists" if loaded.blocks else "lists"
@@ -83,6 +86,7 @@ def run(config: RunConfig) -> None:
     rounds = Rounds(loaded, steps, lambda endings: plan(loaded, config.file, folder, endings))
     done = _execute(config, steps, folder, rounds.after)
     write_curves(step.output for step in steps if step.command == "eval compare")
+    outcome = record_outcome(loaded.outcome, rounds.steps, folder)
     report = report_finished_run(folder)
     if config.as_json:
         summary: dict[str, Any] = {
@@ -92,10 +96,13 @@ def run(config: RunConfig) -> None:
             "steps": done,
         }
         summary |= {"rounds": rounds.reports} if rounds.reports else {}
+        summary |= {"outcome": outcome} if outcome else {}
         print(orjson.dumps(summary).decode())
     for step in done:
         if step.get("labels", {}).get("trusted") is False:
             console.warn(f"do not trust the labels of step {step['step']!r}: {step['labels']['reason']}")
+    for line in lines(outcome or {}):
+        console.say(f"outcome: {line}")
     console.say(f"run {loaded.name}: {len(done)} steps in {stopwatch.seconds:,.0f} s -> {folder}")
 
 

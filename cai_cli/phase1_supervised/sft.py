@@ -1,18 +1,22 @@
 """`cai sft`: fine-tune a language model on revisions (paper section 3, the SL-CAI model).
 
 As in the paper, every revision of every round is an example (`--revisions all`), sampled replies to helpful prompts are
-mixed in (`--helpful`), and training is one epoch. Departures: the loss covers the reply only, and of a reply that was
-cut off at the length limit not its end of turn (`--cut-off`), which the model did not write; the paper starts from a
-pretrained model, this stage from `--model`; the paper's learning rate, half that of pretraining, does not carry over to
-other models, so it is an option; `--drop-system` trains on the replies of a teacher with a system prompt as if it had
-none (context distillation, Askell et al. 2021, arXiv 2112.00861); the learning rate falls linearly to zero, where the
-paper's is constant, because runs here have few steps, of fewer rows than the paper's 1,024; the helpful share is a
-ratio (the paper has 2 replies to each of 135k helpful prompts for 4 revisions of each of 183k red-team prompts).
+mixed in (`--helpful`), and training is one epoch. Revisions and replies of several files train one model (`--also`,
+`--also-helpful`), as those of a small model and of a larger one. Departures: the loss covers the reply only, and of a
+reply that was cut off at the length limit not its end of turn (`--cut-off`), which the model did not write; the paper
+starts from a pretrained model, this stage from `--model`; the paper's learning rate, half that of pretraining, does not
+carry over to other models, so it is an option; `--drop-system` trains on the replies of a teacher with a system prompt
+as if it had none (context distillation, Askell et al. 2021, arXiv 2112.00861); the learning rate falls linearly to
+zero, where the paper's is constant, because runs here have few steps, of fewer rows than the paper's 1,024; the helpful
+share is a ratio (the paper has 2 replies to each of 135k helpful prompts for 4 revisions of each of 183k red-team
+prompts).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -87,6 +91,16 @@ class SftConfig(EpochOptions):
         "JSONL of replies to helpful prompts, from `cai sample`, to mix in.",
         Option(Effect.HASHED, reads_file=True),
     )
+    also: list[str] | None = option(
+        None,
+        "JSONL of more revisions, such as those of a larger model, which count as part of INPUT; repeatable.",
+        Option(Effect.HASHED, metavar="FILE", reads_file=True),
+    )
+    also_helpful: list[str] | None = option(
+        None,
+        "JSONL of more replies to helpful prompts, which count as part of --helpful; repeatable.",
+        Option(Effect.HASHED, metavar="FILE", reads_file=True),
+    )
     helpful_ratio: float = option(1.0, "Helpful examples for each revision example.", ge=0.0)
     revisions: Revisions = option(
         Revisions.ALL, "Train on the revisions of every round, as the paper does, or only on the last."
@@ -108,21 +122,31 @@ class SftConfig(EpochOptions):
         Option(group=Group.TRAINING, flags=("--packing",)),
     )
 
+    def revision_files(self) -> dict[str, str]:
+        """The files of revisions by role, which names them in manifests."""
+        return {"revisions": self.input} | {f"also {n}": file for n, file in enumerate(self.also or (), 1)}
+
+    def helpful_files(self) -> dict[str, str]:
+        """The files of replies to helpful prompts by role."""
+        more = {f"also helpful {n}": file for n, file in enumerate(self.also_helpful or (), 1)}
+        return ({"helpful": self.helpful} if self.helpful else {}) | more
+
 
 @dataclass(frozen=True)
 class Example:
-    """One reply to train on, the row that contains it, and how it ended (null if unknown)."""
+    """One reply to train on, the row that contains it, how it ended (null if unknown), and the role of its file."""
 
     row: Sample
     reply: str
     finish_reason: str | None
+    role: str = "revisions"
 
 
-def examples_of(row: Sample, revisions: Literal["all", "last"]) -> list[Example]:
+def examples_of(row: Sample, revisions: Literal["all", "last"], role: str = "revisions") -> list[Example]:
     """The training examples of a row: its completion and, with `all`, the revisions of earlier rounds."""
     earlier = row.history[1:] if isinstance(row, Revision) and revisions == "all" else []
-    examples = [Example(row, each.response, each.finish_reason) for each in earlier]
-    return [*examples, Example(row, row.reply, row.finish_reason)]
+    examples = [Example(row, each.response, each.finish_reason, role) for each in earlier]
+    return [*examples, Example(row, row.reply, row.finish_reason, role)]
 
 
 def encode_all(
@@ -329,27 +353,32 @@ def read_examples(config: SftConfig, base: Path) -> SftData:
     Raises:
         CaiError: A file cannot be read, or a line is invalid.
     """
-    reader, helpful_reader = config.row_reader(), config.row_reader(of_input=False)
+    readers: list[RowReader] = []
+    rows: list[Sample] = []
 
-    def completed(of: RowReader) -> Callable[[object], Sample]:
-        return lambda value: completed_row(value, dropped=of.dropped)
+    def read(role: str, file: str, revisions: Literal["all", "last"]) -> list[Example]:
+        of_input = role == "revisions"
+        reader = config.row_reader(of_input=of_input)
+        readers.append(reader)
+        limit = config.limit if of_input else None
+        found = [row for _, row in reader.rows(file, lambda value: completed_row(value, dropped=reader.dropped), limit)]
+        rows.extend(found)
+        used = _without_systems(found, reader) if config.drop_system and role in revision_files else found
+        return [example for row in used for example in examples_of(row, revisions, role)]
 
-    rows = [row for _, row in reader.rows(config.input, completed(reader), config.limit)]
-    used = _without_systems(rows, reader) if config.drop_system else rows
-    helpful_file = helpful_reader.rows(config.helpful, completed(helpful_reader)) if config.helpful else ()
-    helpful_rows = [row for _, row in helpful_file]
-    revisions = [example for row in used for example in examples_of(row, config.revisions.value)]
-    helpful = [example for row in helpful_rows for example in examples_of(row, "last")]
+    revision_files, helpful_files = config.revision_files(), config.helpful_files()
+    revisions = [one for role, file in revision_files.items() for one in read(role, file, config.revisions.value)]
+    helpful = [one for role, file in helpful_files.items() for one in read(role, file, "last")]
     chosen = mixed(revisions, helpful, config.helpful_ratio, seed_for(config.seed, "sft", "helpful"))
     counts = Counts.of_training(
-        [*reader.take_invalid(), *helpful_reader.take_invalid()], reader.dropped + helpful_reader.dropped
+        [row for reader in readers for row in reader.take_invalid()], reduce(add, (one.dropped for one in readers))
     )
     if unused := len(revisions) + len(helpful) - len(chosen):
         counts.skipped["beyond --helpful-ratio"] = unused
-    if config.helpful and len(helpful) < round(config.helpful_ratio * len(revisions)):
-        console.say(
-            f"sft: {config.helpful} has {len(helpful):,} examples, fewer than --helpful-ratio requests; all are used"
-        )
+    if helpful_files and len(helpful) < round(config.helpful_ratio * len(revisions)):
+        files = " and ".join(helpful_files.values())
+        have = "have" if len(helpful_files) > 1 else "has"
+        console.say(f"sft: {files} {have} {len(helpful):,} examples, fewer than --helpful-ratio requests; all are used")
     tokenizer, window = tokenizer_and_window(base)
     fitting = encode_all(tokenizer, chosen, config.max_length, counts, window=window, cut_off=config.cut_off)
     _report_cut_off(counts, config.cut_off)
@@ -358,7 +387,8 @@ def read_examples(config: SftConfig, base: Path) -> SftData:
     train = [encoded for (_, encoded), prompt in zip(fitting, prompts, strict=True) if prompt not in held_out_prompts]
     held_out = [encoded for (_, encoded), prompt in zip(fitting, prompts, strict=True) if prompt in held_out_prompts]
     counts.train, counts.held_out = len(train), len(held_out)
-    return SftData(train, held_out, tokenizer, counts, rows_digest([*rows, *helpful_rows]))
+    counts.by_input.update(example.role for example, _ in fitting)
+    return SftData(train, held_out, tokenizer, counts, rows_digest(rows))
 
 
 def _without_systems(rows: Sequence[Sample], reader: RowReader) -> list[Sample]:
@@ -392,9 +422,8 @@ def run(config: SftConfig) -> dict[str, Any]:
     """Fine-tune on a file of rows. Returns the summary. Raises UsageError, CaiError."""
     config.launch()
     base = ModelSource.resolve(config.model, config.chat_template)
-    inputs = {"revisions": hash_input(config.input)}
-    if config.helpful:
-        inputs["helpful"] = hash_input(config.helpful)
+    files = config.revision_files() | config.helpful_files()
+    inputs = {role: hash_input(file) for role, file in files.items()}
     data = read_examples(config, base.path)
     training = config.training_config()
     return TrainingJob(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic
 from cai_cli.common import console
 from cai_cli.common.errors import UsageError
 from cai_cli.common.seeds import seed_for
+from cai_cli.data.row_reader import RowReader
 from cai_cli.data.schema import Preference, conversation_id
 from cai_cli.data.splits import held_out_keys, mixed
 from cai_cli.models.loading import tokenizer_and_window
@@ -66,11 +67,14 @@ class PairOptions(EpochOptions):
         if self.soft_from and self.targets is Targets.HARD:
             raise UsageError("--soft-from excludes --targets hard", hint="give one of them", code="option-conflict")
 
+    def main_files(self) -> dict[str, str]:
+        """The files of INPUT and --also by role, which names them in manifests."""
+        return {"preferences": self.input} | {f"also {number}": file for number, file in enumerate(self.also or (), 1)}
+
     def hash_inputs(self) -> dict[str, InputFile]:
         """The input files by role. Raises CaiError."""
-        files = {"preferences": hash_input(self.input)}
-        files |= {f"also {number}": hash_input(file) for number, file in enumerate(self.also or (), 1)}
-        return files | ({"mix": hash_input(self.mix)} if self.mix else {})
+        files = self.main_files() | ({"mix": self.mix} if self.mix else {})
+        return {role: hash_input(file) for role, file in files.items()}
 
 
 @dataclass(frozen=True)
@@ -114,15 +118,18 @@ def read_pairs(
     Raises:
         CaiError: A file cannot be read, or a line is invalid.
     """
-    readers = [config.row_reader()]
+    readers: list[RowReader] = []
+    roles: dict[int, str] = {}  # id of a row -> the role of its file
 
-    def read_whole(file: str) -> list[Preference]:
-        readers.append(config.row_reader(of_input=False))
-        return read_preferences(readers[-1], file, None, config.soft_from)
+    def read(role: str, file: str) -> list[Preference]:
+        of_input = role == "preferences"
+        readers.append(config.row_reader(of_input=of_input))
+        found = read_preferences(readers[-1], file, config.limit if of_input else None, config.soft_from)
+        roles.update((id(row), role) for row in found)
+        return found
 
-    main = read_preferences(readers[0], config.input, config.limit, config.soft_from)
-    main += [row for file in config.also or () for row in read_whole(file)]
-    mix = read_whole(config.mix) if config.mix else []
+    main = [row for role, file in config.main_files().items() for row in read(role, file)]
+    mix = read("mix", config.mix) if config.mix else []
     rows = mixed(main, mix, config.mix_ratio, seed_for(config.seed, stage, "mix"))
     counts = Counts.of_training(
         [row for reader in readers for row in reader.take_invalid()],
@@ -141,4 +148,5 @@ def read_pairs(
     train = [pair for pair in pairs if conversation_id(pair.row.prompt) not in held_out_prompts]
     held_out = [pair for pair in pairs if conversation_id(pair.row.prompt) in held_out_prompts]
     counts.train, counts.held_out = len(train), len(held_out)
+    counts.by_input.update(roles[id(pair.row)] for pair in pairs)
     return PreferenceData(train, held_out, tokenizer, counts, rows_digest([*main, *mix]))

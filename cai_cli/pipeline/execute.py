@@ -54,7 +54,8 @@ def execute(
     record_path = out / "run.json"
     with one_writer(record_path, f"the run in {out}"):
         record = read_manifest(record_path) or {"steps": {}}
-        record.pop("rounds", None)  # decided again
+        for decided_again in ("rounds", "outcome"):
+            record.pop(decided_again, None)
         for step in reversed(steps):  # the first step that recorded a date decides it for the steps to come
             reuse_recorded_date(str(step.output))
         template_date()  # held now, for all steps

@@ -26,6 +26,7 @@ from cai_cli.runtime.manifest import hash_input
 from cai_cli.runtime.stage import Stage
 
 SET_BY_RUN = frozenset({"output", "overwrite", "json", "quiet"})
+MODELS = frozenset({"model", "pm", "judge", "monitor-pm", "monitor-judge"})  # options that name a model
 KEY_FORMAT = "2:"  # keys of version 0.1.0 have no prefix
 
 
@@ -177,6 +178,8 @@ def _plan_step(name: str, given: Mapping[str, Any], steps: Mapping[str, Step], p
             resolved = [_resolve(one, steps, folder) for one in values]
         is_list = isinstance(value, list) or option in lists
         settings[option] = [v for v, _ in resolved] if is_list else resolved[0][0]
+        if option in MODELS and folder is None and isinstance(settings[option], str):
+            settings[option] = _model_beside(str(settings[option]), place.file.parent)
         needs += [source for _, source in resolved if isinstance(source, Step)]
         paths = [source for _, source in resolved if isinstance(source, str)]
         files |= {
@@ -246,6 +249,17 @@ def _check_urls(urls: Any, option: str) -> None:
 
     for url in [urls] if isinstance(urls, str) else urls or ():
         checked_url(url, option)
+
+
+def _model_beside(value: str, folder: Path) -> str:
+    """The name of a model, with each directory of DIR or BASE+ADAPTER that lies beside the run file found from here."""
+
+    def found(part: str) -> str:
+        beside = "/" in part and not Path(part).exists() and (folder / part).is_dir()
+        return os.path.relpath(folder / part) if beside else part
+
+    base, plus, adapter = value.rpartition("+")
+    return f"{found(base)}{plus}{found(adapter)}"
 
 
 def _reads_file(config: type[StageConfig], name: str, value: Value, folder: Path) -> bool:

@@ -28,6 +28,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from cai_cli.common.errors import UsageError
+from cai_cli.data.schema import Preference
 from cai_cli.pipeline.registry import STAGES, takes_many
 from cai_cli.pipeline.sweep import Given, Value, map_references
 from cai_cli.runtime.stage import Phase
@@ -187,7 +188,8 @@ def _of_round(step: str, given: Given, block: Repeat, number: int, seed: int, se
     if "seed" in options and not stage.trains and stage.phase is not Phase.EVALUATION:
         settings.setdefault("seed", seed + number - 1)
     source = str(given.get("input"))
-    if "also" in options and block.carry is Carry.ALL and source.removeprefix("@") in block.steps:
+    carries = Preference in stage.reads and "also" in options and block.carry is Carry.ALL
+    if carries and source.removeprefix("@") in block.steps:
         earlier = [f"{source}@{before}" for before in range(1, number)]
         settings["also"] = [*settings.get("also", []), *earlier]
     return settings

@@ -1,9 +1,9 @@
 """The run file of `cai run`: its fields and how it is read."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from cai_cli.common.errors import CaiError
 from cai_cli.common.yaml import load_yaml
@@ -27,6 +27,35 @@ Entry = Annotated[
 ]
 
 
+class BeforeAfter(BaseModel):
+    """A step with replies of the start model, and one with replies of the final model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    before: str
+    after: str
+
+
+class Outcome(BaseModel):
+    """The steps that tell what a run changed.
+
+    Attributes:
+        win_rate: A step of `eval compare`, whose last model is compared with its first.
+        refusals: Two steps whose replies are compared.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    win_rate: str | None = None
+    refusals: BeforeAfter | None = None
+
+    @model_validator(mode="after")
+    def _names_a_step(self) -> Self:
+        if self.win_rate is None and self.refusals is None:
+            raise ValueError("needs win_rate, refusals or both")
+        return self
+
+
 class RunFile(BaseModel):
     """A run file.
 
@@ -37,6 +66,7 @@ class RunFile(BaseModel):
         constitution: Constitution of the steps that ask about principles: a YAML file, or a directory with one for
             critiques and one for preferences. A list runs these steps, and those that depend on them, once for each.
         steps: Step name -> its command, its input and its options; or steps that are repeated in rounds.
+        outcome: The steps that tell what the run changed.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -46,6 +76,7 @@ class RunFile(BaseModel):
     seed: int = 0
     constitution: str | Annotated[list[str], Field(min_length=1)] | None = None
     steps: dict[StepName, Entry] = Field(min_length=1)
+    outcome: Outcome | None = None
 
     @property
     def blocks(self) -> dict[str, Repeat]:

@@ -195,6 +195,42 @@ class RoundsResult(Result):
     rounds: list[RoundResult]
 
 
+class BeforeAfter(Result):
+    """A share before and after, and its change; None where there is nothing to count."""
+
+    before: ReportedEstimate | None = None
+    after: ReportedEstimate | None = None
+    change: ReportedEstimate | None = None
+
+
+class OutcomeResult(Result):
+    """What the run changed.
+
+    Attributes:
+        start: The name of the start model.
+        final: The name of the final model.
+        replies: Model -> the file of its replies, relative to the run folder.
+        judge: What decided the comparisons.
+        win_rate: Of the final model over the start model.
+        refusals_red_team: Refusals of red-team prompts.
+        refusals_helpful: Refusals of helpful prompts.
+        cut_off: Replies that were cut off at the length limit.
+        words: The mean length of a reply, before and after.
+        seen_in_training: The number of prompts that the run trained on, which are left out.
+    """
+
+    start: str
+    final: str
+    replies: dict[str, str]
+    judge: str | None = None
+    win_rate: ReportedEstimate | None = None
+    refusals_red_team: BeforeAfter | None = None
+    refusals_helpful: BeforeAfter | None = None
+    cut_off: BeforeAfter | None = None
+    words: dict[str, float | None] = {}
+    seen_in_training: int = 0
+
+
 @dataclass(frozen=True)
 class RunFiles:
     """Everything that the report shows.
@@ -207,6 +243,7 @@ class RunFiles:
         evaluations: File name -> dotted name -> number or estimate, for all other JSON files.
         problems: What could not be read, in sentences.
         rounds: Block of rounds -> where and why it ended, from `run.json`.
+        outcome: What the run changed, from `run.json`; None where its run file does not ask for it.
     """
 
     folder: Path
@@ -216,6 +253,7 @@ class RunFiles:
     evaluations: Mapping[str, Mapping[str, Any]]
     problems: list[str] = field(default_factory=list)
     rounds: Mapping[str, "RoundsResult"] = field(default_factory=dict)
+    outcome: "OutcomeResult | None" = None
 
     def steps_of(self, *stages: str) -> list[StepFiles]:
         """Return the steps that ran these commands, in order."""
@@ -290,6 +328,7 @@ def read_run(folder: Path) -> RunFiles:
         {name: metrics for name, path in rest.items() if (metrics := _metrics(path, problems))},
         problems,
         _rounds(folder / "run.json", problems),
+        _outcome(folder / "run.json", problems),
     )
 
 
@@ -300,6 +339,15 @@ def _rounds(record: Path, problems: list[str]) -> dict[str, RoundsResult]:
     except (ValidationError, AttributeError):
         problems.append(f"{record}: `rounds` is not what `cai run` writes")
         return {}
+
+
+def _outcome(record: Path, problems: list[str]) -> OutcomeResult | None:
+    recorded = (_json(record, []) or {}).get("outcome")
+    try:
+        return OutcomeResult.model_validate(recorded) if recorded else None
+    except ValidationError:
+        problems.append(f"{record}: `outcome` is not what `cai run` writes")
+        return None
 
 
 def _steps(folder: Path, problems: list[str]) -> list[StepFiles]:

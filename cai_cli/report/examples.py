@@ -4,6 +4,7 @@ Every list states how many of its rows it shows, and every text that is cut says
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -11,11 +12,14 @@ from typing import Generic, TypeVar
 from markupsafe import escape
 
 from cai_cli.common.console import safe
+from cai_cli.common.errors import CaiError
+from cai_cli.data.jsonl import read_rows, rows_of
 from cai_cli.data.reply_ends import CUT_OFF
 from cai_cli.data.schema import Message, Preference, Revision, Sample, Vote
 from cai_cli.metrics.label_audit import flips
 from cai_cli.report.collect import RunFiles, StepFiles
 from cai_cli.report.word_diff import WordDiff, compare_words
+from cai_cli.runtime.manifest import hash_input
 
 T = TypeVar("T")
 MAX_CHARACTERS = 6_000  # of one text; a longer one is cut, and the page says so
@@ -31,6 +35,13 @@ class Budget:
 
     def __init__(self, size: int) -> None:
         self.left, self.rows = size, MAX_ROWS
+
+    def parts(self, count: int) -> list["Budget"]:
+        """The budget in equal parts, for lists that share it."""
+        parts = [Budget(self.left // count) for _ in range(count)]
+        for part in parts:
+            part.rows = self.rows // count
+        return parts
 
     def allows(self, *texts: str) -> bool:
         """Return whether a row of these texts still fits; after one that does not, no row fits.
@@ -79,12 +90,18 @@ class Round:
 
 @dataclass(frozen=True)
 class Chain:
-    """One reply and its revisions."""
+    """One reply and its revisions. `source`: the file, where the list has chains of several."""
 
     key: str
     kind: str | None
     prompt: Sequence[tuple[str, ClippedText]]
     rounds: Sequence[Round]
+    source: str | None = None
+
+    @property
+    def groups(self) -> list[str]:
+        """What the list can be filtered by: the kind of the prompt and the file."""
+        return [group for group in (self.kind, self.source) if group]
 
     @property
     def principle_ids(self) -> list[str]:
@@ -97,15 +114,15 @@ class Chain:
         return max(r.words.changed for r in self.rounds)
 
 
-def chain(row: Revision) -> Chain:
-    """Return the chain of a revision."""
+def chain(row: Revision, source: str | None = None) -> Chain:
+    """Return the chain of a revision, which is from the file `source`."""
     texts = [*(one.response for one in row.history), row.reply]
     rounds = []
     for one, before, after in zip(row.history, map(clip, texts[:-1]), map(clip, texts[1:]), strict=True):
         critique = None if one.critique is None else clip(one.critique)
         words = compare_words(before.text, after.text)
         rounds.append(Round(one.round, one.principle_id, critique, words, before, after))
-    return Chain(row.key, row.kind, messages_of(row.prompt), rounds)
+    return Chain(row.key, row.kind, messages_of(row.prompt), rounds, source)
 
 
 def messages_of(messages: Sequence[Message]) -> list[tuple[str, ClippedText]]:
@@ -114,16 +131,42 @@ def messages_of(messages: Sequence[Message]) -> list[tuple[str, ClippedText]]:
 
 
 def chains(run: RunFiles, budget: Budget) -> Excerpt[Chain]:
-    """Return the chains of the last revision steps, whose rows hold the earlier rounds too."""
-    steps = last_revisions(run)
-    fitting, total = [], 0
-    for row in (row for step in steps for row in run.rows(step, Revision)):
-        total += 1
-        replies = [row.reply, *(one.response for one in row.history)]
-        critiques = [one.critique or "" for one in row.history]
-        if budget.allows(*_texts(row.prompt), *_cut(replies), *_cut(replies), *_cut(critiques)):
-            fitting.append(chain(row))
-    return Excerpt(fitting, total, [step.output.name for step in steps])
+    """Return the chains of the last revision steps, whose rows hold the earlier rounds too, and those of files that the
+    run trained on beside them. The file with the most rows comes first; each has an equal part of the budget."""
+    files = [(step.output.name, run.rows(step, Revision)) for step in last_revisions(run)]
+    files += list(_mixed_in(run))
+    lists: list[tuple[int, str, list[Chain]]] = []
+    for (name, rows), part in zip(files, budget.parts(max(1, len(files))), strict=False):
+        fitting, total = [], 0
+        for row in rows:
+            total += 1
+            replies = [row.reply, *(one.response for one in row.history)]
+            critiques = [one.critique or "" for one in row.history]
+            if part.allows(*_texts(row.prompt), *_cut(replies), *_cut(replies), *_cut(critiques)):
+                fitting.append(chain(row, name if len(files) > 1 else None))
+        lists.append((total, name, fitting))
+    lists.sort(key=lambda one: -one[0])
+    shown = [one for _, _, fitting in lists for one in fitting]
+    return Excerpt(shown, sum(total for total, _, _ in lists), [name for _, name, _ in lists])
+
+
+def _mixed_in(run: RunFiles) -> Iterator[tuple[str, Iterator[Revision]]]:
+    """The files of revisions outside the run that its `sft` steps mixed in (`--also`) and that are still the same."""
+    for step in run.steps_of("sft"):
+        hashes = step.provenance.get("input") or {}
+        for role, name in (step.facts.get("inputs") or {}).items():
+            path = Path(str(name))
+            outside = path.is_file() and path.resolve().parent != run.folder.resolve()
+            revisions = role.startswith("also ") and "helpful" not in role
+            if revisions and outside and hash_input(str(path)).sha256 == hashes.get(role):
+                yield str(name), _revisions(path)
+
+
+def _revisions(path: Path) -> Iterator[Revision]:
+    """The Revision rows of a file, up to a row of another type."""
+    with suppress(CaiError):
+        for _, row in read_rows(str(path), rows_of(Revision)):
+            yield row
 
 
 def last_revisions(run: RunFiles) -> list[StepFiles]:

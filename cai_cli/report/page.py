@@ -19,7 +19,18 @@ from markupsafe import Markup
 from cai_cli import __version__
 from cai_cli.common.console import safe
 from cai_cli.data.schema import Preference
-from cai_cli.report import adherence, benchmarks, by_round, charts, curves, examples, labels, summary
+from cai_cli.evaluate.outcome import points
+from cai_cli.report import (
+    adherence,
+    benchmarks,
+    by_round,
+    charts,
+    curves,
+    examples,
+    first_screen,
+    labels,
+    summary,
+)
 from cai_cli.report.charts import Chart
 from cai_cli.report.collect import TRAINING, RunFiles, StepFiles, is_estimate
 
@@ -43,6 +54,7 @@ def render(run: RunFiles) -> str:
     )
     environment.filters |= {"number": number, "csv": csv_link, "svg": Markup, "share": share, "shares": shares,
                             "estimate": estimate, "interval": interval,
+                            "duration": duration, "points": points,
                             "probability": lambda p: f"{100 * p:.1f}%"}  # fmt: skip
     script, style = ((HERE / "templates" / name).read_text(encoding="utf-8") for name in ("script.js", "style.css"))
     return environment.get_template("page.html.j2").render(
@@ -73,8 +85,9 @@ def _sections(run: RunFiles) -> dict[str, Any]:
     )
     audits = _audits(labelled)
     return {
+        "first": first_screen.first_screen(run),
         "counts": [(step, summary.row_counts(step)) for step in run.steps],
-        "seconds": sum(step.seconds or 0 for step in run.steps),
+        "seconds": sum(first_screen.elapsed(step) or 0 for step in run.steps),
         "costs": _costs(run),
         "missing": summary.missing(run),
         "key_metrics": summary.key_metrics(run, audits[0]["metrics"] if compared.total and len(audits) == 1 else None),
@@ -223,6 +236,16 @@ def number(value: Any) -> str:
 def share(value: float) -> str:
     """Return a share in percent."""
     return f"{100 * value:.0f}%"
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in seconds, or from one minute on in minutes.
+
+    Examples:
+        >>> duration(41.7), duration(150)
+        ('42 s', '2.5 min')
+    """
+    return f"{seconds:.0f} s" if seconds < 59.5 else f"{seconds / 60:,.1f} min"
 
 
 def interval(estimate: Any) -> str:

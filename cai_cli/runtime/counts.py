@@ -15,8 +15,8 @@ class Counts:
 
     A data stage sets `items` and `out` and counts its rejected rows by reason when the output is complete. A training
     stage (`for_training`) sets `train` and `held_out` instead, which together are the rows it used, and keeps the
-    rejected rows until it can write them. `reply_ends` counts how the replies of the output ended, or of the training
-    data.
+    rejected rows until it can write them, and counts the rows it used by the input that they come from (`by_input`).
+    `reply_ends` counts how the replies of the output ended, or of the training data.
     """
 
     items: int = 0
@@ -28,6 +28,7 @@ class Counts:
     for_training: bool = False
     train: int = 0
     held_out: int = 0
+    by_input: Counter[str] = field(default_factory=Counter)
     rejected_rows: list[Rejected] = field(default_factory=list)
     reply_ends: ReplyEnds = field(default_factory=ReplyEnds)
 
@@ -60,6 +61,7 @@ class Counts:
             "skipped": self.skipped.total(),
             "rejected_reasons": dict(sorted(self.rejected.items())),
             "skipped_reasons": dict(sorted(self.skipped.items())),
+            **({"used_by_input": dict(self.by_input)} if len(self.by_input) > 1 else {}),
             **({"read_as": dict(self.read_as.most_common())} if self.read_as else {}),
             **({"dropped": self.dropped.as_json()} if self.dropped.counts else {}),
         }

@@ -39,8 +39,8 @@ def print_summary(summary: Mapping[str, Any], *, as_json: bool, stdout_is_data: 
         print(orjson.dumps(whole).decode(), file=sys.stderr if stdout_is_data else sys.stdout)
         return
     target = "" if stdout_is_data or not summary["output"] else f" -> {summary['output']}"
-    parts = [counted(summary), *_dropped(summary), *_ends(summary), *_usage(summary), *_training(summary)]
-    details = "; ".join(parts)
+    parts = (_by_input, _dropped, _ends, _usage, _training)
+    details = "; ".join([counted(summary), *(text for part in parts for text in part(summary))])
     console.say(f"{summary['stage']}: {details} in {summary['seconds']:,.1f} s{target}")
 
 
@@ -80,6 +80,12 @@ def counted(counts: Mapping[str, Any]) -> str:
         reasons = ", ".join(f"{count:,} {why}" for why, count in counts.get(f"{name}_reasons", {}).items())
         parts.append(f"{counts[name]:,} {name}" + (f" ({reasons})" if reasons else ""))
     return " + ".join(parts)
+
+
+def _by_input(summary: Mapping[str, Any]) -> Iterator[str]:
+    """`used by input: revisions (24), also 1 (179)`, where rows of several inputs are mixed."""
+    if counts := summary.get("used_by_input"):
+        yield "used by input: " + ", ".join(f"{name} ({count:,})" for name, count in counts.items())
 
 
 def _dropped(summary: Mapping[str, Any]) -> Iterator[str]:

@@ -161,6 +161,34 @@ def test_helpful_examples_are_drawn_by_ratio_and_the_rest_is_counted(model: Path
     assert (counts["in"], counts["used"], counts["skipped"]) == (38, 12, 26)
 
 
+def test_revisions_and_helpful_replies_of_several_files_are_mixed_and_counted_by_file(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def helpful(name: str, count: int) -> str:
+        replies = [{"prompt": f"{name} {i}", "completion": "sure"} for i in range(count)]
+        return str(write_rows(tmp_path / f"{name}.jsonl", replies))
+
+    own = write_rows(tmp_path / "own.jsonl", [revision(i) for i in range(6)])
+    shipped = write_rows(tmp_path / "shipped.jsonl", [revision(100 + i) for i in range(4)])
+    mixed = {"also": [str(shipped)], "helpful": helpful("own-help", 3), "also_helpful": [helpful("more-help", 9)]}
+    run = {"model": str(model), "max_steps": 1, "limit": 5, "helpful_ratio": 2.0, **QUICK | {"eval_share": 0.2}}
+    summary = command(own, tmp_path / "out", **run, **mixed)
+    by_input = {"revisions": 5, "also 1": 4, "helpful": 3, "also helpful 1": 9}
+    manifest = manifest_of(tmp_path / "out")
+    assert summary["used_by_input"] == manifest["counts"]["used_by_input"] == by_input
+    assert manifest["counts"]["used"] == 21
+    assert set(manifest["provenance"]["input"]) == by_input.keys()
+    assert "used by input: revisions (5), also 1 (4), helpful (3), also helpful 1 (9)" in capsys.readouterr().err
+    assert (
+        "| used_by_input | revisions 5, also 1 4, helpful 3, also helpful 1 9 |"
+        in (tmp_path / "out/README.md").read_text()
+    )
+    write_rows(shipped, [revision(200 + i) for i in range(4)])
+    with pytest.raises(CaiError, match="input.also 1: ") as error:
+        command(own, tmp_path / "out", **run, **mixed)
+    assert error.value.code == "other-run"
+
+
 def test_the_loss_covers_the_reply_and_its_end_of_turn_only(model: Path) -> None:
     tokenizer = load_tokenizer(model)
     prompt = [Message(role="user", content="What is it?")]

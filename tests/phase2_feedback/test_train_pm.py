@@ -74,6 +74,7 @@ def test_human_pairs_are_mixed_in_at_the_ratio_and_evaluated_by_source(model: Pa
     manifest = manifest_of(tmp_path / "pm")
     counts, results = manifest["counts"], manifest["metrics"]
     assert (counts["in"], counts["used"], counts["skipped_reasons"]) == (90, 60, {"beyond --mix-ratio": 30})
+    assert counts["used_by_input"] == {"preferences": 40, "mix": 20}
     assert sum(results["pairs_by_source"].values()) == counts["train"] == 30
     by_source = results["accuracy_by_source"]
     assert set(by_source) == {"ai", "human.jsonl"}

@@ -32,6 +32,16 @@ BLOCK = """\
 """
 
 
+REVISED = """\
+  rounds:
+    repeat: 2
+    carry: all
+    steps:
+      revised: {command: critique-revise, input: prompts.jsonl, model: "@sl@last"}
+      sl: {command: sft, input: "@revised", also: [prompts.jsonl], model: "@sl@last"}
+"""
+
+
 def by_name(steps: Sequence[Step]) -> dict[str, Step]:
     return {step.name: step for step in steps}
 
@@ -47,6 +57,11 @@ def test_every_round_starts_from_the_model_of_the_round_before(folder: Path) -> 
     assert steps["rl@2"].settings["pm"] == "out/pm@2"
     assert [need.name for need in steps["rl@2"].needs] == ["rl@1", "pm@2"]
     assert steps["compare"].settings["input"] == ["out/after@1.jsonl", "out/after@2.jsonl", "out/last.jsonl"]
+
+
+def test_revisions_of_earlier_rounds_are_not_carried(folder: Path) -> None:
+    (also,) = by_name(planned(folder, REVISED, HEAD))["sl@2"].settings["also"]  # type: ignore[misc]
+    assert Path(str(also)).name == "prompts.jsonl"
 
 
 def test_data_of_a_round_get_seeds_of_their_own_and_trainers_keep_theirs(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from hashlib import sha256
 from pathlib import Path
 
 from report_page import drawn, squeezed
@@ -51,3 +52,23 @@ def test_a_chain_compares_each_round_with_the_one_before(tmp_path: Path) -> None
     chain = examples.chain(row)
     assert [r.before.text for r in chain.rounds] == [one.response for one in row.history]
     assert [r.after.text for r in chain.rounds] == [row.history[1].response, row.reply]
+
+
+def test_revisions_that_the_run_mixed_in_are_shown_with_its_own_while_their_file_is_the_same(tmp_path: Path) -> None:
+    import random
+
+    folder = make_run(tmp_path / "made", rows=10)
+    mixed = tmp_path / "shipped.jsonl"
+    rng = random.Random(2)
+    mixed.write_text("".join(json.dumps(revision(100 + i, ["a"], rng, [])) + "\n" for i in range(12)))
+    path = folder / "sl-cai.manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["run"]["inputs"] = {"revisions": str(folder / "revisions.jsonl"), "also 1": str(mixed)}
+    manifest["provenance"]["input"] = {"also 1": sha256(mixed.read_bytes()).hexdigest()}
+    path.write_text(json.dumps(manifest))
+    shown = examples.chains(read_run(folder), examples.Budget(10**6))
+    assert (shown.total, list(shown.sources)) == (22, [str(mixed), "revisions.jsonl"])
+    assert [shown.rows[0].source, shown.rows[-1].source] == [str(mixed), "revisions.jsonl"]
+    mixed.write_text("changed\n")
+    shown = examples.chains(read_run(folder), examples.Budget(10**6))
+    assert (shown.total, shown.rows[0].groups) == (10, ["red-team"])

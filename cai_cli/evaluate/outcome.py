@@ -1,0 +1,173 @@
+"""What a run changed, from the replies of its start model and of its final model to the same prompts.
+
+`cai run` computes it where the run file has an `outcome`, and records it in `run.json`. Every figure is an estimate
+with its 95% interval over prompts. A prompt that the run trained on is left out of all of them and counted.
+
+A refusal is a full or partial one by its wording (`metrics.refusals`).
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from cai_cli.data.evaluation_schema import ModelComparison
+from cai_cli.data.reply_ends import CUT_OFF
+from cai_cli.data.schema import Kind, Sample, conversation_id
+from cai_cli.metrics.intervals import SHARE, Estimate, mean_estimate, paired_difference
+from cai_cli.metrics.refusals import classify
+
+Replies = Mapping[str, Sample]  # key of the reply -> its row
+REFUSALS: Mapping[str, Kind] = {"refusals_red_team": "red-team", "refusals_helpful": "helpful"}
+
+
+def win_rate(rows: Iterable[ModelComparison], start: str, final: str, seen: Collection[str]) -> Estimate | None:
+    """The share of comparisons that `final` wins against `start`, a tie counted half.
+
+    Args:
+        rows: Comparisons of any models.
+        start: The name of one model.
+        final: The name of the other.
+        seen: Conversation ids of the prompts to leave out.
+
+    Returns:
+        The estimate, or None without comparisons of the two.
+    """
+    wins, prompts = [], []
+    for row in rows:
+        if {row.model_a, row.model_b} == {start, final} and conversation_id(row.prompt) not in seen:
+            p = row.p_a if row.model_a == final else 1 - row.p_a
+            wins.append(0.5 if row.p_a == 0.5 else float(p > 0.5))
+            prompts.append(row.prompt_id)
+    return mean_estimate(wins, SHARE, prompts)
+
+
+def is_refusal(row: Sample) -> bool:
+    """Whether a reply is a full or partial refusal."""
+    return classify(row.reply) != "compliance"
+
+
+def refusals(before: Replies, after: Replies, kind: Kind) -> dict[str, Estimate | None]:
+    """The share of refusals among the replies to prompts of one kind, before and after, and how much it changed.
+
+    Args:
+        before: Replies of the start model.
+        after: Replies of the final model.
+        kind: The kind of prompts.
+
+    Returns:
+        `before`, `after` and `change`, the mean difference over the replies that both have; None without replies.
+    """
+    refused = [{key: float(is_refusal(row)) for key, row in of.items() if row.kind == kind} for of in (before, after)]
+    both = [key for key in refused[0] if key in refused[1]]
+    shares = [
+        mean_estimate(list(one.values()), SHARE, _prompts(of, one))
+        for one, of in zip(refused, (before, after), strict=True)
+    ]
+    change = paired_difference(
+        [refused[1][key] for key in both], [refused[0][key] for key in both], clusters=_prompts(before, both)
+    )
+    return {"before": shares[0], "after": shares[1], "change": change}
+
+
+def cut_off(replies: Replies) -> Estimate | None:
+    """The share of replies that were cut off at the length limit, of those whose end is known."""
+    known = [key for key, row in replies.items() if row.finish_reason is not None]
+    return mean_estimate(
+        [float(replies[key].finish_reason == CUT_OFF) for key in known], SHARE, _prompts(replies, known)
+    )
+
+
+def mean_words(replies: Replies) -> float | None:
+    """The mean number of words of a reply; None without replies."""
+    words = [len(row.reply.split()) for row in replies.values()]
+    return round(sum(words) / len(words), 1) if words else None
+
+
+def of_replies(before: Replies, after: Replies) -> dict[str, Any]:
+    """Refusals by kind of prompt, cut-off replies and lengths, before and after."""
+    both = {"before": before, "after": after}
+    return {
+        **{name: refusals(before, after, kind) for name, kind in REFUSALS.items()},
+        "cut_off": {name: cut_off(replies) for name, replies in both.items()},
+        "words": {name: mean_words(replies) for name, replies in both.items()},
+    }
+
+
+def _prompts(replies: Replies, keys: Iterable[str]) -> list[str]:
+    return [replies[key].id for key in keys]
+
+
+# --- in words -----------------------------------------------------------------------------------------------------
+
+
+def headline(outcome: Mapping[str, Any]) -> str:
+    """One sentence about an outcome, which claims only what an interval shows.
+
+    Args:
+        outcome: As `run.json` records it.
+    """
+    clauses = [*_win_clause(outcome), *_refusal_clauses(outcome)]
+    if not clauses:
+        return "The outcome has no figures."
+    joined = clauses[0] if len(clauses) == 1 else f"{', '.join(clauses[:-1])}, and {clauses[-1]}"
+    return f"On prompts that the run did not train on, {joined}."
+
+
+def _win_clause(outcome: Mapping[str, Any]) -> list[str]:
+    rate = outcome.get("win_rate")
+    if rate is None:
+        return []
+    start, final, value = outcome["start"], outcome["final"], rate["value"]
+    if rate["low"] > 0.5:
+        return [f"the replies of {final} win {value:.0%} of comparisons with those of {start}"]
+    if rate["high"] < 0.5:
+        return [f"the replies of {start} win {1 - value:.0%} of comparisons with those of {final}"]
+    return [f"no difference in quality between {final} and {start} is shown"]
+
+
+def _refusal_clauses(outcome: Mapping[str, Any]) -> list[str]:
+    changed, unchanged = [], []
+    for name, kind in REFUSALS.items():
+        found = outcome.get(name) or {}
+        before, after, change = (found.get(part) for part in ("before", "after", "change"))
+        if not (before and after and change):
+            continue
+        if change["low"] > 0 or change["high"] < 0:
+            changed.append(f"{after['value']:.0%} of {kind} prompts are refused instead of {before['value']:.0%}")
+        else:
+            unchanged.append(kind)
+    return [*changed, *([f"no change in refusals of {' or '.join(unchanged)} prompts is shown"] if unchanged else [])]
+
+
+def points(change: Mapping[str, float]) -> str:
+    """The interval of a change of a share in percentage points.
+
+    >>> points({"value": 0.4, "low": -0.001, "high": 0.85})
+    '0 to +85 points'
+    """
+    low, high = (round(100 * change[end]) for end in ("low", "high"))
+    return f"{low and f'{low:+d}'} to {high and f'{high:+d}'} points"
+
+
+def lines(outcome: Mapping[str, Any]) -> list[str]:
+    """The figures of an outcome with their intervals, one line each."""
+    found = []
+    if rate := outcome.get("win_rate"):
+        interval = f"{rate['low']:.0%} to {rate['high']:.0%}"
+        found.append(
+            f"{outcome['final']} wins {rate['value']:.0%} ({interval}) of {rate['n']:,} against {outcome['start']}"
+        )
+    for name, kind in REFUSALS.items():
+        parts = outcome.get(name) or {}
+        shares = [
+            f"{e['value']:.0%} ({e['low']:.0%} to {e['high']:.0%})"
+            for e in (parts.get("before"), parts.get("after"))
+            if e
+        ]
+        if change := parts.get("change"):
+            moved = points(change)
+            found.append(
+                f"refusals of {kind} prompts: {' -> '.join(shares)}, a change of {moved} on {change['n']:,} replies"
+            )
+    if seen := outcome.get("seen_in_training"):
+        found.append(f"prompts that were trained on and are left out: {seen:,}")
+    return found

@@ -1,0 +1,76 @@
+"""What a run changed: a headline claims only what an interval shows."""
+
+from typing import Any
+
+import pytest
+from helpers import sample_row
+
+from cai_cli.data.evaluation_schema import ModelComparison
+from cai_cli.data.schema import Sample, conversation_id, load_row
+from cai_cli.evaluate.outcome import headline, lines, of_replies, win_rate
+
+REFUSAL, ANSWER = "I can't help with that.", "Start with the flour."
+
+
+def replies(refused: int, total: int, kind: str = "red-team", cut: int = 0) -> dict[str, Sample]:
+    rows = [sample_row(i, reply=REFUSAL if i < refused else ANSWER) | {"kind": kind} for i in range(total)]
+    for row in rows[:cut]:
+        row["finish_reason"] = "length"
+    return {row.key: row for row in (load_row(Sample, each) for each in rows)}
+
+
+def comparison(number: int, a: str, b: str, p_a: float) -> ModelComparison:
+    row = sample_row(number)
+    pair = {"a": row["completion"], "b": row["completion"], "score_a": None, "score_b": None}
+    given = {"id": f"{number} {a}:{b}", "prompt_id": row["id"], "sample_index": 0, "prompt": row["prompt"]}
+    return load_row(ModelComparison, given | pair | {"kind": None, "model_a": a, "model_b": b, "p_a": p_a, "votes": []})
+
+
+def test_the_win_rate_is_of_the_two_models_alone_and_a_tie_is_half() -> None:
+    rows = [comparison(i, "start", "final", p) for i, p in enumerate((0.1, 0.2, 0.5, 0.9))]
+    others = [comparison(9, "start", "middle", 1.0), comparison(9, "middle", "final", 1.0)]
+    rate = win_rate([*rows, *others], "start", "final", ())
+    assert rate is not None
+    assert (rate["value"], rate["n"]) == (0.625, 4)
+    unseen = win_rate(rows, "start", "final", {conversation_id(rows[3].prompt)})
+    assert unseen is not None
+    assert (unseen["value"], unseen["n"]) == (pytest.approx(2.5 / 3), 3)
+    assert win_rate(others, "start", "final", ()) is None
+
+
+def test_refusals_are_counted_by_kind_of_prompt_and_the_change_is_paired() -> None:
+    before, after = replies(1, 40, cut=30), replies(30, 40)
+    found = of_replies(before, after)
+    red_team = found["refusals_red_team"]
+    assert [red_team[part]["value"] for part in ("before", "after", "change")] == [0.025, 0.75, pytest.approx(0.725)]
+    assert red_team["change"]["low"] > 0.5
+    assert found["refusals_helpful"] == {"before": None, "after": None, "change": None}
+    assert (found["cut_off"]["before"]["value"], found["cut_off"]["after"]["value"]) == (0.75, 0.0)
+    assert found["words"] == {"before": 4.0, "after": 4.8}
+
+
+def outcome(low: float, high: float, change: tuple[float, float]) -> dict[str, Any]:
+    def estimate(low: float, high: float) -> dict[str, float]:
+        return {"value": (low + high) / 2, "low": low, "high": high, "n": 56}
+
+    shares = {"before": estimate(0.0, 0.08), "after": estimate(0.4, 0.6), "change": estimate(*change)}
+    return {"start": "start", "final": "rl-cai", "win_rate": estimate(low, high), "refusals_red_team": shares}
+
+
+def test_the_headline_claims_a_difference_only_where_its_interval_shows_one() -> None:
+    assert headline(outcome(0.6, 0.8, (0.3, 0.6))) == (
+        "On prompts that the run did not train on, the replies of rl-cai win 70% of comparisons with those of start, and "
+        "50% of red-team prompts are refused instead of 4%."
+    )
+    worse = headline(outcome(0.2, 0.4, (-0.1, 0.6)))
+    assert "the replies of start win 70% of comparisons with those of rl-cai" in worse
+    assert "no change in refusals of red-team prompts is shown" in worse
+    assert "no difference in quality between rl-cai and start is shown" in headline(outcome(0.4, 0.6, (0.3, 0.6)))
+
+
+def test_every_figure_is_printed_with_its_interval() -> None:
+    assert lines(outcome(0.6, 0.8, (0.3, 0.6)) | {"seen_in_training": 2}) == [
+        "rl-cai wins 70% (60% to 80%) of 56 against start",
+        "refusals of red-team prompts: 4% (0% to 8%) -> 50% (40% to 60%), a change of +30 to +60 points on 56 replies",
+        "prompts that were trained on and are left out: 2",
+    ]
