@@ -38,6 +38,12 @@ class RunConfig(StageConfig):
 
     file: Path = option(..., "YAML run file.", Option(argument=True, metavar="FILE"))
     out: Path | None = option(None, "Run folder; by default runs/NAME.", Option(flags=("--out", "-o")))
+    changes: list[str] | None = option(
+        None,
+        "Replace a setting of the run file: model=NAME, STEP.OPTION=VALUE, or *.OPTION=VALUE for all steps that have the "
+        "option. VALUE is YAML. Can be repeated.",
+        Option(flags=("--set",), metavar="NAME=VALUE"),
+    )
     dry_run: bool = option(
         False, "Print the rows, tokens, memory and command of each step, and run nothing.", Option(flags=("--dry-run",))
     )
@@ -66,7 +72,7 @@ class RunConfig(StageConfig):
 
 def run(config: RunConfig) -> None:
     """Run the pipeline and print its summary. Raises CaiError."""
-    loaded = load_run(config.file)
+    loaded = load_run(config.file, config.changes or ())
     folder = config.out or Path("runs") / loaded.name
     steps = plan(loaded, config.file, folder)
     check_stops(loaded, steps)

@@ -26,6 +26,7 @@ from cai_cli.runtime.manifest import hash_input
 from cai_cli.runtime.stage import Stage
 
 SET_BY_RUN = frozenset({"output", "overwrite", "json", "quiet"})
+MODELS = frozenset({"model", "pm", "judge", "monitor-pm", "monitor-judge"})  # options that name a model
 KEY_FORMAT = "2:"  # keys of version 0.1.0 have no prefix
 
 
@@ -166,6 +167,8 @@ def _plan_step(name: str, given: Mapping[str, Any], steps: Mapping[str, Step], p
     needs: list[Step] = []
     files: dict[str, str | None] = {}
     for option, value in settings.items():
+        if option in MODELS and isinstance(value, str):
+            value = settings[option] = _model_beside(value, place.file.parent)
         folder = place.file.parent if _reads_file(stage.config, option, value, place.file.parent) else None
         values = value if isinstance(value, list) else [value]
         if option == "constitution" and isinstance(value, str) and (place.file.parent / value).is_dir():
@@ -229,6 +232,12 @@ def _check_urls(urls: Any, option: str) -> None:
 
     for url in [urls] if isinstance(urls, str) else urls or ():
         checked_url(url, option)
+
+
+def _model_beside(name: str, folder: Path) -> str:
+    """A model's name with the directories in it that lie in `folder`, the model's own or its adapter's, as paths."""
+    parts = [name] if (folder / name).is_dir() else name.split("+")
+    return "+".join(os.path.relpath(folder / one) if one and (folder / one).is_dir() else one for one in parts)
 
 
 def _reads_file(config: type[StageConfig], name: str, value: Value, folder: Path) -> bool:
