@@ -13,14 +13,18 @@ from typing import Any
 import orjson
 
 from cai_cli.common import console
-from cai_cli.data.jsonl import read_prompts, skip_unusable
+from cai_cli.common.errors import RowError
+from cai_cli.data.formats import conversations, parse_prompt, scorable
+from cai_cli.data.jsonl import origin, read_rows, skip_unusable
+from cai_cli.data.schema import Revision
 from cai_cli.data.sources import Columns
 from cai_cli.data.transcripts import render_transcript
 from cai_cli.pipeline.memory_estimate import memory_of
+from cai_cli.phase1_supervised.sft import Revisions, SftConfig
 from cai_cli.pipeline.plan import Step
 from cai_cli.pipeline.sweep import split_name
 from cai_cli.runtime import cost
-from cai_cli.runtime.cost import CHARACTERS_PER_TOKEN, RowFlow, TokenCounts
+from cai_cli.runtime.cost import CHARACTERS_PER_TOKEN, RowFlow, TokenCounts, joined
 from cai_cli.runtime.stage import Phase, Stage
 from cai_cli.training.activations import ModelShape
 from cai_cli.training.memory_check import Setting
@@ -78,17 +82,7 @@ def estimate(steps: Sequence[Step]) -> list[StepEstimate]:
     estimates = []
     for step in steps:
         config = step.config
-        sources = config.input if isinstance(config.input, list) else [config.input]
-        files = [_file(source, flows) for source in sources]
-        skip_invalid = bool(step.settings.get("skip-invalid"))
-        columns = config.columns() if hasattr(config, "columns") else None
-        read = [flows.get(file) or _flow_of_file(file, skip_invalid, columns) for file in files]
-        rows = min(read, key=lambda one: one.rows)  # several are joined by prompt
-        if config.limit:
-            rows = replace(rows, rows=min(rows.rows, config.limit))
-        also = [_file(source, flows) for source in getattr(config, "also", None) or ()]
-        more = [flows.get(file) or _flow_of_file(file, skip_invalid, None) for file in also]
-        rows = replace(rows, rows=rows.rows + sum(flow.rows for flow in more))
+        rows = _rows_of(step, flows)
         step_estimate, after = estimate_step(step.name, step.stage, rows, config, step.shell)
         if not step.stage.trains:
             flows[str(step.output)] = after
@@ -97,6 +91,40 @@ def estimate(steps: Sequence[Step]) -> list[StepEstimate]:
             step_estimate = replace(step_estimate, memory=setting)
         estimates.append(step_estimate)
     return estimates
+
+
+def _rows_of(step: Step, flows: Mapping[str, RowFlow]) -> RowFlow:
+    """The rows that a step reads, with those of all its files.
+
+    Args:
+        step: The step.
+        flows: The rows that earlier steps write, by their files.
+    """
+    config = step.config
+    skip_invalid = bool(step.settings.get("skip-invalid"))
+
+    def read(source: str, columns: Columns | None = None) -> RowFlow:
+        file = _file(source, flows)
+        return flows.get(file) or _flow_of_file(file, skip_invalid, columns)
+
+    def of_option(name: str) -> list[RowFlow]:
+        given = getattr(config, name, None) or []
+        return [read(file) for file in ([given] if isinstance(given, str) else given)]
+
+    sources = config.input if isinstance(config.input, list) else [config.input]
+    columns = config.columns() if hasattr(config, "columns") else None
+    rows = min((read(source, columns) for source in sources), key=lambda one: one.rows)  # joined by prompt
+    if config.limit:
+        rows = replace(rows, rows=min(rows.rows, config.limit))
+    rows = joined([rows, *of_option("also")])
+    if isinstance(config, SftConfig) and config.revisions is Revisions.ALL:
+        rows = replace(rows, rows=rows.rows * max(1, rows.rounds), rounds=0)  # examples, as helpful replies are
+    for option, ratio in (("mix", "mix_ratio"), ("helpful", "helpful_ratio")):
+        if more := of_option(option) + of_option(f"also_{option}"):
+            others = joined(more)
+            count = min(others.rows, round(getattr(config, ratio) * rows.rows))
+            rows = joined([rows, replace(others, rows=count)])
+    return rows
 
 
 def estimate_step(name: str, stage: Stage, rows: RowFlow, config: Any, shell: str) -> tuple[StepEstimate, RowFlow]:
@@ -123,9 +151,33 @@ def _file(source: str, flows: Mapping[str, RowFlow]) -> str:
 
 def _flow_of_file(source: str, skip_invalid: bool, columns: Columns | None) -> RowFlow:
     on_invalid = (lambda _error, _raw: None) if skip_invalid else skip_unusable
-    prompts = read_prompts(source, on_invalid=on_invalid, columns=columns)
-    lengths = [len(render_transcript(p.prompt)) / CHARACTERS_PER_TOKEN for _, p in prompts]
-    return RowFlow(len(lengths), 1, sum(lengths) / max(1, len(lengths)), 0.0)
+    name = origin(source)
+    measured = read_rows(source, lambda value: _row_flow(value, name), on_invalid, columns=columns, text=True)
+    prompts: set[str] = set()
+    rows: list[RowFlow] = []
+    for _, (prompt, flow) in measured:
+        prompts.add(prompt)
+        rows.append(flow)
+    if not rows:
+        return RowFlow(0, 1, 0.0, 0.0)
+    most = max(rows, key=lambda flow: flow.rounds)
+    per_prompt = len(rows) // len(prompts) if most.texts else 1
+    return replace(joined(rows), per_prompt=per_prompt, rounds=most.rounds, texts=most.texts)
+
+
+def _row_flow(value: object, source: str) -> tuple[str, RowFlow]:
+    """A row of any format: its prompt's id, and the row as a flow of one. Raises RowError."""
+    prompt = parse_prompt(value, source=source)
+    length = len(render_transcript(prompt.prompt)) / CHARACTERS_PER_TOKEN
+    try:
+        row = scorable(value, source)
+    except RowError:  # a prompt alone
+        return prompt.id, RowFlow(1, 1, length, 0.0)
+    replies = [each.reply for each in conversations(row)]
+    rounds = len(row.history) if isinstance(row, Revision) else 0
+    reply = sum(map(len, replies)) / len(replies) / CHARACTERS_PER_TOKEN
+    texts = 0 if len(replies) > 1 else 1 + 2 * rounds  # pairs are not to be paired again
+    return prompt.id, RowFlow(1, 1, length, reply, rounds, texts)
 
 
 def print_estimate(steps: Sequence[Step], *, as_json: bool, may_end: Mapping[str, str]) -> None:

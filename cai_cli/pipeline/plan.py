@@ -167,8 +167,6 @@ def _plan_step(name: str, given: Mapping[str, Any], steps: Mapping[str, Step], p
     needs: list[Step] = []
     files: dict[str, str | None] = {}
     for option, value in settings.items():
-        if option in MODELS and isinstance(value, str):
-            value = settings[option] = _model_beside(value, place.file.parent)
         folder = place.file.parent if _reads_file(stage.config, option, value, place.file.parent) else None
         values = value if isinstance(value, list) else [value]
         if option == "constitution" and isinstance(value, str) and (place.file.parent / value).is_dir():
@@ -176,6 +174,8 @@ def _plan_step(name: str, given: Mapping[str, Any], steps: Mapping[str, Step], p
         with _named(f"{option}: "):
             resolved = [_resolve(one, steps, folder) for one in values]
         settings[option] = [v for v, _ in resolved] if isinstance(value, list) else resolved[0][0]
+        if option in MODELS and folder is None and isinstance(settings[option], str):
+            settings[option] = _model_beside(str(settings[option]), place.file.parent)
         needs += [source for _, source in resolved if isinstance(source, Step)]
         paths = [source for _, source in resolved if isinstance(source, str)]
         files |= {
@@ -234,10 +234,15 @@ def _check_urls(urls: Any, option: str) -> None:
         checked_url(url, option)
 
 
-def _model_beside(name: str, folder: Path) -> str:
-    """A model's name with the directories in it that lie in `folder`, the model's own or its adapter's, as paths."""
-    parts = [name] if (folder / name).is_dir() else name.split("+")
-    return "+".join(os.path.relpath(folder / one) if one and (folder / one).is_dir() else one for one in parts)
+def _model_beside(value: str, folder: Path) -> str:
+    """The name of a model, with each directory of DIR or BASE+ADAPTER that lies beside the run file found from here."""
+
+    def found(part: str) -> str:
+        beside = "/" in part and not Path(part).exists() and (folder / part).is_dir()
+        return os.path.relpath(folder / part) if beside else part
+
+    base, plus, adapter = value.rpartition("+")
+    return f"{found(base)}{plus}{found(adapter)}"
 
 
 def _reads_file(config: type[StageConfig], name: str, value: Value, folder: Path) -> bool:
