@@ -29,6 +29,14 @@ class Executor(StrEnum):
     RAY = "ray"
 
 
+class Size(StrEnum):
+    """The sizes of models that can be planned without one."""
+
+    B8 = "8B"
+    B32 = "32B"
+    B70 = "70B"
+
+
 class RunConfig(StageConfig):
     """Run a pipeline from one file, or resume it.
 
@@ -47,6 +55,9 @@ class RunConfig(StageConfig):
     dry_run: bool = option(
         False, "Print the rows, tokens, memory and command of each step, and run nothing.", Option(flags=("--dry-run",))
     )
+    size: Size | None = option(
+        None, "With --dry-run: plan as if every model had this size, with memory and hours on 1 and on 8 H100s."
+    )
     executor: Executor = option(
         Executor.LOCAL, "Run steps as child processes, or as tasks on a Ray cluster (extra `ray`)."
     )
@@ -63,6 +74,8 @@ class RunConfig(StageConfig):
 
     def check(self) -> None:
         super().check()
+        if self.size and not self.dry_run:
+            raise UsageError("--size is for --dry-run", hint="--set model=NAME runs another model", code="option-conflict")
         given = [name for name in ("address", "shards", "task_cpus", "task_gpus") if getattr(self, name) is not None]
         if given and self.executor is not Executor.RAY:
             raise UsageError(
@@ -80,6 +93,14 @@ def run(config: RunConfig) -> None:
     if len(steps) > written:
         why = "rounds and lists" if loaded.blocks else "lists"
         console.say(f"run {loaded.name}: the {why} of {config.file} expand its {written} steps to {len(steps)}")
+    if config.size:
+        from cai_cli.pipeline.size_plan import plan_size, print_size
+
+        if config.as_json:
+            print(orjson.dumps([one.as_json() for one in plan_size(steps, config.size)]).decode())
+        else:
+            print_size(steps, config.size)
+        return
     if config.dry_run:
         from cai_cli.pipeline.estimate import print_estimate
 

@@ -5,7 +5,7 @@ characters per token. No row is assumed to be rejected. `paper_run` estimates th
 its numbers of prompts and assumed lengths.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ class StepEstimate:
         bytes: Size of the file that it writes; 0 where it writes a model.
         command: Its command line.
         learning_rate: The learning rate that it trains with; None where it trains nothing.
+        alone: Those of its tokens that one process handles while the others wait.
         memory: What training holds on each device; None where it trains nothing or its models are not on this machine.
         may_end: Why the rounds may end after this step; None where they do not.
     """
@@ -54,6 +55,7 @@ class StepEstimate:
     bytes: float
     command: str
     learning_rate: float | None
+    alone: TokenCounts = TokenCounts()
     memory: Setting | None = None
     may_end: str | None = None
 
@@ -76,21 +78,26 @@ class StepEstimate:
 
 
 def estimate(steps: Sequence[Step]) -> list[StepEstimate]:
-    """One estimate for each step, in order."""
-    flows: dict[str, RowFlow] = {}
+    """One estimate for each step, in order, with the memory of those that train."""
     shapes: dict[str, ModelShape] = {}  # of the models that steps train
     estimates = []
-    for step in steps:
-        config = step.config
-        rows = _rows_of(step, flows)
-        step_estimate, after = estimate_step(step.name, step.stage, rows, config, step.shell)
-        if not step.stage.trains:
-            flows[str(step.output)] = after
-        elif setting := memory_of(config, rows, shapes):
+    for step, rows, step_estimate in estimate_rows(steps):
+        if step.stage.trains and (setting := memory_of(step.config, rows, shapes)):
             shapes[str(step.output)] = setting.shape
             step_estimate = replace(step_estimate, memory=setting)
         estimates.append(step_estimate)
     return estimates
+
+
+def estimate_rows(steps: Sequence[Step]) -> Iterator[tuple[Step, RowFlow, StepEstimate]]:
+    """Each step in order, with the rows that it reads and its estimate without memory."""
+    flows: dict[str, RowFlow] = {}
+    for step in steps:
+        rows = _rows_of(step, flows)
+        step_estimate, after = estimate_step(step.name, step.stage, rows, step.config, step.shell)
+        if not step.stage.trains:
+            flows[str(step.output)] = after
+        yield step, rows, step_estimate
 
 
 def _rows_of(step: Step, flows: Mapping[str, RowFlow]) -> RowFlow:
@@ -140,7 +147,7 @@ def estimate_step(name: str, stage: Stage, rows: RowFlow, config: Any, shell: st
     step_cost = stage.estimate(rows, config)
     size = 0.0 if stage.trains or stage.phase is Phase.EVALUATION else step_cost.output.bytes
     rate = config.peak_learning_rate if isinstance(config, TrainerOptions) else None
-    whole = StepEstimate(name, step_cost.rows, step_cost.requests, step_cost.tokens, size, shell, rate)
+    whole = StepEstimate(name, step_cost.rows, step_cost.requests, step_cost.tokens, size, shell, rate, step_cost.alone)
     return whole, step_cost.output
 
 
