@@ -75,7 +75,9 @@ class RunConfig(StageConfig):
     def check(self) -> None:
         super().check()
         if self.size and not self.dry_run:
-            raise UsageError("--size is for --dry-run", hint="--set model=NAME runs another model", code="option-conflict")
+            raise UsageError(
+                "--size is for --dry-run", hint="--set model=NAME runs another model", code="option-conflict"
+            )
         given = [name for name in ("address", "shards", "task_cpus", "task_gpus") if getattr(self, name) is not None]
         if given and self.executor is not Executor.RAY:
             raise UsageError(

@@ -292,8 +292,8 @@ def estimate(rows: RowFlow, config: RlConfig) -> StepCost:
         compared = 2 * (checks - 1) * checked
         requests += compared
         read += compared * judged_tokens(rows.prompt_tokens, new)
-    tokens = TokenCounts(divided + read, replies * new, trained * whole)
-    return StepCost(rows.rows, replies + requests, tokens, rows, alone=TokenCounts(read, checks * checked * new))
+    counts = TokenCounts(divided + read, replies * new, trained * whole)
+    return StepCost(rows.rows, replies + requests, counts, rows, alone=TokenCounts(read, checks * checked * new))
 
 
 def _workload(config: RlConfig, rollouts: Rollouts, base: Path, prompts: RlPrompts) -> Workload:

@@ -19,8 +19,8 @@ from cai_cli.data.jsonl import origin, read_rows, skip_unusable
 from cai_cli.data.schema import Revision
 from cai_cli.data.sources import Columns
 from cai_cli.data.transcripts import render_transcript
-from cai_cli.pipeline.memory_estimate import memory_of
 from cai_cli.phase1_supervised.sft import Revisions, SftConfig
+from cai_cli.pipeline.memory_estimate import memory_of
 from cai_cli.pipeline.plan import Step
 from cai_cli.pipeline.sweep import split_name
 from cai_cli.runtime import cost
@@ -84,8 +84,9 @@ def estimate(steps: Sequence[Step]) -> list[StepEstimate]:
     for step, rows, step_estimate in estimate_rows(steps):
         if step.stage.trains and (setting := memory_of(step.config, rows, shapes)):
             shapes[str(step.output)] = setting.shape
-            step_estimate = replace(step_estimate, memory=setting)
-        estimates.append(step_estimate)
+            estimates.append(replace(step_estimate, memory=setting))
+        else:
+            estimates.append(step_estimate)
     return estimates
 
 

@@ -33,7 +33,7 @@ class _OneSize(dict[str, ModelShape]):
         super().__init__()
         self.shape = shape
 
-    def get(self, _name: object, _default: object = None) -> ModelShape:  # type: ignore[override]
+    def get(self, _name: object, _default: object = None) -> ModelShape:
         return self.shape
 
 
