@@ -48,8 +48,8 @@ class RunConfig(StageConfig):
     out: Path | None = option(None, "Run folder; by default runs/NAME.", Option(flags=("--out", "-o")))
     changes: list[str] | None = option(
         None,
-        "Replace a setting of the run file: model=NAME, STEP.OPTION=VALUE, or *.OPTION=VALUE for all steps that have the "
-        "option. VALUE is YAML. Can be repeated.",
+        "Replace a setting of the run file: model=NAME, STEP.OPTION=VALUE, or *.OPTION=VALUE for all steps that have "
+        "the option. VALUE is YAML. Can be repeated.",
         Option(flags=("--set",), metavar="NAME=VALUE"),
     )
     dry_run: bool = option(

@@ -55,7 +55,7 @@ class StepEstimate:
     bytes: float
     command: str
     learning_rate: float | None
-    alone: TokenCounts = TokenCounts()
+    alone: TokenCounts
     memory: Setting | None = None
     may_end: str | None = None
 
