@@ -1,5 +1,4 @@
-"""Writes rows in the data formats of other RL trainers (`cai export FILE -o DIR --for openrlhf|verl`);
-`annotated_pairs` writes labels for Feedback Forensics.
+"""Writes rows in the data formats of other RL trainers (`cai export FILE -o DIR --for openrlhf|verl`).
 
 For training past one node, which is more than TRL does. The rewards come from `cai serve-reward`, which gets the
 messages of each prompt through the fields written here. The tests check the formats of OpenRLHF 0.11.2 and verl 0.9.1.

@@ -31,6 +31,14 @@ class Executor(StrEnum):
     RAY = "ray"
 
 
+class Size(StrEnum):
+    """The sizes of models that can be planned without one."""
+
+    B8 = "8B"
+    B32 = "32B"
+    B70 = "70B"
+
+
 class RunConfig(StageConfig):
     """Run a pipeline from one file, or resume it.
 
@@ -40,8 +48,17 @@ class RunConfig(StageConfig):
 
     file: Path = option(..., "YAML run file.", Option(argument=True, metavar="FILE"))
     out: Path | None = option(None, "Run folder; by default runs/NAME.", Option(flags=("--out", "-o")))
+    changes: list[str] | None = option(
+        None,
+        "Replace a setting of the run file: model=NAME, STEP.OPTION=VALUE, or *.OPTION=VALUE for all steps that have "
+        "the option. VALUE is YAML. Can be repeated.",
+        Option(flags=("--set",), metavar="NAME=VALUE"),
+    )
     dry_run: bool = option(
         False, "Print the rows, tokens, memory and command of each step, and run nothing.", Option(flags=("--dry-run",))
+    )
+    size: Size | None = option(
+        None, "With --dry-run: plan as if every model had this size, with memory and hours on 1 and on 8 H100s."
     )
     executor: Executor = option(
         Executor.LOCAL, "Run steps as child processes, or as tasks on a Ray cluster (extra `ray`)."
@@ -59,6 +76,10 @@ class RunConfig(StageConfig):
 
     def check(self) -> None:
         super().check()
+        if self.size and not self.dry_run:
+            raise UsageError(
+                "--size is for --dry-run", hint="--set model=NAME runs another model", code="option-conflict"
+            )
         given = [name for name in ("address", "shards", "task_cpus", "task_gpus") if getattr(self, name) is not None]
         if given and self.executor is not Executor.RAY:
             raise UsageError(
@@ -68,7 +89,7 @@ class RunConfig(StageConfig):
 
 def run(config: RunConfig) -> None:
     """Run the pipeline and print its summary. Raises CaiError."""
-    loaded = load_run(config.file)
+    loaded = load_run(config.file, config.changes or ())
     folder = config.out or Path("runs") / loaded.name
     steps = plan(loaded, config.file, folder)
     check_stops(loaded, steps)
@@ -77,6 +98,14 @@ def run(config: RunConfig) -> None:
     if len(steps) > written:
         why = "rounds and lists" if loaded.blocks else "lists"
         console.say(f"run {loaded.name}: the {why} of {config.file} expand its {written} steps to {len(steps)}")
+    if config.size:
+        from cai_cli.pipeline.size_plan import plan_size, print_size
+
+        if config.as_json:
+            print(orjson.dumps([one.as_json() for one in plan_size(steps, config.size)]).decode())
+        else:
+            print_size(steps, config.size)
+        return
     if config.dry_run:
         from cai_cli.pipeline.estimate import print_estimate
 

@@ -25,7 +25,7 @@ from cai_cli.prompting.base import PromptFormat, assistant, reply_request, resol
 from cai_cli.prompting.comparison import characters
 from cai_cli.prompting.system import SystemOptions, own_system, with_system
 from cai_cli.runtime.config import Group, Option, StageConfig, option, redefine
-from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
+from cai_cli.runtime.cost import CHARACTERS_PER_TOKEN, RowFlow, StepCost, TokenCounts
 from cai_cli.runtime.manifest import hash_input, provenance
 from cai_cli.runtime.shared_options import EngineOptions, OutputOptions, SamplingOptions, ShardOptions
 from cai_cli.runtime.stage import Phase, Stage
@@ -174,10 +174,19 @@ def prompt_items(
 
 
 def estimate(rows: RowFlow, config: SampleConfig) -> StepCost:
-    """The cost of sampling, every reply as long as allowed."""
+    """The cost of sampling, every reply as long as allowed. A character of --contrast counts with the mean length."""
     replies, new = rows.rows * config.n, config.max_new_tokens
     after = RowFlow(replies, config.n, rows.prompt_tokens, new, texts=1)
-    return StepCost(replies, replies, TokenCounts(replies * rows.prompt_tokens, replies * new), after)
+    read = rows.prompt_tokens + _system_tokens(config)
+    return StepCost(replies, replies, TokenCounts(replies * read, replies * new), after)
+
+
+def _system_tokens(config: SampleConfig) -> float:
+    """Tokens of the system prompt that is added to a conversation."""
+    contrast, _ = config.open_contrast()
+    sides = [characters(one)[contrast.side != "following"] for one in contrast.principles] if contrast else []
+    texts = sides or [config.system_prompt() or ""]
+    return sum(map(len, texts)) / len(texts) / CHARACTERS_PER_TOKEN
 
 
 def run(config: SampleConfig) -> dict[str, Any]:

@@ -412,9 +412,9 @@ def _report_cut_off(counts: Counts, cut_off: CutOff) -> None:
 
 
 def estimate(rows: RowFlow, config: SftConfig) -> StepCost:
-    """The cost of training on every example, `--epochs` times."""
+    """The cost of training on every example, `--epochs` times or for `--max-steps`."""
     examples = rows.rows * (max(1, rows.rounds) if config.revisions is Revisions.ALL else 1)
-    tokens = examples * (rows.prompt_tokens + rows.reply_tokens) * config.epochs
+    tokens = config.trained_rows(examples) * (rows.prompt_tokens + rows.reply_tokens)
     return StepCost(examples, 0, TokenCounts(trained_tokens=tokens), rows)
 
 

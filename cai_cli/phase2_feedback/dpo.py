@@ -221,22 +221,22 @@ def _on_disk(pairs: Sequence[PromptedPair], directory: Path) -> Any:
 
 
 def estimate(rows: RowFlow, config: DpoConfig) -> StepCost:
-    """The cost of reading both replies of every pair once, training on them `--epochs` times, and the checks."""
+    """The cost of reading both replies of every pair once, training on them `--epochs` times or for `--max-steps`, and
+    the checks, which rank 0 makes."""
     whole, new = 2 * (rows.prompt_tokens + rows.reply_tokens), config.max_new_tokens
     held_out = config.eval_share * rows.rows
-    batch = config.batch_size * config.gradient_accumulation
-    steps = config.max_steps or math.ceil(config.epochs * (rows.rows - held_out) / batch)
+    steps = math.ceil(config.trained_rows(rows.rows - held_out) / config.rows_per_step)
     checks = -(-steps // config.monitor_every)
     # The reference reads every pair, the policy those held out at each check; both read a reply for the KL divergence.
     checked = int(min(config.monitor_prompts, held_out))
     replies = (1 + checks) * checked
-    read = whole * (rows.rows + checks * held_out) + replies * (3 * rows.prompt_tokens + 2 * new)
+    read = whole * checks * held_out + replies * (3 * rows.prompt_tokens + 2 * new)
     if config.monitor_pm:
         read += replies * (rows.prompt_tokens + new)
     requests = 2 * checks * checked if config.monitor_judge else 0
     read += requests * judged_tokens(rows.prompt_tokens, new)
-    tokens = TokenCounts(read, replies * new, whole * steps * batch)
-    return StepCost(rows.rows, replies + requests, tokens, rows)
+    tokens = TokenCounts(read + whole * rows.rows, replies * new, whole * steps * config.rows_per_step)
+    return StepCost(rows.rows, replies + requests, tokens, rows, alone=TokenCounts(read, replies * new))
 
 
 def run(config: DpoConfig) -> dict[str, Any]:

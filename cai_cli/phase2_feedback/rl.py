@@ -267,7 +267,7 @@ def _trainer_class_and_args(
 
 def estimate(rows: RowFlow, config: RlConfig) -> StepCost:
     """The cost of all replies, of scoring them, and of training on them. A prompt with a rubric counts as one that the
-    constitution judges."""
+    constitution judges. Rank 0 makes the checks and asks the judge."""
     trained = config.steps * config.replies
     checks = 1 + config.checks
     held_out = max(1, min(config.held_out, rows.rows // 2))
@@ -276,7 +276,8 @@ def estimate(rows: RowFlow, config: RlConfig) -> StepCost:
     whole = rows.prompt_tokens + new
     # The preference model and the start model read each reply too.
     readers = 1 + bool(config.pm)
-    read, requests = replies * (rows.prompt_tokens + readers * whole), 0
+    each_read = rows.prompt_tokens + readers * whole
+    divided, read, requests = trained * each_read, checks * checked * each_read, 0
     tokens, each = (rows.prompt_tokens, new), replies_per_prompt(held_out)
     for prompts, sampled, later in (
         (config.steps * config.prompts_per_step, config.samples_per_prompt, False),
@@ -291,7 +292,8 @@ def estimate(rows: RowFlow, config: RlConfig) -> StepCost:
         compared = 2 * (checks - 1) * checked
         requests += compared
         read += compared * judged_tokens(rows.prompt_tokens, new)
-    return StepCost(rows.rows, replies + requests, TokenCounts(read, replies * new, trained * whole), rows)
+    counts = TokenCounts(divided + read, replies * new, trained * whole)
+    return StepCost(rows.rows, replies + requests, counts, rows, alone=TokenCounts(read, checks * checked * new))
 
 
 def _workload(config: RlConfig, rollouts: Rollouts, base: Path, prompts: RlPrompts) -> Workload:

@@ -307,9 +307,12 @@ def _metrics_row(held_out: dict[str, Any]) -> dict[str, float | None]:
 
 
 def estimate(rows: RowFlow, config: TrainPmConfig) -> StepCost:
-    """The cost of training on both replies of every pair, `--epochs` times."""
-    tokens = 2 * rows.rows * (rows.prompt_tokens + rows.reply_tokens) * config.epochs
-    return StepCost(rows.rows, 0, TokenCounts(trained_tokens=tokens), rows)
+    """The cost of training on both replies of every pair, `--epochs` times or for `--max-steps`; and of `--fit-head`,
+    one forward pass over them, which rank 0 computes."""
+    pair = 2 * (rows.prompt_tokens + rows.reply_tokens)
+    read = TokenCounts(rows.rows * pair if config.fit_head else 0.0)
+    tokens = TokenCounts(read.prompt_tokens, trained_tokens=config.trained_rows(rows.rows) * pair)
+    return StepCost(rows.rows, 0, tokens, rows, alone=read)
 
 
 def run(config: TrainPmConfig) -> dict[str, Any]:

@@ -5,7 +5,7 @@ characters per token. No row is assumed to be rejected. `paper_run` estimates th
 its numbers of prompts and assumed lengths.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,18 @@ from typing import Any
 import orjson
 
 from cai_cli.common import console
-from cai_cli.data.jsonl import read_prompts, skip_unusable
+from cai_cli.common.errors import RowError
+from cai_cli.data.formats import conversations, parse_prompt, scorable
+from cai_cli.data.jsonl import origin, read_rows, skip_unusable
+from cai_cli.data.schema import Revision
 from cai_cli.data.sources import Columns
 from cai_cli.data.transcripts import render_transcript
+from cai_cli.phase1_supervised.sft import Revisions, SftConfig
 from cai_cli.pipeline.memory_estimate import memory_of
 from cai_cli.pipeline.plan import Step
 from cai_cli.pipeline.sweep import split_name
 from cai_cli.runtime import cost
-from cai_cli.runtime.cost import CHARACTERS_PER_TOKEN, RowFlow, TokenCounts
+from cai_cli.runtime.cost import CHARACTERS_PER_TOKEN, RowFlow, TokenCounts, joined
 from cai_cli.runtime.stage import Phase, Stage
 from cai_cli.training.activations import ModelShape
 from cai_cli.training.memory_check import Setting
@@ -39,6 +43,7 @@ class StepEstimate:
         bytes: Size of the file that it writes; 0 where it writes a model.
         command: Its command line.
         learning_rate: The learning rate that it trains with; None where it trains nothing.
+        alone: Those of its tokens that one process handles while the others wait.
         memory: What training holds on each device; None where it trains nothing or its models are not on this machine.
         may_end: Why the rounds may end after this step; None where they do not.
     """
@@ -50,6 +55,7 @@ class StepEstimate:
     bytes: float
     command: str
     learning_rate: float | None
+    alone: TokenCounts
     memory: Setting | None = None
     may_end: str | None = None
 
@@ -72,33 +78,64 @@ class StepEstimate:
 
 
 def estimate(steps: Sequence[Step]) -> list[StepEstimate]:
-    """One estimate for each step, in order."""
-    flows: dict[str, RowFlow] = {}
+    """One estimate for each step, in order, with the memory of those that train."""
     shapes: dict[str, ModelShape] = {}  # of the models that steps train
     estimates = []
+    for step, rows, step_estimate in estimate_rows(steps):
+        if step.stage.trains and (setting := memory_of(step.config, rows, shapes)):
+            shapes[str(step.output)] = setting.shape
+            estimates.append(replace(step_estimate, memory=setting))
+        else:
+            estimates.append(step_estimate)
+    return estimates
+
+
+def estimate_rows(steps: Sequence[Step]) -> Iterator[tuple[Step, RowFlow, StepEstimate]]:
+    """Each step in order, with the rows that it reads and its estimate without memory."""
+    flows: dict[str, RowFlow] = {}
     for step in steps:
-        config = step.config
-        sources = config.input if isinstance(config.input, list) else [config.input]
-        if not config.options()["input"][1].reads_file:  # models, which are asked what the stage knows
-            sources = []
-        files = [_file(source, flows) for source in sources]
-        skip_invalid = bool(step.settings.get("skip-invalid"))
-        columns = config.columns() if hasattr(config, "columns") else None
-        read = [flows.get(file) or _flow_of_file(file, skip_invalid, columns) for file in files]
-        rows = min(read, key=lambda one: one.rows, default=RowFlow(0, 1, 0.0, 0.0))  # several are joined by prompt
-        if config.limit:
-            rows = replace(rows, rows=min(rows.rows, config.limit))
-        also = [_file(source, flows) for source in getattr(config, "also", None) or ()]
-        more = [flows.get(file) or _flow_of_file(file, skip_invalid, None) for file in also]
-        rows = replace(rows, rows=rows.rows + sum(flow.rows for flow in more))
-        step_estimate, after = estimate_step(step.name, step.stage, rows, config, step.shell)
+        rows = _rows_of(step, flows)
+        step_estimate, after = estimate_step(step.name, step.stage, rows, step.config, step.shell)
         if not step.stage.trains:
             flows[str(step.output)] = after
-        elif setting := memory_of(config, rows, shapes):
-            shapes[str(step.output)] = setting.shape
-            step_estimate = replace(step_estimate, memory=setting)
-        estimates.append(step_estimate)
-    return estimates
+        yield step, rows, step_estimate
+
+
+def _rows_of(step: Step, flows: Mapping[str, RowFlow]) -> RowFlow:
+    """The rows that a step reads, with those of all its files.
+
+    Args:
+        step: The step.
+        flows: The rows that earlier steps write, by their files.
+    """
+    config = step.config
+    skip_invalid = bool(step.settings.get("skip-invalid"))
+
+    def read(source: str, columns: Columns | None = None) -> RowFlow:
+        file = _file(source, flows)
+        return flows.get(file) or _flow_of_file(file, skip_invalid, columns)
+
+    def of_option(name: str) -> list[RowFlow]:
+        given = getattr(config, name, None) or []
+        return [read(file) for file in ([given] if isinstance(given, str) else given)]
+
+    sources = config.input if isinstance(config.input, list) else [config.input]
+    if not config.options()["input"][1].reads_file:  # models, which are asked what the stage knows
+        sources = []
+    columns = config.columns() if hasattr(config, "columns") else None
+    read_rows = (read(source, columns) for source in sources)
+    rows = min(read_rows, key=lambda one: one.rows, default=RowFlow(0, 1, 0.0, 0.0))  # several are joined by prompt
+    if config.limit:
+        rows = replace(rows, rows=min(rows.rows, config.limit))
+    rows = joined([rows, *of_option("also")])
+    if isinstance(config, SftConfig) and config.revisions is Revisions.ALL:
+        rows = replace(rows, rows=rows.rows * max(1, rows.rounds), rounds=0)  # examples, as helpful replies are
+    for option, ratio in (("mix", "mix_ratio"), ("helpful", "helpful_ratio")):
+        if more := of_option(option) + of_option(f"also_{option}"):
+            others = joined(more)
+            count = min(others.rows, round(getattr(config, ratio) * rows.rows))
+            rows = joined([rows, replace(others, rows=count)])
+    return rows
 
 
 def estimate_step(name: str, stage: Stage, rows: RowFlow, config: Any, shell: str) -> tuple[StepEstimate, RowFlow]:
@@ -114,7 +151,7 @@ def estimate_step(name: str, stage: Stage, rows: RowFlow, config: Any, shell: st
     step_cost = stage.estimate(rows, config)
     size = 0.0 if stage.trains or stage.phase is Phase.EVALUATION else step_cost.output.bytes
     rate = config.peak_learning_rate if isinstance(config, TrainerOptions) else None
-    whole = StepEstimate(name, step_cost.rows, step_cost.requests, step_cost.tokens, size, shell, rate)
+    whole = StepEstimate(name, step_cost.rows, step_cost.requests, step_cost.tokens, size, shell, rate, step_cost.alone)
     return whole, step_cost.output
 
 
@@ -125,9 +162,33 @@ def _file(source: str, flows: Mapping[str, RowFlow]) -> str:
 
 def _flow_of_file(source: str, skip_invalid: bool, columns: Columns | None) -> RowFlow:
     on_invalid = (lambda _error, _raw: None) if skip_invalid else skip_unusable
-    prompts = read_prompts(source, on_invalid=on_invalid, columns=columns)
-    lengths = [len(render_transcript(p.prompt)) / CHARACTERS_PER_TOKEN for _, p in prompts]
-    return RowFlow(len(lengths), 1, sum(lengths) / max(1, len(lengths)), 0.0)
+    name = origin(source)
+    measured = read_rows(source, lambda value: _row_flow(value, name), on_invalid, columns=columns, text=True)
+    prompts: set[str] = set()
+    rows: list[RowFlow] = []
+    for _, (prompt, flow) in measured:
+        prompts.add(prompt)
+        rows.append(flow)
+    if not rows:
+        return RowFlow(0, 1, 0.0, 0.0)
+    most = max(rows, key=lambda flow: flow.rounds)
+    per_prompt = len(rows) // len(prompts) if most.texts else 1
+    return replace(joined(rows), per_prompt=per_prompt, rounds=most.rounds, texts=most.texts)
+
+
+def _row_flow(value: object, source: str) -> tuple[str, RowFlow]:
+    """A row of any format: its prompt's id, and the row as a flow of one. Raises RowError."""
+    prompt = parse_prompt(value, source=source)
+    length = len(render_transcript(prompt.prompt)) / CHARACTERS_PER_TOKEN
+    try:
+        row = scorable(value, source)
+    except RowError:  # a prompt alone
+        return prompt.id, RowFlow(1, 1, length, 0.0)
+    replies = [each.reply for each in conversations(row)]
+    rounds = len(row.history) if isinstance(row, Revision) else 0
+    reply = sum(map(len, replies)) / len(replies) / CHARACTERS_PER_TOKEN
+    texts = 0 if len(replies) > 1 else 1 + 2 * rounds  # pairs are not to be paired again
+    return prompt.id, RowFlow(1, 1, length, reply, rounds, texts)
 
 
 def print_estimate(steps: Sequence[Step], *, as_json: bool, may_end: Mapping[str, str]) -> None:

@@ -5,7 +5,7 @@ share of a GPU's peak that is used depends on the kind of work. Attention over l
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 MODELS: Mapping[str, float] = {"8B": 8e9, "70B": 70e9}  # parameters
 H100_FLOPS = 989e12  # dense bfloat16, NVIDIA's data sheet of the H100 SXM
@@ -35,6 +35,13 @@ class TokenCounts:
             2 * self.prompt_tokens / PREFILL + 2 * self.new_tokens / DECODING + 6 * self.trained_tokens / TRAINING
         )
         return operations * parameters / H100_FLOPS / 3600
+
+    def __sub__(self, other: "TokenCounts") -> "TokenCounts":
+        return TokenCounts(
+            self.prompt_tokens - other.prompt_tokens,
+            self.new_tokens - other.new_tokens,
+            self.trained_tokens - other.trained_tokens,
+        )
 
 
 def total(counts: Sequence[TokenCounts]) -> TokenCounts:
@@ -75,11 +82,34 @@ class RowFlow:
         return self.rows * (ROW_BYTES + text)
 
 
+def joined(flows: Sequence[RowFlow]) -> RowFlow:
+    """The rows of several files as one, with the mean lengths; the rest is that of the first.
+
+    >>> joined([RowFlow(3, 1, 10.0, 20.0), RowFlow(1, 1, 30.0, 60.0)])
+    RowFlow(rows=4, per_prompt=1, prompt_tokens=15.0, reply_tokens=30.0, rounds=0, texts=0, sources=1)
+    """
+    rows = sum(flow.rows for flow in flows)
+    prompt, reply = (
+        sum(flow.rows * length for flow, length in zip(flows, lengths, strict=True)) / max(1, rows)
+        for lengths in ([flow.prompt_tokens for flow in flows], [flow.reply_tokens for flow in flows])
+    )
+    return replace(flows[0], rows=rows, prompt_tokens=prompt, reply_tokens=reply)
+
+
 @dataclass(frozen=True)
 class StepCost:
-    """What one step costs: the rows it processes, the requests it sends, its tokens, and the rows it writes."""
+    """What one step costs.
+
+    Attributes:
+        rows: Rows that it processes.
+        requests: Requests that it sends.
+        tokens: Its tokens.
+        output: The rows that it writes.
+        alone: Those of its tokens that one process handles while the others wait.
+    """
 
     rows: int
     requests: int
     tokens: TokenCounts
     output: RowFlow
+    alone: TokenCounts = TokenCounts()

@@ -146,7 +146,7 @@ def static_plan(shape: ModelShape, training: TrainingConfig, work: Workload, sha
     size = BYTES[training.trained_dtype]
     total = shape.parameters if work.scored else shape.scorer
     adapters = shape.adapter_width * training.lora_rank if training.lora_rank is not None else 0
-    trained = adapters or total
+    trained = (adapters or total) if training.trains else 0
     trained_size = (2 if training.quantize else 4) if adapters else size  # TRL trains QLoRA's adapters in bfloat16
     weights = float(total * size + adapters * trained_size)
     if training.quantize:

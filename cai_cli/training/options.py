@@ -152,6 +152,11 @@ class TrainerOptions(RunOptions, RowInputOptions, SeedOptions, ChatTemplateOptio
         return self.default_rates.lora if self.lora else self.default_rates.full
 
     @property
+    def processes(self) -> int:
+        """The number of processes that the options request. Raises UsageError."""
+        return launcher.group_size(self.accelerate_config, self.num_processes)
+
+    @property
     def has_adapter(self) -> bool:
         """Whether what is trained can be written as an adapter of PEFT."""
         return self.lora
@@ -228,6 +233,21 @@ class EpochOptions(TrainerOptions):
     gradient_accumulation: int = option(2, "Forward passes of one process in each step.", _HARMLESS, ge=1)
     max_length: int = option(1024, "Longest row in tokens; longer rows are rejected, not truncated.", _TRAINING, ge=2)
     eval_share: float = option(0.05, "Share of the prompts held out for evaluation.", _TRAINING, ge=0.0, le=0.5)
+
+    def trained_rows(self, rows: float) -> float:
+        """The rows that all steps train on, each as often as it is trained on.
+
+        Args:
+            rows: The rows of one epoch.
+        """
+        if self.max_steps is None:
+            return self.epochs * rows
+        return self.max_steps * self.rows_per_step
+
+    @property
+    def rows_per_step(self) -> int:
+        """The rows of one step, in all processes together."""
+        return self.batch_size * self.gradient_accumulation * self.processes
 
     def workload(self, length: int) -> Workload:
         """What training does with its model, as far as memory depends on it.

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import sample_row, write_rows
+from helpers import preference, revision, sample_row, write_rows
 from pipeline_cases import planned
 
 from cai_cli.constitution.schema import PreferenceConstitution, open_constitution
@@ -72,3 +72,36 @@ def test_the_plan_of_rl_counts_the_requests_to_its_monitor(folder: Path) -> None
     assert read == pytest.approx(requests * (few_shot + prompt + 2 * 10))
     assert pm.tokens.prompt_tokens - alone.tokens.prompt_tokens == pytest.approx(3 * replies * (prompt + 10))
     assert judge.tokens.new_tokens == pm.tokens.new_tokens == alone.tokens.new_tokens
+
+
+def test_the_replies_of_files_and_the_rows_that_a_trainer_mixes_in_are_counted(folder: Path) -> None:
+    write_rows(folder / "revised.jsonl", [revision(i, reply="x" * 400, rounds=2) for i in range(4)])
+    write_rows(folder / "helpful.jsonl", [sample_row(i, reply="x" * 400) for i in range(9)])
+    write_rows(folder / "pairs.jsonl", [preference(i) for i in range(8)])
+    steps = planned(
+        folder,
+        "  sl: {command: sft, input: revised.jsonl, helpful: helpful.jsonl, helpful-ratio: 0.5, eval-share: 0}\n"
+        "  few: {command: sft, input: revised.jsonl, max-steps: 3, batch-size: 2, gradient-accumulation: 1}\n"
+        "  pm: {command: train-pm, input: pairs.jsonl, mix: pairs.jsonl, mix-ratio: 0.5}\n"
+        "  head: {command: train-pm, input: pairs.jsonl, fit-head: true, epochs: 0}\n",
+    )
+    sl, few, pm, head = estimate(steps)
+    assert (sl.rows, few.rows, pm.rows, head.rows) == (4 * 2 + 4, 8, 12, 8)  # two revisions a row
+    assert sl.tokens.trained_tokens > sl.rows * 100
+    assert few.tokens.trained_tokens == pytest.approx(6 * sl.tokens.trained_tokens / 12, rel=0.05)
+    assert head.tokens.trained_tokens == 0
+    assert head.tokens.prompt_tokens == head.alone.prompt_tokens == pytest.approx(pm.tokens.trained_tokens * 8 / 12)
+
+
+def test_a_character_that_is_added_to_a_prompt_is_counted(folder: Path) -> None:
+    plain = estimate(planned(folder, "  a: {command: sample, input: prompts.jsonl}\n"))[0]
+    told = estimate(planned(folder, f"  a: {{command: sample, input: prompts.jsonl, system: {'x' * 80}}}\n"))[0]
+    assert told.tokens.prompt_tokens - plain.tokens.prompt_tokens == pytest.approx(6 * 80 / 4)
+
+
+def test_what_one_process_does_alone_is_a_part_of_what_a_step_does(folder: Path) -> None:
+    settings = "input: prompts.jsonl, judge: judge, max-principles: 1, steps: 4, max-new-tokens: 8"
+    (rl,) = estimate(planned(folder, f"  a: {{command: rl, {settings}}}\n"))
+    assert 0 < rl.alone.prompt_tokens < rl.tokens.prompt_tokens
+    assert 0 < rl.alone.new_tokens < rl.tokens.new_tokens
+    assert rl.alone.trained_tokens == 0

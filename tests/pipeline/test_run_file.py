@@ -120,3 +120,38 @@ def test_an_option_has_one_name_in_the_shell_and_in_a_run_file(stage: str) -> No
     for name, field in names.items():
         _, declared = options[field]
         assert declared.argument or name in declared.aliases or f"--{name}" in flags, name
+
+
+def test_settings_of_the_command_line_replace_those_of_the_file(folder: Path) -> None:
+    path = folder / "run.yaml"
+    path.write_text(
+        "name: n\nsteps:\n  a: {command: sample, input: prompts.jsonl}\n  r:\n    repeat: 2\n    steps:\n"
+        '      b: {command: sft, input: "@a", model: "@b@last"}\n'
+    )
+    run = load_run(path, ["model=m", "a.n=3", "r.repeat=3", "*.limit=2", "b.lora=true", "a.template-arg=[x=1, y=2]"])
+    assert run.model == "m"
+    assert run.steps["a"] == {
+        "command": "sample", "input": "prompts.jsonl", "n": 3, "limit": 2, "template-arg": ["x=1", "y=2"]
+    }  # fmt: skip
+    block = run.blocks["r"]
+    assert (block.repeat, block.steps["b"]["lora"], block.steps["b"]["limit"]) == (3, True, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ("c.n=1", "unknown-step"),
+        ("*.tempreture=1", "unknown-option"),
+        ("limit=1", "invalid-option"),
+        ("a.n", "invalid-option"),
+        (".n=1", "invalid-option"),
+        ("a.n=[", "invalid-yaml"),
+        ("name=../x", "invalid-run-file"),
+    ],
+)
+def test_a_setting_of_the_command_line_that_changes_nothing_is_refused(folder: Path, change: str, code: str) -> None:
+    path = folder / "run.yaml"
+    path.write_text("name: n\nsteps:\n  a: {command: sample, input: prompts.jsonl}\n")
+    with pytest.raises(CaiError) as error:
+        load_run(path, [change])
+    assert error.value.code == code
