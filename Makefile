@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test faults soak test-all server-env vllm-env lint docs smoke clean audit coverage mutants
+.PHONY: setup demo test faults slow soak test-all server-env vllm-env lint docs smoke clean audit coverage mutants
 
 setup: $(STAMP)
 
@@ -28,6 +28,10 @@ test: setup
 faults: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist load -m '' tests/faults
 
+# All that `make test` leaves out, faults too. A module whose tests share a server or a browser stays in one worker.
+slow: setup server-env vllm-env
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -m 'slow or server or browser or vllm or faults'
+
 # Half an hour against a server that fails one request in a hundred.
 soak: setup
 	CAI_SOAK_SECONDS=1800 $(BIN)/pytest -m '' tests/faults/test_soak.py
@@ -35,15 +39,19 @@ soak: setup
 # The model server and inspect-ai, which `pytest -m server` uses; the server is compiled once, which takes some minutes.
 server-env: .server-venv/.installed
 
-.server-venv/.installed: tests/server_env.py tests/server_requirements.txt | $(STAMP)
-	$(BIN)/python tests/server_env.py
+.server-venv/.compiled: tests/server_env.py tests/llama_only.cmake tests/server_requirements.txt
+	$(PYTHON) tests/server_env.py compile
+	touch $@
+
+.server-venv/.installed: .server-venv/.compiled | $(STAMP)
+	$(BIN)/python tests/server_env.py model
 	touch $@
 
 # vLLM's CPU build and cai, in an environment of their own (4 GB), for `pytest -m vllm`.
 vllm-env: .vllm-venv/.installed
 
-.vllm-venv/.installed: tests/vllm_env.py tests/vllm_requirements.txt | $(STAMP)
-	$(BIN)/python tests/vllm_env.py
+.vllm-venv/.installed: tests/vllm_env.py tests/vllm_requirements.txt
+	$(PYTHON) tests/vllm_env.py
 	touch $@
 
 test-all: setup server-env vllm-env

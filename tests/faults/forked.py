@@ -47,12 +47,14 @@ class Ended:
 class Forks:
     """`forks.run("sample", "in.jsonl", ..., cwd=folder)`; with `inject` under strace, as `strace -e inject=` has it."""
 
-    def __init__(self, *modules: str) -> None:
-        """`modules`: what is imported beforehand beside the command line."""
+    def __init__(self, *modules: str, own_cache: bool = True) -> None:
+        """`modules`: what is imported beforehand beside the command line. `own_cache`: without the models that are
+        already fetched."""
         self._cache = tempfile.TemporaryDirectory()  # another test that writes to a shared one would change the calls
+        cache = {"CAI_CACHE": self._cache.name} if own_cache else {}
         self._mother = subprocess.Popen(
             [sys.executable, "-u", __file__, *modules], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "CAI_CACHE": self._cache.name},
+            env={**os.environ, **cache},
         )  # fmt: skip
 
     def close(self) -> None:

@@ -22,7 +22,7 @@ from cai_cli.engines.base import LogprobRequest, RequestFailure, Server
 from cai_cli.prompting.base import PromptFormat, user
 from cai_cli.prompting.comparison import OPTIONS, comparison_request
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.server, pytest.mark.timeout(900), pytest.mark.xdist_group("server")]
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from vllm_env import PYTHON
 
 from cai_cli.models.loading import load_reward_model, load_tokenizer
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800), pytest.mark.xdist_group("vllm")]
 
 # One process, no compilation: a start takes seconds instead of minutes.
 EAGER = ("--engine-arg", "enforce_eager=true", "--engine-arg", "max_num_seqs=16")
