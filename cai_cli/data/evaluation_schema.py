@@ -1,6 +1,6 @@
 """Row types of the evaluations (`cai eval`): published questions, answers to them, comparisons, harm scores."""
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -123,3 +123,23 @@ class HarmScore(Sample):
 
     harm: float = Field(ge=0, le=4)
     levels: list[float] = Field(min_length=5, max_length=5)
+
+
+RefusalLabel = Literal["compliance", "full_refusal", "partial_refusal"]
+Safety = Literal["safe", "unsafe"]
+
+
+class LabelledReply(Sample):
+    """A reply with whether it answers.
+
+    Attributes:
+        safety: Whether the prompt is safe to answer; null where the input does not say.
+        label: What the wording shows.
+        judged: The judge's most probable label; null without a judge.
+        p_labels: The judge's probabilities of `compliance`, `full_refusal` and `partial_refusal`.
+    """
+
+    safety: Safety | None
+    label: RefusalLabel
+    judged: RefusalLabel | None = None
+    p_labels: list[float] | None = None

@@ -9,7 +9,13 @@ from typing import Any
 
 from cai_cli.common.errors import RowError
 from cai_cli.data.dropped import Dropped
-from cai_cli.data.evaluation_schema import EvaluationQuestion, EvaluationResult, HarmScore, ModelComparison
+from cai_cli.data.evaluation_schema import (
+    EvaluationQuestion,
+    EvaluationResult,
+    HarmScore,
+    LabelledReply,
+    ModelComparison,
+)
 from cai_cli.data.foreign import scores
 from cai_cli.data.foreign.shapes import IDS, Conversation, ReplyPair, recognize, shape_of
 from cai_cli.data.foreign.turns import read_turns
@@ -48,6 +54,7 @@ _MARKS: Sequence[tuple[type[Row], frozenset[str]]] = (
     (Critique, frozenset({"critique"})),
     (ContrastSample, frozenset({"sample_index", "contrast"})),
     (HarmScore, frozenset({"harm", "levels"})),
+    (LabelledReply, frozenset({"label", "safety"})),
     (PolicySample, frozenset({"score", "monitor_score"})),
     (PolicySample, frozenset({"score", "watch_score"})),  # of version 0.1.0
     (Scored, frozenset({"score"})),

@@ -19,7 +19,7 @@ from markupsafe import Markup
 from cai_cli import __version__
 from cai_cli.common.console import safe
 from cai_cli.data.schema import Preference
-from cai_cli.report import by_round, charts, curves, examples, labels, summary
+from cai_cli.report import by_round, charts, curves, examples, labels, refusals, summary
 from cai_cli.report.charts import Chart
 from cai_cli.report.collect import TRAINING, RunFiles, StepFiles, is_estimate
 
@@ -83,7 +83,7 @@ def _sections(run: RunFiles) -> dict[str, Any]:
         "compared": compared,
         "audits": audits,
         "training": [_training(run, step) for step in run.steps_of(*TRAINING)],
-        "scatters": _scatters(run),
+        "scatters": [*_scatters(run), *refusals.plane(run.evaluations)],
         "wins": _win_rates(run),
         "sweeps": _sweeps(run),
         "by_round": by_round.steps_by_round(
