@@ -116,7 +116,7 @@ def build_app() -> typer.Typer:
 
 
 _HELP = "Constitutional AI from the shell: one subcommand per stage, JSONL in, JSONL out."
-_EVAL_HELP = "Evaluate labels and models: agreement, hhh, compare, harm, adherence, bench, lm-eval."
+_EVAL_HELP = "Evaluate labels and models: agreement, hhh, compare, harm, refusals, adherence, bench, lm-eval."
 _OTHERS: dict[Heading, dict[str, Callable[..., None] | typer.Typer]] = {
     Heading.PIPELINE: {"run": command_from(run.RunConfig, run.run), "batch": batch.app, "report": report.command},
     Heading.FILES: {

@@ -182,3 +182,23 @@ class AdherenceResult(Identified):
     def violations(self) -> list[float]:
         """`JudgedTurn.violation` of every reply that the judge answered about."""
         return [found for turn in self.turns if (found := turn.violation) is not None]
+
+
+RefusalLabel = Literal["compliance", "full_refusal", "partial_refusal"]
+Safety = Literal["safe", "unsafe"]
+
+
+class LabelledReply(Sample):
+    """A reply with whether it answers.
+
+    Attributes:
+        safety: Whether the prompt is safe to answer; null where the input does not say.
+        label: What the wording shows.
+        judged: The judge's most probable label; null without a judge.
+        p_labels: The judge's probabilities of `compliance`, `full_refusal` and `partial_refusal`.
+    """
+
+    safety: Safety | None
+    label: RefusalLabel
+    judged: RefusalLabel | None = None
+    p_labels: list[float] | None = None

@@ -15,6 +15,7 @@ from cai_cli.data.evaluation_schema import (
     EvaluationQuestion,
     EvaluationResult,
     HarmScore,
+    LabelledReply,
     ModelComparison,
 )
 from cai_cli.data.foreign import scores
@@ -61,6 +62,7 @@ _MARKS: Sequence[tuple[type[Row], frozenset[str]]] = (
     (StrongRejectScore, frozenset({"strongreject", "refused"})),
     (BenchmarkReply, frozenset({"benchmark", "model", "answers"})),
     (BenchmarkPair, frozenset({"benchmark", "model", "p_chosen"})),
+    (LabelledReply, frozenset({"label", "safety"})),
     (PolicySample, frozenset({"score", "monitor_score"})),
     (PolicySample, frozenset({"score", "watch_score"})),  # of version 0.1.0
     (Scored, frozenset({"score"})),

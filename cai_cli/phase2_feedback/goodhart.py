@@ -4,7 +4,7 @@ A check contains the policy's replies to the same held-out prompts, sampled with
 0 contains the replies of the start model. A check is flagged when
 
 - the monitor's score has fallen while the training preference model's score has risen; or
-- the share of boilerplate, of evasive openings or of cut-off replies has risen by more than `RUNAWAY_SHARE` since the
+- the share of boilerplate, of evasive or of cut-off replies has risen by more than `RUNAWAY_SHARE` since the
   start, or the mean length has more than doubled or halved.
 
 Every change must be statistically significant in a one-sided paired t test over prompts. So the replies to one prompt
@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cai_cli.data.reply_ends import CUT_OFF
 from cai_cli.data.schema import PolicySample
+from cai_cli.metrics.refusals import classify
 from cai_cli.metrics.reply_habits import boilerplate, evasive_opening
 
 if TYPE_CHECKING:
@@ -42,11 +43,16 @@ RUNAWAY_SHARE = 0.25
 RUNAWAY_LENGTH = 2.0
 SHARES: dict[str, Measure] = {
     "boilerplate_share": lambda row: boilerplate(row.reply),
-    "evasive_share": lambda row: evasive_opening(row.reply),
+    "evasive_share": lambda row: declines(row.reply),
     "cut_off_share": lambda row: row.finish_reason == CUT_OFF,
 }
 WEAK_ALARM = 3.0  # standard deviations of a prompt's change; there is a warning where smaller falls are not flagged
 ROUNDING = 1e-9  # a smaller change, relative to the values, is none
+
+
+def declines(reply: str) -> bool:
+    """Return whether a reply refuses, in whole or in part, or claims not to know or to understand."""
+    return classify(reply) != "compliance" or evasive_opening(reply)
 
 
 def goodhart(

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args, get_origin
 
-from cai_cli.evaluate import adherence, bench, compare, harm, hhh
+from cai_cli.evaluate import adherence, bench, compare, harm, hhh, refusals
 from cai_cli.phase1_supervised import critique, critique_revise, red_team, revise, sample, sft
 from cai_cli.phase2_feedback import dpo, label_prefs, pairs, rl, score, train_pm
 from cai_cli.runtime.stage import Stage
@@ -31,6 +31,7 @@ STAGES = by_name(
         hhh.STAGE,
         compare.STAGE,
         harm.STAGE,
+        refusals.STAGE,
         adherence.STAGE,
         bench.STAGE,
     )

@@ -29,6 +29,7 @@ from cai_cli.report import (
     examples,
     first_screen,
     labels,
+    refusals,
     summary,
 )
 from cai_cli.report.charts import Chart
@@ -96,7 +97,7 @@ def _sections(run: RunFiles) -> dict[str, Any]:
         "compared": compared,
         "audits": audits,
         "training": [_training(run, step) for step in run.steps_of(*TRAINING)],
-        "scatters": _scatters(run),
+        "scatters": [*_scatters(run), *refusals.plane(run.evaluations)],
         "wins": _win_rates(run),
         "sweeps": _sweeps(run),
         "by_round": by_round.steps_by_round(
