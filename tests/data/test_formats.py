@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 from cai_cli.common.errors import RowError
 from cai_cli.data import evaluation_schema, formats, reward_schema, schema
 from cai_cli.data.dropped import Dropped
-from cai_cli.data.evaluation_schema import EvaluationQuestion, EvaluationResult, HarmScore, ModelComparison
+from cai_cli.data.evaluation_schema import (
+    EvaluationQuestion,
+    EvaluationResult,
+    HarmScore,
+    LabelledReply,
+    ModelComparison,
+)
 from cai_cli.data.formats import (
     has_key,
     parse_prompt,
@@ -112,6 +118,13 @@ FIELDS: dict[type[Row], dict[str, st.SearchStrategy[Any]]] = {
         "monitor_score": st.none() | number,
     },
     HarmScore: sample | {"harm": st.floats(0, 4), "levels": st.lists(share, min_size=5, max_size=5)},
+    LabelledReply: sample
+    | {
+        "safety": st.none() | st.sampled_from(["safe", "unsafe"]),
+        "label": st.just("compliance"),
+        "judged": st.none() | st.just("full_refusal"),
+        "p_labels": st.none() | st.lists(share, min_size=3, max_size=3),
+    },
     JudgedReplies: {
         "id": names,
         "prompt_hash": texts,
