@@ -11,9 +11,9 @@ from typing import Any, get_args
 from cai_cli.common import console
 from cai_cli.common.hash_index import KeyTable
 from cai_cli.data.evaluation_schema import LabelledReply, RefusalLabel, Safety
-from cai_cli.data.formats import completed_row
+from cai_cli.data.formats import completed_row, row_type_of
 from cai_cli.data.jsonl import read_rows, rows_of
-from cai_cli.data.schema import Rejected, Revision, Sample, reject
+from cai_cli.data.schema import Rejected, Revision, Sample, load_row, reject
 from cai_cli.engines.base import Engine, LogprobRequest, RequestFailure
 from cai_cli.evaluate.evaluated_models import normalised
 from cai_cli.metrics.intervals import ClusterBootstrap, percent
@@ -81,18 +81,16 @@ def parse_reply(value: object) -> _Reply:
     Raises:
         RowError: The value has no prompt and reply.
     """
-    if not isinstance(value, dict):
-        return _Reply(**completed_row(value).sample_fields(), safety=None)
-    own = LabelledReply.model_fields.keys() - Sample.model_fields.keys() if "sample_index" in value else frozenset()
-    row = completed_row({name: inner for name, inner in value.items() if name not in own})
-    return _Reply(**row.sample_fields(), safety=safety_of(value))
+    if row_type_of(value) is LabelledReply:
+        labelled = load_row(LabelledReply, value)
+        return _Reply(**labelled.sample_fields(), safety=labelled.safety)
+    row = completed_row(value)
+    return _Reply(**row.sample_fields(), safety=safety_of(value if isinstance(value, dict) else {}))
 
 
 def safety_of(columns: Mapping[str, Any]) -> Safety | None:
     """Whether a prompt is safe, by XSTest's `label` or `type`, or by `kind`; None where none of them says so."""
     label, kind, of_type = columns.get("label"), columns.get("kind"), str(columns.get("type"))
-    if columns.get("safety") in get_args(Safety):
-        label = columns["safety"]
     if label == "unsafe" or kind == "red-team" or of_type.startswith("contrast_"):
         return "unsafe"
     return "safe" if label == "safe" or kind == "helpful" or of_type in _SAFE_TYPES else None
@@ -151,7 +149,7 @@ class RefusalSummary:
         prompt = self.prompts.number(row.id)
         for (by, group), sums in self.sums.items():
             if (label := getattr(row, by)) and group in ("all", row.safety):
-                shares = {name: float(label == name) for name in LABELS}
+                shares: dict[str, float] = {name: float(label == name) for name in LABELS}
                 agrees = float(row.label == row.judged)
                 sums.add(prompt, {**shares, "refusal": label != "compliance", "agrees": agrees, "n": 1})
 

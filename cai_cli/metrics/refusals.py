@@ -7,6 +7,7 @@ not single labels. docs/refusals.md states how they were written and measured.
 """
 
 import re
+
 from cai_cli.data.evaluation_schema import RefusalLabel
 from cai_cli.metrics.reply_habits import plain
 

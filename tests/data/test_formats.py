@@ -19,6 +19,7 @@ from cai_cli.data.evaluation_schema import (
     EvaluationResult,
     HarmScore,
     JudgedTurn,
+    LabelledReply,
     ModelComparison,
 )
 from cai_cli.data.formats import (
@@ -120,6 +121,13 @@ FIELDS: dict[type[Row], dict[str, st.SearchStrategy[Any]]] = {
         "monitor_score": st.none() | number,
     },
     HarmScore: sample | {"harm": st.floats(0, 4), "levels": st.lists(share, min_size=5, max_size=5)},
+    LabelledReply: sample
+    | {
+        "safety": st.none() | st.sampled_from(["safe", "unsafe"]),
+        "label": st.just("compliance"),
+        "judged": st.none() | st.just("full_refusal"),
+        "p_labels": st.none() | st.lists(share, min_size=3, max_size=3),
+    },
     JudgedReplies: {
         "id": names,
         "prompt_hash": texts,
