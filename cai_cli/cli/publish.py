@@ -52,8 +52,8 @@ def export_command(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Write rows as a dataset with a card, for TRL, OpenRLHF or verl; as annotated pairs for Feedback Forensics; as a log
-    that `inspect view` opens; or the principles of a constitution as an audit by Petri.
+    """Write rows as a dataset with a card, for TRL, OpenRLHF or verl; as annotated pairs for Feedback Forensics; as a
+    log that `inspect view` opens; or the principles of a constitution as an audit by Petri.
 
     FILE: Prompt, Sample, Critique, Revision or Preference rows, or rows in any format that `cai convert` reads. Inspect
     also shows the rows of `cai score` and `cai eval`.
