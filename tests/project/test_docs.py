@@ -227,7 +227,7 @@ def forks() -> Iterator[Forks]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 def test_all_other_commands_run_on_the_real_model(forks: Forks, tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     write_files_of_other_tools(tmp_path)
