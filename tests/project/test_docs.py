@@ -229,7 +229,8 @@ def forks() -> Iterator[Forks]:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_all_other_commands_run_on_the_real_model(forks: Forks, tmp_path: Path) -> None:
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    for folder in ("examples", "principles"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     write_files_of_other_tools(tmp_path)
     heavy = [command for command in commands() if not re.match(r"make |pip ", command) and not LIGHT.match(command)]
     assert all(command.startswith("cai ") for command in heavy)
