@@ -84,7 +84,8 @@ def test_replies_are_short_and_whole_and_only_red_team_prompts_are_declined() ->
         assert len(row.reply.split()) <= 45
         assert row.finish_reason == "stop"
     assert all(row.kind == "red-team" and row.history[0].critique and row.reply for row in REVISIONS)
-    assert len({" ".join(row.reply.split()[:6]) for row in REVISIONS}) > 0.8 * len(REVISIONS)
+    declined = [row.reply.removeprefix("I'm sorry, but ") for row in REVISIONS]
+    assert len({" ".join(reply.split()[:6]) for reply in declined}) > 0.8 * len(REVISIONS)
     assert not [row.id for row in HELPFUL if evasive_opening(row.reply)]
 
 
