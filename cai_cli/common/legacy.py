@@ -58,6 +58,7 @@ CHANGED_STAGES: dict[str, frozenset[str]] = {
             "rl",
             "sample",
             "score",
+            "sft",
             "train-pm",
         }
     )

@@ -39,6 +39,7 @@ from cai_cli.runtime.manifest import hash_input, provenance
 from cai_cli.runtime.shared_options import DEFAULT_MODEL, MODEL_TO_TRAIN_HELP
 from cai_cli.runtime.stage import Phase, Stage
 from cai_cli.training import sharding
+from cai_cli.training.batch_order import sampler_class
 from cai_cli.training.checkpoints import save_finished
 from cai_cli.training.completions import Encoded, encode
 from cai_cli.training.config import TrainingConfig
@@ -265,13 +266,16 @@ def _trainer(
     if packed_length:
         check_packing(model, rows, training)
         trainer_class = with_padded_evaluation(trainer_class)
+    else:
+        trainer_class = _with_similar_lengths(trainer_class)
+    by_length = sorted(held_out, key=lambda example: len(example.ids))
     trainer = without_printer(
         trainer_class(
             model=model,
             processing_class=tokenizer,
             args=SFTConfig(**training.arguments(work), packing=packed_length is not None, **already_encoded),
             train_dataset=pack(rows, packed_length) if packed_length else Dataset.from_list(rows),
-            eval_dataset=Dataset.from_list([e.columns() for e in held_out]) if held_out else None,
+            eval_dataset=Dataset.from_list([e.columns() for e in by_length]) if held_out else None,
             peft_config=training.peft_config(model),
             compute_metrics=lambda rows: {"token_loss": float(rows.predictions.sum() / rows.label_ids.sum())},
         )
@@ -299,6 +303,18 @@ def _start_evaluation(trainer: Any, metrics: Metrics) -> Any:
                 metrics.put(0, {"held_out_loss": _held_out_loss(trainer)})
 
     return StartEvaluation()
+
+
+def _with_similar_lengths(trainer_class: Any) -> Any:
+    """A subclass of the trainer that trains on batches of similar length."""
+    by_length = sampler_class()
+
+    class WithSimilarLengths(trainer_class):  # type: ignore[misc]
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
+            return by_length(lengths, self.args.train_batch_size, self.args.seed, "sft")
+
+    return WithSimilarLengths
 
 
 def _with_row_sums(trainer_class: Any) -> Any:
@@ -426,6 +442,7 @@ def run(config: SftConfig) -> dict[str, Any]:
     inputs = {role: hash_input(file) for role, file in files.items()}
     data = read_examples(config, base.path)
     training = config.training_config()
+    batches = "packed rows" if config.packing else "batches of similar length"
     return TrainingJob(
         provenance=provenance(
             "sft",
@@ -448,7 +465,7 @@ def run(config: SftConfig) -> dict[str, Any]:
             work,
             packed_length=config.max_length if config.packing else None,
         ),
-        facts=training.facts("all examples in a new random order every epoch", len(data.train)),
+        facts=training.facts(f"all examples in a new random order every epoch, in {batches}", len(data.train)),
         check=lambda: check_memory("sft", base.path, training, config.workload(data.longest(config))),
     ).run(as_json=config.as_json)
 

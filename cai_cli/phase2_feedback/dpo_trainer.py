@@ -12,7 +12,7 @@ weights they are computed in every step instead, because the weights are whole i
 
 from typing import Any
 
-from cai_cli.phase2_feedback.pm_trainer import length_sampler
+from cai_cli.training.batch_order import sampler_class
 from cai_cli.training.cpu_logprobs import use_unfused_head
 
 COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "p_chosen", "ref_chosen_logps", "ref_rejected_logps")
@@ -61,7 +61,7 @@ def soft_dpo_trainer(nll: float) -> Any:
     import torch
     from trl import DPOTrainer
 
-    collator_class, sampler_class = _collator(), length_sampler()
+    collator_class, by_length = _collator(), sampler_class()
 
     class SoftDPOTrainer(DPOTrainer):  # type: ignore[misc]
         _implicit_rewards: Any = None  # of the last batch, shape (2, pairs)
@@ -83,7 +83,7 @@ def soft_dpo_trainer(nll: float) -> Any:
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
             columns = (self.train_dataset[name] for name in COLUMNS[:3])
             lengths = [len(p) + max(len(c), len(r)) for p, c, r in zip(*columns, strict=True)]
-            return sampler_class(lengths, self.args.train_batch_size, self.args.seed, "dpo")
+            return by_length(lengths, self.args.train_batch_size, self.args.seed, "dpo")
 
         def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
             if name == "train":  # first; here because all log-probabilities must be computed in the same way

@@ -1,62 +1,9 @@
 """TRL's RewardTrainer with soft labels, batches of similar length, and packed pairs (paper section 4.1)."""
 
-import random
-from collections.abc import Iterator, Sequence
 from typing import Any
 
-from cai_cli.common.seeds import seed_for
 from cai_cli.reward.packed_pairs import collate, packed
-
-POOL = 16  # batches per pool, within which rows are sorted by length
-
-
-def by_length(lengths: Sequence[int], batch_size: int, seed: int, epoch: int, stage: str = "train-pm") -> list[int]:
-    """Return all indices in an order in which each batch has sequences of similar length.
-
-    Rows are drawn into pools and sorted by length only within a pool, and the batches of all pools are shuffled. So
-    batches differ between epochs, and long sequences are spread over the epoch.
-
-    Args:
-        lengths: Length of each row in tokens.
-        batch_size: Number of rows in a batch.
-        seed: Random seed of the run.
-        epoch: Number of the epoch.
-        stage: The stage, from which the order derives too.
-
-    Examples:
-        >>> order = by_length([5, 1, 4, 2], batch_size=2, seed=0, epoch=0)
-        >>> sorted([sorted(order[:2]), sorted(order[2:])])
-        [[0, 2], [1, 3]]
-    """
-    rng = random.Random(seed_for(seed, stage, "order", epoch))  # noqa: S311
-    order = rng.sample(range(len(lengths)), len(lengths))
-    batches = []
-    for start in range(0, len(order), POOL * batch_size):
-        pool = sorted(order[start : start + POOL * batch_size], key=lambda i: lengths[i])
-        batches += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
-    incomplete = [batches.pop(i) for i in reversed(range(len(batches))) if len(batches[i]) < batch_size]
-    rng.shuffle(batches)
-    return [i for batch in (*batches, *incomplete) for i in batch]
-
-
-def length_sampler() -> Any:
-    """Return the class of a sampler that draws batches of similar length, in a new order for every epoch."""
-    from torch.utils.data import Sampler
-
-    class ByLength(Sampler[int]):
-        def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, stage: str) -> None:
-            self.lengths, self.batch_size, self.seed, self.stage, self.epoch = lengths, batch_size, seed, stage, 0
-
-        def set_epoch(self, epoch: int) -> None:  # accelerate calls it, also in a resumed run
-            self.epoch = epoch
-
-        def __len__(self) -> int:
-            return len(self.lengths)
-
-        def __iter__(self) -> Iterator[int]:
-            return iter(by_length(self.lengths, self.batch_size, self.seed, self.epoch, self.stage))
-
-    return ByLength
+from cai_cli.training.batch_order import sampler_class
 
 
 def _collator(*, share_prompts: bool) -> Any:
@@ -89,7 +36,7 @@ def soft_reward_trainer(*, share_prompts: bool) -> Any:
     import torch
     from trl import RewardTrainer
 
-    collator_class, sampler_class = _collator(share_prompts=share_prompts), length_sampler()
+    collator_class, by_length = _collator(share_prompts=share_prompts), sampler_class()
 
     class SoftRewardTrainer(RewardTrainer):  # type: ignore[misc]
         loss_is_scaled_for_ga = False  # a mean over the batch
@@ -107,7 +54,7 @@ def soft_reward_trainer(*, share_prompts: bool) -> Any:
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
             rows = zip(self.train_dataset["chosen_ids"], self.train_dataset["rejected_ids"], strict=True)
             lengths = [max(len(chosen), len(rejected)) for chosen, rejected in rows]
-            return sampler_class(lengths, self.args.train_batch_size, self.args.seed, "train-pm")
+            return by_length(lengths, self.args.train_batch_size, self.args.seed, "train-pm")
 
         def compute_loss(
             self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

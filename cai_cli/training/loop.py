@@ -85,6 +85,11 @@ def _steps_callback(metrics: Metrics, columns: Mapping[str, str], name: str, sta
             self.advance = stack.enter_context(console.track(state.max_steps, name, "steps"))
             self.advance(state.global_step)
 
+        def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any) -> None:
+            # The sampler of a process that resumes within an epoch would not learn its number: accelerate does not
+            # pass it on through both the batches that it skips and those that it gives to other processes.
+            train_dataloader.set_epoch(int(state.epoch))
+
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             # A checkpoint restores torch's generators but not those of every library, nor across worker counts.
             set_seed((seed_for(args.seed, "step", state.global_step) + args.process_index) % 2**32)

@@ -66,7 +66,7 @@ def test_every_step_has_one_row_of_metrics_with_the_same_keys(model: Path, tmp_p
 def test_an_interrupted_run_ends_with_the_parameters_of_one_that_was_not(
     model: Path, tmp_path: Path, lora: bool
 ) -> None:
-    rows = write_rows(tmp_path / "rev.jsonl", [revision(i, f"answer {i * 7}") for i in range(20)])
+    rows = write_rows(tmp_path / "rev.jsonl", [revision(i, f"answer {i * 7}" + " more" * (i % 5)) for i in range(20)])
     run = {"model": str(model), "epochs": 3, "save_steps": 2, "lora": lora, **QUICK}
     command(rows, tmp_path / "whole", **run)
     with interrupted_after(7):  # epochs are of 3 steps, the newest checkpoint is of step 6
@@ -77,6 +77,31 @@ def test_an_interrupted_run_ends_with_the_parameters_of_one_that_was_not(
     command(rows, tmp_path / "killed", **run)
     assert largest_difference(tmp_path / "whole", tmp_path / "killed") == 0
     assert rows_in(tmp_path / "whole/metrics.jsonl") == rows_in(tmp_path / "killed/metrics.jsonl")
+
+
+def test_a_batch_has_examples_of_similar_length_and_an_epoch_has_every_example(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as Collator
+
+    batches: list[list[int]] = []
+    collate = Collator.torch_call
+
+    def seen(self: Collator, rows: list[dict[str, list[int]]]) -> dict[str, object]:
+        batches.append([len(row["input_ids"]) for row in rows])
+        return collate(self, rows)
+
+    monkeypatch.setattr(Collator, "torch_call", seen)
+    rows = write_rows(tmp_path / "rev.jsonl", [revision(i, "word " * (1 + i * 7 % 40)) for i in range(40)])
+    helpful = write_rows(
+        tmp_path / "help.jsonl", [{"prompt": f"help {i}", "completion": "sure " * i} for i in range(1, 25)]
+    )
+    command(rows, tmp_path / "out", model=str(model), helpful=helpful, **QUICK)
+    trained = sum(map(sum, batches))
+    assert sum(map(len, batches)) == 40 + 24
+    assert sum(len(batch) * max(batch) for batch in batches) < 1.1 * trained  # 1.4 in batches drawn at random
+    run = manifest_of(tmp_path / "out")["run"]["training"]
+    assert run["data_order"] == "all examples in a new random order every epoch, in batches of similar length"
 
 
 def test_an_incomplete_checkpoint_is_skipped(model: Path, tmp_path: Path) -> None:

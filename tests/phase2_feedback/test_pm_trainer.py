@@ -7,7 +7,7 @@ import pytest
 from tiny import tiny_model_dir
 
 from cai_cli.models.loading import load_reward_model, load_tokenizer
-from cai_cli.phase2_feedback.pm_trainer import by_length, soft_reward_trainer
+from cai_cli.phase2_feedback.pm_trainer import soft_reward_trainer
 from cai_cli.reward.packed_pairs import enable_packed_pairs
 from cai_cli.reward.preference_model import score_ids
 from cai_cli.training.quiet import quiet_libraries
@@ -16,19 +16,6 @@ from cai_cli.training.quiet import quiet_libraries
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model_dir(tmp_path_factory.mktemp("model") / "tiny")
-
-
-def test_every_epoch_has_every_pair_once_in_a_new_order_with_similar_lengths() -> None:
-    lengths = [(i * 37) % 101 for i in range(203)]
-    orders = [by_length(lengths, 4, seed=0, epoch=epoch) for epoch in (0, 1)]
-    assert [sorted(order) for order in orders] == [list(range(203))] * 2
-    assert orders[0] != orders[1]
-    assert orders[0] == by_length(lengths, 4, seed=0, epoch=0) != by_length(lengths, 4, seed=1, epoch=0)
-    batches = [orders[0][i : i + 4] for i in range(0, 200, 4)]
-    spread = [max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in batches]
-    assert sum(spread) / len(spread) < 10  # of 60 where they are drawn at random
-    means = [sum(lengths[i] for i in batch) / 4 for batch in batches]
-    assert abs(sum(means[:25]) - sum(means[25:])) / 25 < 30  # of 50 where the long ones come first
 
 
 def test_the_loss_is_the_soft_cross_entropy(model: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from helpers import manifest_of, revision, stage, write_rows
 from tiny import tiny_model_dir
 
 from cai_cli.common.errors import CaiError
+from cai_cli.training.batch_order import sampler_class
+from cai_cli.training.loop import _steps_callback
+from cai_cli.training.metrics_log import Metrics
 
 command = stage("sft")
 
@@ -37,6 +41,24 @@ def test_an_input_without_trainable_rows_is_an_error_with_the_reasons(model: Pat
     with pytest.raises(CaiError) as error:
         command(empty, tmp_path / "empty", model=str(model), **QUICK)
     assert error.value.code == "no-rows"
+
+
+def test_a_process_that_resumes_within_an_epoch_takes_the_order_of_that_epoch(tmp_path: Path) -> None:
+    from accelerate.data_loader import prepare_data_loader, skip_first_batches
+    from torch.utils.data import DataLoader
+    from transformers import TrainerState
+
+    def second_epoch(skipped: int) -> list[list[int]]:
+        rows = DataLoader(range(32), batch_size=2, sampler=sampler_class()([1] * 32, 2, 0, "sft"))
+        first_of_two = prepare_data_loader(rows, num_processes=2, process_index=0, use_seedable_sampler=True)
+        with ExitStack() as stack:
+            callback = _steps_callback(Metrics(tmp_path / "metrics.jsonl", []), {}, "sft", stack)
+            callback.on_epoch_begin(None, TrainerState(epoch=1 + skipped / 8), None, train_dataloader=first_of_two)
+        left = skip_first_batches(first_of_two, skipped) if skipped else first_of_two
+        left.set_epoch(1)  # as the trainer does
+        return [batch.tolist() for batch in left]
+
+    assert second_epoch(3) == second_epoch(0)[3:]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(model: Path, rows: str, tmp_path: Path) -> None:
