@@ -373,6 +373,15 @@ def pick_device(device: str) -> str:
     return device
 
 
+def auto_dtype(device: str) -> str:
+    """The precision that "auto" is on a device: bfloat16 on a GPU, float32 on a CPU.
+
+    Args:
+        device: The device as torch names it, such as "cpu" or "cuda:1".
+    """
+    return "bfloat16" if device.startswith("cuda") else "float32"
+
+
 def context_window(config: Any, tokenizer: "PreTrainedTokenizerBase") -> int:
     """The context window in tokens of a model with this config and tokenizer."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -29,7 +29,6 @@ from cai_cli.reward.packed_pairs import accept_packed_pairs, enable_packed_pairs
 from cai_cli.runtime.config import Option, option, redefine
 from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
 from cai_cli.runtime.manifest import provenance
-from cai_cli.runtime.shared_options import DType, EngineOptions
 from cai_cli.runtime.stage import Phase, Stage
 from cai_cli.training import distributed, sharding
 from cai_cli.training.checkpoints import ADAPTER, save_finished, save_given_template, save_model
@@ -63,9 +62,6 @@ class TrainPmConfig(PairOptions):
     a model directory, with the scores of the held-out pairs in `held_out.jsonl`.
     """
 
-    dtype: DType = redefine(
-        EngineOptions, "dtype", DType.AUTO, "Precision of the passes; auto is float32 on a CPU, bfloat16 on a GPU."
-    )
     keep_adapter: bool = redefine(
         PairOptions,
         "keep_adapter",
@@ -321,7 +317,7 @@ def run(config: TrainPmConfig) -> dict[str, Any]:
     base = ModelSource.resolve(config.model, config.chat_template)
     inputs = config.hash_inputs()
     data = read_pairs("train-pm", config, base.path, encode_pair)
-    training = config.training_config(dtype=config.dtype.value)
+    training = config.training_config()
     summary = TrainingJob(
         provenance=provenance(
             "train-pm",

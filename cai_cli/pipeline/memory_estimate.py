@@ -50,7 +50,7 @@ def setting_of(config: Any, rows: RowFlow, shapes: Mapping[str, ModelShape], gpu
     work = _workload(config, rows, shape, shapes)
     sharding = sharding_of(config.accelerate_config, config.num_processes)
     here = config.model_copy(update={"device": Device.CPU}) if gpu else config
-    training = here.training_config(**({"dtype": config.dtype.value} if hasattr(config, "dtype") else {}))
+    training = here.training_config()
     if gpu:
         training = replace(training, device="cuda")
     if work.replies:  # those of a step are divided among the processes

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 
 from cai_cli.common.errors import CaiError, RowError, UsageError
 from cai_cli.data.schema import Message, Rejected, Sample, Scored, reject
-from cai_cli.models.loading import check_one_output, context_window, pick_device, reading_of, tokenizer_and_window
+from cai_cli.models.loading import (
+    auto_dtype,
+    check_one_output,
+    context_window,
+    pick_device,
+    reading_of,
+    tokenizer_and_window,
+)
 from cai_cli.models.source import ModelSource
 from cai_cli.reward.preference_model import encode_conversation, open_for_scores, preference_model_identity, score_ids
 from cai_cli.reward.score_client import ScoreClient
@@ -117,9 +124,7 @@ class Scorer:
         """The precision of the model, by its name in torch; None where a server chooses it."""
         if self._client:
             return None
-        if self._dtype == "auto":
-            return "bfloat16" if self.device.startswith("cuda") else "float32"
-        return self._dtype
+        return auto_dtype(self.device) if self._dtype == "auto" else self._dtype
 
     def identity(self) -> dict[str, str]:
         """What identifies the model in a manifest."""

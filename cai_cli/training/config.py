@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cai_cli.models.loading import auto_dtype
 from cai_cli.models.text_part import modules_without_adapters
 from cai_cli.runtime.config import StageConfig
 from cai_cli.training import distributed
@@ -66,15 +67,13 @@ class TrainingConfig:
 
     @property
     def precision(self) -> str:
-        """`dtype`, where "auto" is float32 on a CPU and bfloat16 on a GPU."""
-        return {"cpu": "float32", "cuda": "bfloat16"}[self.device] if self.dtype == "auto" else self.dtype
+        """`dtype`, where "auto" depends on the device."""
+        return auto_dtype(self.device) if self.dtype == "auto" else self.dtype
 
     @property
     def frozen_dtype(self) -> str:
         """The precision of weights that are not trained: those of a reference model, or those under adapters."""
-        if self.weights != "auto":
-            return self.weights
-        return {"cpu": "float32", "cuda": "bfloat16"}[self.device]
+        return auto_dtype(self.device) if self.weights == "auto" else self.weights
 
     @property
     def trained_dtype(self) -> str:

@@ -7,6 +7,7 @@ the length of the longest.
 
 from dataclasses import dataclass, fields, replace
 
+from cai_cli.models.loading import auto_dtype
 from cai_cli.training.activations import BYTES, ModelShape, Pass, activations
 from cai_cli.training.config import TrainingConfig
 
@@ -154,8 +155,7 @@ def static_plan(shape: ModelShape, training: TrainingConfig, work: Workload, sha
     state = {"adamw": trained_size, "adamw-8bit": EIGHT_BIT}.get(training.optimizer, 0)  # 0: paged to the CPU
     gradients = trained * trained_size
     frozen = BYTES[training.frozen_dtype]
-    scorer_dtype = {"cpu": "float32", "cuda": "bfloat16"}[training.device]
-    scorer_size = BYTES[scorer_dtype if work.scorer_dtype == "auto" else work.scorer_dtype]
+    scorer_size = BYTES[auto_dtype(training.device) if work.scorer_dtype == "auto" else work.scorer_dtype]
     plan_of_all = MemoryPlan(
         weights=weights * sharding.share(3),
         gradients=gradients * sharding.share(2),

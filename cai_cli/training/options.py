@@ -18,8 +18,8 @@ _TRAINING = Option(group=Group.TRAINING)
 _HARMLESS = Option(Effect.HARMLESS, Group.TRAINING)
 
 
-class Weights(StrEnum):
-    """The precision in which weights are held in memory."""
+class Precision(StrEnum):
+    """A precision of training: that of the passes, or that in which weights are held in memory."""
 
     AUTO = "auto"
     BFLOAT16 = "bfloat16"
@@ -99,8 +99,14 @@ class TrainerOptions(RunOptions, RowInputOptions, SeedOptions, ChatTemplateOptio
         "With --lora: write the adapter to OUT/adapter too, beside the merged weights.",
         Option(group=Group.TRAINING, flags=("--keep-adapter",)),
     )
-    weights: Weights = option(
-        Weights.AUTO,
+    dtype: Precision = option(
+        Precision.AUTO,
+        "Precision of the forward and backward passes, whatever that of the weights; auto is float32 on a CPU, "
+        "bfloat16 on a GPU.",
+        _TRAINING,
+    )
+    weights: Precision = option(
+        Precision.AUTO,
         "Precision in which the weights are held; adapters are float32. auto: float32 on a CPU; on a GPU "
         "bfloat16 for weights that are not trained (under --lora, and of a reference model), else float32.",
         _TRAINING,
@@ -204,6 +210,7 @@ class TrainerOptions(RunOptions, RowInputOptions, SeedOptions, ChatTemplateOptio
         for name in (name for name, given in needs_cuda.items() if given and device != "cuda"):
             raise CaiError(f"{name} needs a CUDA device", hint="leave it out on a CPU", code="no-device")
         return {
+            "dtype": self.dtype.value,
             "weights": self.weights.value,
             "gradient_checkpointing": self.gradient_checkpointing.value,
             "quantize": self.quantize and self.quantize.value,
@@ -257,11 +264,8 @@ class EpochOptions(TrainerOptions):
         """
         return Workload(length, scored=length)
 
-    def training_config(self, **more: Any) -> TrainingConfig:
+    def training_config(self) -> TrainingConfig:
         """These options as a trainer takes them.
-
-        Args:
-            more: Further fields of TrainingConfig.
 
         Raises:
             CaiError: There is no such device.
@@ -280,7 +284,6 @@ class EpochOptions(TrainerOptions):
             max_steps=self.max_steps,
             report_to=self.report_to,
             **self.memory_options(device),
-            **more,
         )
 
 

@@ -71,6 +71,31 @@ def test_weights_that_are_not_trained_are_bfloat16_on_a_gpu(
     assert config.reference_options == (None if trained == frozen else {"dtype": frozen})
 
 
+@pytest.mark.parametrize("name", [*TRAINERS, "dpo"])
+def test_every_trainer_computes_in_bfloat16_where_that_is_requested_and_writes_float32(
+    name: str, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: set[torch.dtype] = set()
+    silu = torch.nn.functional.silu
+
+    def seen(values: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            computed.add(values.dtype)
+        return silu(values, *more, **named)
+
+    monkeypatch.setattr(torch.nn.functional, "silu", seen)
+    train(name, tmp_path, models, dtype="bfloat16")
+    assert computed == {torch.bfloat16}
+    assert manifest_of(tmp_path / "out")["provenance"]["settings"]["precision"] == "bfloat16"
+    assert {tensor.dtype for tensor in weights(tmp_path / "out").values()} == {torch.float32}
+
+
+def test_a_precision_in_which_no_trainer_computes_is_refused(models: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="dtype") as error:
+        train("train-pm", tmp_path, models, dtype="float16")
+    assert error.value.code == "invalid-option"
+
+
 def test_activations_are_computed_again_on_a_gpu_unless_said() -> None:
     wanted = {("cpu", "auto"): False, ("cuda", "auto"): True, ("cpu", "on"): True, ("cuda", "off"): False}
     for (device, given), expected in wanted.items():

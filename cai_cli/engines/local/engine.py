@@ -46,7 +46,7 @@ from cai_cli.engines.thoughts import without_thoughts
 from cai_cli.engines.tokenization import PromptEncoder, end_of_turn_ids
 from cai_cli.models.chat_template import recorded_template, use_chat_template
 from cai_cli.models.fingerprint import fingerprint
-from cai_cli.models.loading import context_window, load_causal_lm, load_tokenizer
+from cai_cli.models.loading import auto_dtype, context_window, load_causal_lm, load_tokenizer
 from cai_cli.models.names import resolve
 from cai_cli.models.template_date import recorded_date
 
@@ -99,9 +99,7 @@ class LocalEngine(Engine):
     @cached_property
     def dtype(self) -> str:
         """The data type of the weights, by its name in torch; with some models that of linear layers alone."""
-        if self._dtype_option == "auto":
-            return "bfloat16" if self.device == "cuda" else "float32"
-        return self._dtype_option
+        return auto_dtype(self.device) if self._dtype_option == "auto" else self._dtype_option
 
     @cached_property
     def path(self) -> Path:
