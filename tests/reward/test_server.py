@@ -189,6 +189,10 @@ def test_a_constitution_is_served_on_loopback_and_sigterm_ends_it_cleanly(tmp_pa
     [
         (("c.yaml",), "missing-option"),
         (("pm", "--model", "m"), "option-conflict"),
+        (("pm", "--concurrency", "4"), "option-conflict"),
+        (("pm", "--dtype", "bfloat16"), "option-conflict"),
+        (("pm", "--prompt-format", "raw"), "option-conflict"),
+        (("c.yaml", "--model", "m", "--price-in", "1"), "usage"),
         (("no-such-model-here",), "unknown-model"),
     ],
 )
