@@ -15,7 +15,7 @@ import orjson
 
 from cai_cli.common.errors import CaiError, InvalidRow, RowError
 from cai_cli.data.dropped import Dropped
-from cai_cli.data.formats import parse_prompt, parse_prompt_with_rubric, row_key, row_type_of
+from cai_cli.data.formats import parse_prompt, parse_prompt_with_rubric
 from cai_cli.data.lines import (
     COMPRESSED,
     MAX_LINE_BYTES,
@@ -27,6 +27,7 @@ from cai_cli.data.lines import (
     raise_invalid,
     skip_unusable,
 )
+from cai_cli.data.row_types import row_key, row_type_of
 from cai_cli.data.schema import Kind, Prompt, Rejected, Row, dump_row, load_row
 from cai_cli.data.sources import Columns, open_rows
 

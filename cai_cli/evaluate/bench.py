@@ -17,9 +17,9 @@ from typing import Any
 from cai_cli.common import console
 from cai_cli.data.benchmark_schema import BenchmarkPair, BenchmarkReply
 from cai_cli.data.foreign.published import PUBLISHED
-from cai_cli.data.formats import parse_row
 from cai_cli.data.jsonl import read_values
 from cai_cli.data.row_reader import RowReader
+from cai_cli.data.row_types import parse_row
 from cai_cli.data.schema import Pair, Prompt, Rejected, Sample, conversation_id, reject
 from cai_cli.engines.base import RequestFailure
 from cai_cli.engines.group import EngineGroup
