@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 import orjson
 
-from cai_cli.common.errors import CaiError, InvalidRow, RowError
+from cai_cli.common.errors import InvalidRow, RowError
+from cai_cli.common.files import write_error
 from cai_cli.data.dropped import Dropped
 from cai_cli.data.formats import parse_prompt, parse_prompt_with_rubric
 from cai_cli.data.lines import (
@@ -188,11 +189,8 @@ class AppendFile:
                 view = view[os.write(self.fd, view) :]
             os.fsync(self.fd)
         except OSError as error:
-            raise CaiError(
-                f"cannot write {self.path}: {error.strerror}",
-                hint="finished rows are kept; run the same command again to resume",
-                code="cannot-write",
-            ) from error
+            hint = "finished rows are kept; run the same command again to resume"
+            raise write_error(self.path, error, hint) from error
 
     def close(self) -> None:
         """Close the file, if it was written to."""
