@@ -65,7 +65,7 @@ class Command:
         folder: The working folder.
         environment: Variables that it needs besides those of the node.
         log: Receives what it prints.
-        output: Its output, whose earlier writer it waits for; None to wait for nobody.
+        output: Its output, whose earlier writer it waits for; None where it has none.
     """
 
     words: Sequence[str]

@@ -76,7 +76,7 @@ def one_writer(path: Path, name: str | None = None) -> Iterator[None]:
 
 
 def wait_for_writer(path: Path, seconds: float) -> None:
-    """Wait until nobody writes OUT, or for that long: the process of a lost node may still write for a while."""
+    """Wait until no process writes OUT, or for that long: the process of a lost node may still write for a while."""
     lock = FileLock(sidecar(path, "lock"))
     if path.parent.exists():
         with suppress(Timeout), lock.acquire(timeout=seconds):
