@@ -64,6 +64,7 @@ def dataset_card(
     stats: DatasetStats,
     manifest: Mapping[str, Any] | None,
     sha256: str | None,
+    audit: Mapping[str, Any] | None = None,
 ) -> str:
     """Return the README.md of a dataset: its rows, the principles behind them, and how they were made.
 
@@ -76,6 +77,7 @@ def dataset_card(
         stats: Statistics of the rows.
         manifest: Manifest of the file, or None.
         sha256: Hash of the file, or None.
+        audit: Audit of the labels (`label_audit`); None where no row has votes.
     """
     from huggingface_hub import DatasetCard, DatasetCardData
 
@@ -88,6 +90,7 @@ def dataset_card(
         f"{row_type.__name__} rows, exported by cai {__version__}; {PAPER}. Read by {USED_BY[row_type]}.",
         f"Columns: {', '.join(f'`{column}`' for column in columns)}.",
         table("Statistics", stats.by_name(row_type)),
+        _label_audit(audit) if audit else "",
     ]
     if manifest:
         parts += [_principles(draws_from_counts(stats.principles, manifest)), _made_by(manifest)]
@@ -97,6 +100,13 @@ def dataset_card(
         parts.append(f"sha256 of `{cell(name)}`: `{sha256}`")
     text = "\n\n".join(part for part in parts if part)
     return str(DatasetCard(f"---\n{head.to_yaml()}\n---\n\n{text}\n"))
+
+
+def _label_audit(audit: Mapping[str, Any]) -> str:
+    """Whether the labels can be trusted, why, and the further findings, each with its 95% interval."""
+    verdict = {True: "yes", False: "**no**", None: "unknown"}[audit["trusted"]]
+    notes = "".join(f"- {cell(note)}\n" for note in audit["notes"])
+    return f"## Label audit\n\nTrusted: {verdict}. {cell(audit['reason'])}\n\n{notes}".rstrip()
 
 
 def _principles(used: PrincipleDraws | None) -> str:

@@ -28,6 +28,7 @@ from cai_cli.data.jsonl import (
 )
 from cai_cli.data.schema import Critique, Preference, Prompt, Rejected, Revision, Row, Sample, reason_kind, reject
 from cai_cli.data.splits import EMPTY_REPLY, pair_problem
+from cai_cli.metrics.label_audit import AuditMetrics, LabelAudit, rejected_beside
 from cai_cli.runtime.manifest import hash_input, read_manifest
 from cai_cli.runtime.output_files import one_writer, sidecar
 
@@ -155,18 +156,29 @@ def export(source: str, work: Path) -> dict[str, Any]:
     file = hash_input(source)
     row_type, parse = row_parser(source)
     (work / "data").mkdir(parents=True)
-    stats, rejected = DatasetStats(), AppendFile(work / REJECTED)
+    stats, rejected, labels = DatasetStats(), AppendFile(work / REJECTED), LabelAudit()
 
     def rows() -> Iterator[dict[str, Any]]:
-        yield from (row.model_dump() for row in usable_rows(source, parse, stats, rejected))
+        for row in usable_rows(source, parse, stats, rejected):
+            if isinstance(row, Preference):
+                labels.add(row)
+            yield row.model_dump()
 
     with closing(rejected):
         columns = _write_parquet(rows, features(row_type), work)
     manifest = read_manifest(sidecar(Path(source), "manifest.json"))
-    card = dataset_card(Path(source).name, row_type, columns, stats, manifest, file.sha256)
+    audit = _audit(labels, source) if labels.rows > labels.human_only else None
+    card = dataset_card(Path(source).name, row_type, columns, stats, manifest, file.sha256, audit)
     (work / "README.md").write_text(card, encoding="utf-8")
     counts = {"rejected": stats.rejected.total(), "rejected_reasons": dict(sorted(stats.rejected.items()))}
     return {"rows": stats.rows, "type": row_type.__name__, "columns": columns, **counts}
+
+
+def _audit(labels: LabelAudit, source: str) -> AuditMetrics:
+    """The audit of the exported labels and of the pairs that the judge left without a label."""
+    for row in rejected_beside(source):
+        labels.add(row)
+    return labels.audit()
 
 
 def _write_parquet(rows: Callable[[], Iterator[dict[str, Any]]], columns: Any, work: Path) -> list[str]:

@@ -7,10 +7,9 @@ messages of each prompt through the fields written here. The tests check the for
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
-from enum import StrEnum
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -23,13 +22,6 @@ from cai_cli.runtime.manifest import hash_input
 
 SAME_PROMPT = "the same prompt as an earlier row"
 ROWS_PER_WRITE = 1000
-
-
-class Trainer(StrEnum):
-    """A tool with a data format of its own."""
-
-    OPENRLHF = "openrlhf"
-    VERL = "verl"
 
 
 def openrlhf_prompt(row: Prompt, _index: int) -> dict[str, Any]:
@@ -65,10 +57,16 @@ def _messages(row: Prompt | Preference) -> list[dict[str, str]]:
     return [message.model_dump() for message in row.prompt]
 
 
-def export_for(source: str, work: Path, trainer: Trainer) -> dict[str, Any]:
-    """Write the dataset of `source` in the form of a trainer into the new directory `work`.
+class _Form(NamedTuple):
+    """How rows are written for a trainer, and what the README says about their use."""
 
-    Prompts are written once each; OpenRLHF's preferences row by row.
+    make: Callable[[Any, int], dict[str, Any]]
+    write: Callable[[Iterator[Mapping[str, Any]], Path], list[str]]
+    usage: str
+
+
+def export_openrlhf(source: str, work: Path) -> dict[str, Any]:
+    """Write the preferences of `source`, or its prompts once each, for OpenRLHF into the new directory `work`.
 
     Returns:
         The summary, as `export`.
@@ -76,22 +74,41 @@ def export_for(source: str, work: Path, trainer: Trainer) -> dict[str, Any]:
     Raises:
         CaiError: As `export`.
     """
+    return _export(
+        source,
+        work,
+        _Form(openrlhf_prompt, _write_jsonl, _OPENRLHF_PROMPTS),
+        of_pairs=_Form(openrlhf_preference, _write_jsonl, _OPENRLHF_PAIRS),
+    )
+
+
+def export_verl(source: str, work: Path) -> dict[str, Any]:
+    """Write the prompts of `source`, once each, and the reward function for verl into the new directory `work`.
+
+    Returns:
+        The summary, as `export`.
+
+    Raises:
+        CaiError: As `export`.
+    """
+    summary = _export(source, work, _Form(verl_prompt, _write_parquet, _VERL))
+    shutil.copyfile(str(verl_reward.__file__), work / "reward.py")
+    return summary
+
+
+def _export(source: str, work: Path, of_prompts: _Form, *, of_pairs: _Form | None = None) -> dict[str, Any]:
+    """Write a row for each preference where they have a form of their own, else for each prompt."""
     file = hash_input(source)
     row_type, parse = row_parser(source)
     (work / "data").mkdir(parents=True)
     stats, rejected = DatasetStats(), AppendFile(work / REJECTED)
-    pairs = trainer is Trainer.OPENRLHF and row_type is Preference
-    make: Callable[[Any, int], dict[str, Any]]
-    make = verl_prompt if trainer is Trainer.VERL else openrlhf_preference if pairs else openrlhf_prompt
+    pairs = of_pairs if row_type is Preference else None
+    form = pairs or of_prompts
     with closing(rejected):
         usable = usable_rows(source, parse, stats, rejected)
         rows: Iterator[Any] = usable if pairs else _first_of_each_prompt(usable, stats, rejected)
-        made = (make(row, index) for index, row in enumerate(rows))
-        columns = (_write_parquet if trainer is Trainer.VERL else _write_jsonl)(made, work / "data")
-    if trainer is Trainer.VERL:
-        shutil.copyfile(str(verl_reward.__file__), work / "reward.py")
-    usage = _VERL if trainer is Trainer.VERL else _OPENRLHF_PAIRS if pairs else _OPENRLHF_PROMPTS
-    readme = _README.format(file=Path(display_name(source)).name, sha256=file.sha256, rows=stats.rows, usage=usage)
+        columns = form.write((form.make(row, index) for index, row in enumerate(rows)), work / "data")
+    readme = _README.format(file=Path(display_name(source)).name, sha256=file.sha256, rows=stats.rows, usage=form.usage)
     (work / "README.md").write_text(readme, encoding="utf-8")
     counts = {"rejected": stats.rejected.total(), "rejected_reasons": dict(sorted(stats.rejected.items()))}
     return {"rows": stats.rows, "type": row_type.__name__, "columns": columns, **counts}

@@ -11,6 +11,7 @@ from cai_cli.cli import options
 from cai_cli.cli.expand import GroupedCommand, command_class, command_from
 from cai_cli.common.console import safe, say
 from cai_cli.common.errors import CaiError
+from cai_cli.common.files import write_error
 from cai_cli.constitution import schema
 from cai_cli.metrics.principle_ranking import rank_files
 from cai_cli.metrics.ranking_table import ranking_lines
@@ -93,7 +94,7 @@ def import_command(
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(schema.dump(imported), encoding="utf-8")
     except OSError as error:
-        raise CaiError(f"cannot write {output}: {error.strerror}", code="cannot-write") from error
+        raise write_error(output, error) from error
     if schema.load(output) != imported:
         raise AssertionError(f"{output} reads back as a different constitution")
     say(f"{output}: {imported.kind}, {len(imported.principles)} principles, {len(imported.examples)} examples")

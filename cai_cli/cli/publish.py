@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from enum import StrEnum
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +11,7 @@ import typer
 from cai_cli.cards.annotated_pairs import export_annotated_pairs
 from cai_cli.cards.export import Writer, export, export_file
 from cai_cli.cards.inspect_log import export_inspect
-from cai_cli.cards.other_trainers import Trainer, export_for
+from cai_cli.cards.other_trainers import export_openrlhf, export_verl
 from cai_cli.cards.petri import export_petri
 from cai_cli.cards.push import push
 from cai_cli.cli import options
@@ -31,8 +30,8 @@ class Tool(StrEnum):
 
 _WRITERS: Mapping[Tool | None, Writer] = {
     None: export,
-    Tool.OPENRLHF: partial(export_for, trainer=Trainer.OPENRLHF),
-    Tool.VERL: partial(export_for, trainer=Trainer.VERL),
+    Tool.OPENRLHF: export_openrlhf,
+    Tool.VERL: export_verl,
     Tool.FEEDBACK_FORENSICS: export_annotated_pairs,
     Tool.INSPECT: export_inspect,
     Tool.PETRI: export_petri,

@@ -1,6 +1,7 @@
 """`cai serve-reward`: serves a preference model or a constitution to RL trainers."""
 
 from pathlib import Path
+from typing import ClassVar
 
 from cai_cli.common import console
 from cai_cli.common.errors import CaiError, UsageError
@@ -16,6 +17,8 @@ from cai_cli.reward.preference_model_reward import PreferenceModelRewards
 from cai_cli.reward.server import RewardModel, RewardServer
 from cai_cli.runtime.config import Effect, Group, Option, option, redefine
 from cai_cli.runtime.shared_options import FormatOptions, RequestOptions, RunOptions
+
+FOR_PREFERENCE_MODELS = ("source", "host", "port", "quiet", "batch_size", "device")
 
 
 class ServeRewardConfig(RequestOptions, FormatOptions):
@@ -40,6 +43,9 @@ class ServeRewardConfig(RequestOptions, FormatOptions):
     principles: str | None = redefine(ConstitutionOptions, "principles", None)
     max_principles: int | None = redefine(ConstitutionOptions, "max_principles", None)
     quiet: bool = redefine(RunOptions, "quiet", False)
+    # No options here: the server reports no cost.
+    price_in: ClassVar[None] = None  # type: ignore[misc]
+    price_out: ClassVar[None] = None  # type: ignore[misc]
 
     @property
     def is_constitution(self) -> bool:
@@ -48,7 +54,11 @@ class ServeRewardConfig(RequestOptions, FormatOptions):
 
     def check(self) -> None:
         super().check()
-        for_judges = [name for name in ("model", "principles", "max_principles", "base_url") if getattr(self, name)]
+        for_judges = [
+            name
+            for name, (field, _) in self.options().items()
+            if name not in FOR_PREFERENCE_MODELS and getattr(self, name) != field.default
+        ]
         if for_judges and not self.is_constitution:
             raise UsageError(
                 f"--{for_judges[0].replace('_', '-')} is for a constitution, and {self.source} is a preference model",

@@ -22,8 +22,8 @@ from cai_cli.cli import options
 from cai_cli.common import console
 from cai_cli.common.errors import InvalidRow, UsageError
 from cai_cli.data.evaluation_schema import ModelComparison
-from cai_cli.data.formats import has_key, row_key, row_type_of
 from cai_cli.data.jsonl import Numbered, read_rows
+from cai_cli.data.row_types import has_key, row_key, row_type_of
 from cai_cli.data.schema import Critique, Rejected
 from cai_cli.runtime.manifest import read_manifest
 from cai_cli.runtime.output_files import sidecar

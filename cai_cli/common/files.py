@@ -45,6 +45,9 @@ def write_atomically(path: Path, blocks: Iterable[bytes]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise CaiError(
-            f"cannot write {path}: {error.strerror}", hint="free disk space or choose another path", code="cannot-write"
-        ) from error
+        raise write_error(path, error, hint="free disk space or choose another path") from error
+
+
+def write_error(path: Path | str, error: OSError, hint: str | None = None) -> CaiError:
+    """The error `cannot-write` of a file or directory."""
+    return CaiError(f"cannot write {path}: {error.strerror or error}", hint, code="cannot-write")

@@ -2,7 +2,7 @@
 
 `library_failure` is the one place that decides. Of the traceback's frames, the innermost that belongs to cai or to one
 of LIBRARIES is the one that failed; Python's own modules and other packages act for their caller. Some errors, such as
-a full GPU, are nobody's bug wherever they are raised. CAUSES gives the known ones the setting that helps.
+a full GPU, are not a bug of cai wherever they are raised. CAUSES gives the known ones the setting that helps.
 """
 
 import errno
@@ -47,7 +47,7 @@ class Cause:
         hint: The setting that helps.
         code: The code of the error.
         within: Packages one of which must be among the callers; empty for any.
-        anywhere: Whether it is nobody's bug, even where cai's own code raised it.
+        anywhere: Whether it is not a bug of cai even where cai's own code raised it.
     """
 
     pattern: str

@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 
 import orjson
 
-from cai_cli.common.errors import CaiError, InvalidRow, RowError
+from cai_cli.common.errors import InvalidRow, RowError
+from cai_cli.common.files import write_error
 from cai_cli.data.dropped import Dropped
-from cai_cli.data.formats import parse_prompt, parse_prompt_with_rubric, row_key, row_type_of
+from cai_cli.data.formats import parse_prompt, parse_prompt_with_rubric
 from cai_cli.data.lines import (
     COMPRESSED,
     MAX_LINE_BYTES,
@@ -27,6 +28,7 @@ from cai_cli.data.lines import (
     raise_invalid,
     skip_unusable,
 )
+from cai_cli.data.row_types import row_key, row_type_of
 from cai_cli.data.schema import Kind, Prompt, Rejected, Row, dump_row, load_row
 from cai_cli.data.sources import Columns, open_rows
 
@@ -187,11 +189,8 @@ class AppendFile:
                 view = view[os.write(self.fd, view) :]
             os.fsync(self.fd)
         except OSError as error:
-            raise CaiError(
-                f"cannot write {self.path}: {error.strerror}",
-                hint="finished rows are kept; run the same command again to resume",
-                code="cannot-write",
-            ) from error
+            hint = "finished rows are kept; run the same command again to resume"
+            raise write_error(self.path, error, hint) from error
 
     def close(self) -> None:
         """Close the file, if it was written to."""

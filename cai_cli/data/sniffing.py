@@ -69,7 +69,7 @@ def _layout_of_list(line: bytes, ending: str) -> Layout:
     except RowError:
         return Layout.ARRAY
     if is_conversation(value) or (value and not any(isinstance(each, dict) for each in value)):
-        return Layout.LINES  # a row that is a list of messages, or no row at all
+        return Layout.LINES  # a row that is a list of messages, or not a row at all
     return Layout.ARRAY
 
 

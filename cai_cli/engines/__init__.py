@@ -40,13 +40,8 @@ def open_engine(
     if session := batch.active.get():
         return session.open(model, server, chat)
     _refuse_other_options(model, server, engine_args, chat)
+    _refuse_other_values(model, batch_size, device, dtype)
     if model.startswith("openai:"):
-        if (batch_size, device, dtype) != (None, "auto", "auto"):
-            raise UsageError(
-                "a server has no --batch-size, --device or --dtype",
-                hint="use --concurrency N",
-                code="option-conflict",
-            )
         from cai_cli.engines.openai import OpenAIEngine
 
         return OpenAIEngine(model.removeprefix("openai:"), server, chat)
@@ -55,12 +50,6 @@ def open_engine(
 
         return ScriptedEngine(model.removeprefix("scripted:"), batch_size or 64)
     if model.startswith("vllm:"):
-        if dtype == "int8":
-            raise UsageError(
-                "vLLM has no --dtype int8",
-                hint="use --engine-arg quantization=fp8, or a local:NAME model on a CPU",
-                code="option-conflict",
-            )
         from cai_cli.engines.vllm import VllmEngine
 
         return VllmEngine(
@@ -88,4 +77,20 @@ def _refuse_other_options(model: str, server: Server, engine_args: Mapping[str, 
     if given and not model.startswith("openai:"):
         raise UsageError(
             f"--{given[0].replace('_', '-')} is for a server", hint="use an openai:NAME model", code="option-conflict"
+        )
+
+
+def _refuse_other_values(model: str, batch_size: int | None, device: str, dtype: str) -> None:
+    """Raise UsageError for a batch size, device or dtype that the engine of the model does not take."""
+    if model.startswith("openai:") and (batch_size, device, dtype) != (None, "auto", "auto"):
+        raise UsageError(
+            "a server has no --batch-size, --device or --dtype",
+            hint="use --concurrency N",
+            code="option-conflict",
+        )
+    if model.startswith("vllm:") and dtype == "int8":
+        raise UsageError(
+            "vLLM has no --dtype int8",
+            hint="use --engine-arg quantization=fp8, or a local:NAME model on a CPU",
+            code="option-conflict",
         )

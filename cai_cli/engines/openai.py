@@ -247,11 +247,11 @@ def _as_json(messages: Sequence[Message]) -> list[dict[str, str]]:
 
 def _asking_for(messages: list[dict[str, str]], prefill: str) -> list[dict[str, str]]:
     """The chat with a question that asks for the last paragraph of the prefill; earlier ones are a turn before it."""
-    written, _, cue = prefill.rpartition("\n\n")
+    written, _, last = prefill.rpartition("\n\n")
     if written:
-        return [*messages, {"role": "assistant", "content": written}, {"role": "user", "content": BEGIN + cue}]
+        return [*messages, {"role": "assistant", "content": written}, {"role": "user", "content": BEGIN + last}]
     *earlier, question = messages
-    return [*earlier, question | {"content": f"{question['content']}\n\n{BEGIN}{cue}"}]
+    return [*earlier, question | {"content": f"{question['content']}\n\n{BEGIN}{last}"}]
 
 
 def _cut_at(stops: Sequence[str], reply: Completion) -> Completion:
@@ -274,8 +274,8 @@ def _answer_scores(tokens: Sequence[TokenLogprob], options: Sequence[str], prefi
         if _bare(token.token) in map(_bare, options):
             rest = token.token.rstrip()[-1:] + "".join(t.token for t in tokens[index + 1 :])
             alone = re.match(r"\w(\w|\s+\w)", rest) is None
-            cues = ("", prefill, prefill.rpartition("\n\n")[2])
-            if not alone or _bare(before).lower() not in (_bare(cue).lower() for cue in cues):
+            repeated = ("", prefill, prefill.rpartition("\n\n")[2])
+            if not alone or _bare(before).lower() not in (_bare(text).lower() for text in repeated):
                 return None
             return _option_sums(options, token.likeliest())
         before += token.token

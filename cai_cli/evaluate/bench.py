@@ -17,9 +17,9 @@ from typing import Any
 from cai_cli.common import console
 from cai_cli.data.benchmark_schema import BenchmarkPair, BenchmarkReply
 from cai_cli.data.foreign.published import PUBLISHED
-from cai_cli.data.formats import parse_row
 from cai_cli.data.jsonl import read_values
 from cai_cli.data.row_reader import RowReader
+from cai_cli.data.row_types import parse_row
 from cai_cli.data.schema import Pair, Prompt, Rejected, Sample, conversation_id, reject
 from cai_cli.engines.base import RequestFailure
 from cai_cli.engines.group import EngineGroup
@@ -29,7 +29,7 @@ from cai_cli.evaluate.benchmarks import BENCHMARKS, BenchmarkRow, JudgeReplies, 
 from cai_cli.judging.base import sigmoid
 from cai_cli.judging.judge import Judge
 from cai_cli.judging.votes import Labeller, aggregate_votes
-from cai_cli.metrics.intervals import percent
+from cai_cli.metrics.intervals import percent, with_interval
 from cai_cli.metrics.label_audit import win_or_half
 from cai_cli.models.names import public_name
 from cai_cli.phase1_supervised.sample import sample
@@ -325,8 +325,8 @@ def print_result(result: Mapping[str, Any]) -> None:
         console.say(f"{result['title']}, {one['model']}: {result['metric']} {share} over {one['score']['n']:,}")
     for difference in result["differences"]:
         low, high = difference["low"], difference["high"]
-        ends = f"{difference['value']:+.1%} ({low:+.1%} to {high:+.1%})"
         change = "no significant difference" if low <= 0 <= high else _change(result["better"], low > 0)
+        ends = with_interval(difference, "+.1%")
         console.say(f"{difference['model']} against {difference['baseline']}: {change}: {ends}")
     if result["better"] == "lower" and result["judge"]:
         console.say(f"judged by {result['judge']}: compare with scores of the same judge only")

@@ -27,7 +27,7 @@ from cai_cli.judging.by_kind import votes_by_kind
 from cai_cli.judging.labeller import JudgeOptions, estimate_votes, labeller_settings, open_labeller
 from cai_cli.judging.votes import Labeller
 from cai_cli.metrics.elo import Tournament
-from cai_cli.metrics.intervals import fewest_clusters
+from cai_cli.metrics.intervals import fewest_clusters, with_interval
 from cai_cli.reward.scorer import Scorer
 from cai_cli.runtime.config import Effect, Group, Option, option, redefine
 from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
@@ -258,7 +258,7 @@ def print_result(result: Mapping[str, Any]) -> None:
         console.say(_sentence(rate, len(result["win_rates"])))
     for axis, ratings in result["ratings"].items():
         for r in ratings:
-            console.say(f"Elo, {axis}: {r['model']} {r['value']:.0f} ({r['low']:.0f} to {r['high']:.0f})")
+            console.say(f"Elo, {axis}: {r['model']} {with_interval(r, '.0f')}")
     counts = [f"{n:,} {name.replace('_', ' ')}" for name, n in result["simultaneous"].items() if n > 1]
     if counts:
         console.say(f"the 95% intervals are simultaneous over {', over '.join(counts)}")

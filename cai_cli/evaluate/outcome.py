@@ -12,7 +12,7 @@ from typing import Any
 from cai_cli.data.evaluation_schema import ModelComparison
 from cai_cli.data.reply_ends import CUT_OFF
 from cai_cli.data.schema import Kind, Sample, conversation_id
-from cai_cli.metrics.intervals import SHARE, Estimate, mean_estimate, paired_difference
+from cai_cli.metrics.intervals import SHARE, Estimate, mean_estimate, paired_difference, with_interval
 from cai_cli.metrics.label_audit import win_or_half
 from cai_cli.metrics.refusals import classify
 
@@ -159,11 +159,7 @@ def lines(outcome: Mapping[str, Any]) -> list[str]:
         )
     for name, kind in REFUSALS.items():
         parts = outcome.get(name) or {}
-        shares = [
-            f"{e['value']:.0%} ({e['low']:.0%} to {e['high']:.0%})"
-            for e in (parts.get("before"), parts.get("after"))
-            if e
-        ]
+        shares = [with_interval(e, ".0%") for e in (parts.get("before"), parts.get("after")) if e]
         if change := parts.get("change"):
             moved = points(change)
             found.append(

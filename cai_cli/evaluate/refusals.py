@@ -11,8 +11,9 @@ from typing import Any, get_args
 from cai_cli.common import console
 from cai_cli.common.hash_index import KeyTable
 from cai_cli.data.evaluation_schema import LabelledReply, RefusalLabel, Safety
-from cai_cli.data.formats import completed_row, row_type_of
+from cai_cli.data.formats import completed_row
 from cai_cli.data.jsonl import read_rows, rows_of
+from cai_cli.data.row_types import row_type_of
 from cai_cli.data.schema import Rejected, Revision, Sample, load_row, reject
 from cai_cli.engines.base import Engine, LogprobRequest, RequestFailure
 from cai_cli.evaluate.evaluated_models import normalised

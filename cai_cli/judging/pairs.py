@@ -13,9 +13,10 @@ from cai_cli.common.errors import InvalidRow
 from cai_cli.common.hash_index import KeyTable
 from cai_cli.common.seeds import seed_for
 from cai_cli.data.dropped import Dropped
-from cai_cli.data.formats import parse_preference, row_type_of, sample_or_revision
+from cai_cli.data.formats import parse_preference, sample_or_revision
 from cai_cli.data.jsonl import Numbered, display_name, origin
 from cai_cli.data.row_reader import RowReader
+from cai_cli.data.row_types import row_type_of
 from cai_cli.data.schema import Pair, Preference, Sample, Scored, conversation_id, load_row
 from cai_cli.data.splits import pair_problem
 from cai_cli.runtime.stage_run import Skipped, WorkItem, WorkItems

@@ -27,7 +27,16 @@ from typing import TYPE_CHECKING, Any
 from cai_cli.common.hash_index import KeyTable
 from cai_cli.data.evaluation_schema import AdherenceResult, JudgedTurn
 from cai_cli.data.schema import Rejected
-from cai_cli.metrics.intervals import SHARE, ClusterBootstrap, Estimate, Limits, mean_estimate, percent, widened
+from cai_cli.metrics.intervals import (
+    SHARE,
+    ClusterBootstrap,
+    Estimate,
+    Limits,
+    mean_estimate,
+    percent,
+    widened,
+    with_interval,
+)
 from cai_cli.metrics.order_agreement import FEWEST_PROMPTS, LARGEST_LOG_ODDS, fisher_interval
 
 if TYPE_CHECKING:
@@ -258,9 +267,7 @@ def _trust(metrics: Mapping[str, Any]) -> tuple[bool | None, str]:
         return False, f"{finding}, which cannot be distinguished from chance"
     if not reads or metrics["scenarios"] < FEWEST_PROMPTS:
         return None, "there are too few answers to show whether the judge reads the replies"
-    spread = f"{reads['value']:.2f} ({reads['low']:.2f} to {reads['high']:.2f})"
+    finding = f"its answers in the two phrasings have a correlation of {with_interval(reads)}"
     if reads["low"] > 0:
-        finding = f"its answers in the two phrasings have a correlation of {spread} (without reading: 0)"
-        return None, f"agreement with people is unknown; the judge reads the replies: {finding}"
-    finding = f"its answers in the two phrasings have a correlation of {spread}"
+        return None, f"agreement with people is unknown; the judge reads the replies: {finding} (without reading: 0)"
     return False, f"nothing shows that the judge reads the replies: {finding}"

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from cai_cli.metrics.intervals import Estimate, percent
+from cai_cli.metrics.intervals import Estimate, percent, with_interval
 
 
 def table_lines(result: Mapping[str, Any]) -> Iterator[str]:
@@ -50,10 +50,8 @@ def _changes(result: Mapping[str, Any], first: str, model: str) -> Iterator[str]
 
 
 def _share(rate: Estimate | None) -> str:
-    return f"{rate['value']:.0%} ({rate['low']:.0%} to {rate['high']:.0%})" if rate else "-"
+    return with_interval(rate, ".0%") if rate else "-"
 
 
 def _points(difference: Estimate | None) -> str:
-    if difference is None:
-        return "-"
-    return f"{difference['value']:+.0%} ({difference['low']:+.0%} to {difference['high']:+.0%})"
+    return with_interval(difference, "+.0%") if difference else "-"

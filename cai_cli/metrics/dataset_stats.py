@@ -14,8 +14,9 @@ import orjson
 from cai_cli.common import console
 from cai_cli.common.errors import InvalidRow
 from cai_cli.common.hash_index import KeyTable
-from cai_cli.data.formats import has_key, row_key, row_object, row_type_of, texts_of
+from cai_cli.data.formats import row_object, texts_of
 from cai_cli.data.jsonl import read_rows
+from cai_cli.data.row_types import has_key, row_key, row_type_of
 from cai_cli.data.schema import Rejected, reason_kind
 
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)

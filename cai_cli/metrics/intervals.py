@@ -189,7 +189,19 @@ def percent(share: Estimate) -> str:
         >>> percent({"value": 0.5, "low": 0.25, "high": 0.75, "n": 8})
         '50.0% (25.0% to 75.0%)'
     """
-    return f"{share['value']:.1%} ({share['low']:.1%} to {share['high']:.1%})"
+    return with_interval(share, ".1%")
+
+
+def with_interval(estimate: Estimate, form: str = ".2f") -> str:
+    """Return a value and its interval, each number in the given format.
+
+    Examples:
+        >>> with_interval({"value": 0.65, "low": 0.6, "high": 0.7, "n": 8})
+        '0.65 (0.60 to 0.70)'
+        >>> with_interval({"value": 0.4, "low": -0.1, "high": 0.85, "n": 8}, "+.0%")
+        '+40% (-10% to +85%)'
+    """
+    return f"{estimate['value']:{form}} ({estimate['low']:{form}} to {estimate['high']:{form}})"
 
 
 def widened(estimate: Estimate, other: Estimate | None) -> Estimate:

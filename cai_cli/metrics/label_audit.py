@@ -402,9 +402,11 @@ def audit_file(source: str) -> AuditMetrics:
         InvalidRow: A line is not a valid row.
         CaiError: A file cannot be read.
     """
-    rows = (row for _, row in read_rows(source, rows_of(Preference)))
-    rejected_file = sidecar(Path(source), "rejected.jsonl")
-    rejected: Iterable[Rejected] = ()
-    if source != "-" and rejected_file.exists():
-        rejected = (row for _, row in read_rows(str(rejected_file), rows_of(Rejected)))
-    return audit(rows, rejected)
+    return audit((row for _, row in read_rows(source, rows_of(Preference))), rejected_beside(source))
+
+
+def rejected_beside(source: str) -> Iterator[Rejected]:
+    """Yield the rejected rows beside a file; none for stdin. Raises as `audit_file`."""
+    file = sidecar(Path(source), "rejected.jsonl")
+    if source != "-" and file.exists():
+        yield from (row for _, row in read_rows(str(file), rows_of(Rejected)))

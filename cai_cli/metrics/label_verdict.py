@@ -3,7 +3,7 @@
 from typing import Any
 
 from cai_cli.common import console
-from cai_cli.metrics.intervals import Estimate, fewest_clusters, percent
+from cai_cli.metrics.intervals import Estimate, fewest_clusters, percent, with_interval
 from cai_cli.metrics.order_agreement import FEWEST_PROMPTS
 
 
@@ -69,8 +69,7 @@ def reads_replies(metrics: dict[str, Any]) -> tuple[bool | None, str]:
 
 def _reads_by_log_odds(metrics: dict[str, Any]) -> tuple[bool | None, str]:
     correlation: Estimate = metrics["between_orders"]
-    spread = f"{correlation['value']:.2f} ({correlation['low']:.2f} to {correlation['high']:.2f})"
-    finding = f"the judge's preferences in the two orders have a correlation of {spread}"
+    finding = f"the judge's preferences in the two orders have a correlation of {with_interval(correlation)}"
     if correlation["low"] > 0:
         return True, f"{finding} (a judge that does not read the replies: 0)"
     if correlation["high"] < 0:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from cai_cli.common import console
-from cai_cli.metrics.intervals import Estimate, fewest_clusters
+from cai_cli.metrics.intervals import Estimate, fewest_clusters, with_interval
 
 PANELS = {"judges": "other judges", "principles": "the other principles of the same judge, which share its habits"}
 COLUMNS = ("principle", "pairs", "human", "panel", "flips", "log loss saved", "accuracy added")
@@ -31,16 +31,13 @@ def _cells(principle: Mapping[str, Any]) -> Iterator[str]:
     yield console.safe(principle["id"])
     yield f"{principle['pairs']:,}"
     for share in ("agreement_human", "agreement_panel", "flip_rate"):
-        yield _interval(principle[share], "{:.0%}")
-    yield _interval(principle["log_loss_saved"], "{:+.3f}")
-    yield _interval(principle["accuracy_added"], "{:+.1%}")
+        yield _interval(principle[share], ".0%")
+    yield _interval(principle["log_loss_saved"], "+.3f")
+    yield _interval(principle["accuracy_added"], "+.1%")
 
 
 def _interval(estimate: Estimate | None, form: str) -> str:
-    if estimate is None:
-        return "-"
-    value, low, high = (form.format(number) for number in (estimate["value"], estimate["low"], estimate["high"]))
-    return f"{value} ({low} to {high})"
+    return with_interval(estimate, form) if estimate else "-"
 
 
 def _finding(principle: Mapping[str, Any]) -> str:

@@ -26,9 +26,9 @@ from cai_cli.models.fetch import (
     published_name,
 )
 from cai_cli.models.fingerprint import FINGERPRINTED, files_digest, fingerprint, weights_digest
+from cai_cli.models.license import stated_license
 from cai_cli.models.loading import is_classifier, load_causal_lm, load_reward_model, load_tokenizer
 from cai_cli.models.reading import RECORD, recorded_base
-from cai_cli.models.source import stated_license
 
 HEADS = ("score", "classifier")
 ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, *(name for name in FINGERPRINTED if "safetensors" not in name))

@@ -2,13 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import orjson
-
-from cai_cli.common.errors import CaiError
-from cai_cli.common.yaml import parse_yaml
 from cai_cli.models.chat_template import recorded_template, use_chat_template
+from cai_cli.models.fingerprint import fingerprint
+from cai_cli.models.license import stated_license
+from cai_cli.models.names import public_name, resolve
 from cai_cli.models.template_date import recorded_date
 
 
@@ -38,9 +36,6 @@ class ModelSource:
             CaiError: As `names.resolve`.
             UsageError: The template cannot be read.
         """
-        from cai_cli.models.fingerprint import fingerprint
-        from cai_cli.models.names import resolve
-
         path = use_chat_template(resolve(name), chat_template)
         return cls(name, path, fingerprint(path))
 
@@ -51,27 +46,9 @@ class ModelSource:
     @property
     def public_name(self) -> str:
         """The name without folders, fit for publication."""
-        from cai_cli.models.names import public_name
-
         return public_name(self.name)
 
     @property
     def license(self) -> str | None:
         """As `stated_license`."""
         return stated_license(self.path)
-
-
-def stated_license(path: Path) -> str | None:
-    """The license in a model's `source.json` or card, in lower case; None if neither states one."""
-    source, card = path / "source.json", path / "README.md"
-    head: Any = None
-    try:
-        if source.is_file():
-            head = orjson.loads(source.read_bytes())
-        elif card.is_file():
-            parts = card.read_text(encoding="utf-8").split("---\n", 2)
-            head = parse_yaml(parts[1], str(card)) if len(parts) == 3 and not parts[0] else None
-    except (CaiError, ValueError):
-        return None
-    stated = head.get("license") if isinstance(head, dict) else None
-    return stated.lower() if isinstance(stated, str) else None

@@ -16,6 +16,7 @@ from cai_cli.models.adapters import save_adapter
 from cai_cli.models.fingerprint import weights_digest
 from cai_cli.models.reading import record_place
 from cai_cli.reward.packed_pairs import head_outputs
+from cai_cli.training.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -91,6 +92,7 @@ def fit_head(
     return {"head_loss": float(losses[best]), "head_accuracy": clustered_share(right, of_pairs)}
 
 
+@quiet_libraries()  # PEFT reads a deprecated name of transformers
 def save_head(model: "PreTrainedModel", base: Path, directory: Path) -> None:
     """Write the head of a preference model alone, as an adapter of PEFT that `BASE+ADAPTER` names.
 

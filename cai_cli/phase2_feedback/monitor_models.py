@@ -89,15 +89,18 @@ def pick_monitor_model(
                 code="option-conflict",
             )
         return MonitorModel(scorer.identity(), scorer.path, lambda: _as_monitor(preference_score(scorer)))
-    if monitor_judge:
-        engine = open_engine(monitor_judge, batch_size=None, device="auto", dtype="auto", server=Server(base_url))
-        loaded = open_constitution(PreferenceConstitution, None, None)
-        form = resolve_prompt_format("auto", engine)
-        judge = Judge(engine, "choice", loaded.examples, form, seed, Sampling(), principles=loaded.principles)
-        labeller = Labeller(judge, loaded.principles, per_pair=1, orders=("ab", "ba"))
-        identity = {**engine.identity(), "constitution": loaded.fingerprint()}
-        return MonitorModel(identity, None, lambda: lambda *replies: win_probabilities(labeller, *replies))
-    return None
+    return _judge_as_monitor(monitor_judge, base_url, seed) if monitor_judge else None
+
+
+def _judge_as_monitor(name: str, base_url: Sequence[str] | None, seed: int) -> MonitorModel:
+    """A judge that compares each reply with the start model's under the shipped principles. Raises as its caller."""
+    engine = open_engine(name, batch_size=None, device="auto", dtype="auto", server=Server(base_url))
+    loaded = open_constitution(PreferenceConstitution, None, None)
+    form = resolve_prompt_format("auto", engine)
+    judge = Judge(engine, "choice", loaded.examples, form, seed, Sampling(), principles=loaded.principles)
+    labeller = Labeller(judge, loaded.principles, per_pair=1, orders=("ab", "ba"))
+    identity = {**engine.identity(), "constitution": loaded.fingerprint()}
+    return MonitorModel(identity, None, lambda: lambda *replies: win_probabilities(labeller, *replies))
 
 
 def judged_tokens(prompt_tokens: float, reply_tokens: float) -> float:

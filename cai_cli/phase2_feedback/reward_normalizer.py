@@ -73,7 +73,7 @@ def judge_normalizer(rows: Sequence[PolicySample], measure: Measure) -> RewardNo
     if not everything:
         raise CaiError(
             f"rl: the judge refused requests about each of the {len(rows)} held-out replies, so that none has a reward",
-            hint="use another judge, or fewer principles; run the same command again to ask once more what was refused",
+            hint="use another judge, or fewer principles; run the same command again to repeat the failed requests",
             code="request-failed",
         )
     spread = spread_of(scores) or 0.0

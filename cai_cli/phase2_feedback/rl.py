@@ -118,13 +118,7 @@ def rl(inputs: RlInputs, config: RlConfig, training: TrainingConfig, work: Path)
     Raises:
         CaiError: The preference model cannot tell the start model's replies apart, or training fails; see `fit`.
     """
-    from cai_cli.models.loading import load_causal_lm, load_tokenizer
-
-    base = inputs.base
-    with sharding.announced(training.arguments(work)):
-        policy, tokenizer = load_causal_lm(base, **training.loading), load_tokenizer(base)
-    if policy.config._name_or_path != str(base):
-        raise AssertionError("TRL would load the reference model from another directory")
+    policy, tokenizer = _load_policy(inputs.base, training, work)
     ends = declare_end_of_turn(policy, tokenizer)  # TRL reads the config
     score = preference_score(inputs.preference_model) if inputs.preference_model else None
     sources = _reward_sources(score, inputs.judge, config.judge_weight)
@@ -150,7 +144,7 @@ def rl(inputs: RlInputs, config: RlConfig, training: TrainingConfig, work: Path)
             if part:
                 stack.enter_context(closing(part))
         trainer = _policy_trainer(inputs, config, training, work, policy, tokenizer, reward)
-        reference = reference_of(trainer, base, training.frozen_dtype)
+        reference = reference_of(trainer, inputs.base, training.frozen_dtype)
         checks = PolicyChecks(
             monitor, trainer, metrics, reference, every=config.monitor_every, stop=config.stop_on_goodhart
         )
@@ -160,13 +154,29 @@ def rl(inputs: RlInputs, config: RlConfig, training: TrainingConfig, work: Path)
     if kept:
         save_finished(trainer, tokenizer, work / "model", keep_adapter=training.keep_adapter)
     else:
-        save_start_model(base, tokenizer, work / "model", keep_adapter=training.keep_adapter)
+        save_start_model(inputs.base, tokenizer, work / "model", keep_adapter=training.keep_adapter)
+    _copy_beside_model(work)
+    answers = {"judge_answers": len(inputs.judge.cache)} if inputs.judge else {}
+    return {**manifest_metrics(metrics, checks.normalizers, kept), **answers, "throughput": throughput}
+
+
+def _load_policy(base: Path, training: TrainingConfig, work: Path) -> tuple[Any, Any]:
+    """The model to train, and its tokenizer."""
+    from cai_cli.models.loading import load_causal_lm, load_tokenizer
+
+    with sharding.announced(training.arguments(work)):
+        policy, tokenizer = load_causal_lm(base, **training.loading), load_tokenizer(base)
+    if policy.config._name_or_path != str(base):
+        raise AssertionError("TRL would load the reference model from another directory")
+    return policy, tokenizer
+
+
+def _copy_beside_model(work: Path) -> None:
+    """Copy the replies of the checks and the judge's answers into the directory of the trained model."""
     if distributed.is_rank_zero():
         for file in (work / "samples.jsonl", judge_file(work)):
             if file.exists():
                 shutil.copyfile(file, work / "model" / file.name)
-    answers = {"judge_answers": len(inputs.judge.cache)} if inputs.judge else {}
-    return {**manifest_metrics(metrics, checks.normalizers, kept), **answers, "throughput": throughput}
 
 
 def _reward_sources(

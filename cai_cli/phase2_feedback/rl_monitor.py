@@ -22,7 +22,7 @@ from cai_cli.common.seeds import seed_for
 from cai_cli.data.jsonl import AppendFile, cut_torn_tail, read_rows, rows_of
 from cai_cli.data.schema import PolicySample, Prompt, dump_row
 from cai_cli.engines.base import GenerationRequest, RequestFailure, Sampling
-from cai_cli.engines.local.engine import engine_around
+from cai_cli.engines.local.model_in_training import engine_around
 from cai_cli.engines.thoughts import separate
 from cai_cli.engines.tokenization import PromptEncoder, encode_chat, encode_text
 from cai_cli.metrics.reply_habits import opening

@@ -7,7 +7,7 @@ from typing import Any
 from cai_cli.common.library_errors import library_failures
 from cai_cli.common.seeds import seed_for
 from cai_cli.engines.base import Sampling
-from cai_cli.engines.local.engine import engine_around
+from cai_cli.engines.local.model_in_training import engine_around
 from cai_cli.engines.tokenization import encode_chat
 from cai_cli.models.adapters import without_adapter_wrapper
 from cai_cli.phase2_feedback.rl_rewards import Chat, messages_of

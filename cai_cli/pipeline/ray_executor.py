@@ -7,7 +7,6 @@ checkpoint. All nodes share the file system of the run folder and have `cai` ins
 through Ray; rows and models do not.
 """
 
-import math
 import os
 import shutil
 import signal
@@ -22,9 +21,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from cai_cli.common import console
-from cai_cli.common.errors import CaiError, UsageError
+from cai_cli.common.errors import CaiError
 from cai_cli.pipeline.execute import die_with_parent
 from cai_cli.pipeline.plan import Step
+from cai_cli.pipeline.ray_cluster import capacity, connect, nodes
 from cai_cli.runtime.merge import Part, merge_shards
 from cai_cli.runtime.output_files import wait_for_writer
 from cai_cli.training.launcher import Node, group_command, group_size
@@ -65,7 +65,7 @@ class Command:
         folder: The working folder.
         environment: Variables that it needs besides those of the node.
         log: Receives what it prints.
-        output: Its output, whose earlier writer it waits for; None to wait for nobody.
+        output: Its output, whose earlier writer it waits for; None where it has none.
     """
 
     words: Sequence[str]
@@ -231,9 +231,9 @@ class RayExecutor:
         from ray.util.placement_group import placement_group, remove_placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        per_node, nodes = self._nodes_for(step, processes)
+        per_node, count = self._nodes_for(step, processes)
         needs = {"CPU": self.options.cpus * per_node} | ({"GPU": per_node} if self._gpus(step) else {})
-        group = placement_group([needs] * nodes, strategy="STRICT_SPREAD")
+        group = placement_group([needs] * count, strategy="STRICT_SPREAD")
         try:
             ray.get(group.ready())
 
@@ -245,13 +245,13 @@ class RayExecutor:
 
             address, port = _result(step, on(0, address_and_port).remote())
             running = {}
-            for index in range(nodes):
-                node = Node(index, nodes, address, port)
+            for index in range(count):
+                node = Node(index, count, address, port)
                 line = group_command(words, step.config.accelerate_config, processes, node)
                 log = self._log(step, f"-node-{index + 1}")
                 command = self._command(line, None if index else step.output, log)
                 running[on(index, run_command).remote(command)] = command
-            console.say(f"[{step.name}] {processes} processes on {nodes} nodes; their messages: {log.parent}/*.log")
+            console.say(f"[{step.name}] {processes} processes on {count} nodes; their messages: {log.parent}/*.log")
             with cancelled(running):
                 while running:
                     (ready, *_), _ = ray.wait(list(running))
@@ -269,12 +269,12 @@ class RayExecutor:
         if self.options.gpus is not None:
             return self.options.gpus
         elsewhere = str(step.settings.get("model", "")).startswith(("openai:", "scripted:")) and not step.stage.trains
-        return int(not elsewhere and any(node.get("GPU") for node in _nodes()))
+        return int(not elsewhere and any(node.get("GPU") for node in nodes()))
 
     def _places(self, step: Step) -> int:
         """How many tasks of a step run at once. Raises CaiError `no-device`."""
         cpus, gpus = self.options.cpus, self._gpus(step)
-        places = sum(_capacity(node, cpus, gpus) for node in _nodes())
+        places = sum(capacity(node, cpus, gpus) for node in nodes())
         if not places:
             raise CaiError(
                 f"step {step.name!r}: no node of the Ray cluster has {cpus} CPUs and {gpus} GPUs",
@@ -285,10 +285,10 @@ class RayExecutor:
 
     def _nodes_for(self, step: Step, processes: int) -> tuple[int, int]:
         """Processes on each node, and the number of nodes. Raises CaiError `no-device`."""
-        room = sorted((_capacity(n, self.options.cpus, self._gpus(step)) for n in _nodes()), reverse=True)
-        for nodes in range(1, len(room) + 1):
-            if processes % nodes == 0 and room[nodes - 1] >= processes // nodes:
-                return processes // nodes, nodes
+        room = sorted((capacity(n, self.options.cpus, self._gpus(step)) for n in nodes()), reverse=True)
+        for count in range(1, len(room) + 1):
+            if processes % count == 0 and room[count - 1] >= processes // count:
+                return processes // count, count
         raise CaiError(
             f"step {step.name!r}: the Ray cluster has no equal room for {processes} processes (its nodes hold "
             f"{', '.join(map(str, room))})",
@@ -300,52 +300,6 @@ class RayExecutor:
 def is_sharded(step: Step) -> bool:
     """Whether a step runs in shards: its stage can, and the run file does not ask for one of them."""
     return "shard" in step.stage.config.option_names() and step.settings.get("shard") is None
-
-
-def connect(address: str | None) -> None:
-    """Connect to an existing cluster.
-
-    Raises:
-        UsageError: `invalid-option`, for an address that is not HOST:PORT.
-        CaiError: `missing-dependency` or `server-unreachable`.
-    """
-    try:
-        import ray
-    except ModuleNotFoundError:
-        raise CaiError(
-            "--executor ray needs Ray, which is not installed",
-            hint="pip install '.[ray]', in the version of the cluster",
-            code="missing-dependency",
-        ) from None
-    if address:
-        _check_reachable(address)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        ray.init(address=address or "auto", log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise _no_cluster(address, error) from None
-    finally:
-        for number, handler in handlers.items():  # Ray replaces them
-            signal.signal(number, handler)
-
-
-def _check_reachable(address: str) -> None:
-    """Raises as `connect`, at once; Ray itself tries for minutes."""
-    host, _, port = address.rpartition(":")
-    if not (host and port.isdecimal() and "/" not in host):
-        raise UsageError(f"--address must be HOST:PORT, not {address!r}", code="invalid-option")
-    try:
-        socket.create_connection((host, int(port)), timeout=10).close()
-    except (OSError, OverflowError) as error:
-        raise _no_cluster(address, error) from None
-
-
-def _no_cluster(address: str | None, error: Exception) -> CaiError:
-    return CaiError(
-        f"no Ray cluster{f' at {address}' if address else ''}: {' '.join(str(error).split())[:200]}",
-        hint="run this on a node of the cluster; `ray start --head` starts one, and prints its address",
-        code="server-unreachable",
-    )
 
 
 @contextmanager
@@ -404,16 +358,3 @@ def _is_finished(output: Path) -> bool:
     except CaiError:
         return False
     return True
-
-
-def _nodes() -> list[Mapping[str, float]]:
-    """The resources of each living node."""
-    import ray
-
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
-def _capacity(node: Mapping[str, float], cpus: int, gpus: int) -> int:
-    """How many tasks a node holds at once."""
-    room = [node.get("CPU", 0) / cpus] + ([node.get("GPU", 0) / gpus] if gpus else [])
-    return math.floor(min(room))

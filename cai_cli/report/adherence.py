@@ -8,8 +8,9 @@ from pydantic import ValidationError
 
 from cai_cli.data.evaluation_schema import AdherenceResult
 from cai_cli.metrics.adherence_table import significant
-from cai_cli.report.collect import ReportedEstimate, Result, RunFiles
+from cai_cli.report.collect import RunFiles
 from cai_cli.report.examples import Budget, ClippedText, clip
+from cai_cli.report.results import ReportedEstimate, Result
 
 ENDING = ".adherence.json"
 CONVERSATIONS = 2  # of each model and principle, on the page

@@ -11,7 +11,8 @@ from pydantic import Field, ValidationError
 from cai_cli.metrics.intervals import Z
 from cai_cli.report import charts
 from cai_cli.report.charts import Chart
-from cai_cli.report.collect import ReportedEstimate, Result, RunFiles
+from cai_cli.report.collect import RunFiles
+from cai_cli.report.results import ReportedEstimate, Result
 
 T = TypeVar("T", bound=Result)
 MOST_BARS = 40  # in one chart; the table has all

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from cai_cli.report.charts import Chart, Series, lines
-from cai_cli.report.collect import ComparisonResult, RunFiles, StepFiles, flat_metrics, is_estimate
+from cai_cli.report.collect import RunFiles, StepFiles, flat_metrics, is_estimate
 from cai_cli.report.curves import NAMES, TITLES
+from cai_cli.report.results import ComparisonResult
 from cai_cli.runtime.step_names import round_of
 
 NOTE = "The band shows 95% intervals, not adjusted for multiple comparisons."

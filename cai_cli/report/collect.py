@@ -11,18 +11,19 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import orjson
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from cai_cli.common.errors import CaiError
 from cai_cli.common.legacy import metrics_row
 from cai_cli.constitution.usage import option
 from cai_cli.data.jsonl import read_rows, rows_of
 from cai_cli.data.schema import Rejected, Row
+from cai_cli.report.results import ComparisonResult, OutcomeResult, Result, RoundsResult, Sweep
 from cai_cli.runtime.manifest import read_manifest
 from cai_cli.runtime.output_files import sidecar
 
 R = TypeVar("R", bound=Row)
-T = TypeVar("T", bound="Result")
+T = TypeVar("T", bound=Result)
 TRAINING = ("sft", "train-pm", "rl", "dpo")
 DRAWN_APART = (".bench.json", ".lm-eval.json")  # by `report.benchmarks`
 FINAL, DRAFT = ".manifest.json", ".partial.manifest.json"
@@ -107,130 +108,6 @@ class StepFiles:
         return frozenset(Path(str(name)).name for name in (self.facts.get("inputs") or {}).values())
 
 
-class Result(BaseModel):
-    """A file of results that another command wrote to the run folder."""
-
-    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
-
-
-class ReportedEstimate(Result):
-    """A value with its 95% interval, counted over `n`."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-
-class Rating(ReportedEstimate):
-    """The Elo rating of a model."""
-
-    model: str
-
-
-class Ratings(Result):
-    """Elo ratings on the paper's two axes."""
-
-    harmless: list[Rating] = []
-    helpful: list[Rating] = []
-
-
-class WinRate(ReportedEstimate):
-    """How often `a` wins against `b` over prompts of one kind."""
-
-    a: str
-    b: str
-    kind: str | None
-
-
-class Simultaneous(Result):
-    """Number of simultaneous intervals in a comparison; 1 where they are not adjusted, as before version 0.2."""
-
-    win_rates: int = 1
-    ratings: int = 1
-
-
-class ComparisonResult(Result):
-    """`NAME.compare.json`: Elo ratings with intervals on the paper's two axes, and win rates."""
-
-    models: list[str]
-    ratings: Ratings
-    win_rates: list[WinRate] = []
-    simultaneous: Simultaneous = Simultaneous()
-
-
-class Point(ReportedEstimate):
-    """The metric for the value `at` of the setting."""
-
-    at: float
-
-
-class Sweep(Result):
-    """`NAME.sweep.json`: how one metric, `figure`, changes with one setting; `simultaneous` as in a comparison."""
-
-    setting: str
-    figure: str
-    points: list[Point]
-    simultaneous: int = 1
-
-
-class RoundResult(Result):
-    """One round: the monitor's mean score and its rise, None without a monitor, and what the round used."""
-
-    round: int
-    monitor: ReportedEstimate | None = None
-    rise: ReportedEstimate | None = None
-    tokens: int
-    money: float
-    hours: float
-
-
-class RoundsResult(Result):
-    """A block of rounds: how many were run, the round of the result, and why they ended early."""
-
-    repeat: int
-    ran: int
-    result: int
-    reason: str | None
-    rounds: list[RoundResult]
-
-
-class BeforeAfter(Result):
-    """A share before and after, and its change; None where there is nothing to count."""
-
-    before: ReportedEstimate | None = None
-    after: ReportedEstimate | None = None
-    change: ReportedEstimate | None = None
-
-
-class OutcomeResult(Result):
-    """What the run changed.
-
-    Attributes:
-        start: The name of the start model.
-        final: The name of the final model.
-        replies: Model -> the file of its replies, relative to the run folder.
-        judge: What decided the comparisons.
-        win_rate: Of the final model over the start model.
-        refusals_red_team: Refusals of red-team prompts.
-        refusals_helpful: Refusals of helpful prompts.
-        cut_off: Replies that were cut off at the length limit.
-        words: The mean length of a reply, before and after.
-        seen_in_training: The number of prompts that the run trained on, which are left out.
-    """
-
-    start: str
-    final: str
-    replies: dict[str, str]
-    judge: str | None = None
-    win_rate: ReportedEstimate | None = None
-    refusals_red_team: BeforeAfter | None = None
-    refusals_helpful: BeforeAfter | None = None
-    cut_off: BeforeAfter | None = None
-    words: dict[str, float | None] = {}
-    seen_in_training: int = 0
-
-
 @dataclass(frozen=True)
 class RunFiles:
     """Everything that the report shows.
@@ -252,8 +129,8 @@ class RunFiles:
     sweeps: Mapping[str, Sweep]
     evaluations: Mapping[str, Mapping[str, Any]]
     problems: list[str] = field(default_factory=list)
-    rounds: Mapping[str, "RoundsResult"] = field(default_factory=dict)
-    outcome: "OutcomeResult | None" = None
+    rounds: Mapping[str, RoundsResult] = field(default_factory=dict)
+    outcome: OutcomeResult | None = None
 
     def steps_of(self, *stages: str) -> list[StepFiles]:
         """Return the steps that ran these commands, in order."""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from cai_cli.common import console
 from cai_cli.common.errors import CaiError, UsageError
-from cai_cli.common.files import write_atomically
+from cai_cli.common.files import write_atomically, write_error
 
 
 def write_report(folder: Path, output: Path | None = None) -> Path:
@@ -31,9 +31,7 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CaiError(
-            f"cannot write {path}: {error.strerror}", hint="choose another -o", code="cannot-write"
-        ) from error
+        raise write_error(path, error, hint="choose another -o") from error
     write_atomically(path, [page.encode()])
     return path
 

@@ -13,8 +13,9 @@ from cai_cli.data.jsonl import read_rows
 from cai_cli.data.reply_ends import CUT_OFF
 from cai_cli.data.schema import Sample
 from cai_cli.evaluate.outcome import REFUSALS, headline
-from cai_cli.report.collect import OutcomeResult, RunFiles, StepFiles
+from cai_cli.report.collect import RunFiles, StepFiles
 from cai_cli.report.examples import Budget, ModelReply, SideBySide, clip, messages_of, side_by_side
+from cai_cli.report.results import OutcomeResult
 
 SHOWN = 3
 SHOWN_BYTES = 60_000

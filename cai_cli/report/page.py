@@ -20,6 +20,7 @@ from cai_cli import __version__
 from cai_cli.common.console import safe
 from cai_cli.data.schema import Preference
 from cai_cli.evaluate.outcome import points
+from cai_cli.metrics.intervals import with_interval
 from cai_cli.report import (
     adherence,
     benchmarks,
@@ -54,7 +55,7 @@ def render(run: RunFiles) -> str:
         finalize=_finalize,
     )
     environment.filters |= {"number": number, "csv": csv_link, "svg": Markup, "share": share, "shares": shares,
-                            "estimate": estimate, "interval": interval,
+                            "estimate": with_interval, "interval": interval,
                             "duration": duration, "points": points,
                             "probability": lambda p: f"{100 * p:.1f}%"}  # fmt: skip
     script, style = ((HERE / "templates" / name).read_text(encoding="utf-8") for name in ("script.js", "style.css"))
@@ -252,11 +253,6 @@ def duration(seconds: float) -> str:
 def interval(estimate: Any) -> str:
     """Return the 95% interval and n of a share."""
     return f"95%: {share(estimate['low'])} to {share(estimate['high'])}, n = {estimate['n']:,}"
-
-
-def estimate(value: Any) -> str:
-    """Return an estimate with its interval, to two decimals."""
-    return f"{value['value']:.2f} ({value['low']:.2f} to {value['high']:.2f})"
 
 
 def shares(estimate: Any) -> str:

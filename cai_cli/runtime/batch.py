@@ -18,6 +18,7 @@ import orjson
 
 from cai_cli.common import console
 from cai_cli.common.errors import CaiError, InvalidRow, RowError, UsageError
+from cai_cli.common.files import write_error
 from cai_cli.data.lines import lines_of, open_input, raise_invalid
 from cai_cli.engines import batch
 from cai_cli.engines.base import UnansweredRequests, Usage
@@ -90,7 +91,7 @@ def submit(stage: Stage, config: StageConfig, provider: Provider, folder: Path |
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CaiError(f"cannot write {folder}: {error.strerror}", code="cannot-write") from error
+        raise write_error(folder, error) from error
     # The run that collects must not start from scratch.
     options = config.model_dump(mode="json") | {"overwrite": False}
     recorded = {"stage": stage.name, "for": provider.value, "directory": str(Path.cwd()), "options": options}

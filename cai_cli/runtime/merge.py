@@ -15,8 +15,8 @@ from typing import Any
 import orjson
 
 from cai_cli.common.errors import CaiError
-from cai_cli.data.formats import row_key
 from cai_cli.data.jsonl import open_input, read_rows, rows_of
+from cai_cli.data.row_types import row_key
 from cai_cli.data.schema import WorkItemRecord
 from cai_cli.data.sharding import Shard
 from cai_cli.runtime.counts import Counts

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from cai_cli.common import console
 from cai_cli.common.errors import CaiError, UsageError
-from cai_cli.common.files import write_atomically
+from cai_cli.common.files import write_atomically, write_error
 from cai_cli.data.jsonl import sync_directory
 from cai_cli.data.schema import reason_kind
 from cai_cli.models.template_date import reuse_template_date
@@ -63,9 +63,7 @@ def one_writer(path: Path, name: str | None = None) -> Iterator[None]:
             f"another cai is writing {path}", hint="wait for it, or choose another output", code="output-locked"
         ) from None
     except OSError as error:
-        raise CaiError(
-            f"cannot write {path}: {error.strerror}", hint="choose another -o", code="cannot-write"
-        ) from error
+        raise write_error(path, error, hint="choose another -o") from error
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
@@ -78,7 +76,7 @@ def one_writer(path: Path, name: str | None = None) -> Iterator[None]:
 
 
 def wait_for_writer(path: Path, seconds: float) -> None:
-    """Wait until nobody writes OUT, or for that long: the process of a lost node may still write for a while."""
+    """Wait until no process writes OUT, or for that long: the process of a lost node may still write for a while."""
     lock = FileLock(sidecar(path, "lock"))
     if path.parent.exists():
         with suppress(Timeout), lock.acquire(timeout=seconds):

@@ -11,7 +11,7 @@ import orjson
 
 from cai_cli.common import console
 from cai_cli.common.errors import CaiError
-from cai_cli.common.files import write_atomically
+from cai_cli.common.files import write_atomically, write_error
 from cai_cli.common.hash_index import KeyTable
 from cai_cli.common.legacy import has_repr_digests, repr_digest
 from cai_cli.data.jsonl import AppendFile, RawLine, cut_torn_tail, open_input, read_values
@@ -83,11 +83,7 @@ def _open(output: str) -> BinaryIO:
     try:
         return open(output, "ab")
     except OSError as error:
-        raise _cannot_write(output, error) from error
-
-
-def _cannot_write(output: str, error: OSError) -> CaiError:
-    return CaiError(f"cannot write {output}: {error.strerror}", hint="choose another -o", code="cannot-write")
+        raise write_error(output, error, hint="choose another -o") from error
 
 
 class FileSink:
@@ -344,7 +340,7 @@ class StreamSink:
         except OSError as error:
             if self.opened is None:
                 raise
-            raise _cannot_write(self.output, error) from error
+            raise write_error(self.output, error, hint="choose another -o") from error
 
     def finish(self, counts: Counts, rows: dict[str, Any], facts: dict[str, Any]) -> None:
         counts.reply_ends = self.reply_ends

@@ -139,7 +139,7 @@ class TrainingConfig:
             "seed": self.seed,
             "use_cpu": cpu,
             "bf16": self.precision == "bfloat16",
-            "gradient_checkpointing": self.checkpoints_activations,
+            "activation_checkpointing": self.checkpoints_activations,
             "optim": OPTIMIZERS[self.optimizer],
             "use_liger_kernel": self.liger,
             "dataloader_pin_memory": not cpu,

@@ -9,6 +9,7 @@ from typing import Any
 
 from cai_cli.common import console
 from cai_cli.common.errors import CaiError
+from cai_cli.common.files import write_error
 from cai_cli.common.library_errors import cannot_write
 from cai_cli.common.seeds import seed_for
 from cai_cli.training import distributed, trackers
@@ -53,11 +54,8 @@ def fit(trainer: Any, metrics: Metrics, columns: Mapping[str, str], *, name: str
     except OSError as error:
         if not cannot_write(error, Path(trainer.args.output_dir)):
             raise  # of a tracker, say
-        raise CaiError(
-            f"cannot write {trainer.args.output_dir}: {error.strerror or error}",
-            hint="earlier checkpoints are kept; run the same command again to resume",
-            code="cannot-write",
-        ) from error
+        hint = "earlier checkpoints are kept; run the same command again to resume"
+        raise write_error(trainer.args.output_dir, error, hint) from error
     rate = steps.tokens / steps.seconds if steps.tokens and steps.seconds else None
     return {"tokens": int(steps.tokens), "seconds": steps.seconds, "tokens_per_second": rate and round(rate, 1)}
 

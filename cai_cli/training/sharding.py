@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cai_cli.common.errors import UsageError
 from cai_cli.models.adapters import is_adapted
 from cai_cli.training import distributed
+from cai_cli.training.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,13 +51,15 @@ def announced(arguments: dict[str, Any]) -> Iterator[None]:
     Args:
         arguments: Keyword arguments for the trainer's config.
     """
-    announcement = None
-    if is_zero3():
-        from transformers import TrainingArguments
+    if not is_zero3():
+        yield
+        return
+    from transformers import TrainingArguments
 
+    with quiet_libraries():
         announcement = TrainingArguments(**arguments)  # transformers divides weights while this exists
-    yield
-    del announcement
+        yield
+        del announcement
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from typing import Any
 from cai_cli.cards.model_card import model_card
 from cai_cli.common import console
 from cai_cli.common.errors import CaiError, UsageError
+from cai_cli.common.files import write_error
 from cai_cli.common.library_errors import cannot_write
 from cai_cli.constitution.usage import recorded_principles
 from cai_cli.data.jsonl import AppendFile, sync_directory
@@ -129,11 +130,7 @@ class TrainingJob:
         except OSError as error:
             if not cannot_write(error, work):
                 raise
-            raise CaiError(
-                f"cannot write {work}: {error.strerror}",
-                hint="run the same command again to resume",
-                code="cannot-write",
-            ) from error
+            raise write_error(work, error, hint="run the same command again to resume") from error
 
     def _finish(
         self, path: Path, work: Path, provenance: dict[str, Any], metrics: dict[str, Any], facts: dict[str, Any]

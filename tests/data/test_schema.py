@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cai_cli.common.errors import RowError
-from cai_cli.data.formats import parse_preference, parse_prompt, row_key
+from cai_cli.data.formats import parse_preference, parse_prompt
 from cai_cli.data.jsonl import read_rows, rows_of
+from cai_cli.data.row_types import row_key
 from cai_cli.data.schema import (
     Critique,
     Message,

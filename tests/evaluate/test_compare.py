@@ -11,7 +11,7 @@ from helpers import Json, manifest_of, rows_in, sample_row, write_rows
 from cai_cli.common.errors import InvalidRow, UsageError
 from cai_cli.constitution.schema import PreferencePrinciple
 from cai_cli.data.evaluation_schema import ModelComparison
-from cai_cli.data.formats import row_key
+from cai_cli.data.row_types import row_key
 from cai_cli.data.schema import Kind, Rejected, Sample, load_row
 from cai_cli.engines.base import LogprobRequest, RequestFailure, Sampling
 from cai_cli.engines.scripted import ScriptedEngine

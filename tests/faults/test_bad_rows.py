@@ -1,4 +1,4 @@
-"""Lines that are no rows, in real files: by default the run stops at the first with its file and line and a way out;
+"""Invalid lines in real files: by default the run stops at the first with its file and line and a way out;
 with --skip-invalid each is kept in the rejected file and counted, within --max-invalid and within bounded memory."""
 
 import gzip

@@ -1,5 +1,6 @@
 """The score head fitted before training."""
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,10 @@ from tiny import tiny_model_dir
 
 from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.metrics.intervals import SHARE, mean_estimate
+from cai_cli.models.loading import load_reward_model
 from cai_cli.models.names import resolve
 from cai_cli.models.reading import ReadAt, place_of
-from cai_cli.phase2_feedback.linear_probe import regress
+from cai_cli.phase2_feedback.linear_probe import regress, save_head
 
 command = stage("train-pm")
 
@@ -54,6 +56,13 @@ def test_a_fitted_head_gives_the_probabilities_of_its_labels() -> None:
     assert np.abs(regress(x, p, strength=10.0) - truth).max() < 0.02
     swapped = regress(-x, 1 - p, strength=10.0)  # the same pairs with chosen and rejected exchanged
     assert np.abs(swapped - regress(x, p, strength=10.0)).max() < 1e-4
+
+
+def test_a_head_is_written_without_a_warning(model: Path, tmp_path: Path) -> None:
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        save_head(load_reward_model(model, new_head_seed=0), model, tmp_path / "head")
+    assert [str(one.message) for one in found if issubclass(one.category, FutureWarning)] == []
 
 
 def test_a_head_alone_is_written_as_an_adapter_of_its_model(model: Path, tmp_path: Path) -> None:

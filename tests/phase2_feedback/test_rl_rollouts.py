@@ -23,7 +23,7 @@ from tiny import declare_only_end_of_text, tiny_model_dir
 from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.engines.base import Sampling
 from cai_cli.engines.choice import Machine
-from cai_cli.engines.local.engine import engine_around
+from cai_cli.engines.local.model_in_training import engine_around
 from cai_cli.models.loading import load_causal_lm, load_reward_model, load_tokenizer
 from cai_cli.phase2_feedback import rl
 from cai_cli.phase2_feedback.rl_config import RlConfig

@@ -97,21 +97,6 @@ def test_an_option_of_ray_needs_the_executor(cai: Cai, folder: Path) -> None:
         assert cai("run", "pipeline.yaml", *words).error == "option-conflict"
 
 
-def test_a_wrong_address_is_an_error_at_once(cai: Cai, folder: Path) -> None:
-    pytest.importorskip("ray")
-    for address, code in (
-        ("127.0.0.1:1", "server-unreachable"),
-        ("h", "invalid-option"),
-        ("ray://h:1", "invalid-option"),
-    ):
-        assert cai("run", "pipeline.yaml", "--executor", "ray", "--address", address).error == code
-
-
-def test_a_missing_ray_is_named(cai: Cai, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
-    assert cai("run", "pipeline.yaml", "--executor", "ray").error == "missing-dependency"
-
-
 @pytest.mark.parametrize(
     ("nodes", "processes", "expected"),
     [
@@ -129,7 +114,7 @@ def test_a_group_of_processes_takes_as_few_nodes_as_hold_it(
     processes: int,
     expected: tuple[int, int] | None,
 ) -> None:
-    monkeypatch.setattr(ray_executor, "_nodes", lambda: nodes)
+    monkeypatch.setattr(ray_executor, "nodes", lambda: nodes)
     (step,) = planned(folder, "  tuned: {command: sft, input: prompts.jsonl, model: m}\n")
     executor = RayExecutor(RayOptions(), folder)
     if expected:
@@ -146,18 +131,18 @@ def test_a_task_takes_a_gpu_where_its_step_runs_a_model(
 ) -> None:
     (step,) = planned(folder, f'  s: {{command: sample, input: prompts.jsonl, model: "{model}"}}\n')
     for resources, expected in (({"CPU": 4, "GPU": 2}, gpus), ({"CPU": 4}, 0)):
-        monkeypatch.setattr(ray_executor, "_nodes", lambda resources=resources: [resources])
+        monkeypatch.setattr(ray_executor, "nodes", lambda resources=resources: [resources])
         executor = RayExecutor(RayOptions(), folder)
         assert executor._gpus(step) == expected
         assert executor._places(step) == (2 if expected else 4)
 
 
 def test_a_resumed_run_keeps_the_number_of_shards(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_executor, "_nodes", lambda: [{"CPU": 3}])
+    monkeypatch.setattr(ray_executor, "nodes", lambda: [{"CPU": 3}])
     (step,) = planned(folder, "  s: {command: sample, input: prompts.jsonl, model: scripted:script.jsonl}\n")
     first = RayExecutor(RayOptions(), folder)._shard_folder(step)
     assert first[1] == 3
-    monkeypatch.setattr(ray_executor, "_nodes", lambda: [{"CPU": 8}])
+    monkeypatch.setattr(ray_executor, "nodes", lambda: [{"CPU": 8}])
     assert RayExecutor(RayOptions(), folder)._shard_folder(step) == first
     assert RayExecutor(RayOptions(shards=2), folder)._shard_folder(step)[1] == 2
 

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from cai_cli.report.collect import StepFiles
-from cai_cli.report.curves import calibration, curves, flags
+from cai_cli.report.curves import TITLES, calibration, curves, flags
+from cai_cli.runtime.summary import TRAINING_METRICS
 
 
 def step(**metrics: Any) -> StepFiles:
@@ -40,3 +41,7 @@ def test_a_reliability_diagram_needs_a_calibration_curve() -> None:
     chart = calibration(step(calibration_curve=[{"confidence": 0.7, "label": 0.6, "n": 5}]))
     assert chart
     assert len(chart.rows) == 1
+
+
+def test_every_metric_of_a_training_summary_has_a_title_in_the_report() -> None:
+    assert set(TRAINING_METRICS) <= set(TITLES)

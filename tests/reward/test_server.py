@@ -189,8 +189,15 @@ def test_a_constitution_is_served_on_loopback_and_sigterm_ends_it_cleanly(tmp_pa
     [
         (("c.yaml",), "missing-option"),
         (("pm", "--model", "m"), "option-conflict"),
+        (("pm", "--concurrency", "4"), "option-conflict"),
+        (("pm", "--dtype", "bfloat16"), "option-conflict"),
+        (("pm", "--prompt-format", "raw"), "option-conflict"),
         (("no-such-model-here",), "unknown-model"),
     ],
 )
 def test_options_that_do_not_fit_the_source_are_usage_errors(cai: Cai, words: tuple[str, ...], code: str) -> None:
     assert cai("serve-reward", *words).error == code
+
+
+def test_a_price_is_no_option_because_no_cost_is_reported(cai: Cai) -> None:
+    assert cai("serve-reward", "c.yaml", "--model", "m", "--price-in", "1").code == 2

@@ -1,5 +1,6 @@
 """The options that decide how much memory training takes, in every trainer."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -100,7 +101,17 @@ def test_activations_are_computed_again_on_a_gpu_unless_said() -> None:
     wanted = {("cpu", "auto"): False, ("cuda", "auto"): True, ("cpu", "on"): True, ("cuda", "off"): False}
     for (device, given), expected in wanted.items():
         config = replace(CONFIG, device=device, gradient_checkpointing=given)
-        assert config.arguments(Path("out.partial"))["gradient_checkpointing"] is expected
+        assert config.arguments(Path("out.partial"))["activation_checkpointing"] is expected
+
+
+def test_a_trainer_gets_no_deprecated_option(tmp_path: Path) -> None:
+    from trl import SFTConfig
+
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        made = SFTConfig(**replace(CONFIG, gradient_checkpointing="on").arguments(tmp_path))
+    assert made.gradient_checkpointing  # TRL still reads the old name
+    assert [str(one.message) for one in found if issubclass(one.category, FutureWarning)] == []
 
 
 @contextmanager

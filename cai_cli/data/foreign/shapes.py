@@ -153,7 +153,7 @@ def _messages_in(column: str) -> Read:
     def read(row: Row, dropped: Dropped) -> tuple[Found, frozenset[str]]:
         turns = read_turns(row[column], column, dropped)
         turns = with_system(row.get("system"), turns if column == "messages" else joined_turns(turns))
-        # A prompt beside the messages is their first turn once more.
+        # A prompt beside the messages repeats their first turn.
         used = {column, "system", *(("prompt",) if _repeats(row.get("prompt"), turns) else ())}
         return Conversation(turns, _fields(row)), frozenset(used)
 

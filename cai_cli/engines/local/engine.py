@@ -5,11 +5,9 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cai_cli.common import console
 from cai_cli.common.errors import RowError, UsageError
@@ -24,6 +22,7 @@ from cai_cli.engines.base import (
 )
 from cai_cli.engines.local.kv_cache import KVCache
 from cai_cli.engines.local.onednn import pack_linears
+from cai_cli.engines.local.option_tokens import OptionTokens, log_probability
 from cai_cli.engines.local.prefix_cache import (
     PrefixCache,
     TokenIds,
@@ -37,7 +36,6 @@ from cai_cli.engines.local.rope import fixed_rope, length_groups, rope_limits
 from cai_cli.engines.local.sampling import (
     ActiveSequence,
     CompletionBuilder,
-    check_finite,
     draw,
     record_logprobs,
     uniforms,
@@ -49,9 +47,6 @@ from cai_cli.models.fingerprint import fingerprint
 from cai_cli.models.loading import auto_dtype, context_window, load_causal_lm, load_tokenizer
 from cai_cli.models.names import resolve
 from cai_cli.models.template_date import recorded_date
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "int8")
@@ -366,8 +361,8 @@ class LocalEngine(Engine):
         return [failures.get(index) or scores[index] for index in range(len(requests))]
 
     def _score(
-        self, group: Sequence[TokenIds], by_context: Mapping[TokenIds, Sequence["OptionTokens"]]
-    ) -> Iterator[tuple["OptionTokens", float]]:
+        self, group: Sequence[TokenIds], by_context: Mapping[TokenIds, Sequence[OptionTokens]]
+    ) -> Iterator[tuple[OptionTokens, float]]:
         """The options of these contexts, which share a prefix, with their log-probabilities."""
         waiting = sorted(group, key=len, reverse=True)
         keeps = [max(1, *(len(option.tokens) for option in by_context[context])) for context in waiting]
@@ -377,11 +372,11 @@ class LocalEngine(Engine):
             batch = slice(done, done + self._count_fitting([len(context) for context in waiting[done:]]))
             for context, logits in zip(waiting[batch], cache.add(waiting[batch], keeps[batch]), strict=True):
                 for option in by_context[context]:
-                    yield option, _log_probability(logits, option)
+                    yield option, log_probability(logits, option)
             cache.keep([])
             done = batch.stop
 
-    def _encode_options(self, index: int, request: LogprobRequest) -> list[tuple[TokenIds, "OptionTokens"]]:
+    def _encode_options(self, index: int, request: LogprobRequest) -> list[tuple[TokenIds, OptionTokens]]:
         """For each option the context to run the model on, and the option's tokens at its end."""
         prompt = self.encoder.encode(request.text, request.prefill)
         wholes = [self.encoder.encode(request.text, request.prefill + option) for option in request.options]
@@ -393,74 +388,8 @@ class LocalEngine(Engine):
         ]
 
 
-@contextmanager
-def engine_around(
-    model: Any, tokenizer: Any, batch_size: int | None, *, sharded: bool = False
-) -> Iterator[LocalEngine]:
-    """A context with an engine that answers with the current weights of `model`, such as a model in training.
-
-    It is a `LocalEngine` without `identity`. Under autocast it runs the model's own attention and layers, because its
-    replies must have the logits that training computes in bfloat16: the engine's own attention rounds them otherwise
-    (0.01 nat a token). Within the context the model cannot be trained; afterwards it is as before.
-
-    Args:
-        model: A language model.
-        tokenizer: Its tokenizer.
-        batch_size: As in `LocalEngine`.
-        sharded: Whether its weights are sharded and gathered for now. Then too it runs the model's own layers: FSDP
-            keeps account of their passes, and the processes would disagree on it after others.
-    """
-    import torch
-
-    engine = LocalEngine("", batch_size=batch_size, device=model.device.type, dtype="auto")
-    attention, was_training = model.config._attn_implementation, model.training
-    model.eval()
-    engine.model, engine.tokenizer = model, tokenizer
-    as_in_training = sharded or torch.is_autocast_enabled(model.device.type)
-    engine.uses_prefix_cache = not as_in_training and enable_prefix_cache(model)
-    linears = {} if as_in_training else pack_linears(model)
-    try:
-        yield engine
-    finally:
-        for name, layer in linears.items():
-            model.set_submodule(name, layer)
-        if engine.uses_prefix_cache:
-            model.set_attn_implementation(attention)
-        model.train(was_training)
-
-
-@dataclass(frozen=True)
-class OptionTokens:
-    """One option of a request.
-
-    Attributes:
-        request: The index of the request.
-        index: The index of the option in the request.
-        tokens: The token ids to score. All but the last are also the end of the context that the model is run on.
-        row: The key of the request's row, for messages.
-    """
-
-    request: int
-    index: int
-    tokens: tuple[int, ...]
-    row: str
-
-
 def _compacted(keep: Sequence[bool]) -> list[int]:
     """The indices of the rows to keep, with the last ones moved into the gaps, so that few rows move."""
     places = [place for place, kept in enumerate(keep) if kept]
     movable = [place for place in places if place >= len(places)]
     return [place if keep[place] else movable.pop() for place in range(len(places))]
-
-
-def _log_probability(logits: "Tensor", option: OptionTokens) -> float:
-    """The summed log-probability of the option's tokens under the last rows of `logits` (positions, vocabulary)."""
-    import torch
-
-    tokens = option.tokens
-    if not tokens:
-        return 0.0
-    logp = logits[-len(tokens) :].float().log_softmax(-1)
-    total = logp.gather(1, torch.tensor(tokens, device=logp.device)[:, None]).sum()
-    check_finite(total[None], [option.row])
-    return float(total)
