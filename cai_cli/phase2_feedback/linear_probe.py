@@ -1,9 +1,9 @@
 """Fits the scalar head of a preference model to the labels before training (`cai train-pm --fit-head`).
 
-The score is linear in the hidden state at the last token, or in the mean over the reply (`--read-at`), so with the model
-frozen the best head is a logistic regression on the difference of two such states: one forward pass over the pairs and
-a convex problem. Departure: the paper does not describe it. Fine-tuning from such a head distorts the features less
-than from a random head (Kumar et al. 2022, arXiv 2202.10054).
+The score is linear in the hidden state at the last token, or in the mean over the reply (`--read-at`), so with the
+model frozen the best head is a logistic regression on the difference of two such states: one forward pass over the
+pairs and a convex problem. Departure: the paper does not describe it. Fine-tuning from such a head distorts the
+features less than from a random head (Kumar et al. 2022, arXiv 2202.10054).
 """
 
 from collections.abc import Sequence

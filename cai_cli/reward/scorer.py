@@ -159,8 +159,8 @@ def _check_served(path: Path, name: str) -> None:
     """Raises UsageError where the model in `path` is read where a server of classifiers does not read it."""
     if not reading_of(path).as_servers_read:
         raise UsageError(
-            f"--pm-url: {name} is read as its {RECORD} says; a server of classifiers reads the last token after the last "
-            "layer",
+            f"--pm-url: {name} is read as its {RECORD} says, but a server of classifiers reads the last token and the "
+            "last layer",
             hint="leave out --pm-url, or ask `cai serve-reward` with --pm server:NAME, which sends it messages",
             code="option-conflict",
         )

@@ -1,11 +1,9 @@
 """A score that is the mean over the reply's tokens, at any layer, in every way to compute it."""
 
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny import CHATML, tiny_model_dir
+from tiny import tiny_model_dir
 
 from cai_cli.common.errors import CaiError, RowError, UsageError
 from cai_cli.data.schema import Message
@@ -46,23 +44,19 @@ def saved_model(folder: Path, layer: int | None = None) -> Path:
     return folder / "pm"
 
 
-def expected_scores(path: Path, chats: Sequence[Sequence[Message]], layer: int | None) -> list[float]:
-    """The mean of the head's outputs at the tokens of the reply, by transformers' own hidden states."""
+def expected_scores(path: Path, layer: int | None) -> list[float]:
+    """The mean of the head's outputs at the tokens of each reply of CHATS, by transformers' own hidden states."""
     import torch
     from transformers import AutoModelForSequenceClassification
 
     tokenizer, scores = load_tokenizer(path), []
     with quiet_libraries(), torch.inference_mode():
         model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).eval()
-        for chat in chats:
+        for chat in CHATS:
             ids = encode_conversation(tokenizer, chat, Reading())
-            start = ids.index(tokenizer.convert_tokens_to_ids("<|im_start|>"), 0)
-            starts = [i for i, token in enumerate(ids) if token == ids[start]]
-            begin = len(ids) - len(tokenizer(chat[-1].content, add_special_tokens=False)["input_ids"]) - 1
-            assert starts[-1] < begin
-            hidden = model.base_model(torch.tensor([ids]), output_hidden_states=True).hidden_states
-            scores.append(float(model.score(hidden[layer or -1][0, begin : len(ids) - 1 or None][: max(1, len(ids))]).mean()
-                          if begin < len(ids) - 1 else model.score(hidden[layer or -1][0, -1])))
+            size = len(tokenizer(chat[-1].content, add_special_tokens=False)["input_ids"])
+            hidden = model.base_model(torch.tensor([ids]), output_hidden_states=True).hidden_states[layer or -1][0]
+            scores.append(float(model.score(hidden[-1 - size : -1] if size else hidden[-1:]).mean()))
     return scores
 
 
@@ -70,7 +64,76 @@ def expected_scores(path: Path, chats: Sequence[Sequence[Message]], layer: int |
 def test_a_score_is_the_mean_of_the_head_over_the_reply(tmp_path: Path, layer: int | None) -> None:
     path = saved_model(tmp_path, layer)
     model, tokenizer = load_reward_model(path), load_tokenizer(path)
-    expected = expected_scores(path, CHATS, layer)
-    assert score_conversations(model, tokenizer, CHATS, batch_size=4) == pytest.approx(expected, abs=1e-4)
-    assert score_conversations(model, tokenizer, CHATS, batch_size=1) == pytest.approx(expected, abs=1e-4)
+    expected = expected_scores(path, layer)
+    for batch_size in (1, 4):
+        assert score_conversations(model, tokenizer, CHATS, batch_size) == pytest.approx(expected, abs=1e-4)
     assert len(set(expected)) == len(expected)
+    ids = [encode_conversation(tokenizer, chat, model.reading) for chat in CHATS]
+    pairs = [(ids[0], ids[1]), (ids[3], ids[2])]  # the replies of the first begin with the same token, one is empty
+    assert enable_packed_pairs(model, pairs[0])
+    first, second = score_pairs(model, pairs, 2)
+    assert [*first, *second] == pytest.approx([expected[i] for i in (0, 3, 1, 2)], abs=1e-4)
+    assert score_ids(model, tokenizer, ids, 4) == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_layers_above_the_one_that_is_read_do_not_run(tmp_path: Path) -> None:
+    path, ran = saved_model(tmp_path, 1), list[int]()
+    model, tokenizer = load_reward_model(path), load_tokenizer(path)
+    for number, layer in enumerate(model.base_model.layers, 1):
+        layer.register_forward_hook(lambda *_, number=number: ran.append(number))
+    score_conversations(model, tokenizer, CHATS, batch_size=4)
+    assert ran == [1]
+    assert len(model.base_model.layers) > 1
+
+
+def test_a_server_of_rewards_finds_the_reply_in_messages_and_token_ids_and_refuses_others(tmp_path: Path) -> None:
+    path = saved_model(tmp_path)
+    rewards = PreferenceModelRewards(str(path), "cpu", 4)
+    prepared = [rewards.prepare(chat) for chat in CHATS]
+    assert [rewards.prepare(ids) for ids in prepared] == prepared
+    values = [reward.value for reward in rewards.rewards(prepared)]  # type: ignore[union-attr]
+    assert values == pytest.approx(expected_scores(path, None), abs=1e-4)
+    with pytest.raises(RowError, match="where the reply begins"):
+        rewards.prepare(prepared[0][-3:])
+
+
+@pytest.mark.parametrize("reading", [Reading(MEAN), Reading(layer=1)])
+def test_the_address_of_a_server_of_classifiers_is_refused(tmp_path: Path, reading: Reading) -> None:
+    path = saved_model(tmp_path)
+    record_place(path, reading=reading)
+    with pytest.raises(UsageError, match="--pm-url") as refused:
+        Scorer(str(path), None, "cpu", url="http://localhost:1/classify")
+    assert refused.value.code == "option-conflict"
+    Scorer("server:pm", None, "cpu", url="http://localhost:1/classify").close()
+
+
+def test_a_reply_begins_after_the_header_of_its_turn_and_before_its_thoughts(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tiny_model_dir(tmp_path / "tiny"))
+    assert tokenizer.decode(reply_header(tokenizer)) == "<|im_start|>assistant\n"
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n<think>\n\n</think>\n\n' + m['content'] }}"
+        "{{ '<|im_end|>\n' }}{% endfor %}"
+    )
+    assert tokenizer.decode(reply_header(tokenizer)) == "<|im_start|>assistant\n"
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n\n' }}{% endfor %}"
+    with pytest.raises(CaiError) as refused:
+        reply_header(tokenizer)
+    assert refused.value.code == "no-reply-start"
+
+
+@pytest.mark.parametrize(
+    "record", ['{"read_at": "mean-over-reply", "layer": 0}', '{"read_at": "mean-over-reply", "layer": "2"}']
+)
+def test_a_record_with_an_invalid_layer_is_an_error(tmp_path: Path, record: str) -> None:
+    path = saved_model(tmp_path)
+    (path / RECORD).write_text(record)
+    with pytest.raises(CaiError) as refused:
+        reading_of(path)
+    assert refused.value.code == "invalid-model"
+
+
+def test_a_layer_that_the_model_does_not_have_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CaiError) as refused:
+        load_reward_model(saved_model(tmp_path, layer=99))
+    assert refused.value.code == "invalid-layer"
