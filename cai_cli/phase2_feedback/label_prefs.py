@@ -48,6 +48,9 @@ class Pairing(StrEnum):
     BEST_VS_REST = "best-vs-rest"
 
 
+WITHOUT_A_JUDGE = "labels: a model too small to judge can write pairs that need no judge, by `cai sample --contrast` (docs/contrast.md)"
+
+
 class LabelPrefsConfig(OutputOptions, ShardOptions, JudgeOptions, EngineOptions):
     """Label pairs of replies with a model's preferences.
 
@@ -174,6 +177,8 @@ def run(config: LabelPrefsConfig) -> dict[str, Any]:
         console.say(f"label-prefs: {missing:,} of {asked:,} votes are missing: the answer named no reply, or failed")
     if summary["out"] or summary["rejected"]:
         print_verdict(summary["audit"])
+        if summary["audit"]["trusted"] is False:
+            console.say(WITHOUT_A_JUDGE)
     refuse_all_rejected(summary)
     if nothing:
         raise nothing

@@ -66,6 +66,7 @@ def test_every_labelling_ends_with_the_audit_of_its_labels(cai: Cai, tmp_path: P
     assert "warning: do not trust these labels: the judge saw one order only, and picks the first reply in 100.0%" in (
         filed.stderr
     )
+    assert "`cai sample --contrast`" in filed.stderr
     found = json.loads(filed.stdout)
     assert (found["out"], found["audit"]["trusted"], found["audit"]["first_picks"]["value"]) == (8, False, 1)
     piped = cai(*words)
