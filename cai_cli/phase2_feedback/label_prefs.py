@@ -48,7 +48,9 @@ class Pairing(StrEnum):
     BEST_VS_REST = "best-vs-rest"
 
 
-WITHOUT_A_JUDGE = "labels: a model too small to judge can write pairs that need no judge, by `cai sample --contrast` (docs/contrast.md)"
+WITHOUT_A_JUDGE = (
+    "labels: `cai sample --contrast` has a model too small to judge write pairs that need no judge (docs/contrast.md)"
+)
 
 
 class LabelPrefsConfig(OutputOptions, ShardOptions, JudgeOptions, EngineOptions):
