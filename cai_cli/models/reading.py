@@ -141,25 +141,24 @@ def reply_header(tokenizer: Any) -> tuple[int, ...]:
     Raises:
         CaiError: No control token stands before a reply, or none ends it (`no-reply-start`).
     """
-    first, second = (
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": "a"}, {"role": "assistant", "content": reply}], return_dict=False
-        )
-        for reply in ("b", "1")
-    )
+    chats = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": reply}] for reply in ("b", "1")]
+    try:
+        first, second = (tokenizer.apply_chat_template(chat, return_dict=False) for chat in chats)
+    except Exception:  # there is no template, or whatever it raises
+        first = second = []
     shared = next((i for i, (one, other) in enumerate(zip(first, second, strict=False)) if one != other), len(first))
     control = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     starts = [i for i in range(shared) if first[i] in control]
-    if starts:  # tags of thoughts, which some templates write before every reply, are added but no control tokens
-        thoughts = (i for i in range(starts[-1] + 1, shared) if first[i] in tokenizer.added_tokens_decoder)
-        shared = next(thoughts, shared)
     if not starts or not control & set(first[shared:]):
         raise CaiError(
-            "a score cannot be the mean over the reply: the chat template marks its start and its end with no control "
-            "token",
+            "a score cannot be the mean over the reply: the chat template does not mark its start and its end with "
+            "control tokens",
             hint="--read-at end-of-turn",
             code="no-reply-start",
         )
+    # The tags of thoughts, which some templates write before every reply, are added tokens but no control tokens.
+    thoughts = (i for i in range(starts[-1] + 1, shared) if first[i] in tokenizer.added_tokens_decoder)
+    shared = next(thoughts, shared)
     header: tuple[int, ...] = tuple(first[starts[-1] : shared])
     return header
 

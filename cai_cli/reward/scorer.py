@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from cai_cli.common.errors import CaiError, RowError, UsageError
 from cai_cli.data.schema import Message, Rejected, Sample, Scored, reject
 from cai_cli.models.loading import check_one_output, context_window, pick_device, reading_of, tokenizer_and_window
-from cai_cli.models.reading import RECORD
+from cai_cli.models.reading import RECORD, Reading, layer_of, place_of
 from cai_cli.models.source import ModelSource
 from cai_cli.reward.preference_model import encode_conversation, open_for_scores, preference_model_identity, score_ids
 from cai_cli.reward.score_client import ScoreClient
@@ -157,7 +157,7 @@ class Scorer:
 
 def _check_served(path: Path, name: str) -> None:
     """Raises UsageError where the model in `path` is read where a server of classifiers does not read it."""
-    if not reading_of(path).as_servers_read:
+    if not Reading(place_of(path), layer=layer_of(path)).as_servers_read:
         raise UsageError(
             f"--pm-url: {name} is read as its {RECORD} says, but a server of classifiers reads the last token and the "
             "last layer",

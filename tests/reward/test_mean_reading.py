@@ -117,9 +117,11 @@ def test_a_reply_begins_after_the_header_of_its_turn_and_before_its_thoughts(tmp
     )
     assert tokenizer.decode(reply_header(tokenizer)) == "<|im_start|>assistant\n"
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n\n' }}{% endfor %}"
-    with pytest.raises(CaiError) as refused:
-        reply_header(tokenizer)
-    assert refused.value.code == "no-reply-start"
+    for template in (tokenizer.chat_template, None, "{{ raise_exception('no') }}"):
+        tokenizer.chat_template = template
+        with pytest.raises(CaiError) as refused:
+            reply_header(tokenizer)
+        assert refused.value.code == "no-reply-start"
 
 
 @pytest.mark.parametrize(
