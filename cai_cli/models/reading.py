@@ -141,25 +141,27 @@ def reply_header(tokenizer: Any) -> tuple[int, ...]:
     Raises:
         CaiError: No control token stands before a reply, or none ends it (`no-reply-start`).
     """
-    chats = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": reply}] for reply in ("b", "1")]
+    chats = [
+        [{"role": "user", "content": asked}, {"role": "assistant", "content": reply}]
+        for asked, reply in (("a", "b"), ("a", "1"), ("2", "b"))
+    ]
     try:
-        first, second = (tokenizer.apply_chat_template(chat, return_dict=False) for chat in chats)
+        first, second, third = (tokenizer.apply_chat_template(chat, return_dict=False) for chat in chats)
     except Exception:  # there is no template, or whatever it raises
-        first = second = []
+        first = second = third = []
     shared = next((i for i, (one, other) in enumerate(zip(first, second, strict=False)) if one != other), len(first))
     control = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    starts = [i for i in range(shared) if first[i] in control]
-    if not starts or not control & set(first[shared:]):
+    start = max((i for i in range(shared) if first[i] in control), default=shared)
+    # The tags of thoughts, which some templates write before every reply, are added tokens but no control tokens.
+    thoughts = (i for i in range(start + 1, shared) if first[i] in tokenizer.added_tokens_decoder)
+    header = tuple(first[start : next(thoughts, shared)])
+    if not header or not control & set(first[shared:]) or not Reading(header=header).finds_reply(third):
         raise CaiError(
             "a score cannot be the mean over the reply: the chat template does not mark its start and its end with "
             "control tokens",
             hint="--read-at end-of-turn",
             code="no-reply-start",
         )
-    # The tags of thoughts, which some templates write before every reply, are added tokens but no control tokens.
-    thoughts = (i for i in range(starts[-1] + 1, shared) if first[i] in tokenizer.added_tokens_decoder)
-    shared = next(thoughts, shared)
-    header: tuple[int, ...] = tuple(first[starts[-1] : shared])
     return header
 
 

@@ -117,7 +117,8 @@ def test_a_reply_begins_after_the_header_of_its_turn_and_before_its_thoughts(tmp
     )
     assert tokenizer.decode(reply_header(tokenizer)) == "<|im_start|>assistant\n"
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n\n' }}{% endfor %}"
-    for template in (tokenizer.chat_template, None, "{{ raise_exception('no') }}"):
+    plain = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] }}{% endfor %}<|im_end|>"
+    for template in (tokenizer.chat_template, None, "{{ raise_exception('no') }}", f"<|im_start|>{plain}"):
         tokenizer.chat_template = template
         with pytest.raises(CaiError) as refused:
             reply_header(tokenizer)
