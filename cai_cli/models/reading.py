@@ -91,10 +91,10 @@ def layer_of(path: Path) -> int | None:
     if not record.is_file():
         return None
     place_of(path)  # checks the rest of the record
-    layer = json.loads(record.read_bytes()).get("layer")
+    layer: Any = json.loads(record.read_bytes()).get("layer")
     if layer is not None and (type(layer) is not int or layer < 1):
         raise CaiError(f"{record}: `layer` must be a number from 1, not {layer!r}", code="invalid-model")
-    return layer
+    return None if layer is None else int(layer)
 
 
 def record_place(path: Path, base_weights: str | None = None, reading: Reading | None = None) -> None:
@@ -265,7 +265,8 @@ def hidden_at_place(model: Any, hidden: Any, input_ids: Any, visible: Any) -> An
 
 
 def _reading(model: Any) -> Reading:
-    return getattr(model, "reading", None) or Reading()
+    reading: Reading = getattr(model, "reading", None) or Reading()
+    return reading
 
 
 def head_output(model: Any, hidden: Any) -> Any:
