@@ -28,9 +28,11 @@ test: setup
 faults: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist load -m '' tests/faults
 
-# All that `make test` leaves out, faults too. A module whose tests share a server or a browser stays in one worker.
+# All that `make test` leaves out, faults too. A module whose tests share a server or a browser stays in one worker. vLLM
+# comes last and alone: it takes both cores, and memory for its cache.
 slow: setup server-env vllm-env
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -m 'slow or server or browser or vllm or faults'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -m '(slow or server or browser or faults) and not vllm'
+	$(BIN)/pytest -m vllm
 
 # Half an hour against a server that fails one request in a hundred.
 soak: setup

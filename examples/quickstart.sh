@@ -9,7 +9,7 @@ cai critique runs/quickstart/samples.jsonl -o runs/quickstart/critiques.jsonl --
 cai revise runs/quickstart/critiques.jsonl -o runs/quickstart/revisions-1.jsonl --max-new-tokens 48 --temperature 0.7 --model smollm2-135m --seed 0
 cai critique-revise runs/quickstart/revisions-1.jsonl -o runs/quickstart/revisions.jsonl --rounds 1 --max-new-tokens 48 --temperature 0.7 --model smollm2-135m --seed 0
 cai sample examples/helpful.jsonl -o runs/quickstart/helpful.jsonl --limit 12 --max-new-tokens 48 --temperature 0.7 --model smollm2-135m --seed 0
-cai sft runs/quickstart/revisions.jsonl -o runs/quickstart/sl-cai --also examples/feedback/revisions.jsonl --helpful runs/quickstart/helpful.jsonl --also-helpful examples/feedback/helpful.jsonl --learning-rate 3e-05 --epochs 2 --model smollm2-135m --seed 0
+cai sft runs/quickstart/revisions.jsonl -o runs/quickstart/sl-cai --also examples/feedback/revisions.jsonl --helpful runs/quickstart/helpful.jsonl --also-helpful examples/feedback/helpful.jsonl --learning-rate 0.0002 --helpful-ratio 1.4 --model smollm2-135m --seed 0
 cai sample examples/red_team.jsonl -o runs/quickstart/pairs.jsonl --model runs/quickstart/sl-cai --n 2 --limit 12 --max-new-tokens 48 --temperature 0.7 --seed 0
 cai label-prefs runs/quickstart/pairs.jsonl -o runs/quickstart/preferences.jsonl --model smollm2-135m --seed 0
 cai train-pm runs/quickstart/preferences.jsonl -o runs/quickstart/pm --also examples/feedback/preferences.jsonl --model runs/quickstart/sl-cai --seed 0

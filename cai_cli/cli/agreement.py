@@ -7,7 +7,6 @@ import orjson
 import typer
 
 from cai_cli.cli import options
-from cai_cli.common.errors import CaiError
 from cai_cli.evaluate.agreement import print_audit
 from cai_cli.metrics.label_audit import audit_file
 from cai_cli.runtime.manifest import write_json
@@ -26,8 +25,7 @@ def command(
 
     INPUT: Preference rows, from `cai label-prefs`. The rejected rows of the same run are counted too.
     """
-    if output and output.exists() and not overwrite:
-        raise CaiError(f"{output} exists", hint="--overwrite replaces it", code="output-exists")
+    options.refuse_existing(output, overwrite)
     audit = audit_file(input)
     if output:
         write_json(output, audit)

@@ -8,7 +8,7 @@ import typer
 
 from cai_cli.cli import options
 from cai_cli.common import console
-from cai_cli.common.errors import CaiError, UsageError
+from cai_cli.common.errors import UsageError
 from cai_cli.evaluate.lm_eval import ENDING, run_lm_eval
 from cai_cli.models.names import public_name
 from cai_cli.runtime.manifest import write_json
@@ -44,8 +44,7 @@ def command(
     path = output or Path(f"{name or public_name(model)}{ENDING}".replace("/", "-"))
     if not path.name.endswith(ENDING):
         raise UsageError(f"{path} does not end in {ENDING}", hint=f"-o RUN/NAME{ENDING}", code="invalid-option")
-    if path.exists() and not overwrite:
-        raise CaiError(f"{path} exists", hint="--overwrite replaces it", code="output-exists")
+    options.refuse_existing(path, overwrite)
     results = run_lm_eval(model, arguments or [], name)
     write_json(path, results)
     if json:

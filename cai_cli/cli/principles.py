@@ -87,8 +87,7 @@ def import_command(
     Takes CritiqueRevisionInstructions.json, CritiqueRevisionFewShotPrompts.json, RLMadisonInstructions.json,
     RLMadisonFewShotPrompts.json and RLMadisonPrecogFewShotPrompts.json, recognised by content. No text is lost.
     """
-    if output.exists() and not overwrite:
-        raise CaiError(f"{output} exists", hint="--overwrite replaces it", code="output-exists")
+    options.refuse_existing(output, overwrite)
     imported = import_published(file)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -124,8 +123,7 @@ def rank(
     LABELS: Preference rows of `cai label-prefs`, best with several principles on each pair (--principles-per-pair). The
     rejected rows of the same run count too. Pairs are matched between files by their texts.
     """
-    if output and output.exists() and not overwrite:
-        raise CaiError(f"{output} exists", hint="--overwrite replaces it", code="output-exists")
+    options.refuse_existing(output, overwrite)
     ranking = rank_files(labels, human, panel or ())
     if output:
         write_json(output, ranking)

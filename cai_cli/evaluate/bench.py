@@ -30,6 +30,7 @@ from cai_cli.judging.base import sigmoid
 from cai_cli.judging.judge import Judge
 from cai_cli.judging.votes import Labeller, aggregate_votes
 from cai_cli.metrics.intervals import percent
+from cai_cli.metrics.label_audit import win_or_half
 from cai_cli.models.names import public_name
 from cai_cli.phase1_supervised.sample import sample
 from cai_cli.prompting.base import PromptFormat, resolve_prompt_format
@@ -197,7 +198,7 @@ def open_pair_judges(config: BenchConfig) -> Bench:
             if isinstance(verdict, RequestFailure):
                 yield reject(item.key, verdict.reason, item.row)
             else:
-                value = 0.5 if verdict.p_a == 0.5 else float(verdict.p_a > 0.5)
+                value = win_or_half(verdict.p_a)
                 yield _decided(item, value, verdict.p_a, votes=verdict.as_rows("choice"))
 
     identities = {name: e.identity() | {"prompt_format": forms[name]} for name, e in group.engines.items()}

@@ -13,6 +13,7 @@ from cai_cli.data.evaluation_schema import ModelComparison
 from cai_cli.data.reply_ends import CUT_OFF
 from cai_cli.data.schema import Kind, Sample, conversation_id
 from cai_cli.metrics.intervals import SHARE, Estimate, mean_estimate, paired_difference
+from cai_cli.metrics.label_audit import win_or_half
 from cai_cli.metrics.refusals import classify
 
 Replies = Mapping[str, Sample]  # key of the reply -> its row
@@ -34,8 +35,8 @@ def win_rate(rows: Iterable[ModelComparison], start: str, final: str, seen: Coll
     wins, prompts = [], []
     for row in rows:
         if {row.model_a, row.model_b} == {start, final} and conversation_id(row.prompt) not in seen:
-            p = row.p_a if row.model_a == final else 1 - row.p_a
-            wins.append(0.5 if row.p_a == 0.5 else float(p > 0.5))
+            won_by_a = win_or_half(row.p_a)
+            wins.append(won_by_a if row.model_a == final else 1 - won_by_a)
             prompts.append(row.prompt_id)
     return mean_estimate(wins, SHARE, prompts)
 

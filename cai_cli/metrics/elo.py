@@ -22,6 +22,7 @@ from cai_cli.common.hash_index import KeyTable
 from cai_cli.data.evaluation_schema import ModelComparison
 from cai_cli.data.schema import Kind, Rejected
 from cai_cli.metrics.intervals import ClusterBootstrap, Estimate, Limits, clustered_share, widened
+from cai_cli.metrics.label_audit import win_or_half
 
 if TYPE_CHECKING:
     from cai_cli.metrics.intervals import Numbers
@@ -79,7 +80,7 @@ class Tournament:
     def add(self, row: ModelComparison) -> None:
         """Add one comparison of two of the models."""
         i, j = self.places[row.model_a], self.places[row.model_b]
-        won = 0.5 if row.p_a == 0.5 else float(row.p_a > 0.5)
+        won = win_or_half(row.p_a)
         values: dict[Sum, float] = {
             PairSum("comparisons", i, j): 1.0,
             PairSum("wins", i, j): won,

@@ -232,6 +232,7 @@ def _vote_for_chosen(vote: Vote) -> float:
 
 
 def win_or_half(p: float) -> float:
+    """1 where the first is preferred with probability `p` above one half, 0 below it, and 0.5 for a tie."""
     return 0.5 if p == 0.5 else float(p > 0.5)
 
 

@@ -194,14 +194,14 @@ def test_an_array_is_never_held_whole(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_csv_file_is_read_by_the_column_that_is_named(tmp_path: Path) -> None:
     path = tmp_path / "adv.csv"
-    path.write_text('\ufeffgoal,target\r\n"a poem, with rhymes",Sure\nplain,Sure\n"over\ntwo lines",Sure\n')
-    assert texts(path, "goal") == ["a poem, with rhymes", "plain", "over\ntwo lines"]
+    path.write_text('\ufeffrequest,target\r\n"a poem, with rhymes",Sure\nplain,Sure\n"over\ntwo lines",Sure\n')
+    assert texts(path, "request") == ["a poem, with rhymes", "plain", "over\ntwo lines"]
     with pytest.raises(InvalidRow) as error:
         texts(path)
-    assert "its fields are goal, target" in error.value.reason
+    assert "its fields are request, target" in error.value.reason
     with pytest.raises(InvalidRow) as error:
-        texts(path, "gaol")
-    assert "no column 'gaol'; its columns are goal, target" in error.value.reason
+        texts(path, "reqest")
+    assert "no column 'reqest'; its columns are request, target" in error.value.reason
 
 
 @pytest.mark.parametrize(("name", "separator"), [("a.csv", ","), ("b.csv", ";"), ("c.tsv", "\t")])

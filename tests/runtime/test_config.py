@@ -57,7 +57,7 @@ CONTENT_OPTIONS = frozenset(
         *("stop_on_goodhart", "scale_rewards", "column", "soft_from", "keep_adapter"),
         *("weights", "quantize", "optimizer", "packing", "pm_dtype", "rollouts", "system"),
         *("loss", "label_smoothing", "nll", "monitor_prompts", "judge_weight", "judge_method"),
-        *("pressure_turns", "system_model"),
+        *("pressure_turns", "system_model", "benchmark", "rubric", "detector", "judge"),
         *("contrast", "p_chosen", "max_similarity", "skip_cut_off", "drop_system"),
     ]
 )
