@@ -29,6 +29,7 @@ from cai_cli.judging.vote_cache import RecordedVotes
 from cai_cli.judging.votes import Labeller, PairVerdict, aggregate_votes
 from cai_cli.metrics.label_audit import LabelAudit, audit_file
 from cai_cli.metrics.label_verdict import print_verdict
+from cai_cli.models.aliases import ALIASES
 from cai_cli.runtime.config import Effect, Option, option
 from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
 from cai_cli.runtime.manifest import hash_input, provenance
@@ -46,11 +47,6 @@ class Pairing(StrEnum):
     ALL = "all"
     RANDOM = "random"
     BEST_VS_REST = "best-vs-rest"
-
-
-WITHOUT_A_JUDGE = (
-    "labels: `cai sample --contrast` has a model too small to judge write pairs that need no judge (docs/contrast.md)"
-)
 
 
 class LabelPrefsConfig(OutputOptions, ShardOptions, JudgeOptions, EngineOptions):
@@ -169,6 +165,11 @@ def label_file(config: LabelPrefsConfig) -> dict[str, Any]:
 
 def run(config: LabelPrefsConfig) -> dict[str, Any]:
     """Label the pairs of a file, and print the summary and the audit. Returns the summary. Raises CaiError."""
+    if (alias := ALIASES.get(config.model)) and alias.run_file_for_labels:
+        console.say(
+            f"label-prefs: what {alias.name} judges cannot be told from chance, with any --method; pairs from contrast "
+            f"need no judge and agree better with humans: cai run {alias.run_file_for_labels} (docs/contrast.md)"
+        )
     summary = label_file(config)
     nothing = _nothing_to_compare(summary, config)
     if nothing:
@@ -179,8 +180,6 @@ def run(config: LabelPrefsConfig) -> dict[str, Any]:
         console.say(f"label-prefs: {missing:,} of {asked:,} votes are missing: the answer named no reply, or failed")
     if summary["out"] or summary["rejected"]:
         print_verdict(summary["audit"])
-        if summary["audit"]["trusted"] is False:
-            console.say(WITHOUT_A_JUDGE)
     refuse_all_rejected(summary)
     if nothing:
         raise nothing

@@ -115,6 +115,9 @@ def test_all_weights_can_be_trained_for_the_mean_over_the_reply(model: Path, tmp
     with pytest.raises(UsageError) as refused:
         command(rows, tmp_path / "other", layer=1, **run)
     assert refused.value.code == "option-conflict"
+    with pytest.raises(CaiError) as missing:
+        command(rows, tmp_path / "other", layer=99, fit_head=True, epochs=0, model=str(model), **QUICK)
+    assert missing.value.code == "invalid-layer"
 
 
 def test_a_head_of_another_model_is_refused(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
