@@ -167,8 +167,8 @@ def run(config: LabelPrefsConfig) -> dict[str, Any]:
     """Label the pairs of a file, and print the summary and the audit. Returns the summary. Raises CaiError."""
     if (alias := ALIASES.get(config.model)) and alias.run_file_for_labels:
         console.say(
-            f"label-prefs: with any --method, what {alias.name} says about harmlessness cannot be told from chance; pairs "
-            f"from contrast, which need no judge, agree with humans: cai run {alias.run_file_for_labels} (docs/contrast.md)"
+            f"label-prefs: with any --method, {alias.name} judges harmlessness no better than chance; pairs from "
+            f"contrast, which need no judge, agree with humans: cai run {alias.run_file_for_labels} (docs/contrast.md)"
         )
     summary = label_file(config)
     nothing = _nothing_to_compare(summary, config)
