@@ -14,6 +14,11 @@ READING = (
     "The score of a conversation is read at the token that ends its last turn; white space that the chat template adds "
     "after that token is left out (`preference_model.json`).\n\n"
 )
+MEAN_READING = (
+    "The score of a conversation is the mean over the tokens of its last reply, without its end of turn "
+    "(`preference_model.json`). Servers of classifiers and TRL read one token and give other scores.\n\n"
+)
+LAYER_READING = "It is that of the head on the output of layer {}, without the final norm.\n\n"
 
 
 def model_card(manifest: Mapping[str, Any], models: Mapping[str, ModelSource]) -> str:
@@ -43,7 +48,7 @@ def model_card(manifest: Mapping[str, Any], models: Mapping[str, ModelSource]) -
         f"---\n{yaml.safe_dump(head, sort_keys=True)}---\n\n# {stage} of {base.public_name}\n\n"
         f"Made by `cai {stage}` {provenance['cai']} ({PAPER}).\n\n"
         + (f"**{metrics['note']}**\n\n" if metrics.get("note") else "")
-        + (READING if stage == "train-pm" else "")
+        + (_reading(provenance["settings"]) if stage == "train-pm" else "")
         + table("Made from", made_from | hashes)
         + "".join(
             table(f"Principles: {p['constitution']}, drawn in {p['stage']}", _draws(p))
@@ -56,6 +61,12 @@ def model_card(manifest: Mapping[str, Any], models: Mapping[str, ModelSource]) -
         + table("Training", manifest["run"]["training"])
         + table("Versions", manifest["run"]["versions"])
     )
+
+
+def _reading(settings: Mapping[str, Any]) -> str:
+    """Where the score of a preference model is read."""
+    place = MEAN_READING if settings.get("read_at") == "mean-over-reply" else READING
+    return place + (LAYER_READING.format(settings["layer"]) if settings.get("layer") else "")
 
 
 def _judge(provenance: Mapping[str, Any]) -> dict[str, str]:

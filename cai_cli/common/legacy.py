@@ -76,6 +76,7 @@ ADDED_SETTINGS: dict[str, Any] = {
     "reference_weights": "float32",
     "keep_adapter": False,
     "rubric": "scale",
+    "read_at": "end-of-turn",
 }
 MANIFEST = {"figures": "metrics"}
 PROVENANCE = {"watcher": "monitor"}

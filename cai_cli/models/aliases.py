@@ -38,6 +38,7 @@ class Alias:
         hub_id: The name of the copy on the Hub.
         hub_revision: The commit of that copy.
         max_length: The context window in tokens, which the GGUF file does not pass on to the tokenizer.
+        run_file_for_labels: The run file that makes preference labels with the model, where it is no judge itself.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Alias:
     hub_id: str
     hub_revision: str
     max_length: int
+    run_file_for_labels: str | None = None
 
 
 ALIASES = {
@@ -68,6 +70,7 @@ ALIASES = {
             hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
             hub_revision="12fd25f77366fa6b3b4b768ec3050bf629380bac",
             max_length=8192,
+            run_file_for_labels="examples/contrast.yaml",
         ),
     )
 }

@@ -11,7 +11,7 @@ from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.common.library_errors import library_failure
 from cai_cli.models.chat_template import apply_given_template
 from cai_cli.models.fetch import check_model_dir, loading
-from cai_cli.models.reading import ReadAt, Reading, place_of, read_last_token
+from cai_cli.models.reading import ReadAt, Reading, check_reading, layer_of, place_of, read_last_token, reply_header
 from cai_cli.models.shards import undivided, unread_here, without_weights
 from cai_cli.models.template_date import hold_template_date, refuse_random_template
 from cai_cli.models.text_part import freeze_beside_text
@@ -132,6 +132,7 @@ def load_reward_model(
     attention: str | None = None,
     quantize: str | None = None,
     sharded: bool = False,
+    reading: Reading | None = None,
 ) -> "PreTrainedModel":
     """The preference model in a directory: a sequence classifier with one output, in evaluation mode.
 
@@ -147,9 +148,10 @@ def load_reward_model(
         new_head_seed: If given, `path` may be a language model to start training from, and this seed initialises its
             scalar head. If None, a missing head is an error, because a random head would give random rewards.
         sharded: As for `load_causal_lm`.
+        reading: Where a model to train is read; None for the end of the turn.
 
     Raises:
-        CaiError: As `load_causal_lm`.
+        CaiError: As `load_causal_lm`, or the model cannot be read there (`wrong-model-kind`, `invalid-layer`).
         UsageError: `dtype` is unknown.
     """
     import torch
@@ -171,10 +173,11 @@ def load_reward_model(
         )
     for config in (model.config, model.config.get_text_config()):  # a wrapper of several models has a config of each
         config.pad_token_id = tokenizer.pad_token_id
-    reading = reading_of(path) if new_head_seed is None else Reading()
+    reading = reading_of(path) if new_head_seed is None else reading or Reading()
     # A model of another kind reads where transformers does, and must be given all tokens.
     reads_last = read_last_token(model)
     model.reading = reading if reads_last else Reading(reading.at)
+    check_reading(model, reading)
     if reads_last:
         model.score.float()
     return model
@@ -254,7 +257,9 @@ def reading_of(path: Path) -> Reading:
     """
     at = place_of(path)
     if at is ReadAt.END_OF_TURN:
-        return Reading(at)
+        return Reading(at, layer=layer_of(path))
+    if at is ReadAt.MEAN_OVER_REPLY:
+        return Reading(at, header=reply_header(load_tokenizer(path)), layer=layer_of(path))
     if at is ReadAt.LAST_UNPADDED:
         return Reading(at, load_tokenizer(path).pad_token_id)
     # The end-of-sequence token that `load_tokenizer` falls back on is not what the model was trained with.

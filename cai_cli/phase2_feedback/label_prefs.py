@@ -29,6 +29,7 @@ from cai_cli.judging.vote_cache import RecordedVotes
 from cai_cli.judging.votes import Labeller, PairVerdict, aggregate_votes
 from cai_cli.metrics.label_audit import LabelAudit, audit_file
 from cai_cli.metrics.label_verdict import print_verdict
+from cai_cli.models.aliases import ALIASES
 from cai_cli.runtime.config import Effect, Option, option
 from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
 from cai_cli.runtime.manifest import hash_input, provenance
@@ -164,6 +165,11 @@ def label_file(config: LabelPrefsConfig) -> dict[str, Any]:
 
 def run(config: LabelPrefsConfig) -> dict[str, Any]:
     """Label the pairs of a file, and print the summary and the audit. Returns the summary. Raises CaiError."""
+    if (alias := ALIASES.get(config.model)) and alias.run_file_for_labels:
+        console.say(
+            f"label-prefs: with any --method, {alias.name} judges harmlessness no better than chance; pairs from "
+            f"contrast, which need no judge, agree with humans: cai run {alias.run_file_for_labels} (docs/contrast.md)"
+        )
     summary = label_file(config)
     nothing = _nothing_to_compare(summary, config)
     if nothing:

@@ -1,9 +1,9 @@
 """Fits the scalar head of a preference model to the labels before training (`cai train-pm --fit-head`).
 
-The score is linear in the hidden state at the last token, so with the model frozen the best head is a logistic
-regression on the difference of two hidden states: one forward pass over the pairs and a convex problem. Departure: the
-paper does not describe it. Fine-tuning from such a head distorts the features less than from a random head (Kumar et
-al. 2022, arXiv 2202.10054).
+The score is linear in the hidden state at the last token, or in the mean over the reply (`--read-at`), so with the
+model frozen the best head is a logistic regression on the difference of two such states: one forward pass over the
+pairs and a convex problem. Departure: the paper does not describe it. Fine-tuning from such a head distorts the
+features less than from a random head (Kumar et al. 2022, arXiv 2202.10054).
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ STRENGTHS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # scikit-learn's C: a larger value i
 def hidden_differences(
     model: "PreTrainedModel", pairs: Sequence[tuple[list[int], list[int]]], batch_size: int
 ) -> "NDArray[Any]":
-    """Return the hidden state at the end of the first conversation less that of the second, shape (pairs, hidden)."""
+    """Return the hidden state that is read of the first conversation less that of the second, shape (pairs, hidden)."""
     import torch
 
     head, model.score = model.score, torch.nn.Identity()
@@ -106,7 +106,7 @@ def save_head(model: "PreTrainedModel", base: Path, directory: Path) -> None:
 
     config = LoraConfig(target_modules=DUMMY_TARGET_MODULES, task_type="SEQ_CLS")  # which saves the head
     save_adapter(get_peft_model(model, config), directory)
-    record_place(directory, weights_digest(base))
+    record_place(directory, weights_digest(base), model.reading)
 
 
 def regress(x: "NDArray[Any]", p: "NDArray[Any]", strength: float) -> "NDArray[Any]":

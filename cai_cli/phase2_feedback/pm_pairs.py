@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-PLACE = Reading()  # a model of `train-pm` is read at the end of the turn, as `record_place` records
+PLACE = Reading()  # the end of the turn, where `train-pm` and `dpo` end a conversation by default
 
 
 def read_preferences(
@@ -71,10 +71,10 @@ class EncodedPair:
 P = TypeVar("P", bound=EncodedPair)
 
 
-def encode_pair(tokenizer: "PreTrainedTokenizerBase", row: Preference) -> EncodedPair:
+def encode_pair(tokenizer: "PreTrainedTokenizerBase", row: Preference, reading: Reading = PLACE) -> EncodedPair:
     """Encode both conversations of a pair, up to the tokens at which a preference model is read. Raises RowError."""
     chosen, rejected = (
-        encode_conversation(tokenizer, [*row.prompt, *reply], PLACE) for reply in (row.chosen, row.rejected)
+        encode_conversation(tokenizer, [*row.prompt, *reply], reading) for reply in (row.chosen, row.rejected)
     )
     return EncodedPair(row, chosen, rejected, row.p_chosen)
 

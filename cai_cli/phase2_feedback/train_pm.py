@@ -10,6 +10,8 @@ first (`--fit-head`); the learning rate falls linearly to zero, as in `sft`.
 
 from collections import Counter
 from collections.abc import Sequence
+from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +19,8 @@ from cai_cli.common import console
 from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.data.schema import JudgedPair, Preference, conversation_id, dump_row
 from cai_cli.metrics.preference_model import held_out_metrics
-from cai_cli.models.loading import load_reward_model
-from cai_cli.models.reading import record_place
+from cai_cli.models.loading import load_reward_model, load_tokenizer
+from cai_cli.models.reading import ReadAt, Reading, record_place, reply_header
 from cai_cli.models.source import ModelSource
 from cai_cli.phase2_feedback.linear_probe import fit_head, save_head
 from cai_cli.phase2_feedback.pm_pairs import EncodedPair, encode_pair, score_held_out
@@ -55,6 +57,13 @@ COLUMNS = {
 HELD_OUT = ("held_out_loss", "held_out_accuracy")
 
 
+class Place(StrEnum):
+    """The tokens of a conversation at which the score is read."""
+
+    END_OF_TURN = ReadAt.END_OF_TURN.value
+    MEAN_OVER_REPLY = ReadAt.MEAN_OVER_REPLY.value
+
+
 class TrainPmConfig(PairOptions):
     """Train a preference model on comparisons.
 
@@ -75,6 +84,16 @@ class TrainPmConfig(PairOptions):
         "only the head is fitted.",
         Option(flags=("--fit-head/--random-head",)),
     )
+    read_at: Place = option(
+        Place.END_OF_TURN,
+        "Where the score is read: at the token that ends the turn, or as the mean over the reply's tokens, which "
+        "depends less on how a reply ends.",
+    )
+    layer: int | None = option(
+        None,
+        "With --fit-head --epochs 0: the layer whose output the head reads, from 1; the layers above it do not run.",
+        ge=1,
+    )
 
     def workload(self, length: int) -> Workload:
         return Workload(length, sequences=2)
@@ -87,8 +106,17 @@ class TrainPmConfig(PairOptions):
     def adapter_needs(self) -> str:
         return "--lora, or --fit-head with --epochs 0"
 
+    def reading(self, base: Path) -> Reading:
+        """Where the score is read. Raises CaiError where the chat template does not show where a reply begins."""
+        means = self.read_at is Place.MEAN_OVER_REPLY
+        return Reading(ReadAt(self.read_at), None, reply_header(load_tokenizer(base)) if means else (), self.layer)
+
     def check(self) -> None:
         super().check()
+        if self.layer and (self.epochs or self.max_steps or not self.fit_head):
+            raise UsageError(
+                "--layer is for a head on the frozen model", hint="--fit-head --epochs 0", code="option-conflict"
+            )
         if not (self.epochs or self.max_steps or self.fit_head):
             raise UsageError(
                 "--epochs 0 trains nothing", hint="--fit-head trains the head alone", code="option-conflict"
@@ -110,6 +138,7 @@ def train_pm(
     work: Path,
     *,
     fitted_head: bool,
+    reading: Reading,
 ) -> dict[str, Any]:
     """Train a preference model on soft labels (paper sections 4.1 and 4.2).
 
@@ -119,6 +148,7 @@ def train_pm(
         training: The options of the trainer.
         work: A directory; the model and `held_out.jsonl`, the scores of the held-out pairs, go to `work/model`.
         fitted_head: Whether to start from a head fitted to the labels instead of a random one.
+        reading: Where the score is read.
 
     Returns:
         The metrics for the manifest (losses in nats) on rank 0; an empty dict on other ranks.
@@ -128,7 +158,7 @@ def train_pm(
     """
     longest = max([*train, *held_out], key=lambda pair: max(len(pair.chosen), len(pair.rejected)))
     with sharding.announced(training.arguments(work)):
-        model = load_reward_model(base, **training.loading, new_head_seed=training.seed)
+        model = load_reward_model(base, **training.loading, new_head_seed=training.seed, reading=reading)
     sharded = distributed.weights_are_sharded()
     share = (accept_packed_pairs if sharded else enable_packed_pairs)(model, longest.ids)
     evaluation = ShardedEvaluation(tokenizer, held_out, training, work, longest if share else None) if sharded else None
@@ -153,9 +183,9 @@ def train_pm(
             save_given_template(model, tokenizer, work / "model" / ADAPTER)
     if not distributed.is_rank_zero():
         return {}
-    record_place(work / "model")
+    record_place(work / "model", reading=reading)
     if training.trains and (work / "model" / ADAPTER).is_dir():
-        record_place(work / "model" / ADAPTER)
+        record_place(work / "model" / ADAPTER, reading=reading)
     if evaluation:
         scored = evaluation.after
     else:
@@ -316,7 +346,8 @@ def run(config: TrainPmConfig) -> dict[str, Any]:
     config.launch()
     base = ModelSource.resolve(config.model, config.chat_template)
     inputs = config.hash_inputs()
-    data = read_pairs("train-pm", config, base.path, encode_pair)
+    reading = config.reading(base.path)
+    data = read_pairs("train-pm", config, base.path, partial(encode_pair, reading=reading))
     training = config.training_config()
     summary = TrainingJob(
         provenance=provenance(
@@ -332,7 +363,14 @@ def run(config: TrainPmConfig) -> dict[str, Any]:
         overwrite=config.overwrite,
         counts=data.counts,
         train=lambda work: train_pm(
-            base.path, data.tokenizer, data.train, data.held_out, training, work, fitted_head=config.fit_head
+            base.path,
+            data.tokenizer,
+            data.train,
+            data.held_out,
+            training,
+            work,
+            fitted_head=config.fit_head,
+            reading=reading,
         ),
         facts=training.facts(
             "all pairs in a new random order every epoch, in batches of similar length", len(data.train)

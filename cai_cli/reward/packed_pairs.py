@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from cai_cli.engines.local.rope import rope_limits
-from cai_cli.models.reading import forward_to_last_token, head_output
+from cai_cli.models.reading import forward_to_place, head_output, hidden_at_place, hidden_states
 from cai_cli.reward.preference_model import finite
 
 if TYPE_CHECKING:
@@ -119,18 +119,16 @@ def _forward(self: Any, input_ids: Any = None, branches: Any = None, **inputs: A
     from transformers.modeling_outputs import SequenceClassifierOutput
 
     if branches is None:
-        return forward_to_last_token(self, input_ids, **inputs)
+        return forward_to_place(self, input_ids, **inputs)
     columns = torch.arange(branches.shape[1], device=branches.device)
     before = columns[:, None] >= columns
     own = branches[:, :, None] == branches[:, None, :]
     visible = before & (own | (branches[:, None, :] == SHARED))
-    hidden = self.base_model(
-        input_ids, attention_mask=visible[:, None], position_ids=inputs["position_ids"], use_cache=False
-    ).last_hidden_state
+    hidden = hidden_states(self, input_ids, attention_mask=visible[:, None], position_ids=inputs["position_ids"])
     own_tokens = ((branches == SHARED) | (branches == branch) for branch in (1, 2))
-    ends = torch.cat([(columns * tokens).argmax(-1) for tokens in own_tokens])
-    rows = torch.arange(len(branches), device=branches.device).repeat(2)
-    return SequenceClassifierOutput(logits=head_output(self, hidden[rows, ends]))
+    # The reply begins among the shared tokens, because both conversations have the same prompt.
+    places = torch.cat([hidden_at_place(self, hidden, input_ids, tokens) for tokens in own_tokens])
+    return SequenceClassifierOutput(logits=head_output(self, places))
 
 
 def head_outputs(

@@ -1,7 +1,8 @@
 """Scores conversations with a preference model (paper section 4.1).
 
 A score is a logit: the difference of two scores is the log-odds that the first conversation is preferred. It is read at
-the last of the token ids that `encode_conversation` returns, where the model was trained to be read.
+the last of the token ids that `encode_conversation` returns, or at the mean over the reply among them, as the model was
+trained to be read.
 """
 
 import math
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cai_cli.common import console
-from cai_cli.common.errors import CaiError
+from cai_cli.common.errors import CaiError, RowError
 from cai_cli.data.schema import Message
 from cai_cli.engines.local.rope import length_groups, rope_limits
 from cai_cli.engines.tokenization import encode_chat
@@ -20,6 +21,8 @@ from cai_cli.models.source import ModelSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+NO_REPLY_START = "the token ids do not show where the reply begins, over which the score is the mean"
 
 
 def encode_conversation(
@@ -37,7 +40,7 @@ def encode_conversation(
         reading: Where the model was trained to be read (`model.reading`).
 
     Raises:
-        RowError: The chat template rejects the conversation.
+        RowError: The chat template rejects the conversation, or does not show where its reply begins.
     """
     *prompt, reply = messages
     stripped = Message(role=reply.role, content=reply.content.strip())
@@ -46,6 +49,8 @@ def encode_conversation(
         del ids[-1]
     while len(ids) > 1 and ids[-1] == reading.padding:
         del ids[-1]
+    if not reading.finds_reply(ids):
+        raise RowError(NO_REPLY_START, code="request-failed")
     return ids
 
 

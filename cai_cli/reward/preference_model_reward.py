@@ -7,7 +7,7 @@ from cai_cli.data.schema import Message
 from cai_cli.engines.base import RequestFailure
 from cai_cli.models.loading import context_window, pick_device
 from cai_cli.models.source import ModelSource
-from cai_cli.reward.preference_model import encode_conversation, open_for_scores, score_ids
+from cai_cli.reward.preference_model import NO_REPLY_START, encode_conversation, open_for_scores, score_ids
 from cai_cli.reward.server import Reward
 
 
@@ -34,6 +34,8 @@ class PreferenceModelRewards:
             vocabulary = self.model.get_input_embeddings().weight.shape[0]
             if not all(0 <= token < vocabulary for token in ids):
                 raise RowError(f"a token id is not in the vocabulary of {vocabulary:,}", code="invalid-row")
+            if not self.model.reading.finds_reply(ids):
+                raise RowError(NO_REPLY_START, code="invalid-row")
         if len(ids) > self.window:
             raise RowError(f"longer than the preference model's window of {self.window:,} tokens", code="too-long")
         return ids

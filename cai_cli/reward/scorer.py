@@ -16,6 +16,7 @@ from cai_cli.models.loading import (
     reading_of,
     tokenizer_and_window,
 )
+from cai_cli.models.reading import RECORD, Reading, layer_of, place_of
 from cai_cli.models.source import ModelSource
 from cai_cli.reward.preference_model import encode_conversation, open_for_scores, preference_model_identity, score_ids
 from cai_cli.reward.score_client import ScoreClient
@@ -102,6 +103,8 @@ class Scorer:
         self.source = None if name.startswith(SERVER_PREFIX) else ModelSource.resolve(name)
         if self.source:
             check_one_output(self.source.path)  # before hours of training, at the end of which it may be loaded
+        if url and self.source:
+            _check_served(self.source.path, name)
         self._client = ScoreClient(self._server_name, url, self.batch_size) if url else None
 
     @property
@@ -155,6 +158,17 @@ class Scorer:
         """Cancel requests in flight. The scorer cannot be used afterwards."""
         if self._client:
             self._client.close()
+
+
+def _check_served(path: Path, name: str) -> None:
+    """Raises UsageError where the model in `path` is read where a server of classifiers does not read it."""
+    if not Reading(place_of(path), layer=layer_of(path)).as_servers_read:
+        raise UsageError(
+            f"--pm-url: {name} is read as its {RECORD} says, but a server of classifiers reads the last token and the "
+            "last layer",
+            hint="leave out --pm-url, or ask `cai serve-reward` with --pm server:NAME, which sends it messages",
+            code="option-conflict",
+        )
 
 
 def check_device(name: str) -> None:

@@ -3,9 +3,13 @@
 import json
 from pathlib import Path
 
+import pytest
 from conftest import Cai
 from helpers import rows_in, sample_row, write_rows
 from label_cases import human, run
+from tiny import tiny_model_dir
+
+from cai_cli.models.aliases import ALIASES
 
 # --- the command ------------------------------------------------------------------------------------------------------
 
@@ -20,6 +24,23 @@ def test_by_default_a_constant_judge_gives_ties_which_are_kept_with_the_first_sa
     assert [row["chosen"] for row in rows] == [sample_row(i, 0)["completion"] for i in range(3)]
     audited = json.loads(cai("eval", "agreement", "prefs.jsonl", "--json").stdout)
     assert (audited["trusted"], audited["reason"]) == (False, "no pair got a preference: 3 ties")
+
+
+def test_whoever_labels_with_the_embedded_model_is_told_what_it_labels_better(
+    cai: Cai, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CAI_CACHE", str(tmp_path / "cache"))
+    model = tiny_model_dir(tmp_path / "cache/models/smollm2-135m")
+    (model / "source.json").write_text("{}")
+    write_rows(tmp_path / "samples.jsonl", [sample_row(0, k) for k in range(2)])
+    words = ("label-prefs", "samples.jsonl", "--few-shot", "none", "--json")
+    embedded, other = cai(*words, "-o", "one.jsonl"), cai(*words, "-o", "two.jsonl", "--model", str(model))
+    assert (embedded.code, other.code) == (0, 0)
+    run_file = str(ALIASES["smollm2-135m"].run_file_for_labels)
+    assert (Path(__file__).parents[2] / run_file).is_file()
+    advice = f"cai run {run_file} (docs/contrast.md)"
+    assert advice in embedded.stderr
+    assert advice not in other.stderr
 
 
 # --- methods, ensembles, and where pairs come from --------------------------------------------------------------------

@@ -13,7 +13,7 @@ from cai_cli.common.errors import CaiError
 from cai_cli.data.schema import Message
 from cai_cli.engines.tokenization import encode_chat
 from cai_cli.models.loading import load_reward_model, load_tokenizer, reading_of
-from cai_cli.models.reading import ReadAt, Reading, record_place
+from cai_cli.models.reading import ReadAt, Reading, record_place, reply_header
 from cai_cli.models.source import ModelSource
 from cai_cli.reward.packed_pairs import enable_packed_pairs
 from cai_cli.reward.preference_model import (
@@ -110,7 +110,8 @@ def test_a_conversation_beyond_the_window_is_an_error_with_both_numbers(model: P
 def test_a_score_depends_on_neither_batch_nor_neighbours(tmp_path: Path, padding: str | None, at: ReadAt) -> None:
     base = tiny_model_dir(tmp_path / "tiny", chat_template=ENDS_WITH_ITS_END, pad_token=padding)
     pm, tokenizer = load_reward_model(base, new_head_seed=0), load_tokenizer(base)
-    pm.reading = Reading(at, None if at is ReadAt.END_OF_TURN else tokenizer.pad_token_id)
+    pads = at in (ReadAt.LAST_UNPADDED, ReadAt.WHOLE_TEMPLATE)
+    pm.reading = Reading(at, tokenizer.pad_token_id if pads else None, reply_header(tokenizer))
     chats = [conversation("question " * n, "helpful " * (9 - n)) for n in range(1, 9)]
     alone = [score_conversations(pm, tokenizer, [chat])[0] for chat in chats]
     assert score_conversations(pm, tokenizer, chats, batch_size=3) == pytest.approx(alone, abs=1e-4)

@@ -32,6 +32,8 @@ CONTENT_OPTIONS = frozenset(
         *("both_orders", "pairs", "principles_per_pair", "cot_samples", "clamp", "calibrate", "min_confidence"),
         *(
             "keep_adapter",
+            "read_at",
+            "layer",
             "principles",
             "max_principles",
             "max_new_tokens",
