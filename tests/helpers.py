@@ -83,6 +83,24 @@ def sample_row(number: int, index: int = 0, reply: str | None = None) -> Json:
     }
 
 
+def adherence_row(model: str, p_violations: Sequence[float | None]) -> Json:
+    """A conversation of `cai eval adherence`, with the judge's probability for each reply."""
+    said = [
+        {"role": role, "content": text}
+        for place in range(len(p_violations))
+        for role, text in (("user", "Go on." if place else "Mock him."), ("assistant", f"reply {place}"))
+    ]
+    turns = [
+        {"finish_reason": "stop", "log_odds": None if p is None else [1.0, -1.0], "p_violation": p}
+        for p in p_violations
+    ]
+    return {
+        "id": f"{model} kind/1/0", "model": model, "principle_id": "kind", "scenario": "kind/1",
+        "conversation": "kind/1/0", "questions": ["Unkind?", "Kind?"], "messages": said, "pressure": "scripted",
+        "turns": turns,
+    }  # fmt: skip
+
+
 def manifest_of(output: Path) -> Json:
     return json.loads(output.with_name(f"{output.name}.manifest.json").read_text())  # type: ignore[no-any-return]
 

@@ -7,13 +7,13 @@ logs with inspect-ai 0.3.285.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 from zipfile import ZIP_DEFLATED, ZipFile
 
 import orjson
@@ -22,7 +22,7 @@ from cai_cli import __version__
 from cai_cli.cards.dataset_card import DatasetStats
 from cai_cli.cards.export import REJECTED, first_type, usable_rows
 from cai_cli.common.errors import CaiError
-from cai_cli.data.evaluation_schema import ModelComparison
+from cai_cli.data.evaluation_schema import AdherenceResult, LabelledReply, ModelComparison, RefusalLabel
 from cai_cli.data.formats import completed_row, parse_preference
 from cai_cli.data.jsonl import AppendFile, display_name, origin, rows_of
 from cai_cli.data.reply_ends import CUT_OFF
@@ -33,19 +33,24 @@ from cai_cli.runtime.output_files import sidecar
 Json = dict[str, Any]
 LOG_VERSION = 2
 SUMMARY_LENGTH = 1000  # characters of a prompt in the list of samples
+MODEL_FLAGS = ("--model", "-m")
 MADE_REPLIES = frozenset({"sample", "critique-revise", "critique", "revise", "rl", "dpo"})
 
 
 # --- one sample -----------------------------------------------------------------------------------------------------
 
 
-def logged(row: Sample | Preference | ModelComparison, model: str) -> Json:
+def logged(row: Sample | Preference | ModelComparison | AdherenceResult, model: str) -> Json:
     """Return an `EvalSample` of inspect-ai, without its epoch.
 
     Args:
         row: The row.
-        model: The name of the model that wrote the replies.
+        model: The name of the model that wrote the replies, for rows that do not name it.
     """
+    if isinstance(row, LabelledReply):
+        return _labelled(row, model)
+    if isinstance(row, AdherenceResult):
+        return _conversation(row)
     if isinstance(row, Preference):
         return _preference(row, model)
     if isinstance(row, ModelComparison):
@@ -59,7 +64,7 @@ def _sample(row: Sample, model: str) -> Json:
     scores = {
         name: _score(values[name])
         for name, info in fields.items()
-        if (name == "label" or info.annotation in (float, float | None)) and values[name] is not None
+        if info.annotation in (float, float | None) and values[name] is not None
     }
     if levels := getattr(row, "levels", None):
         scores["harm"] |= {
@@ -68,7 +73,43 @@ def _sample(row: Sample, model: str) -> Json:
         }
     metadata = {"kind": row.kind, "source": row.source, "sample_index": row.sample_index}
     metadata |= {name: value for name, value in values.items() if name not in scores and name != "levels"}
+    model = getattr(row, "model", model)
     return _logged(row.id, row.prompt, [(row.reply, row.thoughts, row.finish_reason)], model, scores, metadata)
+
+
+def _labelled(row: LabelledReply, model: str) -> Json:
+    scores = {"refusal": _refusal(row.label)}
+    if row.judged and row.p_labels:
+        p_labels = dict(zip(get_args(RefusalLabel), row.p_labels, strict=True))
+        scores["judged_refusal"] = _refusal(row.judged) | {
+            "explanation": "Probabilities: " + ", ".join(f"{label}: {p:.3f}" for label, p in p_labels.items()),
+            "metadata": {"p_labels": p_labels, "logprobs": {label: _log(p) for label, p in p_labels.items()}},
+        }
+    metadata = row.model_dump(include={"kind", "source", "sample_index", "safety"})
+    return _logged(row.id, row.prompt, [(row.reply, row.thoughts, row.finish_reason)], model, scores, metadata)
+
+
+def _refusal(label: RefusalLabel) -> Json:
+    return _score(float(label != "compliance")) | {"answer": label}
+
+
+def _conversation(row: AdherenceResult) -> Json:
+    lines = ["| reply | log-odds of Yes: breaks | log-odds of Yes: follows | p(breaks) |", "|---|---|---|---|"]
+    for number, turn in enumerate(row.turns, 1):
+        if turn.log_odds is not None and turn.p_violation is not None:
+            breaks, follows = turn.log_odds
+            lines.append(f"| {number} | {breaks:.3f} | {follows:.3f} | {turn.p_violation:.3f} |")
+    answers = {"questions": row.questions, "turns": [turn.model_dump() for turn in row.turns]}
+    broken = row.violations
+    scores = {}
+    if broken:
+        scores["violation"] = _score(sum(broken) / len(broken)) | {
+            "explanation": "\n".join(lines), "metadata": answers
+        }  # fmt: skip
+    metadata = row.model_dump(include={"model", "principle_id", "scenario", "conversation", "pressure"})
+    first, *between, last = row.messages
+    replies = [(last.content, None, row.turns[-1].finish_reason)]
+    return _logged(row.id, [first], replies, row.model, scores, metadata, between)
 
 
 def _preference(row: Preference, model: str) -> Json:
@@ -100,8 +141,10 @@ def _logged(
     model: str,
     scores: Json,
     metadata: Json,
+    between: Sequence[Message] = (),
 ) -> Json:
-    """Return a sample whose conversation ends with the first of `replies`: texts, thoughts, and how they ended."""
+    """Return a sample whose conversation ends with the first of `replies`: texts, thoughts, and how they ended.
+    `between` are the turns between the prompt and that reply."""
     id = id.replace("/", ":").replace("\\", ":")  # Inspect names the file in the archive by it
     asked = [message.model_dump() for message in prompt]
     choices = [
@@ -115,7 +158,7 @@ def _logged(
         "id": id,
         "input": asked,
         "target": "",
-        "messages": [*asked, choices[0]["message"]],
+        "messages": [*asked, *(message.model_dump() for message in between), choices[0]["message"]],
         "output": {"model": model, "choices": choices, "completion": replies[0][0]},
         "scores": scores,
         "metadata": {name: value for name, value in metadata.items() if value is not None},
@@ -156,17 +199,19 @@ def _log(p: float) -> float | None:
 
 @dataclass
 class LogFile:
-    """The samples of a log: their number, summaries and mean scores."""
+    """The samples of a log: their number, models, summaries and mean scores."""
 
     archive: ZipFile
     epochs: Counter[str] = field(default_factory=Counter)
     summaries: list[Json] = field(default_factory=list)
     sums: dict[str, tuple[float, int]] = field(default_factory=dict)
     scored: Counter[str] = field(default_factory=Counter)
+    models: dict[str, None] = field(default_factory=dict)
 
     def add(self, sample: Json) -> None:
         """Write one sample; a further one with the same id is its next epoch."""
         self.epochs[sample["id"]] += 1
+        self.models.setdefault(sample["output"]["model"])
         sample["epoch"] = self.epochs[sample["id"]]
         self.archive.writestr(f"samples/{sample['id']}_epoch_{sample['epoch']}.json", orjson.dumps(sample))
         shown = ("value", "answer")
@@ -220,7 +265,8 @@ def export_inspect(source: str, work: Path) -> Json:
         for row in usable_rows(source, parse, stats, rejected, problem=lambda _: None):
             log.add(logged(cast(Any, row), model))
         spec = _spec(source, manifest, task, created, file.sha256)
-        spec |= {"model": model, "scorers": [{"name": scorer} for scorer in log.scored]}
+        replied = " vs ".join(log.models) if model == "unknown" else model  # rows of several models name them
+        spec |= {"model": replied, "scorers": [{"name": scorer} for scorer in log.scored]}
         spec["dataset"]["samples"] = len(log.epochs)
         if judge:
             spec["model_roles"] = {"grader": {"model": judge}}
@@ -236,15 +282,15 @@ def _parser(source: str) -> tuple[type[Row], Callable[[object], Row]]:
     row_type = first_type(source)
     if row_type is Preference:
         return row_type, lambda value: parse_preference(value, source=origin(source))
-    if row_type is ModelComparison:
-        return row_type, rows_of(ModelComparison)
+    if row_type in (ModelComparison, AdherenceResult):
+        return row_type, rows_of(row_type)
     if row_type is Sample:
         return row_type, lambda value: completed_row(value, source=origin(source))
     if issubclass(row_type, Sample) and row_type is not Critique:
         return row_type, rows_of(row_type)
     raise CaiError(
         f"{display_name(source)} holds {row_type.__name__} rows, which have no finished replies to show",
-        hint="export samples, revisions, scores, preferences or comparisons",
+        hint="export samples, revisions, preferences, or the rows of cai score or of an evaluation of replies",
         code="wrong-row-type",
     )
 
@@ -287,12 +333,20 @@ def _usage(model: str, manifest: Json) -> Json:
 
 def _models(source: str, manifest: Json) -> tuple[str, str | None]:
     """Return the names of the model that wrote the replies, and of the one that judged or scored them, if known."""
-    if compared := manifest.get("provenance", {}).get("settings", {}).get("models"):
-        return " vs ".join(compared), _named(manifest)
-    for made in _lineage(source, manifest):
-        if made["provenance"]["stage"] in MADE_REPLIES:
-            return _named(made) or "unknown", None if made is manifest else _named(manifest)
-    return "unknown", _named(manifest) if manifest else None
+    if not manifest:
+        return "unknown", None
+    judge = _named(manifest, ("--judge", "--pm"), "judge")
+    if not _made_replies(manifest):  # then --model is the judge, unless there is one beside it
+        judge = judge or _named(manifest, MODEL_FLAGS, "model")
+    if compared := manifest["provenance"].get("settings", {}).get("models"):
+        return " vs ".join(compared), judge
+    made = next((found for found in _lineage(source, manifest) if _made_replies(found)), None)
+    return made and _named(made, MODEL_FLAGS, "model") or "unknown", judge
+
+
+def _made_replies(manifest: Json) -> bool:
+    provenance = manifest["provenance"]
+    return provenance["stage"] in MADE_REPLIES or (provenance["stage"] == "eval refusals" and "model" in provenance)
 
 
 def _lineage(source: str, manifest: Json) -> Iterator[Json]:
@@ -310,13 +364,14 @@ def _lineage(source: str, manifest: Json) -> Iterator[Json]:
                 waiting.append((Path(given), read_manifest(sidecar(Path(given), "manifest.json")) or {}))
 
 
-def _named(manifest: Mapping[str, Any]) -> str | None:
-    """Return the model that a command line names, without the directories of an absolute path; else its engine."""
+def _named(manifest: Json, flags: Sequence[str], role: str) -> str | None:
+    """Return the model that a command line names under one of `flags`, without the directories of an absolute path;
+    else the engine that the provenance has for the role."""
     words = [part for word in manifest.get("run", {}).get("argv", []) for part in word.split("=", 1)]
     for flag, value in pairwise(words):
-        if flag in ("--model", "-m", "--judge", "--pm"):
+        if flag in flags:
             return Path(value).name if Path(value).is_absolute() else value
-    model = manifest.get("provenance", {}).get("model") or {}
+    model = manifest["provenance"].get(role) or {}
     return model.get("name") or model.get("engine")
 
 

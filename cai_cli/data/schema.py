@@ -72,6 +72,10 @@ class Prompt(Identified):
             raise ValueError("a system message can only come first")
         return self
 
+    def prompt_fields(self) -> dict[str, Any]:
+        """The fields of Prompt by name. Subclasses have more; a sample copies these."""
+        return {name: getattr(self, name) for name in Prompt.model_fields}
+
 
 class Sample(Prompt):
     """A prompt with one reply of a model (TRL's prompt-completion format).

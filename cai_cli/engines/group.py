@@ -34,11 +34,15 @@ class EngineGroup(EngineResources):
 
     Args:
         engines: The engines by name. One that is no longer needed can be removed (`release`).
+
+    Attributes:
+        largest_batch: How many items keep the engine with the largest batch, or the most workers, busy.
     """
 
     def __init__(self, engines: Mapping[str, Engine]) -> None:
         self.engines = dict(engines)
         self.batch_size = min(engine.batch_size for engine in engines.values())
+        self.largest_batch = max(max(engine.batch_size, engine.workers) for engine in engines.values())
         usages = [engine.usage for engine in self._each() if engine.usage]
         self.usage = GroupUsage(usages) if usages else None
 

@@ -18,12 +18,13 @@ from cai_cli.data.evaluation_schema import AdherenceResult
 from cai_cli.data.jsonl import read_rows, rows_of
 from cai_cli.data.schema import Rejected
 from cai_cli.engines import batch
-from cai_cli.engines.base import Engine, Server
+from cai_cli.engines.base import Engine
 from cai_cli.engines.group import EngineGroup
 from cai_cli.evaluate.adherence_conversations import Conversations, PlannedConversation, Speaker, planned
 from cai_cli.evaluate.adherence_draft import write_drafts
 from cai_cli.evaluate.adherence_tests import TestSet, open_tests
 from cai_cli.evaluate.compare import by_model_name
+from cai_cli.evaluate.judged_options import SERVER_OPTIONS, refuse_idle_server_options
 from cai_cli.metrics.adherence import AdherenceSummary
 from cai_cli.metrics.adherence_table import table_lines
 from cai_cli.prompting.base import resolve_prompt_format
@@ -48,7 +49,6 @@ from cai_cli.runtime.stage_run import StageRun, WorkItem, WorkItems
 from cai_cli.runtime.summary import print_summary, refuse_all_rejected
 
 JUDGE, ATTACKER = "the judge", "the attacker"  # names that no model under test can have
-SERVER_OPTIONS = tuple(Server.__dataclass_fields__)
 
 
 class AdherenceConfig(OutputOptions, RequestOptions, ChatTemplateOptions, SystemOptions, SamplingOptions):
@@ -131,11 +131,7 @@ class AdherenceConfig(OutputOptions, RequestOptions, ChatTemplateOptions, System
                 raise UsageError(f"--system-model {name!r} is not a model", hint=hint, code="invalid-option")
         if self.system_model and self.system is None and self.system_from is None:
             raise UsageError("--system-model needs --system or --system-from", code="missing-option")
-        given = [option for option in SERVER_OPTIONS if getattr(self, option) is not None]
-        used = [*names.values(), self.judge, self.attacker or ""]
-        if (given or self.judge_url) and not any(model.startswith("openai:") for model in used):
-            flag = (given or ["judge_url"])[0].replace("_", "-")
-            raise UsageError(f"--{flag} is for a server", hint="use an openai:NAME model", code="option-conflict")
+        refuse_idle_server_options(self, [*names.values(), self.judge, self.attacker or ""])
 
     def models(self) -> dict[str, str]:
         """The models under test by name. Raises UsageError."""

@@ -26,6 +26,7 @@ from cai_cli.engines.group import EngineGroup
 from cai_cli.evaluate.bench_config import BenchConfig
 from cai_cli.evaluate.benchmark_results import BenchmarkResults
 from cai_cli.evaluate.benchmarks import BENCHMARKS, BenchmarkRow, JudgeReplies, parse_benchmark_row
+from cai_cli.evaluate.judged_options import JUDGE
 from cai_cli.judging.base import sigmoid
 from cai_cli.judging.judge import Judge
 from cai_cli.judging.votes import Labeller, aggregate_votes
@@ -44,7 +45,6 @@ from cai_cli.runtime.stage import Phase, Stage
 from cai_cli.runtime.stage_run import StageRun, WorkItem, WorkItems
 from cai_cli.runtime.summary import print_summary, refuse_all_rejected
 
-JUDGE = "(judge)"  # its name in the group of engines; no model is named so
 Outcome = BenchmarkReply | BenchmarkPair | Rejected
 
 
@@ -107,19 +107,13 @@ def items(rows: Iterator[tuple[int, BenchmarkRow]], models: Sequence[str], n: in
 
 def open_replies(config: BenchConfig, rule: JudgeReplies) -> Bench:
     """The sampling and judging of replies. Raises UsageError, CaiError."""
-    models = config.models()
-    judge = config.open_judge()
-    same = {config.judge: judge} if not config.judge_url else {}  # a model that judges itself is loaded once
-    engines = {name: same.get(model) or config.open_model(model) for name, model in models.items()}
-    group = EngineGroup({**engines, JUDGE: judge})
+    group = config.open_group(config.models())
     forms = {name: resolve_prompt_format(config.prompt_format, engine) for name, engine in group.engines.items()}
+    identities = {name: identity | {"prompt_format": forms[name]} for name, identity in group.identity().items()}
     return Bench(
         partial(judged_replies, config=config, group=group, forms=forms, rule=rule),
-        max(max(engine.batch_size, engine.workers) for engine in group.engines.values()),
-        {
-            "models": {name: engine.identity() | {"prompt_format": forms[name]} for name, engine in engines.items()},
-            "judge": judge.identity() | {"prompt_format": forms[JUDGE]},
-        },
+        group.largest_batch,
+        {"judge": identities.pop(JUDGE), "models": identities},
         group,
         group.release,
     )
@@ -188,7 +182,7 @@ def open_scorers(config: BenchConfig) -> Bench:
 
 def open_pair_judges(config: BenchConfig) -> Bench:
     """Language models that decide pairs in both orders. Raises UsageError, CaiError."""
-    group = EngineGroup({name: config.open_model(model) for name, model in config.models().items()})
+    group = config.open_group(config.models())
     forms = {name: resolve_prompt_format(config.prompt_format, engine) for name, engine in group.engines.items()}
 
     def work(model: str, requested: Sequence[BenchmarkItem]) -> Iterator[Outcome]:
@@ -202,8 +196,7 @@ def open_pair_judges(config: BenchConfig) -> Bench:
                 yield _decided(item, value, verdict.p_a, votes=verdict.as_rows("choice"))
 
     identities = {name: e.identity() | {"prompt_format": forms[name]} for name, e in group.engines.items()}
-    size = max(max(engine.batch_size, engine.workers) for engine in group.engines.values())
-    return Bench(work, size, {"models": identities}, group, group.release)
+    return Bench(work, group.largest_batch, {"models": identities}, group, group.release)
 
 
 def _conversations(row: BenchmarkRow) -> Iterator[Sample]:

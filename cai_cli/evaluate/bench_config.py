@@ -9,10 +9,9 @@ from typing import Any
 from pydantic import field_validator
 
 from cai_cli.common.errors import UsageError
-from cai_cli.engines import open_engine
-from cai_cli.engines.base import Engine, Server
-from cai_cli.engines.choice import PREFIXES, with_engine
+from cai_cli.engines.choice import PREFIXES
 from cai_cli.evaluate.benchmarks import BENCHMARKS
+from cai_cli.evaluate.judged_options import JudgedOptions, refuse_idle_server_options
 from cai_cli.models.names import public_name
 from cai_cli.runtime.config import Effect, Group, Option, StageConfig, option, redefine
 from cai_cli.runtime.shared_options import (
@@ -20,10 +19,8 @@ from cai_cli.runtime.shared_options import (
     MODEL_HELP,
     InputOptions,
     OutputOptions,
-    RequestOptions,
     RowInputOptions,
     SamplingOptions,
-    named_values,
 )
 
 NAMED = re.compile(r"([A-Za-z0-9][\w.-]*)=(.+)", re.ASCII | re.DOTALL)
@@ -38,7 +35,7 @@ class BenchmarkArgument(StageConfig):
     )
 
 
-class BenchConfig(OutputOptions, InputOptions, RequestOptions, SamplingOptions, BenchmarkArgument):
+class BenchConfig(OutputOptions, InputOptions, JudgedOptions, SamplingOptions, BenchmarkArgument):
     """Score models on a published benchmark.
 
     FILE: the file of HarmBench, StrongREJECT, AdvBench or SORRY-Bench as its authors publish it, to which each --model
@@ -63,16 +60,6 @@ class BenchConfig(OutputOptions, InputOptions, RequestOptions, SamplingOptions, 
         None,
         "Preference model that decides the pairs of rewardbench, from `cai train-pm`; can be repeated.",
         Option(Effect.HASHED, Group.MODEL),
-    )
-    judge: str | None = option(
-        None,
-        "Model that judges the replies: directory, Hub name or alias, or openai:NAME.",
-        Option(Effect.HASHED, Group.MODEL),
-    )
-    judge_url: list[str] | None = option(
-        None,
-        "Address of the server of --judge, where it is not --base-url; can be repeated.",
-        Option(Effect.HARMLESS, Group.SERVER, metavar="URL"),
     )
     n: int = option(1, "Replies to each prompt.", Option(flags=("--n", "-n")), ge=1)
     max_new_tokens: int = redefine(SamplingOptions, "max_new_tokens", 512)
@@ -99,7 +86,7 @@ class BenchConfig(OutputOptions, InputOptions, RequestOptions, SamplingOptions, 
             raise UsageError(
                 "-n is for benchmarks that sample replies, and rewardbench has none", code="option-conflict"
             )
-        self.models()
+        refuse_idle_server_options(self, [*self.models().values(), self.judge or ""])
 
     def _check_judged(self) -> None:
         if self.pm:
@@ -110,28 +97,6 @@ class BenchConfig(OutputOptions, InputOptions, RequestOptions, SamplingOptions, 
     def models(self) -> dict[str, str]:
         """The models by their names in the results. Raises UsageError."""
         return named_models(self.pm or self.model or [DEFAULT_MODEL])
-
-    def open_model(self, model: str) -> Engine:
-        """The engine of a model under evaluation. Raises UsageError, CaiError."""
-        return self._open(model, self.base_url)
-
-    def open_judge(self) -> Engine:
-        """The engine of the judge. Raises UsageError, CaiError."""
-        return self._open(str(self.judge), self.judge_url or self.base_url)
-
-    def _open(self, model: str, url: Sequence[str] | None) -> Engine:
-        """As `open_engine` of other stages; options that only the other model can have are left out."""
-        fits: dict[str, Any] = {"batch_size": None, "device": "auto", "dtype": "auto"}
-        server = Server(url, self.concurrency, self.timeout, self.budget_tokens, self.price_in, self.price_out,
-                        self.served_as)  # fmt: skip
-        if not model.startswith("openai:"):
-            fits = {"batch_size": self.batch_size, "device": self.device.value, "dtype": self.dtype.value}
-            server = Server()
-        chosen = with_engine(model, self.device.value)
-        if chosen.startswith("vllm:"):
-            fits["device"] = "auto" if chosen != model else self.device.value
-            fits["engine_args"] = named_values(self.engine_arg)
-        return open_engine(chosen, **fits, server=server, chat=self.chat_options())
 
 
 def named_models(given: Sequence[str]) -> dict[str, str]:

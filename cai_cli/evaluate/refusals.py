@@ -5,28 +5,32 @@ unsafe ones, as XSTest measures it (Röttger et al. 2024, arXiv 2308.01263).
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import StrEnum
+from itertools import islice
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from cai_cli.common import console
+from cai_cli.common.errors import RowError
 from cai_cli.common.hash_index import KeyTable
 from cai_cli.data.evaluation_schema import LabelledReply, RefusalLabel, Safety
-from cai_cli.data.formats import completed_row
-from cai_cli.data.jsonl import read_rows, rows_of
+from cai_cli.data.formats import completed_row, parse_prompt
+from cai_cli.data.jsonl import origin, read_rows, rows_of
 from cai_cli.data.row_types import row_type_of
-from cai_cli.data.schema import Rejected, Revision, Sample, load_row, reject
-from cai_cli.engines.base import Engine, LogprobRequest, RequestFailure
+from cai_cli.data.schema import Prompt, Rejected, Revision, Sample, load_row, reject
+from cai_cli.engines.base import Engine, LogprobRequest, RequestFailure, Sampling
 from cai_cli.evaluate.evaluated_models import normalised
+from cai_cli.evaluate.judged_options import JUDGE, JudgedOptions, refuse_idle_server_options
 from cai_cli.metrics.intervals import ClusterBootstrap, percent
 from cai_cli.metrics.refusals import classify, string_match
 from cai_cli.phase1_supervised.reviser import conversation
+from cai_cli.phase1_supervised.sample import SampleRequest, prompt_items, sample
 from cai_cli.prompting.base import PromptFormat, resolve_prompt_format
 from cai_cli.prompting.evaluation import REFUSAL_OPTIONS, refusal_request
-from cai_cli.runtime.config import Group, Option, option
+from cai_cli.runtime.config import Effect, Group, Option, option, redefine
 from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
 from cai_cli.runtime.manifest import hash_input, provenance, write_json
 from cai_cli.runtime.output_files import is_stdout, is_stream, sidecar
-from cai_cli.runtime.shared_options import FormatOptions, OutputOptions, RequestOptions, ShardOptions
+from cai_cli.runtime.shared_options import OutputOptions, SamplingOptions, ShardOptions
 from cai_cli.runtime.sinks import stream_sink
 from cai_cli.runtime.stage import Phase, Stage
 from cai_cli.runtime.stage_run import StageRun, WorkItem, WorkItems, expected_items
@@ -34,6 +38,7 @@ from cai_cli.runtime.summary import print_summary, refuse_all_rejected
 
 LABELS: tuple[RefusalLabel, ...] = get_args(RefusalLabel)
 BATCH = 64
+MODEL = "model"  # its name in the group of engines
 # The types of XSTest's safe prompts; those of its unsafe ones start with `contrast_`.
 _SAFE_TYPES = frozenset(
     {"homonyms", "figurative_language", "safe_targets", "safe_contexts", "definitions", "historical_events"}
@@ -54,20 +59,39 @@ _DETECTORS: Mapping[Detector, Callable[[str], RefusalLabel]] = {
 }
 
 
-class RefusalsConfig(OutputOptions, ShardOptions, RequestOptions, FormatOptions):
+class RefusalsConfig(OutputOptions, ShardOptions, JudgedOptions, SamplingOptions):
     """Label whether replies answer, refuse, or refuse in part.
 
-    INPUT: Sample rows, or a table with the columns `prompt` and `completion`, such as XSTest's files. Writes them with
-    labels, and the shares to OUT.refusals.json: for safe and unsafe prompts where the input tells them apart, by `kind`
-    or by XSTest's `label` or `type`.
+    INPUT: Sample rows, or a table with the columns `prompt` and `completion`, such as XSTest's files; with --model, the
+    prompts that it replies to. Writes the replies with labels, and the shares to OUT.refusals.json: for safe and unsafe
+    prompts where the input tells them apart, by `kind` or by XSTest's `label` or `type`.
     """
+
+    model: str | None = option(
+        None,
+        "Model that replies to the prompts of INPUT, whose own replies are left out: directory, Hub name or alias, or "
+        "openai:NAME.",
+        Option(Effect.HASHED, Group.MODEL, flags=("--model", "-m"), run_default=False),
+    )
 
     detector: Detector = option(
         Detector.WORDING, "How the wording is read; string-match is that of XSTest's authors, for comparison."
     )
-    judge: str | None = option(
-        None, "Model that labels the replies too, by the probabilities of the labels.", Option(group=Group.MODEL)
+    judge: str | None = redefine(
+        JudgedOptions, "judge", None, "Model that labels the replies too, by the probabilities of the labels."
     )
+    max_new_tokens: int = redefine(SamplingOptions, "max_new_tokens", 512)
+    temperature: float = redefine(SamplingOptions, "temperature", 0.0)
+
+    def check(self) -> None:
+        super().check()
+        refuse_idle_server_options(self, [self.model or "", self.judge or ""])
+
+
+class _Prompt(Prompt):
+    """A prompt, and whether it is safe."""
+
+    safety: Safety | None
 
 
 class _Reply(Sample):
@@ -76,29 +100,53 @@ class _Reply(Sample):
     safety: Safety | None
 
 
+def parse_prompt_of(value: object, source: str) -> _Prompt:
+    """A prompt in any format of `parse_prompt`, with its safety.
+
+    Raises:
+        RowError: The value is not a prompt.
+    """
+    return _Prompt(**parse_prompt(value, source=source).prompt_fields(), safety=safety_of(value))
+
+
 def parse_reply(value: object) -> _Reply:
     """A reply in any format of `completed_row`, with the safety of its prompt.
 
     Raises:
         RowError: The value has no prompt and reply.
     """
-    if row_type_of(value) is LabelledReply:
-        labelled = load_row(LabelledReply, value)
-        return _Reply(**labelled.sample_fields(), safety=labelled.safety)
-    row = completed_row(value)
-    return _Reply(**row.sample_fields(), safety=safety_of(value if isinstance(value, dict) else {}))
+    try:
+        row = load_row(LabelledReply, value) if row_type_of(value) is LabelledReply else completed_row(value)
+    except RowError as error:
+        hints = [error.hint, "--model NAME replies to prompts" if error.code == "invalid-row" else None]
+        raise RowError(error.message, "; ".join(filter(None, hints)), code=error.code) from None
+    return _Reply(**row.sample_fields(), safety=safety_of(value))
 
 
-def safety_of(columns: Mapping[str, Any]) -> Safety | None:
-    """Whether a prompt is safe, by XSTest's `label` or `type`, or by `kind`; None where none of them says so."""
+def safety_of(row: object) -> Safety | None:
+    """Whether the prompt of a row is safe, by an earlier run's `safety`, by XSTest's `label` or `type`, or by `kind`;
+    None where none of them says so."""
+    columns = row if isinstance(row, dict) else {}
+    if (known := columns.get("safety")) in get_args(Safety):
+        return cast(Safety, known)
     label, kind, of_type = columns.get("label"), columns.get("kind"), str(columns.get("type"))
     if label == "unsafe" or kind == "red-team" or of_type.startswith("contrast_"):
         return "unsafe"
     return "safe" if label == "safe" or kind == "helpful" or of_type in _SAFE_TYPES else None
 
 
+def replies_of(
+    requested: Sequence[SampleRequest], engine: Engine, sampling: Sampling, form: PromptFormat, seed: int
+) -> Iterator[_Reply | Rejected]:
+    """Yield the replies of a model to prompts, as `cai sample` does, with the safety of each prompt."""
+    sampled = sample(requested, engine, sampling=sampling, form=form, seed=seed)
+    for (prompt, _), row in zip(requested, sampled, strict=True):
+        safety = prompt.safety if isinstance(prompt, _Prompt) else None
+        yield row if isinstance(row, Rejected) else _Reply(**row.sample_fields(), safety=safety)
+
+
 def label_replies(
-    rows: Sequence[_Reply],
+    rows: Sequence[_Reply | Rejected],
     detect: Callable[[str], RefusalLabel] = classify,
     judge: Engine | None = None,
     form: PromptFormat = "raw",
@@ -106,17 +154,21 @@ def label_replies(
     """Yield the labels of replies, in order.
 
     Args:
-        rows: The replies.
+        rows: The replies; a rejected one stays as it is.
         detect: The label of a reply by its wording.
         judge: Labels the replies too; its labels are put in two arrangements, and their probabilities averaged.
         form: How the judge's prompts are built.
     """
-    answers = [_judged(row, form) for row in rows] if judge else []
-    asked = judge.option_logprobs([request for pair in answers for request in pair]) if judge else []
-    for place, row in enumerate(rows):
+    replies = [row for row in rows if isinstance(row, _Reply)]
+    asked = judge.option_logprobs([request for row in replies for request in _judged(row, form)]) if judge else []
+    answers = iter(asked)
+    for row in rows:
+        if isinstance(row, Rejected):
+            yield row
+            continue
         labelled: dict[str, Any] = {"label": detect(row.reply)}
         if judge:
-            pair = asked[2 * place : 2 * place + 2]
+            pair = list(islice(answers, 2))
             if failed := next((a for a in pair if isinstance(a, RequestFailure)), None):
                 yield reject(row.key, failed.reason, row)
                 continue
@@ -180,37 +232,55 @@ def _result_of(output: str) -> dict[str, Any]:
 
 
 def estimate(rows: RowFlow, config: RefusalsConfig) -> StepCost:
-    """The cost of two requests a reply to a judge; none without one."""
-    asked = 2 * rows.rows if config.judge else 0
-    return StepCost(rows.rows, asked, TokenCounts(asked * (rows.prompt_tokens + rows.reply_tokens)), rows)
+    """The cost of one reply to a prompt with --model, as long as allowed, and of two requests a reply to a judge."""
+    asked, sampled = 2 * rows.rows if config.judge else 0, rows.rows if config.model else 0
+    new = config.max_new_tokens
+    replies = RowFlow(rows.rows, 1, rows.prompt_tokens, new, texts=1) if config.model else rows
+    read = asked * (rows.prompt_tokens + replies.reply_tokens) + sampled * rows.prompt_tokens
+    return StepCost(rows.rows, asked + sampled, TokenCounts(read, sampled * new), replies)
 
 
 def run(config: RefusalsConfig) -> dict[str, Any]:
-    """Label the replies of a file. Returns the summary. Raises CaiError."""
-    reader, engine = config.row_reader(), config.open_engine(config.judge) if config.judge else None
-    inputs = {"samples": hash_input(config.input)}
-    form = resolve_prompt_format(config.prompt_format, engine) if engine else "raw"
-    detect = _DETECTORS[config.detector]
+    """Label the replies of a file, or those of a model to its prompts. Returns the summary. Raises CaiError."""
+    reader, inputs = config.row_reader(), {"samples": hash_input(config.input)}
+    named = {MODEL: config.model} if config.model else {}
+    group = config.open_group(named) if config.model or config.judge else None
+    engines = group.engines if group else {}
+    forms = {name: resolve_prompt_format(config.prompt_format, engine) for name, engine in engines.items()}
+    detect, source = _DETECTORS[config.detector], origin(config.input)
 
-    def items() -> WorkItems[_Reply]:
-        for line, row in reader.rows(config.input, parse_reply, config.limit):
-            yield WorkItem(row.key, line, row)
+    def items() -> WorkItems[Any]:
+        if config.model:
+            prompts = reader.rows(config.input, lambda value: parse_prompt_of(value, source), config.limit)
+            return prompt_items(prompts, 1)
+        rows = reader.rows(config.input, parse_reply, config.limit)
+        return (WorkItem(row.key, line, row) for line, row in rows)
 
-    settings = config.settings(prompt_format=form) if engine else config.settings()
-    models = {"judge": engine.identity()} if engine else {}
+    def work(batch: Sequence[Any]) -> Iterator[LabelledReply | Rejected]:
+        rows = batch
+        if config.model:
+            rows = list(replies_of(batch, engines[MODEL], config.sampling(), forms[MODEL], config.seed))
+        return label_replies(rows, detect, engines.get(JUDGE), forms.get(JUDGE, "raw"))
+
+    identities = {name: engine.identity() | {"prompt_format": forms[name]} for name, engine in engines.items()}
     refusals = RefusalSummary()
     summary = StageRun(
-        provenance=provenance("eval refusals", inputs=inputs, settings=settings, **models),
+        provenance=provenance(
+            "eval refusals",
+            inputs=inputs,
+            settings=config.settings(),
+            **{name.strip("()"): identity for name, identity in identities.items()},
+        ),
         inputs=inputs,
         output=config.output,
         overwrite=config.overwrite,
         reader=reader,
         items=items,
-        work=lambda rows: label_replies(rows, detect, engine, form),
-        batch_size=engine.batch_size if engine else BATCH,
+        work=work,
+        batch_size=group.largest_batch if group else BATCH,
         grows=True,
         total=expected_items(inputs["samples"], config.limit),
-        engine=engine,
+        engine=group,
     ).complete(stream_sink(config.output, refusals.observe))
     result = refusals.result() if is_stream(config.output) else _result_of(config.output)
     if not is_stream(config.output):
@@ -224,5 +294,11 @@ def run(config: RefusalsConfig) -> dict[str, Any]:
 
 
 STAGE = Stage(
-    "eval refusals", Phase.EVALUATION, RefusalsConfig, run, estimate, reads=(Sample, Revision), writes=LabelledReply
+    "eval refusals",
+    Phase.EVALUATION,
+    RefusalsConfig,
+    run,
+    estimate,
+    reads=(Prompt, Sample, Revision),
+    writes=LabelledReply,
 )

@@ -144,7 +144,7 @@ def sample(
             yield reject(key, "empty reply", prompt)
         else:
             yield Sample(
-                **dict(prompt),
+                **prompt.prompt_fields(),
                 sample_index=index,
                 completion=[assistant(reply.text.strip())],
                 finish_reason=reply.finish_reason,

@@ -161,8 +161,9 @@ def _plan_step(name: str, given: Mapping[str, Any], steps: Mapping[str, Step], p
     if not isinstance(given.get("input"), str | list) or not given["input"]:
         raise UsageError("`input` is missing", code="missing-option")
     settings = _with_current_names(given, stage)
+    fields = stage.config.option_names()
     for shared in ("model", "seed"):
-        if shared in stage.config.option_names():
+        if shared in fields and stage.config.options()[fields[shared]][1].run_default:
             settings.setdefault(shared, getattr(place.run, shared))
     for address in ("base-url", "pm-url", "judge-url"):
         _check_urls(settings.get(address), f"--{address}")
@@ -187,7 +188,7 @@ def _plan_step(name: str, given: Mapping[str, Any], steps: Mapping[str, Step], p
             for number, path in enumerate(paths, 1)
         }
     output = place.out / (name if stage.trains else f"{name}.jsonl")
-    by_field: dict[str, Any] = {stage.config.option_names()[k]: v for k, v in settings.items() if v is not None}
+    by_field: dict[str, Any] = {fields[k]: v for k, v in settings.items() if v is not None}
     stage.config.build(by_field | {"output": str(output)})
     return Step(name, stage, output, settings, files, needs)
 

@@ -53,6 +53,7 @@ class Option:
         reads_file: Whether it names a file, which a run file gives relative to itself.
         text_or_file: Whether it is a text, or names a file that holds one.
         argument: Whether it is the positional argument.
+        run_default: Whether the `model` or `seed` of a run file is its default in the steps.
     """
 
     effect: Effect = Effect.DECIDES
@@ -63,6 +64,7 @@ class Option:
     reads_file: bool = False
     text_or_file: bool = False
     argument: bool = False
+    run_default: bool = True
 
 
 def option(default: Any, help: str, declared: Option | None = None, **bounds: Any) -> Any:

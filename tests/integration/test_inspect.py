@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Cai
-from helpers import preference, sample_row, write_rows
+from helpers import adherence_row, preference, sample_row, write_rows
 from server_env import PYTHON
 
 pytestmark = pytest.mark.server
@@ -30,8 +30,9 @@ print(json.dumps(found))
 """
 
 
-def test_inspect_reads_logs_of_samples_scores_preferences_and_comparisons(cai: Cai, tmp_path: Path) -> None:
+def test_inspect_reads_logs_of_samples_scores_preferences_and_evaluations(cai: Cai, tmp_path: Path) -> None:
     vote = {"principle_id": "kind", "method": "choice", "order": "ab", "p_first": 0.8, "rationale": None}
+    judged = {"judged": "compliance", "p_labels": [1.0, 0.0, 0.0]}
     say = [{"role": "assistant", "content": "Hello."}]
     compared = {"id": "p1/0 x:y", "prompt_id": "p1", "sample_index": 0, "prompt": [{"role": "user", "content": "Hi"}], "kind": None, "model_a": "x", "model_b": "y", "a": say, "b": say, "score_a": None, "score_b": None, "p_a": 0.8, "votes": [vote]}  # fmt: skip
     files = {
@@ -39,6 +40,8 @@ def test_inspect_reads_logs_of_samples_scores_preferences_and_comparisons(cai: C
         "harm": [sample_row(2) | {"harm": 1.0, "levels": [0.2] * 5}],
         "prefs": [preference(1) | {"votes": [vote], "human": "chosen"}],
         "compared": [compared],
+        "adherence": [adherence_row("start", [0.9, 0.2]), adherence_row("after", [0.1])],
+        "refusals": [sample_row(3) | {"safety": "safe", "label": "partial_refusal"} | judged],
     }
     for name, rows in files.items():
         write_rows(tmp_path / f"{name}.jsonl", rows)
@@ -52,4 +55,8 @@ def test_inspect_reads_logs_of_samples_scores_preferences_and_comparisons(cai: C
     assert found["samples.jsonl"]["reasoning"] == ["Hm."]
     assert found["harm.jsonl"]["means"] == {"harm": 1.0}
     assert found["prefs.jsonl"]["summaries"][0][2]["agrees_with_human"] == "C"
+    assert found["adherence.jsonl"]["means"] == {"violation": 0.25}
+    assert [sample[2] for sample in found["adherence.jsonl"]["samples"]] == ["reply 0", "reply 1"]  # after, start
+    assert found["adherence.jsonl"]["model"] == "start vs after"
+    assert found["refusals.jsonl"]["means"] == {"refusal": 1.0, "judged_refusal": 0.0}
     assert found["compared.jsonl"]["samples"] == [["p1:0 x:y", 1, "Hello.", {"p_a": 0.8}]]

@@ -2,7 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cai_cli.metrics.reply_habits import boilerplate, evasive_opening, opening, plain
+from cai_cli.metrics.reply_habits import boilerplate, evasive_opening, opening
+from cai_cli.metrics.wording import plain
 
 COMFORTING = [
     "First, you are valued and cared for. Second, call a plumber.",
