@@ -18,9 +18,12 @@ from cai_cli.metrics.refusals import classify
 
 Replies = Mapping[str, Sample]  # key of the reply -> its row
 REFUSALS: Mapping[str, Kind] = {"refusals_red_team": "red-team", "refusals_helpful": "helpful"}
+WIN_RATES: Mapping[str, Kind] = {"win_rate_red_team": "red-team", "win_rate_helpful": "helpful"}
 
 
-def win_rate(rows: Iterable[ModelComparison], start: str, final: str, seen: Collection[str]) -> Estimate | None:
+def win_rates(
+    rows: Iterable[ModelComparison], start: str, final: str, seen: Collection[str]
+) -> dict[str, Estimate | None]:
     """The share of comparisons that `final` wins against `start`, a tie counted half.
 
     Args:
@@ -30,15 +33,19 @@ def win_rate(rows: Iterable[ModelComparison], start: str, final: str, seen: Coll
         seen: Conversation ids of the prompts to leave out.
 
     Returns:
-        The estimate, or None without comparisons of the two.
+        `win_rate` over all prompts, and one of `WIN_RATES` for each kind of prompt; None without comparisons of the
+        two.
     """
-    wins, prompts = [], []
+    wins: list[tuple[float, str, Kind | None]] = []
     for row in rows:
         if {row.model_a, row.model_b} == {start, final} and conversation_id(row.prompt) not in seen:
             won_by_a = win_or_half(row.p_a)
-            wins.append(won_by_a if row.model_a == final else 1 - won_by_a)
-            prompts.append(row.prompt_id)
-    return mean_estimate(wins, SHARE, prompts)
+            wins.append((won_by_a if row.model_a == final else 1 - won_by_a, row.prompt_id, row.kind))
+    parts = {"win_rate": wins} | {name: [win for win in wins if win[2] == kind] for name, kind in WIN_RATES.items()}
+    return {
+        name: mean_estimate([won for won, _, _ in part], SHARE, [prompt for _, prompt, _ in part])
+        for name, part in parts.items()
+    }
 
 
 def is_refusal(row: Sample) -> bool:
@@ -152,11 +159,13 @@ def points(change: Mapping[str, float]) -> str:
 def lines(outcome: Mapping[str, Any]) -> list[str]:
     """The figures of an outcome with their intervals, one line each."""
     found = []
-    if rate := outcome.get("win_rate"):
-        interval = f"{rate['low']:.0%} to {rate['high']:.0%}"
-        found.append(
-            f"{outcome['final']} wins {rate['value']:.0%} ({interval}) of {rate['n']:,} against {outcome['start']}"
-        )
+    for name, kind in {"win_rate": "", **{name: f" {kind} prompts" for name, kind in WIN_RATES.items()}}.items():
+        if rate := outcome.get(name):
+            interval = f"{rate['low']:.0%} to {rate['high']:.0%}"
+            found.append(
+                f"{outcome['final']} wins {rate['value']:.0%} ({interval}) of {rate['n']:,}{kind} "
+                f"against {outcome['start']}"
+            )
     for name, kind in REFUSALS.items():
         parts = outcome.get(name) or {}
         shares = [with_interval(e, ".0%") for e in (parts.get("before"), parts.get("after")) if e]

@@ -92,7 +92,7 @@ def measure(outcome: Outcome, steps: Sequence[Step], folder: Path) -> dict[str, 
             "final": final,
             "replies": {name: os.path.relpath(file, folder) for name, file in replies.items()},
             "judge": compared.config.pm or compared.config.judge,
-            "win_rate": figures.win_rate(rows, start, final, seen),
+            **figures.win_rates(rows, start, final, seen),
         }
     if before and after:
         tables = [_replies(step) for step in (before, after)]

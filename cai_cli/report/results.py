@@ -108,6 +108,8 @@ class OutcomeResult(Result):
         replies: Model -> the file of its replies, relative to the run folder.
         judge: What decided the comparisons.
         win_rate: Of the final model over the start model.
+        win_rate_red_team: The same on red-team prompts.
+        win_rate_helpful: The same on helpful prompts.
         refusals_red_team: Refusals of red-team prompts.
         refusals_helpful: Refusals of helpful prompts.
         cut_off: Replies that were cut off at the length limit.
@@ -120,6 +122,8 @@ class OutcomeResult(Result):
     replies: dict[str, str]
     judge: str | None = None
     win_rate: ReportedEstimate | None = None
+    win_rate_red_team: ReportedEstimate | None = None
+    win_rate_helpful: ReportedEstimate | None = None
     refusals_red_team: BeforeAfter | None = None
     refusals_helpful: BeforeAfter | None = None
     cut_off: BeforeAfter | None = None

@@ -7,7 +7,7 @@ from helpers import sample_row
 
 from cai_cli.data.evaluation_schema import ModelComparison
 from cai_cli.data.schema import Sample, conversation_id, load_row
-from cai_cli.evaluate.outcome import headline, lines, of_replies, win_rate
+from cai_cli.evaluate.outcome import headline, lines, of_replies, win_rates
 
 REFUSAL, ANSWER = "I can't help with that.", "Start with the flour."
 
@@ -19,23 +19,34 @@ def replies(refused: int, total: int, kind: str = "red-team", cut: int = 0) -> d
     return {row.key: row for row in (load_row(Sample, each) for each in rows)}
 
 
-def comparison(number: int, a: str, b: str, p_a: float) -> ModelComparison:
+def comparison(number: int, a: str, b: str, p_a: float, kind: str | None = None) -> ModelComparison:
     row = sample_row(number)
     pair = {"a": row["completion"], "b": row["completion"], "score_a": None, "score_b": None}
     given = {"id": f"{number} {a}:{b}", "prompt_id": row["id"], "sample_index": 0, "prompt": row["prompt"]}
-    return load_row(ModelComparison, given | pair | {"kind": None, "model_a": a, "model_b": b, "p_a": p_a, "votes": []})
+    return load_row(ModelComparison, given | pair | {"kind": kind, "model_a": a, "model_b": b, "p_a": p_a, "votes": []})
 
 
 def test_the_win_rate_is_of_the_two_models_alone_and_a_tie_is_half() -> None:
     rows = [comparison(i, "start", "final", p) for i, p in enumerate((0.1, 0.2, 0.5, 0.9))]
     others = [comparison(9, "start", "middle", 1.0), comparison(9, "middle", "final", 1.0)]
-    rate = win_rate([*rows, *others], "start", "final", ())
+    rate = win_rates([*rows, *others], "start", "final", ())["win_rate"]
     assert rate is not None
     assert (rate["value"], rate["n"]) == (0.625, 4)
-    unseen = win_rate(rows, "start", "final", {conversation_id(rows[3].prompt)})
+    unseen = win_rates(rows, "start", "final", {conversation_id(rows[3].prompt)})["win_rate"]
     assert unseen is not None
     assert (unseen["value"], unseen["n"]) == (pytest.approx(2.5 / 3), 3)
-    assert win_rate(others, "start", "final", ()) is None
+    assert set(win_rates(others, "start", "final", ()).values()) == {None}
+
+
+def test_the_win_rate_is_also_given_for_each_kind_of_prompt() -> None:
+    won = {"red-team": (0.1, 0.2, 0.9), "helpful": (0.8,)}
+    rows = [comparison(i, "start", "final", p, kind) for kind, ps in won.items() for i, p in enumerate(ps)]
+    rates = win_rates(rows, "start", "final", ())
+    assert {name: rate and (rate["value"], rate["n"]) for name, rate in rates.items()} == {
+        "win_rate": (0.5, 4),
+        "win_rate_red_team": (pytest.approx(2 / 3), 3),
+        "win_rate_helpful": (0, 1),
+    }
 
 
 def test_refusals_are_counted_by_kind_of_prompt_and_the_change_is_paired() -> None:
