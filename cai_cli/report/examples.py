@@ -246,7 +246,8 @@ def side_by_side(run: RunFiles, budget: Budget) -> Excerpt[SideBySide] | None:
     Returns:
         One entry for each prompt, with the models in the order of the run; None where no two models share a prompt.
     """
-    steps = run.steps_of("sample")
+    # A character's replies, from `--contrast`, are not the model's own.
+    steps = [s for s in run.steps_of("sample") if not (s.provenance.get("settings") or {}).get("contrast")]
     for last in reversed(steps):
         prompts = {row.id: row.prompt for row in run.rows(last, Sample)}
         replies, sources = _replies(run, steps, prompts.keys())

@@ -25,6 +25,20 @@ def test_replies_of_the_models_are_side_by_side_by_prompt(tmp_path: Path) -> Non
     assert reply.text.text == after["completion"][0]["content"]
 
 
+def test_replies_of_characters_are_not_among_those_of_the_models(tmp_path: Path) -> None:
+    made = make_run(tmp_path / "made")
+    manifest = made / "after.jsonl.manifest.json"
+    written = json.loads(manifest.read_text())
+    written["provenance"]["settings"]["contrast"] = "following"
+    manifest.write_text(json.dumps(written))
+    rows = [json.loads(line) for line in (made / "after.jsonl").read_text().splitlines()]
+    row = {"principle_id": "kind", "contrast": "following", "own_system": None}
+    (made / "after.jsonl").write_text("".join(json.dumps(old | row) + "\n" for old in rows))
+    run = read_run(made)
+    assert examples.side_by_side(run, examples.Budget(10**6)) is None
+    assert run.problems == []
+
+
 def test_a_large_run_stays_under_5_mb_and_states_how_much_it_shows(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "big", rows=700, hostile=True, long=50_000)
     text, page = drawn(folder)
