@@ -134,7 +134,7 @@ run(SftConfig(input=sys.argv[1], output=sys.argv[2], model=sys.argv[3], epochs=3
 
 @pytest.mark.slow
 def test_a_run_killed_with_sigkill_resumes_to_the_same_parameters(model: Path, tmp_path: Path) -> None:
-    rows = write_rows(tmp_path / "rev.jsonl", [revision(i, f"answer {i * 7}") for i in range(20)])
+    rows = write_rows(tmp_path / "rev.jsonl", [revision(i, f"answer {i * 7}" + " more" * (i % 5)) for i in range(20)])
     run = {"model": str(model), "epochs": 3, "save_steps": 2, **QUICK}
     killed = subprocess.run(
         [sys.executable, "-c", KILLED, rows, str(tmp_path / "killed"), str(model)], env=dict(os.environ), check=False
