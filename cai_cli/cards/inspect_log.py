@@ -341,7 +341,7 @@ def _models(source: str, manifest: Json) -> tuple[str, str | None]:
     if compared := manifest["provenance"].get("settings", {}).get("models"):
         return " vs ".join(compared), judge
     made = next((found for found in _lineage(source, manifest) if _made_replies(found)), None)
-    return made and _named(made, MODEL_FLAGS, "model") or "unknown", judge
+    return (made and _named(made, MODEL_FLAGS, "model")) or "unknown", judge
 
 
 def _made_replies(manifest: Json) -> bool:
