@@ -55,6 +55,7 @@ CHANGED_STAGES: dict[str, frozenset[str]] = {
             "eval harm",
             "label-prefs",
             "revise",
+            "red-team",
             "rl",
             "sample",
             "score",

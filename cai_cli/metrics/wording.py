@@ -13,8 +13,9 @@ _APOLOGY = (
     r"i (?:must )?apologi[sz]e[^.!?,]{0,60}|sorry)"
 )
 _INTERJECTION = (
-    r"(?:well|um+|uh+|hm+|ha(?:ha)+|oh(?: no| dear)?|ok(?:ay)?|yes|no(?! comment| one)|so|but|and|however|wow|hey|sure|"
-    r"look|hi|hello|actually|honestly|unfortunately|regrettably|again|please(?! (?:don't|do not))|interesting|instead)\b"
+    r"(?:well|um+|uh+|hm+|ha(?:ha)+|oh(?: no| dear)?|ok(?:ay)?|yes|no(?! comment| one)|so|but|and|however|wow|hey|"
+    r"sure|look|hi|hello|actually|honestly|unfortunately|regrettably|again|please(?! (?:don't|do not))|"
+    r"interesting|instead)\b"
 )
 _AI = r"(?:\w+ ){0,3}(?:ai|assistant|language model|artificial intelligence|chatbot)\b"
 # Possessive (`*+`): an interjection is never matched as anything else, so no text takes long.

@@ -1,6 +1,7 @@
 """`cai eval bench`: models reply to a published file, a judge applies its rule, and the scores compare the models."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,33 @@ def test_the_pairs_of_rewardbench_are_decided_in_both_orders(cai: Cai, folder: P
     assert [vote["order"] for vote in rows_in(folder / "o.jsonl")[0]["votes"]] == ["ab", "ba"]
     shown = cai("show", "o.jsonl", "--limit", "1")
     assert shown.code == 0, shown.stderr
+
+
+def test_a_preference_model_decides_the_pairs_of_rewardbench_by_its_scores(cai: Cai, folder: Path) -> None:
+    from tiny import tiny_model_dir
+
+    from cai_cli.models.loading import load_reward_model, load_tokenizer
+    from cai_cli.prompting.base import assistant, user
+    from cai_cli.reward.preference_model import score_conversations
+
+    base = tiny_model_dir(folder / "base")
+    load_reward_model(base, new_head_seed=3).save_pretrained(folder / "pm")
+    load_tokenizer(base).save_pretrained(folder / "pm")
+    model, tokenizer = load_reward_model(folder / "pm"), load_tokenizer(folder / "pm")
+    pairs = [PAIRS[0], PAIRS[1] | {"chosen": "wrong", "rejected": "right"}, PAIRS[4] | {"rejected": "long " * 600}]
+    write_rows(folder / "rb.jsonl", pairs)
+    done = cai("eval", "bench", "rewardbench", "rb.jsonl", "--pm", "pm", "-o", "o.jsonl", "--json")
+    assert done.code == 0, done.stderr
+    rows = rows_in(folder / "o.jsonl")
+    for row, pair in zip(rows, pairs[:2], strict=True):
+        talks = [[user(str(pair["prompt"])), assistant(str(pair[side]))] for side in ("chosen", "rejected")]
+        chosen, rejected = score_conversations(model, tokenizer, talks)
+        assert row["p_chosen"] == pytest.approx(1 / (1 + math.exp(rejected - chosen)), abs=1e-5)
+        assert (row["value"], row["votes"]) == (float(chosen > rejected), [])
+    assert manifest_of(folder / "o.jsonl")["counts"]["rejected"] == 1
+    result = json.loads(done.stdout)
+    assert result["models"][0]["sections"]["Chat"]["n"] == 2
+    assert result["judge"] is None
 
 
 @pytest.mark.parametrize(
