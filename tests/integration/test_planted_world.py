@@ -53,7 +53,8 @@ def plant_a_policy_that_says_either_word(cai: Cai, world: Path) -> None:
     ]
     write_rows(world / "either.jsonl", rows)
     steps = "--max-steps 100 --epochs 4 --learning-rate 1e-2 --eval-share 0"
-    done(cai, f"sft either.jsonl -o policy --model tiny {steps} {TRAIN}")
+    # A batch has replies of one length, so of one word: a step of many small batches has both words.
+    done(cai, f"sft either.jsonl -o policy --model tiny {steps} --batch-size 1 --gradient-accumulation 8")
 
 
 def plant_a_judge(world: Path, name: str, content: float) -> None:
