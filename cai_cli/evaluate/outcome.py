@@ -161,11 +161,8 @@ def lines(outcome: Mapping[str, Any]) -> list[str]:
     found = []
     for name, kind in {"win_rate": "", **{name: f" {kind} prompts" for name, kind in WIN_RATES.items()}}.items():
         if rate := outcome.get(name):
-            interval = f"{rate['low']:.0%} to {rate['high']:.0%}"
-            found.append(
-                f"{outcome['final']} wins {rate['value']:.0%} ({interval}) of {rate['n']:,}{kind} "
-                f"against {outcome['start']}"
-            )
+            wins = f"{outcome['final']} wins {with_interval(rate, '.0%')}"
+            found.append(f"{wins} of {rate['n']:,}{kind} against {outcome['start']}")
     for name, kind in REFUSALS.items():
         parts = outcome.get(name) or {}
         shares = [with_interval(e, ".0%") for e in (parts.get("before"), parts.get("after")) if e]

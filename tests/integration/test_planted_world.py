@@ -52,9 +52,9 @@ def plant_a_policy_that_says_either_word(cai: Cai, world: Path) -> None:
         {"prompt": user(prompt), "completion": assistant(reply)} for prompt in prompts[:100] for reply in (GOOD, BAD)
     ]
     write_rows(world / "either.jsonl", rows)
-    steps = "--max-steps 100 --epochs 4 --learning-rate 1e-2 --eval-share 0"
-    # A batch has replies of one length, so of one word: a step of many small batches has both words.
-    done(cai, f"sft either.jsonl -o policy --model tiny {steps} --batch-size 1 --gradient-accumulation 8")
+    # Steps of many rows: with few, the share of either word depends on which rows came last.
+    steps = "--max-steps 100 --epochs 32 --learning-rate 1e-2 --eval-share 0 --batch-size 8 --gradient-accumulation 8"
+    done(cai, f"sft either.jsonl -o policy --model tiny {steps}")
 
 
 def plant_a_judge(world: Path, name: str, content: float) -> None:
