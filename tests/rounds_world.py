@@ -38,7 +38,7 @@ def plant(cai: Cai, world: Path, *, repeat: int, steps: int) -> None:
         world / "either.jsonl",
         [{"prompt": user(p), "completion": assistant(reply)} for p in prompts[:60] for reply in (GOOD, BAD)],
     )
-    trained = "--max-steps 60 --epochs 4 --learning-rate 1e-2 --eval-share 0 --batch-size 8 --gradient-accumulation 1"
+    trained = "--max-steps 60 --epochs 60 --learning-rate 1e-2 --eval-share 0 --batch-size 64 --gradient-accumulation 1"
     result = cai(*f"sft either.jsonl -o policy --model tiny {trained} --device cpu --quiet".split())
     assert result.code == 0, result.stderr
     better = [[-0.1, -2.4], [-2.4, -0.1]]
