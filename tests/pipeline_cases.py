@@ -1,5 +1,9 @@
-"""A run file, and the plan of one."""
+"""A run file, the plan of one, and a run that is killed."""
 
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 from cai_cli.pipeline.plan import Step, plan
@@ -21,3 +25,32 @@ def planned(folder: Path, steps: str, head: str = "name: n\n") -> list[Step]:
     path = folder / "run.yaml"
     path.write_text(f"{head}steps:\n{steps}")
     return plan(load_run(path), path, Path("out"))
+
+
+def start_and_kill(folder: Path, run_file: str, until: Path, sent: signal.Signals) -> int:
+    """Start a run and send a signal once the file `until` is not empty. Returns the exit code, once every child has
+    ended."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", "cai_cli", "run", run_file, "--out", "out"], cwd=folder, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while not (until.exists() and until.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    child.send_signal(sent)
+    code = child.wait(timeout=30)
+    lock = until.with_name(until.name.replace(".partial", ".lock"))
+    while _held(lock) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return code
+
+
+def _held(lock: Path) -> bool:
+    from filelock import FileLock, Timeout
+
+    if not lock.exists():
+        return False
+    try:
+        with FileLock(lock, timeout=0):
+            return False
+    except Timeout:
+        return True

@@ -1,7 +1,6 @@
 """`cai run FILE`: runs a pipeline from one file."""
 
 from enum import StrEnum
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,12 @@ import orjson
 from cai_cli.common import console
 from cai_cli.common.errors import UsageError
 from cai_cli.evaluate.outcome import lines
-from cai_cli.pipeline.execute import Revise, execute, run_as_child
+from cai_cli.pipeline.execute import Revise, execute
 from cai_cli.pipeline.outcome import check_outcome, record_outcome
 from cai_cli.pipeline.plan import Step, plan
 from cai_cli.pipeline.rounds import Repeat
 from cai_cli.pipeline.run_file import load_run
+from cai_cli.pipeline.step_process import StepProcesses
 from cai_cli.pipeline.stop_rounds import Rounds, check_stops, early_ends
 from cai_cli.pipeline.sweep import write_curves
 from cai_cli.report.command import report_finished_run
@@ -137,7 +137,8 @@ def run(config: RunConfig) -> None:
 
 def _execute(config: RunConfig, steps: list[Step], folder: Path, revise: Revise) -> list[dict[str, Any]]:
     if config.executor is Executor.LOCAL:
-        return execute(steps, folder, partial(run_as_child, quiet=config.quiet), revise)
+        with StepProcesses(quiet=config.quiet) as processes:
+            return execute(steps, folder, processes.run, revise)
     from cai_cli.pipeline.ray_executor import RayExecutor, RayOptions
 
     ray_options = RayOptions(config.address, config.shards, config.task_cpus or 1, config.task_gpus)

@@ -158,7 +158,7 @@ def judged_replies(
 
 def open_scorers(config: BenchConfig) -> Bench:
     """Preference models that decide pairs by the difference of two scores. Raises UsageError, CaiError."""
-    scorers = {name: Scorer(model, config.batch_size, config.device.value) for name, model in config.models().items()}
+    scorers = {name: Scorer.of_evaluation(model, config) for name, model in config.models().items()}
 
     def release(name: str) -> None:
         with closing(scorers.pop(name)):
@@ -177,7 +177,9 @@ def open_scorers(config: BenchConfig) -> Bench:
                 yield _decided(item, float(margin > 0), sigmoid(margin))
 
     size = 2 * max(scorer.batch_size for scorer in scorers.values())
-    return Bench(work, size, {"models": {name: s.identity() for name, s in scorers.items()}}, release=release)
+    return Bench(
+        work, size, {"models": {name: s.identity() | s.precision() for name, s in scorers.items()}}, release=release
+    )
 
 
 def open_pair_judges(config: BenchConfig) -> Bench:

@@ -65,6 +65,13 @@ class CompareConfig(OutputOptions, JudgeOptions):
         Option(Effect.HASHED, Group.MODEL, flags=("--judge", "--model", "-m")),
     )
     kind: Kind | None = option(None, "Kind of the prompts that have no `kind`.")
+    only: Kind | None = option(
+        None, "Compare only replies to prompts of this kind, as where --pm was trained on one kind alone."
+    )
+
+    def recorded_only(self) -> dict[str, Kind]:
+        """`only` as provenance records it, which earlier versions did not have."""
+        return {"only": self.only} if self.only else {}
 
     def check(self) -> None:
         super().check()
@@ -160,15 +167,18 @@ def _name_of(file: str) -> str:
     return re.sub(r"[^\w.,@=+-]+", "-", re.sub(r"\.jsonl(\.zst|\.gz)?$", "", Path(display_name(file)).name))
 
 
-def reply_pairs(files: Mapping[str, str], kind: Kind | None, limit: int | None) -> WorkItems[ReplyPair]:
+def reply_pairs(
+    files: Mapping[str, str], kind: Kind | None, limit: int | None, only: Kind | None = None
+) -> WorkItems[ReplyPair]:
     """Yield the replies of every two models to every prompt, and for each sample of it; all samples are in memory.
 
-    A prompt to which one of two models has no reply is skipped.
+    A prompt to which one of two models has no reply is skipped, and so is one of another kind than `only`.
 
     Args:
         files: Model name -> file of samples.
         kind: The kind of prompts whose rows have none.
         limit: Largest number of prompts and samples, or None.
+        only: The kind of prompts to compare; None for all.
 
     Raises:
         InvalidRow: A row is not valid, a reply is repeated, or an id belongs to different prompts in two files.
@@ -184,6 +194,9 @@ def reply_pairs(files: Mapping[str, str], kind: Kind | None, limit: int | None) 
         for a, b in combinations(tables, 2):
             if without_reply := [name for name in (a, b) if name not in replies]:
                 yield Skipped(f"no reply of {' or '.join(without_reply)}", 0)
+                continue
+            if only not in (None, first.kind or kind):
+                yield Skipped(f"the prompt is not {only}", 0)
                 continue
             (line, one), (_, other) = replies[a], replies[b]
             yield WorkItem(f"{key} {a}:{b}", line, ReplyPair(f"{key} {a}:{b}", first.kind or kind, a, b, one, other))
@@ -311,15 +324,15 @@ def open_comparer(config: CompareConfig, models: Sequence[str]) -> Comparer:
     """The comparer that the options describe. Raises UsageError, CaiError."""
     named = {"models": list(models)}
     if config.judge is None:
-        scorer = Scorer(str(config.pm), config.batch_size, config.device)
-        settings = {"kind": config.kind, "limit": config.limit} | named
+        scorer = Scorer.of_evaluation(str(config.pm), config)
+        settings = {"kind": config.kind, "limit": config.limit} | named | scorer.precision() | config.recorded_only()
         work = partial(compare_by_scores, scorer=scorer)
         recorded = {"settings": settings, "pm": scorer.identity()}
         return Comparer(work, 4 * scorer.batch_size, None, recorded)
     labeller, loaded = open_labeller(config, config.judge, both_orders=True)
     engine = labeller.judge.engine
     recorded = {
-        "settings": labeller_settings(config, labeller) | named,
+        "settings": labeller_settings(config, labeller) | named | config.recorded_only(),
         "constitution": {"name": loaded.name, "fingerprint": loaded.fingerprint()},
         "model": engine.identity(),
     }
@@ -339,7 +352,7 @@ def run(config: CompareConfig) -> dict[str, Any]:
         inputs=inputs,
         output=config.output,
         overwrite=config.overwrite,
-        items=lambda: reply_pairs(files, config.kind, config.limit),
+        items=lambda: reply_pairs(files, config.kind, config.limit, config.only),
         work=comparer.work,
         batch_size=comparer.batch_size,
         engine=comparer.engine,

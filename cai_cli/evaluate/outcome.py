@@ -125,11 +125,20 @@ def _win_clause(outcome: Mapping[str, Any]) -> list[str]:
     if rate is None:
         return []
     start, final, value = outcome["start"], outcome["final"], rate["value"]
+    kind = _kind_of_all(outcome)
+    where = f" on {kind} prompts" if kind else ""
     if rate["low"] > 0.5:
-        return [f"the replies of {final} win {value:.0%} of comparisons with those of {start}"]
+        return [f"the replies of {final} win {value:.0%} of comparisons with those of {start}{where}"]
     if rate["high"] < 0.5:
-        return [f"the replies of {start} win {1 - value:.0%} of comparisons with those of {final}"]
+        return [f"the replies of {start} win {1 - value:.0%} of comparisons with those of {final}{where}"]
     return [f"no difference in quality between {final} and {start} is shown"]
+
+
+def _kind_of_all(outcome: Mapping[str, Any]) -> Kind | None:
+    """The kind of all prompts that were compared, or None where there are several."""
+    compared = outcome["win_rate"]["n"] if outcome.get("win_rate") else None
+    counts = {kind: outcome[name]["n"] for name, kind in WIN_RATES.items() if outcome.get(name)}
+    return next((kind for kind, count in counts.items() if count == compared), None)
 
 
 def _refusal_clauses(outcome: Mapping[str, Any]) -> list[str]:
@@ -159,7 +168,8 @@ def points(change: Mapping[str, float]) -> str:
 def lines(outcome: Mapping[str, Any]) -> list[str]:
     """The figures of an outcome with their intervals, one line each."""
     found = []
-    for name, kind in {"win_rate": "", **{name: f" {kind} prompts" for name, kind in WIN_RATES.items()}}.items():
+    total = {} if _kind_of_all(outcome) else {"win_rate": ""}
+    for name, kind in {**total, **{name: f" {kind} prompts" for name, kind in WIN_RATES.items()}}.items():
         if rate := outcome.get(name):
             wins = f"{outcome['final']} wins {with_interval(rate, '.0%')}"
             found.append(f"{wins} of {rate['n']:,}{kind} against {outcome['start']}")

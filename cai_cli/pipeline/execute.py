@@ -11,17 +11,11 @@
 for a setting is a sweep: see `sweep.py`.
 """
 
-import ctypes
-import shlex
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cai_cli.common import console
-from cai_cli.common.errors import CaiError
 from cai_cli.models.template_date import template_date
 from cai_cli.pipeline.plan import KEY_FORMAT, Step
 from cai_cli.runtime.config import plain
@@ -42,7 +36,7 @@ def execute(
     Args:
         steps: The steps of the run.
         out: The run folder.
-        run_step: Runs a step (`run_as_child`, or an executor's).
+        run_step: Runs a step (`StepProcesses.run`, or an executor's).
         revise: Called after each step, also after one that was done before.
 
     Returns:
@@ -159,29 +153,3 @@ def _report_change(step: Step, previous: Mapping[str, Any], steps: Sequence[Step
 
 def _ancestors(step: Step) -> list[Step]:
     return [a for need in step.needs for a in (need, *_ancestors(need))]
-
-
-def run_as_child(step: Step, overwrite: bool, *, quiet: bool = False) -> None:
-    """Run a step as a child process, which ends with this one. Raises CaiError if it fails."""
-    words = [*step.argv, *(["--overwrite"] if overwrite else []), *(["--quiet"] if quiet else [])]
-    console.say(f"[{step.name}] $ {shlex.join(['cai', *words])}")
-    child = subprocess.Popen([sys.executable, "-m", "cai_cli", *words], preexec_fn=die_with_parent)  # noqa: S603, PLW1509
-    try:
-        code = child.wait()
-    except BaseException:
-        child.send_signal(signal.SIGTERM)
-        child.wait()
-        raise
-    if code != 0:
-        raise CaiError(
-            f"step {step.name!r} ended with exit code {code}: {step.shell}",
-            hint="fix the error above, then run the same `cai run` again: it resumes from here",
-            code="step-failed",
-        )
-
-
-def die_with_parent() -> None:
-    """Terminate the child when `cai run` is killed (Linux only; elsewhere the lock still protects the output)."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

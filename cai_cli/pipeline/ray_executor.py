@@ -22,9 +22,9 @@ from typing import Any, Self
 
 from cai_cli.common import console
 from cai_cli.common.errors import CaiError
-from cai_cli.pipeline.execute import die_with_parent
 from cai_cli.pipeline.plan import Step
 from cai_cli.pipeline.ray_cluster import capacity, connect, nodes
+from cai_cli.pipeline.step_process import die_with_parent
 from cai_cli.runtime.merge import Part, merge_shards
 from cai_cli.runtime.output_files import wait_for_writer
 from cai_cli.training.launcher import Node, group_command, group_size

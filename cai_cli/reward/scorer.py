@@ -21,7 +21,7 @@ from cai_cli.models.source import ModelSource
 from cai_cli.reward.preference_model import encode_conversation, open_for_scores, preference_model_identity, score_ids
 from cai_cli.reward.score_client import ScoreClient
 from cai_cli.runtime.config import Effect, Group, Option, StageConfig, option
-from cai_cli.runtime.shared_options import DType
+from cai_cli.runtime.shared_options import DType, EngineDType, RequestOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -106,6 +106,22 @@ class Scorer:
         if url and self.source:
             _check_served(self.source.path, name)
         self._client = ScoreClient(self._server_name, url, self.batch_size) if url else None
+
+    @classmethod
+    def of_evaluation(cls, name: str, options: RequestOptions) -> "Scorer":
+        """The scorer of an evaluation whose models may also be judges, by the options of an engine.
+
+        Raises:
+            UsageError: The precision is that of an engine only, or as `Scorer`.
+            CaiError: As `Scorer`.
+        """
+        if options.dtype is EngineDType.INT8:
+            raise UsageError("--dtype int8 is not for preference models", hint="bfloat16", code="option-conflict")
+        return cls(name, options.batch_size, options.device, dtype=options.dtype.value)
+
+    def precision(self) -> dict[str, str | None]:
+        """Its precision, as evaluations record it; nothing for float32, which they all had before version 0.2.0."""
+        return {} if self.dtype == "float32" else {"pm_dtype": self.dtype}
 
     @property
     def path(self) -> Path | None:

@@ -56,6 +56,18 @@ def test_models_are_joined_by_prompt_and_one_that_lacks_a_reply_is_skipped_and_c
     assert len(list(reply_pairs(files, None, 1))) == 3
 
 
+def test_only_prompts_of_one_kind_are_compared_and_the_others_are_counted(tmp_path: Path) -> None:
+    for name in "xy":
+        rows = [
+            sample_row(i, reply=f"{name}{i}") | {"kind": kind} for i, kind in enumerate(("red-team", "helpful", None))
+        ]
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    files = {name: str(tmp_path / f"{name}.jsonl") for name in "xy"}
+    units = list(reply_pairs(files, "red-team", None, "red-team"))
+    assert [u.value.a.reply for u in units if isinstance(u, WorkItem)] == ["x0", "x2"]  # --kind is that of the third
+    assert [u.reason for u in units if isinstance(u, Skipped)] == ["the prompt is not red-team"]
+
+
 def test_an_id_with_different_prompts_is_an_error_with_its_line(tmp_path: Path) -> None:
     x = samples(tmp_path, "x", {1: "a", 2: "b"})
     other = {**sample_row(2), "prompt": [{"role": "user", "content": "something else"}]}
@@ -266,3 +278,11 @@ def test_a_preference_model_s_scores_decide_and_are_kept(cai: Cai, tmp_path: Pat
     assert means["y"][1] == 3
     of_x = {row["prompt_id"]: row["score_a"] for row in rows if row["model_a"] == "x"}
     assert means["x"][0] == pytest.approx(sum(of_x.values()) / 4)
+    options = ("-o", "c.jsonl", "--pm", "pm", "--overwrite", "--dtype")
+    assert cai("eval", "compare", "x.jsonl", "y.jsonl", *options, "int8").error == "option-conflict"
+    assert cai("eval", "compare", "x.jsonl", "y.jsonl", *options, "bfloat16").code == 0
+    assert manifest_of(tmp_path / "c.jsonl")["provenance"]["settings"]["pm_dtype"] == "bfloat16"
+    coarse = [row["score_a"] for row in rows_in(tmp_path / "c.jsonl")]
+    fine = [row["score_a"] for row in rows if (row["model_a"], row["model_b"]) == ("x", "y")]
+    assert coarse == pytest.approx(fine, abs=0.05)
+    assert coarse != pytest.approx(fine, abs=1e-5)

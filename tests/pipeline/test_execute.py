@@ -4,12 +4,12 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from conftest import Cai
 from helpers import Json, rows_in, write_rows
+from pipeline_cases import start_and_kill
 
 STEPS = ["samples", "revisions", "helpful", "preferences"]
 
@@ -74,35 +74,6 @@ def test_a_pipeline_runs_once_and_after_a_change_only_what_it_touches(folder: Pa
     assert ran(run(folder)) == ["helpful"]
 
 
-def start_and_kill(folder: Path, until: Path, sent: signal.Signals) -> int:
-    """Start the pipeline and send a signal once the file `until` is not empty. Returns the exit code, once every child has
-    ended."""
-    child = subprocess.Popen(
-        [sys.executable, "-m", "cai_cli", "run", "pipeline.yaml", "--out", "out"], cwd=folder, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 60
-    while not (until.exists() and until.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.005)
-    child.send_signal(sent)
-    code = child.wait(timeout=30)
-    lock = until.with_name(until.name.replace(".partial", ".lock"))
-    while _held(lock) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return code
-
-
-def _held(lock: Path) -> bool:
-    from filelock import FileLock, Timeout
-
-    if not lock.exists():
-        return False
-    try:
-        with FileLock(lock, timeout=0):
-            return False
-    except Timeout:
-        return True
-
-
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
 def test_an_interrupted_step_resumes_where_it_stopped(sent: signal.Signals, code: int, folder: Path) -> None:
     edit(folder, "n: 2", "n: 2, batch-size: 2")
@@ -117,7 +88,7 @@ def test_an_interrupted_step_resumes_where_it_stopped(sent: signal.Signals, code
     for path in (folder / "out").iterdir():
         path.unlink()
     partial = folder / "out/samples.jsonl.partial"
-    assert start_and_kill(folder, partial, sent) == code
+    assert start_and_kill(folder, "pipeline.yaml", partial, sent) == code
     assert state(folder)["samples"]["status"] == "running"
     kept = partial.read_bytes().count(b"\n")
     assert 0 < kept < 12

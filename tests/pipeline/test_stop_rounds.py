@@ -9,9 +9,9 @@ from helpers import Json, assistant, rows_in, user, write_rows
 from pipeline_cases import planned
 from rounds_world import plant, share_of_good
 
-from cai_cli.cli import run as run_command
 from cai_cli.common.errors import UsageError
 from cai_cli.pipeline.plan import Step
+from cai_cli.pipeline.step_process import StepProcesses
 from cai_cli.pipeline.stop_rounds import check_stops
 from cai_cli.runtime.manifest import write_json
 
@@ -53,7 +53,7 @@ class Stages:
     def __init__(self, scores: dict[int, tuple[float | None, float | None]]) -> None:
         self.scores, self.ran = scores, list[str]()
 
-    def __call__(self, step: Step, overwrite: bool, *, quiet: bool = False) -> None:
+    def __call__(self, step: Step, overwrite: bool) -> None:
         self.ran.append(step.name)
         usage = (
             {"run": {"usage": {"prompt_tokens": 900, "new_tokens": 100, "cost": 2.0}}}
@@ -72,8 +72,8 @@ class Stages:
 @pytest.fixture
 def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
     made = Stages(dict(SCORES))
-    monkeypatch.setattr(run_command, "run_as_child", made)
-    monkeypatch.setattr(run_command, "report_finished_run", lambda folder: None)
+    monkeypatch.setattr(StepProcesses, "run", lambda self, step, overwrite: made(step, overwrite))
+    monkeypatch.setattr("cai_cli.cli.run.report_finished_run", lambda folder: None)
     monkeypatch.setattr("cai_cli.pipeline.execute._label_trust", lambda step: {})
     return made
 
@@ -197,11 +197,11 @@ def test_a_block_that_cannot_be_stopped_as_it_says_is_refused(
 def test_in_a_planted_world_two_rounds_move_the_policy_further_than_one_and_the_third_ends_them(
     cai: Cai, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def in_process(step: Step, overwrite: bool, *, quiet: bool = False) -> None:
+    def in_process(self: StepProcesses, step: Step, overwrite: bool) -> None:
         step.stage.run(step.config.model_copy(update={"overwrite": overwrite, "quiet": True}))
 
     plant(cai, tmp_path, repeat=4, steps=6)
-    monkeypatch.setattr(run_command, "run_as_child", in_process)
+    monkeypatch.setattr(StepProcesses, "run", in_process)
     done = cai("run", "run.yaml", "--out", "out", "--quiet")
     assert done.code == 0, done.stderr
     shares = [share_of_good(tmp_path / f"out/pairs@{number}.jsonl") for number in (1, 2, 3)]
