@@ -51,23 +51,23 @@ class StepProcesses:
         self.quiet = quiet
         gpus = any(True for pattern in GPU_DEVICES for _ in devices.glob(pattern))
         self.can_fork = sys.platform == "linux" and not gpus
-        self._origin: _Origin | None = None
+        self._server: _ForkServer | None = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        if self._origin:
-            self._origin.close()
+        if self._server:
+            self._server.close()
 
     def run(self, step: Step, overwrite: bool) -> None:
         """Run a step in a process that ends with this one. Raises CaiError if it fails."""
         words = [*step.argv, *(["--overwrite"] if overwrite else []), *(["--quiet"] if self.quiet else [])]
         console.say(f"[{step.name}] $ {shlex.join(['cai', *words])}")
         if self.can_fork and _loads_a_model(step):
-            if self._origin is None or self._origin.ended:
-                self._origin = _Origin()
-            code = self._origin.run(words)
+            if self._server is None or self._server.ended:
+                self._server = _ForkServer()
+            code = self._server.run(words)
         else:
             code = _run_afresh(words)
         if code != 0:
@@ -93,9 +93,11 @@ def _run_afresh(words: Sequence[str]) -> int:
         raise
 
 
-class _Origin:
-    """The process that steps are forked from. It receives command lines, and answers each with the number of the fork,
-    and with its exit code when it has ended."""
+class _ForkServer:
+    """The process that steps are forked from.
+
+    It receives command lines, and answers each with the number of the fork, and with its exit code when it has ended.
+    """
 
     def __init__(self) -> None:
         (theirs_in, ours_out), (ours_in, theirs_out) = os.pipe(), os.pipe()
@@ -114,9 +116,13 @@ class _Origin:
 
     def run(self, words: Sequence[str]) -> int:
         """Run `cai` with these words, and return its exit code: minus the signal's number where a signal ended it."""
-        with suppress(BrokenPipeError):
-            print(json.dumps(words), file=self._requests)
-        fork = self._answers.readline()
+        try:
+            with suppress(BrokenPipeError):
+                print(json.dumps(words), file=self._requests)
+            fork = self._answers.readline()
+        except BaseException:  # while it imports the libraries: the step must not start after that
+            self._process.kill()
+            raise
         if not fork:  # it could not import the libraries; `cai` itself says why
             return _run_afresh(words)
         try:

@@ -24,16 +24,16 @@ STEPS = """\
 
 
 @pytest.fixture
-def origins(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def servers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The numbers of the processes that steps are forked from."""
     started: list[int] = []
 
-    class Counted(step_process._Origin):
+    class Counted(step_process._ForkServer):
         def __init__(self) -> None:
             super().__init__()
             started.append(self._process.pid)
 
-    monkeypatch.setattr(step_process, "_Origin", Counted)
+    monkeypatch.setattr(step_process, "_ForkServer", Counted)
     return started
 
 
@@ -53,20 +53,20 @@ def outputs(steps: list[Step], processes: StepProcesses) -> list[bytes]:
 
 
 def test_forks_of_one_process_write_what_processes_of_their_own_write(
-    steps: list[Step], origins: list[int], tmp_path: Path
+    steps: list[Step], servers: list[int], tmp_path: Path
 ) -> None:
     forked = outputs(steps, StepProcesses(quiet=True, devices=tmp_path))
-    assert len(origins) == 1
+    assert len(servers) == 1
     with pytest.raises(ProcessLookupError):  # it has ended with the run
-        os.kill(origins[0], 0)
+        os.kill(servers[0], 0)
     (tmp_path / "nvidia0").touch()
     assert outputs(steps, StepProcesses(quiet=True, devices=tmp_path)) == forked
-    assert len(origins) == 1
+    assert len(servers) == 1
     assert [len(rows_in(step.output)) for step in steps] == [12, 3]
 
 
 def test_a_failure_is_that_of_its_step_alone(
-    steps: list[Step], origins: list[int], tmp_path: Path, folder: Path
+    steps: list[Step], servers: list[int], tmp_path: Path, folder: Path
 ) -> None:
     with StepProcesses(quiet=True, devices=tmp_path) as processes:
         (folder / "prompts.jsonl").rename(folder / "away")
@@ -74,20 +74,20 @@ def test_a_failure_is_that_of_its_step_alone(
             processes.run(steps[0], False)
         (folder / "away").rename(folder / "prompts.jsonl")
         processes.run(steps[0], False)
-        assert len(origins) == 1
-        os.kill(origins[0], signal.SIGKILL)
+        assert len(servers) == 1
+        os.kill(servers[0], signal.SIGKILL)
         processes.run(steps[1], False)
     assert [len(rows_in(step.output)) for step in steps] == [12, 3]
 
 
 def test_steps_on_a_server_or_script_start_nothing_more(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, origins: list[int], tmp_path: Path
+    folder: Path, monkeypatch: pytest.MonkeyPatch, servers: list[int], tmp_path: Path
 ) -> None:
     monkeypatch.chdir(folder)
     (folder / "out").mkdir()
     steps = planned(folder, STEPS.format(model="scripted:script.jsonl", batch=2))
     outputs(steps, StepProcesses(quiet=True, devices=tmp_path))
-    assert origins == []
+    assert servers == []
 
 
 def test_where_the_libraries_cannot_be_imported_the_step_says_so_itself(
@@ -101,14 +101,31 @@ def test_where_the_libraries_cannot_be_imported_the_step_says_so_itself(
         processes.run(steps[0], False)
 
 
+def test_an_interrupt_while_the_libraries_are_imported_starts_no_step(
+    steps: list[Step], servers: list[int], tmp_path: Path
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 1.5)
+    try:
+        with StepProcesses(quiet=True, devices=tmp_path) as processes, pytest.raises(KeyboardInterrupt):
+            processes.run(steps[0], False)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert len(servers) == 1
+    assert list(Path("out").iterdir()) == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
 def test_a_fork_ends_with_its_run_and_resumes(
-    sent: signal.Signals, code: int, steps: list[Step], origins: list[int], folder: Path
+    sent: signal.Signals, code: int, steps: list[Step], servers: list[int], folder: Path
 ) -> None:
     slow = STEPS.format(model="tiny", batch=1).replace("limit: 3", "n: 60")
     calm = outputs(planned(folder, slow), StepProcesses(quiet=True))
-    assert len(origins) == (1 if StepProcesses().can_fork else 0)
+    assert len(servers) == (1 if StepProcesses().can_fork else 0)
     second = folder / "out/second.jsonl"
     for path in (folder / "out").iterdir():
         path.unlink()
