@@ -28,7 +28,7 @@ def test_every_option_that_decides_the_output_is_recorded(stage: str, cai: Cai, 
 # by hash: this list makes sure that somebody decided.
 CONTENT_OPTIONS = frozenset(
     [
-        *("n", "kind", "topics", "num_examples", "start_words", "similarity", "rounds", "critique", "method"),
+        *("n", "kind", "only", "topics", "num_examples", "start_words", "similarity", "rounds", "critique", "method"),
         *("both_orders", "pairs", "principles_per_pair", "cot_samples", "clamp", "calibrate", "min_confidence"),
         *(
             "keep_adapter",
