@@ -13,6 +13,7 @@ from cai_cli.engines.choice import PREFIXES
 from cai_cli.evaluate.benchmarks import BENCHMARKS
 from cai_cli.evaluate.judged_options import JudgedOptions, refuse_idle_server_options
 from cai_cli.models.names import public_name
+from cai_cli.reward.scorer import refuse_int8
 from cai_cli.runtime.config import Effect, Group, Option, StageConfig, option, redefine
 from cai_cli.runtime.shared_options import (
     DEFAULT_MODEL,
@@ -86,6 +87,8 @@ class BenchConfig(OutputOptions, InputOptions, JudgedOptions, SamplingOptions, B
             raise UsageError(
                 "-n is for benchmarks that sample replies, and rewardbench has none", code="option-conflict"
             )
+        if self.pm:
+            refuse_int8(self)
         refuse_idle_server_options(self, [*self.models().values(), self.judge or ""])
 
     def _check_judged(self) -> None:

@@ -28,7 +28,7 @@ from cai_cli.judging.labeller import JudgeOptions, estimate_votes, labeller_sett
 from cai_cli.judging.votes import Labeller
 from cai_cli.metrics.elo import Tournament
 from cai_cli.metrics.intervals import fewest_clusters, with_interval
-from cai_cli.reward.scorer import Scorer
+from cai_cli.reward.scorer import Scorer, refuse_int8
 from cai_cli.runtime.config import Effect, Group, Option, option, redefine
 from cai_cli.runtime.cost import RowFlow, StepCost, TokenCounts
 from cai_cli.runtime.manifest import hash_input, provenance, write_json
@@ -77,6 +77,8 @@ class CompareConfig(OutputOptions, JudgeOptions):
         super().check()
         if (self.pm is None) == (self.judge is None):
             raise UsageError("give either --pm or --judge", code="option-conflict")
+        if self.pm:
+            refuse_int8(self)
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ def reply_pairs(
 ) -> WorkItems[ReplyPair]:
     """Yield the replies of every two models to every prompt, and for each sample of it; all samples are in memory.
 
-    A prompt to which one of two models has no reply is skipped, and so is one of another kind than `only`.
+    A prompt to which one of two models has no reply is skipped. So is one of another kind than `only`, before `limit`.
 
     Args:
         files: Model name -> file of samples.
@@ -184,7 +186,12 @@ def reply_pairs(
         InvalidRow: A row is not valid, a reply is repeated, or an id belongs to different prompts in two files.
     """
     tables = {name: _samples(file) for name, file in files.items()}
-    for key in islice(dict.fromkeys(key for table in tables.values() for key in table), limit):
+    samples = {key: table[key] for table in reversed(tables.values()) for key in table}
+    keys = dict.fromkeys(key for table in tables.values() for key in table)
+    kinds = {key: samples[key][1].kind or kind for key in keys}
+    for of_another_kind in (k for k in kinds.values() if only not in (None, k)):
+        yield Skipped(f"the prompt is {of_another_kind or 'of no kind'}, not {only}", 0)
+    for key in islice((key for key in keys if only in (None, kinds[key])), limit):
         replies = {name: table[key] for name, table in tables.items() if key in table}
         _, first = next(iter(replies.values()))
         for name, (line, sample) in replies.items():
@@ -194,9 +201,6 @@ def reply_pairs(
         for a, b in combinations(tables, 2):
             if without_reply := [name for name in (a, b) if name not in replies]:
                 yield Skipped(f"no reply of {' or '.join(without_reply)}", 0)
-                continue
-            if only not in (None, first.kind or kind):
-                yield Skipped(f"the prompt is not {only}", 0)
                 continue
             (line, one), (_, other) = replies[a], replies[b]
             yield WorkItem(f"{key} {a}:{b}", line, ReplyPair(f"{key} {a}:{b}", first.kind or kind, a, b, one, other))

@@ -131,7 +131,7 @@ def _win_clause(outcome: Mapping[str, Any]) -> list[str]:
         return [f"the replies of {final} win {value:.0%} of comparisons with those of {start}{where}"]
     if rate["high"] < 0.5:
         return [f"the replies of {start} win {1 - value:.0%} of comparisons with those of {final}{where}"]
-    return [f"no difference in quality between {final} and {start} is shown"]
+    return [f"no difference in quality between {final} and {start}{where} is shown"]
 
 
 def _kind_of_all(outcome: Mapping[str, Any]) -> Kind | None:

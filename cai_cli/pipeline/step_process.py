@@ -1,9 +1,9 @@
 """The processes in which `cai run` runs its steps. Each is `cai` with the command line of the step.
 
 To import torch, transformers and TRL takes five to ten seconds, as long as a small step takes on a CPU. So on Linux
-without a GPU the steps that load a model are forks of one process that has imported these libraries, and nothing else.
-On a machine with a GPU every step starts afresh: CUDA does not work in the fork of a process that has touched it, as
-an import may.
+without a GPU the steps that load a model are forks of one process that has imported these libraries, and done nothing
+else. On a machine with a GPU every step is a new process: CUDA does not work in the fork of a process that has
+initialised it, as an import may.
 """
 
 import ctypes
@@ -36,7 +36,7 @@ LIBRARIES = (
     "trl.trainer.sft_trainer",
 )
 GPU_DEVICES = ("nvidia*", "kfd", "dxg")  # in /dev: of NVIDIA, AMD, and Windows' subsystem for Linux
-ELSEWHERE = ("openai:", "scripted:", "vllm:", "server:")  # in front of models that this process does not load
+NOT_TRANSFORMERS = ("openai:", "scripted:", "vllm:", "server:")  # prefixes of models that transformers does not load
 
 
 class StepProcesses:
@@ -62,14 +62,11 @@ class StepProcesses:
 
     def run(self, step: Step, overwrite: bool) -> None:
         """Run a step in a process that ends with this one. Raises CaiError if it fails."""
-        words = [*step.argv, *(["--overwrite"] if overwrite else []), *(["--quiet"] if self.quiet else [])]
-        console.say(f"[{step.name}] $ {shlex.join(['cai', *words])}")
-        if self.can_fork and _loads_a_model(step):
-            if self._server is None or self._server.ended:
-                self._server = _ForkServer()
-            code = self._server.run(words)
-        else:
-            code = _run_afresh(words)
+        argv = [*step.argv, *(["--overwrite"] if overwrite else []), *(["--quiet"] if self.quiet else [])]
+        console.say(f"[{step.name}] $ {shlex.join(['cai', *argv])}")
+        code = self._run_as_fork(argv) if self.can_fork and _loads_a_model(step) else None
+        if code is None:
+            code = _run_in_new_process(argv)
         if code != 0:
             raise CaiError(
                 f"step {step.name!r} ended with exit code {code}: {step.shell}",
@@ -77,14 +74,25 @@ class StepProcesses:
                 code="step-failed",
             )
 
+    def _run_as_fork(self, argv: Sequence[str]) -> int | None:
+        """The exit code, or None where the libraries cannot be imported: `cai` itself says why."""
+        if self._server and self._server.ended:
+            self._server.close()
+            self._server = None
+        self._server = self._server or _ForkServer()
+        code = self._server.run(argv)
+        self.can_fork = code is not None
+        return code
+
 
 def _loads_a_model(step: Step) -> bool:
-    names = [value for name, value in step.settings.items() if name in MODELS and value is not None]
-    return any(not str(name).startswith(ELSEWHERE) for name in names)
+    fields = step.stage.config.option_names()
+    names = [getattr(step.config, fields[option]) for option in MODELS if option in fields]
+    return any(name is not None and not str(name).startswith(NOT_TRANSFORMERS) for name in names)
 
 
-def _run_afresh(words: Sequence[str]) -> int:
-    child = subprocess.Popen([sys.executable, "-m", "cai_cli", *words], preexec_fn=die_with_parent)  # noqa: S603, PLW1509
+def _run_in_new_process(argv: Sequence[str]) -> int:
+    child = subprocess.Popen([sys.executable, "-m", "cai_cli", *argv], preexec_fn=die_with_parent)  # noqa: S603, PLW1509
     try:
         return child.wait()
     except BaseException:
@@ -94,43 +102,47 @@ def _run_afresh(words: Sequence[str]) -> int:
 
 
 class _ForkServer:
-    """The process that steps are forked from.
+    """The process that steps are forked from (`cli.fork_server`).
 
-    It receives command lines, and answers each with the number of the fork, and with its exit code when it has ended.
+    It receives command lines, and answers each with the process id of the fork, and with its exit code when it has
+    ended.
     """
 
     def __init__(self) -> None:
-        (theirs_in, ours_out), (ours_in, theirs_out) = os.pipe(), os.pipe()
+        (request_read, request_write), (answer_read, answer_write) = os.pipe(), os.pipe()
         self._process = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-m", "cai_cli.pipeline.step_process", str(theirs_in), str(theirs_out)],
-            pass_fds=(theirs_in, theirs_out),
+            [sys.executable, "-m", "cai_cli.cli.fork_server", str(request_read), str(answer_write)],
+            pass_fds=(request_read, answer_write),
             preexec_fn=die_with_parent,  # noqa: PLW1509
         )
-        os.close(theirs_in)
-        os.close(theirs_out)
-        self._requests, self._answers = os.fdopen(ours_out, "w", buffering=1), os.fdopen(ours_in)
+        os.close(request_read)
+        os.close(answer_write)
+        self._requests, self._answers = os.fdopen(request_write, "w", buffering=1), os.fdopen(answer_read)
 
     @property
     def ended(self) -> bool:
         return self._process.poll() is not None
 
-    def run(self, words: Sequence[str]) -> int:
-        """Run `cai` with these words, and return its exit code: minus the signal's number where a signal ended it."""
+    def run(self, argv: Sequence[str]) -> int | None:
+        """Run `cai` with these arguments.
+
+        Returns:
+            Its exit code, minus the number of the signal where one ended it; None where this process ended before the
+            step began.
+        """
+        process_id = ""
         try:
             with suppress(BrokenPipeError):
-                print(json.dumps(words), file=self._requests)
-            fork = self._answers.readline()
-        except BaseException:  # while it imports the libraries: the step must not start after that
-            self._process.kill()
-            raise
-        if not fork:  # it could not import the libraries; `cai` itself says why
-            return _run_afresh(words)
-        try:
-            return int(self._answers.readline() or -signal.SIGKILL)
+                print(json.dumps(argv), file=self._requests)
+            process_id = self._answers.readline()
+            return int(self._answers.readline() or -signal.SIGKILL) if process_id else None
         except BaseException:
-            with suppress(ProcessLookupError):
-                os.kill(int(fork), signal.SIGTERM)
-            self._answers.readline()
+            if process_id:
+                with suppress(ProcessLookupError):
+                    os.kill(int(process_id), signal.SIGTERM)
+            else:  # a fork that has just begun gets SIGTERM from the kernel
+                self._process.kill()
+            self.close()  # it ends after the step
             raise
 
     def close(self) -> None:
@@ -145,22 +157,26 @@ def fork_steps(requests: int, answers: int) -> list[str]:
 
     Args:
         requests: The descriptor from which command lines are read, one JSON list a line.
-        answers: The descriptor to which the numbers and exit codes of the forks are written, one a line.
+        answers: The descriptor to which the process ids and exit codes of the forks are written, one a line.
 
     Returns:
         In each fork its command line; in the original, at the end, nothing.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the interrupt of a terminal is for the step
     with warnings.catch_warnings(action="ignore"):
         for name in LIBRARIES:
             with suppress(ImportError):
                 import_module(name)
+    server = os.getpid()
     with os.fdopen(requests) as lines, os.fdopen(answers, "w", buffering=1) as out:
         for line in lines:
-            fork = os.fork()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of idle threads of numpy
+                fork = os.fork()
             if fork == 0:
                 die_with_parent()
-                signal.signal(signal.SIGINT, signal.default_int_handler)
+                if os.getppid() != server:
+                    os._exit(128 + signal.SIGTERM)
                 return json.loads(line)  # type: ignore[no-any-return]
             print(fork, file=out)
             _, status = os.waitpid(fork, 0)
@@ -173,11 +189,3 @@ def die_with_parent() -> None:
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-
-
-if __name__ == "__main__":
-    from cai_cli.cli.app import main
-
-    if words := fork_steps(int(sys.argv[1]), int(sys.argv[2])):
-        sys.argv = ["cai", *words]
-        main()

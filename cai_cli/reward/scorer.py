@@ -80,6 +80,12 @@ def score(
     return _scored(rows, _in_process(model, tokenizer, batch_size))
 
 
+def refuse_int8(options: RequestOptions) -> None:
+    """Raise UsageError where the precision is one that only engines have."""
+    if options.dtype is EngineDType.INT8:
+        raise UsageError("--dtype int8 is not for preference models", hint="bfloat16", code="option-conflict")
+
+
 class Scorer:
     """A preference model that scores rows. It is loaded at first use, so a finished output does not load it.
 
@@ -109,14 +115,7 @@ class Scorer:
 
     @classmethod
     def of_evaluation(cls, name: str, options: RequestOptions) -> "Scorer":
-        """The scorer of an evaluation whose models may also be judges, by the options of an engine.
-
-        Raises:
-            UsageError: The precision is that of an engine only, or as `Scorer`.
-            CaiError: As `Scorer`.
-        """
-        if options.dtype is EngineDType.INT8:
-            raise UsageError("--dtype int8 is not for preference models", hint="bfloat16", code="option-conflict")
+        """The scorer of an evaluation whose models may also be judges. Raises as `Scorer`."""
         return cls(name, options.batch_size, options.device, dtype=options.dtype.value)
 
     def precision(self) -> dict[str, str | None]:

@@ -65,7 +65,11 @@ def test_only_prompts_of_one_kind_are_compared_and_the_others_are_counted(tmp_pa
     files = {name: str(tmp_path / f"{name}.jsonl") for name in "xy"}
     units = list(reply_pairs(files, "red-team", None, "red-team"))
     assert [u.value.a.reply for u in units if isinstance(u, WorkItem)] == ["x0", "x2"]  # --kind is that of the third
-    assert [u.reason for u in units if isinstance(u, Skipped)] == ["the prompt is not red-team"]
+    assert [u.reason for u in units if isinstance(u, Skipped)] == ["the prompt is helpful, not red-team"]
+    units = list(reply_pairs(files, None, 1, "helpful"))  # --limit counts the prompts of this kind
+    assert [u.value.a.reply for u in units if isinstance(u, WorkItem)] == ["x1"]
+    skipped = [u.reason for u in units if isinstance(u, Skipped)]
+    assert skipped == ["the prompt is red-team, not helpful", "the prompt is of no kind, not helpful"]
 
 
 def test_an_id_with_different_prompts_is_an_error_with_its_line(tmp_path: Path) -> None:

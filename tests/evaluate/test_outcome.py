@@ -101,3 +101,6 @@ def test_figures_of_one_kind_of_prompt_say_so_and_come_once() -> None:
     }
     assert headline(found).endswith("the replies of final win 100% of comparisons with those of start.")
     assert len(lines(found)) == 2
+    tied = [comparison(i, "start", "final", float(i % 2), "red-team") for i in range(40)]
+    found = {"start": "start", "final": "final", **win_rates(tied, "start", "final", ())}
+    assert headline(found).endswith("no difference in quality between final and start on red-team prompts is shown.")
