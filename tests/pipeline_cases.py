@@ -6,6 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+from filelock import FileLock
+
 from cai_cli.pipeline.plan import Step, plan
 from cai_cli.pipeline.run_file import load_run
 
@@ -33,24 +35,12 @@ def start_and_kill(folder: Path, run_file: str, until: Path, sent: signal.Signal
     child = subprocess.Popen(
         [sys.executable, "-m", "cai_cli", "run", run_file, "--out", "out"], cwd=folder, stderr=subprocess.DEVNULL
     )
-    deadline = time.monotonic() + 60
-    while not (until.exists() and until.stat().st_size) and time.monotonic() < deadline:
+    while not (until.exists() and until.stat().st_size) and child.poll() is None:
         time.sleep(0.005)
     child.send_signal(sent)
     code = child.wait(timeout=30)
     lock = until.with_name(until.name.replace(".partial", ".lock"))
-    while _held(lock) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    if lock.exists():
+        with FileLock(lock, timeout=60):  # the children have let it go
+            pass
     return code
-
-
-def _held(lock: Path) -> bool:
-    from filelock import FileLock, Timeout
-
-    if not lock.exists():
-        return False
-    try:
-        with FileLock(lock, timeout=0):
-            return False
-    except Timeout:
-        return True

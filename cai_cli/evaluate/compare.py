@@ -69,10 +69,6 @@ class CompareConfig(OutputOptions, JudgeOptions):
         None, "Compare only replies to prompts of this kind, as where --pm was trained on one kind alone."
     )
 
-    def recorded_only(self) -> dict[str, Kind]:
-        """`only` as provenance records it, which earlier versions did not have."""
-        return {"only": self.only} if self.only else {}
-
     def check(self) -> None:
         super().check()
         if (self.pm is None) == (self.judge is None):
@@ -186,12 +182,13 @@ def reply_pairs(
         InvalidRow: A row is not valid, a reply is repeated, or an id belongs to different prompts in two files.
     """
     tables = {name: _samples(file) for name, file in files.items()}
-    samples = {key: table[key] for table in reversed(tables.values()) for key in table}
-    keys = dict.fromkeys(key for table in tables.values() for key in table)
-    kinds = {key: samples[key][1].kind or kind for key in keys}
+    kinds: dict[str, Kind | None] = {}
+    for table in tables.values():
+        for key, (_, sample) in table.items():
+            kinds.setdefault(key, sample.kind or kind)
     for of_another_kind in (k for k in kinds.values() if only not in (None, k)):
         yield Skipped(f"the prompt is {of_another_kind or 'of no kind'}, not {only}", 0)
-    for key in islice((key for key in keys if only in (None, kinds[key])), limit):
+    for key in islice((key for key, of_key in kinds.items() if only in (None, of_key)), limit):
         replies = {name: table[key] for name, table in tables.items() if key in table}
         _, first = next(iter(replies.values()))
         for name, (line, sample) in replies.items():
@@ -203,7 +200,7 @@ def reply_pairs(
                 yield Skipped(f"no reply of {' or '.join(without_reply)}", 0)
                 continue
             (line, one), (_, other) = replies[a], replies[b]
-            yield WorkItem(f"{key} {a}:{b}", line, ReplyPair(f"{key} {a}:{b}", first.kind or kind, a, b, one, other))
+            yield WorkItem(f"{key} {a}:{b}", line, ReplyPair(f"{key} {a}:{b}", kinds[key], a, b, one, other))
 
 
 def _samples(file: str) -> dict[str, tuple[int, Sample]]:
@@ -326,17 +323,17 @@ class Comparer:
 
 def open_comparer(config: CompareConfig, models: Sequence[str]) -> Comparer:
     """The comparer that the options describe. Raises UsageError, CaiError."""
-    named = {"models": list(models)}
+    named = {"models": list(models)} | ({"only": config.only} if config.only else {})  # earlier versions had no `only`
     if config.judge is None:
         scorer = Scorer.of_evaluation(str(config.pm), config)
-        settings = {"kind": config.kind, "limit": config.limit} | named | scorer.precision() | config.recorded_only()
+        settings = {"kind": config.kind, "limit": config.limit} | named | scorer.precision()
         work = partial(compare_by_scores, scorer=scorer)
         recorded = {"settings": settings, "pm": scorer.identity()}
         return Comparer(work, 4 * scorer.batch_size, None, recorded)
     labeller, loaded = open_labeller(config, config.judge, both_orders=True)
     engine = labeller.judge.engine
     recorded = {
-        "settings": labeller_settings(config, labeller) | named | config.recorded_only(),
+        "settings": labeller_settings(config, labeller) | named,
         "constitution": {"name": loaded.name, "fingerprint": loaded.fingerprint()},
         "model": engine.identity(),
     }

@@ -4,7 +4,6 @@ It measures whether training kept a model's abilities. The harness runs as it is
 are passed through, and its JSON is kept.
 """
 
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from typing import Any
 
 import orjson
 
+from cai_cli.common.child_process import wait_for
 from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.models.adapter_dirs import ADAPTER_FILES
 from cai_cli.models.fetch import ADAPTER_CONFIG
@@ -131,10 +131,4 @@ def run_lm_eval(model: str, arguments: Sequence[str], name: str | None = None) -
 
 def _run(words: Sequence[str]) -> int:
     """Run a command and return its exit code; it ends with this process."""
-    child = subprocess.Popen(words, stdout=2)  # noqa: S603 - its tables are messages
-    try:
-        return child.wait()
-    except BaseException:
-        child.send_signal(signal.SIGTERM)
-        child.wait()
-        raise
+    return wait_for(subprocess.Popen(words, stdout=2))  # noqa: S603 - its tables are messages

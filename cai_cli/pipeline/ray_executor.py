@@ -21,10 +21,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from cai_cli.common import console
+from cai_cli.common.child_process import die_with_parent, wait_for
 from cai_cli.common.errors import CaiError
 from cai_cli.pipeline.plan import Step
 from cai_cli.pipeline.ray_cluster import capacity, connect, nodes
-from cai_cli.pipeline.step_process import die_with_parent
 from cai_cli.runtime.merge import Part, merge_shards
 from cai_cli.runtime.output_files import wait_for_writer
 from cai_cli.training.launcher import Node, group_command, group_size
@@ -95,12 +95,7 @@ def run_command(command: Command) -> tuple[int, str]:
             stderr=log,
             preexec_fn=die_with_parent,  # noqa: PLW1509
         )
-        try:
-            code = child.wait()
-        except BaseException:
-            child.send_signal(signal.SIGTERM)
-            child.wait()
-            raise
+        code = wait_for(child)
     if code in (-signal.SIGTERM, -signal.SIGKILL, 128 + signal.SIGTERM):
         raise TaskKilledError
     return code, socket.gethostname()

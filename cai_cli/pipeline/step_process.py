@@ -6,7 +6,6 @@ else. On a machine with a GPU every step is a new process: CUDA does not work in
 initialised it, as an import may.
 """
 
-import ctypes
 import json
 import os
 import shlex
@@ -22,6 +21,7 @@ from types import TracebackType
 from typing import Self
 
 from cai_cli.common import console
+from cai_cli.common.child_process import die_with_parent, wait_for
 from cai_cli.common.errors import CaiError
 from cai_cli.pipeline.plan import MODELS, Step
 
@@ -92,13 +92,8 @@ def _loads_a_model(step: Step) -> bool:
 
 
 def _run_in_new_process(argv: Sequence[str]) -> int:
-    child = subprocess.Popen([sys.executable, "-m", "cai_cli", *argv], preexec_fn=die_with_parent)  # noqa: S603, PLW1509
-    try:
-        return child.wait()
-    except BaseException:
-        child.send_signal(signal.SIGTERM)
-        child.wait()
-        raise
+    command = [sys.executable, "-m", "cai_cli", *argv]
+    return wait_for(subprocess.Popen(command, preexec_fn=die_with_parent))  # noqa: S603, PLW1509
 
 
 class _ForkServer:
@@ -182,10 +177,3 @@ def fork_steps(requests: int, answers: int) -> list[str]:
             _, status = os.waitpid(fork, 0)
             print(os.waitstatus_to_exitcode(status), file=out)
     return []
-
-
-def die_with_parent() -> None:
-    """Terminate this process when its parent is killed (Linux only; elsewhere the lock still protects the output)."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
