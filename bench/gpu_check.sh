@@ -14,7 +14,7 @@
 # The 7.4B part needs 45 GB of disk under OUT, 75 GB where models are saved in float32. CAI_GPU_CHECK_TINY=1 runs every
 # step in tiny sizes, on any machine.
 set -u
-export PYTHONUNBUFFERED=1 PIP_NO_INDEX=1 PIP_DISABLE_PIP_VERSION_CHECK=1 HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
+export CAI_TEST_ON_GPU=1 PYTHONUNBUFFERED=1 PIP_NO_INDEX=1 PIP_DISABLE_PIP_VERSION_CHECK=1 HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
 
 root=$(cd "$(dirname "$0")/.." && pwd)
 wheels=${1:-}
@@ -37,7 +37,7 @@ if [ -n "${CAI_GPU_CHECK_TINY:-}" ]; then
   shape_small=tiny shape_large=tiny rows=8 new=8 limit_rows=6 rl_limit=40 rl_prompts=2 tests="tests/training/test_config.py"
 else
   shape_small=135m shape_large=7.4b rows=512 new=128 limit_rows=64 rl_limit=64 rl_prompts=16
-  tests="tests/engines tests/training tests/phase1_supervised/test_sft.py tests/phase2_feedback/test_train_pm.py"
+  tests="tests/engines/local tests/training/test_memory.py tests/phase1_supervised/test_sft.py tests/phase2_feedback/test_train_pm.py"
 fi
 
 say() { printf '%s\n' "$1" | tee -a "$table"; }
@@ -201,7 +201,7 @@ rm -rf "$large" pm-lora-large rl-lora-large ./*.partial
 
 cd "$root" || exit 2
 # shellcheck disable=SC2086
-step tests 120 "$python" -m pytest -p no:cacheprovider $tests
+step tests 120 "$python" -m pytest -p no:cacheprovider -p no:benchmark $tests
 
 say ""
 say "$SECONDS seconds in all; $([ $failed = 0 ] && echo "every step ran" || echo "a step failed or was left out")."

@@ -1,6 +1,7 @@
 """`cai` called in process: the real command line without the half second a new interpreter takes."""
 
 import io
+import os
 import signal
 import sys
 import threading
@@ -16,6 +17,10 @@ from cai_cli.cli.app import main
 from cai_cli.common import console
 from cai_cli.common.errors import CaiError
 from cai_cli.reward.server import RewardModel, RewardServer
+
+# Tests compare with the results of a CPU; `bench/gpu_check.sh` runs those that hold on a GPU too.
+if not os.environ.get("CAI_TEST_ON_GPU"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 Ran = Callable[[str], None]
 

@@ -4,6 +4,7 @@ import json
 import os
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import file_digest, sha256
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -62,10 +63,11 @@ def files_digest(path: Path, patterns: Iterable[str]) -> str:
     """
     digests = _Digests(cache_dir() / "digests.json")
     whole = sha256()
-    files = {file for pattern in patterns for file in path.glob(pattern) if file.is_file()}
+    files = sorted({file for pattern in patterns for file in path.glob(pattern) if file.is_file()})
     try:
-        for file in sorted(files):
-            whole.update(f"{file.relative_to(path).as_posix()}\0{digests.of(file)}\n".encode())
+        with ThreadPoolExecutor() as threads:  # one alone hashes about 1 GB a second, less than a disk reads
+            for file, digest in zip(files, threads.map(digests.of, files), strict=True):
+                whole.update(f"{file.relative_to(path).as_posix()}\0{digest}\n".encode())
     except OSError as error:
         raise CaiError(f"{path}: cannot be read: {error}", code="cannot-read") from error
     digests.save()

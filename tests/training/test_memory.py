@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -78,7 +79,7 @@ def measured(model: Any, training: TrainingConfig, before: Callable[[], None] = 
 
     forward_and_backward(model, training)  # gradients exist from now on
     before()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
         forward_and_backward(model, training)
     events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = peak = 0
@@ -163,6 +164,8 @@ def test_the_peak_is_within_15_percent_of_what_a_gpu_allocates(setting: str) -> 
 
     config, training = family("llama, grouped queries"), replace(SETTINGS[setting], device="cuda")
     config.hidden_size, config.intermediate_size, config.head_dim, config.vocab_size = 1024, 3072, 256, 32768
+    gc.collect()  # the models of earlier tests
+    held = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     model = model_of(config, training)
     optimizer = AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], fused=True)
@@ -172,7 +175,7 @@ def test_the_peak_is_within_15_percent_of_what_a_gpu_allocates(setting: str) -> 
         optimizer.step()
         optimizer.zero_grad()
     estimate = plan(shape_of(config), training, Workload(LENGTH, scored=LENGTH), Sharding())
-    assert estimate.peak == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.15)
+    assert estimate.peak == pytest.approx(torch.cuda.max_memory_allocated() - held, rel=0.15)
 
 
 # --- models of 8B -----------------------------------------------------------------------------------------------

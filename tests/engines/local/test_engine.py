@@ -207,8 +207,8 @@ def test_rows_run_in_small_pieces_equal_whole_forward_passes(
     rows = [common + some(count) for count in (3, 4, 7, 20, 37)]
     rows.insert(2, rows[1])
     plain = reference(family)
-    memory = prefix_cache.PrefixCache(engine(family).model, tuple(common), 3)
     assert engine(family).uses_prefix_cache
+    memory = prefix_cache.PrefixCache(engine(family).model, tuple(common), 3)
 
     def join(new: list[list[int]]) -> None:
         found = list(memory.add([tuple(row) for row in new], [2] * len(new)))
