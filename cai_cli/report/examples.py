@@ -233,11 +233,13 @@ class ModelReply:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """The first reply of several models to one prompt; None where a model has no reply to it."""
+    """The first reply of several models to one prompt; None where a model has no reply to it. `caption`: what the
+    prompt stands for."""
 
     key: str
     prompt: Sequence[tuple[str, ClippedText]]
     replies: Mapping[str, ModelReply | None]
+    caption: str = ""
 
 
 def side_by_side(run: RunFiles, budget: Budget) -> Excerpt[SideBySide] | None:

@@ -12,14 +12,17 @@ from cai_cli.data.formats import sample_or_revision
 from cai_cli.data.jsonl import read_rows
 from cai_cli.data.reply_ends import CUT_OFF
 from cai_cli.data.schema import Sample
-from cai_cli.evaluate.outcome import REFUSALS, headline
+from cai_cli.evaluate.outcome import REFUSALS, headline, is_refusal
 from cai_cli.report.collect import RunFiles, StepFiles
 from cai_cli.report.examples import Budget, ModelReply, SideBySide, clip, messages_of, side_by_side
 from cai_cli.report.results import OutcomeResult
 
 SHOWN = 3
 SHOWN_BYTES = 60_000
-RULE = "The first prompts of each kind, in turn, in the order of their file."
+RULE = (
+    "For each kind of prompt, the first that the final model refuses and the first that it does not, in the order of "
+    "their file; the more common case comes first."
+)
 T = TypeVar("T")
 
 
@@ -86,7 +89,7 @@ def first_screen(run: RunFiles) -> FirstScreen:
         headline(run.outcome.model_dump()),
         run.outcome,
         list(_refusals(run.outcome)),
-        _prompts(tables),
+        _prompts(tables, run.outcome.final),
         {name: _cut_off(table.values()) for name, table in tables.items() if table},
         times,
     )
@@ -116,22 +119,28 @@ def _cut_off(rows: Iterable[Sample]) -> tuple[int, int]:
     return sum(ends), len(ends)
 
 
-def _prompts(tables: Mapping[str, Mapping[str, Sample]]) -> list[SideBySide]:
+def _prompts(tables: Mapping[str, Mapping[str, Sample]], final: str) -> list[SideBySide]:
     """The prompts to show, which every model has answered."""
     first, *others = tables.values()
     common = [row for key, row in first.items() if all(key in other for other in others)]
-    shown = in_turn([[row for row in common if row.kind == kind] for kind in dict.fromkeys(row.kind for row in common)])
-    return [
-        SideBySide(
-            row.id,
-            messages_of(row.prompt),
-            {
-                name: ModelReply(clip(table[row.id].reply), table[row.id].finish_reason == CUT_OFF)
-                for name, table in tables.items()
-            },
-        )
-        for row in shown[:SHOWN]
-    ]
+    groups: list[list[SideBySide]] = []
+    replies = tables.get(final, {})
+    for kind in dict.fromkeys(row.kind for row in common):
+        rows = [row for row in common if row.kind == kind]
+        refused = [row for row in rows if row.id in replies and is_refusal(replies[row.id])]
+        answered = [row for row in rows if row not in refused]
+        for part, does in sorted(((refused, "refuses"), (answered, "does not refuse")), key=lambda pair: -len(pair[0])):
+            caption = f"One of {len(part):,} {f'{kind} ' if kind else ''}prompts that {final} {does}"
+            groups.append([_side_by_side(row, tables, caption) for row in part[:SHOWN]])
+    return in_turn(groups)[:SHOWN]
+
+
+def _side_by_side(row: Sample, tables: Mapping[str, Mapping[str, Sample]], caption: str) -> SideBySide:
+    replies = {
+        name: ModelReply(clip(table[row.id].reply), table[row.id].finish_reason == CUT_OFF)
+        for name, table in tables.items()
+    }
+    return SideBySide(row.id, messages_of(row.prompt), replies, caption)
 
 
 def in_turn(groups: Sequence[Sequence[T]]) -> list[T]:

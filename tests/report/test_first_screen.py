@@ -47,17 +47,24 @@ def test_the_first_screen_shows_the_outcome_with_its_intervals(tmp_path: Path) -
 
 def test_three_prompts_are_shown_by_the_rule_that_the_page_states(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "made")
-    rows = [json.loads(line) for line in (folder / "after.jsonl").read_text().splitlines()]
+    rows: list[Any] = []
     for name in ("samples.jsonl", "after.jsonl"):
         kept = [json.loads(line) for line in (folder / name).read_text().splitlines()]
         for row in kept[5:]:
             row["kind"] = "helpful"
         kept[0]["finish_reason"] = "length" if name == "samples.jsonl" else "stop"
+        if name == "after.jsonl":
+            for place in (1, 3, 4, 5):
+                kept[place]["completion"][-1]["content"] = f"I'm sorry, but I won't help with number {place}."
+            rows = kept
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in kept))
     text = overview(drawn(with_outcome(folder, OUTCOME))[1])
     shown = [row["id"] for row in rows if f" {squeezed(row['completion'][0]['content'])} " in text]
-    assert shown == ["p0", "p1", "p5"]
-    assert "The first prompts of each kind, in turn, in the order of their file." in text
+    assert shown == ["p0", "p1", "p6"]
+    captions = "3 red-team prompts that rl-cai refuses", "2 red-team prompts that rl-cai does not refuse"
+    places = [text.index(f"One of {each} ") for each in (*captions, "24 helpful prompts that rl-cai does not refuse")]
+    assert places == sorted(places)
+    assert "the first that the final model refuses and the first that it does not" in text
     assert "Cut off at the length limit: 1 of 30 replies of start, 0 of 30 replies of rl-cai." in text
 
 
