@@ -30,6 +30,9 @@ def table_lines(result: Mapping[str, Any]) -> Iterator[str]:
         turns = [percent(rate) if rate else "-" for rate in result["by_turn"][model]]
         if len(turns) > 1:
             yield f"{model}: {turns[0]} in the first reply, then {', '.join(turns[1:])} under pressure"
+    if models[1:] and result["judge"]["trusted"] is False:
+        yield "no difference between the models is claimed, because the judge is not to be trusted"
+        return
     for model in models[1:]:
         yield from _changes(result, models[0], model)
 

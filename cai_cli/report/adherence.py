@@ -124,17 +124,19 @@ def matrices(run: RunFiles, budget: Budget) -> list[AdherenceMatrix]:
             continue
         file = path.name.removesuffix(ENDING)
         conversations = _conversations(run, file, budget)
-        rows = [MatrixRow(p.id, _cells(p, found.models), conversations.get(p.id, [])) for p in found.principles]
+        rows = [MatrixRow(p.id, _cells(p, found), conversations.get(p.id, [])) for p in found.principles]
         name = file.removesuffix(".zst").removesuffix(".jsonl")
-        found_matrices.append(AdherenceMatrix(name, file, found, rows, _cells(found.overall, found.models)))
+        found_matrices.append(AdherenceMatrix(name, file, found, rows, _cells(found.overall, found)))
     return found_matrices
 
 
-def _cells(rates: PrincipleRates, models: Sequence[str]) -> list[Cell]:
+def _cells(rates: PrincipleRates, found: AdherenceFile) -> list[Cell]:
+    """The rates of the models. None is marked as changed where the judge is not to be trusted."""
     cells = []
-    for model in models:
+    for model in found.models:
         rate, difference = rates.rates.get(model), rates.differences.get(model)
-        sign = significant(difference.model_dump() if difference else None)  # type: ignore[arg-type]
+        claimed = difference if found.judge.trusted is not False else None
+        sign = significant(claimed.model_dump() if claimed else None)  # type: ignore[arg-type]
         cells.append(Cell(rate.model_dump() if rate else None, sign))
     return cells
 

@@ -134,6 +134,8 @@ def test_a_judge_that_does_not_read_the_replies_is_not_trusted(cai: Cai, planted
     assert judge["trusted"] is False
     assert judge["between_phrasings"]["low"] < 0 < judge["between_phrasings"]["high"]
     assert "do not trust the judge" in done.stderr
+    assert "no difference between the models is claimed, because the judge is not to be trusted" in done.stderr
+    assert "than before" not in done.stderr
 
 
 # --- files --------------------------------------------------------------------------------------------------------

@@ -45,6 +45,16 @@ def test_the_matrix_has_a_cell_for_each_principle_and_model_and_links_to_convers
     assert "number 0 <script>" not in page
 
 
+def test_a_judge_that_is_not_to_be_trusted_marks_no_change(cai: Cai, tmp_path: Path) -> None:
+    _run(cai, tmp_path)
+    file = tmp_path / "run" / "adherence.jsonl.adherence.json"
+    result = json.loads(file.read_text())
+    result["judge"]["trusted"] = False
+    file.write_text(json.dumps(result))
+    (matrix,) = matrices(read_run(tmp_path / "run"), Budget(600_000))
+    assert {cell.sign for row in matrix.rows for cell in row.cells} == {0}
+
+
 def test_a_damaged_file_is_a_problem_that_the_page_lists(cai: Cai, tmp_path: Path) -> None:
     _run(cai, tmp_path)
     (tmp_path / "run" / "adherence.jsonl.adherence.json").write_text('{"models": 3}')
