@@ -53,6 +53,8 @@ def test_a_judge_that_is_not_to_be_trusted_marks_no_change(cai: Cai, tmp_path: P
     file.write_text(json.dumps(result))
     (matrix,) = matrices(read_run(tmp_path / "run"), Budget(600_000))
     assert {cell.sign for row in matrix.rows for cell in row.cells} == {0}
+    assert cai("report", "run").code == 0
+    assert "▼" not in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_a_damaged_file_is_a_problem_that_the_page_lists(cai: Cai, tmp_path: Path) -> None:
