@@ -125,7 +125,7 @@ def _win_clause(outcome: Mapping[str, Any]) -> list[str]:
     if rate is None:
         return []
     start, final, value = outcome["start"], outcome["final"], rate["value"]
-    kind = _kind_of_all(outcome)
+    kind = kind_of_all(outcome)
     where = f" on {kind} prompts" if kind else ""
     if rate["low"] > 0.5:
         return [f"the replies of {final} win {value:.0%} of comparisons with those of {start}{where}"]
@@ -134,7 +134,7 @@ def _win_clause(outcome: Mapping[str, Any]) -> list[str]:
     return [f"no difference in quality between {final} and {start}{where} is shown"]
 
 
-def _kind_of_all(outcome: Mapping[str, Any]) -> Kind | None:
+def kind_of_all(outcome: Mapping[str, Any]) -> Kind | None:
     """The kind of all prompts that were compared, or None where there are several."""
     compared = outcome["win_rate"]["n"] if outcome.get("win_rate") else None
     counts = {kind: outcome[name]["n"] for name, kind in WIN_RATES.items() if outcome.get(name)}
@@ -168,7 +168,7 @@ def points(change: Mapping[str, float]) -> str:
 def lines(outcome: Mapping[str, Any]) -> list[str]:
     """The figures of an outcome with their intervals, one line each."""
     found = []
-    total = {} if _kind_of_all(outcome) else {"win_rate": ""}
+    total = {} if kind_of_all(outcome) else {"win_rate": ""}
     for name, kind in {**total, **{name: f" {kind} prompts" for name, kind in WIN_RATES.items()}}.items():
         if rate := outcome.get(name):
             wins = f"{outcome['final']} wins {with_interval(rate, '.0%')}"

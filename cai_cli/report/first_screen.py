@@ -12,7 +12,7 @@ from cai_cli.data.formats import sample_or_revision
 from cai_cli.data.jsonl import read_rows
 from cai_cli.data.reply_ends import CUT_OFF
 from cai_cli.data.schema import Sample
-from cai_cli.evaluate.outcome import REFUSALS, headline, is_refusal
+from cai_cli.evaluate.outcome import REFUSALS, headline, is_refusal, kind_of_all
 from cai_cli.report.collect import RunFiles, StepFiles
 from cai_cli.report.examples import Budget, ModelReply, SideBySide, clip, messages_of, side_by_side
 from cai_cli.report.results import OutcomeResult
@@ -71,6 +71,11 @@ class FirstScreen:
         """What decided the comparisons, with directories by their names alone."""
         parts = str((self.outcome and self.outcome.judge) or "").split("+")
         return "+".join(part.rstrip("/").rpartition("/")[2] for part in parts)
+
+    @property
+    def kind(self) -> str | None:
+        """The kind of all prompts that were compared; None where there are several."""
+        return kind_of_all(self.outcome.model_dump()) if self.outcome else None
 
     @property
     def rule(self) -> str:
