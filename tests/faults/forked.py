@@ -163,17 +163,22 @@ def _mother(modules: Sequence[str]) -> None:
     for line in sys.stdin:
         order = json.loads(line)
         gate = os.open(f"{order['cwd']}/.go", os.O_RDWR) if order.get("held") else None
+        opened, ready = os.pipe()
         pid = os.fork()
         if pid == 0:
-            _child(order, gate)
+            os.close(opened)
+            _child(order, gate, ready)
         if gate is not None:
             os.close(gate)
+        os.close(ready)
+        os.read(opened, 1)  # ends when the child has opened its own files, which no tracer is to see
+        os.close(opened)
         print(pid)
         _, status = os.waitpid(pid, 0)
         print(os.waitstatus_to_exitcode(status))
 
 
-def _child(order: dict[str, Any], gate: int | None) -> None:
+def _child(order: dict[str, Any], gate: int | None, ready: int) -> None:
     from cai_cli.cli.app import main
 
     os.chdir(order["cwd"])
@@ -181,7 +186,7 @@ def _child(order: dict[str, Any], gate: int | None) -> None:
     os.dup2(fds[0], 0)
     os.dup2(fds[0], 1)
     os.dup2(fds[1], 2)
-    for fd in fds:
+    for fd in (*fds, ready):
         os.close(fd)
     if gate is not None:
         os.read(gate, 1)
