@@ -90,6 +90,7 @@ class ReplyPair:
         return self.chosen[-1], self.rejected[-1]
 
 
+ATTACHMENTS = ("image", "images", "audio", "audios", "video", "videos")  # columns of what a message refers to
 Found = Conversation | ReplyPair
 Read = Callable[[Row, Dropped], tuple[Found, frozenset[str]]]
 
@@ -115,6 +116,10 @@ def recognize(value: object, dropped: Dropped, wanted: frozenset[str] = frozense
     shape = shape_of(value)
     if shape is None:
         raise _unreadable(value)
+    if attached := next(
+        (name for name in ATTACHMENTS if isinstance(value.get(name), str | list | dict) and value[name]), None
+    ):
+        raise UnusableRow(f"content that is not text: column {attached!r}")
     found, used = shape.read(value, dropped)
     if not isinstance(found.fields["source"], str | None):  # a column of another meaning
         found.fields["source"] = None

@@ -41,8 +41,9 @@ def read_turns(value: object, field: str, dropped: Dropped) -> list[Message]:
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list) or not value:
+        given = json_type(value) if value or not isinstance(value, list) else "an empty list"
         raise RowError(
-            f"field {field!r} must be text or a non-empty list of messages, this is {json_type(value)}",
+            f"field {field!r} must be text or a non-empty list of messages, this is {given}",
             code="invalid-row",
         )
     return [_message(each, field, dropped) for each in value]

@@ -151,6 +151,19 @@ def test_a_turn_that_is_no_text_is_unusable_and_not_invalid(turn: dict[str, Any]
             parse({"messages": [U, turn, G]})
 
 
+@pytest.mark.parametrize(
+    "column", [{"image": "coco/1.jpg"}, {"images": [{"path": "1.jpg"}]}, {"audio": {"path": "a.wav"}}]
+)
+def test_a_row_with_an_image_or_sound_in_a_column_is_unusable(column: dict[str, Any]) -> None:
+    row = {"conversations": [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]}
+    (name,) = column
+    for value in ({"messages": [U, G]}, row, {"prompt": [U], "chosen": [G], "rejected": [B]}):
+        with pytest.raises(UnusableRow, match=name):
+            recognize(value | column, Dropped())
+        for nothing in (None, "", [], 3):
+            assert recognize(value | {name: nothing}, Dropped())
+
+
 def test_thoughts_in_parts_are_left_out_and_the_developer_is_the_system() -> None:
     dropped = Dropped()
     turns = [{"role": "developer", "content": "Be brief."}, U,
