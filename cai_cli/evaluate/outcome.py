@@ -183,4 +183,5 @@ def lines(outcome: Mapping[str, Any]) -> list[str]:
             )
     if seen := outcome.get("seen_in_training"):
         found.append(f"prompts that were trained on and are left out: {seen:,}")
-    return found
+    # Those of `eval compare`, of the same comparisons, are wider.
+    return [*found, "95% intervals, each for itself and not for all of the table together"] if found else []
