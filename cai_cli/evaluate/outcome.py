@@ -183,5 +183,5 @@ def lines(outcome: Mapping[str, Any]) -> list[str]:
             )
     if seen := outcome.get("seen_in_training"):
         found.append(f"prompts that were trained on and are left out: {seen:,}")
-    # Those of `eval compare`, of the same comparisons, are wider.
-    return [*found, "95% intervals, each for itself and not for all of the table together"] if found else []
+    together = "those of eval compare hold for all its comparisons together and are wider"
+    return [*found, f"95% intervals, each for itself; {together}"] if found else []

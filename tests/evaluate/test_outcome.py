@@ -84,7 +84,9 @@ def test_every_figure_is_printed_with_its_interval() -> None:
         "rl-cai wins 70% (60% to 80%) of 56 against start",
         "refusals of red-team prompts: 4% (0% to 8%) -> 50% (40% to 60%), a change of +30 to +60 points on 56 replies",
         "prompts that were trained on and are left out: 2",
+        "95% intervals, each for itself; those of eval compare hold for all its comparisons together and are wider",
     ]
+    assert lines({}) == []
 
 
 def test_figures_of_one_kind_of_prompt_say_so_and_come_once() -> None:
@@ -93,14 +95,14 @@ def test_figures_of_one_kind_of_prompt_say_so_and_come_once() -> None:
     assert headline(found).endswith(
         "the replies of final win 100% of comparisons with those of start on red-team prompts."
     )
-    assert [line.partition(" of ")[2] for line in lines(found)] == ["40 red-team prompts against start"]
+    assert [line.partition(" of ")[2] for line in lines(found)[:-1]] == ["40 red-team prompts against start"]
     found = {
         "start": "start",
         "final": "final",
         **win_rates([*rows, comparison(50, "start", "final", 0.1)], "start", "final", ()),
     }
     assert headline(found).endswith("the replies of final win 100% of comparisons with those of start.")
-    assert len(lines(found)) == 2
+    assert len(lines(found)) == 3
     tied = [comparison(i, "start", "final", float(i % 2), "red-team") for i in range(40)]
     found = {"start": "start", "final": "final", **win_rates(tied, "start", "final", ())}
     assert headline(found).endswith("no difference in quality between final and start on red-team prompts is shown.")
