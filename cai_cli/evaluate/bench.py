@@ -318,6 +318,8 @@ def print_result(result: Mapping[str, Any]) -> None:
     for one in result["models"]:
         share = percent(one["score"])
         console.say(f"{result['title']}, {one['model']}: {result['metric']} {share} over {one['score']['n']:,}")
+    if missing := result["without_scores"]:
+        console.warn(f"{result['title']}: no reply of {', '.join(missing)} was scored, so nothing is compared with it")
     for difference in result["differences"]:
         low, high = difference["low"], difference["high"]
         change = "no significant difference" if low <= 0 <= high else _change(result["better"], low > 0)

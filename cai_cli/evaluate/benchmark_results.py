@@ -73,12 +73,14 @@ class BenchmarkResults:
     def result(self) -> dict[str, Any]:
         """Return `models`, each with its `score` and those of its `groups`, and the `differences` from the first one.
 
-        `simultaneous` counts the intervals of each kind, over which they hold together.
+        `without_scores` names the models of which nothing was judged; without a score of the first model there are no
+        differences. `simultaneous` counts the intervals of each kind, over which they hold together.
         """
         judged = {model: outcomes for model, outcomes in self.outcomes.items() if outcomes}
         names = {group for outcomes in judged.values() for one in outcomes for group in one.groups}
-        counts = {"models": len(judged), "groups": len(names) * len(judged), "differences": max(0, len(judged) - 1)}
-        baseline, *others = judged or [""]
+        baseline = next(iter(self.outcomes), "")
+        others = [model for model in judged if model != baseline] if baseline in judged else []
+        counts = {"models": len(judged), "groups": len(names) * len(judged), "differences": len(others)}
         return {
             "models": [{"model": name, **self._of_model(judged[name], counts)} for name in judged],
             "differences": [
@@ -86,6 +88,7 @@ class BenchmarkResults:
                 for other in others
                 if (difference := self._difference(judged[baseline], judged[other], counts["differences"]))
             ],
+            "without_scores": [model for model in self.outcomes if model not in judged],
             "simultaneous": counts,
         }
 

@@ -179,13 +179,10 @@ def reply_pairs(
         only: The kind of prompts to compare; None for all.
 
     Raises:
-        InvalidRow: A row is not valid, a reply is repeated, or an id belongs to different prompts in two files.
+        InvalidRow: A row is not valid, a reply is repeated, or an id has another prompt or kind in another file.
     """
     tables = {name: _samples(file) for name, file in files.items()}
-    kinds: dict[str, Kind | None] = {}
-    for table in tables.values():
-        for key, (_, sample) in table.items():
-            kinds.setdefault(key, sample.kind or kind)
+    kinds = _kinds(tables, files, kind)
     for of_another_kind in (k for k in kinds.values() if only not in (None, k)):
         yield Skipped(f"the prompt is {of_another_kind or 'of no kind'}, not {only}", 0)
     for key in islice((key for key, of_key in kinds.items() if only in (None, of_key)), limit):
@@ -201,6 +198,21 @@ def reply_pairs(
                 continue
             (line, one), (_, other) = replies[a], replies[b]
             yield WorkItem(f"{key} {a}:{b}", line, ReplyPair(f"{key} {a}:{b}", kinds[key], a, b, one, other))
+
+
+def _kinds(
+    tables: Mapping[str, Mapping[str, tuple[int, Sample]]], files: Mapping[str, str], kind: Kind | None
+) -> dict[str, Kind | None]:
+    """The kind of each prompt in the first file that has one, else `kind`. Raises InvalidRow where two files differ."""
+    kinds: dict[str, Kind | None] = {}
+    for name, table in tables.items():
+        for key, (line, sample) in table.items():
+            known = kinds.setdefault(key, sample.kind)
+            if known and sample.kind and known != sample.kind:
+                reason = f"id {sample.id!r} is {sample.kind} here and {known} in another file"
+                raise InvalidRow(display_name(files[name]), line, reason, code="invalid-row")
+            kinds[key] = known or sample.kind
+    return {key: found or kind for key, found in kinds.items()}
 
 
 def _samples(file: str) -> dict[str, tuple[int, Sample]]:

@@ -6,19 +6,31 @@ with its 95% interval over prompts. A prompt that the run trained on is left out
 A refusal is a full or partial one by its wording (`metrics.refusals`).
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from cai_cli.data.evaluation_schema import ModelComparison
 from cai_cli.data.reply_ends import CUT_OFF
-from cai_cli.data.schema import Kind, Sample, conversation_id
+from cai_cli.data.schema import Kind, Message, Sample, conversation_id
 from cai_cli.metrics.intervals import SHARE, Estimate, mean_estimate, paired_difference, with_interval
 from cai_cli.metrics.label_audit import win_or_half
 from cai_cli.metrics.refusals import classify
+from cai_cli.prompting.system import without_system
 
 Replies = Mapping[str, Sample]  # key of the reply -> its row
 REFUSALS: Mapping[str, Kind] = {"refusals_red_team": "red-team", "refusals_helpful": "helpful"}
+LEFT_OUT = {
+    "seen_in_training": "prompts that were trained on and are left out",
+    "unpaired": "replies to prompts without a reply of the other model, which are left out",
+    "without_kind": "replies to prompts without a kind, which are in no share of refusals",
+}
 WIN_RATES: Mapping[str, Kind] = {"win_rate_red_team": "red-team", "win_rate_helpful": "helpful"}
+
+
+def prompt_id(prompt: Sequence[Message]) -> str:
+    """The id by which a prompt is found among those that were trained on: that of the conversation without its system
+    prompt."""
+    return conversation_id(without_system(prompt))
 
 
 def win_rates(
@@ -30,7 +42,7 @@ def win_rates(
         rows: Comparisons of any models.
         start: The name of one model.
         final: The name of the other.
-        seen: Conversation ids of the prompts to leave out.
+        seen: The `prompt_id` of each prompt to leave out.
 
     Returns:
         `win_rate` over all prompts, and one of `WIN_RATES` for each kind of prompt; None without comparisons of the
@@ -38,7 +50,7 @@ def win_rates(
     """
     wins: list[tuple[float, str, Kind | None]] = []
     for row in rows:
-        if {row.model_a, row.model_b} == {start, final} and conversation_id(row.prompt) not in seen:
+        if {row.model_a, row.model_b} == {start, final} and prompt_id(row.prompt) not in seen:
             won_by_a = win_or_half(row.p_a)
             wins.append((won_by_a if row.model_a == final else 1 - won_by_a, row.prompt_id, row.kind))
     parts = {"win_rate": wins} | {name: [win for win in wins if win[2] == kind] for name, kind in WIN_RATES.items()}
@@ -58,22 +70,20 @@ def refusals(before: Replies, after: Replies, kind: Kind) -> dict[str, Estimate 
 
     Args:
         before: Replies of the start model.
-        after: Replies of the final model.
+        after: Replies of the final model, with the same keys.
         kind: The kind of prompts.
 
     Returns:
-        `before`, `after` and `change`, the mean difference over the replies that both have; None without replies.
+        `before`, `after` and `change`, the mean difference; None without replies.
     """
-    refused = [{key: float(is_refusal(row)) for key, row in of.items() if row.kind == kind} for of in (before, after)]
-    both = [key for key in refused[0] if key in refused[1]]
-    shares = [
-        mean_estimate(list(one.values()), SHARE, _prompts(of, one))
-        for one, of in zip(refused, (before, after), strict=True)
-    ]
-    change = paired_difference(
-        [refused[1][key] for key in both], [refused[0][key] for key in both], clusters=_prompts(before, both)
-    )
-    return {"before": shares[0], "after": shares[1], "change": change}
+    keys = [key for key, row in before.items() if row.kind == kind]
+    prompts = _prompts(before, keys)
+    refused_before, refused_after = ([float(is_refusal(of[key])) for key in keys] for of in (before, after))
+    return {
+        "before": mean_estimate(refused_before, SHARE, prompts),
+        "after": mean_estimate(refused_after, SHARE, prompts),
+        "change": paired_difference(refused_after, refused_before, clusters=prompts),
+    }
 
 
 def cut_off(replies: Replies) -> Estimate | None:
@@ -91,12 +101,19 @@ def mean_words(replies: Replies) -> float | None:
 
 
 def of_replies(before: Replies, after: Replies) -> dict[str, Any]:
-    """Refusals by kind of prompt, cut-off replies and lengths, before and after."""
-    both = {"before": before, "after": after}
+    """Refusals by kind of prompt, cut-off replies and lengths, before and after, over the replies that both have.
+
+    `unpaired` counts the replies of one side alone, and `without_kind` those of both whose prompts have no kind, which
+    are in no share of refusals.
+    """
+    keys = [key for key in before if key in after]
+    both = {"before": {key: before[key] for key in keys}, "after": {key: after[key] for key in keys}}
     return {
-        **{name: refusals(before, after, kind) for name, kind in REFUSALS.items()},
+        **{name: refusals(both["before"], both["after"], kind) for name, kind in REFUSALS.items()},
         "cut_off": {name: cut_off(replies) for name, replies in both.items()},
         "words": {name: mean_words(replies) for name, replies in both.items()},
+        "unpaired": len(before) + len(after) - 2 * len(keys),
+        "without_kind": sum(row.kind is None for row in both["before"].values()),
     }
 
 
@@ -117,7 +134,8 @@ def headline(outcome: Mapping[str, Any]) -> str:
     if not clauses:
         return "The outcome has no figures."
     joined = clauses[0] if len(clauses) == 1 else f"{', '.join(clauses[:-1])}, and {clauses[-1]}"
-    return f"On prompts that the run did not train on, {joined}."
+    seen = "were not found in what the run trained on" if outcome.get("unchecked") else "the run did not train on"
+    return f"On prompts that {seen}, {joined}."
 
 
 def _win_clause(outcome: Mapping[str, Any]) -> list[str]:
@@ -181,7 +199,10 @@ def lines(outcome: Mapping[str, Any]) -> list[str]:
             found.append(
                 f"refusals of {kind} prompts: {' -> '.join(shares)}, a change of {moved} on {change['n']:,} replies"
             )
-    if seen := outcome.get("seen_in_training"):
-        found.append(f"prompts that were trained on and are left out: {seen:,}")
+    for name, what in LEFT_OUT.items():
+        if count := outcome.get(name):
+            found.append(f"{what}: {count:,}")
+    if unchecked := outcome.get("unchecked"):
+        found.append(f"training files that could not be searched for these prompts: {', '.join(unchecked)}")
     together = "those of eval compare hold for all its comparisons together and are wider"
     return [*found, f"95% intervals, each for itself; {together}"] if found else []

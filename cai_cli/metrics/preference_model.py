@@ -81,7 +81,8 @@ def accuracy_warning(overall: Estimate | None, prompts: int, subject: str = "The
     if overall["low"] > 0.5:
         return None
     if prompts < fewest_clusters():
-        few = f"They belong to {prompts} prompt{'s' * (prompts != 1)}, too few for any result: {fewest_clusters()} or more are needed."
+        belong = f"They belong to {prompts} prompt{'s' * (prompts != 1)}"
+        few = f"{belong}, too few for any result: {fewest_clusters()} or more are needed."
         return f"{subject} cannot be distinguished from chance: right on {spread}. {few}"
     return f"{subject} cannot be distinguished from chance: right on {spread}."
 

@@ -18,7 +18,7 @@ from cai_cli.common.errors import CaiError, UsageError
 from cai_cli.data.evaluation_schema import ModelComparison
 from cai_cli.data.formats import sample_or_revision
 from cai_cli.data.jsonl import read_prompts, read_rows, rows_of
-from cai_cli.data.schema import Sample, conversation_id
+from cai_cli.data.schema import Revision, Sample
 from cai_cli.evaluate import outcome as figures
 from cai_cli.evaluate.compare import name_files
 from cai_cli.pipeline.plan import Step
@@ -52,9 +52,25 @@ def _steps_of(outcome: Outcome, steps: Sequence[Step]) -> tuple[Step | None, Ste
         return compared, None, None
     both = [find(f"refusals: {key}", getattr(outcome.refusals, key)) for key in ("before", "after")]
     for step in both:
-        if step.stage.writes is None or not issubclass(step.stage.writes, Sample):
-            raise UsageError(f"outcome: refusals: step {step.name!r} writes no replies", code="invalid-run-file")
+        if step.stage.writes not in (Sample, Revision):
+            raise UsageError(f"outcome: refusals: step {step.name!r} writes no samples", code="invalid-run-file")
+    if compared:
+        _check_models(compared, both, steps)
     return compared, both[0], both[1]
+
+
+def _check_models(compared: Step, both: Sequence[Step], steps: Sequence[Step]) -> None:
+    """Raises UsageError where the refusals are those of other models than the first and the last of the comparison."""
+    by_output = {str(step.output): step for step in steps}
+    first, *_, last = name_files(compared.config.input).items()
+    for key, of_refusals, (name, file) in zip(("before", "after"), both, (first, last), strict=True):
+        step = by_output.get(file)
+        if step and step.stage.writes in (Sample, Revision) and step.config.model != of_refusals.config.model:
+            raise UsageError(
+                f"outcome: refusals: {key}: the model of step {of_refusals.name!r} is not {name!r} of win_rate",
+                hint="`before` belongs to the first model of the comparison, `after` to its last",
+                code="invalid-run-file",
+            )
 
 
 def record_outcome(outcome: Outcome | None, steps: Sequence[Step], folder: Path) -> dict[str, Any] | None:
@@ -79,14 +95,14 @@ def record_outcome(outcome: Outcome | None, steps: Sequence[Step], folder: Path)
 def measure(outcome: Outcome, steps: Sequence[Step], folder: Path) -> dict[str, Any]:
     """The outcome as `run.json` records it. Raises CaiError where a file cannot be read."""
     compared, before, after = _steps_of(outcome, steps)
-    trained = _trained_on(steps)
-    seen: set[str] = set()
+    trained, unchecked = _trained_on(steps)
+    seen: dict[str, str] = {}  # prompt id of the outcome -> id of its rows
     found: dict[str, Any] = {}
     if compared:
         replies = name_files(compared.config.input)
         start, *_, final = replies
         rows = [row for _, row in read_rows(str(compared.output), rows_of(ModelComparison))]
-        seen |= {conversation_id(row.prompt) for row in rows} & trained
+        seen |= {id: row.prompt_id for row in rows if (id := figures.prompt_id(row.prompt)) in trained}
         found |= {
             "start": start,
             "final": final,
@@ -96,31 +112,36 @@ def measure(outcome: Outcome, steps: Sequence[Step], folder: Path) -> dict[str, 
         }
     if before and after:
         tables = [_replies(step) for step in (before, after)]
-        seen |= {conversation_id(row.prompt) for table in tables for row in table.values()} & trained
-        unseen = [{k: row for k, row in t.items() if conversation_id(row.prompt) not in seen} for t in tables]
+        every = [row for table in tables for row in table.values()]
+        seen |= {id: row.id for row in every if (id := figures.prompt_id(row.prompt)) in trained}
+        unseen = [{k: row for k, row in t.items() if figures.prompt_id(row.prompt) not in seen} for t in tables]
         own = {step.name: os.path.relpath(step.output, folder) for step in (before, after)}
         found = {"start": before.name, "final": after.name, "replies": own, **found}
         found |= figures.of_replies(unseen[0], unseen[1])
-    return {**found, "seen_in_training": len(seen)}
+    left_out = {"seen_in_training": len(seen), "seen_prompts": sorted(seen.values())}
+    return {**found, **left_out, **({"unchecked": unchecked} if unchecked else {})}
 
 
 def _replies(step: Step) -> Mapping[str, Sample]:
     return {row.key: row for _, row in read_rows(str(step.output), sample_or_revision)}
 
 
-def _trained_on(steps: Sequence[Step]) -> set[str]:
-    """The conversation ids of the prompts in the files that the training steps of a run read."""
-    files = {
-        str(file)
-        for step in steps
-        if step.stage.trains
-        for file in (
-            (read_manifest(sidecar(step.output, "manifest.json")) or {}).get("run", {}).get("inputs") or {}
-        ).values()
-    }
-    return {
-        conversation_id(row.prompt)
-        for file in sorted(files)
-        if Path(file).is_file()
-        for _, row in read_prompts(file, on_invalid=lambda _error, _raw: None)
-    }
+def _trained_on(steps: Sequence[Step]) -> tuple[set[str], list[str]]:
+    """The ids of the prompts in the files that the training steps of a run read, and the files that cannot be read."""
+    found: set[str] = set()
+    unchecked: set[str] = set()
+    for step in steps:
+        if not step.stage.trains:
+            continue
+        manifest = read_manifest(sidecar(step.output, "manifest.json")) or {}
+        for file in map(str, (manifest.get("run", {}).get("inputs") or {}).values()):
+            if not Path(file).is_file():
+                unchecked.add(file)
+                continue
+            reader = step.config.row_reader(of_input=file == step.config.input)
+            invalid: list[object] = []
+            prompts = read_prompts(file, on_invalid=lambda *given: invalid.append(given), columns=reader.columns)  # noqa: B023
+            found |= {figures.prompt_id(row.prompt) for _, row in prompts}
+            if invalid and not step.config.skip_invalid:
+                unchecked.add(file)
+    return found, sorted(unchecked)

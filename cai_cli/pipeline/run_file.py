@@ -48,7 +48,7 @@ class Outcome(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    win_rate: str | None = None
+    win_rate: str | None = Field(None, min_length=1)
     refusals: BeforeAfter | None = None
 
     @model_validator(mode="after")

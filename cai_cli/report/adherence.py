@@ -115,7 +115,7 @@ class AdherenceMatrix:
 def matrices(run: RunFiles, budget: Budget) -> list[AdherenceMatrix]:
     """Return the matrix of every evaluation in the run folder; the conversations fit `budget`."""
     found_matrices = []
-    for path in sorted(run.folder.glob(f"*{ENDING}")):
+    for path in sorted(path for path in run.folder.glob(f"*{ENDING}") if path.is_file()):
         try:
             found = AdherenceFile.model_validate_json(path.read_bytes())
         except ValidationError as error:

@@ -101,7 +101,7 @@ def published(run: RunFiles) -> list[Published]:
 
 
 def _read(run: RunFiles, pattern: str, result: type[T]) -> Iterator[tuple[str, T]]:
-    for path in sorted(Path(run.folder).glob(pattern)):
+    for path in sorted(path for path in Path(run.folder).glob(pattern) if path.is_file()):
         try:
             yield path.name, result.model_validate_json(path.read_bytes())
         except ValidationError as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import orjson
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cai_cli.common.errors import CaiError
 from cai_cli.common.legacy import metrics_row
@@ -192,7 +192,9 @@ def read_run(folder: Path) -> RunFiles:
     other = {
         path.name: path
         for path in sorted(folder.glob("*.json"))
-        if path.name != "run.json" and not path.name.endswith((FINAL, ".adherence.json"))  # of report.adherence
+        if path.is_file()
+        and path.name != "run.json"
+        and not path.name.endswith((FINAL, ".adherence.json"))  # of report.adherence
     }
     compared = {n: p for n, p in other.items() if n.endswith(".compare.json")}
     swept = {n: p for n, p in other.items() if n.endswith(".sweep.json")}
@@ -228,9 +230,7 @@ def _outcome(record: Path, problems: list[str]) -> OutcomeResult | None:
 
 
 def _steps(folder: Path, problems: list[str]) -> list[StepFiles]:
-    record = _json(folder / "run.json", problems) or {}
-    planned = {name: {"argv": argv} for name, argv in (record.get("planned") or {}).items()}
-    recorded: dict[str, Any] = planned | (record.get("steps") or {})
+    recorded = _recorded(folder / "run.json", problems)
     files = {p.name.removesuffix(FINAL).removesuffix(".partial") for p in folder.glob(f"*{FINAL}")}
     of_run = {Path(option(list(r.get("argv") or []), "-o") or name).name: name for name, r in recorded.items()}
     steps = []
@@ -249,6 +249,29 @@ def _steps(folder: Path, problems: list[str]) -> list[StepFiles]:
             s.name,
         ),
     )
+
+
+def _recorded(record: Path, problems: list[str]) -> dict[str, Any]:
+    """The entries of the steps in `run.json`, those planned first. One that `cai run` does not write is left out."""
+    given = _json(record, problems) or {}
+    planned, begun = given.get("planned") or {}, given.get("steps") or {}
+    found: dict[str, Any] = {}
+    for name, entry in [*((n, {"argv": argv}) for n, argv in planned.items()), *begun.items()]:
+        try:
+            found[name] = _Entry.model_validate(entry).model_dump(exclude_unset=True)
+        except ValidationError:
+            problems.append(f"{record}: step {name[:40]!r} is not what `cai run` writes")
+    return found
+
+
+class _Entry(BaseModel):
+    """What `run.json` records of a step, as far as the report reads it."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    argv: list[str] = []
+    seconds: float | int | None = None
+    status: str | None = None
 
 
 def _step(folder: Path, file: str, name: str | None, recorded: Mapping[str, Any], problems: list[str]) -> StepFiles:

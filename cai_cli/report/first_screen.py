@@ -95,7 +95,7 @@ def first_screen(run: RunFiles) -> FirstScreen:
         run.outcome,
         list(_refusals(run.outcome)),
         _prompts(tables, run.outcome.final),
-        {name: _cut_off(table.values()) for name, table in tables.items() if table},
+        {name: _cut_off(table) for name, table in tables.items() if table},
         times,
     )
 
@@ -107,45 +107,50 @@ def _refusals(outcome: OutcomeResult) -> Iterable[Refusals]:
             yield Refusals(kind, *(part.model_dump() for part in (found.before, found.after, found.change)))
 
 
-def _replies(run: RunFiles, file: str) -> dict[str, Sample]:
-    """The first reply to each prompt in a file, which is given relative to the run folder."""
-    path = run.folder / file
-    rows: dict[str, Sample] = {}
+def _replies(run: RunFiles, file: str) -> list[Sample]:
+    """The replies in a file, which is given relative to the run folder, to prompts that the run did not train on."""
+    left_out = set(run.outcome.seen_prompts) if run.outcome else set()
     try:
-        for _, row in read_rows(str(path), sample_or_revision):
-            rows.setdefault(row.id, row)
+        return [row for _, row in read_rows(str(run.folder / file), sample_or_revision) if row.id not in left_out]
     except CaiError as error:
         run.problems.append(f"{error.message}; the report leaves out its replies")
-    return rows
+    except (OSError, ValueError) as error:  # a name that is not that of a file
+        run.problems.append(f"the outcome names {file!r:.80}: {error}; the report leaves out its replies")
+    return []
 
 
-def _cut_off(rows: Iterable[Sample]) -> tuple[int, int]:
-    ends = [row.finish_reason == CUT_OFF for row in rows]
-    return sum(ends), len(ends)
+def _cut_off(rows: Sequence[Sample]) -> tuple[int, int]:
+    return sum(row.finish_reason == CUT_OFF for row in rows), len(rows)
 
 
-def _prompts(tables: Mapping[str, Mapping[str, Sample]], final: str) -> list[SideBySide]:
-    """The prompts to show, which every model has answered."""
-    first, *others = tables.values()
-    common = [row for key, row in first.items() if all(key in other for other in others)]
+def _prompts(tables: Mapping[str, Sequence[Sample]], final: str) -> list[SideBySide]:
+    """The prompts to show, which every model has answered, with the first reply of each model."""
+    replies: dict[str, dict[str, Sample]] = {name: {} for name in tables}
+    for name, rows in tables.items():
+        for row in rows:
+            replies[name].setdefault(row.id, row)
+    first = next(iter(replies.values()), {})
+    common = [id for id in first if all(id in of for of in replies.values())]
+    of_final = replies.get(final, {})
     groups: list[list[SideBySide]] = []
-    replies = tables.get(final, {})
-    for kind in dict.fromkeys(row.kind for row in common):
-        rows = [row for row in common if row.kind == kind]
-        refused = [row for row in rows if row.id in replies and is_refusal(replies[row.id])]
-        answered = [row for row in rows if row not in refused]
-        for part, does in sorted(((refused, "refuses"), (answered, "does not refuse")), key=lambda pair: -len(pair[0])):
+    for kind in dict.fromkeys(first[id].kind for id in common):
+        ids = [id for id in common if first[id].kind == kind]
+        refuses = {id: id in of_final and is_refusal(of_final[id]) for id in ids}
+        parts = (
+            ([id for id in ids if refuses[id]], "refuses"),
+            ([id for id in ids if not refuses[id]], "does not refuse"),
+        )
+        for part, does in sorted(parts, key=lambda pair: -len(pair[0])):
             caption = f"One of {len(part):,} {f'{kind} ' if kind else ''}prompts that {final} {does}"
-            groups.append([_side_by_side(row, tables, caption) for row in part[:SHOWN]])
+            groups.append([_side_by_side(id, replies, caption) for id in part[:SHOWN]])
     return in_turn(groups)[:SHOWN]
 
 
-def _side_by_side(row: Sample, tables: Mapping[str, Mapping[str, Sample]], caption: str) -> SideBySide:
+def _side_by_side(id: str, of: Mapping[str, Mapping[str, Sample]], caption: str) -> SideBySide:
     replies = {
-        name: ModelReply(clip(table[row.id].reply), table[row.id].finish_reason == CUT_OFF)
-        for name, table in tables.items()
+        name: ModelReply(clip(table[id].reply), table[id].finish_reason == CUT_OFF) for name, table in of.items()
     }
-    return SideBySide(row.id, messages_of(row.prompt), replies, caption)
+    return SideBySide(id, messages_of(next(iter(of.values()))[id].prompt), replies, caption)
 
 
 def in_turn(groups: Sequence[Sequence[T]]) -> list[T]:

@@ -99,6 +99,13 @@ class BeforeAfter(Result):
     change: ReportedEstimate | None = None
 
 
+class MeanWords(Result):
+    """The mean number of words of a reply, before and after."""
+
+    before: float | None = None
+    after: float | None = None
+
+
 class OutcomeResult(Result):
     """What the run changed.
 
@@ -115,6 +122,7 @@ class OutcomeResult(Result):
         cut_off: Replies that were cut off at the length limit.
         words: The mean length of a reply, before and after.
         seen_in_training: The number of prompts that the run trained on, which are left out.
+        seen_prompts: Their ids.
     """
 
     start: str
@@ -127,5 +135,6 @@ class OutcomeResult(Result):
     refusals_red_team: BeforeAfter | None = None
     refusals_helpful: BeforeAfter | None = None
     cut_off: BeforeAfter | None = None
-    words: dict[str, float | None] = {}
+    words: MeanWords = MeanWords()
     seen_in_training: int = 0
+    seen_prompts: list[str] = []

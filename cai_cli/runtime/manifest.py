@@ -137,7 +137,7 @@ def read_manifest(path: Path) -> Json | None:
     Raises:
         CaiError: `invalid-manifest`, when it is not a JSON object of objects.
     """
-    hint = "--overwrite starts from scratch"
+    hint = "remove it to start from scratch" if path.name == "run.json" else "--overwrite starts from scratch"
     try:
         value = orjson.loads(path.read_bytes())
     except FileNotFoundError:

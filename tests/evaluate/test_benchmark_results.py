@@ -67,5 +67,16 @@ def test_rows_of_other_types_and_models_without_replies_count_nothing() -> None:
     results = BenchmarkResults(["m"])
     results.observe(Outcome("p", [], 1.0))
     assert results.result() == {
-        "models": [], "differences": [], "simultaneous": {"models": 0, "groups": 0, "differences": 0},
+        "models": [], "differences": [], "without_scores": ["m"], "simultaneous": {"models": 0, "groups": 0, "differences": 0},
     }  # fmt: skip
+
+
+def test_a_baseline_without_replies_stays_the_baseline_and_is_named() -> None:
+    results = BenchmarkResults(["base", "b", "c"])
+    for model in ("b", "c"):
+        results.outcomes[model] += [Outcome(f"p{i}", [], 1.0) for i in range(9)]
+    found = results.result()
+    assert ([one["model"] for one in found["models"]], found["differences"]) == (["b", "c"], [])
+    assert found["without_scores"] == ["base"]
+    results.outcomes["base"] += [Outcome(f"p{i}", [], 0.0) for i in range(9)]
+    assert {each["baseline"] for each in results.result()["differences"]} == {"base"}

@@ -72,6 +72,17 @@ def test_only_prompts_of_one_kind_are_compared_and_the_others_are_counted(tmp_pa
     assert skipped == ["the prompt is red-team, not helpful", "the prompt is of no kind, not helpful"]
 
 
+def test_a_kind_comes_from_any_file_that_has_one_and_two_kinds_are_an_error(tmp_path: Path) -> None:
+    none, known = samples(tmp_path, "none", {1: "a"}, None), samples(tmp_path, "known", {1: "b"}, "helpful")
+    for files in ({"x": none, "y": known}, {"y": known, "x": none}):
+        (unit,) = reply_pairs(files, "red-team", None)
+        assert isinstance(unit, WorkItem)
+        assert unit.value.kind == "helpful"
+    other = samples(tmp_path, "other", {1: "c"}, "red-team")
+    with pytest.raises(InvalidRow, match="is red-team here and helpful in another file"):
+        list(reply_pairs({"x": none, "y": known, "z": other}, None, None))
+
+
 def test_an_id_with_different_prompts_is_an_error_with_its_line(tmp_path: Path) -> None:
     x = samples(tmp_path, "x", {1: "a", 2: "b"})
     other = {**sample_row(2), "prompt": [{"role": "user", "content": "something else"}]}

@@ -60,6 +60,24 @@ def test_refusals_are_counted_by_kind_of_prompt_and_the_change_is_paired() -> No
     assert found["words"] == {"before": 4.0, "after": 4.8}
 
 
+def test_replies_without_a_counterpart_are_left_out_before_and_after_and_counted() -> None:
+    before = replies(20, 40)
+    after = {key: row for place, (key, row) in enumerate(replies(30, 40).items()) if place >= 20}
+    found = of_replies(before, after)
+    shares = [found["refusals_red_team"][part] for part in ("before", "after", "change")]
+    assert [(each["value"], each["n"]) for each in shares] == [(0.0, 20), (0.5, 20), (0.5, 20)]
+    assert found["unpaired"] == 20
+    line = "replies to prompts without a reply of the other model, which are left out: 20"
+    assert line in lines({"start": "a", "final": "b", **found})
+
+
+def test_prompts_without_a_kind_are_counted() -> None:
+    rows = {key: row.model_copy(update={"kind": None}) for key, row in replies(3, 8).items()}
+    found = of_replies(rows, rows)
+    assert found["without_kind"] == 8
+    assert "replies to prompts without a kind, which are in no share of refusals: 8" in lines({"final": "b", **found})
+
+
 def outcome(low: float, high: float, change: tuple[float, float]) -> dict[str, Any]:
     def estimate(low: float, high: float) -> dict[str, float]:
         return {"value": (low + high) / 2, "low": low, "high": high, "n": 56}

@@ -10,6 +10,7 @@ from helpers import sample_row, write_rows
 from pipeline_cases import planned
 
 from cai_cli.common.errors import CaiError
+from cai_cli.evaluate.outcome import headline
 from cai_cli.pipeline.outcome import check_outcome, measure
 from cai_cli.pipeline.run_file import load_run
 
@@ -18,6 +19,7 @@ STEPS = """\
   before: {command: sample, input: prompts.jsonl}
   after: {command: sample, input: prompts.jsonl, model: "@sl"}
   swept: {command: sample, input: prompts.jsonl, n: [1, 2]}
+  labels: {command: eval refusals, input: "@after"}
   compare: {command: eval compare, input: [start=@before, final=@after], judge: base}
 """
 HEAD = "name: n\nmodel: base\noutcome: %s\n"
@@ -36,6 +38,9 @@ HEAD = "name: n\nmodel: base\noutcome: %s\n"
         ('{refusals: {before: "@before"}}', "invalid-run-file"),
         ("{}", "invalid-run-file"),
         ('{wins: "@compare"}', "invalid-run-file"),
+        ('{win_rate: ""}', "invalid-run-file"),
+        ('{win_rate: "@compare", refusals: {before: "@after", after: "@before"}}', "invalid-run-file"),
+        ('{refusals: {before: "@before", after: "@labels"}}', "invalid-run-file"),
     ],
 )
 def test_an_outcome_names_steps_that_the_plan_has_and_that_fit(folder: Path, outcome: str, code: str | None) -> None:
@@ -67,6 +72,30 @@ def test_prompts_that_a_step_trained_on_are_left_out_and_counted(folder: Path, m
     assert found["seen_in_training"] == 2
     assert [found["refusals_red_team"][part]["n"] for part in ("before", "after", "change")] == [3, 3, 3]
     assert (found["start"], found["final"]) == ("before", "after")
+    assert found["seen_prompts"] == [rows[0]["id"], rows[1]["id"]]
+    assert "unchecked" not in found
+
+
+def test_trained_prompts_are_found_in_any_columns_and_under_a_system_prompt_and_files_that_are_gone_are_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    steps = STEPS.replace("input: prompts.jsonl}", 'input: asked.csv, column: "prompt=ask,completion=say"}', 1)
+    Path("asked.csv").write_text(f"ask,say\n{sample_row(0)['prompt'][-1]['content']},No.\n")
+    planned_steps = planned(folder, steps, HEAD % '{refusals: {before: "@before", after: "@after"}}')
+    Path("out").mkdir()
+    rows = [sample_row(i, reply="I can't help with that.") | {"kind": "red-team"} for i in range(5)]
+    for row in rows:
+        row["prompt"] = [{"role": "system", "content": "Be kind."}, *row["prompt"]]
+    for name in ("before", "after"):
+        write_rows(Path(f"out/{name}.jsonl"), rows)
+    files = {"revisions": planned_steps[0].config.input, "helpful": "gone.jsonl"}
+    Path("out/sl.manifest.json").write_text(json.dumps({"run": {"inputs": files}}))
+    given = load_run(folder / "run.yaml").outcome
+    assert given is not None
+    found = measure(given, planned_steps, Path("out"))
+    assert (found["seen_in_training"], found["unchecked"]) == (1, ["gone.jsonl"])
+    assert "On prompts that were not found in what the run trained on" in headline({**found, "win_rate": None})
 
 
 def test_a_run_ends_with_its_outcome_and_prints_it(folder: Path) -> None:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from report_page import Page, drawn, squeezed
 from report_run import HOSTILE, make_run
 
@@ -74,6 +75,28 @@ def test_a_run_without_an_outcome_shows_prompts_and_the_time_of_each_step(plain:
     assert "What each step took 1.5 min in total samples sample 13 s" in text
     assert "Win rate" not in text
     assert "win " not in text
+
+
+def test_an_outcome_of_wins_alone_makes_a_page_and_prompts_that_were_trained_on_are_not_shown(tmp_path: Path) -> None:
+    wins = {name: OUTCOME[name] for name in ("start", "final", "judge", "replies", "win_rate")}
+    text = overview(drawn(with_outcome(make_run(tmp_path / "made"), wins))[1])
+    assert "71% 95%: 61% to 79%, n = 106" in text
+    assert "words on average" not in text
+    seen = drawn(with_outcome(make_run(tmp_path / "seen"), wins | {"seen_prompts": ["p0", "p1"]}))[1]
+    assert "Cut off at the length limit: 0 of 28 replies of start, 0 of 28 replies of rl-cai." in overview(seen)
+
+
+@pytest.mark.parametrize(
+    "given", [{"outcome": OUTCOME | {"replies": {}}}, {"outcome": OUTCOME | {"replies": {"start": "a\0b", "rl-cai": "x" * 300}}},
+              {"steps": {"a": None, "b": 1, "c": {"argv": [1]}, "d": {"seconds": "abc"}}, "planned": {"q": None}}],
+)  # fmt: skip
+def test_odd_files_are_problems_of_the_page(tmp_path: Path, given: dict[str, Any]) -> None:
+    folder = make_run(tmp_path / "made")
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(record | given))
+    for name in ("dir.compare.json", "dir.adherence.json", "dir.bench.json"):
+        (folder / name).mkdir()
+    assert overview(drawn(folder)[1])
 
 
 def test_an_outcome_that_cannot_be_read_and_missing_replies_are_problems_of_the_page(tmp_path: Path) -> None:
