@@ -120,6 +120,13 @@ def open_tests(sources: Sequence[str] | None, file: str | None, ids: str | None,
         tests |= {} if file else select_tests(loaded.principles, loaded.tests, source)
     if file:
         tests, files = load_tests(file), [*files, file]
+        known = {principle.id for source in constitutions(sources) for principle in load(source).principles}
+        if unknown := [id for id in tests if id not in known]:
+            raise CaiError(
+                f"{file}: tests of {unknown[0]!r}, which is no principle of {', '.join(names)}",
+                hint=f"the principles are {', '.join(sorted(known)[:8])}",
+                code="invalid-constitution",
+            )
     without = [p.id for p in chosen if p.id not in tests]
     if len(without) == len(chosen):
         raise CaiError(

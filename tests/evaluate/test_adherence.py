@@ -215,6 +215,13 @@ def test_a_constitution_without_tests_is_refused(cai: Cai, scripted: tuple[str, 
     assert cai(*alone).error == "missing-tests"
 
 
+def test_tests_of_a_principle_that_no_constitution_has_are_refused(cai: Cai, scripted: tuple[str, ...]) -> None:
+    Path("other.yaml").write_text('{kind: tests, principles: {zzz: {scenarios: [{prompt: "number 1"}]}}}\n')
+    done = cai(*scripted, "--tests", "other.yaml")
+    assert done.error == "invalid-constitution"
+    assert "tests of 'zzz'" in done.stderr
+
+
 # --- drafts -------------------------------------------------------------------------------------------------------
 
 
