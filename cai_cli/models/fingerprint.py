@@ -63,7 +63,14 @@ def files_digest(path: Path, patterns: Iterable[str]) -> str:
     """
     digests = _Digests(cache_dir() / "digests.json")
     whole = sha256()
-    files = sorted({file for pattern in patterns for file in path.glob(pattern) if file.is_file()})
+    found = {file for pattern in patterns for file in path.glob(pattern)}
+    if gone := sorted(file for file in found if not file.exists()):
+        raise CaiError(
+            f"{gone[0]} links to a file that does not exist",
+            hint="download the model again",
+            code="cannot-read",
+        )
+    files = sorted(file for file in found if file.is_file())
     try:
         with ThreadPoolExecutor() as threads:  # one alone hashes about 1 GB a second, less than a disk reads
             for file, digest in zip(files, threads.map(digests.of, files), strict=True):

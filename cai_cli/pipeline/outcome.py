@@ -96,13 +96,15 @@ def measure(outcome: Outcome, steps: Sequence[Step], folder: Path) -> dict[str, 
     """The outcome as `run.json` records it. Raises CaiError where a file cannot be read."""
     compared, before, after = _steps_of(outcome, steps)
     trained, unchecked = _trained_on(steps)
-    seen: dict[str, str] = {}  # prompt id of the outcome -> id of its rows
+    seen: set[str] = set()
+    rows_left_out: set[str] = set()
     found: dict[str, Any] = {}
     if compared:
         replies = name_files(compared.config.input)
         start, *_, final = replies
         rows = [row for _, row in read_rows(str(compared.output), rows_of(ModelComparison))]
-        seen |= {id: row.prompt_id for row in rows if (id := figures.prompt_id(row.prompt)) in trained}
+        seen |= {figures.prompt_id(row.prompt) for row in rows} & trained
+        rows_left_out |= {row.prompt_id for row in rows if figures.prompt_id(row.prompt) in seen}
         found |= {
             "start": start,
             "final": final,
@@ -113,12 +115,13 @@ def measure(outcome: Outcome, steps: Sequence[Step], folder: Path) -> dict[str, 
     if before and after:
         tables = [_replies(step) for step in (before, after)]
         every = [row for table in tables for row in table.values()]
-        seen |= {id: row.id for row in every if (id := figures.prompt_id(row.prompt)) in trained}
+        seen |= {figures.prompt_id(row.prompt) for row in every} & trained
+        rows_left_out |= {row.id for row in every if figures.prompt_id(row.prompt) in seen}
         unseen = [{k: row for k, row in t.items() if figures.prompt_id(row.prompt) not in seen} for t in tables]
         own = {step.name: os.path.relpath(step.output, folder) for step in (before, after)}
         found = {"start": before.name, "final": after.name, "replies": own, **found}
         found |= figures.of_replies(unseen[0], unseen[1])
-    left_out = {"seen_in_training": len(seen), "seen_prompts": sorted(seen.values())}
+    left_out = {"seen_in_training": len(seen), "seen_prompts": sorted(rows_left_out)}
     return {**found, **left_out, **({"unchecked": unchecked} if unchecked else {})}
 
 

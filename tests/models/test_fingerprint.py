@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from tiny import tiny_model_dir
 
+from cai_cli.common.errors import CaiError
 from cai_cli.models import fingerprint
 
 
@@ -92,3 +93,11 @@ def test_a_cache_that_cannot_be_written_costs_no_fingerprint(model_dir: Path, ca
     settle(model_dir)
     cache.write_text("a file where the folder should be")
     assert len(fingerprint.fingerprint(model_dir)) == 64
+
+
+def test_a_link_to_a_file_that_is_gone_is_an_error_and_not_another_model(model_dir: Path) -> None:
+    gone = model_dir / "model-00002-of-00002.safetensors"
+    gone.symlink_to(model_dir / "blob")
+    with pytest.raises(CaiError, match="links to a file that does not exist") as error:
+        fingerprint.fingerprint(model_dir)
+    assert error.value.code == "cannot-read"
