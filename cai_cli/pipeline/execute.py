@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cai_cli.common import console
+from cai_cli.common.errors import CaiError
 from cai_cli.models.template_date import template_date
 from cai_cli.pipeline.plan import KEY_FORMAT, Step
 from cai_cli.runtime.config import plain
@@ -47,7 +48,7 @@ def execute(
     """
     record_path = out / "run.json"
     with one_writer(record_path, f"the run in {out}"):
-        record = read_manifest(record_path) or {"steps": {}}
+        record = _read_record(record_path)
         for decided_again in ("rounds", "outcome"):
             record.pop(decided_again, None)
         for step in reversed(steps):  # the first step that recorded a date decides it for the steps to come
@@ -73,6 +74,22 @@ def execute(
             if record.get("rounds") is not known:
                 write_json(record_path, record)
         return [{"step": s.name, "output": str(s.output), **record["steps"][s.name]} for s in steps]
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """What earlier runs recorded. Raises CaiError (`invalid-manifest`) for what `cai run` does not write."""
+    record = read_manifest(path) or {"steps": {}}
+    steps = record.get("steps")
+    for name, entry in steps.items() if isinstance(steps, dict) else [("steps", None)]:
+        given = entry if isinstance(entry, dict) else {}
+        texts = all(isinstance(given.get(field), str) for field in ("key", "status"))
+        if not (texts and all(isinstance(given.get(field), dict) for field in ("settings", "files"))):
+            raise CaiError(
+                f"{path}: {name[:40]!r} is not what `cai run` writes",
+                hint="remove the file to run all steps again",
+                code="invalid-manifest",
+            )
+    return record
 
 
 def _is_current(step: Step, previous: Mapping[str, Any], current: Collection[str]) -> bool:

@@ -331,4 +331,5 @@ def flat_metrics(value: Mapping[str, Any], name: str = "") -> Iterator[tuple[str
 
 def is_estimate(value: object) -> bool:
     """Return whether `value` is an estimate: `{"value", "low", "high", "n"}`."""
-    return isinstance(value, dict) and {"value", "low", "high", "n"} <= value.keys()
+    parts = [value.get(name) for name in ("value", "low", "high", "n")] if isinstance(value, dict) else [None]
+    return all(isinstance(part, int | float) and not isinstance(part, bool) for part in parts)

@@ -168,3 +168,13 @@ def test_a_dry_run_counts_and_writes_nothing(cai: Cai, folder: Path) -> None:
     total, assumed = table.splitlines()[-2:]
     assert total.split() == ["total", "44", *total.split()[2:]]
     assert assumed.startswith("GPU-h: H100 hours")
+
+
+@pytest.mark.parametrize("steps", [1, {"samples": 1}, {"samples": {}}, {"samples": {"settings": None}}])
+def test_a_record_that_cai_run_does_not_write_is_one_line_of_error(folder: Path, steps: object) -> None:
+    (folder / "out").mkdir()
+    (folder / "out/run.json").write_text(json.dumps({"steps": steps}))
+    done = run(folder)
+    assert done.returncode == 1
+    assert [line.partition(":")[0] for line in done.stderr.splitlines()] == ["error", "hint"]
+    assert "run.json" in done.stderr

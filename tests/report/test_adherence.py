@@ -50,6 +50,7 @@ def test_a_judge_that_is_not_to_be_trusted_marks_no_change(cai: Cai, tmp_path: P
     file = tmp_path / "run" / "adherence.jsonl.adherence.json"
     result = json.loads(file.read_text())
     result["judge"]["trusted"] = False
+    result["simultaneous"] = {}
     file.write_text(json.dumps(result))
     (matrix,) = matrices(read_run(tmp_path / "run"), Budget(600_000))
     assert {cell.sign for row in matrix.rows for cell in row.cells} == {0}

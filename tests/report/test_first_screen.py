@@ -96,6 +96,10 @@ def test_odd_files_are_problems_of_the_page(tmp_path: Path, given: dict[str, Any
     (folder / "run.json").write_text(json.dumps(record | given))
     for name in ("dir.compare.json", "dir.adherence.json", "dir.bench.json"):
         (folder / name).mkdir()
+    odd, sound = {"value": 1, "low": 1, "high": 2, "n": None}, {"value": 0.5, "low": 0.1, "high": 0.9, "n": 3}
+    (folder / "x.json").write_text(json.dumps({"a": odd, "b": sound}))
+    groups = {group: {"refusal": dict.fromkeys(sound, "text")} for group in ("safe", "unsafe")}
+    (folder / "x.refusals.json").write_text(json.dumps({"refusals": groups}))
     assert overview(drawn(folder)[1])
 
 
