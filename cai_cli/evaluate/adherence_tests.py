@@ -112,16 +112,16 @@ def open_tests(sources: Sequence[str] | None, file: str | None, ids: str | None,
     """
     chosen = chosen_principles(sources, ids, maximum)
     tests: dict[str, PrincipleTests] = {}
-    names, files = [], []
+    names, files, known = [], [], set()
     for source in constitutions(sources):
         loaded = load(source)
         names.append(loaded.name)
+        known |= {principle.id for principle in loaded.principles}
         files += [str(source), *([str(source.parent / loaded.tests)] if loaded.tests and not file else [])]
         tests |= {} if file else select_tests(loaded.principles, loaded.tests, source)
     if file:
         tests, files = load_tests(file), [*files, file]
-        known = {principle.id for source in constitutions(sources) for principle in load(source).principles}
-        if unknown := [id for id in tests if id not in known]:
+        if unknown := sorted(tests.keys() - known):
             raise CaiError(
                 f"{file}: tests of {unknown[0]!r}, which is no principle of {', '.join(names)}",
                 hint=f"the principles are {', '.join(sorted(known)[:8])}",

@@ -78,17 +78,14 @@ def execute(
 
 def _read_record(path: Path) -> dict[str, Any]:
     """What earlier runs recorded. Raises CaiError (`invalid-manifest`) for what `cai run` does not write."""
-    record = read_manifest(path) or {"steps": {}}
+    hint = "remove the file to run all steps again"
+    record = read_manifest(path, hint) or {"steps": {}}
     steps = record.get("steps")
     for name, entry in steps.items() if isinstance(steps, dict) else [("steps", None)]:
         given = entry if isinstance(entry, dict) else {}
         texts = all(isinstance(given.get(field), str) for field in ("key", "status"))
         if not (texts and all(isinstance(given.get(field), dict) for field in ("settings", "files"))):
-            raise CaiError(
-                f"{path}: {name[:40]!r} is not what `cai run` writes",
-                hint="remove the file to run all steps again",
-                code="invalid-manifest",
-            )
+            raise CaiError(f"{path}: {name[:40]!r} is not what `cai run` writes", hint, code="invalid-manifest")
     return record
 
 

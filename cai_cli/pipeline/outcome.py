@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cai_cli.common import console
-from cai_cli.common.errors import CaiError, UsageError
+from cai_cli.common.errors import CaiError, InvalidRow, UsageError
 from cai_cli.data.evaluation_schema import ModelComparison
 from cai_cli.data.formats import sample_or_revision
 from cai_cli.data.jsonl import read_prompts, read_rows, rows_of
@@ -133,18 +133,21 @@ def _trained_on(steps: Sequence[Step]) -> tuple[set[str], list[str]]:
     """The ids of the prompts in the files that the training steps of a run read, and the files that cannot be read."""
     found: set[str] = set()
     unchecked: set[str] = set()
-    for step in steps:
-        if not step.stage.trains:
-            continue
+    for step in (step for step in steps if step.stage.trains):
         manifest = read_manifest(sidecar(step.output, "manifest.json")) or {}
         for file in map(str, (manifest.get("run", {}).get("inputs") or {}).values()):
-            if not Path(file).is_file():
-                unchecked.add(file)
-                continue
-            reader = step.config.row_reader(of_input=file == step.config.input)
-            invalid: list[object] = []
-            prompts = read_prompts(file, on_invalid=lambda *given: invalid.append(given), columns=reader.columns)  # noqa: B023
-            found |= {figures.prompt_id(row.prompt) for _, row in prompts}
-            if invalid and not step.config.skip_invalid:
+            prompts, is_whole = _prompt_ids(file, step)
+            found |= prompts
+            if not is_whole:
                 unchecked.add(file)
     return found, sorted(unchecked)
+
+
+def _prompt_ids(file: str, step: Step) -> tuple[set[str], bool]:
+    """The ids of the prompts in a file that a step read, and whether they are those of all its rows."""
+    if not Path(file).is_file():
+        return set(), False
+    invalid: list[InvalidRow] = []
+    columns = step.config.row_reader(of_input=file == step.config.input).columns
+    rows = read_prompts(file, on_invalid=lambda error, _raw: invalid.append(error), columns=columns)
+    return {figures.prompt_id(row.prompt) for _, row in rows}, not invalid or step.config.skip_invalid

@@ -4,11 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import ValidationError
-
 from cai_cli.data.evaluation_schema import AdherenceResult
 from cai_cli.metrics.adherence_table import significant
-from cai_cli.report.collect import RunFiles
+from cai_cli.report.collect import RunFiles, read_results
 from cai_cli.report.examples import Budget, ClippedText, clip
 from cai_cli.report.results import ReportedEstimate, Result
 
@@ -115,14 +113,8 @@ class AdherenceMatrix:
 def matrices(run: RunFiles, budget: Budget) -> list[AdherenceMatrix]:
     """Return the matrix of every evaluation in the run folder; the conversations fit `budget`."""
     found_matrices = []
-    for path in sorted(path for path in run.folder.glob(f"*{ENDING}") if path.is_file()):
-        try:
-            found = AdherenceFile.model_validate_json(path.read_bytes())
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            run.problems.append(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}")
-            continue
-        file = path.name.removesuffix(ENDING)
+    for result, found in read_results(run.folder, ENDING, AdherenceFile, run.problems).items():
+        file = result.removesuffix(ENDING)
         conversations = _conversations(run, file, budget)
         rows = [MatrixRow(p.id, _cells(p, found), conversations.get(p.id, [])) for p in found.principles]
         name = file.removesuffix(".zst").removesuffix(".jsonl")

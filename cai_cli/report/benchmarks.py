@@ -1,20 +1,18 @@
 """The section on published benchmarks: the scores of `cai eval bench` and of `cai eval lm-eval`, before and after."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from cai_cli.metrics.intervals import Z
 from cai_cli.report import charts
 from cai_cli.report.charts import Chart
-from cai_cli.report.collect import RunFiles
+from cai_cli.report.collect import RunFiles, read_results
 from cai_cli.report.results import ReportedEstimate, Result
 
-T = TypeVar("T", bound=Result)
 MOST_BARS = 40  # in one chart; the table has all
 
 
@@ -95,18 +93,10 @@ class Published:
 
 def published(run: RunFiles) -> list[Published]:
     """The benchmarks of a run; a file that cannot be read becomes a problem of the run."""
-    found = [_bench(name, result) for name, result in _read(run, "*.bench.json", BenchResult) if result.models]
-    abilities = [result for _, result in _read(run, "*.lm-eval.json", LmEvalResult)]
+    benches = read_results(run.folder, ".bench.json", BenchResult, run.problems)
+    found = [_bench(name, result) for name, result in benches.items() if result.models]
+    abilities = list(read_results(run.folder, ".lm-eval.json", LmEvalResult, run.problems).values())
     return found + ([_abilities(sorted(abilities, key=lambda result: result.date))] if abilities else [])
-
-
-def _read(run: RunFiles, pattern: str, result: type[T]) -> Iterator[tuple[str, T]]:
-    for path in sorted(path for path in Path(run.folder).glob(pattern) if path.is_file()):
-        try:
-            yield path.name, result.model_validate_json(path.read_bytes())
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            run.problems.append(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}")
 
 
 # --- cai eval bench -----------------------------------------------------------------------------------------------

@@ -11,21 +11,22 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import orjson
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from cai_cli.common.errors import CaiError
 from cai_cli.common.legacy import metrics_row
 from cai_cli.constitution.usage import option
 from cai_cli.data.jsonl import read_rows, rows_of
 from cai_cli.data.schema import Rejected, Row
-from cai_cli.report.results import ComparisonResult, OutcomeResult, Result, RoundsResult, Sweep
+from cai_cli.report.results import ComparisonResult, OutcomeResult, RecordedStep, Result, RoundsResult, Sweep
 from cai_cli.runtime.manifest import read_manifest
 from cai_cli.runtime.output_files import sidecar
 
 R = TypeVar("R", bound=Row)
 T = TypeVar("T", bound=Result)
 TRAINING = ("sft", "train-pm", "rl", "dpo")
-DRAWN_APART = (".bench.json", ".lm-eval.json")  # by `report.benchmarks`
+COMPARED, SWEPT = ".compare.json", ".sweep.json"
+DRAWN_APART = (".bench.json", ".lm-eval.json", ".adherence.json")  # by `report.benchmarks` and `report.adherence`
 FINAL, DRAFT = ".manifest.json", ".partial.manifest.json"
 Status = Literal["done", "unfinished", "missing", "planned"]
 
@@ -189,21 +190,13 @@ def read_run(folder: Path) -> RunFiles:
             hint="a run folder has run.json, or outputs with their .manifest.json",
             code="not-made-by-cai",
         )
-    other = {
-        path.name: path
-        for path in sorted(folder.glob("*.json"))
-        if path.is_file()
-        and path.name != "run.json"
-        and not path.name.endswith((FINAL, ".adherence.json"))  # of report.adherence
-    }
-    compared = {n: p for n, p in other.items() if n.endswith(".compare.json")}
-    swept = {n: p for n, p in other.items() if n.endswith(".sweep.json")}
-    rest = {n: p for n, p in other.items() if n not in compared and n not in swept and not n.endswith(DRAWN_APART)}
+    apart = ("run.json", FINAL, COMPARED, SWEPT, *DRAWN_APART)
+    rest = {path.name: path for path in _files(folder, "*.json") if not path.name.endswith(apart)}
     return RunFiles(
         folder,
         steps,
-        _results(compared, ComparisonResult, problems),
-        _results(swept, Sweep, problems),
+        read_results(folder, COMPARED, ComparisonResult, problems),
+        read_results(folder, SWEPT, Sweep, problems),
         {name: metrics for name, path in rest.items() if (metrics := _metrics(path, problems))},
         problems,
         _rounds(folder / "run.json", problems),
@@ -258,20 +251,10 @@ def _recorded(record: Path, problems: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, entry in [*((n, {"argv": argv}) for n, argv in planned.items()), *begun.items()]:
         try:
-            found[name] = _Entry.model_validate(entry).model_dump(exclude_unset=True)
+            found[name] = RecordedStep.model_validate(entry).model_dump(exclude_unset=True)
         except ValidationError:
             problems.append(f"{record}: step {name[:40]!r} is not what `cai run` writes")
     return found
-
-
-class _Entry(BaseModel):
-    """What `run.json` records of a step, as far as the report reads it."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-
-    argv: list[str] = []
-    seconds: float | int | None = None
-    status: str | None = None
 
 
 def _step(folder: Path, file: str, name: str | None, recorded: Mapping[str, Any], problems: list[str]) -> StepFiles:
@@ -299,15 +282,21 @@ def _json(path: Path, problems: list[str]) -> dict[str, Any] | None:
     return value
 
 
-def _results(paths: Mapping[str, Path], result: type[T], problems: list[str]) -> dict[str, T]:
+def read_results(folder: Path, ending: str, result: type[T], problems: list[str]) -> dict[str, T]:
+    """The results in the files of a run folder whose names end with `ending`, by file name; what cannot be read becomes
+    a problem."""
     results = {}
-    for name, path in paths.items():
+    for path in _files(folder, f"*{ending}"):
         try:
-            results[name] = result.model_validate_json(path.read_bytes())
+            results[path.name] = result.model_validate_json(path.read_bytes())
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             problems.append(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}")
     return results
+
+
+def _files(folder: Path, pattern: str) -> list[Path]:
+    return sorted(path for path in folder.glob(pattern) if path.is_file())
 
 
 def _metrics(path: Path, problems: list[str]) -> dict[str, Any]:

@@ -99,6 +99,14 @@ class BeforeAfter(Result):
     change: ReportedEstimate | None = None
 
 
+class RecordedStep(Result):
+    """What `run.json` records of a step, as far as the report reads it."""
+
+    argv: list[str] = []
+    seconds: float | None = None
+    status: str | None = None
+
+
 class MeanWords(Result):
     """The mean number of words of a reply, before and after."""
 

@@ -131,13 +131,16 @@ def run_facts(seconds: float, inputs: Mapping[str, InputFile]) -> Json:
     }
 
 
-def read_manifest(path: Path) -> Json | None:
+def read_manifest(path: Path, hint: str = "--overwrite starts from scratch") -> Json | None:
     """The manifest at `path`, or None where there is none. Its keys have today's names, except in `provenance`.
+
+    Args:
+        path: The file.
+        hint: What to do about one that cannot be read.
 
     Raises:
         CaiError: `invalid-manifest`, when it is not a JSON object of objects.
     """
-    hint = "remove it to start from scratch" if path.name == "run.json" else "--overwrite starts from scratch"
     try:
         value = orjson.loads(path.read_bytes())
     except FileNotFoundError:

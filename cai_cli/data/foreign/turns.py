@@ -41,7 +41,7 @@ def read_turns(value: object, field: str, dropped: Dropped) -> list[Message]:
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list) or not value:
-        given = json_type(value) if value or not isinstance(value, list) else "an empty list"
+        given = "an empty list" if value == [] else json_type(value)
         raise RowError(
             f"field {field!r} must be text or a non-empty list of messages, this is {given}",
             code="invalid-row",
